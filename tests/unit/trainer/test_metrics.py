@@ -1,0 +1,165 @@
+import math
+
+import numpy as np
+import pytest
+import skimage.data
+import skimage.metrics
+import torch
+import torch.multiprocessing as mp
+from scipy.cluster.vq import kmeans2
+
+from trainer import metrics
+from trainer.metrics.codebook import CodebookUsage
+
+
+def photographs(side=64):
+    """Four uint8 crops (4, 3, side, side) of real photographs."""
+    whole = [skimage.data.astronaut(), skimage.data.coffee(), skimage.data.chelsea(), skimage.data.rocket()]
+    return torch.stack([torch.from_numpy(p[40 : 40 + side, 150 : 150 + side].copy()).permute(2, 0, 1) for p in whole])
+
+
+def as_float(levels):
+    return (levels.double() / 127.5 - 1).float()
+
+
+def noisy(images, amount, seed=0):
+    return images + amount * torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+
+
+def paper_levels(image_chw):
+    """The protocol written out for one image, in numpy: float [0, 1] pixels, height x width x channel."""
+    unit = (np.clip(image_chw.numpy(), np.float32(-1), np.float32(1)) + np.float32(1)) / np.float32(2)
+    return ((unit * np.float32(255)).astype(np.uint8).astype(np.float64) / 255).transpose(1, 2, 0)
+
+
+@pytest.mark.parametrize("amount", [0.02, 0.3, 2.0])
+def test_psnr_and_ssim_equal_scikit_image(amount):
+    x = as_float(photographs())
+    y = noisy(x, amount)
+    psnr, ssim = metrics.psnr(x, y), metrics.ssim(x, y)
+    for i in range(len(x)):
+        a, b = paper_levels(x[i]), paper_levels(y[i])
+        assert float(psnr[i]) == pytest.approx(skimage.metrics.peak_signal_noise_ratio(a, b, data_range=1), abs=1e-6)
+        want = skimage.metrics.structural_similarity(a, b, data_range=1, channel_axis=-1)
+        assert float(ssim[i]) == pytest.approx(want, abs=1e-6)
+
+
+def test_ssim_of_the_smallest_image_is_one_window_and_smaller_ones_are_refused():
+    x = as_float(photographs(7))
+    want = skimage.metrics.structural_similarity(
+        paper_levels(x[0]), paper_levels(-x[0]), data_range=1, channel_axis=-1, win_size=7
+    )
+    assert float(metrics.ssim(x, -x)[0]) == pytest.approx(want, abs=1e-6)
+    with pytest.raises(ValueError, match="at least 7x7 pixels, not 9x6"):
+        metrics.ssim(torch.zeros(1, 3, 6, 9), torch.zeros(1, 3, 6, 9))
+
+
+def test_levels_are_clamped_and_truncated():
+    assert metrics.to_levels(torch.tensor([-7.0, -1.0, 0.0, 0.999, 1.0, 9.0])).tolist() == [0, 0, 127, 254, 255, 255]
+    levels = torch.arange(256, dtype=torch.uint8)
+    lowered = levels.int() - metrics.to_levels(as_float(levels)).int()
+    assert set(lowered.tolist()) == {0, 1}
+    assert lowered.nonzero().max() <= 95 and lowered.nonzero().min() >= 1
+
+
+def test_identical_images_are_counted_and_left_out_of_the_mean():
+    x = as_float(photographs())
+    y = noisy(x, 0.1)
+    y[1] = x[1]
+    psnr = metrics.psnr(x, y)
+    assert psnr[1] == math.inf
+    mean = metrics.finite_mean(psnr.tolist())
+    assert mean.infinite_count == 1
+    assert mean.mean == pytest.approx(float(psnr[[0, 2, 3]].mean()))
+    assert metrics.finite_mean([math.inf, math.inf]) == (math.inf, 2)
+
+
+def test_l1_is_on_minus_one_to_one_and_clamps():
+    black, beyond_white = torch.full((1, 3, 8, 8), -1.0), torch.full((1, 3, 8, 8), 3.0)
+    assert metrics.l1(black, beyond_white).tolist() == [2.0]
+    assert metrics.l1(black, black / 2).tolist() == [0.5]
+
+
+@pytest.mark.parametrize("height, width, multiple, want", [(37, 53, 8, (1, 2, 1, 2)), (16, 8, 8, (0, 0, 0, 0))])
+def test_padding_puts_the_smaller_half_at_left_and_top(height, width, multiple, want):
+    assert metrics.padding(height, width, multiple) == want
+
+
+def test_usage_and_perplexity():
+    usage = CodebookUsage(8)
+    assert (usage.usage(), usage.perplexity(), usage.token_count()) == (0, 0, 0)
+    usage.update(torch.tensor([[[0, 1], [2, 3]]]))
+    usage.update(torch.tensor([0, 1, 2, 3], dtype=torch.int32))
+    assert usage.usage() == 0.5
+    assert usage.perplexity() == pytest.approx(4)
+    assert usage.token_count() == 8
+    usage.update(torch.tensor([7] * 8))
+    assert usage.usage() == 5 / 8
+    assert usage.perplexity() == pytest.approx(math.exp(0.5 * math.log(2) + 4 * 0.125 * math.log(8)))
+    usage.reset()
+    assert usage.usage() == 0
+
+
+def test_a_code_beyond_the_codebook_is_an_error():
+    with pytest.raises(RuntimeError, match="out of bounds"):
+        CodebookUsage(8).update(torch.tensor([8]))
+
+
+def _count_on_two_ranks(rank, store):
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
+    usage = CodebookUsage(4)
+    usage.update(torch.tensor([0, 0, 1] if rank == 0 else [0, 3]))
+    for _ in range(2):  # merging twice must not count twice
+        assert usage.merged().counts_k.tolist() == [3, 1, 0, 1]
+    assert usage.merged().usage() == 0.75
+    assert usage.token_count() == (3 if rank == 0 else 2)
+    torch.distributed.destroy_process_group()
+
+
+def test_counts_of_two_ranks_merge(tmp_path):
+    mp.spawn(_count_on_two_ranks, args=(str(tmp_path / "store"),), nprocs=2)
+
+
+def test_palette_with_room_for_every_colour_is_exact():
+    baselines = metrics.ColorBaselines(patch_size=1, color_count=4096)
+    levels = photographs(16)
+    baselines.update(levels)
+    palette = baselines.fit()
+    assert len(palette) == len(levels.permute(0, 2, 3, 1).reshape(-1, 3).unique(dim=0))
+    assert baselines.palette_psnr(palette) == [math.inf] * 4
+    assert torch.equal(baselines.draw_palette(levels[2], palette), levels[2])
+
+
+@pytest.mark.parametrize("height, width", [(64, 64), (37, 61)])
+def test_baseline_psnr_is_that_of_the_drawn_pictures(height, width):
+    levels = photographs()[:, :, :height, :width]
+    baselines = metrics.ColorBaselines(patch_size=8, color_count=20)
+    baselines.update(levels)
+    palette = baselines.fit()
+    mean_psnr, palette_psnr = baselines.mean_color_psnr(), baselines.palette_psnr(palette)
+    for i, picture in enumerate(levels):
+        for drawn, psnr in [
+            (baselines.draw_mean_color(picture), mean_psnr[i]),
+            (baselines.draw_palette(picture, palette), palette_psnr[i]),
+        ]:
+            assert drawn.shape == picture.shape and drawn.dtype == torch.uint8
+            want = skimage.metrics.peak_signal_noise_ratio(picture.numpy(), drawn.numpy())
+            assert psnr == pytest.approx(want, abs=1e-6)
+    assert all(p > m + 2 for p, m in zip(palette_psnr, mean_psnr))
+    assert len(baselines.draw_mean_color(levels[0]).flatten(1).unique(dim=1).T) == 1
+
+
+def test_palette_is_seeded_and_as_good_as_scipy():
+    random = np.random.default_rng(3)
+    color = random.normal(128, 30, (4000, 3)).clip(0, 255)
+    weight = np.ones(len(color))
+    palette = metrics.fit_palette(color, weight, 64, seed=1)
+    assert palette.shape == (64, 3)
+    assert np.array_equal(palette, metrics.fit_palette(color, weight, 64, seed=1))
+    assert not np.array_equal(palette, metrics.fit_palette(color, weight, 64, seed=2))
+
+    def cost(palette_k3):
+        return ((color[:, None] - palette_k3[None]) ** 2).sum(-1).min(1).mean()
+
+    scipy_palette, _ = kmeans2(color, 64, minit="++", iter=50, seed=1)
+    assert cost(palette.astype(float)) < 1.05 * cost(scipy_palette)

@@ -1,0 +1,17 @@
+"""Measures of a tokenizer: pictures (image), codes (codebook), and what they must be compared with (baselines)."""
+
+from trainer.metrics.baselines import ColorBaselines, fit_palette
+from trainer.metrics.codebook import CodebookUsage
+from trainer.metrics.image import FiniteMean, Padding, finite_mean, l1, padding, psnr, ssim, to_levels
+
+__all__ = [
+    "CodebookUsage",
+    "ColorBaselines",
+    "FiniteMean",
+    "finite_mean",
+    "fit_palette",
+    "l1",
+    "psnr",
+    "ssim",
+    "to_levels",
+]

@@ -1,0 +1,89 @@
+"""PSNR, SSIM and L1 of single images, by the protocol behind the published tables of tokenizers ("paper").
+
+The protocol: reconstructions are clamped to [-1, 1]; both pictures go to [0, 1] and through a truncating uint8;
+PSNR and SSIM have a data range of 1; SSIM has a uniform 7x7 window, the sample covariance and loses a border of 3 pixels.
+Every function returns one value an image, so that a mean is taken over images and never over means of batches.
+"""
+
+import math
+from collections.abc import Iterable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+SSIM_WINDOW = 7
+
+
+def to_levels(images_bchw: Tensor) -> Tensor:
+    """The uint8 levels of float images in [-1, 1]: clamped, then truncated, as the published numbers were computed.
+
+    Truncation after the way through float32 lowers some of the levels 1 to 95 by one. It is kept, since both pictures
+    suffer it alike and the published tables contain it.
+    """
+    return ((images_bchw.float().clamp(-1, 1) + 1) / 2 * 255).to(torch.uint8)
+
+
+def psnr(x_bchw: Tensor, y_bchw: Tensor) -> Tensor:
+    """Peak signal-to-noise ratio in dB of float images in [-1, 1]; (b,) float64, infinite where both are identical."""
+    error_bchw = to_levels(x_bchw).double() / 255 - to_levels(y_bchw).double() / 255
+    return -10 * torch.log10(error_bchw.square().mean(dim=(1, 2, 3)))
+
+
+def ssim(x_bchw: Tensor, y_bchw: Tensor) -> Tensor:
+    """Structural similarity (Wang et al. 2004) of float images in [-1, 1], mean over channels; (b,) float64.
+
+    Raises ValueError for images smaller than the window of 7x7 pixels.
+    """
+    if min(x_bchw.shape[-2:]) < SSIM_WINDOW:
+        height, width = x_bchw.shape[-2:]
+        raise ValueError(f"SSIM needs images of at least {SSIM_WINDOW}x{SSIM_WINDOW} pixels, not {width}x{height}")
+    # float64, because the variances are differences of nearly equal numbers.
+    x, y = to_levels(x_bchw).double() / 255, to_levels(y_bchw).double() / 255
+
+    def window_mean(values: Tensor) -> Tensor:  # without padding, so the border of 3 pixels is dropped
+        return F.avg_pool2d(values, SSIM_WINDOW, stride=1)
+
+    sample = SSIM_WINDOW**2 / (SSIM_WINDOW**2 - 1)
+    mean_x, mean_y = window_mean(x), window_mean(y)
+    variance_x = sample * (window_mean(x * x) - mean_x * mean_x)
+    variance_y = sample * (window_mean(y * y) - mean_y * mean_y)
+    covariance = sample * (window_mean(x * y) - mean_x * mean_y)
+    c1, c2 = 0.01**2, 0.03**2
+    similarity = ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)) / (
+        (mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2)
+    )
+    return similarity.mean(dim=(1, 2, 3))
+
+
+def l1(x_bchw: Tensor, y_bchw: Tensor) -> Tensor:
+    """Mean absolute difference of float images in [-1, 1], clamped but not rounded; (b,), between 0 and 2."""
+    return (x_bchw.float().clamp(-1, 1) - y_bchw.float().clamp(-1, 1)).abs().mean(dim=(1, 2, 3))
+
+
+class FiniteMean(NamedTuple):
+    mean: float
+    infinite_count: int
+
+
+def finite_mean(values: Iterable[float]) -> FiniteMean:
+    """The mean of the finite values, and how many were infinite; the mean is infinite where all of them are."""
+    values = list(values)
+    finite = [value for value in values if not math.isinf(value)]
+    return FiniteMean(math.fsum(finite) / len(finite) if finite else math.inf, len(values) - len(finite))
+
+
+class Padding(NamedTuple):
+    """Pixels added on each side."""
+
+    left: int
+    right: int
+    top: int
+    bottom: int
+
+
+def padding(height: int, width: int, multiple: int) -> Padding:
+    """What brings both sides to a multiple, the smaller half at the left and the top."""
+    extra_h, extra_w = -height % multiple, -width % multiple
+    return Padding(extra_w // 2, extra_w - extra_w // 2, extra_h // 2, extra_h - extra_h // 2)
