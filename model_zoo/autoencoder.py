@@ -1,0 +1,254 @@
+"""The convolutional encoder and decoder of VQGAN (arXiv 2012.09841), with its parameter names.
+
+Published tokenizers load by name: `down.I.block.J.conv1`, `up.I.upsample.conv` and so on, levels numbered from the finest.
+`patch_size` > 1 is ours: the first and last convolution work on patches, which saves the costly fine levels of small models.
+"""
+
+from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from model_zoo import ModelError
+
+
+def group_norm(channels: int, eps: float = 1e-6) -> nn.GroupNorm:
+    """GroupNorm with VQGAN's 32 groups where they divide `channels`, else with the most groups of 4 channels or more.
+
+    4 channels a group is what VQGAN's narrowest layers have (128 / 32). Groups of one channel would be instance norm, which
+    erases every channel's mean; the 32 groups of a 32 channel layer are just that, so give small models 64 or 128 channels.
+    """
+    if channels % 32 == 0:
+        groups = 32
+    else:
+        groups = max(g for g in range(1, 32) if channels % g == 0 and (g == 1 or channels // g >= 4))
+    return nn.GroupNorm(groups, channels, eps=eps)
+
+
+class ResBlock(nn.Module):
+    """Two (norm, SiLU, 3x3 convolution) beside a shortcut, which is a 1x1 convolution where the width changes."""
+
+    def __init__(self, in_channels: int, out_channels: int):
+        super().__init__()
+        self.norm1 = group_norm(in_channels)
+        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = group_norm(out_channels)
+        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
+        self.nin_shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x_bchw: torch.Tensor) -> torch.Tensor:
+        hidden_bchw = self.conv1(F.silu(self.norm1(x_bchw)))
+        hidden_bchw = self.conv2(F.silu(self.norm2(hidden_bchw)))
+        return self.nin_shortcut(x_bchw) + hidden_bchw
+
+
+class AttentionBlock(nn.Module):
+    """Single-head self-attention among all h*w positions, added to its input."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.norm = group_norm(channels)
+        self.q = nn.Conv2d(channels, channels, 1)
+        self.k = nn.Conv2d(channels, channels, 1)
+        self.v = nn.Conv2d(channels, channels, 1)
+        self.proj_out = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x_bchw: torch.Tensor) -> torch.Tensor:
+        normed_bchw = self.norm(x_bchw)
+        # (b, one head, tokens, channels); in channels_last memory these are views.
+        q, k, v = (layer(normed_bchw).flatten(2).transpose(1, 2).unsqueeze(1) for layer in (self.q, self.k, self.v))
+        attended_bnc = F.scaled_dot_product_attention(q, k, v).squeeze(1)
+        return x_bchw + self.proj_out(attended_bnc.transpose(1, 2).unflatten(2, x_bchw.shape[2:]))
+
+
+class Downsample(nn.Module):
+    """Halves the sides: 3x3 convolution of stride 2 after one row and column of zeros at the bottom and right."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2)
+
+    def forward(self, x_bchw: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.pad(x_bchw, (0, 1, 0, 1)))
+
+
+class Upsample(nn.Module):
+    """Doubles the sides: nearest neighbour, then a 3x3 convolution."""
+
+    def __init__(self, channels: int):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x_bchw: torch.Tensor) -> torch.Tensor:
+        return self.conv(F.interpolate(x_bchw, scale_factor=2.0, mode="nearest"))
+
+
+class Level(nn.Module):
+    """The residual blocks of one resolution, each followed by attention where `attention` says so."""
+
+    def __init__(self, in_channels: int, out_channels: int, num_res_blocks: int, attention: bool):
+        super().__init__()
+        widths = [in_channels] + [out_channels] * num_res_blocks
+        self.block = nn.ModuleList(ResBlock(a, b) for a, b in pairwise(widths))
+        self.attn = nn.ModuleList(AttentionBlock(out_channels) for _ in range(num_res_blocks if attention else 0))
+
+    def forward(self, x_bchw: torch.Tensor) -> torch.Tensor:
+        for index, block in enumerate(self.block):
+            x_bchw = block(x_bchw)
+            if self.attn:
+                x_bchw = self.attn[index](x_bchw)
+        return x_bchw
+
+
+class DownLevel(Level):
+    """A level of the encoder; all but the coarsest end by halving the sides."""
+
+    def __init__(self, in_channels: int, out_channels: int, num_res_blocks: int, attention: bool, coarsest: bool):
+        super().__init__(in_channels, out_channels, num_res_blocks, attention)
+        self.downsample = nn.Identity() if coarsest else Downsample(out_channels)
+
+    def forward(self, x_bchw: torch.Tensor) -> torch.Tensor:
+        return self.downsample(super().forward(x_bchw))
+
+
+class UpLevel(Level):
+    """A level of the decoder; all but the finest end by doubling the sides."""
+
+    def __init__(self, in_channels: int, out_channels: int, num_res_blocks: int, attention: bool, finest: bool):
+        super().__init__(in_channels, out_channels, num_res_blocks, attention)
+        self.upsample = nn.Identity() if finest else Upsample(out_channels)
+
+    def forward(self, x_bchw: torch.Tensor) -> torch.Tensor:
+        return self.upsample(super().forward(x_bchw))
+
+
+def middle(channels: int) -> nn.Sequential:
+    """Residual block, attention, residual block, at the coarsest resolution."""
+    return nn.Sequential(
+        OrderedDict(
+            block_1=ResBlock(channels, channels), attn_1=AttentionBlock(channels), block_2=ResBlock(channels, channels)
+        )
+    )
+
+
+def levels_with_attention(
+    attention_factors: Sequence[int], patch_size: int, channel_multipliers: Sequence[int]
+) -> list[bool]:
+    """For each level, whether its downsampling factor `patch_size * 2^level` is among `attention_factors`.
+
+    Raises ModelError for a factor that no level has.
+    """
+    factors = [patch_size * 2**level for level in range(len(channel_multipliers))]
+    unknown = sorted(set(attention_factors) - set(factors))
+    if unknown:
+        raise ModelError(
+            f"attention_factors {unknown} fit no level: with patch_size {patch_size} and {len(factors)} channel_multipliers"
+            f" the levels have factors {factors}; choose among these, or [] for attention in the middle only"
+        )
+    return [factor in attention_factors for factor in factors]
+
+
+class Encoder(nn.Module):
+    """Images to latents (VQGAN's encoder).
+
+    Args:
+        channels: width that each entry of `channel_multipliers` multiplies.
+        channel_multipliers: one per level, finest first; each level but the last halves the sides.
+        num_res_blocks: residual blocks per level.
+        attention_factors: downsampling factors (`patch_size * 2^level`) of the levels that have attention.
+        latent_channels: channels of the output.
+        patch_size: side of the first convolution's patches; 1 is VQGAN, whose first convolution is 3x3.
+        image_channels: channels of the input.
+
+    Raises:
+        ModelError: an attention factor that no level has; in `forward`, sides that are no multiple of the factor.
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        channel_multipliers: Sequence[int],
+        num_res_blocks: int,
+        attention_factors: Sequence[int],
+        latent_channels: int,
+        patch_size: int = 1,
+        image_channels: int = 3,
+    ):
+        super().__init__()
+        widths = [channels * multiplier for multiplier in channel_multipliers]
+        attention = levels_with_attention(attention_factors, patch_size, channel_multipliers)
+        coarsest = len(widths) - 1
+        self.downsampling_factor = patch_size * 2**coarsest
+
+        if patch_size == 1:
+            self.conv_in = nn.Conv2d(image_channels, channels, 3, padding=1)
+        else:
+            self.conv_in = nn.Conv2d(image_channels, channels, patch_size, stride=patch_size)
+        self.down = nn.ModuleList(
+            DownLevel(in_channels, out_channels, num_res_blocks, attention[level], level == coarsest)
+            for level, (in_channels, out_channels) in enumerate(zip([channels, *widths], widths))
+        )
+        self.mid = middle(widths[-1])
+        self.norm_out = group_norm(widths[-1])
+        self.conv_out = nn.Conv2d(widths[-1], latent_channels, 3, padding=1)
+
+    def forward(self, images_bchw: torch.Tensor) -> torch.Tensor:
+        """(b, image_channels, h, w) -> (b, latent_channels, h / factor, w / factor)."""
+        height, width = images_bchw.shape[2:]
+        factor = self.downsampling_factor
+        if height % factor or width % factor:
+            fitting = " x ".join(str(max(side // factor, 1) * factor) for side in (height, width))
+            raise ModelError(
+                f"images of {height} x {width} do not divide into tokens of {factor} x {factor} pixels:"
+                f" resize or crop them, for instance to {fitting}"
+            )
+        hidden_bchw = self.conv_in(images_bchw)
+        for level in self.down:
+            hidden_bchw = level(hidden_bchw)
+        hidden_bchw = self.mid(hidden_bchw)
+        return self.conv_out(F.silu(self.norm_out(hidden_bchw)))
+
+
+class Decoder(nn.Module):
+    """Latents to images (VQGAN's decoder), the mirror of `Encoder` with one residual block more per level.
+
+    Arguments and errors are those of `Encoder`. With `patch_size` > 1 the last convolution gives each patch's pixels as channels
+    and a pixel shuffle lays them out.
+    """
+
+    def __init__(
+        self,
+        *,
+        channels: int,
+        channel_multipliers: Sequence[int],
+        num_res_blocks: int,
+        attention_factors: Sequence[int],
+        latent_channels: int,
+        patch_size: int = 1,
+        image_channels: int = 3,
+    ):
+        super().__init__()
+        widths = [channels * multiplier for multiplier in channel_multipliers]
+        attention = levels_with_attention(attention_factors, patch_size, channel_multipliers)
+
+        self.conv_in = nn.Conv2d(latent_channels, widths[-1], 3, padding=1)
+        self.mid = middle(widths[-1])
+        # Numbered by resolution like the encoder's, run from the last: each takes what the next coarser level gives.
+        self.up = nn.ModuleList(
+            UpLevel(in_channels, out_channels, num_res_blocks + 1, attention[level], level == 0)
+            for level, (in_channels, out_channels) in enumerate(zip([*widths[1:], widths[-1]], widths))
+        )
+        self.norm_out = group_norm(widths[0])
+        self.conv_out = nn.Conv2d(widths[0], image_channels * patch_size**2, 3, padding=1)
+        self.pixel_shuffle = nn.PixelShuffle(patch_size)
+
+    def forward(self, latents_bchw: torch.Tensor) -> torch.Tensor:
+        """(b, latent_channels, h, w) -> (b, image_channels, h * factor, w * factor), not clamped."""
+        hidden_bchw = self.mid(self.conv_in(latents_bchw))
+        for level in reversed(self.up):
+            hidden_bchw = level(hidden_bchw)
+        return self.pixel_shuffle(self.conv_out(F.silu(self.norm_out(hidden_bchw))))
