@@ -1,0 +1,80 @@
+import pytest
+import torch
+from torch import nn
+
+from model_zoo import ModelError
+from model_zoo.discriminator import PatchDiscriminator
+
+
+def test_parameter_count_is_the_published_one():
+    assert sum(parameter.numel() for parameter in PatchDiscriminator().parameters()) == 2_765_633
+
+
+def test_state_dict_names_and_shapes_are_the_published_ones():
+    shapes = {name: tuple(tensor.shape) for name, tensor in PatchDiscriminator().state_dict().items()}
+    expected = {"main.0.weight": (64, 3, 4, 4), "main.0.bias": (64,)}
+    for index, (in_channels, out_channels) in zip((2, 5, 8), ((64, 128), (128, 256), (256, 512))):
+        expected[f"main.{index}.weight"] = (out_channels, in_channels, 4, 4)
+        for name in ("weight", "bias", "running_mean", "running_var"):
+            expected[f"main.{index + 1}.{name}"] = (out_channels,)
+        expected[f"main.{index + 1}.num_batches_tracked"] = ()
+    expected |= {"main.11.weight": (1, 512, 4, 4), "main.11.bias": (1,)}
+    assert shapes == expected
+
+
+@pytest.mark.parametrize("norm", ["batch", "group"])
+def test_initialisation(norm):
+    torch.manual_seed(0)
+    for module in PatchDiscriminator(norm=norm).requires_grad_(False).main:
+        if isinstance(module, nn.Conv2d):
+            assert abs(module.weight.mean()) < 0.002
+            assert module.weight.std() == pytest.approx(0.02, rel=0.05)
+        elif isinstance(module, (nn.BatchNorm2d, nn.GroupNorm)):
+            assert module.weight.mean() == pytest.approx(1.0, abs=0.01)
+            assert module.weight.std() == pytest.approx(0.02, rel=0.2)
+            assert not module.bias.any()
+            assert module.eps == 1e-5
+        else:
+            assert module.negative_slope == 0.2
+
+
+def test_logit_map_of_256_pixels():
+    with torch.device("meta"):
+        assert PatchDiscriminator()(torch.empty(2, 3, 256, 256)).shape == (2, 1, 30, 30)
+
+
+def test_receptive_field_is_70_pixels():
+    torch.manual_seed(0)
+    discriminator = PatchDiscriminator(channels=4).eval()
+    images_bchw = torch.randn(1, 3, 128, 128, requires_grad=True)
+    discriminator(images_bchw)[0, 0, 7, 7].backward()
+    seen = images_bchw.grad[0].abs().sum(dim=0).nonzero()
+    assert (seen.amax(dim=0) - seen.amin(dim=0) + 1).tolist() == [70, 70]
+
+
+def test_group_norm_judges_real_and_fake_in_one_forward():
+    torch.manual_seed(0)
+    real_bchw, fake_bchw = torch.randn(2, 3, 32, 32), 3 + 2 * torch.randn(2, 3, 32, 32)
+
+    def together_and_apart(discriminator):
+        together = discriminator(torch.cat([real_bchw, fake_bchw]))
+        return together, torch.cat([discriminator(real_bchw), discriminator(fake_bchw)])
+
+    together, apart = together_and_apart(PatchDiscriminator(channels=8, norm="group"))
+    torch.testing.assert_close(together, apart, rtol=1e-4, atol=1e-5)
+    together, apart = together_and_apart(PatchDiscriminator(channels=8, norm="batch"))
+    assert not torch.allclose(together, apart, atol=1e-2)
+
+
+@pytest.mark.parametrize("layers", [2, 3])
+def test_images_too_small_name_the_smallest_side(layers):
+    discriminator = PatchDiscriminator(channels=4, layers=layers)
+    smallest = 3 * 2**layers
+    assert discriminator(torch.randn(2, 3, smallest, smallest)).shape == (2, 1, 1, 1)
+    with pytest.raises(ModelError, match=f"at least {smallest} pixels"):
+        discriminator(torch.randn(2, 3, smallest, smallest - 1))
+
+
+def test_unknown_norm_names_the_choices():
+    with pytest.raises(ModelError, match="'layer': choose one of batch, group"):
+        PatchDiscriminator(norm="layer")
