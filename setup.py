@@ -1,0 +1,51 @@
+"""Package metadata. `pip install -e ".[test]"` for work on the code, `pip install .` for use."""
+
+from setuptools import find_packages, setup
+
+setup(
+    name="ibq",
+    version="0.1.0",
+    description="A trainer for discrete image tokenizers (index backpropagation quantization)",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    # Saying where the packages lie makes an editable install a plain path entry. Without it setuptools installs an
+    # import hook that is asked last, and any folder called `data` in the working directory would win over ours.
+    package_dir={"": "."},
+    packages=find_packages(
+        include=["trainer", "trainer.*", "model_zoo", "model_zoo.*", "data", "data.*", "tools", "tools.*", "ds_configs"]
+    ),
+    package_data={"model_zoo": ["recipes/**/*.yaml"], "data": ["sources.yaml"], "ds_configs": ["*.json"]},
+    install_requires=[
+        "torch>=2.11",
+        "torchvision",
+        "deepspeed>=0.19,<0.20",  # patch releases have broken runs before: widen only after the tests pass
+        "webdataset>=1.0.2,<2",
+        "lpips>=0.1.4",
+        "torch-fidelity>=0.4.0",
+        "tensorboard",
+        "omegaconf>=2.3",
+        "typer>=0.15",
+        "rich>=13",
+        "safetensors>=0.4",
+        "einops>=0.8",
+        "scikit-image>=0.24",
+        "scipy>=1.11",
+        "matplotlib>=3.8",
+        "numpy>=1.26",
+        "pillow>=10.1",
+        "packaging>=23",
+    ],
+    extras_require={
+        # NVIDIA's apex is used where present but has no wheel: PyPI's `apex` is another project. See `ibq doctor`.
+        "gpu": ["flash-attn>=2.6"],
+        "test": ["pytest>=8", "ruff>=0.12", "setuptools>=77"],
+        "dev": ["pre-commit>=3.5"],
+    },
+    entry_points={"console_scripts": ["ibq = tools.cli:main"]},
+    classifiers=[
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.10",
+        "Operating System :: POSIX :: Linux",
+        "Topic :: Scientific/Engineering :: Image Processing",
+    ],
+)
