@@ -2,15 +2,18 @@
 
 from trainer.metrics.baselines import ColorBaselines, fit_palette
 from trainer.metrics.codebook import CodebookUsage
-from trainer.metrics.image import FiniteMean, Padding, finite_mean, l1, padding, psnr, ssim, to_levels
+from trainer.metrics.image import SSIM_WINDOW, FiniteMean, Padding, finite_mean, l1, padding, psnr, ssim, to_levels
 
 __all__ = [
+    "SSIM_WINDOW",
     "CodebookUsage",
     "ColorBaselines",
     "FiniteMean",
+    "Padding",
     "finite_mean",
     "fit_palette",
     "l1",
+    "padding",
     "psnr",
     "ssim",
     "to_levels",

@@ -1,7 +1,7 @@
 """PSNR, SSIM and L1 of single images, by the protocol behind the published tables of tokenizers ("paper").
 
 The protocol: reconstructions are clamped to [-1, 1]; both pictures go to [0, 1] and through a truncating uint8;
-PSNR and SSIM have a data range of 1; SSIM has a uniform 7x7 window, the sample covariance and loses a border of 3 pixels.
+PSNR and SSIM have a data range of 1; SSIM has a uniform 7x7 window, the sample covariance, and no border of 3 pixels.
 Every function returns one value an image, so that a mean is taken over images and never over means of batches.
 """
 

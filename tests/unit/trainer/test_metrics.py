@@ -145,7 +145,7 @@ def test_baseline_psnr_is_that_of_the_drawn_pictures(height, width):
             assert drawn.shape == picture.shape and drawn.dtype == torch.uint8
             want = skimage.metrics.peak_signal_noise_ratio(picture.numpy(), drawn.numpy())
             assert psnr == pytest.approx(want, abs=1e-6)
-    assert all(p > m + 2 for p, m in zip(palette_psnr, mean_psnr))
+    assert all(p > m + 2 for p, m in zip(palette_psnr, mean_psnr, strict=True))
     assert len(baselines.draw_mean_color(levels[0]).flatten(1).unique(dim=1).T) == 1
 
 
