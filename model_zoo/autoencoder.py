@@ -1,7 +1,8 @@
 """The convolutional encoder and decoder of VQGAN (arXiv 2012.09841), with its parameter names.
 
-Published tokenizers load by name: `down.I.block.J.conv1`, `up.I.upsample.conv` and so on, levels numbered from the finest.
-`patch_size` > 1 is ours: the first and last convolution work on patches, which saves the costly fine levels of small models.
+Published tokenizers load by name: `down.I.block.J.conv1`, `up.I.upsample.conv` and so on, levels numbered from the
+finest. `patch_size` > 1 is ours: the first and last convolution work on patches, which saves small models the costly
+fine levels.
 """
 
 from collections import OrderedDict
@@ -18,8 +19,8 @@ from model_zoo import ModelError
 def group_norm(channels: int, eps: float = 1e-6) -> nn.GroupNorm:
     """GroupNorm with VQGAN's 32 groups where they divide `channels`, else with the most groups of 4 channels or more.
 
-    4 channels a group is what VQGAN's narrowest layers have (128 / 32). Groups of one channel would be instance norm, which
-    erases every channel's mean; the 32 groups of a 32 channel layer are just that, so give small models 64 or 128 channels.
+    4 channels a group is what VQGAN's narrowest layers have (128 / 32). Groups of one channel would be instance norm,
+    which erases every channel's mean; the 32 groups of a 32 channel layer are just that, so give small models 64 or more.
     """
     if channels % 32 == 0:
         groups = 32
@@ -145,8 +146,8 @@ def levels_with_attention(
     unknown = sorted(set(attention_factors) - set(factors))
     if unknown:
         raise ModelError(
-            f"attention_factors {unknown} fit no level: with patch_size {patch_size} and {len(factors)} channel_multipliers"
-            f" the levels have factors {factors}; choose among these, or [] for attention in the middle only"
+            f"attention_factors {unknown} fit no level: with patch_size {patch_size} and {len(factors)}"
+            f" channel_multipliers the levels have factors {factors}; choose among these, or [] for attention in the middle only"
         )
     return [factor in attention_factors for factor in factors]
 
@@ -190,7 +191,7 @@ class Encoder(nn.Module):
             self.conv_in = nn.Conv2d(image_channels, channels, patch_size, stride=patch_size)
         self.down = nn.ModuleList(
             DownLevel(in_channels, out_channels, num_res_blocks, attention[level], level == coarsest)
-            for level, (in_channels, out_channels) in enumerate(zip([channels, *widths], widths))
+            for level, (in_channels, out_channels) in enumerate(pairwise([channels, *widths]))
         )
         self.mid = middle(widths[-1])
         self.norm_out = group_norm(widths[-1])
@@ -216,8 +217,8 @@ class Encoder(nn.Module):
 class Decoder(nn.Module):
     """Latents to images (VQGAN's decoder), the mirror of `Encoder` with one residual block more per level.
 
-    Arguments and errors are those of `Encoder`. With `patch_size` > 1 the last convolution gives each patch's pixels as channels
-    and a pixel shuffle lays them out.
+    Arguments are those of `Encoder`, and so is the error of an unknown attention factor. With `patch_size` > 1 the last
+    convolution gives each patch's pixels as channels and a pixel shuffle lays them out.
     """
 
     def __init__(
@@ -240,7 +241,7 @@ class Decoder(nn.Module):
         # Numbered by resolution like the encoder's, run from the last: each takes what the next coarser level gives.
         self.up = nn.ModuleList(
             UpLevel(in_channels, out_channels, num_res_blocks + 1, attention[level], level == 0)
-            for level, (in_channels, out_channels) in enumerate(zip([*widths[1:], widths[-1]], widths))
+            for level, (in_channels, out_channels) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True))
         )
         self.norm_out = group_norm(widths[0])
         self.conv_out = nn.Conv2d(widths[0], image_channels * patch_size**2, 3, padding=1)

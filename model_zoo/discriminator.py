@@ -15,9 +15,9 @@ class PatchDiscriminator(nn.Module):
     With the defaults a logit sees 70 x 70 pixels, and there are 2,765,633 parameters.
     Published weights (`loss.discriminator.main.N.*`) load into `norm="batch"` by name.
 
-    `norm="batch"`: real and fake images must go through separate forwards, so that their statistics never mix; in one batch
-    each would be normalised by the other, and D would judge a mean that no single image has. Both forwards come before
-    their one backward, so a data-parallel wrapper must not broadcast the running statistics in between.
+    `norm="batch"`: real and fake images must go through separate forwards, so that their statistics never mix: in one
+    batch, half of the mean that normalises a real image would come from fakes, and the other way round. Both forwards
+    come before their one backward, so a data-parallel wrapper must not broadcast the running statistics in between.
     `norm="group"`: no image knows of another, so that one forward of real and fake together does for both.
 
     Args:

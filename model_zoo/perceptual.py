@@ -43,8 +43,8 @@ class Perceptual(nn.Module):
             raise ModelError(f"LPIPS compares images of one shape, got {(*x_bchw.shape,)} and {(*y_bchw.shape,)}")
         if min(x_bchw.shape[2:]) < 16:
             raise ModelError(
-                f"images of {x_bchw.shape[2]} x {x_bchw.shape[3]} are too small for LPIPS: use sides of at least 16 pixels,"
-                " or train without it (loss.perceptual.weight=0)"
+                f"images of {x_bchw.shape[2]} x {x_bchw.shape[3]} are too small for LPIPS: use sides of at least 16"
+                " pixels, or train without it (loss.perceptual.weight=0)"
             )
         return self.lpips(x_bchw, y_bchw).flatten()
 

@@ -144,7 +144,7 @@ def test_bf16_autocast():
 
 
 def test_sides_that_do_not_divide_name_the_mend():
-    with pytest.raises(ModelError, match="10 x 17 .* tokens of 4 x 4 .* to 8 x 16") as error:
+    with pytest.raises(ModelError, match=r"10 x 17 .* tokens of 4 x 4 .* to 8 x 16") as error:
         Encoder(**TINY)(torch.randn(1, 3, 10, 17))
     assert "\n" not in str(error.value)
 

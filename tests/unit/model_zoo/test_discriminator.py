@@ -13,7 +13,7 @@ def test_parameter_count_is_the_published_one():
 def test_state_dict_names_and_shapes_are_the_published_ones():
     shapes = {name: tuple(tensor.shape) for name, tensor in PatchDiscriminator().state_dict().items()}
     expected = {"main.0.weight": (64, 3, 4, 4), "main.0.bias": (64,)}
-    for index, (in_channels, out_channels) in zip((2, 5, 8), ((64, 128), (128, 256), (256, 512))):
+    for index, (in_channels, out_channels) in zip((2, 5, 8), ((64, 128), (128, 256), (256, 512)), strict=True):
         expected[f"main.{index}.weight"] = (out_channels, in_channels, 4, 4)
         for name in ("weight", "bias", "running_mean", "running_var"):
             expected[f"main.{index + 1}.{name}"] = (out_channels,)

@@ -55,7 +55,7 @@ def lpips_by_hand(vgg16_file: Path, x_bchw: torch.Tensor, y_bchw: torch.Tensor) 
 
     return sum(
         F.conv2d((a - b).square(), head).mean(dim=(1, 2, 3))
-        for a, b, head in zip(features(x_bchw), features(y_bchw), heads)
+        for a, b, head in zip(features(x_bchw), features(y_bchw), heads, strict=True)
     )
 
 
@@ -108,7 +108,7 @@ def test_missing_file_names_file_place_and_way_out(tmp_path, monkeypatch):
     for part in (f"no such file at {place}", VGG16_FILE, "loss.perceptual.weight=0"):
         assert part in str(error.value)
     assert "\n" not in str(error.value)
-    with pytest.raises(ModelError, match="no such file at .*mine.pth"):
+    with pytest.raises(ModelError, match=r"no such file at .*mine\.pth"):
         Perceptual(str(tmp_path / "mine.pth"))
 
 
@@ -121,7 +121,7 @@ def test_wrong_hash_names_file_and_hash(vgg16_file):
 
 
 def test_expected_hash_is_the_one_in_the_file_name():
-    assert VGG16_FILE == f"vgg16-{VGG16_SHA256[:8]}.pth"
+    assert f"vgg16-{VGG16_SHA256[:8]}.pth" == VGG16_FILE
 
 
 def test_bad_images(loss):
