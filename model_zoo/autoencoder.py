@@ -20,7 +20,7 @@ def group_norm(channels: int, eps: float = 1e-6) -> nn.GroupNorm:
     """GroupNorm with VQGAN's 32 groups where they divide `channels`, else with the most groups of 4 channels or more.
 
     4 channels a group is what VQGAN's narrowest layers have (128 / 32). Groups of one channel would be instance norm,
-    which erases every channel's mean; the 32 groups of a 32 channel layer are just that, so give small models 64 or more.
+    which erases every channel's mean; the 32 groups of a 32 channel layer are just that, so small models want 64.
     """
     if channels % 32 == 0:
         groups = 32
@@ -147,7 +147,8 @@ def levels_with_attention(
     if unknown:
         raise ModelError(
             f"attention_factors {unknown} fit no level: with patch_size {patch_size} and {len(factors)}"
-            f" channel_multipliers the levels have factors {factors}; choose among these, or [] for attention in the middle only"
+            f" channel_multipliers the levels have factors {factors}; choose among these, or [] for attention in the"
+            " middle only"
         )
     return [factor in attention_factors for factor in factors]
 
