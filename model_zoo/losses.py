@@ -1,0 +1,181 @@
+"""Losses of tokenizer training, each a plain function of tensors; the task weighs and logs them by name.
+
+Facts: arXiv 2412.02692 (eq. 12 and the entropy penalty), VQGAN (arXiv 2012.09841), LeCAM (arXiv 2104.03310).
+"""
+
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model_zoo.ops.index_backprop import AVERAGE_ENTROPY_EPSILON, average_entropy
+from model_zoo.quantizers import Quantized
+
+
+@dataclass
+class ReconstructionLoss:
+    """Mean absolute error on [-1, 1]."""
+
+    weight: float = 1.0
+
+
+@dataclass
+class PerceptualLoss:
+    """LPIPS with VGG16, whose weights file the user supplies (a path here, or torch's cache)."""
+
+    weight: float = 1.0
+    vgg16_weights: str | None = None
+
+
+@dataclass
+class GeneratorLoss:
+    """The generator's adversarial term."""
+
+    weight: float = 0.1
+    kind: str = "non_saturating"
+    # VQGAN's rule: weight x |grad of reconstruction| / |grad of this term| at the last layer, capped.
+    adaptive: bool = False
+    adaptive_cap: float = 1e4
+    # First step of the term (None: with the discriminator), and the steps in which it grows from 0 to its weight.
+    start_step: int | None = None
+    ramp_steps: int = 0
+
+
+@dataclass
+class DiscriminatorLoss:
+    """The discriminator's own loss: ``hinge`` or ``vanilla``; it learns from ``start_step`` on."""
+
+    kind: str = "hinge"
+    start_step: int = 0
+
+
+@dataclass
+class LecamLoss:
+    """LeCAM regularisation of the discriminator."""
+
+    weight: float = 0.05
+    decay: float = 0.999
+
+
+@dataclass
+class QuantizerLoss:
+    """VQ losses. ``form`` says on which term beta sits; see `quantizer_loss`."""
+
+    weight: float = 1.0
+    form: str = "reference"
+    beta: float = 0.25
+    double_quantization_weight: float = 1.0
+
+
+@dataclass
+class EntropyLoss:
+    """weight x (sample_weight x sample entropy - average_weight x average entropy)."""
+
+    weight: float = 0.05
+    temperature: float = 0.01
+    sample_weight: float = 1.0
+    average_weight: float = 1.0
+
+
+@dataclass
+class LossConfig:
+    """All terms of tokenizer training; the defaults are the published ones."""
+
+    reconstruction: ReconstructionLoss = field(default_factory=ReconstructionLoss)
+    perceptual: PerceptualLoss = field(default_factory=PerceptualLoss)
+    generator: GeneratorLoss = field(default_factory=GeneratorLoss)
+    discriminator: DiscriminatorLoss = field(default_factory=DiscriminatorLoss)
+    lecam: LecamLoss = field(default_factory=LecamLoss)
+    quantizer: QuantizerLoss = field(default_factory=QuantizerLoss)
+    entropy: EntropyLoss = field(default_factory=EntropyLoss)
+
+
+def hinge_discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+    """Half the sum of the real and fake hinges, a mean over all logits."""
+    return 0.5 * (F.relu(1 - logits_real).mean() + F.relu(1 + logits_fake).mean())
+
+
+def vanilla_discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+    """Half the sum of the two cross-entropies (Goodfellow et al. 2014), a mean over all logits."""
+    return 0.5 * (F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean())
+
+
+def non_saturating_generator_loss(logits_fake_b1hw: Tensor) -> Tensor:
+    """Mean of -log sigmoid of each image's *mean* logit: the patches are averaged first, as in the published runs."""
+    return F.softplus(-logits_fake_b1hw.flatten(1).mean(dim=1)).mean()
+
+
+def linear_generator_loss(logits_fake_b1hw: Tensor) -> Tensor:
+    """Minus the mean logit, VQGAN's partner of the hinge."""
+    return -logits_fake_b1hw.mean()
+
+
+DISCRIMINATOR_LOSSES = {"hinge": hinge_discriminator_loss, "vanilla": vanilla_discriminator_loss}
+GENERATOR_LOSSES = {"non_saturating": non_saturating_generator_loss, "linear": linear_generator_loss}
+
+
+class Lecam(nn.Module):
+    """LeCAM: pulls the logits towards running means of the opposite side.
+
+    The means are buffers, so they are saved and resumed. They start at 0, as in the published training.
+    """
+
+    def __init__(self, decay: float):
+        super().__init__()
+        self.decay = decay
+        self.register_buffer("mean_real", torch.zeros(()))
+        self.register_buffer("mean_fake", torch.zeros(()))
+
+    def forward(self, logits_real: Tensor, logits_fake: Tensor) -> Tensor:
+        """mean(relu(D(real) - mean_fake)^2) + mean(relu(mean_real - D(fake))^2)."""
+        return (
+            F.relu(logits_real - self.mean_fake).square().mean() + F.relu(self.mean_real - logits_fake).square().mean()
+        )
+
+    @torch.no_grad()
+    def update(self, mean_real: Tensor, mean_fake: Tensor) -> None:
+        """Takes the mean logits of one *global* batch; call it once a step, after the step's backward passes."""
+        self.mean_real.lerp_(mean_real.to(self.mean_real.dtype), 1 - self.decay)
+        self.mean_fake.lerp_(mean_fake.to(self.mean_fake.dtype), 1 - self.decay)
+
+
+def quantizer_loss(quantized: Quantized, config: QuantizerLoss) -> Tensor:
+    """The VQ terms, weighed, in one of the two published forms.
+
+    ``paper``: codebook + beta x commitment (arXiv 2412.02692 eq. 12; van den Oord et al. eq. 3).
+    ``reference``: commitment + beta x codebook, what the released IBQ code computes and its checkpoints learned from
+    (VQGAN's code has the same slip). Where the quantizer has a double quantization term, it is added.
+    """
+    if config.form == "paper":
+        loss = quantized.codebook + config.beta * quantized.commitment
+    else:
+        loss = quantized.commitment + config.beta * quantized.codebook
+    if quantized.double_quantization is not None:
+        loss = loss + config.double_quantization_weight * quantized.double_quantization
+    return loss
+
+
+class EntropyPenalty(NamedTuple):
+    """loss is the weighed penalty; average_entropy is the entropy of the whole global batch, for the log."""
+
+    loss: Tensor
+    average_entropy: Tensor
+
+
+def entropy_penalty(quantized: Quantized, global_average_k: Tensor, config: EntropyLoss) -> EntropyPenalty:
+    """Sample entropy minus the entropy of the *global* batch's mean assignment (before ``config.weight``).
+
+    global_average_k: the mean of ``average_probability_k`` over all micro-batches and ranks, no gradient.
+    The value is that of the global batch, and so is the gradient: H is linearised at the global mean, where
+    dH/da_k = -(log(a_k + eps) + a_k / (a_k + eps)), and each micro-batch pulls by its own share. So neither the number
+    of ranks nor of micro-batches changes what is learned.
+    """
+    a_k = global_average_k.detach()
+    slope_k = -(torch.log(a_k + AVERAGE_ENTROPY_EPSILON) + a_k / (a_k + AVERAGE_ENTROPY_EPSILON))
+    pull = (slope_k * quantized.average_probability_k).sum()
+    average = average_entropy(a_k) + (pull - pull.detach())
+    return EntropyPenalty(
+        config.sample_weight * quantized.sample_entropy - config.average_weight * average, average.detach()
+    )

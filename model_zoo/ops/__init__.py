@@ -1,0 +1,5 @@
+"""Numerical operations, each public one with a slow readable twin that its fast versions are tested against."""
+
+from model_zoo.ops.index_backprop import IndexBackprop, average_entropy, index_backprop
+
+__all__ = ["IndexBackprop", "average_entropy", "index_backprop"]

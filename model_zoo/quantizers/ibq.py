@@ -1,0 +1,18 @@
+"""IBQ: index backpropagation quantization (arXiv 2412.02692)."""
+
+from torch import Tensor
+
+from model_zoo.ops.index_backprop import IndexBackprop, index_backprop
+from model_zoo.quantizers.base import Quantizer
+
+
+class IndexBackpropQuantizer(Quantizer):
+    """Picks the code with the largest dot product; the gradient reaches every code through the softmax (eq. 5-8)."""
+
+    double_quantization = True
+
+    def assign(self, z_nd: Tensor, entropy_temperature: float | None) -> IndexBackprop:
+        return index_backprop(z_nd, self.embedding.weight, entropy_temperature=entropy_temperature)
+
+    def nearest(self, z_nd: Tensor) -> Tensor:
+        return (z_nd @ self.embedding.weight.T).argmax(dim=1)

@@ -1,0 +1,23 @@
+"""VQ: nearest neighbour with a straight-through gradient (van den Oord et al. 2017; VQGAN), the baseline."""
+
+import torch
+from torch import Tensor
+
+from model_zoo.ops.index_backprop import IndexBackprop
+from model_zoo.quantizers.base import Quantizer
+
+
+class VectorQuantizer(Quantizer):
+    """Picks the code at the smallest Euclidean distance; only chosen codes ever get a gradient."""
+
+    def assign(self, z_nd: Tensor, entropy_temperature: float | None) -> IndexBackprop:
+        index_n = self.nearest(z_nd)
+        code_nd = self.embedding.weight[index_n].detach()
+        # Straight through: the decoder sees the code, the encoder gets the decoder's gradient unchanged.
+        return IndexBackprop(z_nd + (code_nd - z_nd).detach(), index_n, None, None)
+
+    @torch.no_grad()
+    def nearest(self, z_nd: Tensor) -> Tensor:
+        codebook_kd = self.embedding.weight
+        # |z - c|^2 up to |z|^2, which is the same for every code of a token.
+        return (codebook_kd.square().sum(dim=1) - 2 * z_nd @ codebook_kd.T).argmin(dim=1)

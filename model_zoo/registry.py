@@ -1,0 +1,6 @@
+"""Names that recipes use -> classes. A new quantizer is one file, one line here, one recipe, one test."""
+
+from model_zoo.quantizers.ibq import IndexBackpropQuantizer
+from model_zoo.quantizers.vq import VectorQuantizer
+
+QUANTIZERS = {"ibq": IndexBackpropQuantizer, "vq": VectorQuantizer}

@@ -1,0 +1,123 @@
+"""The image tokenizer: encoder, quantizer, decoder."""
+
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+from torch import Tensor, nn
+
+from model_zoo import ModelError
+from model_zoo.autoencoder import Decoder, Encoder
+from model_zoo.quantizers import Quantized
+from model_zoo.registry import QUANTIZERS
+
+
+@dataclass
+class TokenizerConfig:
+    """Architecture of a tokenizer; the defaults are the published ImageNet one with 16,384 codes."""
+
+    quantizer: str = "ibq"
+    codebook_size: int = 16384
+    code_dim: int = 256
+    channels: int = 128
+    channel_multipliers: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4])
+    num_res_blocks: int = 4
+    # Downsampling factors at which the residual blocks are followed by attention.
+    attention_factors: list[int] = field(default_factory=lambda: [16])
+    latent_channels: int = 256
+    # Above 1 the encoder begins with a strided patch convolution: small models that work at token resolution.
+    patch_size: int = 1
+    codebook_init_std: float = 1.0
+
+
+class TokenizerOutput(NamedTuple):
+    """reconstruction_bchw in about [-1, 1], not clamped; quantized holds codes and quantizer terms."""
+
+    reconstruction_bchw: Tensor
+    quantized: Quantized
+
+
+class Tokenizer(nn.Module):
+    """Images ``(b, 3, H, W)`` in [-1, 1] <-> codes ``(b, H/f, W/f)``, f = ``downsampling_factor``.
+
+    State-dict names are those of the published checkpoints (VQGAN's).
+    """
+
+    def __init__(self, config: TokenizerConfig):
+        super().__init__()
+        if config.quantizer not in QUANTIZERS:
+            raise ModelError(f"unknown model.quantizer {config.quantizer!r}: choose one of {', '.join(QUANTIZERS)}")
+        if config.codebook_size < 2 or config.code_dim < 1:
+            raise ModelError("model.codebook_size must be at least 2 and model.code_dim at least 1")
+        self.config = config
+        self.downsampling_factor = config.patch_size * 2 ** (len(config.channel_multipliers) - 1)
+        shape = dict(
+            channels=config.channels,
+            channel_multipliers=list(config.channel_multipliers),
+            num_res_blocks=config.num_res_blocks,
+            attention_factors=list(config.attention_factors),
+            latent_channels=config.latent_channels,
+            patch_size=config.patch_size,
+        )
+        self.encoder = Encoder(**shape)
+        self.quant_conv = nn.Conv2d(config.latent_channels, config.code_dim, 1)
+        self.quantize = QUANTIZERS[config.quantizer](config.codebook_size, config.code_dim, config.codebook_init_std)
+        self.post_quant_conv = nn.Conv2d(config.code_dim, config.latent_channels, 1)
+        self.decoder = Decoder(**shape)
+
+    @property
+    def last_layer(self) -> Tensor:
+        """Weight of the last convolution, where VQGAN's adaptive weight compares gradients."""
+        return self.decoder.conv_out.weight
+
+    def encode(self, images_bchw: Tensor) -> Tensor:
+        """Images -> features ``z_bdhw`` before quantization."""
+        return self.quant_conv(self.encoder(images_bchw))
+
+    def decode(self, quantized_bdhw: Tensor) -> Tensor:
+        """Code vectors -> images, not clamped."""
+        return self.decoder(self.post_quant_conv(quantized_bdhw))
+
+    def forward(self, images_bchw: Tensor, entropy_temperature: float | None = None) -> TokenizerOutput:
+        """One training forward; ``entropy_temperature`` asks for the quantizer's entropy terms."""
+        quantized = self.quantize(self.encode(images_bchw), entropy_temperature)
+        return TokenizerOutput(self.decode(quantized.quantized_bdhw), quantized)
+
+    @torch.no_grad()
+    def tokenize(self, images_bchw: Tensor) -> Tensor:
+        """Images in [-1, 1] -> int64 codes ``(b, h, w)``."""
+        return self.quantize.tokenize(self.encode(images_bchw))
+
+    @torch.no_grad()
+    def detokenize(self, index_bhw: Tensor) -> Tensor:
+        """Codes -> images, not clamped. Raises ModelError for a code outside the codebook."""
+        if index_bhw.numel() and not 0 <= int(index_bhw.min()) <= int(index_bhw.max()) < self.config.codebook_size:
+            raise ModelError(f"codes must lie in [0, {self.config.codebook_size})")
+        return self.decode(self.quantize.lookup(index_bhw))
+
+
+def load_tokenizer(source: str | Path, weights: str = "ema") -> Tokenizer:
+    """The tokenizer of a run folder, in eval mode on the CPU.
+
+    source: a run's folder; its newest complete checkpoint is taken. weights: ``ema`` or ``raw``.
+    Raises ModelError where the folder, a checkpoint in it, or the asked weights are missing.
+    """
+    if weights not in ("ema", "raw"):
+        raise ModelError(f"weights must be 'ema' or 'raw', not {weights!r}")
+    run = Path(source)
+    if not (run / "config.yaml").is_file():
+        raise ModelError(f"{run} is no run folder (no config.yaml in it): give the folder that `ibq train` wrote")
+    latest = run / "checkpoints" / "latest"
+    if not latest.is_file():
+        raise ModelError(f"{run} holds no finished checkpoint yet: train on, or lower trainer.checkpoint_every_steps")
+    file = run / "checkpoints" / latest.read_text().strip() / f"tokenizer{'_ema' if weights == 'ema' else ''}.safetensors"
+    if not file.is_file():
+        mend = "; this run keeps no EMA: ask for the raw weights (--weights raw)" if weights == "ema" else ""
+        raise ModelError(f"{file} is missing{mend}")
+    recipe = OmegaConf.merge(OmegaConf.structured(TokenizerConfig), OmegaConf.load(run / "config.yaml").model)
+    tokenizer = Tokenizer(OmegaConf.to_object(recipe))
+    tokenizer.load_state_dict(load_file(file), strict=True)
+    return tokenizer.eval()

@@ -1,0 +1,229 @@
+"""Recipes: a YAML file and ``key=value`` changes, checked against the dataclasses here. Unknown keys fail."""
+
+import difflib
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+
+import yaml
+from omegaconf import MISSING, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data import DataConfig
+from model_zoo.losses import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, LossConfig
+from model_zoo.tokenizer import TokenizerConfig
+from trainer import TrainerError
+
+
+@dataclass
+class EngineConfig:
+    """``kind``: ``replicated`` (plain PyTorch, every rank holds all) or ``deepspeed``.
+
+    ``config`` is DeepSpeed's: a name from ds_configs (zero0, zero1, zero2) or the path of a JSON file.
+    """
+
+    kind: str = "replicated"
+    config: str = "zero1"
+
+
+@dataclass
+class TrainerConfig:
+    """Length, batches, precision, and how often what is written."""
+
+    max_steps: int = MISSING
+    global_batch_size: int = MISSING
+    # Images per rank and forward. None: the whole of a rank's share at once; less accumulates gradients.
+    micro_batch_size: int | None = None
+    precision: str = "bf16"
+    device: str = "auto"
+    compile: bool = False
+    gradient_clip_norm: float | None = None
+    log_every_steps: int = 50
+    validate_every_steps: int = 5000
+    validation_images: int = 1000
+    checkpoint_every_steps: int = 5000
+    keep_checkpoints: int = 3
+
+
+@dataclass
+class OptimizerConfig:
+    """Adam for generator and discriminator apart; ``discriminator_lr`` None: the same rate."""
+
+    lr: float = 1e-4
+    discriminator_lr: float | None = None
+    betas: list[float] = field(default_factory=lambda: [0.5, 0.9])
+    weight_decay: float = 0.0
+
+
+@dataclass
+class ScheduleConfig:
+    """Learning rate over steps: linear warm-up from 0, then ``constant``, ``multistep``, ``cosine`` or ``linear``."""
+
+    kind: str = "constant"
+    warmup_steps: int = 0
+    # multistep: at each of these steps the rate is multiplied by ``factor``.
+    milestones: list[int] = field(default_factory=list)
+    factor: float = 0.1
+    # cosine, linear: the share of the peak that is left at ``trainer.max_steps``.
+    final_ratio: float = 0.0
+
+
+@dataclass
+class EmaConfig:
+    """Exponential moving average of generator and codebook; decay 0 keeps none."""
+
+    decay: float = 0.999
+
+
+@dataclass
+class DiscriminatorConfig:
+    """PatchGAN. ``norm``: ``batch`` as published, or ``group``, whose result does not depend on the batch."""
+
+    channels: int = 64
+    layers: int = 3
+    norm: str = "batch"
+
+
+@dataclass
+class Config:
+    """A whole recipe for tokenizer training."""
+
+    run: str | None = None
+    seed: int = 0
+    engine: EngineConfig = field(default_factory=EngineConfig)
+    trainer: TrainerConfig = field(default_factory=TrainerConfig)
+    data: DataConfig = field(default_factory=DataConfig)
+    model: TokenizerConfig = field(default_factory=TokenizerConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
+    schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
+    ema: EmaConfig = field(default_factory=EmaConfig)
+
+
+CHOICES = {
+    "engine.kind": ("replicated", "deepspeed"),
+    "trainer.precision": ("fp32", "bf16"),
+    "trainer.device": ("auto", "cpu", "cuda"),
+    "discriminator.norm": ("batch", "group"),
+    "schedule.kind": ("constant", "multistep", "cosine", "linear"),
+    "loss.quantizer.form": ("reference", "paper"),
+    "loss.generator.kind": tuple(GENERATOR_LOSSES),
+    "loss.discriminator.kind": tuple(DISCRIMINATOR_LOSSES),
+}
+AT_LEAST = {
+    "trainer.max_steps": 1,
+    "trainer.global_batch_size": 1,
+    "trainer.micro_batch_size": 1,
+    "trainer.log_every_steps": 1,
+    "trainer.validate_every_steps": 1,
+    "trainer.validation_images": 1,
+    "trainer.checkpoint_every_steps": 1,
+    "trainer.keep_checkpoints": 1,
+    "optimizer.lr": 0,
+    "schedule.warmup_steps": 0,
+    "loss.entropy.temperature": 1e-6,
+    "loss.generator.ramp_steps": 0,
+}
+
+
+def recipe_paths() -> dict[str, Path]:
+    """Name -> file of every recipe that comes with the package."""
+    folder = Path(str(resources.files("model_zoo"))) / "recipes"
+    return {path.stem: path for path in sorted(folder.glob("*/*.yaml"))}
+
+
+def load_recipe(recipe: str, overrides: list[str]) -> Config:
+    """The recipe of that name, or in that YAML file, with ``key=value`` changes. Raises TrainerError, one line."""
+    paths = recipe_paths()
+    if recipe in paths:
+        path = paths[recipe]
+    elif recipe.endswith((".yaml", ".yml")):
+        path = Path(recipe)
+        if not path.is_file():
+            raise TrainerError(f"recipe file {recipe} does not exist")
+    else:
+        raise TrainerError(f"unknown recipe {recipe!r}{_closest(recipe, paths)}; `ibq recipes` lists them")
+    return _resolve(path, overrides)
+
+
+def load_run_config(run: str | Path, overrides: list[str]) -> Config:
+    """The resolved configuration of a run folder, with ``key=value`` changes."""
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        raise TrainerError(f"{run} is no run folder (no config.yaml in it): give the folder that `ibq train` wrote")
+    return _resolve(path, overrides)
+
+
+def save_config(config: Config, path: Path) -> None:
+    """Writes the resolved configuration."""
+    OmegaConf.save(OmegaConf.structured(config), path)
+
+
+def _resolve(path: Path, overrides: list[str]) -> Config:
+    schema = OmegaConf.structured(Config)
+    try:
+        from_file = OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise TrainerError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not OmegaConf.is_dict(from_file):
+        raise TrainerError(f"{path} is not a recipe: it must map keys to values")
+    try:
+        merged = OmegaConf.merge(schema, from_file)
+    except OmegaConfBaseException as error:
+        raise TrainerError(f"{path}: {_explain(error, schema)}") from error
+    seen = set()
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key:
+            raise TrainerError(f"{override!r} is not key=value, as in optimizer.lr=1e-4")
+        if key in seen:
+            raise TrainerError(f"{key} is given twice; quote a pattern with braces so that the shell leaves it whole")
+        seen.add(key)
+        try:
+            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            raise TrainerError(f"{override!r}: {_explain(error, schema)}") from error
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise TrainerError(f"{path}: {_explain(error, schema)}") from error
+    _check(merged)
+    return config
+
+
+def _check(config) -> None:
+    for key, choices in CHOICES.items():
+        value = OmegaConf.select(config, key)
+        if value not in choices:
+            raise TrainerError(f"{key}={value} is unknown: choose one of {', '.join(choices)}")
+    for key, least in AT_LEAST.items():
+        value = OmegaConf.select(config, key)
+        if value is not None and not value >= least:
+            raise TrainerError(f"{key}={value} must be at least {least}")
+
+
+def _explain(error: Exception, schema) -> str:
+    """OmegaConf's many-line message -> one line in the user's terms, with the nearest key for a mistyped one."""
+    message = str(error).splitlines()[0]
+    key = getattr(error, "full_key", None)
+    if "not in" in message and key:
+        return f"unknown key {key}{_closest(str(key), _leaves(schema))}"
+    if "Missing mandatory value" in message:
+        return f"{key} must be given"
+    return f"{key}: {message}" if key and str(key) not in message else message
+
+
+def _leaves(node, prefix: str = "") -> list[str]:
+    keys = []
+    for key in node:
+        child = None if OmegaConf.is_missing(node, key) else node[key]
+        keys += _leaves(child, f"{prefix}{key}.") if OmegaConf.is_dict(child) else [f"{prefix}{key}"]
+    return keys
+
+
+def _closest(name: str, known) -> str:
+    known = list(known)
+    ends = [key for key in known if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
+    close = ends or difflib.get_close_matches(name, known, n=2, cutoff=0.5)
+    return f"; did you mean {' or '.join(close[:3])}?" if close else ""

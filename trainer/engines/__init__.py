@@ -1,0 +1,16 @@
+"""Engines: how a module's parameters, gradients and optimiser are spread over ranks. See `base.Engine`."""
+
+from trainer.config import EngineConfig
+from trainer.engines.base import Engine
+from trainer.engines.replicated import Replicated
+
+__all__ = ["Engine", "Replicated", "build_engine"]
+
+
+def build_engine(config: EngineConfig, module, optimizer, **batch) -> Engine:
+    """The engine that the recipe names, around a module that lies on its device with its weights loaded."""
+    if config.kind == "replicated":
+        return Replicated(module, optimizer, **batch)
+    from trainer.engines.deepspeed import DeepSpeed  # DeepSpeed takes seconds to import
+
+    return DeepSpeed(config.config, module, optimizer, **batch)

@@ -1,0 +1,213 @@
+"""The training loop: from a recipe to a run folder."""
+
+import math
+import time
+from contextlib import nullcontext
+from datetime import datetime
+from pathlib import Path
+
+import torch
+from torchvision.utils import make_grid, save_image
+
+from data import evaluation_images, expand, merge_states, train_batches
+from trainer import TrainerError
+from trainer.checkpoint import latest_checkpoint, load_state, save_checkpoint
+from trainer.config import Config, load_recipe, load_run_config, save_config
+from trainer.metrics.codebook import CodebookUsage
+from trainer.metrics.image import psnr
+from trainer.parallel import World, agree, gather_objects, mean_over_ranks, start_world, stop_world, sum_over_ranks
+from trainer.tasks.tokenizer import TokenizerTask
+from trainer.telemetry import Telemetry
+
+PICTURES = 8  # validation images whose reconstructions are shown as training goes
+
+
+def train(recipe: str, overrides: list[str]) -> Path:
+    """Trains a recipe from the start; returns the run folder. Every process of the world calls it."""
+    config = load_recipe(recipe, overrides)
+    config.run = config.run or f"runs/{Path(recipe).stem}-{datetime.now():%Y%m%d-%H%M%S}"
+    return _train(config, resume=False)
+
+
+def resume(run: str | Path, overrides: list[str]) -> Path:
+    """Goes on from the newest checkpoint of a run folder; returns it."""
+    config = load_run_config(run, overrides)
+    config.run = str(run)
+    return _train(config, resume=True)
+
+
+def plan_batch(config: Config, world: World) -> tuple[int, int]:
+    """(images of a rank's micro-batch, micro-batches of a rank's step), from the global batch."""
+    total, micro = config.trainer.global_batch_size, config.trainer.micro_batch_size
+    if total % world.size:
+        raise TrainerError(f"trainer.global_batch_size={total} must be a multiple of the {world.size} processes")
+    share = total // world.size
+    micro = micro or share
+    if share % micro:
+        raise TrainerError(
+            f"trainer.micro_batch_size={micro} must divide the {share} images that each of {world.size} processes "
+            f"takes of trainer.global_batch_size={total}"
+        )
+    return micro, share // micro
+
+
+def open_run(config: Config, resume: bool) -> str:
+    """Writes config.yaml into the run's folder, which it makes for a new run; returns it. Refuses to mix two runs."""
+    run = Path(config.run)
+    if not resume and ((run / "config.yaml").exists() or (run / "checkpoints").exists()):
+        raise TrainerError(f"{run} already holds a run: `ibq resume {run}` goes on with it, run=FOLDER starts another")
+    try:
+        (run / "samples").mkdir(parents=True, exist_ok=True)
+        save_config(config, run / "config.yaml")
+    except OSError as error:
+        raise TrainerError(f"cannot write the run folder {run}: {error.strerror}; choose another with run=FOLDER") from error
+    return str(run)
+
+
+def _train(config: Config, resume: bool) -> Path:
+    if config.data.train is None:
+        raise TrainerError("data.train must be given: a folder of tars, a tar, or a pattern such as 'tars/{00..99}.tar'")
+    expand(config.data.train)  # a mistyped path is found before anything slow starts
+    start, checkpoint, data_state = 0, None, None
+    if resume:
+        checkpoint = latest_checkpoint(Path(config.run))
+        state = load_state(checkpoint)
+        start, data_state = state["step"], state["data"]
+        if start >= config.trainer.max_steps:
+            raise TrainerError(f"{config.run} is at step {start} already; go on with trainer.max_steps={2 * start}")
+    world = start_world(config.trainer.device)
+    try:
+        micro_batch_size, micro_batches = plan_batch(config, world)
+        task = TokenizerTask(config, world, micro_batch_size, micro_batches)
+        batches = train_batches(
+            config.data,
+            global_batch_size=config.trainer.global_batch_size,
+            micro_batch_size=micro_batch_size,
+            rank=world.rank,
+            world_size=world.size,
+            seed=config.seed,
+            state=data_state,
+        )
+        if checkpoint:
+            task.load(checkpoint)
+        # Only now that everything is known to fit does anything appear on the disk.
+        run = Path(agree(world, lambda: open_run(config, resume)))
+        _steps(config, world, run, task, batches, start, data_state)
+        return run
+    finally:
+        stop_world()
+
+
+def _steps(config: Config, world: World, run: Path, task: TokenizerTask, batches, start: int, data_state) -> None:
+    settings = config.trainer
+    micro_batches = task.generator.micro_batches
+    telemetry = Telemetry(run, start, settings.max_steps) if world.is_main else None
+    if telemetry:
+        telemetry.say(describe(config, world, task, run, start))
+
+    def save(step: int) -> None:
+        state = {"step": step, "data": merge_states(gather_objects(data_state))}
+        save_checkpoint(run, step, state, task.save, world, settings.keep_checkpoints)
+
+    with telemetry or nullcontext():
+        began, began_step, step = time.perf_counter(), start, start
+        try:
+            for step in range(start + 1, settings.max_steps + 1):
+                step_batches = [next(batches) for _ in range(micro_batches)]
+                data_state = step_batches[-1].state
+                images = [batch.images_bchw.to(world.device, non_blocking=True) for batch in step_batches]
+                scalars = task.step(images, step - 1)
+                due = {
+                    name: step % every == 0 or step == settings.max_steps
+                    for name, every in (
+                        ("log", settings.log_every_steps),
+                        ("validate", settings.validate_every_steps),
+                        ("checkpoint", settings.checkpoint_every_steps),
+                    )
+                }
+                if telemetry:
+                    telemetry.advance(step)
+                if due["log"]:
+                    logged = _global_scalars(scalars, task, world)
+                    seconds = time.perf_counter() - began
+                    logged["images_per_second"] = (step - began_step) * settings.global_batch_size / seconds
+                    if telemetry:
+                        telemetry.log(step, logged)
+                    if not math.isfinite(logged["loss/total"]):
+                        raise TrainerError(
+                            f"the loss is not finite at step {step}; the last checkpoint is untouched: resume from it "
+                            f"with a lower optimizer.lr, or trainer.precision=fp32"
+                        )
+                paused = time.perf_counter()
+                if due["validate"] and config.data.val is not None:
+                    _validate(config, world, task, telemetry, run, step)
+                if due["checkpoint"]:
+                    save(step)
+                if due["log"]:
+                    began, began_step = time.perf_counter(), step
+                else:
+                    began += time.perf_counter() - paused
+        except KeyboardInterrupt:
+            if telemetry:
+                telemetry.say(f"stopped after step {step}; `ibq resume {run}` goes on from the newest checkpoint")
+            raise
+
+
+def describe(config: Config, world: World, task: TokenizerTask, run: Path, start: int) -> str:
+    """One line: what is about to be trained, on what."""
+    millions = sum(p.numel() for p in task.tokenizer.parameters()) / 1e6
+    engine = task.generator
+    kind = config.engine.kind + (f" {config.engine.config}" if config.engine.kind == "deepspeed" else "")
+    model = config.model
+    return (
+        f"{run}: {millions:.2f}M parameters, {model.codebook_size} codes of {model.code_dim}, "
+        f"{world.size} x {world.device.type} ({kind}, {config.trainer.precision}), "
+        f"{world.size} x {engine.micro_batches} x {engine.micro_batch_size} images a step, steps {start + 1} to {config.trainer.max_steps}"
+    )
+
+
+def _global_scalars(scalars: dict, task: TokenizerTask, world: World) -> dict[str, float]:
+    """The step's scalars averaged over ranks, and the codebook's health since the last time."""
+    names = list(scalars)
+    values = torch.stack([torch.as_tensor(scalars[name], dtype=torch.float32, device=world.device) for name in names])
+    logged = dict(zip(names, mean_over_ranks(values).tolist(), strict=True))
+    usage = task.usage.merged()
+    logged["codebook/usage"] = usage.usage()
+    logged["codebook/perplexity"] = usage.perplexity()
+    task.usage.reset()
+    return logged
+
+
+@torch.no_grad()
+def _validate(config: Config, world: World, task: TokenizerTask, telemetry: Telemetry | None, run: Path, step: int):
+    """PSNR, L1 and usage of the EMA weights on validation images, each counted once; pictures of the first few."""
+    sums = torch.zeros(3, dtype=torch.float64, device=world.device)
+    usage = CodebookUsage(config.model.codebook_size)
+    pictures = []
+    with task.evaluation() as tokenizer:
+        images = evaluation_images(
+            config.data.val,
+            image_size=config.data.image_size,
+            resize=config.data.resize,
+            shard=(world.rank, world.size),
+        )
+        for number, image in enumerate(images):
+            if number * world.size + world.rank >= config.trainer.validation_images:
+                break
+            original = image.image_chw[None].to(world.device).float() / 127.5 - 1
+            index_bhw = tokenizer.tokenize(original)
+            reconstruction = tokenizer.detokenize(index_bhw).clamp(-1, 1)
+            usage.update(index_bhw)
+            sums += torch.stack(
+                [psnr(reconstruction, original)[0].double(), (reconstruction - original).abs().mean().double(), sums.new_ones(())]
+            )
+            if len(pictures) < PICTURES:
+                pictures.append(torch.cat([original[0], reconstruction[0]], dim=1).cpu())
+    sum_over_ranks(sums)
+    usage = usage.merged()
+    if telemetry and sums[2] > 0:
+        grid = make_grid(torch.stack(pictures) / 2 + 0.5, nrow=PICTURES, padding=2, pad_value=1)
+        save_image(grid, run / "samples" / f"step_{step:08d}.png")
+        telemetry.picture(step, "reconstructions", (grid * 255).to(torch.uint8))
+        psnr_mean, l1_mean = (sums[:2] / sums[2]).tolist()
+        telemetry.log(step, {"val/psnr": psnr_mean, "val/l1": l1_mean, "val/usage": usage.usage()})

@@ -1,0 +1,90 @@
+"""Processes: who we are among them, the device, and the few collectives that training needs."""
+
+import os
+from datetime import timedelta
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trainer import TrainerError
+
+
+class World(NamedTuple):
+    """This process among all: rank, size, device."""
+
+    rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def is_main(self) -> bool:
+        return self.rank == 0
+
+
+def start_world(device: str = "auto", timeout_seconds: float = 1800) -> World:
+    """Joins the processes that torchrun or the deepspeed launcher started; alone, a world of one."""
+    if device == "cuda" and not torch.cuda.is_available():
+        raise TrainerError("trainer.device=cuda, but no CUDA device can be used here; `ibq doctor` says more")
+    use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if use_cuda:
+        if local_rank >= torch.cuda.device_count():
+            raise TrainerError(
+                f"process {local_rank} of this machine has no GPU of its own: "
+                f"{torch.cuda.device_count()} GPUs are visible; start at most that many processes on it"
+            )
+        torch.cuda.set_device(local_rank)
+    else:
+        # DeepSpeed chooses its accelerator at import; without this it may settle on another one than we did.
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    if "RANK" in os.environ:
+        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timedelta(seconds=timeout_seconds))
+    else:
+        dist.init_process_group("nccl" if use_cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+    where = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
+    return World(dist.get_rank(), dist.get_world_size(), where)
+
+
+def stop_world() -> None:
+    """Leaves the process group, if there is one."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def mean_over_ranks(tensor: Tensor) -> Tensor:
+    """The mean of equally shaped tensors over all ranks, in place."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+        tensor /= dist.get_world_size()
+    return tensor
+
+
+def sum_over_ranks(tensor: Tensor) -> Tensor:
+    """The sum over all ranks, in place."""
+    if dist.get_world_size() > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def gather_objects(value) -> list:
+    """Every rank's small JSON-able value, on every rank, in order of rank."""
+    values = [None] * dist.get_world_size()
+    dist.all_gather_object(values, value)
+    return values
+
+
+def agree(world: World, action):
+    """Runs ``action`` on rank 0 alone and gives its result to all; its TrainerError reaches all ranks too,
+    so that bad input ends every process at once instead of leaving the others to wait."""
+    message = [None, None]
+    if world.is_main:
+        try:
+            message[0] = action()
+        except TrainerError as error:
+            message[1] = str(error)
+    dist.broadcast_object_list(message, src=0)
+    if message[1] is not None:
+        raise TrainerError(message[1])
+    return message[0]

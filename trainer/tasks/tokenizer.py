@@ -1,0 +1,276 @@
+"""Training a tokenizer: reconstruction, quantizer and adversarial losses, generator and discriminator apart."""
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from model_zoo.discriminator import PatchDiscriminator
+from model_zoo.losses import (
+    DISCRIMINATOR_LOSSES,
+    GENERATOR_LOSSES,
+    Lecam,
+    entropy_penalty,
+    quantizer_loss,
+)
+from model_zoo.perceptual import Perceptual
+from model_zoo.tokenizer import Tokenizer, TokenizerOutput
+from trainer.config import Config
+from trainer.ema import Ema
+from trainer.engines import Replicated, build_engine
+from trainer.metrics.codebook import CodebookUsage
+from trainer.parallel import World, mean_over_ranks
+from trainer.schedules import learning_rate_factor, ramp
+
+
+class TokenizerTask:
+    """Owns the models, their engines, the EMA and LeCAM's means: everything that a checkpoint must hold but data."""
+
+    def __init__(self, config: Config, world: World, micro_batch_size: int, micro_batches: int):
+        self.config = config
+        self.world = world
+        loss = config.loss
+        torch.manual_seed(config.seed)  # the same weights on every rank
+        self.tokenizer = Tokenizer(config.model).to(world.device)
+        self.perceptual = None
+        if loss.perceptual.weight > 0:
+            self.perceptual = Perceptual(loss.perceptual.vgg16_weights).to(world.device)
+        batch = dict(
+            micro_batch_size=micro_batch_size,
+            micro_batches=micro_batches,
+            clip_norm=config.trainer.gradient_clip_norm,
+        )
+        adam = self._adam(self.tokenizer, config.optimizer.lr)
+        self.generator = build_engine(config.engine, self.tokenizer, adam, **batch)
+        self.discriminator = None
+        if loss.generator.weight > 0:
+            network = PatchDiscriminator(
+                channels=config.discriminator.channels,
+                layers=config.discriminator.layers,
+                norm=config.discriminator.norm,
+            ).to(world.device)
+            # Small, so replicated under every engine; and hooks of a sharding engine would break its two forwards.
+            self.discriminator = Replicated(network, self._adam(network, self.discriminator_lr), **batch)
+        self.lecam = Lecam(loss.lecam.decay).to(world.device)
+        self.ema = Ema(self.tokenizer, config.ema.decay) if config.ema.decay > 0 else None
+        self.usage = CodebookUsage(config.model.codebook_size)
+        # The quantizer that has no soft assignment (VQ) has no entropy; asking for it would log zeros.
+        self.entropy_temperature = None
+        if loss.entropy.weight > 0 and self.tokenizer.quantize.double_quantization:
+            self.entropy_temperature = loss.entropy.temperature
+        if config.trainer.compile:
+            self.tokenizer.compile()
+            if self.discriminator:
+                self.discriminator.module.compile()
+
+    @property
+    def discriminator_lr(self) -> float:
+        return self.config.optimizer.discriminator_lr or self.config.optimizer.lr
+
+    def _adam(self, module: nn.Module, lr: float) -> torch.optim.Optimizer:
+        optimizer = self.config.optimizer
+        return torch.optim.AdamW(
+            module.parameters(),
+            lr=lr,
+            betas=tuple(optimizer.betas),
+            weight_decay=optimizer.weight_decay,
+            fused=self.world.device.type == "cuda",
+        )
+
+    def step(self, micro_batches: list[Tensor], step: int) -> dict[str, Tensor | float]:
+        """One optimiser step of both networks on this rank's uint8 micro-batches ``(b, 3, h, w)``; scalars to log.
+
+        The discriminator is updated first, on detached reconstructions; the generator then plays against the updated,
+        frozen one. With a single micro-batch one forward of the generator serves both. With several (gradient
+        accumulation) a first pass without gradients makes all the reconstructions for the discriminator and the mean
+        code assignment of the whole batch, so that a step does not depend on how its batch is cut.
+        """
+        config = self.config
+        loss_config = config.loss
+        scalars = Means(1 / len(micro_batches))
+        factor = learning_rate_factor(config.schedule, step, config.trainer.max_steps)
+        discriminator_on = self.discriminator is not None and step >= loss_config.discriminator.start_step
+        generator_start = loss_config.generator.start_step
+        if generator_start is None:
+            generator_start = loss_config.discriminator.start_step
+        adversarial = loss_config.generator.weight * ramp(step, generator_start, loss_config.generator.ramp_steps)
+        single = len(micro_batches) == 1
+        micro_batches = [images_bchw.float() / 127.5 - 1 for images_bchw in micro_batches]
+
+        # Pass 1: reconstructions; the discriminator learns.
+        average_k = 0.0
+        logits_mean = torch.zeros(2, device=self.world.device)
+        for i, images_bchw in enumerate(micro_batches):
+            if not single and not discriminator_on and self.entropy_temperature is None:
+                break
+            with torch.set_grad_enabled(single):
+                output = self._generate(images_bchw)
+            if self.entropy_temperature is not None:
+                average_k = average_k + output.quantized.average_probability_k.detach() / len(micro_batches)
+            if discriminator_on:
+                last = i == len(micro_batches) - 1
+                logits_mean += self._discriminator_backward(images_bchw, output, last, scalars) / len(micro_batches)
+        if self.entropy_temperature is not None:
+            average_k = mean_over_ranks(average_k)
+        if discriminator_on:
+            scalars.set("lr/discriminator", factor * self.discriminator_lr)
+            scalars.set("grad_norm/discriminator", self.discriminator.step(factor * self.discriminator_lr))
+            self.lecam.update(*mean_over_ranks(logits_mean))
+
+        # Pass 2: the generator learns, against the updated discriminator.
+        for i, images_bchw in enumerate(micro_batches):
+            if not single:
+                output = self._generate(images_bchw)
+            loss = self._generator_loss(images_bchw, output, average_k, adversarial, scalars)
+            self.generator.backward(loss, last=i == len(micro_batches) - 1)
+            self.usage.update(output.quantized.index_bhw)
+        scalars.set("lr/generator", factor * config.optimizer.lr)
+        scalars.set("grad_norm/generator", self.generator.step(factor * config.optimizer.lr))
+        if self.ema:
+            self.ema.update(self.tokenizer, step)
+        return scalars.values
+
+    def _autocast(self):
+        bf16 = self.config.trainer.precision == "bf16"
+        return torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=bf16)
+
+    def _generate(self, images_bchw: Tensor) -> TokenizerOutput:
+        with self._autocast():
+            output = self.generator(images_bchw, self.entropy_temperature)
+        return output._replace(reconstruction_bchw=output.reconstruction_bchw.float())
+
+    def _discriminator_backward(self, images_bchw: Tensor, output: TokenizerOutput, last: bool, scalars) -> Tensor:
+        """Adds one micro-batch's discriminator gradient; returns the mean logits (real, fake)."""
+        config = self.config.loss
+        fake_bchw = output.reconstruction_bchw.detach()
+        discriminator = self.discriminator
+        with self._autocast():
+            if self.config.discriminator.norm == "group":
+                logits_real, logits_fake = discriminator(torch.cat([images_bchw, fake_bchw])).chunk(2)
+            else:  # BatchNorm: apart, so that the statistics of real and fake never mix
+                logits_real, logits_fake = discriminator(images_bchw), discriminator(fake_bchw)
+        logits_real, logits_fake = logits_real.float(), logits_fake.float()
+        loss = DISCRIMINATOR_LOSSES[config.discriminator.kind](logits_real, logits_fake)
+        scalars.add("loss/discriminator", loss)
+        if config.lecam.weight > 0:
+            lecam = self.lecam(logits_real, logits_fake)
+            scalars.add("loss/lecam", lecam)
+            loss = loss + config.lecam.weight * lecam
+        discriminator.backward(loss, last=last)
+        means = torch.stack([logits_real.detach().mean(), logits_fake.detach().mean()])
+        scalars.add("discriminator/logits_real", means[0])
+        scalars.add("discriminator/logits_fake", means[1])
+        return means
+
+    def _generator_loss(self, images_bchw, output: TokenizerOutput, average_k, adversarial: float, scalars) -> Tensor:
+        """All of the generator's terms on one micro-batch, weighed and summed; each is logged unweighed."""
+        config = self.config.loss
+        reconstruction_bchw, quantized = output
+        reconstruction = (reconstruction_bchw - images_bchw).abs().mean()
+        scalars.add("loss/reconstruction", reconstruction)
+        likelihood = config.reconstruction.weight * reconstruction
+        if self.perceptual:
+            with self._autocast():
+                perceptual = self.perceptual(reconstruction_bchw, images_bchw).float().mean()
+            scalars.add("loss/perceptual", perceptual)
+            likelihood = likelihood + config.perceptual.weight * perceptual
+        loss = likelihood
+
+        for name in ("double_quantization", "commitment", "codebook", "sample_entropy"):
+            if getattr(quantized, name) is not None:
+                scalars.add(f"loss/{name}", getattr(quantized, name))
+        loss = loss + config.quantizer.weight * quantizer_loss(quantized, config.quantizer)
+        if self.entropy_temperature is not None:
+            entropy = entropy_penalty(quantized, average_k, config.entropy)
+            scalars.add("loss/average_entropy", entropy.average_entropy)
+            loss = loss + config.entropy.weight * entropy.loss
+
+        if adversarial > 0:
+            with frozen(self.discriminator.module), self._autocast():
+                logits_fake = self.discriminator(reconstruction_bchw).float()
+            generator = GENERATOR_LOSSES[config.generator.kind](logits_fake)
+            scalars.add("loss/generator", generator)
+            if config.generator.adaptive:
+                adversarial = adversarial * self._adaptive_weight(likelihood, generator)
+            scalars.add("weight/generator", adversarial)
+            loss = loss + adversarial * generator
+        scalars.add("loss/total", loss)
+        return loss
+
+    def _adaptive_weight(self, likelihood: Tensor, generator: Tensor) -> Tensor:
+        """VQGAN eq. 7: |grad of reconstruction| / |grad of the adversarial term| at the last layer, over all ranks."""
+        last_layer = self.tokenizer.last_layer
+        norms = [
+            mean_over_ranks(torch.autograd.grad(term, last_layer, retain_graph=True)[0]).norm()
+            for term in (likelihood, generator)
+        ]
+        return (norms[0] / (norms[1] + 1e-4)).clamp(max=self.config.loss.generator.adaptive_cap).detach()
+
+    @contextmanager
+    def evaluation(self):
+        """The tokenizer in eval mode with EMA weights where there are any; training weights are back afterwards."""
+        raw = {name: value.clone() for name, value in self.tokenizer.state_dict().items()} if self.ema else None
+        if self.ema:
+            self.tokenizer.load_state_dict(self.ema.state_dict())
+        self.tokenizer.eval()
+        try:
+            yield self.tokenizer
+        finally:
+            self.tokenizer.train()
+            if raw:
+                self.tokenizer.load_state_dict(raw)
+
+    def save(self, folder: Path) -> None:
+        """All ranks write this task's part of a checkpoint into an existing folder."""
+        if self.world.is_main:
+            save_file({k: v.contiguous() for k, v in self.tokenizer.state_dict().items()}, folder / "tokenizer.safetensors")
+            if self.ema:
+                save_file(self.ema.state_dict(), folder / "tokenizer_ema.safetensors")
+            save_file(self.lecam.state_dict(), folder / "lecam.safetensors")
+            if self.discriminator:
+                save_file(self.discriminator.module.state_dict(), folder / "discriminator.safetensors")
+        for name, engine in self._engines().items():
+            (folder / name).mkdir(exist_ok=True)
+            engine.save(folder / name)
+
+    def load(self, folder: Path) -> None:
+        """All ranks restore what `save` wrote."""
+        self.tokenizer.load_state_dict(load_file(folder / "tokenizer.safetensors"))
+        self.lecam.load_state_dict(load_file(folder / "lecam.safetensors"))
+        if self.ema:
+            self.ema.load_state_dict(load_file(folder / "tokenizer_ema.safetensors"))
+        if self.discriminator:
+            self.discriminator.module.load_state_dict(load_file(folder / "discriminator.safetensors"))
+        for name, engine in self._engines().items():
+            engine.load(folder / name)
+
+    def _engines(self) -> dict:
+        engines = {"generator": self.generator, "discriminator": self.discriminator}
+        return {name: engine for name, engine in engines.items() if engine}
+
+
+class Means:
+    """Scalars of one step; ``add`` averages over micro-batches and keeps them on the device."""
+
+    def __init__(self, share: float):
+        self.share = share
+        self.values: dict[str, Tensor | float] = {}
+
+    def add(self, name: str, value: Tensor | float) -> None:
+        value = value.detach() if isinstance(value, Tensor) else value
+        self.values[name] = self.values.get(name, 0.0) + self.share * value
+
+    def set(self, name: str, value: Tensor | float) -> None:
+        self.values[name] = value
+
+
+@contextmanager
+def frozen(module: nn.Module):
+    """Gradients flow through the module, none into it."""
+    module.requires_grad_(False)
+    try:
+        yield
+    finally:
+        module.requires_grad_(True)

@@ -1,0 +1,83 @@
+"""What a run tells while it goes: progress bar, metrics.jsonl, TensorBoard. Written by rank 0 only."""
+
+import json
+import math
+import sys
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from torch.utils.tensorboard import SummaryWriter
+
+# What the progress line shows, as far as it is logged.
+SHOWN = {
+    "loss/reconstruction": "L1 {:.3f}",
+    "loss/perceptual": "LPIPS {:.3f}",
+    "loss/generator": "G {:.2f}",
+    "loss/discriminator": "D {:.2f}",
+    "codebook/usage": "codes {:.0%}",
+    "val/psnr": "val {:.2f} dB",
+}
+
+
+class Telemetry:
+    """``with Telemetry(...) as t: t.log(step, scalars)``; resuming drops what was logged after ``start_step``."""
+
+    def __init__(self, run: Path, start_step: int, max_steps: int):
+        self.metrics = run / "metrics.jsonl"
+        if start_step and self.metrics.exists():
+            lines = self.metrics.read_text().splitlines(keepends=True)
+            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start_step]
+            self.metrics.write_text("".join(kept))
+        self.writer = SummaryWriter(run / "tensorboard", purge_step=start_step + 1)
+        self.console = Console(stderr=True)
+        self.shown: dict[str, float] = {}
+        self.max_steps = max_steps
+        self.progress = Progress(
+            TextColumn("training"),
+            BarColumn(bar_width=20),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TextColumn("left"),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[text]}"),
+            console=self.console,
+            disable=not self.console.is_terminal,
+        )
+        self.bar = self.progress.add_task("training", total=max_steps, completed=start_step, text="")
+
+    def __enter__(self):
+        self.progress.start()
+        return self
+
+    def __exit__(self, *_):
+        self.progress.stop()
+        self.writer.close()
+
+    def advance(self, step: int) -> None:
+        """``step`` steps are done."""
+        self.progress.update(self.bar, completed=step)
+
+    def log(self, step: int, scalars: dict[str, float]) -> None:
+        """Writes scalars everywhere. Non-finite ones become null in the JSON, which knows no NaN."""
+        with self.metrics.open("a") as file:
+            safe = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+            file.write(json.dumps({"step": step, **safe}) + "\n")
+        for name, value in scalars.items():
+            self.writer.add_scalar(name, value, step)
+        self.shown.update(scalars)
+        text = "  ".join(form.format(self.shown[name]) for name, form in SHOWN.items() if name in self.shown)
+        rate = self.shown.get("images_per_second", 0.0)
+        text = f"{rate:.0f} images/s  {text}"
+        self.progress.update(self.bar, text=text)
+        if not self.console.is_terminal:
+            print(f"step {step}/{self.max_steps}  {text}", file=sys.stderr, flush=True)
+
+    def picture(self, step: int, name: str, image_chw: torch.Tensor) -> None:
+        """A uint8 picture for TensorBoard."""
+        self.writer.add_image(name, image_chw, step)
+
+    def say(self, line: str) -> None:
+        """One line above the progress bar."""
+        self.console.print(line, highlight=False, soft_wrap=True)
