@@ -1,0 +1,129 @@
+"""The `ibq` command: quick to start, an example in every help, mistakes in one line."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import typer
+
+import data
+import model_zoo
+import trainer
+from tools import cli
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def run(capsys, *arguments):
+    """Exit status, stdout and stderr of `ibq ARGUMENTS`, in this process."""
+    with pytest.raises(SystemExit) as exited:
+        cli.main(list(arguments))
+    captured = capsys.readouterr()
+    return exited.value.code or 0, captured.out, captured.err
+
+
+def leaves(command, path=()):
+    """Every command below a group, with its path."""
+    for name, child in getattr(command, "commands", {}).items():
+        if hasattr(child, "commands"):
+            yield from leaves(child, (*path, name))
+        else:
+            yield (*path, name)
+
+
+LEAVES = sorted(leaves(typer.main.get_command(cli.app)))
+
+
+def test_start_up_imports_nothing_heavy():
+    heavy = ["torch", "numpy", "deepspeed", "trainer", "model_zoo", "data"]
+    script = f"import sys, tools.cli; print([name for name in {heavy} if name in sys.modules])"
+    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == "[]"
+
+
+def test_the_commands_are_there():
+    assert set(LEAVES) >= {
+        ("quickstart",),
+        ("train",),
+        ("resume",),
+        ("reconstruct",),
+        ("evaluate", "reconstruction"),
+        ("shards", "pack"),
+        ("recipes",),
+        ("doctor",),
+    }
+
+
+@pytest.mark.parametrize("path", LEAVES, ids=" ".join)
+def test_every_help_has_an_example(capsys, path):
+    status, out, _ = run(capsys, *path, "--help")
+    assert status == 0
+    assert f"Example: ibq {' '.join(path)}" in out
+
+
+def test_no_arguments_show_the_help(capsys):
+    status, out, _ = run(capsys)
+    assert status == 0
+    assert "Example: ibq quickstart" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["trian", "debug"], "'trian'"),
+        (["train"], "'RECIPE'"),
+        (["train", "--fast", "debug"], "--fast"),
+        (["resume"], "'RUN'"),
+    ],
+)
+def test_wrong_usage_is_one_line(capsys, arguments, said):
+    status, out, err = run(capsys, *arguments)
+    assert status == 2
+    assert out == ""
+    assert err.startswith("ibq: error: ")
+    assert err.count("\n") == 1
+    assert said in err
+    assert "--help`" in err
+
+
+@pytest.mark.parametrize("error", [data.DataError, model_zoo.ModelError, trainer.TrainerError])
+def test_a_mistake_of_the_user_is_one_line(capsys, monkeypatch, error):
+    def fail(arguments):
+        raise error("no recipe is called nothing: see `ibq recipes`")
+
+    monkeypatch.setattr(trainer, "main", fail, raising=False)
+    assert run(capsys, "train", "nothing") == (2, "", "ibq: error: no recipe is called nothing: see `ibq recipes`\n")
+
+
+def test_our_own_mistakes_keep_their_traceback(monkeypatch):
+    def fail(arguments):
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(trainer, "main", fail, raising=False)
+    with pytest.raises(ZeroDivisionError):
+        cli.main(["train", "debug"])
+
+
+def test_interrupt_is_130(capsys, monkeypatch):
+    def interrupt(arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trainer, "main", interrupt, raising=False)
+    assert run(capsys, "train", "debug")[0] == 130
+
+
+def test_train_and_resume_pass_their_arguments_on(capsys, monkeypatch):
+    calls = []
+    monkeypatch.setattr(trainer, "main", calls.append, raising=False)
+    assert run(capsys, "train", "debug", "seed=1", "optimizer.lr=1e-4")[0] == 0
+    assert run(capsys, "resume", "runs/mine", "trainer.max_steps=9")[0] == 0
+    assert calls == [["debug", "seed=1", "optimizer.lr=1e-4"], ["--resume", "runs/mine", "trainer.max_steps=9"]]
+
+
+def test_recipes_are_listed_with_their_story(capsys):
+    status, out, _ = run(capsys, "recipes")
+    assert status == 0
+    listed = dict(line.split(maxsplit=1) for line in out.splitlines())
+    assert {"quickstart", "debug", "ibq_16384", "vqgan_16384"} <= set(listed)
+    assert not any(story.startswith("#") for story in listed.values())

@@ -1,0 +1,122 @@
+"""The checks of `ibq doctor`, each on a machine made up for it."""
+
+import os
+import time
+from importlib import metadata
+
+import pytest
+
+from tools import doctor
+from tools.doctor import OK, OPTIONAL, PROBLEM, Finding
+
+
+def test_our_own_packages_are_not_shadowed():
+    assert doctor.shadowed_packages() == []
+
+
+def make_package(folder, *files):
+    for file in files:
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
+        (folder / file).touch()
+
+
+@pytest.mark.parametrize(
+    ("files", "status", "said"),
+    [
+        ([], OPTIONAL, "not installed"),
+        (["apex/__init__.py", "apex/lib/__init__.py"], PROBLEM, "is not NVIDIA's"),
+        (["apex.py"], PROBLEM, "is not NVIDIA's"),
+        (["apex/__init__.py", "apex/optimizers/__init__.py"], OPTIONAL, "without its kernels"),
+        (["apex/__init__.py", "apex/optimizers/__init__.py", "amp_C.py"], OK, "with its kernels"),
+    ],
+)
+def test_apex(tmp_path, monkeypatch, files, status, said):
+    make_package(tmp_path, *files)
+    monkeypatch.setattr("sys.path", [str(tmp_path)])
+    [finding] = doctor.check_apex()
+    assert finding.status == status
+    assert said in finding.found
+    if status == OPTIONAL and not files:
+        assert "another project" in finding.mend
+    if status == PROBLEM:
+        assert finding.mend == "pip uninstall apex"
+
+
+def test_versions_are_held_against_the_ranges_of_the_metadata(monkeypatch):
+    installed = {"ibq": "0.1.0", "torch": "2.12.1+cpu", "deepspeed": "0.20.0"}
+
+    def version(name):
+        if name not in installed:
+            raise metadata.PackageNotFoundError(name)
+        return installed[name]
+
+    wanted = ["torch>=2.11", "deepspeed<0.20,>=0.19", "lpips>=0.1.4", 'pytest>=8; extra == "test"']
+    monkeypatch.setattr(metadata, "requires", lambda name: wanted)
+    monkeypatch.setattr(metadata, "version", version)
+    findings = {finding.name: finding for finding in doctor.check_requirements()}
+    assert {name: finding.status for name, finding in findings.items()} == {
+        "ibq": OK,
+        "torch": OK,
+        "deepspeed": PROBLEM,
+        "lpips": PROBLEM,
+    }
+    assert findings["deepspeed"].mend == "pip install 'deepspeed<0.20,>=0.19'"
+    assert findings["lpips"].found == "not installed"
+
+
+def test_ibq_that_is_not_installed_is_a_problem(monkeypatch):
+    def requires(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(metadata, "requires", requires)
+    [finding] = doctor.check_requirements()
+    assert (finding.status, finding.mend) == (PROBLEM, f"pip install -e {doctor.ROOT}")
+
+
+def test_vgg16_weights(tmp_path, monkeypatch):
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
+    file = tmp_path / "hub" / "checkpoints" / "vgg16-397923af.pth"
+    [finding] = doctor.check_vgg16()
+    assert finding.status == OPTIONAL
+    assert str(file) in finding.found
+    assert "loss.perceptual.weight=0" in finding.mend
+
+    file.parent.mkdir(parents=True)
+    file.write_bytes(b"half a download")
+    [finding] = doctor.check_vgg16()
+    assert finding.status == PROBLEM
+
+
+def test_a_lock_left_by_a_killed_build_is_a_problem(tmp_path):
+    assert list(doctor.stale_locks(tmp_path / "none")) == []
+    lock = tmp_path / "py311_cpu" / "deepspeed_shm_comm" / "lock"
+    make_package(lock.parent, "lock")
+    [finding] = doctor.stale_locks(tmp_path)
+    assert finding.status == OPTIONAL
+
+    an_hour_ago = time.time() - 3600
+    os.utime(lock, (an_hour_ago, an_hour_ago))
+    [finding] = doctor.stale_locks(tmp_path)
+    assert finding.status == PROBLEM
+    assert f"rm {lock}" in finding.mend
+
+
+def test_a_check_that_breaks_is_a_problem():
+    def check_torch():
+        raise ImportError("libtorch.so: cannot open\nand more")
+        yield
+
+    [finding] = doctor.examine((check_torch,))
+    assert (finding.name, finding.status) == ("torch", PROBLEM)
+    assert finding.found == "could not be checked: ImportError: libtorch.so: cannot open"
+
+
+@pytest.mark.parametrize("status", [OK, OPTIONAL, PROBLEM])
+def test_the_report(monkeypatch, capsys, status):
+    mend = "" if status == OK else f"rename /{'a_folder_whose_name_no_table_has_room_for' * 3}/data"
+    finding = Finding("package data", status, "Python imports another", mend)
+    monkeypatch.setattr(doctor, "examine", lambda: [finding])
+    assert doctor.doctor() == (status != PROBLEM)
+    out = capsys.readouterr().out
+    assert mend in out
+    assert ("1 problem" in out) == (status == PROBLEM)

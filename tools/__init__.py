@@ -1,0 +1,1 @@
+"""The `ibq` command (tools/cli.py) and one thin module for each subcommand."""

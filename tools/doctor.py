@@ -1,0 +1,361 @@
+"""`ibq doctor`: what this machine has, what is missing, and what mends it.
+
+Nothing heavy is imported before a check asks for it: `tools.cli` calls `shadowed_packages` on every start.
+"""
+
+import hashlib
+import importlib.util
+import os
+import platform
+import shlex
+import shutil
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from importlib import metadata
+from pathlib import Path
+from typing import NamedTuple
+
+PACKAGES = ("trainer", "model_zoo", "data", "tools", "ds_configs")
+ROOT = Path(__file__).resolve().parent.parent
+STALE_LOCK_SECONDS = 15 * 60
+GIB = 2**30
+
+OK, OPTIONAL, PROBLEM = "ok", "optional", "problem"
+
+
+class Finding(NamedTuple):
+    """One line of the report. `status` is OK, OPTIONAL (goes without) or PROBLEM (something will fail)."""
+
+    name: str
+    status: str
+    found: str
+    mend: str = ""
+
+
+class Shadow(NamedTuple):
+    """A package of ours whose name Python resolves to something else."""
+
+    package: str
+    file: str
+    mend: str
+
+
+# --- packages of the same name ----------------------------------------------------------------------------------------
+
+
+def shadowed_packages() -> list[Shadow]:
+    """Those of our packages for which Python would import another one, found without importing anything."""
+    shadows = []
+    for package in PACKAGES:
+        location = _location(package)
+        if location is None:
+            shadows.append(Shadow(package, "nothing", f"install ibq again, {ROOT / package} is missing"))
+        elif not location.is_relative_to(ROOT / package):
+            shadows.append(Shadow(package, str(location), _shadow_mend(package, location)))
+    return shadows
+
+
+def _location(package: str) -> Path | None:
+    """The file, or for a package without `__init__.py` the folder, that `import package` would load."""
+    spec = importlib.util.find_spec(package)
+    if spec is None:
+        return None
+    return Path(spec.origin or next(iter(spec.submodule_search_locations))).resolve()
+
+
+def _shadow_mend(package: str, location: Path) -> str:
+    culprit = location.parent if location.name == "__init__.py" else location
+    folder = culprit.parent
+    if folder == Path.cwd():
+        return f"rename {culprit}, or start from another folder"
+    if folder in [Path(entry).resolve() for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]:
+        return f"take {folder} out of PYTHONPATH"
+    owners = _owners(package)
+    if owners:
+        return f"pip uninstall {' '.join(owners)}, or give ibq a virtual environment of its own"
+    return f"rename {culprit}, or take {folder} out of sys.path"
+
+
+def _owners(package: str) -> list[str]:
+    """Installed distributions, ibq aside, that claim the top-level name `package`."""
+    return sorted(set(metadata.packages_distributions().get(package, [])) - {"ibq"})
+
+
+def check_package_names() -> Iterator[Finding]:
+    shadows = {shadow.package: shadow for shadow in shadowed_packages()}
+    ours = []
+    for package in PACKAGES:
+        if package in shadows:
+            shadow = shadows[package]
+            yield Finding(f"package {package}", PROBLEM, f"Python imports {shadow.file}", shadow.mend)
+        elif owners := _owners(package):  # pip lets a second distribution write into the folder without a word
+            names = " ".join(owners)
+            mend = f"pip uninstall {names}, then install ibq again with --force-reinstall --no-deps"
+            yield Finding(f"package {package}", PROBLEM, f"also installed by {names}", mend)
+        else:
+            ours.append(package)
+    if ours:
+        yield Finding("own packages", OK, f"{', '.join(ours)} from {ROOT}")
+
+
+# --- the machine ------------------------------------------------------------------------------------------------------
+
+
+def check_python() -> Iterator[Finding]:
+    recent = sys.version_info >= (3, 10)
+    mend = "" if recent else "use Python 3.10 or newer: make PYTHON=python3.12 install"
+    yield Finding("Python", OK if recent else PROBLEM, f"{platform.python_version()} at {sys.executable}", mend)
+
+
+def check_machine() -> Iterator[Finding]:
+    yield Finding("platform", OK, platform.platform())
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    yield Finding("CPU cores", OK, str(cores))
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    yield Finding("memory", OK, f"{memory_bytes / GIB:.1f} GiB")
+    free_bytes = shutil.disk_usage(Path.cwd()).free
+    enough = free_bytes > 2 * GIB
+    mend = "" if enough else "free some space, or put runs on another disk: run=/other/disk/my_run"
+    yield Finding("disk", OK if enough else PROBLEM, f"{free_bytes / GIB:.1f} GiB free here ({Path.cwd()})", mend)
+    shared = Path("/dev/shm")
+    if shared.is_dir():
+        free_bytes = shutil.disk_usage(shared).free
+        enough = free_bytes > GIB
+        mend = "" if enough else "data workers pass batches through it: docker run --shm-size=8g, or data.workers=0"
+        yield Finding("shared memory", OK if enough else OPTIONAL, f"{free_bytes / GIB:.1f} GiB free in {shared}", mend)
+
+
+def check_compiler() -> Iterator[Finding]:
+    """On CPU, DeepSpeed compiles its shared-memory all-reduce when it is first used, and needs all three."""
+    import torch
+
+    missing = OPTIONAL if torch.cuda.is_available() else PROBLEM
+    without = "DeepSpeed on CPU and torch.compile need it"
+
+    command = os.environ.get("CXX", "c++")
+    compiler = shutil.which(command)
+    mend = "" if compiler else f"{without}: install a C++ compiler (Debian: apt install g++)"
+    yield Finding("C++ compiler", OK if compiler else missing, compiler or f"{command} is not on PATH", mend)
+
+    header = Path(sysconfig.get_path("include"), "Python.h")
+    present = header.is_file()
+    mend = "" if present else f"{without}: install Python's headers (Debian: apt install python3-dev)"
+    yield Finding("Python headers", OK if present else missing, f"{'' if present else 'no '}{header}", mend)
+
+    beside_python = Path(sysconfig.get_path("scripts"), "ninja")
+    ninja = shutil.which("ninja")
+    if ninja:
+        yield Finding("ninja", OK, ninja)
+    elif beside_python.is_file():
+        mend = f"DeepSpeed on CPU looks for it on PATH: . {beside_python.parent / 'activate'}"
+        yield Finding("ninja", OPTIONAL, f"{beside_python}, which is not on PATH", mend)
+    else:
+        yield Finding("ninja", missing, "not installed", "DeepSpeed on CPU needs it: pip install ninja")
+
+
+# --- libraries --------------------------------------------------------------------------------------------------------
+
+
+def check_requirements() -> Iterator[Finding]:
+    """Installed versions against the ranges in ibq's own metadata."""
+    from packaging.requirements import Requirement
+
+    try:
+        lines = metadata.requires("ibq")
+    except metadata.PackageNotFoundError:
+        yield Finding("ibq", PROBLEM, f"not installed; running from {ROOT}", f"pip install -e {shlex.quote(str(ROOT))}")
+        return
+    yield Finding("ibq", OK, f"{metadata.version('ibq')} from {ROOT}")
+    for requirement in map(Requirement, lines):
+        if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
+            continue
+        wanted = f"{requirement.name}{requirement.specifier}"
+        mend = f"pip install {shlex.quote(wanted)}"
+        try:
+            version = metadata.version(requirement.name)
+        except metadata.PackageNotFoundError:
+            yield Finding(requirement.name, PROBLEM, "not installed", mend)
+            continue
+        if requirement.specifier.contains(version, prereleases=True):
+            yield Finding(requirement.name, OK, f"{version}  {requirement.specifier}".rstrip())
+        else:
+            yield Finding(requirement.name, PROBLEM, f"{version}, ibq needs {requirement.specifier}", mend)
+
+
+def check_torch() -> Iterator[Finding]:
+    import torch
+    import torchvision  # noqa: F401  (fails loudly where it was built for another torch)
+
+    if torch.cuda.is_available():
+        for device in range(torch.cuda.device_count()):
+            properties = torch.cuda.get_device_properties(device)
+            capability = f"compute capability {properties.major}.{properties.minor}"
+            found = f"{properties.name}, {properties.total_memory / GIB:.0f} GiB, {capability}"
+            yield Finding(f"CUDA device {device}", OK, found)
+        native = torch.cuda.is_bf16_supported(including_emulation=False)
+        mend = "" if native else "train with trainer.precision=fp32"
+        yield Finding("bf16", OK if native else OPTIONAL, "native" if native else "emulated, slow", mend)
+    else:
+        if torch.version.cuda:
+            mend = "training runs on CPU; for a GPU see what `nvidia-smi` says"
+        else:
+            mend = "training runs on CPU; for a GPU install a CUDA build of torch"
+        yield Finding("CUDA devices", OPTIONAL, "none", mend)
+        yield Finding("bf16", OK, "on CPU; in software, and slow, where the processor lacks it")
+
+    if not torch.distributed.is_available():
+        mend = "install a torch built with it; one process trains without, by engine.kind=replicated"
+        yield Finding("torch.distributed", PROBLEM, "not in this torch", mend)
+        return
+    gloo = torch.distributed.is_gloo_available()
+    mend = "" if gloo else "install a torch built with gloo to train on CPU in several processes"
+    found = "for several processes on CPU" if gloo else "not in this torch"
+    yield Finding("gloo", OK if gloo else PROBLEM, found, mend)
+    if torch.distributed.is_nccl_available():
+        yield Finding("NCCL", OK, ".".join(map(str, torch.cuda.nccl.version())))
+    elif torch.cuda.is_available():
+        mend = "install a torch built with it to train on several GPUs"
+        yield Finding("NCCL", PROBLEM, "not in this torch", mend)
+    else:
+        yield Finding("NCCL", OPTIONAL, "not in this torch", "only needed on several GPUs")
+
+
+def check_deepspeed() -> Iterator[Finding]:
+    from deepspeed.accelerator import get_accelerator
+
+    accelerator = get_accelerator()
+    yield Finding("DeepSpeed runs on", OK, f"{accelerator.device_name()} by {accelerator.communication_backend_name()}")
+
+
+def check_apex() -> Iterator[Finding]:
+    """NVIDIA's apex has `apex/optimizers` and, built with its kernels, the module `amp_C`. PyPI's has neither."""
+    warning = "`pip install apex` is another project, a toolkit for the Pyramid web framework"
+    spec = importlib.util.find_spec("apex")
+    if spec is None:
+        mend = f"not needed, torch's fused AdamW is used. {warning}; NVIDIA's is built from github.com/NVIDIA/apex"
+        yield Finding("apex", OPTIONAL, "not installed", mend)
+    elif not any(Path(folder, "optimizers").is_dir() for folder in spec.submodule_search_locations or []):
+        yield Finding("apex", PROBLEM, f"{spec.origin} is not NVIDIA's: {warning}", "pip uninstall apex")
+    elif importlib.util.find_spec("amp_C") is None:
+        mend = "not needed, torch's fused AdamW is used; build apex with its C++ and CUDA extensions to use it"
+        yield Finding("apex", OPTIONAL, "NVIDIA's, without its kernels (no module amp_C)", mend)
+    else:
+        yield Finding("apex", OK, f"NVIDIA's, with its kernels, at {Path(spec.origin).parent}")
+
+
+def check_flash_attention() -> Iterator[Finding]:
+    if importlib.util.find_spec("flash_attn") is None:
+        mend = "not needed, torch's own attention is used; on a GPU: pip install flash-attn --no-build-isolation"
+        yield Finding("flash-attn", OPTIONAL, "not installed", mend)
+    else:
+        yield Finding("flash-attn", OK, metadata.version("flash-attn"))
+
+
+# --- files ------------------------------------------------------------------------------------------------------------
+
+
+def check_vgg16() -> Iterator[Finding]:
+    """The weights that LPIPS needs, where `model_zoo.perceptual` looks for them."""
+    import torch
+
+    from model_zoo.perceptual import VGG16_FILE, VGG16_SHA256, VGG16_URL
+
+    path = Path(torch.hub.get_dir(), "checkpoints", VGG16_FILE)
+    if not path.is_file():
+        mend = f"needed by recipes with LPIPS: put {VGG16_URL} there, or set loss.perceptual.weight=0"
+        yield Finding("VGG16 for LPIPS", OPTIONAL, f"no {path}", mend)
+    elif hashlib.sha256(path.read_bytes()).hexdigest() != VGG16_SHA256:
+        yield Finding("VGG16 for LPIPS", PROBLEM, f"{path} is damaged or another file", f"fetch {VGG16_URL} again")
+    else:
+        yield Finding("VGG16 for LPIPS", OK, str(path))
+
+
+def check_caches() -> Iterator[Finding]:
+    import torch
+    from torch.utils import cpp_extension
+
+    from data.shards import cache_folder
+
+    extensions = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
+    for name, folder, variable in (
+        ("ibq's cache", cache_folder(), "IBQ_CACHE"),
+        ("torch's cache", Path(torch.hub.get_dir()), "TORCH_HOME"),
+        ("torch's extensions", extensions, "TORCH_EXTENSIONS_DIR"),
+    ):
+        existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+        writable = os.access(existing, os.W_OK | os.X_OK)
+        found = str(folder) if writable else f"{existing} is not writable"
+        mend = "" if writable else f"set {variable} to a folder of your own"
+        yield Finding(name, OK if writable else PROBLEM, found, mend)
+    yield from stale_locks(extensions)
+
+
+def stale_locks(extensions: Path) -> Iterator[Finding]:
+    """A build that was killed leaves torch's lock file behind, and every later build waits for it for ever."""
+    for lock in sorted(extensions.rglob("lock")):
+        age_seconds = time.time() - lock.stat().st_mtime
+        found = f"{lock} is {age_seconds / 60:.0f} minutes old"
+        if age_seconds > STALE_LOCK_SECONDS:
+            mend = f"a build was killed there and later ones wait for ever: rm {shlex.quote(str(lock))}"
+            yield Finding("extension lock", PROBLEM, found, mend)
+        else:
+            yield Finding("extension lock", OPTIONAL, found, "a build is going on; if not, remove the file")
+
+
+# --- the report -------------------------------------------------------------------------------------------------------
+
+CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
+    check_python,
+    check_machine,
+    check_package_names,
+    check_requirements,
+    check_torch,
+    check_compiler,
+    check_deepspeed,
+    check_apex,
+    check_flash_attention,
+    check_vgg16,
+    check_caches,
+)
+
+
+def examine(checks: tuple[Callable[[], Iterator[Finding]], ...] = CHECKS) -> list[Finding]:
+    """The findings of every check. One that breaks is itself a finding: the report must survive a broken machine."""
+    findings = []
+    for check in checks:
+        try:
+            findings.extend(check())
+        except Exception as error:
+            name = check.__name__.removeprefix("check_").replace("_", " ")
+            reason = f"{type(error).__name__}: {error}".splitlines()[0]
+            findings.append(Finding(name, PROBLEM, f"could not be checked: {reason}", "mend the other problems first"))
+    return findings
+
+
+def doctor() -> bool:
+    """Prints the report; true where nothing is a problem."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    with Console(stderr=True).status("examining this machine ..."):
+        findings = examine()
+    colours = {OK: "green", OPTIONAL: "yellow", PROBLEM: "bold red"}
+    table = Table(box=None, pad_edge=False)
+    for column in ("status", "what", "found"):
+        table.add_column(column, overflow="fold")
+    for finding in findings:
+        table.add_row(Text(finding.status, style=colours[finding.status]), finding.name, Text(finding.found))
+    console = Console()
+    console.print(table)
+    console.print()
+    for status in (OPTIONAL, PROBLEM):
+        for finding in findings:
+            if finding.status == status:
+                line = Text(f"{status}: {finding.name}: {finding.mend}", style=colours[status])
+                console.print(line, soft_wrap=True)
+    problems = sum(finding.status == PROBLEM for finding in findings)
+    console.print(f"{problems} problem{'' if problems == 1 else 's'}" if problems else "nothing is wrong")
+    return problems == 0
