@@ -67,9 +67,7 @@ def train_batches(
     state: a merged state to resume from, at any world size, micro-batch size and number of workers.
     Raises DataError, before anything is read for training where the mistake can be seen by then.
     """
-    if config.workers < 0 or config.shuffle_block < 1:
-        raise DataError("data.workers must be at least 0 and data.shuffle_block at least 1")
-    transform = TrainingTransform(config.image_size, config.crop, tuple(config.crop_scale), config.resize, config.flip)
+    transform = _transform(config)
     lanes = global_batch_size * DEFAULT_ROUNDS if config.lanes is None else config.lanes
     division = Division(global_batch_size, micro_batch_size, rank, world_size, lanes)
     shards = [scan(path) for path in expand(config.train)]
@@ -82,6 +80,24 @@ def train_batches(
     if workers < config.workers:
         logger.warning("data.workers=%d: %d are used, as many as deal the lanes evenly", config.workers, workers)
     return _deliver(micro_batches, workers, of, step, skips)
+
+
+def check(config: DataConfig) -> None:
+    """Raises the DataError that training or validation with this configuration would end in, before a run begins.
+
+    It reads every tar's headers, so that an empty or damaged one is named here.
+    """
+    _transform(config)
+    for path in expand(config.train):
+        scan(path)
+    if config.val is not None:
+        evaluation_images(config.val, image_size=config.image_size, resize=config.resize)
+
+
+def _transform(config: DataConfig) -> TrainingTransform:
+    if config.workers < 0 or config.shuffle_block < 1:
+        raise DataError("data.workers must be at least 0 and data.shuffle_block at least 1")
+    return TrainingTransform(config.image_size, config.crop, tuple(config.crop_scale), config.resize, config.flip)
 
 
 def _deliver(micro_batches: MicroBatches, workers: int, of: dict, step: int, skips: dict[int, int]) -> Iterator[Batch]:

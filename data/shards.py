@@ -1,5 +1,6 @@
 """WebDataset tars: finding, scanning, reading and writing them, and the bundled photographs."""
 
+import functools
 import glob
 import hashlib
 import io
@@ -129,8 +130,19 @@ def scan(path: str) -> Shard:
     """Reads a tar's headers only: where each sample lies.
 
     webdataset alone passes over a tar that ends early, a broken header or zeroed blocks in silence. Here each of them,
-    and a tar without any image, is a DataError that names the file.
+    and a tar without any image, is a DataError that names the file. An unchanged file is scanned once in a process.
     """
+    try:
+        stat = os.stat(path)
+    except OSError as error:
+        raise DataError(f"cannot read the shard {path}: {error.strerror}") from error
+    if stat.st_size == 0:
+        raise DataError(f"the shard {path} is empty (0 bytes): pack or copy it again, or leave it out")
+    return _scan(path, stat.st_size, stat.st_mtime_ns)
+
+
+@functools.cache
+def _scan(path: str, bytes_in_file: int, mtime_ns: int) -> Shard:
     starts, stops, images = [], [], 0
     try:
         with tarfile.open(path, mode="r:") as tar:
@@ -148,9 +160,9 @@ def scan(path: str) -> Shard:
                 images += _is_image(suffix)
             _check_end(path, tar)
     except tarfile.TarError as error:
-        empty = os.path.getsize(path) == 0
-        reason = "it is empty (0 bytes)" if empty else f"it is no whole, uncompressed tar ({error})"
-        raise DataError(f"cannot use the shard {path}: {reason}; pack or copy it again, or leave it out") from error
+        raise DataError(
+            f"the shard {path} is no whole, uncompressed tar ({error}): pack or copy it again, or leave it out"
+        ) from error
     except OSError as error:
         raise DataError(f"cannot read the shard {path}: {error.strerror}") from error
     if not images:

@@ -1,8 +1,8 @@
 """The endless, deterministic training stream.
 
 All images form one sequence of raw samples: epoch after epoch, shards in a seeded order, shuffled within blocks. Lane l
-of L reads positions l, l + L, l + 2L, ... of it. An optimiser step with a global batch of B takes one image from each of
-B lanes: step t takes those of round t mod (L / B). An image that cannot be decoded is skipped, and its lane, and no
+of L reads positions l, l + L, l + 2L, ... of it. An optimiser step with a global batch of B takes one image from each
+of B lanes: step t takes those of round t mod (L / B). An image that cannot be decoded is skipped, and its lane, and no
 other, goes on to its next position. So the images of step t depend on the seed, the data, B and L only: ranks,
 micro-batches and loader workers merely divide the lanes among them. The state is the step and how many positions each
 lane has skipped.
@@ -95,8 +95,8 @@ class Division:
             raise DataError(f"rank {self.rank} must lie in 0..{self.world_size - 1}")
         if self.global_batch_size % share:
             raise DataError(
-                f"global batch size {self.global_batch_size} is not divisible by {self.world_size} processes x "
-                f"micro-batch size {self.micro_batch_size} = {share}: set trainer.global_batch_size to a multiple of {share}"
+                f"trainer.global_batch_size={self.global_batch_size} is not divisible by {self.world_size} processes x "
+                f"micro-batch size {self.micro_batch_size}: set it to a multiple of {share}"
             )
         if self.lanes < 1 or self.lanes % self.global_batch_size:
             raise DataError(

@@ -1,0 +1,175 @@
+import io
+import random
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms import v2
+
+from data import DataError, ImageError, decode
+from data.transforms import (
+    TrainingTransform,
+    random_resized_crop,
+    resize_and_center_crop,
+    resize_named,
+    resize_shorter_side,
+)
+
+
+def pixel(image, x=0, y=0):
+    assert image.mode == "RGB"
+    return image.getpixel((x, y))
+
+
+def test_alpha_is_composited_on_white(encode):
+    half_red = Image.new("RGBA", (4, 4), (255, 0, 0, 128))
+    assert pixel(decode(encode(half_red, "PNG"))) == (255, 127, 127)
+    assert pixel(decode(encode(Image.new("RGBA", (4, 4), (255, 0, 0, 0)), "PNG"))) == (255, 255, 255)
+    assert pixel(decode(encode(Image.new("LA", (4, 4), (0, 0)), "PNG"))) == (255, 255, 255)
+    assert pixel(decode(encode(half_red, "WEBP", lossless=True))) == (255, 127, 127)
+
+
+def test_palette_transparency_is_composited_on_white(encode):
+    image = Image.new("P", (4, 4), 1)
+    image.putpalette([0, 0, 255, 255, 0, 0])
+    image.putpixel((3, 3), 0)
+    decoded = decode(encode(image, "PNG", transparency=1))
+    assert pixel(decoded) == (255, 255, 255)
+    assert pixel(decoded, 3, 3) == (0, 0, 255)
+
+
+def test_sixteen_bit_grey_is_divided_by_257(encode):
+    grey = Image.fromarray(np.full((3, 5), 40000, np.uint16))
+    assert pixel(decode(encode(grey, "PNG"))) == (156, 156, 156)
+    assert pixel(decode(encode(Image.fromarray(np.full((3, 5), 65535, np.uint16)), "PNG"))) == (255, 255, 255)
+
+
+def test_grey_and_cmyk_become_rgb(encode):
+    assert pixel(decode(encode(Image.new("L", (4, 4), 90), "PNG"))) == (90, 90, 90)
+    red = pixel(decode(encode(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=100)))
+    assert red[0] > 250 and max(red[1:]) < 5
+
+
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_exif_orientation_is_applied(encode, orientation):
+    image = Image.new("RGB", (32, 16), "white")
+    image.paste((0, 0, 0), (0, 0, 8, 8))
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    decoded = decode(encode(image, "JPEG", exif=exif, quality=95))
+    assert decoded.size == ((32, 16) if orientation < 5 else (16, 32))
+    corners = {1: (2, 2), 2: (29, 2), 3: (29, 13), 4: (2, 13), 5: (2, 2), 6: (13, 2), 7: (13, 29), 8: (2, 29)}
+    assert max(pixel(decoded, *corners[orientation])) < 20
+
+
+def test_animation_gives_its_first_frame(encode):
+    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
+    content = encode(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
+    assert pixel(decode(content)) == (255, 0, 0)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_truncated_image_is_an_error(make_picture, encode, kind):
+    content = encode(make_picture(0, (200, 200)), kind)
+    decode(content)
+    with pytest.raises(ImageError):
+        decode(content[: len(content) * 2 // 3])
+
+
+def test_what_is_no_image_is_an_error_of_one_line():
+    for content in (b"", b"no image", b"\xff\xd8\xff\xe0 broken", b"\x89PNG\r\n\x1a\n broken"):
+        with pytest.raises(ImageError) as error:
+            decode(content)
+        assert "\n" not in str(error.value)
+
+
+def test_too_many_pixels_are_refused_by_the_header(encode):
+    content = encode(Image.new("1", (12_000, 12_000)), "PNG")
+    assert len(content) < 100_000
+    with pytest.raises(ImageError, match="12000 x 12000"):
+        decode(content)
+
+
+def test_draft_keeps_the_asked_side_and_nearly_the_pixels(make_picture, encode):
+    content = encode(make_picture(3, (400, 320)), "JPEG", quality=95)
+    assert decode(content, draft_side=80).size == (100, 80)
+    assert decode(content, draft_side=81).size == (200, 160)
+    assert decode(content, draft_side=1000).size == (400, 320)
+    whole, drafted = (decode(content, draft_side=side).resize((40, 32), 2) for side in (None, 80))
+    assert np.abs(np.asarray(whole).astype(int) - np.asarray(drafted)).mean() < 1.5
+
+
+@pytest.mark.parametrize("size", [(61, 40), (40, 61), (50, 50), (97, 33), (20, 31)])
+def test_pil_antialias_is_torchvision(make_picture, size):
+    image = make_picture(1, size)
+    ours = resize_and_center_crop(image, 32, resize_named("pil_antialias"))
+    theirs = v2.Compose([v2.Resize(32), v2.CenterCrop(32)])(image)
+    assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+
+
+def test_cv2_bilinear_rounds_sides_and_has_no_antialias(make_picture):
+    cv2 = pytest.importorskip("cv2")
+    image = make_picture(1, (97, 50))
+    ours = resize_shorter_side(image, 32, resize_named("cv2_bilinear"))
+    assert ours.size == (62, 32)  # 62.08; and 83 -> 53.12, 84 -> 53.76
+    assert resize_shorter_side(make_picture(1, (84, 50)), 32, resize_named("cv2_bilinear")).size == (54, 32)
+    assert resize_shorter_side(make_picture(1, (84, 50)), 32, resize_named("pil_antialias")).size == (53, 32)
+    assert np.array_equal(np.asarray(ours), cv2.resize(np.asarray(image), (62, 32), interpolation=cv2.INTER_LINEAR))
+
+
+def test_missing_opencv_is_named(monkeypatch):
+    resize_named.__globals__["_cv2_bilinear"].cache_clear()
+    monkeypatch.setitem(__import__("sys").modules, "cv2", None)
+    with pytest.raises(DataError, match="pip install opencv-python-headless"):
+        resize_named("cv2_bilinear")
+
+
+def test_unknown_names_are_errors():
+    with pytest.raises(DataError, match="pil_antialias, cv2_bilinear"):
+        resize_named("bicubic")
+    good = {"image_size": 16, "crop": "random", "crop_scale": (0.2, 1.0), "resize": "pil_antialias", "flip": True}
+    TrainingTransform(**good)
+    for name, value in [("crop", "middle"), ("crop_scale", (0.0, 1.0)), ("crop_scale", (1.0, 0.5)), ("image_size", 0)]:
+        with pytest.raises(DataError, match=name):
+            TrainingTransform(**{**good, name: value})
+
+
+@pytest.mark.parametrize("crop", ["random_resized", "random", "center"])
+@pytest.mark.parametrize("size", [(90, 41), (41, 90), (20, 20), (300, 8)])
+def test_training_transform_depends_on_its_generator_only(make_picture, encode, crop, size):
+    transform = TrainingTransform(24, crop, (0.2, 1.0), "pil_antialias", True)
+    content = encode(make_picture(2, size))
+    first = transform(content, random.Random(5))
+    random.random(), np.random.random(), torch.rand(1)
+    assert first.shape == (3, 24, 24) and first.dtype == np.uint8 and first.flags.c_contiguous
+    assert np.array_equal(first, transform(content, random.Random(5)))
+    assert len({transform(content, random.Random(seed)).tobytes() for seed in range(12)}) > 1
+
+
+def test_random_resized_crop_covers_the_asked_areas():
+    boxes = []
+
+    class Recorder:
+        def apply(self, image, size, box):
+            boxes.append(box)
+
+    rng = random.Random(0)
+    for _ in range(500):
+        random_resized_crop(Image.new("RGB", (120, 80)), 16, Recorder(), rng, (0.2, 1.0))
+    areas = [(right - left) * (bottom - top) / (120 * 80) for left, top, right, bottom in boxes]
+    ratios = [(right - left) / (bottom - top) for left, top, right, bottom in boxes]
+    assert 0.19 < min(areas) < 0.25 and max(areas) > 0.8
+    assert 0.7 < min(ratios) < 0.8 and 1.25 < max(ratios) < 1.4
+    assert all(0 <= left < right <= 120 and 0 <= top < bottom <= 80 for left, top, right, bottom in boxes)
+
+
+def test_flip_happens_half_the_time_and_can_be_left_out(make_picture, encode):
+    content = encode(make_picture(2, (30, 30)), "PNG")
+    results = {}
+    for flip in (True, False):
+        transform = TrainingTransform(30, "center", (1.0, 1.0), "pil_antialias", flip)
+        results[flip] = [transform(content, random.Random(seed)).tobytes() for seed in range(60)]
+    upright = np.asarray(Image.open(io.BytesIO(content))).transpose(2, 0, 1).tobytes()
+    assert set(results[False]) == {upright}
+    assert 15 < results[True].count(upright) < 45 and len(set(results[True])) == 2
