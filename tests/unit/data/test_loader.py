@@ -1,0 +1,89 @@
+import os
+
+import numpy as np
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from data import DataConfig, DataError, check, decode, evaluation_images
+
+
+def test_config_is_a_structured_config():
+    merged = OmegaConf.merge(OmegaConf.structured(DataConfig), {"train": ["a", "b"], "lanes": 64})
+    assert OmegaConf.to_object(merged) == DataConfig(train=["a", "b"], lanes=64)
+
+
+def test_folder_in_a_fixed_order_with_bad_images_listed(tmp_path, make_picture, encode):
+    folder = tmp_path / "images"
+    (folder / "b").mkdir(parents=True)
+    for n, name in enumerate(("c.png", "b/a.png", "a.jpg", "d.webp")):
+        (folder / name).write_bytes(encode(make_picture(n), {"g": "JPEG", "p": "WEBP"}.get(name[-1], "PNG")))
+    (folder / "c.png").write_bytes(encode(make_picture(0), "PNG"))
+    (folder / "aa.jpg").write_text("no image")
+    images = evaluation_images(str(folder), image_size=16)
+    for _ in range(2):
+        found = list(images)
+        assert [(image.key, image.index) for image in found] == [
+            ("a.jpg", 0),
+            ("b/a.png", 2),
+            ("c.png", 3),
+            ("d.webp", 4),
+        ]
+        assert [os.path.basename(skipped.source) for skipped in images.skipped] == ["aa.jpg"]
+    assert len(images) == 5
+    assert found[0].image_chw.shape == (3, 16, 16) and found[0].image_chw.dtype == torch.uint8
+    whole = next(iter(evaluation_images(str(folder / "c.png"), image_size=None)))
+    assert np.array_equal(whole.image_chw.permute(1, 2, 0).numpy(), np.asarray(make_picture(0)))
+
+
+def test_tars_give_the_same_images_over_all_shards(tars):
+    whole = list(evaluation_images(str(tars), image_size=16))
+    assert [image.index for image in whole] == list(range(20)) and whole[7].key == "1-0"
+    parts = [list(evaluation_images(str(tars / "*.tar"), image_size=16, shard=(rank, 3))) for rank in range(3)]
+    assert [len(part) for part in parts] == [7, 7, 6]
+    together = sorted((image for part in parts for image in part), key=lambda image: image.index)
+    assert all(torch.equal(a.image_chw, b.image_chw) and a.key == b.key for a, b in zip(whole, together, strict=True))
+
+
+def test_resize_protocols_differ(tars):
+    pytest.importorskip("cv2")
+    pil, cv2 = (
+        next(iter(evaluation_images(str(tars), image_size=8, resize=resize)))
+        for resize in ("pil_antialias", "cv2_bilinear")
+    )
+    assert pil.image_chw.shape == cv2.image_chw.shape and not torch.equal(pil.image_chw, cv2.image_chw)
+
+
+def test_evaluation_never_decodes_at_reduced_scale(tmp_path, make_picture, encode):
+    content = encode(make_picture(0, (320, 320)))
+    (tmp_path / "a.jpg").write_bytes(content)
+    image = next(iter(evaluation_images(str(tmp_path / "a.jpg"), image_size=16))).image_chw
+    assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(decode(content).resize((16, 16), 2)))
+
+
+def test_mistakes_are_named(tmp_path, tars, make_picture, encode):
+    empty = tmp_path / "empty"
+    empty.mkdir()
+    for path, message in [
+        (empty, "neither jpg, jpeg, png, webp nor tars under"),
+        (tmp_path / "nowhere", "no such tar or folder"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            evaluation_images(str(path), image_size=16)
+    with pytest.raises(DataError, match="at least 1 pixel"):
+        evaluation_images(str(tars), image_size=0)
+    (tars / "a.jpg").write_bytes(encode(make_picture(0)))
+    with pytest.raises(DataError, match="holds images and tars"):
+        evaluation_images(str(tars), image_size=16)
+
+
+def test_check_names_mistakes_before_a_run_begins(tars, tmp_path):
+    check(DataConfig(train=str(tars), val=str(tars)))
+    for wrong, message in [
+        ({"train": None}, "no data named"),
+        ({"val": str(tmp_path / "none")}, "no such tar"),
+        ({"crop": "x"}, "data.crop"),
+        ({"resize": "x"}, "unknown resize"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            check(DataConfig(**{"train": str(tars), **wrong}))
