@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from trainer.evaluate import EvaluatedRun, evaluate_run
@@ -39,9 +39,9 @@ def reconstruction(
     Example: ibq evaluate reconstruction runs/quickstart --images my_photos --size original
     """
     console = Console()
-    columns = SpinnerColumn(), TextColumn("{task.description} {task.completed:.0f}"), TimeElapsedColumn()
+    columns = SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True) as progress:
-        task = progress.add_task("pictures evaluated:", total=None)
+        task = progress.add_task("pictures evaluated", total=None)
         evaluated = evaluate_run(
             run,
             images=images,
@@ -50,7 +50,7 @@ def reconstruction(
             report_path=report,
             batch_size=batch_size,
             device=device,
-            on_progress=lambda count: progress.advance(task, count),
+            on_progress=lambda done, total: progress.update(task, completed=done, total=total or None),
         )
     print_report(evaluated, console)
 

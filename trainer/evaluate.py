@@ -4,6 +4,7 @@ import contextlib
 import itertools
 import json
 import math
+import operator
 import platform
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import model_zoo
-from data import EvaluationImage, evaluation_images
+from data import EvaluationImage, EvaluationImages, evaluation_images
 from trainer import TrainerError, metrics
 
 PROTOCOL = "paper"  # trainer.metrics.image says what it is
@@ -88,7 +89,7 @@ class ReconstructionReport:
     codebook_size: int
     downsampling_factor: int
     protocol: str
-    skipped: list[str]  # pictures that could not be read or are smaller than SSIM's 7x7 window
+    skipped: list[str]  # pictures left out, each with the reason
     images: list[ImageScore] = field(repr=False)
     examples: list[Example] = field(repr=False)
 
@@ -131,12 +132,13 @@ def evaluate_reconstruction(
     batch_size: int,
     device: torch.device | str,
     seed: int = 0,
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> ReconstructionReport:
     """Scores a tokenizer (on `device`, in eval mode) by the `paper` protocol, with both baselines.
 
-    `images` may have a list attribute `skipped` of pictures that could not be read. `seed` is the palette's.
-    `on_progress` hears how many pictures each batch held. Raises TrainerError where there is no picture at all.
+    `images` may list the pictures that it could not read in `skipped`, as `data.EvaluationImages` does. `seed` is the
+    palette's. `on_progress` hears how many pictures are done, of how many (0: unknown).
+    Raises TrainerError where there is no picture at all.
     """
     codebook_size, factor = tokenizer.config.codebook_size, tokenizer.downsampling_factor
     usage = metrics.CodebookUsage(codebook_size)
@@ -147,7 +149,7 @@ def evaluate_reconstruction(
     for batch in reconstruct_images(tokenizer, images, batch_size=batch_size, device=device):
         pictures = batch.images_bchw, batch.reconstruction_bchw
         if min(batch.images_bchw.shape[-2:]) < metrics.SSIM_WINDOW:
-            skipped += batch.keys
+            skipped += [f"{key}: smaller than SSIM's window of 7x7 pixels" for key in batch.keys]
             continue
         keys += batch.keys
         psnr += metrics.psnr(*pictures).tolist()
@@ -162,8 +164,8 @@ def evaluate_reconstruction(
             reconstruction_chw = metrics.to_levels(batch.reconstruction_bchw[i]).cpu()
             examples.append(Example(keys[done], psnr[done], levels_bchw[i].cpu(), reconstruction_chw))
         if on_progress is not None:
-            on_progress(len(batch.keys))
-    skipped += [str(key) for key in getattr(images, "skipped", [])]
+            on_progress(len(keys), operator.length_hint(images))
+    skipped += _tell_skipped(images)
     if not keys:
         raise TrainerError(
             f"no picture to evaluate ({len(skipped)} unreadable or tiny): give a folder, a tar or an image file"
@@ -216,7 +218,7 @@ def evaluate_run(
     report_path: str | Path | None = None,
     batch_size: int = 16,
     device: str = "auto",
-    on_progress: Callable[[int], None] | None = None,
+    on_progress: Callable[[int, int], None] | None = None,
 ) -> EvaluatedRun:
     """Evaluates a run folder's newest checkpoint and writes report.json and, beside it, report.png with examples.
 
@@ -244,6 +246,7 @@ def evaluate_run(
         "checkpoint": (run / "checkpoints" / "latest").read_text().strip(),
         "weights": weights,
         "images": source.path,
+        "held_out": images is None,  # other pictures than data.val may have been trained on
         "image_size": "original" if source.image_size is None else source.image_size,
         "resize": source.resize,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU ({platform.machine()})",
@@ -302,12 +305,11 @@ def write_reconstructions(
         raise TrainerError(f"no readable picture in {images}: give a folder, a tar or an image file that holds some")
     with _writing(out, "--out"):
         side_by_side(examples).save(out / "overview.png")
-    skipped = [str(key) for key in getattr(source.images, "skipped", [])]
-    return WrittenReconstructions(image_count, out / "overview.png", skipped)
+    return WrittenReconstructions(image_count, out / "overview.png", _tell_skipped(source.images))
 
 
 class ImageSource(NamedTuple):
-    images: Iterable[EvaluationImage]
+    images: EvaluationImages
     path: str | list[str]
     image_size: int | None  # pixels, None for the pictures' own
     resize: str
@@ -328,6 +330,13 @@ def open_images(run: str | Path, images: str | list[str] | None, image_size: int
     return ImageSource(
         evaluation_images(path, image_size=size, resize=data_config.resize), path, size, data_config.resize
     )
+
+
+def _tell_skipped(images: Iterable[EvaluationImage]) -> list[str]:
+    return [
+        f"{skipped.source}{'' if skipped.source.endswith(skipped.key) else f', {skipped.key}'}: {skipped.reason}"
+        for skipped in getattr(images, "skipped", [])
+    ]
 
 
 @contextlib.contextmanager
@@ -355,7 +364,7 @@ def choose_device(name: str) -> torch.device:
 _BACKGROUND, _TEXT, _FAINT = (24, 26, 31), (235, 236, 240), (160, 165, 175)
 
 
-def side_by_side(examples: Sequence[Example], *, columns: int = 4, cell: int = 224) -> Image.Image:
+def side_by_side(examples: Sequence[Example], *, columns: int = 4, cell: int = 256) -> Image.Image:
     """A sheet of examples: bands of up to `columns` pictures; below each other original, palette, reconstruction.
 
     The palette's row is left out where examples have none. Small pictures are enlarged by whole factors, so that each
@@ -364,20 +373,20 @@ def side_by_side(examples: Sequence[Example], *, columns: int = 4, cell: int = 2
     rows = ["original_chw", "palette_chw", "reconstruction_chw"]
     rows = [name for name in rows if getattr(examples[0], name) is not None]
     columns = min(columns, len(examples))
-    gap, label = 12, 30
+    gap, label = 12, 36
     band_height = len(rows) * (label + cell) + label + gap
     bands = math.ceil(len(examples) / columns)
     sheet = Image.new("RGB", (gap + columns * (cell + gap), gap + bands * band_height), _BACKGROUND)
     draw = ImageDraw.Draw(sheet)
-    font, small = ImageFont.load_default(22), ImageFont.load_default(17)
-    titles = {"original_chw": "original", "palette_chw": "palette", "reconstruction_chw": "reconstruction"}
+    font, small = ImageFont.load_default(26), ImageFont.load_default(20)
+    titles = {"palette_chw": "palette (one colour a token)"}
     for i, example in enumerate(examples):
         band, column = divmod(i, columns)
         left, top = gap + column * (cell + gap), gap + band * band_height
         for row, name in enumerate(rows):
             y = top + row * (label + cell)
             if column == 0:
-                draw.text((gap, y), titles[name], fill=_TEXT, font=font)
+                draw.text((gap, y), titles.get(name, name.removesuffix("_chw")), fill=_TEXT, font=font)
             picture = _fit(getattr(example, name), cell)
             sheet.paste(picture, (left + (cell - picture.width) // 2, y + label + (cell - picture.height) // 2))
         caption = _shorten(f"{_psnr_text(example.psnr)}  {Path(example.key).name}", small, cell)

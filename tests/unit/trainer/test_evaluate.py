@@ -137,8 +137,11 @@ def test_training_precision_does_not_leak_in():
 def test_no_picture_is_one_clear_line_and_tiny_ones_are_skipped():
     with pytest.raises(TrainerError, match="no picture to evaluate"):
         evaluate(GreyTokenizer(), [])
-    report = evaluate(GreyTokenizer(), photographs((6, 32), (32, 32)))
-    assert report.skipped == ["0.png"] and report.image_count == 1
+    heard = []
+    images = photographs((6, 32), (32, 32))
+    report = evaluate(GreyTokenizer(), images, on_progress=lambda *numbers: heard.append(numbers))
+    assert heard == [(1, 2)]
+    assert "0.png: smaller" in report.skipped[0] and report.image_count == 1
 
 
 def test_examples_are_the_first_pictures_and_the_sheet_shows_them():
@@ -148,11 +151,11 @@ def test_examples_are_the_first_pictures_and_the_sheet_shows_them():
         report.examples[5].palette_chw[:, :4, :4], report.examples[5].palette_chw[:, :1, :1].expand(3, 4, 4)
     )
     sheet = side_by_side(report.examples, columns=4, cell=64)
-    assert sheet.size == (12 + 4 * 76, 12 + 2 * (3 * (30 + 64) + 30 + 12))
+    assert sheet.size == (12 + 4 * 76, 12 + 2 * (3 * (36 + 64) + 36 + 12))
     pixels = np.asarray(sheet)
     original = report.examples[1].original_chw.permute(1, 2, 0).numpy()
     # Second column, first row, each pixel a square of 2x2.
-    assert np.array_equal(pixels[42:106:2, 88:152:2], original) and np.array_equal(pixels[43:106:2, 89:152:2], original)
+    assert np.array_equal(pixels[48:112:2, 88:152:2], original) and np.array_equal(pixels[49:112:2, 89:152:2], original)
 
 
 def test_pair_has_the_pictures_own_size():
