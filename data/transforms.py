@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
 
 from data import DataError
 
@@ -48,6 +48,8 @@ def decode(content: bytes, *, draft_side: int | None = None) -> Image.Image:
         return _to_rgb(ImageOps.exif_transpose(image))
     except (ImageError, MemoryError):
         raise
+    except UnidentifiedImageError as error:
+        raise ImageError("no JPEG, PNG or WebP image") from error
     except Exception as error:  # Pillow's plugins raise nearly every built-in type on damaged bytes
         raise ImageError(" ".join(f"{type(error).__name__}: {error}".split())) from error
 
