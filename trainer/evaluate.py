@@ -372,10 +372,10 @@ def side_by_side(examples: Sequence[Example], *, columns: int = 4, cell: int = 2
     """
     rows = ["original_chw", "palette_chw", "reconstruction_chw"]
     rows = [name for name in rows if getattr(examples[0], name) is not None]
-    columns = min(columns, len(examples))
+    bands = math.ceil(len(examples) / columns)
+    columns = math.ceil(len(examples) / bands)
     gap, label = 12, 36
     band_height = len(rows) * (label + cell) + label + gap
-    bands = math.ceil(len(examples) / columns)
     sheet = Image.new("RGB", (gap + columns * (cell + gap), gap + bands * band_height), _BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     font, small = ImageFont.load_default(26), ImageFont.load_default(20)

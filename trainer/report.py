@@ -261,6 +261,11 @@ def _results(run: Path, evaluation: dict | None) -> str:
         "Mean colour: each picture replaced by its average colour. Palette: k-means colours found on these very "
         "pictures, one for each token's patch, which favours the palette.",
     ]
+    if evaluation["token_count"] < 8 * evaluation["codebook_size"]:
+        notes.append(
+            f"These few tokens for {evaluation['codebook_size']:,} codes make it a small test: the palette has room "
+            "for nearly every patch's own colour, and codes may be idle by chance."
+        )
     if evaluation["infinite_psnr_count"]:
         notes.append(f"{_count(evaluation['infinite_psnr_count'], 'picture')} came back exact and left out of PSNR.")
     if evaluation["skipped"]:

@@ -152,6 +152,7 @@ def test_examples_are_the_first_pictures_and_the_sheet_shows_them():
     )
     sheet = side_by_side(report.examples, columns=4, cell=64)
     assert sheet.size == (12 + 4 * 76, 12 + 2 * (3 * (36 + 64) + 36 + 12))
+    assert side_by_side(report.examples[:5], columns=4, cell=64).width == 12 + 3 * 76  # bands of 3 and 2, not 4 and 1
     pixels = np.asarray(sheet)
     original = report.examples[1].original_chw.permute(1, 2, 0).numpy()
     # Second column, first row, each pixel a square of 2x2.
