@@ -1,13 +1,16 @@
 import math
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
 import skimage.data
 import skimage.metrics
 import torch
-import torch.multiprocessing as mp
 from scipy.cluster.vq import kmeans2
 
+import trainer
 from trainer import metrics
 from trainer.metrics.codebook import CodebookUsage
 
@@ -105,19 +108,32 @@ def test_a_code_beyond_the_codebook_is_an_error():
         CodebookUsage(8).update(torch.tensor([8]))
 
 
-def _count_on_two_ranks(rank, store):
-    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=2)
-    usage = CodebookUsage(4)
-    usage.update(torch.tensor([0, 0, 1] if rank == 0 else [0, 3]))
-    for _ in range(2):  # merging twice must not count twice
-        assert usage.merged().counts_k.tolist() == [3, 1, 0, 1]
-    assert usage.merged().usage() == 0.75
-    assert usage.token_count() == (3 if rank == 0 else 2)
-    torch.distributed.destroy_process_group()
+COUNT_ON_A_RANK = """
+import sys, torch
+from trainer.metrics import CodebookUsage
+rank, store = int(sys.argv[1]), sys.argv[2]
+torch.distributed.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
+usage = CodebookUsage(4)
+usage.update(torch.tensor([0, 0, 1] if rank == 0 else [0, 3]))
+for _ in range(2):  # merging twice must not count twice
+    assert usage.merged().counts_k.tolist() == [3, 1, 0, 1]
+assert usage.merged().usage() == 0.75
+assert usage.token_count() == (3 if rank == 0 else 2)
+torch.distributed.destroy_process_group()
+"""
 
 
 def test_counts_of_two_ranks_merge(tmp_path):
-    mp.spawn(_count_on_two_ranks, args=(str(tmp_path / "store"),), nprocs=2)
+    command = [sys.executable, "-c", COUNT_ON_A_RANK]
+    ranks = [
+        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], cwd=Path(trainer.__file__).parents[1])
+        for rank in range(2)
+    ]
+    try:
+        assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
+    finally:
+        for rank in ranks:
+            rank.kill()
 
 
 def test_palette_with_room_for_every_colour_is_exact():
