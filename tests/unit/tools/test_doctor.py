@@ -3,8 +3,10 @@
 import os
 import time
 from importlib import metadata
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 from tools import doctor
 from tools.doctor import OK, OPTIONAL, PROBLEM, Finding
@@ -71,6 +73,19 @@ def test_ibq_that_is_not_installed_is_a_problem(monkeypatch):
     monkeypatch.setattr(metadata, "requires", requires)
     [finding] = doctor.check_requirements()
     assert (finding.status, finding.mend) == (PROBLEM, f"pip install -e {doctor.ROOT}")
+
+
+@pytest.mark.parametrize(("native", "status"), [(True, OK), (False, OPTIONAL)])
+def test_cuda_devices(monkeypatch, native, status):
+    """On a machine made up, for most that run the tests have none."""
+    properties = SimpleNamespace(name="NVIDIA H200", total_memory=140 * 2**30, major=9, minor=0)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: native)
+    findings = {finding.name: finding for finding in doctor.check_torch()}
+    assert findings["CUDA device 0"].found == "NVIDIA H200, 140 GiB, compute capability 9.0"
+    assert findings["bf16"].status == status
 
 
 def test_vgg16_weights(tmp_path, monkeypatch):
