@@ -28,6 +28,8 @@ class DataConfig:
     train: Any = None
     val: Any = None
     image_size: int = 256
+    # Side of validation crops; None: as in training. Convolutional models may be judged at another size.
+    val_image_size: int | None = None
     workers: int = 4
     lanes: int | None = None
     crop: str = "random"
@@ -91,7 +93,7 @@ def check(config: DataConfig) -> None:
     for path in expand(config.train):
         scan(path)
     if config.val is not None:
-        evaluation_images(config.val, image_size=config.image_size, resize=config.resize)
+        evaluation_images(config.val, image_size=config.val_image_size or config.image_size, resize=config.resize)
 
 
 def _transform(config: DataConfig) -> TrainingTransform:

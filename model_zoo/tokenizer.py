@@ -113,7 +113,8 @@ def load_tokenizer(source: str | Path, weights: str = "ema") -> Tokenizer:
     latest = run / "checkpoints" / "latest"
     if not latest.is_file():
         raise ModelError(f"{run} holds no finished checkpoint yet: train on, or lower trainer.checkpoint_every_steps")
-    file = run / "checkpoints" / latest.read_text().strip() / f"tokenizer{'_ema' if weights == 'ema' else ''}.safetensors"
+    name = "tokenizer_ema.safetensors" if weights == "ema" else "tokenizer.safetensors"
+    file = latest.parent / latest.read_text().strip() / name
     if not file.is_file():
         mend = "; this run keeps no EMA: ask for the raw weights (--weights raw)" if weights == "ema" else ""
         raise ModelError(f"{file} is missing{mend}")

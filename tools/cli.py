@@ -40,8 +40,8 @@ def quickstart(overrides: Overrides = None) -> None:
     quickstart(overrides or [])
 
 
-@app.command()
-def train(
+@app.command("train")
+def train_command(
     recipe: Annotated[
         str, typer.Argument(metavar="RECIPE", help="A recipe's name (see `ibq recipes`) or the path of a .yaml file.")
     ],
@@ -53,13 +53,13 @@ def train(
 
     Example: ibq train debug run=runs/mine optimizer.lr=2e-4
     """
-    import trainer
+    from trainer.loop import train
 
-    trainer.main([recipe, *(overrides or [])])
+    train(recipe, overrides or [])
 
 
-@app.command()
-def resume(
+@app.command("resume")
+def resume_command(
     run: Annotated[str, typer.Argument(metavar="RUN", help="The run's folder.")],
     overrides: Overrides = None,
 ) -> None:
@@ -67,9 +67,9 @@ def resume(
 
     Example: ibq resume runs/mine trainer.max_steps=20000
     """
-    import trainer
+    from trainer.loop import resume
 
-    trainer.main(["--resume", run, *(overrides or [])])
+    resume(run, overrides or [])
 
 
 @app.command()

@@ -1,14 +1,15 @@
 """`ibq evaluate`: how good a trained tokenizer is."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
 from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from trainer.evaluate import EvaluatedRun, evaluate_run
+if TYPE_CHECKING:
+    from trainer.evaluate import EvaluatedRun
 
 app = typer.Typer(no_args_is_help=True, help="Measure a trained tokenizer.")
 
@@ -38,24 +39,38 @@ def reconstruction(
 
     Example: ibq evaluate reconstruction runs/quickstart --images my_photos --size original
     """
+    judge(
+        run,
+        images=images,
+        image_size=size,
+        weights=weights,
+        report_path=report,
+        batch_size=batch_size,
+        device=device,
+    )
+
+
+def judge(run: Path, **options) -> None:
+    """Evaluates a run with a progress bar (options as of `trainer.evaluate.evaluate_run`), writes the run's report.html
+    anew unless the numbers went elsewhere, and prints the table."""
+    from trainer.evaluate import evaluate_run
+    from trainer.report import write_report
+
     console = Console()
     columns = SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True) as progress:
         task = progress.add_task("pictures evaluated", total=None)
         evaluated = evaluate_run(
             run,
-            images=images,
-            image_size=size,
-            weights=weights,
-            report_path=report,
-            batch_size=batch_size,
-            device=device,
+            **options,
             on_progress=lambda done, total: progress.update(task, completed=done, total=total or None),
         )
     print_report(evaluated, console)
+    if options.get("report_path") is None:
+        console.print(f"report: {write_report(run)}", soft_wrap=True, highlight=False)
 
 
-def print_report(evaluated: EvaluatedRun, console: Console) -> None:
+def print_report(evaluated: "EvaluatedRun", console: Console) -> None:
     """The table of values beside baselines, what was left out, and where the files are."""
     report = evaluated.report
     table = Table(title=f"Reconstruction of {report.image_count:,} pictures (protocol: {report.protocol})")

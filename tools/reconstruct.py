@@ -5,8 +5,6 @@ from typing import Annotated
 
 import typer
 
-from trainer.evaluate import write_reconstructions
-
 
 def reconstruct(
     run: Annotated[Path, typer.Argument(help="A run's folder.")],
@@ -23,6 +21,8 @@ def reconstruct(
 
     Example: ibq reconstruct runs/quickstart --images my_photos --out pictures
     """
+    from trainer.evaluate import write_reconstructions
+
     written = write_reconstructions(
         run, images=images, out=out, image_size=size, weights=weights, batch_size=batch_size, device=device
     )

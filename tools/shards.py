@@ -7,8 +7,6 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
-import data
-
 NAMED_SKIPS = 10
 
 app = typer.Typer(help="Make WebDataset tars for training and evaluation.", no_args_is_help=True)
@@ -45,6 +43,8 @@ def pack(
 
     Example: ibq shards pack photos --out shards/photos --shorter-side 256
     """
+    import data
+
     console = Console(stderr=True)
     columns = TextColumn("packing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True) as progress:

@@ -1,4 +1,4 @@
-"""Training of `ibq`: recipes, the loop, engines, checkpoints, evaluation. Knows `data` and `model_zoo`; they know nothing of it."""
+"""Training of `ibq`: recipes, loop, engines, checkpoints, evaluation. `data` and `model_zoo` know nothing of it."""
 
 
 class TrainerError(Exception):

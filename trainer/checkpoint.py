@@ -52,7 +52,9 @@ def latest_checkpoint(run: Path) -> Path:
         raise TrainerError(f"{run} holds no finished checkpoint to resume from; start it anew with `ibq train`")
     folder = pointer.parent / pointer.read_text().strip()
     if not (folder / "state.json").is_file() or not re.fullmatch(r"step_\d+", folder.name):
-        raise TrainerError(f"{pointer} names {folder.name}, which is no finished checkpoint; write another one's name there")
+        raise TrainerError(
+            f"{pointer} names {folder.name}, which is no finished checkpoint; write another one's name there"
+        )
     return folder
 
 

@@ -52,6 +52,7 @@ class OptimizerConfig:
     lr: float = 1e-4
     discriminator_lr: float | None = None
     betas: list[float] = field(default_factory=lambda: [0.5, 0.9])
+    epsilon: float = 1e-8
     weight_decay: float = 0.0
 
 

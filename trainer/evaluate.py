@@ -223,7 +223,7 @@ def evaluate_run(
     """Evaluates a run folder's newest checkpoint and writes report.json and, beside it, report.png with examples.
 
     images: default the run's `data.val`. image_size: pixels, or "original" (one picture at a time); default the run's
-    `data.image_size`. Raises TrainerError, ModelError or DataError, each with one clear line.
+    `data.val_image_size`. Raises TrainerError, ModelError or DataError, each with one clear line.
     """
     run = Path(run)
     json_path = run / "report.json" if report_path is None else Path(report_path)
@@ -316,12 +316,12 @@ class ImageSource(NamedTuple):
 
 
 def open_images(run: str | Path, images: str | list[str] | None, image_size: int | str | None) -> ImageSource:
-    """The pictures asked for, with the run's `data.val`, `data.image_size` and `data.resize` where nothing is asked."""
+    """The pictures asked for, with the run's `data.val`, `data.val_image_size` and `data.resize` where nothing is asked."""
     data_config = OmegaConf.load(Path(run) / "config.yaml").data
     path = images if images is not None else OmegaConf.to_container(data_config).get("val")
     if path is None:
         raise TrainerError(f"{run} was trained without data.val: say which pictures with --images PATH")
-    size = data_config.image_size if image_size is None else image_size
+    size = (data_config.val_image_size or data_config.image_size) if image_size is None else image_size
     if size == "original":
         size = None
     elif not str(size).isdecimal() or int(size) < metrics.SSIM_WINDOW:

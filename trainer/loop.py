@@ -9,7 +9,8 @@ from pathlib import Path
 import torch
 from torchvision.utils import make_grid, save_image
 
-from data import evaluation_images, expand, merge_states, train_batches
+import data
+from data import evaluation_images, merge_states, train_batches
 from trainer import TrainerError
 from trainer.checkpoint import latest_checkpoint, load_state, save_checkpoint
 from trainer.config import Config, load_recipe, load_run_config, save_config
@@ -60,14 +61,18 @@ def open_run(config: Config, resume: bool) -> str:
         (run / "samples").mkdir(parents=True, exist_ok=True)
         save_config(config, run / "config.yaml")
     except OSError as error:
-        raise TrainerError(f"cannot write the run folder {run}: {error.strerror}; choose another with run=FOLDER") from error
+        raise TrainerError(
+            f"cannot write the run folder {run}: {error.strerror}; choose another with run=FOLDER"
+        ) from error
     return str(run)
 
 
 def _train(config: Config, resume: bool) -> Path:
     if config.data.train is None:
-        raise TrainerError("data.train must be given: a folder of tars, a tar, or a pattern such as 'tars/{00..99}.tar'")
-    expand(config.data.train)  # a mistyped path is found before anything slow starts
+        raise TrainerError(
+            "data.train must be given: a folder of tars, a tar, or a pattern such as data.train='tars/{00..99}.tar'"
+        )
+    data.check(config.data)  # a mistyped path or a damaged tar is found before anything slow starts
     start, checkpoint, data_state = 0, None, None
     if resume:
         checkpoint = latest_checkpoint(Path(config.run))
@@ -159,10 +164,11 @@ def describe(config: Config, world: World, task: TokenizerTask, run: Path, start
     engine = task.generator
     kind = config.engine.kind + (f" {config.engine.config}" if config.engine.kind == "deepspeed" else "")
     model = config.model
+    batch = f"{world.size} x {engine.micro_batches} x {engine.micro_batch_size} images a step"
     return (
         f"{run}: {millions:.2f}M parameters, {model.codebook_size} codes of {model.code_dim}, "
         f"{world.size} x {world.device.type} ({kind}, {config.trainer.precision}), "
-        f"{world.size} x {engine.micro_batches} x {engine.micro_batch_size} images a step, steps {start + 1} to {config.trainer.max_steps}"
+        f"{batch}, steps {start + 1} to {config.trainer.max_steps}"
     )
 
 
@@ -187,7 +193,7 @@ def _validate(config: Config, world: World, task: TokenizerTask, telemetry: Tele
     with task.evaluation() as tokenizer:
         images = evaluation_images(
             config.data.val,
-            image_size=config.data.image_size,
+            image_size=config.data.val_image_size or config.data.image_size,
             resize=config.data.resize,
             shard=(world.rank, world.size),
         )
@@ -199,7 +205,11 @@ def _validate(config: Config, world: World, task: TokenizerTask, telemetry: Tele
             reconstruction = tokenizer.detokenize(index_bhw).clamp(-1, 1)
             usage.update(index_bhw)
             sums += torch.stack(
-                [psnr(reconstruction, original)[0].double(), (reconstruction - original).abs().mean().double(), sums.new_ones(())]
+                [
+                    psnr(reconstruction, original)[0].double(),
+                    (reconstruction - original).abs().mean().double(),
+                    sums.new_ones(()),
+                ]
             )
             if len(pictures) < PICTURES:
                 pictures.append(torch.cat([original[0], reconstruction[0]], dim=1).cpu())

@@ -1,6 +1,8 @@
 """DeepSpeed: ZeRO shards optimiser state (1) and gradients (2) over ranks."""
 
 import json
+import os
+import sysconfig
 from importlib import resources
 from pathlib import Path
 
@@ -50,6 +52,8 @@ class DeepSpeed(Engine):
     def __init__(self, config: str, module, optimizer: Optimizer, **batch):
         super().__init__(module, optimizer, **batch)
         settings = load_deepspeed_config(config, **batch)
+        # DeepSpeed compiles its CPU collectives with the ninja that pip put beside python, but looks for it on PATH.
+        os.environ["PATH"] = sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"]
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
 
     def backward(self, loss: Tensor, last: bool) -> None:

@@ -75,6 +75,7 @@ class TokenizerTask:
             module.parameters(),
             lr=lr,
             betas=tuple(optimizer.betas),
+            eps=optimizer.epsilon,
             weight_decay=optimizer.weight_decay,
             fused=self.world.device.type == "cuda",
         )
@@ -225,7 +226,9 @@ class TokenizerTask:
     def save(self, folder: Path) -> None:
         """All ranks write this task's part of a checkpoint into an existing folder."""
         if self.world.is_main:
-            save_file({k: v.contiguous() for k, v in self.tokenizer.state_dict().items()}, folder / "tokenizer.safetensors")
+            save_file(
+                {k: v.contiguous() for k, v in self.tokenizer.state_dict().items()}, folder / "tokenizer.safetensors"
+            )
             if self.ema:
                 save_file(self.ema.state_dict(), folder / "tokenizer_ema.safetensors")
             save_file(self.lecam.state_dict(), folder / "lecam.safetensors")
