@@ -1,0 +1,192 @@
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import save_file
+
+from model_zoo import ModelError, Tokenizer, TokenizerConfig, load_tokenizer
+from model_zoo.registry import QUANTIZERS
+
+TINY = TokenizerConfig(
+    codebook_size=32,
+    code_dim=8,
+    channels=16,
+    channel_multipliers=[1, 2],
+    num_res_blocks=1,
+    attention_factors=[4],
+    latent_channels=12,
+    patch_size=2,
+)
+
+
+def tiny(seed=0, **changes) -> Tokenizer:
+    torch.manual_seed(seed)
+    return Tokenizer(replace(TINY, **changes))
+
+
+def images(b=2, h=16, w=24, seed=1):
+    return torch.rand(b, 3, h, w, generator=torch.Generator().manual_seed(seed)) * 2 - 1
+
+
+def count(module) -> int:
+    return sum(parameter.numel() for parameter in module.parameters())
+
+
+@pytest.mark.parametrize("codebook_size", [1024, 16384, 262144])
+def test_default_configuration_has_the_published_parts(codebook_size):
+    with torch.device("meta"):
+        tokenizer = Tokenizer(TokenizerConfig(codebook_size=codebook_size))
+        assert tokenizer.encode(torch.empty(1, 3, 256, 256)).shape == (1, 256, 16, 16)
+        assert tokenizer.decode(torch.empty(1, 256, 16, 16)).shape == (1, 3, 256, 256)
+    parts = {name: count(module) for name, module in tokenizer.named_children()}
+    assert parts == {
+        "encoder": 46_752_256,
+        "quant_conv": 256 * 256 + 256,
+        "quantize": codebook_size * 256,
+        "post_quant_conv": 256 * 256 + 256,
+        "decoder": 59_903_875,
+    }
+    assert count(tokenizer) == sum(parts.values())
+    assert tokenizer.downsampling_factor == 16
+
+
+def test_names_beside_encoder_and_decoder_are_the_published_ones():
+    names = {name for name in tiny().state_dict() if not name.startswith(("encoder.", "decoder."))}
+    assert names == {
+        "quantize.embedding.weight",
+        *(f"{layer}.{kind}" for layer in ("quant_conv", "post_quant_conv") for kind in ("weight", "bias")),
+    }
+
+
+@pytest.mark.parametrize("name", sorted(QUANTIZERS))
+def test_tokenize_and_detokenize_shapes(name):
+    tokenizer = tiny(quantizer=name).eval()
+    assert tokenizer.downsampling_factor == 4
+    index_bhw = tokenizer.tokenize(images())
+    assert index_bhw.shape == (2, 4, 6) and index_bhw.dtype == torch.int64
+    assert index_bhw.min() >= 0 and index_bhw.max() < 32
+    reconstruction_bchw = tokenizer.detokenize(index_bhw)
+    assert reconstruction_bchw.shape == (2, 3, 16, 24) and reconstruction_bchw.dtype == torch.float32
+    assert not reconstruction_bchw.requires_grad
+    assert tokenizer.encode(images()).shape == (2, 8, 4, 6)
+    assert tokenizer.detokenize(index_bhw[:0]).shape == (0, 3, 16, 24)
+
+
+@pytest.mark.parametrize("name", sorted(QUANTIZERS))
+def test_detokenize_of_tokenize_is_the_forwards_reconstruction(name):
+    tokenizer = tiny(quantizer=name).eval()
+    with torch.no_grad():
+        output = tokenizer(images())
+    index_bhw = tokenizer.tokenize(images())
+    assert len(index_bhw.unique()) > 3
+    assert torch.equal(index_bhw, output.quantized.index_bhw)
+    torch.testing.assert_close(tokenizer.detokenize(index_bhw), output.reconstruction_bchw, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", sorted(QUANTIZERS))
+def test_reconstruction_gives_every_parameter_of_encoder_and_decoder_a_gradient(name):
+    tokenizer = tiny(quantizer=name)
+    output = tokenizer(images())
+    (output.reconstruction_bchw - images()).abs().mean().backward()
+    without = {name for name, parameter in tokenizer.named_parameters() if parameter.grad is None}
+    assert without == ({"quantize.embedding.weight"} if name == "vq" else set())
+    assert tokenizer.encoder.conv_in.weight.grad.abs().sum() > 0
+
+
+def test_forward_gives_entropies_where_a_temperature_asks_for_them():
+    tokenizer = tiny()
+    assert tokenizer(images()).quantized.average_probability_k is None
+    assert tokenizer(images(), 0.1).quantized.average_probability_k.shape == (32,)
+
+
+def test_codes_of_bf16_autocast_are_quantized_in_fp32():
+    tokenizer = tiny()
+    with torch.autocast("cpu", torch.bfloat16):
+        output = tokenizer(images())
+    assert output.quantized.quantized_bdhw.dtype == torch.float32
+
+
+def test_last_layer_is_what_makes_the_pixels():
+    tokenizer = tiny()
+    with torch.no_grad():
+        tokenizer.last_layer.zero_()
+        bias = tokenizer.decoder.conv_out.bias
+        pixels = tokenizer.detokenize(torch.zeros(1, 2, 2, dtype=torch.int64))
+    assert sorted(pixels.unique().tolist()) == sorted(bias.unique().tolist())
+
+
+@pytest.mark.parametrize("code", [-1, 32, 10**9])
+def test_codes_outside_the_codebook_are_refused(code):
+    index_bhw = torch.tensor([[[0, 31], [5, code]]])
+    with pytest.raises(ModelError, match=r"codes must lie in \[0, 32\)"):
+        tiny().detokenize(index_bhw)
+    tiny().detokenize(index_bhw.clamp(0, 31))
+
+
+def test_unknown_quantizer_names_the_choices():
+    with pytest.raises(ModelError, match=r"'nearest': choose one of .*ibq.*vq"):
+        tiny(quantizer="nearest")
+
+
+@pytest.mark.parametrize("change", [{"codebook_size": 1}, {"code_dim": 0}])
+def test_codebooks_that_cannot_be_are_refused(change):
+    with pytest.raises(ModelError, match="codebook_size must be at least 2"):
+        tiny(**change)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A run folder with two checkpoints, `latest` naming the second, whose raw and EMA weights differ."""
+    run = tmp_path / "run"
+    for step in (5, 10):
+        folder = run / "checkpoints" / f"step_{step:08d}"
+        folder.mkdir(parents=True)
+        save_file(tiny(seed=step).state_dict(), folder / "tokenizer.safetensors")
+        save_file(tiny(seed=step + 1).state_dict(), folder / "tokenizer_ema.safetensors")
+    (run / "checkpoints" / "latest").write_text("step_00000010")
+    OmegaConf.save({"seed": 3, "model": asdict(TINY)}, run / "config.yaml")
+    return run
+
+
+@pytest.mark.parametrize(("weights", "seed"), [("raw", 10), ("ema", 11)])
+def test_load_tokenizer_takes_the_asked_weights_of_the_latest_checkpoint(run, weights, seed):
+    tokenizer = load_tokenizer(str(run), weights)
+    assert tokenizer.config == TINY
+    assert not any(module.training for module in tokenizer.modules())
+    expected = tiny(seed=seed).state_dict()
+    assert tokenizer.state_dict().keys() == expected.keys()
+    assert all(torch.equal(value, expected[name]) for name, value in tokenizer.state_dict().items())
+
+
+def test_load_tokenizer_takes_ema_weights_unless_told(run):
+    assert torch.equal(load_tokenizer(run).quantize.embedding.weight, tiny(seed=11).quantize.embedding.weight)
+
+
+def refused(*arguments) -> str:
+    with pytest.raises(ModelError) as error:
+        load_tokenizer(*arguments)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def test_load_tokenizer_refuses_what_is_no_run_folder(run, tmp_path):
+    assert "is no run folder" in refused(tmp_path / "nowhere")
+    assert "is no run folder" in refused(run / "checkpoints")
+    assert "is no run folder" in refused(run / "config.yaml")
+
+
+def test_load_tokenizer_refuses_a_run_without_a_checkpoint(run):
+    (run / "checkpoints" / "latest").unlink()
+    message = refused(run)
+    assert "no finished checkpoint" in message and "checkpoint_every_steps" in message
+
+
+def test_load_tokenizer_says_how_to_do_without_ema(run):
+    (run / "checkpoints" / "step_00000010" / "tokenizer_ema.safetensors").unlink()
+    assert "--weights raw" in refused(run)
+    load_tokenizer(run, "raw")
+
+
+def test_load_tokenizer_refuses_other_names_of_weights(run):
+    assert "'ema' or 'raw', not 'best'" in refused(run, "best")
