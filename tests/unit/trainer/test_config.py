@@ -1,0 +1,224 @@
+import pytest
+import torch
+
+from model_zoo import Tokenizer
+from trainer import TrainerError
+from trainer.config import CHOICES, Config, load_recipe, load_run_config, recipe_paths, save_config
+
+SMALLEST = "trainer: {max_steps: 10, global_batch_size: 4}\n"
+
+
+@pytest.fixture
+def recipe(tmp_path):
+    """A recipe file with the given text (by default just what is mandatory)."""
+
+    def write(text: str = SMALLEST) -> str:
+        path = tmp_path / "mine.yaml"
+        path.write_text(text)
+        return str(path)
+
+    return write
+
+
+def refused(recipe: str, *overrides: str) -> str:
+    with pytest.raises(TrainerError) as error:
+        load_recipe(recipe, list(overrides))
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize("name", recipe_paths())
+def test_every_recipe_resolves_to_a_model_that_can_be_built(name):
+    config = load_recipe(name, [])
+    assert isinstance(config, Config)
+    assert config.trainer.max_steps >= 1 and config.trainer.global_batch_size >= 1
+    with torch.device("meta"):
+        tokenizer = Tokenizer(config.model)
+    assert config.data.image_size % tokenizer.downsampling_factor == 0
+
+
+@pytest.mark.parametrize("name", recipe_paths())
+def test_saved_configuration_reads_back_equal(name, tmp_path):
+    config = load_recipe(name, ["seed=7", "optimizer.lr=1e-5", "data.train=[a.tar,b.tar]", "run=somewhere"])
+    save_config(config, tmp_path / "config.yaml")
+    assert load_run_config(tmp_path, []) == config
+    changed = load_run_config(tmp_path, ["seed=8"])
+    assert changed.seed == 8
+    changed.seed = 7
+    assert changed == config
+
+
+def test_recipe_names_are_unique_and_quickstart_and_debug_are_among_them():
+    files = list(next(iter(recipe_paths().values())).parents[1].glob("*/*.yaml"))
+    assert len(files) == len(recipe_paths())
+    assert {"debug", "quickstart"} <= recipe_paths().keys()
+
+
+def test_file_changes_defaults_and_command_line_changes_the_file(recipe):
+    path = recipe(SMALLEST + "optimizer: {lr: 0.5, betas: [0.1, 0.2]}\nseed: 3\n")
+    config = load_recipe(path, ["optimizer.lr=0.25", "trainer.precision=fp32", "data.train=tars/{00..03}.tar"])
+    assert (config.seed, config.optimizer.lr, config.optimizer.betas) == (3, 0.25, [0.1, 0.2])
+    assert (config.trainer.max_steps, config.trainer.precision) == (10, "fp32")
+    assert config.data.train == "tars/{00..03}.tar"
+    untouched = load_recipe(recipe(), [])
+    assert (untouched.seed, untouched.optimizer.lr, untouched.optimizer.betas) == (0, 1e-4, [0.5, 0.9])
+
+
+@pytest.mark.parametrize("text", ["1e-5", "1.e-5", "1E-5", "0.00001", "1.0e-05"])
+def test_every_spelling_of_a_small_number_is_a_float(recipe, text):
+    from_command_line = load_recipe(recipe(), [f"optimizer.lr={text}"]).optimizer.lr
+    from_file = load_recipe(recipe(SMALLEST + f"optimizer:\n  lr: {text}\n"), []).optimizer.lr
+    for value in (from_command_line, from_file):
+        assert isinstance(value, float) and value == 1e-5
+
+
+def test_unknown_recipe_suggests_the_nearest_name():
+    assert "'qickstart'; did you mean quickstart?" in refused("qickstart")
+    assert "ibq recipes" in refused("zzzzzz")
+
+
+def test_missing_recipe_file_is_named(tmp_path):
+    assert "nowhere.yaml does not exist" in refused(str(tmp_path / "nowhere.yaml"))
+    assert "unknown recipe" in refused(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("override", "named", "suggested"),
+    [
+        ("optimizer.lrr=1", "optimizer.lrr", "optimizer.lr"),
+        ("lr=1", "lr", "optimizer.lr"),
+        ("optimzer.lr=1", "optimzer", "optimizer.lr"),
+        ("trainer.max_step=1", "trainer.max_step", "trainer.max_steps"),
+        ("loss.perceptual.wieght=0", "loss.perceptual.wieght", "loss.perceptual.weight"),
+    ],
+)
+def test_unknown_key_suggests_the_nearest_one(recipe, override, named, suggested):
+    message = refused(recipe(), override)
+    assert f"unknown key {named}; did you mean" in message and f" {suggested}" in message
+
+
+def test_unknown_key_in_the_file_names_file_and_nearest_key(recipe):
+    message = refused(recipe(SMALLEST + "optimizer: {lrr: 1}\n"))
+    assert "mine.yaml" in message and "unknown key optimizer.lrr; did you mean optimizer.lr" in message
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "optimizer.lr=fast",
+        "optimizer.lr=",
+        "optimizer.lr={a: 1}",
+        "optimizer.betas=0.5",
+        "optimizer.betas=[a,b]",
+        "trainer.max_steps=1.5",
+        "trainer.max_steps=many",
+        "trainer.compile=maybe",
+        "data.image_size=abc",
+        "schedule.milestones=[1,a]",
+        "optimizer=5",
+        "loss.generator=null",
+    ],
+)
+def test_ill_typed_values_are_refused_by_key(recipe, override):
+    message = refused(recipe(), override)
+    assert override in message
+
+
+def test_ill_typed_value_in_the_file_names_file_key_and_value(recipe):
+    message = refused(recipe(SMALLEST + "optimizer: {lr: fast}\n"))
+    assert all(part in message for part in ("mine.yaml", "optimizer.lr", "fast"))
+
+
+@pytest.mark.parametrize("override", ["optimizer.lr", "=3", "optimizer.lr:3"])
+def test_an_override_without_key_or_value_shows_the_form(recipe, override):
+    message = refused(recipe(), override)
+    assert repr(override) in message and "is not key=value" in message
+
+
+def test_a_key_given_twice_is_refused(recipe):
+    message = refused(recipe(), "data.train=a.tar", "seed=1", "data.train=b.tar")
+    assert "data.train is given twice" in message
+
+
+def test_braces_at_the_start_of_a_value_end_in_one_line(recipe):
+    assert "data.train={a,b}.tar" in refused(recipe(), "data.train={a,b}.tar")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        "optimizer.lr=nan",
+        "optimizer.lr=-1e-4",
+        "trainer.max_steps=0",
+        "trainer.global_batch_size=0",
+        "trainer.micro_batch_size=0",
+        "trainer.log_every_steps=0",
+        "trainer.keep_checkpoints=0",
+        "schedule.warmup_steps=-1",
+        "loss.entropy.temperature=0",
+    ],
+)
+def test_values_out_of_range_are_refused(recipe, override):
+    message = refused(recipe(), override)
+    assert message.startswith(override.split("=")[0]) and "must be" in message
+
+
+@pytest.mark.parametrize("key", CHOICES)
+def test_bad_choices_list_the_good_ones(recipe, key):
+    message = refused(recipe(), f"{key}=other")
+    assert message == f"{key}=other is unknown: choose one of {', '.join(CHOICES[key])}"
+    for choice in CHOICES[key]:
+        load_recipe(recipe(), [f"{key}={choice}"])
+
+
+def test_missing_mandatory_values_are_named(recipe):
+    assert "trainer.max_steps must be given" in refused(recipe("seed: 1\n"))
+    assert "trainer.max_steps must be given" in refused(recipe(""))
+    assert "trainer.global_batch_size must be given" in refused(recipe("trainer: {max_steps: 1}\n"))
+    load_recipe(recipe("seed: 1\n"), ["trainer.max_steps=1", "trainer.global_batch_size=1"])
+
+
+@pytest.mark.parametrize(
+    "text", ["trainer: [1", "a:\n\t- b\n", "seed: 1\nseed: 2\n", "seed: 1\n---\nseed: 2\n", "seed: *none\n", "a\0b"]
+)
+def test_broken_yaml_is_refused_by_file(recipe, text):
+    message = refused(recipe(text))
+    assert "mine.yaml is not valid YAML" in message
+
+
+def test_a_file_of_bytes_is_refused_by_name(tmp_path):
+    (tmp_path / "mine.yaml").write_bytes(b"\xff\xfe\x00\x80")
+    assert "mine.yaml is not valid YAML" in refused(str(tmp_path / "mine.yaml"))
+
+
+@pytest.mark.parametrize("text", ["- 1\n- 2\n", "5\n", "5.5\n", "true\n", "hello\n"])
+def test_yaml_that_maps_no_keys_is_refused_by_file(recipe, text):
+    assert "mine.yaml" in refused(recipe(text))
+
+
+def test_yaml_cannot_execute_python(recipe, tmp_path):
+    proof = tmp_path / "executed"
+    tag = f"!!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{proof}']]"
+    other = f"!!python/object/apply:os.system ['touch {proof}']"
+    for value in (tag, other):
+        assert "mine.yaml is not valid YAML" in refused(recipe(f"{SMALLEST}run: {value}\n"))
+        assert refused(recipe(), f"run={value}")
+    assert not proof.exists()
+
+
+def test_a_folder_without_config_is_no_run_folder(tmp_path):
+    with pytest.raises(TrainerError, match="is no run folder"):
+        load_run_config(tmp_path, [])
+
+
+def test_resuming_checks_changes_like_training(recipe, tmp_path):
+    save_config(load_recipe(recipe(), []), tmp_path / "config.yaml")
+    for override, problem in [("trainer.max_step=1", "did you mean"), ("optimizer.lr=fast", "optimizer.lr")]:
+        with pytest.raises(TrainerError, match=problem):
+            load_run_config(tmp_path, [override])
+
+
+def test_lists_of_two_configurations_are_not_shared(recipe):
+    first, second = (load_recipe(recipe(), []) for _ in range(2))
+    first.optimizer.betas[0] = 0.0
+    assert second.optimizer.betas == Config().optimizer.betas == [0.5, 0.9]

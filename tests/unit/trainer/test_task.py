@@ -1,0 +1,558 @@
+"""One step of tokenizer training, on a tiny model and one process: who is updated when, by which gradient."""
+
+import copy
+
+import pytest
+import torch
+from torch.nn import functional as F
+
+from model_zoo import ModelError, TokenizerConfig
+from model_zoo.losses import (
+    EntropyLoss,
+    GeneratorLoss,
+    LecamLoss,
+    LossConfig,
+    PerceptualLoss,
+    QuantizerLoss,
+    ReconstructionLoss,
+)
+from model_zoo.ops import average_entropy
+from trainer.config import Config, DiscriminatorConfig, EmaConfig, OptimizerConfig, ScheduleConfig, TrainerConfig
+from trainer.loop import plan_batch
+from trainer.parallel import start_world, stop_world
+from trainer.tasks import tokenizer as task_module
+from trainer.tasks.tokenizer import TokenizerTask, frozen
+
+
+@pytest.fixture
+def world(monkeypatch):
+    """A process group of this process alone."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # start_world sets it; so it is taken back afterwards
+    yield start_world("cpu")
+    stop_world()
+
+
+def tiny_config(**changes) -> Config:
+    """Images of 16 x 16, 4 x 4 tokens. Entropy at a temperature that leaves it a gradient."""
+    config = Config(
+        trainer=TrainerConfig(max_steps=20, global_batch_size=8, precision="fp32"),
+        model=TokenizerConfig(
+            codebook_size=24,
+            code_dim=6,
+            channels=16,
+            channel_multipliers=[1],
+            num_res_blocks=1,
+            attention_factors=[],
+            latent_channels=12,
+            patch_size=4,
+            codebook_init_std=0.5,
+        ),
+        discriminator=DiscriminatorConfig(channels=8, layers=2, norm="group"),
+        loss=LossConfig(perceptual=PerceptualLoss(weight=0.0), entropy=EntropyLoss(temperature=0.5)),
+        optimizer=OptimizerConfig(lr=1e-3, epsilon=1e-3),
+        ema=EmaConfig(decay=0.9),
+    )
+    for key, value in changes.items():
+        owner, _, name = key.rpartition("__")
+        target = config
+        for part in filter(None, owner.split("__")):
+            target = getattr(target, part)
+        assert hasattr(target, name)
+        setattr(target, name, value)
+    return config
+
+
+@pytest.fixture
+def build(world):
+    def build(**changes) -> TokenizerTask:
+        config = tiny_config(**changes)
+        return TokenizerTask(config, world, *plan_batch(config, world))
+
+    return build
+
+
+def images(seed=0, count=8):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 3, 16, 16), dtype=torch.uint8, generator=generator)
+
+
+def as_float(images_bchw):
+    return images_bchw.float() / 127.5 - 1
+
+
+def gradients(module):
+    return {name: None if p.grad is None else p.grad.clone() for name, p in module.named_parameters()}
+
+
+def weights(module):
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def equal(first, second):
+    assert first.keys() == second.keys()
+    return all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def watch(engine, look):
+    """Calls ``look()`` just before each update of the engine; returns the list of what it gave."""
+    seen, step = [], engine.step
+
+    def watched(lr):
+        seen.append(look())
+        return step(lr)
+
+    engine.step = watched
+    return seen
+
+
+def test_generators_backward_leaves_the_discriminator_untouched(build):
+    task = build()
+    network = task.discriminator.module
+    behind_update = []
+    watch(task.generator, lambda: behind_update.append((gradients(network), weights(network))))
+    before = weights(network)
+    task.step([images()], 0)
+    (at_generators_update, updated) = behind_update[0]
+    assert not equal(before, updated)  # it did learn, and before the generator
+    assert all(gradient is None for gradient in at_generators_update.values())
+    assert equal(weights(network), updated)
+    assert all(p.requires_grad for p in network.parameters())
+
+
+def test_discriminators_backward_leaves_the_generator_untouched(build):
+    task = build()
+    before = weights(task.tokenizer)
+    seen = watch(task.discriminator, lambda: (gradients(task.tokenizer), weights(task.tokenizer)))
+    task.step([images()], 0)
+    assert all(gradient is None for gradient in seen[0][0].values())
+    assert equal(seen[0][1], before)
+
+
+def test_frozen_gives_requires_grad_back_after_an_exception():
+    layer = torch.nn.Linear(2, 2)
+    with pytest.raises(RuntimeError, match="inside"), frozen(layer):
+        assert not any(p.requires_grad for p in layer.parameters())
+        raise RuntimeError("inside")
+    assert all(p.requires_grad for p in layer.parameters())
+
+
+def generator_loss_by_hand(tokenizer, discriminator, images_bchw):
+    """The published loss (reference form) written out for IBQ, without the project's loss functions."""
+    z_bdhw = tokenizer.encode(images_bchw)
+    z_nd = z_bdhw.permute(0, 2, 3, 1).flatten(0, 2)
+    codebook_kd = tokenizer.quantize.embedding.weight
+    logits_nk = z_nd @ codebook_kd.T
+    soft_nk = logits_nk.softmax(dim=1)
+    hard_nk = F.one_hot(logits_nk.argmax(dim=1), len(codebook_kd)).float()
+    chosen_nd = codebook_kd[logits_nk.argmax(dim=1)]
+    quantized_nd = (hard_nk + soft_nk - soft_nk.detach()) @ codebook_kd
+    quantized_bdhw = quantized_nd.view(*z_bdhw.permute(0, 2, 3, 1).shape).permute(0, 3, 1, 2)
+    reconstruction_bchw = tokenizer.decode(quantized_bdhw)
+    soft_nk = (logits_nk / 0.5).softmax(dim=1)
+    return {
+        "loss/reconstruction": (reconstruction_bchw - images_bchw).abs().mean(),
+        "loss/double_quantization": (quantized_nd - z_nd).square().mean(),
+        "loss/commitment": (z_nd - chosen_nd.detach()).square().mean(),
+        "loss/codebook": (z_nd.detach() - chosen_nd).square().mean(),
+        "loss/sample_entropy": torch.special.entr(soft_nk).sum(dim=1).mean(),
+        "loss/average_entropy": average_entropy(soft_nk.mean(dim=0)),
+        "loss/generator": F.softplus(-discriminator(reconstruction_bchw).mean(dim=(1, 2, 3))).mean(),
+    }
+
+
+DEFAULT_WEIGHTS = {
+    "loss/reconstruction": 1.0,
+    "loss/double_quantization": 1.0,
+    "loss/commitment": 1.0,
+    "loss/codebook": 0.25,
+    "loss/sample_entropy": 0.05,
+    "loss/average_entropy": -0.05,
+    "loss/generator": 0.1,
+}
+
+
+def test_generator_learns_from_the_whole_loss_against_the_updated_discriminator(build):
+    task = build()
+    original = copy.deepcopy(task.tokenizer)
+    old_discriminator = copy.deepcopy(task.discriminator.module)
+    seen = watch(task.generator, lambda: gradients(task.tokenizer))
+    scalars = task.step([images()], 0)
+
+    updated_discriminator = copy.deepcopy(task.discriminator.module)
+    terms = generator_loss_by_hand(original, updated_discriminator, as_float(images()))
+    loss = sum(DEFAULT_WEIGHTS[name] * term for name, term in terms.items())
+    loss.backward()
+    for name, term in {**terms, "loss/total": loss}.items():
+        assert float(scalars[name]) == pytest.approx(term.item(), rel=1e-4), name
+    stale = generator_loss_by_hand(original, old_discriminator, as_float(images()))["loss/generator"]
+    assert float(scalars["loss/generator"]) != pytest.approx(stale.item(), rel=1e-4)
+    for name, gradient in gradients(original).items():
+        torch.testing.assert_close(seen[0][name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+
+
+def test_discriminator_learns_hinge_and_lecam_from_real_and_reconstructed_images(build):
+    task = build()
+    task.lecam.mean_real.fill_(0.3)
+    task.lecam.mean_fake.fill_(-0.2)
+    network = copy.deepcopy(task.discriminator.module)
+    with torch.no_grad():
+        fake_bchw = task.tokenizer(as_float(images())).reconstruction_bchw
+    seen = watch(task.discriminator, lambda: gradients(task.discriminator.module))
+    scalars = task.step([images()], 0)
+
+    real, fake = network(as_float(images())), network(fake_bchw)
+    hinge = 0.5 * ((1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean())
+    lecam = (real + 0.2).clamp(min=0).square().mean() + (0.3 - fake).clamp(min=0).square().mean()
+    (hinge + 0.05 * lecam).backward()
+    by_hand = {
+        "loss/discriminator": hinge,
+        "loss/lecam": lecam,
+        "discriminator/logits_real": real.mean(),
+        "discriminator/logits_fake": fake.mean(),
+    }
+    for name, value in by_hand.items():
+        assert float(scalars[name]) == pytest.approx(value.item(), rel=1e-4, abs=1e-6), name
+    for name, gradient in gradients(network).items():
+        torch.testing.assert_close(seen[0][name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+    assert task.lecam.mean_real.item() == pytest.approx(0.999 * 0.3 + 0.001 * real.mean().item(), rel=1e-5)
+    assert task.lecam.mean_fake.item() == pytest.approx(-0.999 * 0.2 + 0.001 * fake.mean().item(), rel=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("changes", "expected"),
+    [
+        # (step, does the discriminator learn, weight of the generator's term)
+        ({}, [(0, True, 0.1), (19, True, 0.1)]),
+        ({"discriminator__start_step": 3}, [(2, False, None), (3, True, 0.1), (4, True, 0.1)]),
+        (
+            {"discriminator__start_step": 3, "generator__ramp_steps": 4},
+            [(2, False, None), (3, True, 0.025), (4, True, 0.05), (6, True, 0.1), (9, True, 0.1)],
+        ),
+        (
+            {"discriminator__start_step": 3, "generator__start_step": 5, "generator__ramp_steps": 2},
+            [(2, False, None), (3, True, None), (4, True, None), (5, True, 0.05), (6, True, 0.1), (7, True, 0.1)],
+        ),
+        ({"generator__weight": 0.5, "generator__start_step": 1}, [(0, True, None), (1, True, 0.5)]),
+    ],
+)
+def test_adversarial_terms_start_and_grow_as_the_recipe_says(build, changes, expected):
+    task = build(**{f"loss__{key}": value for key, value in changes.items()})
+    for step, learns, weight in expected:
+        before, means = weights(task.discriminator.module), weights(task.lecam)
+        scalars = task.step([images(step)], step)
+        assert equal(before, weights(task.discriminator.module)) != learns
+        assert equal(means, weights(task.lecam)) != learns
+        for name in ("loss/discriminator", "loss/lecam", "lr/discriminator", "grad_norm/discriminator"):
+            assert (name in scalars) == learns
+        for name in ("weight/generator", "loss/generator"):
+            assert (name in scalars) == (weight is not None)
+        used = {**DEFAULT_WEIGHTS, "loss/generator": weight}
+        if weight is not None:
+            assert float(scalars["weight/generator"]) == pytest.approx(weight)
+        total = sum(share * float(scalars[name]) for name, share in used.items() if name in scalars)
+        assert float(scalars["loss/total"]) == pytest.approx(total, rel=1e-5)
+
+
+def test_without_an_adversarial_term_there_is_no_discriminator(build, tmp_path):
+    task = build(loss__generator__weight=0.0)
+    assert task.discriminator is None
+    scalars = task.step([images()], 0)
+    adversarial = {name for name in scalars if "generator" in name or "discriminator" in name or "lecam" in name}
+    assert adversarial == {"lr/generator", "grad_norm/generator"}
+    task.save(tmp_path)
+    task.load(tmp_path)
+
+
+def test_perceptual_weight_zero_builds_no_vgg(build, monkeypatch):
+    def refuse(*_):
+        raise AssertionError("VGG was built")
+
+    monkeypatch.setattr(task_module, "Perceptual", refuse)
+    task = build()
+    assert task.perceptual is None
+    assert "loss/perceptual" not in task.step([images()], 0)
+    with pytest.raises(AssertionError, match="VGG was built"):
+        build(loss__perceptual__weight=0.5)
+
+
+def test_a_missing_vgg_file_is_an_error_and_no_random_weights(build, tmp_path):
+    with pytest.raises(ModelError, match=r"loss\.perceptual\.weight=0"):
+        build(loss__perceptual__weight=1.0, loss__perceptual__vgg16_weights=str(tmp_path / "vgg16.pth"))
+
+
+def test_perceptual_term_is_logged_and_weighed(build, monkeypatch):
+    class Squares(torch.nn.Module):
+        def __init__(self, file):
+            super().__init__()
+            assert file == "here.pth"
+
+        def forward(self, x_bchw, y_bchw):
+            return (x_bchw - y_bchw).square().mean(dim=(1, 2, 3))
+
+    monkeypatch.setattr(task_module, "Perceptual", Squares)
+    task = build(loss__perceptual__weight=2.0, loss__perceptual__vgg16_weights="here.pth")
+    with torch.no_grad():
+        reconstruction_bchw = task.tokenizer(as_float(images())).reconstruction_bchw
+    scalars = task.step([images()], 0)
+    expected = (reconstruction_bchw - as_float(images())).square().mean().item()
+    assert float(scalars["loss/perceptual"]) == pytest.approx(expected, rel=1e-5)
+    used = {**DEFAULT_WEIGHTS, "loss/perceptual": 2.0}
+    total = sum(share * float(scalars[name]) for name, share in used.items())
+    assert float(scalars["loss/total"]) == pytest.approx(total, rel=1e-5)
+
+
+def test_adaptive_weight_compares_gradients_at_the_last_layer(build):
+    task = build(loss__generator__adaptive=True, loss__reconstruction__weight=2.0)
+    tokenizer = copy.deepcopy(task.tokenizer)
+    scalars = task.step([images()], 0)
+    terms = generator_loss_by_hand(tokenizer, task.discriminator.module, as_float(images()))
+    last_layer = tokenizer.decoder.conv_out.weight
+    reconstruction, generator = (
+        torch.autograd.grad(term, last_layer, retain_graph=True)[0].norm().item()
+        for term in (2 * terms["loss/reconstruction"], terms["loss/generator"])
+    )
+    expected = 0.1 * reconstruction / (generator + 1e-4)
+    assert expected != pytest.approx(0.1, rel=0.1)
+    assert float(scalars["weight/generator"]) == pytest.approx(expected, rel=1e-3)
+    used = {**DEFAULT_WEIGHTS, "loss/reconstruction": 2.0, "loss/generator": expected}
+    total = sum(share * float(scalars[name]) for name, share in used.items())
+    assert float(scalars["loss/total"]) == pytest.approx(total, rel=1e-4)
+
+
+def test_adaptive_weight_is_capped_and_ramped(build):
+    task = build(loss__generator__adaptive=True, loss__generator__adaptive_cap=0.01, loss__generator__ramp_steps=2)
+    assert float(task.step([images()], 0)["weight/generator"]) == pytest.approx(0.5 * 0.1 * 0.01)
+    assert float(task.step([images()], 1)["weight/generator"]) == pytest.approx(0.1 * 0.01)
+
+
+def test_batch_norm_never_mixes_real_and_fake(build):
+    task = build(discriminator__norm="batch")
+    network = copy.deepcopy(task.discriminator.module)
+    with torch.no_grad():
+        fake_bchw = task.tokenizer(as_float(images())).reconstruction_bchw
+    mixed = copy.deepcopy(network)
+    seen = watch(task.discriminator, lambda: gradients(task.discriminator.module))
+    task.step([images()], 0)
+
+    # Real and fake apart for its own update, then fake again, by the updated weights, for the generator's.
+    real, fake = network(as_float(images())), network(fake_bchw)
+    loss = 0.5 * ((1 - real).relu().mean() + (1 + fake).relu().mean())
+    (loss + 0.05 * (real.relu().square().mean() + (-fake).relu().square().mean())).backward()
+    for name, gradient in gradients(network).items():
+        torch.testing.assert_close(seen[0][name], gradient, rtol=1e-3, atol=1e-6, msg=name)
+    network.load_state_dict(dict(task.discriminator.module.named_parameters()), strict=False)
+    network(fake_bchw)
+    buffers = dict(task.discriminator.module.named_buffers())
+    assert buffers
+    for name, expected in network.named_buffers():
+        torch.testing.assert_close(buffers[name], expected, rtol=1e-4, atol=1e-6, msg=name)
+    mixed(torch.cat([as_float(images()), fake_bchw]))
+    assert not torch.allclose(buffers["main.3.running_mean"], mixed.main[3].running_mean, rtol=1e-2)
+
+
+def test_group_norm_judges_real_and_fake_in_one_forward(build):
+    task = build()
+    sizes = []
+    task.discriminator.module.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    task.step([images()], 0)
+    assert sizes == [16, 8]
+
+
+@pytest.mark.parametrize("kind", ["hinge", "vanilla"])
+def test_a_step_does_not_depend_on_how_its_batch_is_cut(build, kind):
+    results = []
+    for micro_batch_size in (8, 2):
+        task = build(trainer__micro_batch_size=micro_batch_size, loss__discriminator__kind=kind)
+        micro_batches = list(images().split(micro_batch_size))
+        assert len(micro_batches) == task.generator.micro_batches
+        seen = [
+            watch(engine, lambda module=engine.module: gradients(module))
+            for engine in (task.generator, task.discriminator)
+        ]
+        scalars = task.step(micro_batches, 0)
+        results.append((seen, scalars, task))
+    (whole, whole_scalars, whole_task), (parts, parts_scalars, parts_task) = results
+    close = {"rtol": 1e-4, "atol": 1e-6}
+    for whole_gradients, parts_gradients in zip(whole, parts, strict=True):
+        assert torch.stack([gradient.norm() for gradient in whole_gradients[0].values()]).norm() > 0.1
+        for name, gradient in whole_gradients[0].items():
+            torch.testing.assert_close(parts_gradients[0][name], gradient, **close, msg=name)
+    for first, second in [
+        (whole_task.tokenizer, parts_task.tokenizer),
+        (whole_task.discriminator.module, parts_task.discriminator.module),
+        (whole_task.lecam, parts_task.lecam),
+        (whole_task.ema, parts_task.ema),
+    ]:
+        for name, value in first.state_dict().items():
+            torch.testing.assert_close(second.state_dict()[name], value, rtol=0, atol=1e-6, msg=name)
+    assert whole_scalars.keys() == parts_scalars.keys()
+    for name, value in whole_scalars.items():
+        assert float(parts_scalars[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-6), name
+    assert torch.equal(whole_task.usage.counts_k, parts_task.usage.counts_k)
+    assert whole_task.usage.token_count() == 8 * 16
+
+
+def test_rates_follow_the_schedule_for_both_networks(build):
+    task = build(
+        schedule=ScheduleConfig(kind="multistep", warmup_steps=4, milestones=[6], factor=0.1),
+        optimizer__discriminator_lr=4e-3,
+    )
+    before = weights(task.tokenizer), weights(task.discriminator.module)
+    rates = []
+    for step in (0, 1, 4, 6):
+        scalars = task.step([images()], step)
+        rates.append((scalars["lr/generator"], scalars["lr/discriminator"]))
+        if step == 0:  # the first rate of the warm-up is 0
+            assert equal(before[0], weights(task.tokenizer)) and equal(before[1], weights(task.discriminator.module))
+        for engine, rate in zip((task.generator, task.discriminator), rates[-1], strict=True):
+            assert [group["lr"] for group in engine.optimizer.param_groups] == [rate]
+    assert rates == [pytest.approx((1e-3 * share, 4e-3 * share)) for share in (0.0, 0.25, 1.0, 0.1)]
+
+
+def test_a_discriminator_rate_of_zero_is_zero_and_none_is_the_generators(build):
+    assert build(optimizer__discriminator_lr=0.0).discriminator_lr == 0.0
+    assert build(optimizer__discriminator_lr=None).discriminator_lr == 1e-3
+
+
+def test_clipping_bounds_the_update_and_logs_the_norm_before_it(build):
+    norms = []
+    for clip in (None, 1e-3):
+        task = build(trainer__gradient_clip_norm=clip, loss__generator__weight=0.0)
+        original = [p.detach().clone() for p in task.tokenizer.parameters()]
+        task.generator.optimizer = torch.optim.SGD(task.tokenizer.parameters(), lr=1.0)
+        scalars = task.step([images()], 0)
+        moved = torch.stack([(p - o).norm() for p, o in zip(task.tokenizer.parameters(), original, strict=True)]).norm()
+        norms.append((float(scalars["grad_norm/generator"]), moved.item() / 1e-3))
+    (norm, moved), (clipped_norm, clipped_moved) = norms
+    assert norm > 0.01 and clipped_norm == pytest.approx(norm, rel=1e-5)
+    assert moved == pytest.approx(norm, rel=1e-3)
+    assert clipped_moved == pytest.approx(1e-3, rel=0.1)
+
+
+def test_vq_trains_without_entropy_terms(build):
+    task = build(model__quantizer="vq")
+    before = weights(task.tokenizer)
+    scalars = task.step([images()], 0)
+    assert not any("entropy" in name or "double" in name for name in scalars)
+    assert not torch.equal(before["quantize.embedding.weight"], task.tokenizer.quantize.embedding.weight)
+
+
+def test_entropy_weight_zero_asks_for_no_entropy(build):
+    task = build(loss__entropy__weight=0.0)
+    assert not any("entropy" in name for name in task.step([images()], 0))
+
+
+def test_bf16_keeps_weights_and_gradients_in_fp32_and_stays_near_fp32(build):
+    steps = {}
+    for precision in ("fp32", "bf16"):
+        task = build(trainer__precision=precision)
+        seen = watch(task.generator, lambda task=task: gradients(task.tokenizer))
+        steps[precision] = task.step([images()], 0)
+        assert all(gradient.dtype == torch.float32 for gradient in seen[0].values())
+        assert all(p.dtype == torch.float32 for p in task.tokenizer.parameters())
+    fp32, bf16 = (float(steps[precision]["loss/reconstruction"]) for precision in ("fp32", "bf16"))
+    assert fp32 != bf16 and bf16 == pytest.approx(fp32, rel=0.02)
+
+
+def test_same_seed_same_start_and_another_seed_another(build):
+    first, same, other = build(seed=1), build(seed=1), build(seed=2)
+    for module in ("tokenizer", "discriminator"):
+        states = [
+            weights(task.tokenizer if module == "tokenizer" else task.discriminator.module)
+            for task in (first, same, other)
+        ]
+        assert equal(states[0], states[1]) and not equal(states[0], states[2])
+
+
+def test_ema_follows_the_weights_after_each_update(build):
+    task = build()
+    start = weights(task.tokenizer)
+    task.step([images()], 0)
+    for name, value in task.tokenizer.state_dict().items():
+        torch.testing.assert_close(task.ema.state_dict()[name], 0.1 * start[name] + 0.9 * value, rtol=1e-5, atol=1e-7)
+    assert build(ema__decay=0.0).ema is None
+
+
+def test_evaluation_shows_ema_weights_in_eval_mode_and_gives_the_raw_ones_back(build):
+    task = build()
+    task.step([images()], 0)
+    raw, average = weights(task.tokenizer), {k: v.clone() for k, v in task.ema.state_dict().items()}
+    assert not equal(raw, average)
+    with task.evaluation() as tokenizer:
+        assert equal(weights(tokenizer), average)
+        assert not any(module.training for module in tokenizer.modules())
+    assert equal(weights(task.tokenizer), raw)
+    assert equal(task.ema.state_dict(), average)
+    assert all(module.training for module in task.tokenizer.modules())
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.0])
+def test_evaluation_gives_the_raw_weights_back_when_something_inside_fails(build, decay):
+    task = build(ema__decay=decay)
+    task.step([images()], 0)
+    raw = weights(task.tokenizer)
+    with pytest.raises(RuntimeError, match="inside"), task.evaluation() as tokenizer:
+        assert equal(weights(tokenizer), raw) == (decay == 0.0)
+        raise RuntimeError("inside")
+    assert equal(weights(task.tokenizer), raw)
+    assert all(module.training for module in task.tokenizer.modules())
+
+
+def optimizer_tensors(engine):
+    state = engine.optimizer.state_dict()["state"]
+    return {(number, name): value.clone() for number, part in state.items() for name, value in part.items()}
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_saved_and_loaded_it_goes_on_bit_for_bit(build, tmp_path, norm):
+    changes = {"discriminator__norm": norm, "loss__lecam__decay": 0.5}
+    task = build(**changes)
+    for step in range(2):
+        task.step([images(step)], step)
+    task.save(tmp_path)
+    resumed = build(seed=9, **changes)
+    resumed.load(tmp_path)
+
+    def compare():
+        for part in ("tokenizer", "lecam", "ema"):
+            assert equal(getattr(task, part).state_dict(), getattr(resumed, part).state_dict()), part
+        assert equal(task.discriminator.module.state_dict(), resumed.discriminator.module.state_dict())
+        for engine in ("generator", "discriminator"):
+            expected = optimizer_tensors(getattr(task, engine))
+            assert expected and equal(expected, optimizer_tensors(getattr(resumed, engine))), engine
+
+    compare()
+    assert task.lecam.mean_real != 0 and task.lecam.mean_fake != 0
+    for step in (2, 3):
+        one, other = (it.step([images(step)], step) for it in (task, resumed))
+        assert {name: float(value) for name, value in one.items()} == {k: float(v) for k, v in other.items()}
+    compare()
+
+
+def test_all_terms_have_weights_of_their_own(build):
+    """Each weight of the recipe scales its own term of the total, and nothing else."""
+    used = {
+        "loss/reconstruction": 2.0,
+        "loss/double_quantization": 0.5 * 3.0,
+        "loss/commitment": 0.5 * 0.2,
+        "loss/codebook": 0.5,
+        "loss/sample_entropy": 0.3 * 0.7,
+        "loss/average_entropy": -0.3 * 1.3,
+        "loss/generator": 0.4,
+    }
+    task = build(
+        loss=LossConfig(
+            reconstruction=ReconstructionLoss(weight=2.0),
+            perceptual=PerceptualLoss(weight=0.0),
+            generator=GeneratorLoss(weight=0.4, kind="linear"),
+            lecam=LecamLoss(weight=0.0),
+            quantizer=QuantizerLoss(weight=0.5, form="paper", beta=0.2, double_quantization_weight=3.0),
+            entropy=EntropyLoss(weight=0.3, temperature=0.5, sample_weight=0.7, average_weight=1.3),
+        )
+    )
+    scalars = task.step([images()], 0)
+    assert "loss/lecam" not in scalars
+    total = sum(share * float(scalars[name]) for name, share in used.items())
+    assert float(scalars["loss/total"]) == pytest.approx(total, rel=1e-5)
