@@ -39,7 +39,8 @@ def save_checkpoint(run: Path, step: int, state: dict, write: Callable[[Path], N
         _sync(pointer)
         pointer.replace(folder.parent / "latest")
         _sync(folder.parent)
-        for old in sorted(folder.parent.glob("step_*[0-9]"))[:-keep]:
+        # Later ones, of a run that was resumed from before them, must not push out the one just written.
+        for old in sorted(path for path in folder.parent.glob("step_*[0-9]") if path <= folder)[:-keep]:
             shutil.rmtree(old)
     dist.barrier()
     return folder

@@ -165,7 +165,7 @@ def _resolve(path: Path, overrides: list[str]) -> Config:
     schema = OmegaConf.structured(Config)
     try:
         from_file = OmegaConf.load(path)
-    except (yaml.YAMLError, UnicodeDecodeError) as error:
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise TrainerError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not OmegaConf.is_dict(from_file):
         raise TrainerError(f"{path} is not a recipe: it must map keys to values")
@@ -210,7 +210,7 @@ def _explain(error: Exception, schema) -> str:
     key = getattr(error, "full_key", None)
     if "not in" in message and key:
         return f"unknown key {key}{_closest(str(key), _leaves(schema))}"
-    if "Missing mandatory value" in message:
+    if "missing mandatory value" in message.lower():
         return f"{key} must be given"
     return f"{key}: {message}" if key and str(key) not in message else message
 

@@ -67,7 +67,8 @@ class TokenizerTask:
 
     @property
     def discriminator_lr(self) -> float:
-        return self.config.optimizer.discriminator_lr or self.config.optimizer.lr
+        optimizer = self.config.optimizer
+        return optimizer.lr if optimizer.discriminator_lr is None else optimizer.discriminator_lr
 
     def _adam(self, module: nn.Module, lr: float) -> torch.optim.Optimizer:
         optimizer = self.config.optimizer
