@@ -33,6 +33,7 @@ setup(
         "matplotlib>=3.8",
         "numpy>=1.26",
         "pillow>=10.1",
+        "opencv-python-headless>=4.8",  # the resize of the published ImageNet runs
         "packaging>=23",
     ],
     extras_require={

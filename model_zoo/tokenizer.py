@@ -5,7 +5,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import torch
+import yaml
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
@@ -113,12 +116,26 @@ def load_tokenizer(source: str | Path, weights: str = "ema") -> Tokenizer:
     latest = run / "checkpoints" / "latest"
     if not latest.is_file():
         raise ModelError(f"{run} holds no finished checkpoint yet: train on, or lower trainer.checkpoint_every_steps")
-    name = "tokenizer_ema.safetensors" if weights == "ema" else "tokenizer.safetensors"
-    file = latest.parent / latest.read_text().strip() / name
+    checkpoint = latest.parent / latest.read_text().strip()
+    if not checkpoint.is_dir():
+        raise ModelError(
+            f"{latest} names {checkpoint.name}, which does not exist; write another checkpoint's name there"
+        )
+    file = checkpoint / ("tokenizer_ema.safetensors" if weights == "ema" else "tokenizer.safetensors")
     if not file.is_file():
         mend = "; this run keeps no EMA: ask for the raw weights (--weights raw)" if weights == "ema" else ""
         raise ModelError(f"{file} is missing{mend}")
-    recipe = OmegaConf.merge(OmegaConf.structured(TokenizerConfig), OmegaConf.load(run / "config.yaml").model)
-    tokenizer = Tokenizer(OmegaConf.to_object(recipe))
-    tokenizer.load_state_dict(load_file(file), strict=True)
+    try:
+        recipe = OmegaConf.load(run / "config.yaml")["model"]
+        tokenizer = Tokenizer(OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TokenizerConfig), recipe)))
+    except (OmegaConfBaseException, yaml.YAMLError, KeyError, TypeError, ValueError, OSError) as error:
+        raise ModelError(f"{run / 'config.yaml'} describes no tokenizer ({_first_line(error)})") from error
+    try:
+        tokenizer.load_state_dict(load_file(file), strict=True)
+    except (SafetensorError, RuntimeError) as error:
+        raise ModelError(f"{file} does not hold the weights of {run / 'config.yaml'} ({_first_line(error)})") from error
     return tokenizer.eval()
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -22,7 +22,8 @@ def save_checkpoint(run: Path, step: int, state: dict, write: Callable[[Path], N
     folder = run / "checkpoints" / f"step_{step:08d}"
     unfinished = folder.with_suffix(".unfinished")
     if world.is_main:
-        shutil.rmtree(unfinished, ignore_errors=True)
+        for left_over in folder.parent.glob("step_*.unfinished"):
+            shutil.rmtree(left_over)
         unfinished.mkdir(parents=True)
     dist.barrier()
     write(unfinished)

@@ -1,6 +1,7 @@
 """Recipes: a YAML file and ``key=value`` changes, checked against the dataclasses here. Unknown keys fail."""
 
 import difflib
+import math
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
@@ -116,15 +117,36 @@ AT_LEAST = {
     "trainer.max_steps": 1,
     "trainer.global_batch_size": 1,
     "trainer.micro_batch_size": 1,
+    "trainer.gradient_clip_norm": 1e-12,
     "trainer.log_every_steps": 1,
     "trainer.validate_every_steps": 1,
     "trainer.validation_images": 1,
     "trainer.checkpoint_every_steps": 1,
     "trainer.keep_checkpoints": 1,
+    "data.image_size": 1,
+    "data.val_image_size": 1,
+    "model.channels": 1,
+    "model.latent_channels": 1,
+    "model.num_res_blocks": 1,
+    "model.patch_size": 1,
+    "model.codebook_init_std": 0,
+    "discriminator.channels": 1,
+    "discriminator.layers": 1,
     "optimizer.lr": 0,
+    "optimizer.discriminator_lr": 0,
+    "optimizer.epsilon": 0,
+    "optimizer.weight_decay": 0,
     "schedule.warmup_steps": 0,
-    "loss.entropy.temperature": 1e-6,
+    "ema.decay": 0,
+    "loss.reconstruction.weight": 0,
+    "loss.perceptual.weight": 0,
+    "loss.generator.weight": 0,
     "loss.generator.ramp_steps": 0,
+    "loss.lecam.weight": 0,
+    "loss.quantizer.weight": 0,
+    "loss.quantizer.beta": 0,
+    "loss.entropy.weight": 0,
+    "loss.entropy.temperature": 1e-6,
 }
 
 
@@ -157,8 +179,10 @@ def load_run_config(run: str | Path, overrides: list[str]) -> Config:
 
 
 def save_config(config: Config, path: Path) -> None:
-    """Writes the resolved configuration."""
-    OmegaConf.save(OmegaConf.structured(config), path)
+    """Writes the resolved configuration; a kill in between leaves the former file whole."""
+    unfinished = path.with_suffix(".unfinished")
+    OmegaConf.save(OmegaConf.structured(config), unfinished)
+    unfinished.replace(path)
 
 
 def _resolve(path: Path, overrides: list[str]) -> Config:
@@ -198,10 +222,29 @@ def _check(config) -> None:
         value = OmegaConf.select(config, key)
         if value not in choices:
             raise TrainerError(f"{key}={value} is unknown: choose one of {', '.join(choices)}")
+    for key in _leaves(config):
+        value = OmegaConf.select(config, key)
+        for number in value if OmegaConf.is_list(value) else [value]:
+            if isinstance(number, float) and not math.isfinite(number):
+                raise TrainerError(f"{key}={value} must be finite")
     for key, least in AT_LEAST.items():
         value = OmegaConf.select(config, key)
-        if value is not None and not value >= least:
+        if value is not None and value < least:
             raise TrainerError(f"{key}={value} must be at least {least}")
+    if config.ema.decay >= 1:
+        raise TrainerError(f"ema.decay={config.ema.decay} must be below 1; 0 keeps no average")
+    if len(config.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in config.optimizer.betas):
+        raise TrainerError(f"optimizer.betas={config.optimizer.betas} must be two numbers from 0 to below 1")
+    if not config.model.channel_multipliers or min(config.model.channel_multipliers) < 1:
+        raise TrainerError(
+            f"model.channel_multipliers={config.model.channel_multipliers} must name at least one level, each at least 1"
+        )
+    first = config.loss.generator.start_step
+    if first is not None and first < config.loss.discriminator.start_step:
+        raise TrainerError(
+            f"loss.generator.start_step={first} lies before loss.discriminator.start_step="
+            f"{config.loss.discriminator.start_step}: the generator would play against an untrained discriminator"
+        )
 
 
 def _explain(error: Exception, schema) -> str:

@@ -5,7 +5,7 @@ from torch import Tensor, nn
 
 
 class Ema:
-    """Running average of every floating-point entry of ``module.state_dict()``, in fp32.
+    """Running average of every entry of ``module.state_dict()`` (a tokenizer's are all floating-point), in fp32.
 
     Build it after the weights that training starts from are in the module: it starts as their copy.
     """
@@ -16,9 +16,9 @@ class Ema:
 
     @torch.no_grad()
     def update(self, module: nn.Module, step: int) -> None:
-        """Call once after optimiser step ``step`` (from 0). Early steps use a smaller decay, (1 + step) / (10 + step),
+        """Call once after optimiser step ``step`` (from 0). Early steps use a smaller decay, (2 + step) / (11 + step),
         as in the published training, so that a short run's average is not its random start."""
-        decay = min(self.decay, (1 + step) / (10 + step))
+        decay = min(self.decay, (2 + step) / (11 + step))
         state = module.state_dict()
         averages = list(self.average.values())
         torch._foreach_lerp_(averages, [state[name].float() for name in self.average], 1 - decay)

@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 import model_zoo
-from data import EvaluationImage, EvaluationImages, evaluation_images
+from data import DataConfig, EvaluationImage, EvaluationImages, evaluation_images
 from trainer import TrainerError, metrics
 
 PROTOCOL = "paper"  # trainer.metrics.image says what it is
@@ -316,8 +316,8 @@ class ImageSource(NamedTuple):
 
 
 def open_images(run: str | Path, images: str | list[str] | None, image_size: int | str | None) -> ImageSource:
-    """The pictures asked for, with the run's `data.val`, `data.val_image_size` and `data.resize` where nothing is asked."""
-    data_config = OmegaConf.load(Path(run) / "config.yaml").data
+    """The pictures asked for, with `val`, `val_image_size` and `resize` of the run's data where nothing is asked."""
+    data_config = OmegaConf.merge(OmegaConf.structured(DataConfig), OmegaConf.load(Path(run) / "config.yaml").data)
     path = images if images is not None else OmegaConf.to_container(data_config).get("val")
     if path is None:
         raise TrainerError(f"{run} was trained without data.val: say which pictures with --images PATH")

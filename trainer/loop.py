@@ -7,6 +7,7 @@ from datetime import datetime
 from pathlib import Path
 
 import torch
+from safetensors import SafetensorError
 from torchvision.utils import make_grid, save_image
 
 import data
@@ -21,6 +22,7 @@ from trainer.tasks.tokenizer import TokenizerTask
 from trainer.telemetry import Telemetry
 
 PICTURES = 8  # validation images whose reconstructions are shown as training goes
+WATCHED = ("loss/total", "grad_norm/generator", "grad_norm/discriminator")  # training ends where one is not finite
 
 
 def train(recipe: str, overrides: list[str]) -> Path:
@@ -73,11 +75,11 @@ def _train(config: Config, resume: bool) -> Path:
             "data.train must be given: a folder of tars, a tar, or a pattern such as data.train='tars/{00..99}.tar'"
         )
     data.check(config.data)  # a mistyped path or a damaged tar is found before anything slow starts
-    start, checkpoint, data_state = 0, None, None
+    start, checkpoint, state = 0, None, {"data": None}
     if resume:
         checkpoint = latest_checkpoint(Path(config.run))
         state = load_state(checkpoint)
-        start, data_state = state["step"], state["data"]
+        start = state["step"]
         if start >= config.trainer.max_steps:
             raise TrainerError(f"{config.run} is at step {start} already; go on with trainer.max_steps={2 * start}")
     world = start_world(config.trainer.device)
@@ -91,19 +93,37 @@ def _train(config: Config, resume: bool) -> Path:
             rank=world.rank,
             world_size=world.size,
             seed=config.seed,
-            state=data_state,
+            state=state["data"],
         )
         if checkpoint:
-            task.load(checkpoint)
+            _restore(task, config, world, checkpoint, state)
         # Only now that everything is known to fit does anything appear on the disk.
         run = Path(agree(world, lambda: open_run(config, resume)))
-        _steps(config, world, run, task, batches, start, data_state)
+        _steps(config, world, run, task, batches, start)
         return run
     finally:
         stop_world()
 
 
-def _steps(config: Config, world: World, run: Path, task: TokenizerTask, batches, start: int, data_state) -> None:
+def _restore(task: TokenizerTask, config: Config, world: World, checkpoint: Path, state: dict) -> None:
+    """Loads a checkpoint into the task; what does not fit is the user's change of settings, so one line says so."""
+    if config.engine.kind != state["engine"]:
+        raise TrainerError(f"{checkpoint} was written by engine.kind={state['engine']}: resume with the same")
+    if config.engine.kind == "deepspeed" and world.size != state["world_size"]:
+        raise TrainerError(
+            f"{checkpoint} was written by {state['world_size']} processes, and DeepSpeed's optimiser state is split "
+            f"into as many parts: resume with {state['world_size']} processes, not {world.size}"
+        )
+    try:
+        task.load(checkpoint)
+    except (OSError, RuntimeError, KeyError, ValueError, AssertionError, SafetensorError) as error:
+        raise TrainerError(
+            f"{checkpoint} does not fit this configuration ({str(error).splitlines()[0]}); "
+            "resume with the settings that the run was started with"
+        ) from error
+
+
+def _steps(config: Config, world: World, run: Path, task: TokenizerTask, batches, start: int) -> None:
     settings = config.trainer
     micro_batches = task.generator.micro_batches
     telemetry = Telemetry(run, start, settings.max_steps) if world.is_main else None
@@ -111,7 +131,12 @@ def _steps(config: Config, world: World, run: Path, task: TokenizerTask, batches
         telemetry.say(describe(config, world, task, run, start))
 
     def save(step: int) -> None:
-        state = {"step": step, "data": merge_states(gather_objects(data_state))}
+        state = {
+            "step": step,
+            "data": merge_states(gather_objects(data_state)),
+            "engine": config.engine.kind,
+            "world_size": world.size,
+        }
         save_checkpoint(run, step, state, task.save, world, settings.keep_checkpoints)
 
     with telemetry or nullcontext():
@@ -122,33 +147,30 @@ def _steps(config: Config, world: World, run: Path, task: TokenizerTask, batches
                 data_state = step_batches[-1].state
                 images = [batch.images_bchw.to(world.device, non_blocking=True) for batch in step_batches]
                 scalars = task.step(images, step - 1)
-                due = {
-                    name: step % every == 0 or step == settings.max_steps
-                    for name, every in (
-                        ("log", settings.log_every_steps),
-                        ("validate", settings.validate_every_steps),
-                        ("checkpoint", settings.checkpoint_every_steps),
-                    )
-                }
+                last = step == settings.max_steps
+                checkpoint_due = last or step % settings.checkpoint_every_steps == 0
+                validation_due = last or step % settings.validate_every_steps == 0
+                log_due = checkpoint_due or step % settings.log_every_steps == 0  # only finite weights are saved
                 if telemetry:
                     telemetry.advance(step)
-                if due["log"]:
+                if log_due:
                     logged = _global_scalars(scalars, task, world)
                     seconds = time.perf_counter() - began
                     logged["images_per_second"] = (step - began_step) * settings.global_batch_size / seconds
                     if telemetry:
                         telemetry.log(step, logged)
-                    if not math.isfinite(logged["loss/total"]):
+                    bad = [name for name in WATCHED if not math.isfinite(logged.get(name, 0.0))]
+                    if bad:
                         raise TrainerError(
-                            f"the loss is not finite at step {step}; the last checkpoint is untouched: resume from it "
-                            f"with a lower optimizer.lr, or trainer.precision=fp32"
+                            f"{bad[0]} is not finite at step {step}; the last checkpoint is untouched: resume from it "
+                            "with a lower optimizer.lr, trainer.gradient_clip_norm=1 or trainer.precision=fp32"
                         )
                 paused = time.perf_counter()
-                if due["validate"] and config.data.val is not None:
+                if validation_due and config.data.val is not None:
                     _validate(config, world, task, telemetry, run, step)
-                if due["checkpoint"]:
+                if checkpoint_due:
                     save(step)
-                if due["log"]:
+                if log_due:
                     began, began_step = time.perf_counter(), step
                 else:
                     began += time.perf_counter() - paused

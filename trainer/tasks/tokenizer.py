@@ -87,7 +87,8 @@ class TokenizerTask:
         The discriminator is updated first, on detached reconstructions; the generator then plays against the updated,
         frozen one. With a single micro-batch one forward of the generator serves both. With several (gradient
         accumulation) a first pass without gradients makes all the reconstructions for the discriminator and the mean
-        code assignment of the whole batch, so that a step does not depend on how its batch is cut.
+        code assignment of the whole batch, so that a step does not depend on how its batch is cut. (Two things do:
+        BatchNorm in the discriminator, and the adaptive weight, which is taken anew for every micro-batch.)
         """
         config = self.config
         loss_config = config.loss

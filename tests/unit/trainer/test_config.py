@@ -156,11 +156,24 @@ def test_braces_at_the_start_of_a_value_end_in_one_line(recipe):
         "trainer.keep_checkpoints=0",
         "schedule.warmup_steps=-1",
         "loss.entropy.temperature=0",
+        "optimizer.lr=inf",
+        "optimizer.betas=[0.5]",
+        "optimizer.betas=[0.5,nan]",
+        "ema.decay=1",
+        "ema.decay=nan",
+        "loss.reconstruction.weight=nan",
+        "loss.generator.weight=-1",
+        "trainer.gradient_clip_norm=-1",
+        "model.patch_size=0",
+        "model.channel_multipliers=[]",
+        "model.channel_multipliers=[0]",
+        "data.image_size=0",
+        "discriminator.layers=0",
     ],
 )
 def test_values_out_of_range_are_refused(recipe, override):
     message = refused(recipe(), override)
-    assert message.startswith(override.split("=")[0]) and "must be" in message
+    assert message.startswith(override.split("=")[0]) and "must" in message
 
 
 @pytest.mark.parametrize("key", CHOICES)
@@ -222,3 +235,8 @@ def test_lists_of_two_configurations_are_not_shared(recipe):
     first, second = (load_recipe(recipe(), []) for _ in range(2))
     first.optimizer.betas[0] = 0.0
     assert second.optimizer.betas == Config().optimizer.betas == [0.5, 0.9]
+
+
+def test_the_generator_cannot_start_before_its_discriminator(recipe):
+    message = refused(recipe(), "loss.discriminator.start_step=10", "loss.generator.start_step=5")
+    assert "untrained discriminator" in message

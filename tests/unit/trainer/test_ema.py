@@ -30,12 +30,12 @@ def test_is_the_running_average_with_the_smaller_decay_of_early_steps():
     for step in range(6):
         module.load_state_dict(model(seed=step + 1).state_dict())
         ema.update(module, step)
-        used.append(min(decay, (1 + step) / (10 + step)))
+        used.append(min(decay, (2 + step) / (11 + step)))
         expected = {
             name: used[-1] * average + (1 - used[-1]) * module.state_dict()[name].double()
             for name, average in expected.items()
         }
-    assert used == pytest.approx([1 / 10, 2 / 11, 0.2, 0.2, 0.2, 0.2])  # both branches of the formula
+    assert used == pytest.approx([2 / 11, 0.2, 0.2, 0.2, 0.2, 0.2])  # both branches of the formula
     for name, value in ema.state_dict().items():
         torch.testing.assert_close(value, expected[name].float(), rtol=1e-5, atol=1e-6)
 

@@ -471,7 +471,9 @@ def test_ema_follows_the_weights_after_each_update(build):
     start = weights(task.tokenizer)
     task.step([images()], 0)
     for name, value in task.tokenizer.state_dict().items():
-        torch.testing.assert_close(task.ema.state_dict()[name], 0.1 * start[name] + 0.9 * value, rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(
+            task.ema.state_dict()[name], 2 / 11 * start[name] + 9 / 11 * value, rtol=1e-5, atol=1e-7
+        )
     assert build(ema__decay=0.0).ema is None
 
 
