@@ -36,6 +36,8 @@ class DataConfig:
     crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0])
     resize: str = "pil_antialias"
     flip: bool = True
+    # Strength of random contrast, saturation, hue and brightness, 0 to 1: for small sets of pictures.
+    color_jitter: float = 0.0
     shuffle_block: int = 1024
 
 
@@ -99,7 +101,9 @@ def check(config: DataConfig) -> None:
 def _transform(config: DataConfig) -> TrainingTransform:
     if config.workers < 0 or config.shuffle_block < 1:
         raise DataError("data.workers must be at least 0 and data.shuffle_block at least 1")
-    return TrainingTransform(config.image_size, config.crop, tuple(config.crop_scale), config.resize, config.flip)
+    return TrainingTransform(
+        config.image_size, config.crop, tuple(config.crop_scale), config.resize, config.flip, config.color_jitter
+    )
 
 
 def _deliver(micro_batches: MicroBatches, workers: int, of: dict, step: int, skips: dict[int, int]) -> Iterator[Batch]:

@@ -191,6 +191,7 @@ class TrainingTransform:
     crop_scale: tuple[float, float]
     resize: str
     flip: bool
+    color_jitter: float = 0.0
 
     def __post_init__(self):
         resize_named(self.resize)
@@ -202,6 +203,8 @@ class TrainingTransform:
             raise DataError(
                 f"data.crop_scale={list(self.crop_scale)} must be two parts of the area, 0 < low <= high <= 1"
             )
+        if not 0 <= self.color_jitter <= 1:
+            raise DataError(f"data.color_jitter={self.color_jitter} must lie between 0 and 1")
 
     def __call__(self, content: bytes, rng: random.Random) -> np.ndarray:
         """uint8 (3, image_size, image_size). Raises ImageError."""
@@ -217,7 +220,25 @@ class TrainingTransform:
             image = resize_and_center_crop(image, side, resize)
         if self.flip and rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        return pixels_chw(image)
+        pixels = pixels_chw(image)
+        return jitter_colors(pixels, rng, self.color_jitter) if self.color_jitter else pixels
+
+
+def jitter_colors(image_chw: np.ndarray, rng: random.Random, strength: float) -> np.ndarray:
+    """uint8 (3, h, w) -> the same with other contrast, saturation, hue and brightness, drawn from ``rng``.
+
+    strength s from 0 to 1: contrast and saturation times 1 - s to 1 + s, hue turned by up to s half-turns about the grey
+    axis, brightness moved by up to s/4 of the range; all as one affine map of colour space.
+    """
+    contrast, saturation, turn, brightness = (strength * (2 * rng.random() - 1) for _ in range(4))
+    grey = np.full((3, 3), 1 / 3)  # projects on the grey axis
+    cross = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)  # turns about it by a right angle
+    angle = math.pi * turn
+    chroma = math.cos(angle) * (np.eye(3) - grey) + math.sin(angle) * cross
+    matrix = (1 + contrast) * (grey + (1 + saturation) * chroma)
+    colors = matrix.astype(np.float32) @ (image_chw.reshape(3, -1).astype(np.float32) - 127.5)
+    levels = np.rint(colors + (127.5 + 255 / 4 * brightness)).clip(0, 255)
+    return levels.astype(np.uint8).reshape(image_chw.shape)
 
 
 def pixels_chw(image: Image.Image) -> np.ndarray:

@@ -237,7 +237,7 @@ def _check(config) -> None:
         raise TrainerError(f"optimizer.betas={config.optimizer.betas} must be two numbers from 0 to below 1")
     if not config.model.channel_multipliers or min(config.model.channel_multipliers) < 1:
         raise TrainerError(
-            f"model.channel_multipliers={config.model.channel_multipliers} must name at least one level, each at least 1"
+            f"model.channel_multipliers={config.model.channel_multipliers} must name one level or more, each at least 1"
         )
     first = config.loss.generator.start_step
     if first is not None and first < config.loss.discriminator.start_step:

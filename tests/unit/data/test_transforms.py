@@ -10,6 +10,7 @@ from torchvision.transforms import v2
 from data import DataError, ImageError, decode
 from data.transforms import (
     TrainingTransform,
+    jitter_colors,
     random_resized_crop,
     resize_and_center_crop,
     resize_named,
@@ -173,3 +174,31 @@ def test_flip_happens_half_the_time_and_can_be_left_out(make_picture, encode):
     upright = np.asarray(Image.open(io.BytesIO(content))).transpose(2, 0, 1).tobytes()
     assert set(results[False]) == {upright}
     assert 15 < results[True].count(upright) < 45 and len(set(results[True])) == 2
+
+
+def test_color_jitter_moves_colours_and_keeps_grey_grey():
+    colors = np.random.default_rng(0).integers(0, 256, (3, 5, 7), dtype=np.uint8)
+    grey = np.repeat(colors[:1], 3, axis=0)
+    assert np.array_equal(jitter_colors(colors, random.Random(0), 0.0), colors)
+    for seed in range(5):
+        assert not np.array_equal(jitter_colors(colors, random.Random(seed), 0.5), colors)
+        assert np.array_equal(
+            jitter_colors(colors, random.Random(seed), 0.5), jitter_colors(colors, random.Random(seed), 0.5)
+        )
+        jittered = jitter_colors(grey, random.Random(seed), 1.0).astype(int)
+        assert np.abs(jittered - jittered[:1]).max() <= 1  # rounding only: hue turns about the grey axis
+
+
+def test_color_jitter_turns_hue_by_a_third_into_the_next_channel():
+    class Third:
+        """Contrast, saturation and brightness stay; the hue turns by a third of a circle."""
+
+        def __init__(self):
+            self.draws = iter([0.5, 0.5, 0.5 + 1 / 3, 0.5])
+
+        def random(self):
+            return next(self.draws)
+
+    red = np.zeros((3, 1, 1), dtype=np.uint8)
+    red[0] = 255
+    assert jitter_colors(red, Third(), 1.0)[:, 0, 0].tolist() == [0, 255, 0]
