@@ -29,14 +29,25 @@ def group_norm(channels: int, eps: float = 1e-6) -> nn.GroupNorm:
     return nn.GroupNorm(groups, channels, eps=eps)
 
 
+class PositionNorm(nn.LayerNorm):
+    """Layer norm over the channels of each position: unlike GroupNorm it takes no statistics over the picture."""
+
+    def __init__(self, channels: int):
+        super().__init__(channels, eps=1e-6)
+
+    def forward(self, x_bchw: torch.Tensor) -> torch.Tensor:
+        return super().forward(x_bchw.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
 class ResBlock(nn.Module):
     """Two (norm, SiLU, 3x3 convolution) beside a shortcut, which is a 1x1 convolution where the width changes."""
 
-    def __init__(self, in_channels: int, out_channels: int):
+    def __init__(self, in_channels: int, out_channels: int, local: bool = False):
         super().__init__()
-        self.norm1 = group_norm(in_channels)
+        norm = PositionNorm if local else group_norm
+        self.norm1 = norm(in_channels)
         self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
-        self.norm2 = group_norm(out_channels)
+        self.norm2 = norm(out_channels)
         self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
         self.nin_shortcut = nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1)
 
@@ -90,10 +101,10 @@ class Upsample(nn.Module):
 class Level(nn.Module):
     """The residual blocks of one resolution, each followed by attention where `attention` says so."""
 
-    def __init__(self, in_channels: int, out_channels: int, num_res_blocks: int, attention: bool):
+    def __init__(self, in_channels: int, out_channels: int, num_res_blocks: int, attention: bool, local: bool):
         super().__init__()
         widths = [in_channels] + [out_channels] * num_res_blocks
-        self.block = nn.ModuleList(ResBlock(a, b) for a, b in pairwise(widths))
+        self.block = nn.ModuleList(ResBlock(a, b, local) for a, b in pairwise(widths))
         self.attn = nn.ModuleList(AttentionBlock(out_channels) for _ in range(num_res_blocks if attention else 0))
 
     def forward(self, x_bchw: torch.Tensor) -> torch.Tensor:
@@ -107,8 +118,10 @@ class Level(nn.Module):
 class DownLevel(Level):
     """A level of the encoder; all but the coarsest end by halving the sides."""
 
-    def __init__(self, in_channels: int, out_channels: int, num_res_blocks: int, attention: bool, coarsest: bool):
-        super().__init__(in_channels, out_channels, num_res_blocks, attention)
+    def __init__(
+        self, in_channels: int, out_channels: int, num_res_blocks: int, attention: bool, local: bool, coarsest: bool
+    ):
+        super().__init__(in_channels, out_channels, num_res_blocks, attention, local)
         self.downsample = nn.Identity() if coarsest else Downsample(out_channels)
 
     def forward(self, x_bchw: torch.Tensor) -> torch.Tensor:
@@ -118,30 +131,34 @@ class DownLevel(Level):
 class UpLevel(Level):
     """A level of the decoder; all but the finest end by doubling the sides."""
 
-    def __init__(self, in_channels: int, out_channels: int, num_res_blocks: int, attention: bool, finest: bool):
-        super().__init__(in_channels, out_channels, num_res_blocks, attention)
+    def __init__(
+        self, in_channels: int, out_channels: int, num_res_blocks: int, attention: bool, local: bool, finest: bool
+    ):
+        super().__init__(in_channels, out_channels, num_res_blocks, attention, local)
         self.upsample = nn.Identity() if finest else Upsample(out_channels)
 
     def forward(self, x_bchw: torch.Tensor) -> torch.Tensor:
         return self.upsample(super().forward(x_bchw))
 
 
-def middle(channels: int) -> nn.Sequential:
-    """Residual block, attention, residual block, at the coarsest resolution."""
-    return nn.Sequential(
-        OrderedDict(
-            block_1=ResBlock(channels, channels), attn_1=AttentionBlock(channels), block_2=ResBlock(channels, channels)
-        )
-    )
+def middle(channels: int, local: bool) -> nn.Sequential:
+    """Residual block, attention (not where `local`), residual block, at the coarsest resolution."""
+    blocks = OrderedDict(block_1=ResBlock(channels, channels, local))
+    if not local:
+        blocks["attn_1"] = AttentionBlock(channels)
+    blocks["block_2"] = ResBlock(channels, channels, local)
+    return nn.Sequential(blocks)
 
 
 def levels_with_attention(
-    attention_factors: Sequence[int], patch_size: int, channel_multipliers: Sequence[int]
+    attention_factors: Sequence[int], patch_size: int, channel_multipliers: Sequence[int], local: bool
 ) -> list[bool]:
     """For each level, whether its downsampling factor `patch_size * 2^level` is among `attention_factors`.
 
-    Raises ModelError for a factor that no level has.
+    Raises ModelError for a factor that no level has, and for any factor where the model is to be `local`.
     """
+    if local and attention_factors:
+        raise ModelError(f"a local model has no attention: set attention_factors=[], not {list(attention_factors)}")
     factors = [patch_size * 2**level for level in range(len(channel_multipliers))]
     unknown = sorted(set(attention_factors) - set(factors))
     if unknown:
@@ -163,10 +180,13 @@ class Encoder(nn.Module):
         attention_factors: downsampling factors (`patch_size * 2^level`) of the levels that have attention.
         latent_channels: channels of the output.
         patch_size: side of the first convolution's patches; 1 is VQGAN, whose first convolution is 3x3.
+        local: every position depends on its neighbourhood only: layer norm over each position's channels in place of
+            GroupNorm over the picture, and no attention. Small models on few pictures then read absolute colours, and
+            work at other sizes than they were trained on.
         image_channels: channels of the input.
 
     Raises:
-        ModelError: an attention factor that no level has; in `forward`, sides that are no multiple of the factor.
+        ModelError: an attention factor that no level has, or any with `local`; in `forward`, sides that are no multiple of the factor.
     """
 
     def __init__(
@@ -178,11 +198,12 @@ class Encoder(nn.Module):
         attention_factors: Sequence[int],
         latent_channels: int,
         patch_size: int = 1,
+        local: bool = False,
         image_channels: int = 3,
     ):
         super().__init__()
         widths = [channels * multiplier for multiplier in channel_multipliers]
-        attention = levels_with_attention(attention_factors, patch_size, channel_multipliers)
+        attention = levels_with_attention(attention_factors, patch_size, channel_multipliers, local)
         coarsest = len(widths) - 1
         self.downsampling_factor = patch_size * 2**coarsest
 
@@ -191,11 +212,11 @@ class Encoder(nn.Module):
         else:
             self.conv_in = nn.Conv2d(image_channels, channels, patch_size, stride=patch_size)
         self.down = nn.ModuleList(
-            DownLevel(in_channels, out_channels, num_res_blocks, attention[level], level == coarsest)
+            DownLevel(in_channels, out_channels, num_res_blocks, attention[level], local, level == coarsest)
             for level, (in_channels, out_channels) in enumerate(pairwise([channels, *widths]))
         )
-        self.mid = middle(widths[-1])
-        self.norm_out = group_norm(widths[-1])
+        self.mid = middle(widths[-1], local)
+        self.norm_out = (PositionNorm if local else group_norm)(widths[-1])
         self.conv_out = nn.Conv2d(widths[-1], latent_channels, 3, padding=1)
 
     def forward(self, images_bchw: torch.Tensor) -> torch.Tensor:
@@ -231,20 +252,21 @@ class Decoder(nn.Module):
         attention_factors: Sequence[int],
         latent_channels: int,
         patch_size: int = 1,
+        local: bool = False,
         image_channels: int = 3,
     ):
         super().__init__()
         widths = [channels * multiplier for multiplier in channel_multipliers]
-        attention = levels_with_attention(attention_factors, patch_size, channel_multipliers)
+        attention = levels_with_attention(attention_factors, patch_size, channel_multipliers, local)
 
         self.conv_in = nn.Conv2d(latent_channels, widths[-1], 3, padding=1)
-        self.mid = middle(widths[-1])
+        self.mid = middle(widths[-1], local)
         # Numbered by resolution like the encoder's, run from the last: each takes what the next coarser level gives.
         self.up = nn.ModuleList(
-            UpLevel(in_channels, out_channels, num_res_blocks + 1, attention[level], level == 0)
+            UpLevel(in_channels, out_channels, num_res_blocks + 1, attention[level], local, level == 0)
             for level, (in_channels, out_channels) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True))
         )
-        self.norm_out = group_norm(widths[0])
+        self.norm_out = (PositionNorm if local else group_norm)(widths[0])
         self.conv_out = nn.Conv2d(widths[0], image_channels * patch_size**2, 3, padding=1)
         self.pixel_shuffle = nn.PixelShuffle(patch_size)
 

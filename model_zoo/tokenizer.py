@@ -33,6 +33,8 @@ class TokenizerConfig:
     latent_channels: int = 256
     # Above 1 the encoder begins with a strided patch convolution: small models that work at token resolution.
     patch_size: int = 1
+    # Layer norm per position and no attention: codes depend on their neighbourhood alone. For small models.
+    local: bool = False
     codebook_init_std: float = 1.0
 
 
@@ -64,6 +66,7 @@ class Tokenizer(nn.Module):
             attention_factors=list(config.attention_factors),
             latent_channels=config.latent_channels,
             patch_size=config.patch_size,
+            local=config.local,
         )
         self.encoder = Encoder(**shape)
         self.quant_conv = nn.Conv2d(config.latent_channels, config.code_dim, 1)

@@ -54,6 +54,7 @@ class DeepSpeed(Engine):
         settings = load_deepspeed_config(config, **batch)
         # DeepSpeed compiles its CPU collectives with the ninja that pip put beside python, but looks for it on PATH.
         os.environ["PATH"] = sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"]
+        os.environ.setdefault("LOCAL_RANK", "0")  # a single process needs no launcher, but DeepSpeed insists on it
         self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
 
     def backward(self, loss: Tensor, last: bool) -> None:

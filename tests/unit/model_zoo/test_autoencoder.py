@@ -152,3 +152,24 @@ def test_sides_that_do_not_divide_name_the_mend():
 def test_attention_factor_without_a_level_names_the_choices():
     with pytest.raises(ModelError, match=r"\[16\] fit no level.*\[1, 2, 4\]"):
         Decoder(**{**TINY, "attention_factors": [4, 16]})
+
+
+def test_a_local_tokenizer_sees_its_neighbourhood_only():
+    shape = {**TINY, "attention_factors": [], "patch_size": 4, "channel_multipliers": [1], "local": True}
+    torch.manual_seed(0)
+    encoder, decoder = Encoder(**shape), Decoder(**shape)
+    images = torch.randn(1, 3, 128, 128)
+    changed = images.clone()
+    changed[..., :4, :4] += 10  # one patch in the corner
+    with torch.no_grad():
+        latents, moved = encoder(images), encoder(changed)
+        assert not torch.equal(latents[..., :2, :2], moved[..., :2, :2])
+        torch.testing.assert_close(latents[..., -8:, -8:], moved[..., -8:, -8:], rtol=0, atol=0)
+        assert not torch.equal(decoder(latents)[..., :8, :8], decoder(moved)[..., :8, :8])
+        torch.testing.assert_close(decoder(latents)[..., -8:, -8:], decoder(moved)[..., -8:, -8:], rtol=0, atol=0)
+    assert not any(isinstance(module, (AttentionBlock, torch.nn.GroupNorm)) for module in encoder.modules())
+
+
+def test_a_local_model_with_attention_is_refused():
+    with pytest.raises(ModelError, match="no attention"):
+        Encoder(**{**TINY, "attention_factors": [1], "local": True})
