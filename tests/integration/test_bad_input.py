@@ -1,0 +1,252 @@
+"""Mistakes of the user: one line that names the mistake and the mend, exit status 2, nothing made or changed."""
+
+import json
+import tarfile
+
+import numpy as np
+import pytest
+import yaml
+from PIL import Image
+
+
+@pytest.fixture(scope="module", autouse=True)
+def all_started(runs):
+    runs.start("one")
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A working folder that holds what mistakes are made of."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "texts").mkdir()
+    (tmp_path / "texts/notes.txt").write_text("no picture")
+    (tmp_path / "zero.tar").touch()
+    (tmp_path / "cut.tar").write_bytes(b"a tar it is not" * 100)
+    with tarfile.open(tmp_path / "texts.tar", "w") as tar:
+        tar.add(tmp_path / "texts/notes.txt", "notes.txt")
+    (tmp_path / "a_file").write_text("a file")
+    (tmp_path / "list.yaml").write_text("- a list\n")
+    (tmp_path / "broken.yaml").write_text("trainer: {max_steps: 5")
+    (tmp_path / "unknown_key.yaml").write_text("trainer:\n  max_step: 5\n")
+    (tmp_path / "broken.json").write_text('{"train_batch_size": ')
+    (tmp_path / "stage3.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    return tmp_path
+
+
+def picture(seed: int, size: int = 80) -> Image.Image:
+    noise = np.random.default_rng(seed).integers(0, 256, (5, 5, 3), dtype=np.uint8)
+    return Image.fromarray(noise).resize((size, size), Image.Resampling.BICUBIC)
+
+
+TRAIN_MISTAKES = {
+    # recipes and keys
+    "unknown recipe": (["debgu"], ["unknown recipe 'debgu'", "did you mean debug", "ibq recipes"]),
+    "recipe file that is not there": (["mine.yaml"], ["mine.yaml does not exist"]),
+    "recipe file that is a list": (["list.yaml"], ["list.yaml is not a recipe"]),
+    "recipe file that is broken": (["broken.yaml"], ["broken.yaml is not valid YAML"]),
+    "recipe file with an unknown key": (["unknown_key.yaml"], ["trainer.max_step", "did you mean trainer.max_steps"]),
+    "unknown key": (["debug", "optimizer.lrr=1e-3"], ["unknown key optimizer.lrr", "did you mean optimizer.lr"]),
+    "key without its section": (["debug", "max_steps=3"], ["unknown key max_steps", "did you mean trainer.max_steps"]),
+    "word for a number": (["debug", "optimizer.lr=fast"], ["'optimizer.lr=fast'", "Value 'fast'"]),
+    "fraction of a step": (["debug", "trainer.max_steps=1.5"], ["trainer.max_steps=1.5", "nteger"]),
+    "unknown choice": (["debug", "engine.kind=magic"], ["engine.kind=magic", "replicated, deepspeed"]),
+    "no key=value": (["debug", "optimizer.lr"], ["'optimizer.lr' is not key=value"]),
+    "key given twice": (["debug", "seed=1", "seed=2"], ["seed is given twice"]),
+    # data
+    "no data": (["debug", "data.train=null"], ["data.train must be given"]),
+    "missing folder": (["debug", "data.train=nowhere"], ["no such tar or folder: nowhere"]),
+    "empty folder": (["debug", "data.train=empty"], ["no *.tar in the folder empty", "ibq shards pack"]),
+    "zero-byte tar": (["debug", "data.train=zero.tar"], ["zero.tar is empty (0 bytes)"]),
+    "zero-byte tar to validate on": (["debug", "data.val=zero.tar"], ["zero.tar is empty (0 bytes)"]),
+    "empty folder to validate on": (["debug", "data.val=empty"], ["empty", "holds images"]),
+    "file that is no tar": (["debug", "data.train=cut.tar"], ["cut.tar is no whole, uncompressed tar"]),
+    "tar without images": (["debug", "data.train=texts.tar"], ["texts.tar holds no image"]),
+    # batches, places, weights
+    "micro-batch that does not divide": (
+        ["debug", "trainer.micro_batch_size=3"],
+        ["trainer.micro_batch_size=3 must divide the 8 images"],
+    ),
+    "lanes that do not divide": (["debug", "data.lanes=12"], ["data.lanes=12 must be a multiple", "use 16"]),
+    "run folder below a file": (["debug", "run=a_file/run"], ["cannot write the run folder a_file/run", "run=FOLDER"]),
+    "LPIPS without its weights": (
+        ["debug", "loss.perceptual.weight=1"],
+        ["vgg16-397923af.pth", "torch/hub/checkpoints/vgg16-397923af.pth", "loss.perceptual.weight=0"],
+    ),
+}
+
+
+@pytest.mark.parametrize("mistake", TRAIN_MISTAKES)
+def test_train(ibq_here, assert_refused, fingerprint, place, mistake):
+    (recipe, *changes), said = TRAIN_MISTAKES[mistake]
+    before = fingerprint(place)
+    assert_refused(ibq_here("train", recipe, "trainer.device=cpu", *changes), *said)
+    assert fingerprint(place) == before
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ("zero9", "choose one of zero0, zero1, zero2"),
+        ("nowhere.json", "nowhere.json is unknown"),
+        ("broken.json", "broken.json is not valid JSON"),
+        ("stage3.json", "use stage 0, 1 or 2"),
+    ],
+)
+def test_deepspeed_config(ibq_here, fingerprint, place, config, said):
+    before = fingerprint(place)
+    finished = ibq_here("train", "debug", "trainer.device=cpu", "engine.kind=deepspeed", f"engine.config={config}")
+    assert finished.status == 2, finished.err
+    (line,) = finished.error_lines  # DeepSpeed has things to say of its own
+    assert said in line
+    assert "Traceback" not in finished.err
+    assert fingerprint(place) == before
+
+
+def test_a_run_folder_that_holds_a_run(ibq_here, assert_refused, fingerprint, runs, debug_settings):
+    run = runs["one"]
+    before = fingerprint(run)
+    finished = ibq_here("train", "debug", f"run={run}", *debug_settings())
+    assert_refused(finished, "already holds a run", f"ibq resume {run}")
+    assert fingerprint(run) == before
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["resume", "empty"],
+        ["resume", "nowhere"],
+        ["resume", "a_file"],
+        ["evaluate", "reconstruction", "empty"],
+        ["evaluate", "reconstruction", "nowhere"],
+        ["reconstruct", "empty", "--images", "texts", "--out", "pictures"],
+    ],
+    ids=" ".join,
+)
+def test_a_folder_that_is_no_run(ibq_here, assert_refused, fingerprint, place, command):
+    before = fingerprint(place)
+    assert_refused(ibq_here(*command), "is no run folder", "ibq train")
+    assert fingerprint(place) == before
+
+
+@pytest.mark.parametrize("command", [["resume"], ["evaluate", "reconstruction"]], ids=" ".join)
+def test_a_run_without_a_checkpoint(ibq_here, assert_refused, fingerprint, runs, place, command):
+    (place / "run").mkdir()
+    (place / "run/config.yaml").write_bytes((runs["one"] / "config.yaml").read_bytes())
+    before = fingerprint(place)
+    assert_refused(ibq_here(*command, "run"), "no finished checkpoint")
+    assert fingerprint(place) == before
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        (["--images", "nowhere"], "nowhere"),
+        (["--images", "empty"], "empty"),
+        (["--images", "texts"], "texts"),
+        (["--size", "huge"], "--size huge"),
+        (["--weights", "best"], "'best'"),
+        (["--device", "abacus"], "--device abacus"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_evaluate_options(ibq_here, assert_refused, fingerprint, runs, place, options, said):
+    before = fingerprint(place), fingerprint(runs["one"])
+    assert_refused(ibq_here("evaluate", "reconstruction", runs["one"], *options), said)
+    assert (fingerprint(place), fingerprint(runs["one"])) == before
+
+
+@pytest.mark.parametrize(
+    ("folder", "out", "said"),
+    [
+        ("empty", "tars", "under empty: name a folder that holds images"),
+        ("texts", "tars", "under texts: name a folder that holds images"),
+        ("nowhere", "tars", "no such folder: nowhere"),
+        ("pictures", "a_file/tars", "cannot write shards"),
+        ("pictures", "a_file", "it is a file"),
+        ("pictures", ".", "already holds tars"),
+    ],
+)
+def test_pack(ibq_here, assert_refused, fingerprint, place, folder, out, said):
+    (place / "pictures").mkdir()
+    picture(0).save(place / "pictures/0.png")
+    before = fingerprint(place)
+    assert_refused(ibq_here("shards", "pack", folder, "--out", out), said)
+    assert fingerprint(place) == before
+
+
+def test_unreadable_images_are_skipped_and_counted(ibq_here, place):
+    (place / "pictures").mkdir()
+    for number in range(3):
+        picture(number).save(place / f"pictures/{number}.png")
+    (place / "pictures/text.jpg").write_text("no picture")
+    (place / "pictures/empty.png").touch()
+    whole = (place / "pictures/0.png").read_bytes()
+    (place / "pictures/cut.png").write_bytes(whole[: len(whole) // 2])
+    finished = ibq_here("shards", "pack", "pictures", "--out", "tars")
+    assert finished.status == 0, finished.err
+    assert "packed 3 images into 1 tars" in finished.out
+    assert "skipped 3 that cannot be read" in finished.err
+    for name in ("text.jpg", "empty.png", "cut.png"):
+        assert name in finished.err
+
+
+def test_a_number_without_a_point_is_a_number(ibq_here, debug_settings, place):
+    """YAML 1.1 takes 1e-5 for a word."""
+    changes = {"trainer.max_steps": 1, "optimizer.lr": "1e-5", "data.val": "null", "trainer.global_batch_size": 2}
+    finished = ibq_here("train", "debug", "run=run", *debug_settings(changes))
+    assert finished.status == 0, finished.err
+    assert yaml.safe_load((place / "run/config.yaml").read_text())["optimizer"]["lr"] == 0.00001
+
+
+def test_a_loss_that_is_not_finite_ends_the_run_without_a_checkpoint(ibq_here, debug_settings, place):
+    changes = {"trainer.checkpoint_every_steps": 1, "trainer.validate_every_steps": 1, "optimizer.lr": "1e30"}
+    finished = ibq_here("train", "debug", "run=run", *debug_settings(changes))
+    assert finished.status == 2, finished.err
+    (line,) = finished.error_lines
+    assert finished.err.endswith(line + "\n")
+    assert "is not finite at step 1" in line
+    assert "optimizer.lr" in line
+    assert "Traceback" not in finished.err
+    assert not list(place.rglob("*.safetensors"))
+    assert not (place / "run/checkpoints/latest").exists()
+
+
+# ------------------------------------------------------------------ the same in processes as a user starts them
+
+
+def test_real_process_unknown_key(launch, assert_refused, fingerprint, tmp_path):
+    finished = launch.ibq("train", "debug", f"run={tmp_path / 'run'}", "optimizer.lrr=1e-3")
+    assert_refused(finished, "did you mean optimizer.lr")
+    assert fingerprint(tmp_path) == {}
+
+
+def test_real_process_missing_weights(launch, assert_refused, fingerprint, tmp_path):
+    home = tmp_path / "torch"
+    arguments = f"run={tmp_path / 'run'}", "trainer.device=cpu", "loss.perceptual.weight=1"
+    finished = launch.ibq("train", "debug", *arguments, TORCH_HOME=str(home))
+    assert_refused(finished, str(home / "hub/checkpoints/vgg16-397923af.pth"), "loss.perceptual.weight=0")
+    assert fingerprint(tmp_path) == {}
+
+
+def test_two_real_processes_batch_that_does_not_divide(launch, fingerprint, tmp_path):
+    arguments = f"run={tmp_path / 'run'}", "trainer.device=cpu", "trainer.global_batch_size=7"
+    finished = launch.torchrun("debug", *arguments)
+    assert finished.status != 0
+    assert set(finished.error_lines) == {
+        "ibq: error: trainer.global_batch_size=7 must be a multiple of the 2 processes"
+    }
+    assert "exitcode  : 2" in finished.err  # of our processes; torchrun's own is 1, and it adds a report of its own
+    assert finished.err.count("Traceback") <= 1  # torchrun's
+    assert fingerprint(tmp_path) == {}
+
+
+def test_two_real_processes_run_folder_not_writable(launch, fingerprint, tmp_path):
+    """Only the first process finds out, and the other must not wait for it for ever."""
+    (tmp_path / "file").touch()
+    finished = launch.torchrun("debug", f"run={tmp_path / 'file/run'}", "trainer.device=cpu")
+    assert finished.status != 0
+    (line,) = set(finished.error_lines)
+    assert "cannot write the run folder" in line
+    assert list(fingerprint(tmp_path)) == ["file"]

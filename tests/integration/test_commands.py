@@ -1,0 +1,154 @@
+"""The commands one after the other, as a user goes through them, and settings that the recipe `debug` leaves out."""
+
+import json
+import math
+import re
+import shutil
+
+import numpy as np
+import pytest
+from PIL import Image
+from safetensors.torch import load_file
+
+COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def all_started(runs):
+    runs.start("one", "stopped", "vq", *(["compiled"] if COMPILER else []))
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Twelve smooth pictures in two sub-folders, none of them square."""
+    folder = tmp_path_factory.mktemp("pictures")
+    for number in range(12):
+        rng = np.random.default_rng(number)
+        image = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
+        path = folder / ("cats" if number % 2 else "dogs") / f"{number}.{('png', 'jpg', 'webp')[number % 3]}"
+        path.parent.mkdir(exist_ok=True)
+        image.resize((110 + 5 * number, 100), Image.Resampling.BICUBIC).save(path)
+    return folder
+
+
+def losses(lines: list[dict], name: str) -> list[float]:
+    return [line[name] for line in lines if name in line]
+
+
+def test_train_leaves_a_whole_run_folder(runs):
+    run = runs["one"]
+    assert (run / "config.yaml").is_file()
+    assert (run / "checkpoints/latest").read_text() == "step_00000020"
+    assert list((run / "tensorboard").glob("events.*"))
+    for step in (10, 20):
+        with Image.open(run / f"samples/step_{step:08d}.png") as sample:
+            assert min(sample.size) > 32
+
+
+def test_train_lowers_the_loss(runs, read_metrics):
+    reconstruction = losses(read_metrics(runs["one"]), "loss/reconstruction")
+    assert sum(reconstruction[-5:]) < 0.95 * sum(reconstruction[:5])
+
+
+def test_evaluate(runs, launch):
+    run = runs["one"]
+    finished = launch.ibq("evaluate", "reconstruction", run, "--device", "cpu")
+    assert finished.status == 0, finished.err
+    report = json.loads((run / "report.json").read_text())
+    for name in ("psnr", "ssim", "l1", "usage", "perplexity", "baseline_mean_color_psnr", "baseline_palette_psnr"):
+        assert math.isfinite(report[name]), name
+    assert report["manifest"]["checkpoint"] == "step_00000020"
+    assert report["image_count"] == len(report["images"]) > 0
+    page = (run / "report.html").read_text()
+    assert not re.findall(r'(?:src|href)="(?!data:|#)[^"]*"', page)
+    assert not re.findall(r"@import|url\((?!['\"]?data:)|<script[^>]+src", page)
+    assert f"{report['psnr']:.2f}" in page
+    for path in (run / "report.json", run / "report.png", run / "report.html"):
+        assert str(path) in finished.out
+
+
+def test_reconstruct(runs, launch, pictures, tmp_path):
+    arguments = "--images", pictures, "--out", tmp_path / "out", "--size", "original", "--weights", "raw"
+    finished = launch.ibq("reconstruct", runs["one"], *arguments, "--device", "cpu")
+    assert finished.status == 0, finished.err
+    assert "12 pictures" in finished.out
+    written = sorted((tmp_path / "out").glob("*.png"))
+    assert len(written) == 12 + 1
+    for path in written:
+        with Image.open(path) as image:
+            image.load()
+
+
+def test_recipes(launch):
+    finished = launch.ibq("recipes")
+    assert finished.status == 0
+    assert {line.split()[0] for line in finished.out.splitlines()} >= {"debug", "quickstart", "ibq_16384"}
+
+
+def test_doctor(launch):
+    finished = launch.ibq("doctor")
+    assert finished.status in (0, 1)  # 1 where this machine lacks something, which is not what is tested here
+    assert "Traceback" not in finished.err
+    assert "torch" in finished.out
+
+
+def test_pack_and_train_on_tars(launch, pictures, read_metrics, debug_settings, tmp_path):
+    """As published, but for size: BatchNorm in the discriminator, bf16, adaptive weight, loader processes."""
+    for split in ("train", "val"):
+        out = tmp_path / "tars" / split
+        options = "--prefix", split, "--max-samples-per-shard", "5", "--classes-from-folders"
+        finished = launch.ibq("shards", "pack", pictures, "--out", out, *options)
+        assert finished.status == 0, finished.err
+        assert "packed 12 images into 3 tars" in finished.out
+    run = tmp_path / "run"
+    changes = {
+        "data.train": f"{tmp_path}/tars/train/train-{{000000..000002}}.tar",
+        "data.val": tmp_path / "tars/val",
+        "data.image_size": 64,
+        "data.workers": 2,
+        "discriminator.norm": "batch",
+        "loss.generator.adaptive": "true",
+        "loss.generator.kind": "linear",
+        "trainer.precision": "bf16",
+        "trainer.max_steps": 6,
+    }
+    finished = launch.ibq("train", "debug", f"run={run}", *debug_settings(changes))
+    assert finished.status == 0, finished.err
+    lines = read_metrics(run)
+    training = [line for line in lines if "loss/total" in line]
+    assert len(training) == 6
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    assert training[-1]["loss/reconstruction"] < training[0]["loss/reconstruction"]
+    assert training[-1]["weight/generator"] != training[0]["weight/generator"]
+    assert [line["step"] for line in lines if "val/psnr" in line] == [6]
+    discriminator = load_file(run / "checkpoints/step_00000006/discriminator.safetensors")
+    assert discriminator["main.3.num_batches_tracked"] == 3 * 6  # real and fake for itself, and fake for the generator
+
+
+def test_vq_baseline(runs, read_metrics):
+    lines = [line for line in read_metrics(runs["vq"]) if "loss/total" in line]
+    assert len(lines) == 5
+    assert all(math.isfinite(value) for line in lines for value in line.values())
+    assert "loss/commitment" in lines[0] and "loss/codebook" in lines[0]
+    assert "loss/average_entropy" not in lines[0] and "loss/double_quantization" not in lines[0]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(COMPILER is None, reason="torch.compile needs a C++ compiler on the CPU")
+def test_compiled_equals_eager(runs, read_metrics):
+    compiled, eager = ([line for line in read_metrics(runs[name]) if line["step"] <= 2] for name in ("compiled", "one"))
+    for line, true_line in zip([line for line in compiled if "loss/total" in line], eager, strict=True):
+        assert line["loss/total"] == pytest.approx(true_line["loss/total"], rel=1e-3)
+        assert line["loss/discriminator"] == pytest.approx(true_line["loss/discriminator"], rel=1e-3)
+
+
+def test_not_finite_in_a_resumed_run_leaves_its_checkpoint(runs, launch, fingerprint, tmp_path):
+    run = shutil.copytree(runs["stopped"], tmp_path / "run")
+    before = fingerprint(run / "checkpoints")
+    changes = "trainer.max_steps=14", "trainer.checkpoint_every_steps=1", "optimizer.lr=1e30"
+    finished = launch.ibq("resume", run, *changes)
+    assert finished.status == 2, finished.err
+    (line,) = finished.error_lines
+    assert "is not finite at step" in line
+    assert "Traceback" not in finished.err
+    assert fingerprint(run / "checkpoints") == before
