@@ -58,7 +58,7 @@ def judge(run: Path, **options) -> None:
 
     console = Console()
     columns = SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("pictures evaluated", total=None)
         evaluated = evaluate_run(
             run,

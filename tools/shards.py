@@ -47,7 +47,7 @@ def pack(
 
     console = Console(stderr=True)
     columns = TextColumn("packing"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True) as progress:
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
         task = progress.add_task("packing", total=None)
         report = data.pack(
             folder,
