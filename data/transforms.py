@@ -227,8 +227,8 @@ class TrainingTransform:
 def jitter_colors(image_chw: np.ndarray, rng: random.Random, strength: float) -> np.ndarray:
     """uint8 (3, h, w) -> the same with other contrast, saturation, hue and brightness, drawn from ``rng``.
 
-    strength s from 0 to 1: contrast and saturation times 1 - s to 1 + s, hue turned by up to s half-turns about the grey
-    axis, brightness moved by up to s/4 of the range; all as one affine map of colour space.
+    strength s from 0 to 1: contrast and saturation times 1 - s to 1 + s, hue turned by up to s half-turns about the
+    grey axis, brightness moved by up to s/4 of the range; all as one affine map of colour space.
     """
     contrast, saturation, turn, brightness = (strength * (2 * rng.random() - 1) for _ in range(4))
     grey = np.full((3, 3), 1 / 3)  # projects on the grey axis

@@ -186,7 +186,8 @@ class Encoder(nn.Module):
         image_channels: channels of the input.
 
     Raises:
-        ModelError: an attention factor that no level has, or any with `local`; in `forward`, sides that are no multiple of the factor.
+        ModelError: an attention factor that no level has, or any with `local`; in `forward`, sides that are no multiple
+            of the factor.
     """
 
     def __init__(

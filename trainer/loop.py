@@ -118,7 +118,7 @@ def _restore(task: TokenizerTask, config: Config, world: World, checkpoint: Path
         task.load(checkpoint)
     except (OSError, RuntimeError, KeyError, ValueError, AssertionError, SafetensorError) as error:
         raise TrainerError(
-            f"{checkpoint} does not fit this configuration ({str(error).splitlines()[0]}); "
+            f"{checkpoint} does not fit this configuration ({' '.join(str(error).split())[:200]}); "
             "resume with the settings that the run was started with"
         ) from error
 
@@ -162,8 +162,8 @@ def _steps(config: Config, world: World, run: Path, task: TokenizerTask, batches
                     bad = [name for name in WATCHED if not math.isfinite(logged.get(name, 0.0))]
                     if bad:
                         raise TrainerError(
-                            f"{bad[0]} is not finite at step {step}; the last checkpoint is untouched: resume from it "
-                            "with a lower optimizer.lr, trainer.gradient_clip_norm=1 or trainer.precision=fp32"
+                            f"{bad[0]} is not finite at step {step}; checkpoints written before are untouched: go on "
+                            "from one, or anew, with a lower optimizer.lr or trainer.gradient_clip_norm=1"
                         )
                 paused = time.perf_counter()
                 if validation_due and config.data.val is not None:

@@ -64,8 +64,13 @@ class DeepSpeed(Engine):
     def step(self, lr: float) -> Tensor | float:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
+        if self.engine.zero_optimization():
+            self.engine.step()
+            return self.engine.get_global_grad_norm()
+        # Stage 0 does not tell the norm; its gradients are whole and reduced until its step clips and clears them.
+        norm = torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
         self.engine.step()
-        return self.engine.get_global_grad_norm()
+        return norm
 
     def save(self, folder: Path) -> None:
         # Its own `latest` file would be written before all ranks are done: ours is written last, by rename.

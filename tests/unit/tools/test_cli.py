@@ -9,7 +9,7 @@ import typer
 
 import data
 import model_zoo
-import trainer
+import trainer.loop
 from tools import cli
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -89,36 +89,40 @@ def test_wrong_usage_is_one_line(capsys, arguments, said):
 
 @pytest.mark.parametrize("error", [data.DataError, model_zoo.ModelError, trainer.TrainerError])
 def test_a_mistake_of_the_user_is_one_line(capsys, monkeypatch, error):
-    def fail(arguments):
+    def fail(recipe, overrides):
         raise error("no recipe is called nothing: see `ibq recipes`")
 
-    monkeypatch.setattr(trainer, "main", fail, raising=False)
+    monkeypatch.setattr(trainer.loop, "train", fail)
     assert run(capsys, "train", "nothing") == (2, "", "ibq: error: no recipe is called nothing: see `ibq recipes`\n")
 
 
 def test_our_own_mistakes_keep_their_traceback(monkeypatch):
-    def fail(arguments):
+    def fail(recipe, overrides):
         raise ZeroDivisionError
 
-    monkeypatch.setattr(trainer, "main", fail, raising=False)
+    monkeypatch.setattr(trainer.loop, "train", fail)
     with pytest.raises(ZeroDivisionError):
         cli.main(["train", "debug"])
 
 
 def test_interrupt_is_130(capsys, monkeypatch):
-    def interrupt(arguments):
+    def interrupt(recipe, overrides):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trainer, "main", interrupt, raising=False)
+    monkeypatch.setattr(trainer.loop, "train", interrupt)
     assert run(capsys, "train", "debug")[0] == 130
 
 
 def test_train_and_resume_pass_their_arguments_on(capsys, monkeypatch):
     calls = []
-    monkeypatch.setattr(trainer, "main", calls.append, raising=False)
+    monkeypatch.setattr(trainer.loop, "train", lambda *arguments: calls.append(("train", *arguments)))
+    monkeypatch.setattr(trainer.loop, "resume", lambda *arguments: calls.append(("resume", *arguments)))
     assert run(capsys, "train", "debug", "seed=1", "optimizer.lr=1e-4")[0] == 0
     assert run(capsys, "resume", "runs/mine", "trainer.max_steps=9")[0] == 0
-    assert calls == [["debug", "seed=1", "optimizer.lr=1e-4"], ["--resume", "runs/mine", "trainer.max_steps=9"]]
+    assert calls == [
+        ("train", "debug", ["seed=1", "optimizer.lr=1e-4"]),
+        ("resume", "runs/mine", ["trainer.max_steps=9"]),
+    ]
 
 
 def test_recipes_are_listed_with_their_story(capsys):
