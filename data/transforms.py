@@ -225,20 +225,20 @@ class TrainingTransform:
 
 
 def jitter_colors(image_chw: np.ndarray, rng: random.Random, strength: float) -> np.ndarray:
-    """uint8 (3, h, w) -> the same with other contrast, saturation, hue and brightness, drawn from ``rng``.
+    """uint8 (3, h, w) -> the same with other contrast, saturation, hue, brightness and tint, drawn from ``rng``.
 
     strength s from 0 to 1: contrast and saturation times 1 - s to 1 + s, hue turned by up to s half-turns about the
-    grey axis, brightness moved by up to s/4 of the range; all as one affine map of colour space.
+    grey axis, each channel moved by up to s/4 of the range; all as one affine map of colour space.
     """
-    contrast, saturation, turn, brightness = (strength * (2 * rng.random() - 1) for _ in range(4))
+    contrast, saturation, turn, *tint = (strength * (2 * rng.random() - 1) for _ in range(6))
     grey = np.full((3, 3), 1 / 3)  # projects on the grey axis
     cross = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)  # turns about it by a right angle
     angle = math.pi * turn
     chroma = math.cos(angle) * (np.eye(3) - grey) + math.sin(angle) * cross
     matrix = (1 + contrast) * (grey + (1 + saturation) * chroma)
     colors = matrix.astype(np.float32) @ (image_chw.reshape(3, -1).astype(np.float32) - 127.5)
-    levels = np.rint(colors + (127.5 + 255 / 4 * brightness)).clip(0, 255)
-    return levels.astype(np.uint8).reshape(image_chw.shape)
+    offset = 127.5 + 255 / 4 * np.array(tint, dtype=np.float32)[:, None]
+    return np.rint(colors + offset).clip(0, 255).astype(np.uint8).reshape(image_chw.shape)
 
 
 def pixels_chw(image: Image.Image) -> np.ndarray:

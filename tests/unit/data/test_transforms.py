@@ -176,29 +176,33 @@ def test_flip_happens_half_the_time_and_can_be_left_out(make_picture, encode):
     assert 15 < results[True].count(upright) < 45 and len(set(results[True])) == 2
 
 
-def test_color_jitter_moves_colours_and_keeps_grey_grey():
+class Drawn:
+    """A generator with chosen draws: contrast, saturation, hue, and the offsets of red, green and blue."""
+
+    def __init__(self, *draws):
+        self.draws = iter(draws)
+
+    def random(self):
+        return next(self.draws)
+
+
+def jittered(color, *draws):
+    return jitter_colors(np.array(color, dtype=np.uint8)[:, None, None], Drawn(*draws), 1.0)[:, 0, 0].tolist()
+
+
+def test_color_jitter_is_drawn_from_the_generator_given():
     colors = np.random.default_rng(0).integers(0, 256, (3, 5, 7), dtype=np.uint8)
-    grey = np.repeat(colors[:1], 3, axis=0)
     assert np.array_equal(jitter_colors(colors, random.Random(0), 0.0), colors)
     for seed in range(5):
-        assert not np.array_equal(jitter_colors(colors, random.Random(seed), 0.5), colors)
-        assert np.array_equal(
-            jitter_colors(colors, random.Random(seed), 0.5), jitter_colors(colors, random.Random(seed), 0.5)
-        )
-        jittered = jitter_colors(grey, random.Random(seed), 1.0).astype(int)
-        assert np.abs(jittered - jittered[:1]).max() <= 1  # rounding only: hue turns about the grey axis
+        once, again = (jitter_colors(colors, random.Random(seed), 0.5) for _ in range(2))
+        assert np.array_equal(once, again) and not np.array_equal(once, colors)
 
 
-def test_color_jitter_turns_hue_by_a_third_into_the_next_channel():
-    class Third:
-        """Contrast, saturation and brightness stay; the hue turns by a third of a circle."""
-
-        def __init__(self):
-            self.draws = iter([0.5, 0.5, 0.5 + 1 / 3, 0.5])
-
-        def random(self):
-            return next(self.draws)
-
-    red = np.zeros((3, 1, 1), dtype=np.uint8)
-    red[0] = 255
-    assert jitter_colors(red, Third(), 1.0)[:, 0, 0].tolist() == [0, 255, 0]
+def test_color_jitter_changes_one_thing_at_a_time():
+    keep = 0.5
+    assert jittered((200, 90, 30), keep, keep, keep, keep, keep, keep) == [200, 90, 30]
+    assert jittered((200, 90, 30), 0.0, keep, keep, keep, keep, keep) == [128, 128, 128]  # no contrast: mid grey
+    assert jittered((200, 90, 40), keep, 0.0, keep, keep, keep, keep) == [110, 110, 110]  # no saturation: the mean
+    assert jittered((255, 0, 0), keep, keep, 0.5 + 1 / 3, keep, keep, keep) == [0, 255, 0]  # a third of a turn
+    assert jittered((77, 77, 77), keep, keep, 0.9, keep, keep, keep) == [77, 77, 77]  # hue turns about the grey axis
+    assert jittered((100, 100, 100), keep, keep, keep, 1.0, keep, 0.0) == [164, 100, 36]  # a quarter of the range
