@@ -354,8 +354,8 @@ def _map_in_threads(function, values: list) -> Iterator:
 # --------------------------------------------------------------------------------------------- bundled photographs
 
 # Photographs in scikit-image's wheel; its drawings and its downloads are left aside. Whole photographs are held out,
-# of different kinds (people, an animal, things in rows), whose colours others have too: fifteen pictures are no web, and
-# only the rocket has a blue sky. The motorcycles are one scene seen twice.
+# of different kinds (people, an animal, things in rows), whose colours others have too: fifteen pictures are no web,
+# and only the rocket has a blue sky. The motorcycles are one scene seen twice.
 PHOTOGRAPHS = {
     "train": (
         *("brick.png", "cell.png", "clock_motion.png", "coffee.png", "grass.png", "gravel.png"),
