@@ -19,19 +19,8 @@ from model_zoo.losses import (
 from model_zoo.ops import average_entropy
 from trainer.config import Config, DiscriminatorConfig, EmaConfig, OptimizerConfig, ScheduleConfig, TrainerConfig
 from trainer.loop import plan_batch
-from trainer.parallel import start_world, stop_world
 from trainer.tasks import tokenizer as task_module
 from trainer.tasks.tokenizer import TokenizerTask, frozen
-
-
-@pytest.fixture
-def world(monkeypatch):
-    """A process group of this process alone."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # start_world sets it; so it is taken back afterwards
-    yield start_world("cpu")
-    stop_world()
 
 
 def tiny_config(**changes) -> Config:
