@@ -37,7 +37,7 @@ setup(
         "packaging>=23",
     ],
     extras_require={
-        # NVIDIA's apex is used where present but has no wheel: PyPI's `apex` is another project. See `ibq doctor`.
+        # For the generator to come; nothing uses it yet. NVIDIA's apex has no wheel: PyPI's `apex` is another project.
         "gpu": ["flash-attn>=2.6"],
         "test": ["pytest>=8", "ruff>=0.12", "setuptools>=77"],
         "dev": ["pre-commit>=3.5"],

@@ -2,6 +2,7 @@
 
 import logging
 import os
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -132,12 +133,24 @@ def _load(micro_batches: MicroBatches, workers: int) -> Iterator:
     if workers == 0:
         return iter(micro_batches)
     # Its own generator, since a DataLoader draws a seed and would move the global random state.
-    generator = torch.Generator()
-    return iter(DataLoader(micro_batches, batch_size=None, collate_fn=_as_is, num_workers=workers, generator=generator))
+    return iter(
+        DataLoader(
+            micro_batches,
+            batch_size=None,
+            collate_fn=_as_is,
+            num_workers=workers,
+            worker_init_fn=_leave_interrupts_to_the_parent,
+            generator=torch.Generator(),
+        )
+    )
 
 
 def _as_is(item):
     return item
+
+
+def _leave_interrupts_to_the_parent(_: int) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation

@@ -48,6 +48,10 @@ def expand(spec: str | Iterable[str]) -> list[str]:
     """
     if spec is None:
         raise DataError("no data named: set data.train (and data.val) to tars, a folder of tars or bundled:train")
+    if isinstance(spec, os.PathLike):
+        spec = os.fspath(spec)
+    if isinstance(spec, (bytes, dict)) or not isinstance(spec, Iterable):
+        raise DataError(f"{spec!r} names no data: give a path (./{spec}), a pattern in quotes or a list of these")
     if not isinstance(spec, str):
         paths = [path for part in spec for path in expand(part)]
         if not paths:

@@ -238,6 +238,8 @@ def merge_states(states: list[dict]) -> dict:
 
 def resume(state: dict, of: dict) -> tuple[int, dict[int, int]]:
     """The next step and the lanes' skips from a merged state, once it is shown to fit this stream."""
+    if not {"stream", "step", "world_size", "skips", "ranks"} <= state.keys():
+        raise DataError("the checkpoint's data state is damaged: resume from another checkpoint")
     if state["ranks"] != list(range(state["world_size"])):
         raise DataError(
             f"the data state holds ranks {state['ranks']} of {state['world_size']}: merge all ranks' states first"

@@ -11,6 +11,7 @@ from model_zoo import ModelError
 
 VGG16_FILE = "vgg16-397923af.pth"
 VGG16_URL = f"https://download.pytorch.org/models/{VGG16_FILE}"
+SMALLEST_SIDE = 16  # pixels; VGG16 halves four times
 VGG16_SHA256 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"
 
 
@@ -41,10 +42,10 @@ class Perceptual(nn.Module):
         """Two batches of RGB images (b, 3, h, w) in [-1, 1] -> the LPIPS of each pair, (b,)."""
         if x_bchw.shape != y_bchw.shape:
             raise ModelError(f"LPIPS compares images of one shape, got {(*x_bchw.shape,)} and {(*y_bchw.shape,)}")
-        if min(x_bchw.shape[2:]) < 16:
+        if min(x_bchw.shape[2:]) < SMALLEST_SIDE:
             raise ModelError(
-                f"images of {x_bchw.shape[2]} x {x_bchw.shape[3]} are too small for LPIPS: use sides of at least 16"
-                " pixels, or train without it (loss.perceptual.weight=0)"
+                f"images of {x_bchw.shape[2]} x {x_bchw.shape[3]} are too small for LPIPS: use sides of at least"
+                f" {SMALLEST_SIDE} pixels, or train without it (loss.perceptual.weight=0)"
             )
         return self.lpips(x_bchw, y_bchw).flatten()
 

@@ -119,7 +119,7 @@ def load_tokenizer(source: str | Path, weights: str = "ema") -> Tokenizer:
     latest = run / "checkpoints" / "latest"
     if not latest.is_file():
         raise ModelError(f"{run} holds no finished checkpoint yet: train on, or lower trainer.checkpoint_every_steps")
-    checkpoint = latest.parent / latest.read_text().strip()
+    checkpoint = latest.parent / latest.read_text(errors="replace").strip()
     if not checkpoint.is_dir():
         raise ModelError(
             f"{latest} names {checkpoint.name}, which does not exist; write another checkpoint's name there"

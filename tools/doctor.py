@@ -234,12 +234,12 @@ def check_apex() -> Iterator[Finding]:
     warning = "`pip install apex` is another project, a toolkit for the Pyramid web framework"
     spec = importlib.util.find_spec("apex")
     if spec is None:
-        mend = f"not needed, torch's fused AdamW is used. {warning}; NVIDIA's is built from github.com/NVIDIA/apex"
+        mend = f"not needed, nothing here uses it yet. {warning}; NVIDIA's is built from github.com/NVIDIA/apex"
         yield Finding("apex", OPTIONAL, "not installed", mend)
     elif not any(Path(folder, "optimizers").is_dir() for folder in spec.submodule_search_locations or []):
         yield Finding("apex", PROBLEM, f"{spec.origin} is not NVIDIA's: {warning}", "pip uninstall apex")
     elif importlib.util.find_spec("amp_C") is None:
-        mend = "not needed, torch's fused AdamW is used; build apex with its C++ and CUDA extensions to use it"
+        mend = "not needed, nothing here uses it yet"
         yield Finding("apex", OPTIONAL, "NVIDIA's, without its kernels (no module amp_C)", mend)
     else:
         yield Finding("apex", OK, f"NVIDIA's, with its kernels, at {Path(spec.origin).parent}")
@@ -247,7 +247,7 @@ def check_apex() -> Iterator[Finding]:
 
 def check_flash_attention() -> Iterator[Finding]:
     if importlib.util.find_spec("flash_attn") is None:
-        mend = "not needed, torch's own attention is used; on a GPU: pip install flash-attn --no-build-isolation"
+        mend = "not needed, nothing here uses it yet; torch's own attention serves"
         yield Finding("flash-attn", OPTIONAL, "not installed", mend)
     else:
         yield Finding("flash-attn", OK, metadata.version("flash-attn"))

@@ -26,7 +26,10 @@ def reconstruction(
         str | None, typer.Option(help="Folder of images, image, tar or tars.", show_default="the run's data.val")
     ] = None,
     size: Annotated[
-        str | None, typer.Option(help="Pixels of the crop, or 'original'.", show_default="the run's data.image_size")
+        str | None,
+        typer.Option(
+            help="Pixels of the crop, or 'original'.", show_default="the run's data.val_image_size, or image_size"
+        ),
     ] = None,
     weights: Annotated[str, typer.Option(help="ema or raw.")] = "ema",
     report: Annotated[

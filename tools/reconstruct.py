@@ -11,7 +11,10 @@ def reconstruct(
     images: Annotated[str, typer.Option(help="Folder of images, image, tar or tars.")],
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")],
     size: Annotated[
-        str | None, typer.Option(help="Pixels of the crop, or 'original'.", show_default="the run's data.image_size")
+        str | None,
+        typer.Option(
+            help="Pixels of the crop, or 'original'.", show_default="the run's data.val_image_size, or image_size"
+        ),
     ] = None,
     weights: Annotated[str, typer.Option(help="ema or raw.")] = "ema",
     batch_size: Annotated[int, typer.Option(help="Pictures at a time; with --size original always 1.")] = 16,

@@ -52,7 +52,7 @@ def latest_checkpoint(run: Path) -> Path:
     pointer = run / "checkpoints" / "latest"
     if not pointer.is_file():
         raise TrainerError(f"{run} holds no finished checkpoint to resume from; start it anew with `ibq train`")
-    folder = pointer.parent / pointer.read_text().strip()
+    folder = pointer.parent / pointer.read_text(errors="replace").strip()
     if not (folder / "state.json").is_file() or not re.fullmatch(r"step_\d+", folder.name):
         raise TrainerError(
             f"{pointer} names {folder.name}, which is no finished checkpoint; write another one's name there"
@@ -61,8 +61,13 @@ def latest_checkpoint(run: Path) -> Path:
 
 
 def load_state(folder: Path) -> dict:
-    """The small state that `save_checkpoint` was given."""
-    return json.loads((folder / "state.json").read_text())
+    """The small state that `save_checkpoint` was given. Raises TrainerError where the file is damaged."""
+    try:
+        return {**json.loads((folder / "state.json").read_text())}
+    except (OSError, ValueError, TypeError) as error:
+        raise TrainerError(
+            f"{folder / 'state.json'} is damaged: write another checkpoint's name into latest"
+        ) from error
 
 
 def _sync(path: Path) -> None:

@@ -137,6 +137,10 @@ AT_LEAST = {
     "optimizer.epsilon": 0,
     "optimizer.weight_decay": 0,
     "schedule.warmup_steps": 0,
+    "schedule.factor": 0,
+    "schedule.final_ratio": 0,
+    "loss.discriminator.start_step": 0,
+    "loss.generator.adaptive_cap": 0,
     "ema.decay": 0,
     "loss.reconstruction.weight": 0,
     "loss.perceptual.weight": 0,
@@ -231,6 +235,10 @@ def _check(config) -> None:
         value = OmegaConf.select(config, key)
         if value is not None and value < least:
             raise TrainerError(f"{key}={value} must be at least {least}")
+    if not 0 <= config.seed < 2**63:
+        raise TrainerError(f"seed={config.seed} must lie between 0 and 2^63")
+    if not 0 <= config.loss.lecam.decay < 1:
+        raise TrainerError(f"loss.lecam.decay={config.loss.lecam.decay} must be at least 0 and below 1")
     if config.ema.decay >= 1:
         raise TrainerError(f"ema.decay={config.ema.decay} must be below 1; 0 keeps no average")
     if len(config.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in config.optimizer.betas):

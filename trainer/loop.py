@@ -1,6 +1,7 @@
 """The training loop: from a recipe to a run folder."""
 
 import math
+import pickle
 import time
 from contextlib import nullcontext
 from datetime import datetime
@@ -22,6 +23,10 @@ from trainer.tasks.tokenizer import TokenizerTask
 from trainer.telemetry import Telemetry
 
 PICTURES = 8  # validation images whose reconstructions are shown as training goes
+LOADING_ERRORS = (  # what damaged or unfitting files raise in torch, safetensors and DeepSpeed
+    *(OSError, RuntimeError, KeyError, ValueError, AssertionError, AttributeError, TypeError, EOFError),
+    *(pickle.UnpicklingError, SafetensorError),
+)
 WATCHED = ("loss/total", "grad_norm/generator", "grad_norm/discriminator")  # training ends where one is not finite
 
 
@@ -34,6 +39,8 @@ def train(recipe: str, overrides: list[str]) -> Path:
 
 def resume(run: str | Path, overrides: list[str]) -> Path:
     """Goes on from the newest checkpoint of a run folder; returns it."""
+    if any(override.startswith("run=") for override in overrides):
+        raise TrainerError("run= cannot be changed by resuming: name the run's folder alone")
     config = load_run_config(run, overrides)
     config.run = str(run)
     return _train(config, resume=True)
@@ -79,6 +86,8 @@ def _train(config: Config, resume: bool) -> Path:
     if resume:
         checkpoint = latest_checkpoint(Path(config.run))
         state = load_state(checkpoint)
+        if not {"step", "data", "engine", "world_size"} <= state.keys():
+            raise TrainerError(f"{checkpoint / 'state.json'} is damaged: write another checkpoint's name into latest")
         start = state["step"]
         if start >= config.trainer.max_steps:
             raise TrainerError(f"{config.run} is at step {start} already; go on with trainer.max_steps={2 * start}")
@@ -86,6 +95,7 @@ def _train(config: Config, resume: bool) -> Path:
     try:
         micro_batch_size, micro_batches = plan_batch(config, world)
         task = TokenizerTask(config, world, micro_batch_size, micro_batches)
+        task.check_sizes()
         batches = train_batches(
             config.data,
             global_batch_size=config.trainer.global_batch_size,
@@ -106,9 +116,12 @@ def _train(config: Config, resume: bool) -> Path:
 
 
 def _restore(task: TokenizerTask, config: Config, world: World, checkpoint: Path, state: dict) -> None:
-    """Loads a checkpoint into the task; what does not fit is the user's change of settings, so one line says so."""
-    if config.engine.kind != state["engine"]:
-        raise TrainerError(f"{checkpoint} was written by engine.kind={state['engine']}: resume with the same")
+    """Loads a checkpoint into the task; settings that do not fit it, or a damaged file, end in one line."""
+    for key, value in _engine(config).items():
+        if value != state["engine"].get(key):
+            raise TrainerError(
+                f"{checkpoint} was written with engine.{key}={state['engine'].get(key)}: resume with that"
+            )
     if config.engine.kind == "deepspeed" and world.size != state["world_size"]:
         raise TrainerError(
             f"{checkpoint} was written by {state['world_size']} processes, and DeepSpeed's optimiser state is split "
@@ -116,11 +129,19 @@ def _restore(task: TokenizerTask, config: Config, world: World, checkpoint: Path
         )
     try:
         task.load(checkpoint)
-    except (OSError, RuntimeError, KeyError, ValueError, AssertionError, SafetensorError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except LOADING_ERRORS as error:
+        what = " ".join(str(error).split())[:200] or type(error).__name__
         raise TrainerError(
-            f"{checkpoint} does not fit this configuration ({' '.join(str(error).split())[:200]}); "
-            "resume with the settings that the run was started with"
+            f"cannot go on from {checkpoint}: it is damaged, or was written with other settings ({what})"
         ) from error
+
+
+def _engine(config: Config) -> dict[str, str]:
+    """What a checkpoint's optimiser files depend on."""
+    engine = {"kind": config.engine.kind}
+    return {**engine, "config": config.engine.config} if config.engine.kind == "deepspeed" else engine
 
 
 def _steps(config: Config, world: World, run: Path, task: TokenizerTask, batches, start: int) -> None:
@@ -134,7 +155,7 @@ def _steps(config: Config, world: World, run: Path, task: TokenizerTask, batches
         state = {
             "step": step,
             "data": merge_states(gather_objects(data_state)),
-            "engine": config.engine.kind,
+            "engine": _engine(config),
             "world_size": world.size,
         }
         save_checkpoint(run, step, state, task.save, world, settings.keep_checkpoints)
@@ -176,7 +197,9 @@ def _steps(config: Config, world: World, run: Path, task: TokenizerTask, batches
                     began += time.perf_counter() - paused
         except KeyboardInterrupt:
             if telemetry:
-                telemetry.say(f"stopped after step {step}; `ibq resume {run}` goes on from the newest checkpoint")
+                saved = (run / "checkpoints" / "latest").is_file()
+                mend = f"`ibq resume {run}` goes on from the newest checkpoint" if saved else "nothing was saved yet"
+                telemetry.say(f"stopped after step {step}; {mend}")
             raise
 
 
@@ -210,7 +233,7 @@ def _global_scalars(scalars: dict, task: TokenizerTask, world: World) -> dict[st
 def _validate(config: Config, world: World, task: TokenizerTask, telemetry: Telemetry | None, run: Path, step: int):
     """PSNR, L1 and usage of the EMA weights on validation images, each counted once; pictures of the first few."""
     sums = torch.zeros(3, dtype=torch.float64, device=world.device)
-    usage = CodebookUsage(config.model.codebook_size)
+    usage = CodebookUsage(config.model.codebook_size, world.device)
     pictures = []
     with task.evaluation() as tokenizer:
         images = evaluation_images(
@@ -238,8 +261,9 @@ def _validate(config: Config, world: World, task: TokenizerTask, telemetry: Tele
     sum_over_ranks(sums)
     usage = usage.merged()
     if telemetry and sums[2] > 0:
-        grid = make_grid(torch.stack(pictures) / 2 + 0.5, nrow=PICTURES, padding=2, pad_value=1)
-        save_image(grid, run / "samples" / f"step_{step:08d}.png")
-        telemetry.picture(step, "reconstructions", (grid * 255).to(torch.uint8))
+        if pictures:
+            grid = make_grid(torch.stack(pictures) / 2 + 0.5, nrow=PICTURES, padding=2, pad_value=1)
+            save_image(grid, run / "samples" / f"step_{step:08d}.png")
+            telemetry.picture(step, "reconstructions", (grid * 255).to(torch.uint8))
         psnr_mean, l1_mean = (sums[:2] / sums[2]).tolist()
         telemetry.log(step, {"val/psnr": psnr_mean, "val/l1": l1_mean, "val/usage": usage.usage()})

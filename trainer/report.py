@@ -20,6 +20,7 @@ from PIL import Image
 from safetensors import safe_open
 
 from trainer import TrainerError
+from trainer.telemetry import metric_lines
 
 SAMPLE_COUNT = 6
 MAX_POINTS = 240  # of a curve; longer ones are averaged down to it
@@ -88,7 +89,7 @@ CHARTS = [
         {"discriminator/logits_real": "real", "discriminator/logits_fake": "reconstructed"},
         detail=True,
     ),
-    Chart("LeCAM", "Regulariser of the discriminator.", {"discriminator/lecam": "LeCAM"}, detail=True),
+    Chart("LeCAM", "Regulariser of the discriminator.", {"loss/lecam": "LeCAM"}, detail=True),
     Chart("Generator's weight", "Weight of the adversarial loss.", {"weight/generator": "weight"}, detail=True),
     Chart(
         "Learning rates",
@@ -154,16 +155,8 @@ def read_metrics(path: Path) -> dict[str, list[Point]]:
     if not path.is_file():
         return {}
     values: dict[str, dict[float, float]] = {}
-    lines = path.read_text(encoding="utf-8").splitlines()
-    for number, line in enumerate(lines, start=1):
-        try:
-            record = json.loads(line)
-            step = record["step"]
-        except (ValueError, TypeError, KeyError) as error:
-            if number == len(lines):
-                break
-            raise TrainerError(f"{path}, line {number}, is no JSON object with a step: remove that line") from error
-        for name, value in record.items():
+    for step, line in metric_lines(path):
+        for name, value in json.loads(line).items():
             if name != "step" and isinstance(value, int | float) and math.isfinite(value):
                 values.setdefault(name, {})[step] = float(value)
     return {name: [Point(*pair) for pair in sorted(curve.items())] for name, curve in values.items()}

@@ -10,6 +10,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
 
+from trainer import TrainerError
+
 # What the progress line shows, as far as it is logged.
 SHOWN = {
     "loss/reconstruction": "L1 {:.3f}",
@@ -21,14 +23,30 @@ SHOWN = {
 }
 
 
+def metric_lines(path: Path) -> list[tuple[int, str]]:
+    """(step, line) of every whole line of a metrics.jsonl; a last line cut off by a kill is left out.
+
+    Raises TrainerError for any other damage.
+    """
+    lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
+    found = []
+    for number, line in enumerate(lines, start=1):
+        try:
+            found.append((int(json.loads(line)["step"]), line))
+        except (ValueError, TypeError, KeyError) as error:
+            if number == len(lines):
+                break
+            raise TrainerError(f"{path}, line {number}, is no JSON object with a step: remove that line") from error
+    return found
+
+
 class Telemetry:
     """``with Telemetry(...) as t: t.log(step, scalars)``; resuming drops what was logged after ``start_step``."""
 
     def __init__(self, run: Path, start_step: int, max_steps: int):
         self.metrics = run / "metrics.jsonl"
         if start_step and self.metrics.exists():
-            lines = self.metrics.read_text().splitlines(keepends=True)
-            kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= start_step]
+            kept = [line for number, line in metric_lines(self.metrics) if number <= start_step]
             self.metrics.write_text("".join(kept))
         self.writer = SummaryWriter(run / "tensorboard", purge_step=start_step + 1)
         self.console = Console(stderr=True)

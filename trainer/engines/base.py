@@ -31,7 +31,8 @@ class Engine(ABC):
         self.clip_norm = clip_norm
 
     def __call__(self, *args, **kwargs):
-        """The module's forward."""
+        """The module's forward. Not a wrapper's: DeepSpeed's adds hooks to the outputs that the adaptive weight's
+        extra gradients would set off, and switches autocast off."""
         return self.module(*args, **kwargs)
 
     @abstractmethod

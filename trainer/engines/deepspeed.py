@@ -8,6 +8,7 @@ from pathlib import Path
 
 import deepspeed
 import torch
+from deepspeed.runtime.config import DeepSpeedConfigError
 from torch import Tensor
 from torch.optim import Optimizer
 
@@ -23,9 +24,20 @@ def load_deepspeed_config(name: str, *, micro_batch_size: int, micro_batches: in
         known = ", ".join(sorted(p.stem for p in packaged.glob("*.json")))
         raise TrainerError(f"engine.config={name} is unknown: choose one of {known}, or give the path of a .json file")
     try:
-        config = json.loads(path.read_text())
-    except json.JSONDecodeError as error:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
         raise TrainerError(f"{path} is not valid JSON: {error}") from error
+    zero = config.get("zero_optimization", {}) if isinstance(config, dict) else None
+    if not isinstance(zero, dict):
+        raise TrainerError(f'{path} is no DeepSpeed configuration: an object, with "zero_optimization" an object too')
+    if zero.get("stage", 0) not in (0, 1, 2):
+        raise TrainerError(f"{path}: ZeRO stage {zero['stage']} is not supported yet; use stage 0, 1 or 2")
+    for key in ("offload_optimizer", "offload_param"):
+        if key in zero:
+            raise TrainerError(f'{path}: "{key}" is not supported yet; remove it')
+    for key in ("fp16", "bf16", "optimizer", "scheduler"):
+        if key in config:
+            raise TrainerError(f'{path}: remove "{key}"; the recipe decides (trainer.precision, optimizer, schedule)')
     recipe = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": micro_batches,
@@ -37,11 +49,6 @@ def load_deepspeed_config(name: str, *, micro_batch_size: int, micro_batches: in
             config[key] = value
         elif config[key] != value:
             raise TrainerError(f'{path}: "{key}" is {config[key]}, the recipe says {value}; write "auto" there')
-    if config.get("zero_optimization", {}).get("stage", 0) > 2:
-        raise TrainerError(f"{path}: ZeRO stage 3 is not supported yet; use stage 0, 1 or 2")
-    for key in ("fp16", "bf16"):
-        if config.get(key, {}).get("enabled"):
-            raise TrainerError(f'{path}: remove "{key}"; the recipe\'s trainer.precision decides')
     return config
 
 
@@ -55,7 +62,11 @@ class DeepSpeed(Engine):
         # DeepSpeed compiles its CPU collectives with the ninja that pip put beside python, but looks for it on PATH.
         os.environ["PATH"] = sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"]
         os.environ.setdefault("LOCAL_RANK", "0")  # a single process needs no launcher, but DeepSpeed insists on it
-        self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+        try:
+            self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+        except (ValueError, AssertionError, DeepSpeedConfigError) as error:  # pydantic's errors are ValueErrors
+            what = " ".join(str(error).split())[:300]
+            raise TrainerError(f"DeepSpeed refuses engine.config={config}: {what}") from error
 
     def backward(self, loss: Tensor, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
@@ -77,4 +88,6 @@ class DeepSpeed(Engine):
         self.engine.save_checkpoint(str(folder), tag="deepspeed", save_latest=False)
 
     def load(self, folder: Path) -> None:
-        self.engine.load_checkpoint(str(folder), tag="deepspeed")
+        path, _ = self.engine.load_checkpoint(str(folder), tag="deepspeed")
+        if path is None:
+            raise OSError(f"no whole DeepSpeed checkpoint in {folder}")

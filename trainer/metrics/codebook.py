@@ -8,22 +8,22 @@ from torch import Tensor
 class CodebookUsage:
     """Counts how often each code was chosen, over any number of batches.
 
-    `counts_k` is int64 and lives where the indices do. On many ranks each counts its own tokens; `merged` sums them.
+    `counts_k` is int64, on the device of the process group's tensors, for a rank may have nothing to count. Each rank
+    counts its own tokens; `merged` sums them.
     """
 
-    def __init__(self, codebook_size: int):
-        self.counts_k = torch.zeros(codebook_size, dtype=torch.int64)
+    def __init__(self, codebook_size: int, device: torch.device | str = "cpu"):
+        self.counts_k = torch.zeros(codebook_size, dtype=torch.int64, device=device)
 
     def update(self, index: Tensor) -> None:
         """Counts the codes of an integer tensor of any shape; codes beyond the codebook are an error."""
-        index_n = index.detach().flatten().long()
-        self.counts_k = self.counts_k.to(index_n.device)
+        index_n = index.detach().flatten().to(self.counts_k.device, torch.int64)
         self.counts_k.scatter_add_(0, index_n, torch.ones_like(index_n))
 
     def merged(self, group: dist.ProcessGroup | None = None) -> "CodebookUsage":
         """The sum over the ranks of `group`, as a new object: this rank's own counts stay, so nothing counts twice."""
-        total = CodebookUsage(len(self.counts_k))
-        total.counts_k = self.counts_k.clone()
+        total = CodebookUsage(len(self.counts_k), self.counts_k.device)
+        total.counts_k += self.counts_k
         if dist.is_initialized():
             dist.all_reduce(total.counts_k, group=group)
         return total

@@ -15,8 +15,9 @@ from model_zoo.losses import (
     entropy_penalty,
     quantizer_loss,
 )
-from model_zoo.perceptual import Perceptual
+from model_zoo.perceptual import SMALLEST_SIDE, Perceptual
 from model_zoo.tokenizer import Tokenizer, TokenizerOutput
+from trainer import TrainerError
 from trainer.config import Config
 from trainer.ema import Ema
 from trainer.engines import Replicated, build_engine
@@ -55,7 +56,7 @@ class TokenizerTask:
             self.discriminator = Replicated(network, self._adam(network, self.discriminator_lr), **batch)
         self.lecam = Lecam(loss.lecam.decay).to(world.device)
         self.ema = Ema(self.tokenizer, config.ema.decay) if config.ema.decay > 0 else None
-        self.usage = CodebookUsage(config.model.codebook_size)
+        self.usage = CodebookUsage(config.model.codebook_size, world.device)
         # The quantizer that has no soft assignment (VQ) has no entropy; asking for it would log zeros.
         self.entropy_temperature = None
         if loss.entropy.weight > 0 and self.tokenizer.quantize.double_quantization:
@@ -64,6 +65,22 @@ class TokenizerTask:
             self.tokenizer.compile()
             if self.discriminator:
                 self.discriminator.module.compile()
+
+    def check_sizes(self) -> None:
+        """Raises TrainerError for images that do not divide into tokens or are too small for a network here."""
+        data, factor = self.config.data, self.tokenizer.downsampling_factor
+        for key, side in (("image_size", data.image_size), ("val_image_size", data.val_image_size)):
+            if side is not None and side % factor:
+                raise TrainerError(f"data.{key}={side} must be a multiple of {factor}, the pixels of a token's side")
+        least = {
+            "the discriminator (fewer discriminator.layers need less)": (
+                self.discriminator.module.smallest_side if self.discriminator else 0
+            ),
+            "LPIPS (loss.perceptual.weight=0 does without)": SMALLEST_SIDE if self.perceptual else 0,
+        }
+        for network, side in least.items():
+            if data.image_size < side:
+                raise TrainerError(f"data.image_size={data.image_size} must be at least {side} for {network}")
 
     @property
     def discriminator_lr(self) -> float:
