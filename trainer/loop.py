@@ -20,7 +20,7 @@ from trainer.metrics.codebook import CodebookUsage
 from trainer.metrics.image import psnr
 from trainer.parallel import World, agree, gather_objects, mean_over_ranks, start_world, stop_world, sum_over_ranks
 from trainer.tasks.tokenizer import TokenizerTask
-from trainer.telemetry import Telemetry
+from trainer.telemetry import Telemetry, metric_lines
 
 PICTURES = 8  # validation images whose reconstructions are shown as training goes
 LOADING_ERRORS = (  # what damaged or unfitting files raise in torch, safetensors and DeepSpeed
@@ -89,6 +89,8 @@ def _train(config: Config, resume: bool) -> Path:
         if not {"step", "data", "engine", "world_size"} <= state.keys():
             raise TrainerError(f"{checkpoint / 'state.json'} is damaged: write another checkpoint's name into latest")
         start = state["step"]
+        if (metrics := Path(config.run) / "metrics.jsonl").is_file():
+            metric_lines(metrics)  # damage is found before anything is written
         if start >= config.trainer.max_steps:
             raise TrainerError(f"{config.run} is at step {start} already; go on with trainer.max_steps={2 * start}")
     world = start_world(config.trainer.device)

@@ -31,6 +31,12 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "broken.yaml").write_text("trainer: {max_steps: 5")
     (tmp_path / "unknown_key.yaml").write_text("trainer:\n  max_step: 5\n")
     (tmp_path / "broken.json").write_text('{"train_batch_size": ')
+    (tmp_path / "list.json").write_text("[1]")
+    (tmp_path / "true.json").write_text('{"zero_optimization": true}')
+    (tmp_path / "offload.json").write_text(
+        '{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}'
+    )
+    (tmp_path / "odd_key.json").write_text('{"zero_optimization": {"stage": 1, "odd": 1}}')
     (tmp_path / "stage3.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
     return tmp_path
 
@@ -63,6 +69,19 @@ TRAIN_MISTAKES = {
     "empty folder to validate on": (["debug", "data.val=empty"], ["empty", "holds images"]),
     "file that is no tar": (["debug", "data.train=cut.tar"], ["cut.tar is no whole, uncompressed tar"]),
     "tar without images": (["debug", "data.train=texts.tar"], ["texts.tar holds no image"]),
+    "number for a folder": (["debug", "data.train=123"], ["123 names no data", "./123"]),
+    "truth for a folder": (["debug", "data.val=true"], ["True names no data"]),
+    # sizes
+    "crops that do not divide": (["debug", "data.image_size=30"], ["data.image_size=30 must be a multiple of 4"]),
+    "validation crops that do not": (
+        ["debug", "data.val_image_size=30"],
+        ["data.val_image_size=30 must be a multiple"],
+    ),
+    "crops too small to judge": (
+        ["debug", "discriminator.layers=4"],
+        ["data.image_size=32 must be at least 48", "discriminator.layers"],
+    ),
+    "seed beyond 64 bits": (["debug", "seed=99999999999999999999"], ["seed="]),
     # batches, places, weights
     "micro-batch that does not divide": (
         ["debug", "trainer.micro_batch_size=3"],
@@ -92,6 +111,10 @@ def test_train(ibq_here, assert_refused, fingerprint, place, mistake):
         ("nowhere.json", "nowhere.json is unknown"),
         ("broken.json", "broken.json is not valid JSON"),
         ("stage3.json", "use stage 0, 1 or 2"),
+        ("list.json", "is no DeepSpeed configuration"),
+        ("true.json", "is no DeepSpeed configuration"),
+        ("offload.json", "offload_optimizer"),
+        ("odd_key.json", "DeepSpeed refuses engine.config="),
     ],
 )
 def test_deepspeed_config(ibq_here, fingerprint, place, config, said):

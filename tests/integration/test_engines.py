@@ -9,12 +9,15 @@ TOLERANCE = 1e-5  # of all weights of a file together
 TENSOR_TOLERANCE = 1e-4
 LOSS_TOLERANCE = 1e-4
 
-OTHERS = ["one, accumulating", "replicated", "zero0", "zero1", "zero1, one process", "zero2", "zero2, accumulating"]
+OTHERS = [
+    *("one, accumulating", "replicated", "zero0", "zero0, accumulating"),
+    *("zero1", "zero1, one process", "zero2", "zero2, accumulating"),
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def all_started(runs):
-    runs.start("one", "start", *OTHERS)
+    runs.start("one", "start", "adaptive", "zero2, adaptive", *OTHERS)
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -22,6 +25,17 @@ def test_weights_equal_those_of_one_process(runs, differences, name):
     for file, difference in differences(runs["one"] / CHECKPOINT, runs[name] / CHECKPOINT).items():
         assert difference.whole < TOLERANCE, file
         assert difference.worst < TENSOR_TOLERANCE, file
+
+
+def test_the_adaptive_weight_is_that_of_all_processes(runs, differences, read_metrics):
+    for difference in differences(runs["adaptive"] / CHECKPOINT, runs["zero2, adaptive"] / CHECKPOINT).values():
+        assert difference.whole < TOLERANCE
+    one, two = (
+        [line["weight/generator"] for line in read_metrics(runs[name]) if "weight/generator" in line]
+        for name in ("adaptive", "zero2, adaptive")
+    )
+    assert two == pytest.approx(one, rel=LOSS_TOLERANCE)
+    assert all(weight != pytest.approx(0.1) for weight in one)  # the fixed weight
 
 
 @pytest.mark.parametrize("name", OTHERS)

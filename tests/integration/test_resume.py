@@ -12,7 +12,7 @@ WEIGHTS = [f"{name}.safetensors" for name in ("tokenizer", "tokenizer_ema", "dis
 
 @pytest.fixture(scope="module", autouse=True)
 def all_started(runs):
-    runs.start("one", "stopped", "zero1")
+    runs.start("one", "stopped", "zero1", "one, accumulating")
 
 
 @pytest.fixture
@@ -124,7 +124,7 @@ def test_another_model_is_refused_and_the_run_stays_as_it_was(ibq_here, assert_r
     run = copy_of("stopped")
     before = fingerprint(run)
     finished = ibq_here("resume", run, "trainer.max_steps=20", change)
-    assert_refused(finished, "does not fit", "the settings that the run was started with")
+    assert_refused(finished, "cannot go on from", "was written with other settings")
     assert fingerprint(run) == before
 
 
@@ -139,4 +139,26 @@ def test_other_data_is_refused(ibq_here, assert_refused, fingerprint, copy_of):
     before = fingerprint(run)
     finished = ibq_here("resume", run, "trainer.max_steps=20", "data.train=bundled:val")
     assert_refused(finished, "cannot resume")
+    assert fingerprint(run) == before
+
+
+@pytest.mark.parametrize(
+    ("file", "content"),
+    [
+        ("generator/optimizer.pt", b""),
+        ("generator/optimizer.pt", b"no pickle at all"),
+        ("discriminator.safetensors", b"cut"),
+        ("state.json", b""),
+        ("state.json", b"[]"),
+        ("state.json", b"{}"),
+        ("state.json", b'{"step": 5, "data": {}, "engine": {"kind": "replicated"}, "world_size": 1}'),
+        ("../latest", b"\xff\xfe"),
+        ("../../metrics.jsonl", b'{"step": 1}\n[1]\n{"step": 2}\n'),
+    ],
+)
+def test_a_damaged_run_ends_in_one_line(ibq_here, assert_refused, fingerprint, copy_of, file, content):
+    run = copy_of("one, accumulating")
+    (run / "checkpoints/step_00000005" / file).write_bytes(content)
+    before = fingerprint(run)
+    assert_refused(ibq_here("resume", run, "trainer.max_steps=6"))
     assert fingerprint(run) == before
