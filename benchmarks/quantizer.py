@@ -31,7 +31,14 @@ from model_zoo.ops.chunked import SkipStats, index_backprop_chunked
 from model_zoo.ops.dense import index_backprop_dense
 
 # Products of a tile's live tokens with its codes that each of the counted sweeps makes.
-PRODUCTS = {"output": 1, "average": 1, "soft_gradient": 4, "average_gradient": 1, "entropy_gradient": 3}
+PRODUCTS = {
+    "output": 1,
+    "assignment": 1,
+    "average": 1,
+    "soft_gradient": 4,
+    "average_gradient": 1,
+    "entropy_gradient": 3,
+}
 DENSE_SWEEPS = 6
 COLUMNS = {
     "impl": "impl",
@@ -169,7 +176,7 @@ def measure(impl, dtype, tokens, codes, dim, temperature, scale, skip, tile, dev
     sweeps = DENSE_SWEEPS
     skip_soft = skip_entropy = None
     if impl == "chunked":
-        sweeps = 1 + sum(PRODUCTS[name] * (1 - stats.skip_rate(name)) for name in stats.visited if name in PRODUCTS)
+        sweeps = 1 + sum(PRODUCTS[name] * (1 - stats.skip_rate(name)) for name in stats.visited)
         skip_soft = f"{stats.skip_rate('soft_gradient'):.1%}"
         skip_entropy = f"{stats.skip_rate('entropy_gradient'):.1%}" if temperature is not None else None
     return dict(

@@ -1,8 +1,8 @@
 """Index backpropagation in tiles: attention over the codebook with a hard forward, in plain PyTorch.
 
 The first sweep over the codebook keeps per token the running maximum, its index, the running sum and the running
-``o = softmax(l) C`` (online softmax), and the sums at the entropy's temperature; a second one adds up the columns of
-the mean assignment. With them the backward pass makes every tile of the logits' gradient afresh:
+``o = softmax(l) C`` (online softmax). At the entropy's temperature, where few tiles are live, one more adds up the rows
+and another the columns of the assignment. With them the backward pass makes every tile of the logits' gradient afresh:
 
     dl = p (g C^T - g . o) + q ((v - q . v) / N - s (log q + H) / N) / temperature,    dz = dl C,    dC = dl^T z
 
@@ -34,9 +34,8 @@ TILE_CUDA = (8192, 2048)
 class SkipStats:
     """Counts row-tiles (one token's logits with one tile of codes), all and visited, for each sweep that skips.
 
-    Forward: ``output`` (adds up o) and ``assignment`` (adds up the entropies), both with the logits at hand, and
-    ``average`` (the mean assignment). Backward: ``soft_gradient``, and for the entropies ``average_gradient`` (q . v)
-    and ``entropy_gradient``.
+    Forward: ``output`` (o, with the logits at hand), ``assignment`` (sums of rows) and ``average`` (sums of columns).
+    Backward: ``soft_gradient``, and for the entropies ``average_gradient`` (q . v) and ``entropy_gradient``.
     """
 
     row_tiles: dict[str, int] = field(default_factory=dict)
@@ -106,14 +105,11 @@ class _IndexBackprop(torch.autograd.Function):
         ctx.set_materialize_grads(False)
         ctx.temperature, ctx.sweep = temperature, sweep
         with torch.autocast(z_nd.device.type, enabled=False):
-            rows = _first_sweep(_accumulation(z_nd), codebook_kd, temperature, sweep, with_gradient)
+            rows = _first_sweep(_accumulation(z_nd), codebook_kd, sweep, with_gradient)
             sample_entropy = average_k = None
             if temperature is not None:
+                rows, average_k = _assignment_sweeps(_accumulation(z_nd), codebook_kd, rows, temperature, sweep)
                 sample_entropy = rows.entropy_n.mean()
-                average_k = z_nd.new_zeros(len(codebook_kd), dtype=sample_entropy.dtype)
-                for tile, _, q in _assignment("average", _accumulation(z_nd), codebook_kd, rows, temperature, sweep):
-                    average_k[tile.codes] += q.sum(dim=0)
-                average_k /= len(z_nd)
         if with_gradient:
             ctx.save_for_backward(z_nd, codebook_kd, *rows)
         ctx.mark_non_differentiable(rows.index_n)
@@ -133,20 +129,20 @@ class _IndexBackprop(torch.autograd.Function):
 
 
 class Rows(NamedTuple):
-    """What the first sweep keeps of each token. m is the largest logit, q = softmax(l / temperature).
+    """What the sweeps keep of each token. m is the largest logit, q = softmax(l / temperature).
 
-    log_sum_n: log sum exp(l), and output_nd: softmax(l) C; None where no gradient will be asked for.
     tile_max_tn: the largest logit of each tile of codes.
+    sum_n: sum exp(l - m), and output_nd: softmax(l) C; None where no gradient will be asked for.
     assignment_log_sum_n: log sum exp((l - m) / temperature), and entropy_n: H(q); None without temperature.
     """
 
     index_n: Tensor
     max_n: Tensor
     tile_max_tn: Tensor
-    log_sum_n: Tensor | None
+    sum_n: Tensor | None
     output_nd: Tensor | None
-    assignment_log_sum_n: Tensor | None
-    entropy_n: Tensor | None
+    assignment_log_sum_n: Tensor | None = None
+    entropy_n: Tensor | None = None
 
 
 class Upstream(NamedTuple):
@@ -244,36 +240,19 @@ class Scratch:
         return self.memory[number, : shape[0] * shape[1]].view(shape)
 
 
-def _first_sweep(z_nd: Tensor, codebook_kd: Tensor, temperature, sweep: Sweep, with_output: bool) -> Rows:
+def _first_sweep(z_nd: Tensor, codebook_kd: Tensor, sweep: Sweep, with_output: bool) -> Rows:
     tokens, codes = len(z_nd), len(codebook_kd)
-    zeros = z_nd.new_zeros
     index_n = torch.zeros(tokens, dtype=torch.int64, device=z_nd.device)
-    max_n = zeros(tokens).fill_(-math.inf)
-    tile_max_tn = zeros(-(-codes // sweep.tile[1]), tokens)
-    # Sums of exp(l - m) and of its product with the codes; with x = (l - m) / temperature, of exp(x) and of exp(x) x.
-    sum_n, output_nd = (zeros(tokens), zeros(z_nd.shape)) if with_output else (None, None)
-    hot_sum_n, hot_moment_n = (zeros(tokens), zeros(tokens)) if temperature is not None else (None, None)
-    scratch = Scratch(z_nd, codebook_kd, sweep, count=3)
+    max_n = z_nd.new_full((tokens,), -math.inf)
+    tile_max_tn = z_nd.new_empty(-(-codes // sweep.tile[1]), tokens)
+    sum_n, output_nd = (z_nd.new_zeros(tokens), torch.zeros_like(z_nd)) if with_output else (None, None)
+    scratch = Scratch(z_nd, codebook_kd, sweep, count=2)
 
     for tile in _tiles(tokens, codebook_kd, z_nd.dtype, sweep):
         at = tile.tokens
         logits = torch.mm(z_nd[at], tile.codes_td.T, out=scratch(0, tile.shape))
         tile_max = torch.amax(logits, dim=1, out=tile_max_tn[tile.number, at])
         raised, drop = _raise_max(logits, tile_max, tile.codes.start, max_n[at], index_n[at])
-
-        if temperature is not None:
-            # A first drop is infinite, and 0 x infinity is no number; exp(-1e4) is 0 as well.
-            hot_drop = (drop / temperature).clamp(min=-1e4)
-            hot_moment_n[at][raised] = (hot_moment_n[at][raised] + hot_drop * hot_sum_n[at][raised]) * hot_drop.exp()
-            hot_sum_n[at][raised] *= hot_drop.exp()
-            live = _live("assignment", tile_max, max_n[at], codes, temperature, sweep)
-            if live.count:
-                x = live.of(logits, scratch, 1)
-                x = torch.sub(x, live.of(max_n[at])[:, None], out=scratch(1, x.shape)).div_(temperature)
-                exp = torch.exp(x, out=scratch(2, x.shape))
-                live.add(exp.sum(dim=1), to=hot_sum_n[at])
-                live.add(exp.mul_(x).sum(dim=1), to=hot_moment_n[at])
-
         if with_output:
             sum_n[at][raised] *= drop.exp()
             output_nd[at][raised] *= drop.exp()[:, None]
@@ -283,37 +262,51 @@ def _first_sweep(z_nd: Tensor, codebook_kd: Tensor, temperature, sweep: Sweep, w
                 live.add(exp.sum(dim=1), to=sum_n[at])
                 live.add_product(exp, tile.codes_td, to=output_nd[at])
 
-    log_sum_n = assignment_log_sum_n = entropy_n = None
     if with_output:
         output_nd /= sum_n[:, None]
-        log_sum_n = max_n + sum_n.log()
-    if temperature is not None:
-        assignment_log_sum_n = hot_sum_n.log()
-        entropy_n = assignment_log_sum_n - hot_moment_n / hot_sum_n
-    return Rows(index_n, max_n, tile_max_tn, log_sum_n, output_nd, assignment_log_sum_n, entropy_n)
+    return Rows(index_n, max_n, tile_max_tn, sum_n, output_nd)
 
 
-def _log_assignment(
-    tile: Tile, live: Live, z_nd: Tensor, rows: Rows, temperature: float, scratch: Scratch, number: int
-) -> Tensor:
-    """log softmax(l / temperature) of a tile's live tokens."""
-    at = tile.tokens
-    shape = (live.count, tile.shape[1])
-    logits = torch.mm(live.of(z_nd[at]), tile.codes_td.T, out=scratch(number, shape))
-    logits.sub_(live.of(rows.max_n[at])[:, None]).div_(temperature)
-    return logits.sub_(live.of(rows.assignment_log_sum_n[at])[:, None])
+def _assignment_sweeps(
+    z_nd: Tensor, codebook_kd: Tensor, rows: Rows, temperature: float, sweep: Sweep
+) -> tuple[Rows, Tensor]:
+    """Adds the sums at the temperature to ``rows``; returns the mean of q over tokens too.
+
+    The sums could be taken in the first sweep, but not to the same bits: a product with some of the rows rounds logits
+    otherwise than one with all, and 1 / temperature makes that larger. All that uses q takes the same rows of the same
+    tiles, so that the q of a token add up to 1.
+    """
+    sum_n, moment_n = z_nd.new_zeros(len(z_nd)), z_nd.new_zeros(len(z_nd))  # of exp(x) and exp(x) x, x = (l - m) / t
+    scratch = Scratch(z_nd, codebook_kd, sweep, count=1)
+    for tile, live, x in _hot_tiles("assignment", z_nd, codebook_kd, rows, temperature, sweep):
+        exp = torch.exp(x, out=scratch(0, x.shape))
+        live.add(exp.sum(dim=1), to=sum_n[tile.tokens])
+        live.add(exp.mul_(x).sum(dim=1), to=moment_n[tile.tokens])
+    log_sum_n = sum_n.log()
+    rows = rows._replace(assignment_log_sum_n=log_sum_n, entropy_n=log_sum_n - moment_n / sum_n)
+
+    average_k = z_nd.new_zeros(len(codebook_kd))
+    for tile, live, x in _hot_tiles("average", z_nd, codebook_kd, rows, temperature, sweep):
+        average_k[tile.codes] += x.sub_(live.of(log_sum_n[tile.tokens])[:, None]).exp_().sum(dim=0)
+    return rows, average_k / len(z_nd)
 
 
-def _assignment(
+def _hot_tiles(
     name: str, z_nd: Tensor, codebook_kd: Tensor, rows: Rows, temperature: float, sweep: Sweep
 ) -> Iterator[tuple[Tile, Live, Tensor]]:
-    """q = softmax(l / temperature), a tile's live tokens at a time."""
+    """(l - m) / temperature, a tile's live tokens at a time."""
     scratch = Scratch(z_nd, codebook_kd, sweep, count=1)
     for tile in _tiles(len(z_nd), codebook_kd, z_nd.dtype, sweep):
         tile_max, max_n = rows.tile_max_tn[tile.number, tile.tokens], rows.max_n[tile.tokens]
         live = _live(name, tile_max, max_n, len(codebook_kd), temperature, sweep)
         if live.count:
-            yield tile, live, _log_assignment(tile, live, z_nd, rows, temperature, scratch, 0).exp_()
+            yield tile, live, _hot_logits(tile, live, z_nd, rows, temperature, scratch)
+
+
+def _hot_logits(tile: Tile, live: Live, z_nd: Tensor, rows: Rows, temperature: float, scratch: Scratch) -> Tensor:
+    at = tile.tokens
+    logits = torch.mm(live.of(z_nd[at]), tile.codes_td.T, out=scratch(0, (live.count, tile.shape[1])))
+    return logits.sub_(live.of(rows.max_n[at])[:, None]).div_(temperature)
 
 
 class SoftTerm:
@@ -321,7 +314,8 @@ class SoftTerm:
 
     def __init__(self, z_nd: Tensor, codebook_kd: Tensor, rows: Rows, grad_nd: Tensor, sweep: Sweep):
         self.z_nd, self.rows, self.sweep, self.codes = z_nd, rows, sweep, len(codebook_kd)
-        self.grad_nd = _accumulation(grad_nd)
+        # p is exp(l - m) over its sum, and the latter is here rather than in a pass over every tile.
+        self.grad_nd = _accumulation(grad_nd) / rows.sum_n[:, None]
         self.grad_output_n = (self.grad_nd * rows.output_nd).sum(dim=1)
         self.scratch = Scratch(z_nd, codebook_kd, sweep, count=2)
 
@@ -331,10 +325,10 @@ class SoftTerm:
 
     def gradient(self, tile: Tile, live: Live) -> Tensor:
         at, shape = tile.tokens, (live.count, tile.shape[1])
-        p = torch.mm(live.of(self.z_nd[at]), tile.codes_td.T, out=self.scratch(0, shape))
-        p.sub_(live.of(self.rows.log_sum_n[at])[:, None]).exp_()
+        exp = torch.mm(live.of(self.z_nd[at]), tile.codes_td.T, out=self.scratch(0, shape))
+        exp.sub_(live.of(self.rows.max_n[at])[:, None]).exp_()
         slope = torch.mm(live.of(self.grad_nd[at]), tile.codes_td.T, out=self.scratch(1, shape))
-        return slope.sub_(live.of(self.grad_output_n[at])[:, None]).mul_(p)
+        return slope.sub_(live.of(self.grad_output_n[at])[:, None]).mul_(exp)
 
 
 class EntropyTerm:
@@ -349,7 +343,8 @@ class EntropyTerm:
         self.scratch = Scratch(z_nd, codebook_kd, sweep, count=2)
         if self.grad_average_k is not None:
             self.mean_n = z_nd.new_zeros(len(z_nd))  # q . v
-            for tile, live, q in _assignment("average_gradient", z_nd, codebook_kd, rows, temperature, sweep):
+            for tile, live, x in _hot_tiles("average_gradient", z_nd, codebook_kd, rows, temperature, sweep):
+                q = x.sub_(live.of(rows.assignment_log_sum_n[tile.tokens])[:, None]).exp_()
                 live.add(q @ self.grad_average_k[tile.codes], to=self.mean_n[tile.tokens])
 
     def live(self, tile: Tile) -> Live:
@@ -357,7 +352,8 @@ class EntropyTerm:
         return _live("entropy_gradient", tile_max, max_n, self.codes, self.temperature, self.sweep)
 
     def gradient(self, tile: Tile, live: Live) -> Tensor:
-        slope = _log_assignment(tile, live, self.z_nd, self.rows, self.temperature, self.scratch, 0)
+        slope = _hot_logits(tile, live, self.z_nd, self.rows, self.temperature, self.scratch)
+        slope.sub_(live.of(self.rows.assignment_log_sum_n[tile.tokens])[:, None])  # log q
         q = torch.exp(slope, out=self.scratch(1, slope.shape))
         if self.grad_sample is None:
             slope.zero_()

@@ -19,9 +19,9 @@ OUTPUTS = ["quantized_nd", "code_nd", "sample_entropy", "average_probability_k"]
 # Tokens, codes, code dimension: one token, one code, a last tile of one, dimensions up to 512.
 SHAPES = [(1, 1, 8), (1, 37, 8), (5, 33, 9), (64, 257, 16), (33, 1000, 32), (3, 5, 512), (40, 161, 64)]
 TILE = (16, 32)  # small, so that these shapes have many
-# Largest error over the largest true value that is allowed beside the dense path's own error in the same type. In half
-# precision it is the rounding of the results, in float32 some units of rounding of logits over the temperature.
-TOLERANCE = {torch.float64: 1e-13, torch.float32: 2e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+# Largest error over the largest true value that is allowed beside the dense path's own error in the same type: some
+# units of rounding (of the results, in half precision).
+TOLERANCE = {torch.float64: 1e-14, torch.float32: 4e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
 
 
 def random_operands(tokens, codes, dim, dtype=torch.float64, scale=1.0, seed=0):
@@ -44,8 +44,8 @@ def run(op, z_nd, codebook_kd, upstream, temperature, dtype=None, **settings):
     return {name: v.detach().double() for name, v in values.items() if v is not None}, out.index_n
 
 
-def error(value, truth):
-    return ((value - truth).abs().max() / truth.abs().max().clamp(min=1e-30)).item()
+def error(value, truth, least=1e-30):
+    return ((value - truth).abs().max() / truth.abs().max().clamp(min=least)).item()
 
 
 @pytest.mark.parametrize("temperature", [None, 0.01, 0.5, 3.0])
@@ -60,7 +60,8 @@ def test_error_is_no_larger_than_that_of_dense(dtype, shape, temperature):
         assert torch.equal(chunked_index_n, index_n)
         assert chunked.keys() == truth.keys()
         for name in truth:
-            allowed = error(dense[name], truth[name]) + TOLERANCE[dtype]
+            # Rounding of the logits counts 1 / temperature times.
+            allowed = error(dense[name], truth[name]) + TOLERANCE[dtype] / min(1, temperature or 1)
             assert error(chunked[name], truth[name]) <= allowed, (name, settings)
 
 
@@ -73,7 +74,7 @@ def test_each_upstream_gradient_alone_and_together(used, temperature):
     chunked, _ = run(index_backprop_chunked, z_nd, codebook_kd, upstream, temperature, tile=TILE)
     assert chunked.keys() == truth.keys()  # so that the gradient of z is None for code_nd alone
     for name in truth:
-        torch.testing.assert_close(chunked[name], truth[name], rtol=1e-10, atol=1e-14)
+        torch.testing.assert_close(chunked[name], truth[name], rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("wanted", ["z", "codebook"])
@@ -139,7 +140,7 @@ def test_golden_numbers_in_tiles_of_two_by_three(number):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_skipping_changes_rounding_only_and_is_counted(dtype):
-    z_nd, codebook_kd, upstream = random_operands(64, 2000, 32, dtype, scale=3.0)
+    z_nd, codebook_kd, upstream = random_operands(64, 2000, 32, dtype, scale=6.0)
     stats = SkipStats()
     skipped, index_n = run(index_backprop_chunked, z_nd, codebook_kd, upstream, 0.01, tile=TILE, stats=stats)
     unskipped_stats = SkipStats()
@@ -148,7 +149,9 @@ def test_skipping_changes_rounding_only_and_is_counted(dtype):
     )
     assert torch.equal(index_n, whole_index_n)
     for name in whole:
-        assert error(skipped[name], whole[name]) < 40 * torch.finfo(dtype).eps / (0.01 if dtype != torch.float64 else 1)
+        # Rounding of the logits, which reach 150, counts 1 / temperature times.
+        # An entropy of nothing (here 2e-9 nats) is a difference of larger numbers.
+        assert error(skipped[name], whole[name], least=1e-4) < 150 / 0.01 * torch.finfo(dtype).eps
     sweeps = {"output", "assignment", "average", "soft_gradient", "average_gradient", "entropy_gradient"}
     assert stats.row_tiles == unskipped_stats.row_tiles == {sweep: 64 * 63 for sweep in sweeps}
     assert all(unskipped_stats.skip_rate(sweep) == 0 for sweep in sweeps)
@@ -286,7 +289,7 @@ def test_vq_losses_are_the_same_through_either_implementation(monkeypatch):
     z_bdhw = torch.randn(4, 8, 16, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
     results = {}
     for impl in ("dense", "chunked"):
-        monkeypatch.setattr("model_zoo.ops.index_backprop.fastest_impl", lambda *_, impl=impl: impl)
+        monkeypatch.setattr(sys.modules["model_zoo.ops.index_backprop"], "fastest_impl", lambda *_, impl=impl: impl)
         quantizer.zero_grad()
         z_bdhw.grad = None
         out = quantizer(z_bdhw, 0.5)
@@ -294,7 +297,7 @@ def test_vq_losses_are_the_same_through_either_implementation(monkeypatch):
         (loss + out.sample_entropy - average_entropy(out.average_probability_k)).backward()
         results[impl] = [loss, z_bdhw.grad, quantizer.embedding.weight.grad]
     for chunked, dense in zip(results["chunked"], results["dense"], strict=True):
-        torch.testing.assert_close(chunked, dense, rtol=1e-4, atol=1e-4)
+        assert error(chunked.detach(), dense.detach()) < 1e-4
 
 
 MEMORY = """
