@@ -3,7 +3,8 @@
     python benchmarks/quantizer.py --tokens 1024 --codes 16384 65536 262144 1048576 --dim 256 --impl dense chunked
 
 Each row is measured in a fresh process: the rate of a plain matrix product, the operation's extra memory (peak of the
-process, or of the device, minus operands and gradients) in the first run, and the times, the best of ``--repeats``.
+process, or of the device, minus operands and gradients) in the first run, and the times, the best of ``--repeats``;
+processor time far below threads x time says that others used the machine.
 Operands are normal(0, 1), as a codebook is at the start; ``--scale`` multiplies z, and with it how far the assignments
 concentrate on few codes. The loss uses the quantized vectors and both entropies.
 
@@ -49,6 +50,7 @@ COLUMNS = {
     "forward_seconds": "forward, s",
     "backward_seconds": "backward, s",
     "seconds": "both, s",
+    "processor_seconds": "processor, s",
     "nanoseconds_per_logit": "ns per N x K",
     "extra_mib": "extra memory, MiB",
     "process_mib": "process in all, MiB",
@@ -145,17 +147,18 @@ def measure(impl, dtype, tokens, codes, dim, temperature, scale, skip, tile, dev
             z_nd, codebook_kd, temperature, skip=skip, tile=tuple(tile) if tile else None, stats=stats
         )
 
-    def run(z_nd, codebook_kd, grad_nd) -> tuple[float, float, SkipStats]:
+    def run(z_nd, codebook_kd, grad_nd) -> tuple[float, float, float, float, SkipStats]:
         z_nd.grad = codebook_kd.grad = None
         stats = SkipStats()
-        start = now()
+        start, processor = now(), time.process_time()
         out = op(z_nd, codebook_kd, stats)
         loss = (out.quantized_nd * grad_nd).sum()
         if temperature is not None:
             loss = loss + out.sample_entropy - out.average_entropy
         middle = now()
         loss.backward()
-        return middle - start, now() - middle, stats
+        end = now()
+        return end - start, middle - start, end - middle, time.process_time() - processor, stats
 
     rate = matmul_rate(normal, now, tokens, dim)
     run(normal(64, dim).requires_grad_(), normal(600, dim).requires_grad_(), normal(64, dim))  # libraries, threads
@@ -165,12 +168,12 @@ def measure(impl, dtype, tokens, codes, dim, temperature, scale, skip, tile, dev
     before = peak_bytes()
     times = []
     for number in range(repeats):
-        forward, backward, stats = run(z_nd, codebook_kd, grad_nd)
-        times.append((forward + backward, forward, backward))
+        *measured, stats = run(z_nd, codebook_kd, grad_nd)
+        times.append(measured)
         if number == 0:
             extra = peak_bytes() - before - z_nd.grad.nbytes - codebook_kd.grad.nbytes
             in_all = peak_bytes()
-    seconds, forward, backward = min(times)
+    seconds, forward, backward, processor = min(times)
 
     sweep = 2 * tokens * codes * dim
     sweeps = DENSE_SWEEPS
@@ -188,6 +191,7 @@ def measure(impl, dtype, tokens, codes, dim, temperature, scale, skip, tile, dev
         forward_seconds=f"{forward:.3f}",
         backward_seconds=f"{backward:.3f}",
         seconds=f"{seconds:.3f}",
+        processor_seconds=f"{processor:.3f}",
         nanoseconds_per_logit=f"{1e9 * seconds / tokens / codes:.2f}",
         extra_mib=f"{extra / 2**20:.0f}",
         process_mib=f"{in_all / 2**20:.0f}",

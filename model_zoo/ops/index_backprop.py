@@ -10,8 +10,9 @@ from model_zoo import ModelError
 # Inside the logarithm of the average entropy, as in the published training: it bounds the gradient
 # -(log(a + eps) + a / (a + eps)) of codes that nobody uses.
 AVERAGE_ENTROPY_EPSILON = 1e-5
-# Elements of the N x K matrices from which tiles are faster than the whole. TODO measure
-CHUNKED_FROM = 2**20
+# Elements of the N x K matrices from which tiles take less time than the whole. Measured on one core of an AMD EPYC,
+# N = 64 to 4096, D = 32 and 256: they are even between 2^20 and 2^22, later where N is large and K small.
+CHUNKED_FROM = 2**22
 
 
 class IndexBackprop(NamedTuple):
