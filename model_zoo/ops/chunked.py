@@ -76,7 +76,7 @@ def index_backprop_chunked(
 
     Deterministic: every sum has a fixed order, and no atomics are used. Not differentiable twice.
     """
-    sweep = Sweep(tile or _default_tile(z_nd), skip, stats or SkipStats())
+    sweep = Sweep(_fitting_tile(z_nd, codebook_kd, tile), skip, stats or SkipStats())
     with_gradient = torch.is_grad_enabled() and (z_nd.requires_grad or codebook_kd.requires_grad)
     quantized_nd, code_nd, index_n, sample_entropy, average_k = _IndexBackprop.apply(
         z_nd, codebook_kd, entropy_temperature, sweep, with_gradient
@@ -87,7 +87,7 @@ def index_backprop_chunked(
 @torch.no_grad()
 def nearest_by_dot(z_nd: Tensor, codebook_kd: Tensor, *, tile: tuple[int, int] | None = None) -> Tensor:
     """int64 ``(n,)``: the code with the largest dot product for each token, the lowest on ties. One sweep."""
-    sweep = Sweep(tile or _default_tile(z_nd), False, SkipStats())
+    sweep = Sweep(_fitting_tile(z_nd, codebook_kd, tile), False, SkipStats())
     with torch.autocast(z_nd.device.type, enabled=False):
         z_nd = _accumulation(z_nd)
         max_n = z_nd.new_full((len(z_nd),), -math.inf)
@@ -426,8 +426,13 @@ class ChosenCodes:
         to.index_add_(0, self.index_m[part] - tile.codes.start, self.sums_md[part])
 
 
-def _default_tile(z_nd: Tensor) -> tuple[int, int]:
-    return TILE_CUDA if z_nd.is_cuda else TILE_CPU
+def _fitting_tile(z_nd: Tensor, codebook_kd: Tensor, tile: tuple[int, int] | None) -> tuple[int, int]:
+    """At most ``tile``, with the codes cut evenly: a last tile of one code would be a matrix-vector product, which
+    rounds otherwise, so that of two equal codes the later could win.
+    """
+    tokens, most = tile or (TILE_CUDA if z_nd.is_cuda else TILE_CPU)
+    codes = len(codebook_kd)
+    return tokens, -(-codes // -(-codes // most))
 
 
 def _accumulation(tensor: Tensor) -> Tensor:

@@ -181,6 +181,17 @@ def test_ties_go_to_the_lowest_index_across_tiles():
     assert lowest_n[7] == 0
 
 
+@pytest.mark.parametrize("shape", [(300, 513, 32), (7, 515, 64), (1, 1025, 64)])
+def test_equal_codes_tie_also_where_logits_are_rounded(shape):
+    """A last tile of one code would be a matrix-vector product, with other rounding."""
+    tokens, codes, dim = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+    few_kd = torch.randn(codes // 4, dim, generator=generator)
+    number_k = torch.randint(0, codes // 4, (codes,), generator=generator)
+    index_n = nearest_by_dot(torch.randn(tokens, dim, generator=generator), few_kd[number_k])
+    assert torch.equal(index_n, (number_k[index_n][:, None] == number_k).int().argmax(dim=1))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("temperature", [None, 0.01, 1.0])
 @pytest.mark.parametrize("tile", [(2, 2), (16, 16)])
