@@ -26,7 +26,7 @@ from model_zoo.ops.index_backprop import IndexBackprop
 
 # (tokens, codes) of a tile. On a CPU tiles share the cache with the operands' slices; on a GPU each kernel must be long
 # against its launch.
-TILE_CPU = (1024, 512)
+TILE_CPU = (1024, 256)
 TILE_CUDA = (8192, 2048)
 
 
