@@ -16,10 +16,11 @@ def index_backprop_dense(z_nd: Tensor, codebook_kd: Tensor, entropy_temperature:
     # The forward value is hard_nk to the last bit, and the gradient is that of soft_nk.
     one_hot_nk = hard_nk + (soft_nk - soft_nk.detach())
     quantized_nd = one_hot_nk @ codebook_kd
+    code_nd = codebook_kd[index_n]
     if entropy_temperature is None:
-        return IndexBackprop(quantized_nd, index_n, None, None)
+        return IndexBackprop(quantized_nd, index_n, None, None, code_nd)
 
     log_assignment_nk = torch.log_softmax(logits_nk / entropy_temperature, dim=1)
     assignment_nk = log_assignment_nk.exp()
     sample_entropy = -(assignment_nk * log_assignment_nk).sum(dim=1).mean()
-    return IndexBackprop(quantized_nd, index_n, sample_entropy, assignment_nk.mean(dim=0))
+    return IndexBackprop(quantized_nd, index_n, sample_entropy, assignment_nk.mean(dim=0), code_nd)

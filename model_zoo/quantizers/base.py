@@ -53,13 +53,12 @@ class Quantizer(nn.Module):
         with torch.autocast(z_bdhw.device.type, enabled=False):
             z_nd = rearrange(z_bdhw.float(), "b d h w -> (b h w) d")
             out = self.assign(z_nd, entropy_temperature)
-            code_nd = self.embedding(out.index_n)
             return Quantized(
                 quantized_bdhw=rearrange(out.quantized_nd, "(b h w) d -> b d h w", b=b, h=h, w=w),
                 index_bhw=out.index_n.view(b, h, w),
                 double_quantization=(out.quantized_nd - z_nd).square().mean() if self.double_quantization else None,
-                commitment=(z_nd - code_nd.detach()).square().mean(),
-                codebook=(z_nd.detach() - code_nd).square().mean(),
+                commitment=(z_nd - out.code_nd.detach()).square().mean(),
+                codebook=(z_nd.detach() - out.code_nd).square().mean(),
                 sample_entropy=out.sample_entropy,
                 average_probability_k=out.average_probability_k,
             )

@@ -12,9 +12,9 @@ class VectorQuantizer(Quantizer):
 
     def assign(self, z_nd: Tensor, entropy_temperature: float | None) -> IndexBackprop:
         index_n = self.nearest(z_nd)
-        code_nd = self.embedding.weight[index_n].detach()
+        code_nd = self.embedding(index_n)
         # Straight through: the decoder sees the code, the encoder gets the decoder's gradient unchanged.
-        return IndexBackprop(z_nd + (code_nd - z_nd).detach(), index_n, None, None)
+        return IndexBackprop(z_nd + (code_nd - z_nd).detach(), index_n, None, None, code_nd)
 
     @torch.no_grad()
     def nearest(self, z_nd: Tensor) -> Tensor:

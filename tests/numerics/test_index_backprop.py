@@ -17,7 +17,7 @@ _spec = importlib.util.spec_from_file_location("make_index_backprop", GOLDEN / "
 golden = importlib.util.module_from_spec(_spec)
 _spec.loader.exec_module(golden)
 
-IMPLS = ["dense", "auto"]
+IMPLS = ["dense", "chunked", "auto"]
 # Ragged on purpose: a single token, codes that are no round number, more dimensions than tokens.
 SHAPES = [(1, 2, 8), (1, 37, 8), (5, 100, 9), (64, 257, 16), (33, 1000, 32), (3, 5, 64)]
 

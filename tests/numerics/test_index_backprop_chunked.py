@@ -1,0 +1,347 @@
+"""The tiled index backpropagation against the dense one in float64, and what only tiles can get wrong."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from model_zoo.ops import average_entropy, fastest_impl, index_backprop, nearest_by_dot
+from model_zoo.ops.chunked import SkipStats, index_backprop_chunked
+from model_zoo.ops.dense import index_backprop_dense
+from model_zoo.registry import QUANTIZERS
+
+GOLDEN = Path(__file__).parents[1] / "golden" / "index_backprop.json"
+OUTPUTS = ["quantized_nd", "code_nd", "sample_entropy", "average_probability_k"]
+# Tokens, codes, code dimension: one token, one code, a last tile of one, dimensions up to 512.
+SHAPES = [(1, 1, 8), (1, 37, 8), (5, 33, 9), (64, 257, 16), (33, 1000, 32), (3, 5, 512), (40, 161, 64)]
+TILE = (16, 32)  # small, so that these shapes have many
+# Largest error over the largest true value that is allowed beside the dense path's own error in the same type: some
+# units of rounding (of the results, in half precision).
+TOLERANCE = {torch.float64: 1e-14, torch.float32: 4e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+def random_operands(tokens, codes, dim, dtype=torch.float64, scale=1.0, seed=0):
+    """z and codebook, and a gradient for each differentiable output, rounded to ``dtype``."""
+    generator = np.random.default_rng(seed)
+    z_nd, codebook_kd = (torch.tensor(scale * generator.normal(size=(n, dim)) / dim**0.25) for n in (tokens, codes))
+    shapes = [(tokens, dim), (tokens, dim), (), (codes,)]
+    upstream = {name: torch.tensor(generator.normal(size=s)) for name, s in zip(OUTPUTS, shapes, strict=True)}
+    return z_nd.to(dtype), codebook_kd.to(dtype), {name: g.to(dtype) for name, g in upstream.items()}
+
+
+def run(op, z_nd, codebook_kd, upstream, temperature, dtype=None, **settings):
+    """Outputs and gradients by name, as float64. ``upstream`` names the outputs that the loss uses."""
+    z, codebook = (x.detach().to(dtype or x.dtype).requires_grad_() for x in (z_nd, codebook_kd))
+    out = op(z, codebook, temperature, **settings)
+    used = {name: g for name, g in upstream.items() if getattr(out, name) is not None}
+    outputs = [getattr(out, name) for name in used]
+    torch.autograd.backward(outputs, [g.to(o.dtype) for g, o in zip(used.values(), outputs, strict=True)])
+    values = {name: getattr(out, name) for name in OUTPUTS} | {"z.grad": z.grad, "codebook.grad": codebook.grad}
+    return {name: v.detach().double() for name, v in values.items() if v is not None}, out.index_n
+
+
+def error(value, truth, least=1e-30):
+    return ((value - truth).abs().max() / truth.abs().max().clamp(min=least)).item()
+
+
+@pytest.mark.parametrize("temperature", [None, 0.01, 0.5, 3.0])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_error_is_no_larger_than_that_of_dense(dtype, shape, temperature):
+    z_nd, codebook_kd, upstream = random_operands(*shape, dtype)
+    truth, index_n = run(index_backprop_dense, z_nd, codebook_kd, upstream, temperature, torch.float64)
+    dense, _ = run(index_backprop_dense, z_nd, codebook_kd, upstream, temperature)
+    for settings in ({"tile": TILE}, {"tile": TILE, "skip": False}, {}):
+        chunked, chunked_index_n = run(index_backprop_chunked, z_nd, codebook_kd, upstream, temperature, **settings)
+        assert torch.equal(chunked_index_n, index_n)
+        assert chunked.keys() == truth.keys()
+        for name in truth:
+            # Rounding of the logits counts 1 / temperature times.
+            allowed = error(dense[name], truth[name]) + TOLERANCE[dtype] / min(1, temperature or 1)
+            assert error(chunked[name], truth[name]) <= allowed, (name, settings)
+
+
+@pytest.mark.parametrize("temperature", [0.02, 0.7])
+@pytest.mark.parametrize("used", [[name] for name in OUTPUTS] + [OUTPUTS[:1] + OUTPUTS[2:], OUTPUTS[2:]], ids="+".join)
+def test_each_upstream_gradient_alone_and_together(used, temperature):
+    z_nd, codebook_kd, upstream = random_operands(33, 257, 16)
+    upstream = {name: upstream[name] for name in used}
+    truth, _ = run(index_backprop_dense, z_nd, codebook_kd, upstream, temperature)
+    chunked, _ = run(index_backprop_chunked, z_nd, codebook_kd, upstream, temperature, tile=TILE)
+    assert chunked.keys() == truth.keys()  # so that the gradient of z is None for code_nd alone
+    for name in truth:
+        torch.testing.assert_close(chunked[name], truth[name], rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("wanted", ["z", "codebook"])
+def test_one_operand_may_be_fixed(wanted):
+    z_nd, codebook_kd, upstream = random_operands(33, 257, 16)
+    both, _ = run(index_backprop_chunked, z_nd, codebook_kd, upstream, 0.1, tile=TILE)
+    operand = (z_nd if wanted == "z" else codebook_kd).requires_grad_()
+    out = index_backprop_chunked(z_nd, codebook_kd, 0.1, tile=TILE)
+    torch.autograd.backward([getattr(out, name) for name in OUTPUTS], [upstream[name] for name in OUTPUTS])
+    assert torch.equal(operand.grad, both[f"{wanted}.grad"])
+    assert (z_nd if wanted == "codebook" else codebook_kd).grad is None
+
+
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("temperature", [0.1, 1.0])
+def test_gradcheck(temperature, skip):
+    z_nd, codebook_kd, _ = random_operands(5, 11, 3)
+
+    def outputs(z_nd, codebook_kd):
+        out = index_backprop_chunked(z_nd, codebook_kd, temperature, tile=(2, 4), skip=skip)
+        return out.code_nd, out.sample_entropy, out.average_probability_k, out.average_entropy
+
+    assert torch.autograd.gradcheck(outputs, (z_nd.requires_grad_(), codebook_kd.requires_grad_()))
+
+
+def test_gradcheck_of_the_straight_through_output():
+    """Its gradient is that of onehot C + p(z, C) C0, in which the hard choice and C0 are held fixed."""
+    z_nd, codebook_kd, _ = random_operands(5, 11, 3)
+    hard_nk = torch.nn.functional.one_hot((z_nd @ codebook_kd.T).argmax(dim=1), 11).double()
+
+    class Surrogate(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, z, codebook):
+            ctx.save_for_backward(z, codebook)
+            return hard_nk @ codebook + (z @ codebook.T).softmax(dim=1) @ codebook_kd
+
+        @staticmethod
+        def backward(ctx, grad):
+            with torch.enable_grad():
+                operands = [x.detach().requires_grad_() for x in ctx.saved_tensors]
+                quantized_nd = index_backprop_chunked(*operands, None, tile=(2, 4)).quantized_nd
+            return torch.autograd.grad(quantized_nd, operands, grad)
+
+    operands = [x.clone().requires_grad_() for x in (z_nd, codebook_kd)]
+    assert torch.autograd.gradcheck(Surrogate.apply, operands)
+
+
+@pytest.mark.parametrize("number", range(len(json.loads(GOLDEN.read_text()))))
+def test_golden_numbers_in_tiles_of_two_by_three(number):
+    case = json.loads(GOLDEN.read_text())[number]
+    z, codebook, grad_nd = (torch.tensor(case[k], dtype=torch.float64) for k in ("z_nd", "codebook_kd", "grad_nd"))
+    out = index_backprop_chunked(z.requires_grad_(), codebook.requires_grad_(), case["temperature"], tile=(2, 3))
+    loss = (out.quantized_nd * grad_nd).sum()
+    if case["temperature"] is not None:
+        loss = loss + case["sample_weight"] * out.sample_entropy + case["average_weight"] * out.average_entropy
+    loss.backward()
+    values = out._asdict() | {"average_entropy": out.average_entropy}
+    values |= {"grad_z_nd": z.grad, "grad_codebook_kd": codebook.grad}
+    for name, value in values.items():
+        if value is not None and name in case:
+            np.testing.assert_allclose(value.detach(), case[name], rtol=1e-10, atol=1e-12, err_msg=name)
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_skipping_changes_rounding_only_and_is_counted(dtype):
+    z_nd, codebook_kd, upstream = random_operands(64, 2000, 32, dtype, scale=6.0)
+    stats = SkipStats()
+    skipped, index_n = run(index_backprop_chunked, z_nd, codebook_kd, upstream, 0.01, tile=TILE, stats=stats)
+    unskipped_stats = SkipStats()
+    whole, whole_index_n = run(
+        index_backprop_chunked, z_nd, codebook_kd, upstream, 0.01, tile=TILE, skip=False, stats=unskipped_stats
+    )
+    assert torch.equal(index_n, whole_index_n)
+    for name in whole:
+        # Rounding of the logits, which reach 150, counts 1 / temperature times.
+        # An entropy of nothing (here 2e-9 nats) is a difference of larger numbers.
+        assert error(skipped[name], whole[name], least=1e-4) < 150 / 0.01 * torch.finfo(dtype).eps
+    sweeps = {"output", "assignment", "average", "soft_gradient", "average_gradient", "entropy_gradient"}
+    assert stats.row_tiles == unskipped_stats.row_tiles == {sweep: 64 * 63 for sweep in sweeps}
+    assert all(unskipped_stats.skip_rate(sweep) == 0 for sweep in sweeps)
+    assert stats.skip_rate("soft_gradient") > 0.2
+    assert stats.skip_rate("average") == stats.skip_rate("entropy_gradient") > 0.9
+
+
+def test_wide_assignments_skip_nothing():
+    z_nd, codebook_kd, upstream = random_operands(20, 100, 8, scale=0.1)
+    stats = SkipStats()
+    run(index_backprop_chunked, z_nd, codebook_kd, upstream, 1.0, tile=TILE, stats=stats)
+    assert stats.visited == stats.row_tiles
+
+
+def test_ties_go_to_the_lowest_index_across_tiles():
+    generator = torch.Generator().manual_seed(0)
+    # Integers, so that equal codes have exactly equal logits whatever the order of summation.
+    few_kd = torch.randint(-3, 4, (5, 8), generator=generator).float()
+    codebook_kd = few_kd[torch.randint(0, 5, (300,), generator=generator)]
+    z_nd = torch.randint(-3, 4, (50, 8), generator=generator).float()
+    z_nd[7] = 0  # ties with all
+    logits_nk = z_nd @ codebook_kd.T
+    lowest_n = (logits_nk == logits_nk.amax(dim=1, keepdim=True)).int().argmax(dim=1)
+    for tile in [(16, 32), (50, 7), (1, 1), (64, 512)]:
+        assert torch.equal(index_backprop_chunked(z_nd, codebook_kd, 0.01, tile=tile).index_n, lowest_n)
+        assert torch.equal(nearest_by_dot(z_nd, codebook_kd, tile=tile), lowest_n)
+    assert lowest_n[7] == 0
+
+
+@pytest.mark.parametrize("shape", [(300, 513, 32), (7, 515, 64), (1, 1025, 64)])
+def test_equal_codes_tie_also_where_logits_are_rounded(shape):
+    """A last tile of one code would be a matrix-vector product, with other rounding."""
+    tokens, codes, dim = shape
+    generator = torch.Generator().manual_seed(sum(shape))
+    few_kd = torch.randn(codes // 4, dim, generator=generator)
+    number_k = torch.randint(0, codes // 4, (codes,), generator=generator)
+    index_n = nearest_by_dot(torch.randn(tokens, dim, generator=generator), few_kd[number_k])
+    assert torch.equal(index_n, (number_k[index_n][:, None] == number_k).int().argmax(dim=1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("temperature", [None, 0.01, 1.0])
+@pytest.mark.parametrize("tile", [(2, 2), (16, 16)])
+def test_logits_of_ten_thousand_give_no_nan(tile, temperature, dtype):
+    # Ascending, so that the running maximum rises by 1e4 and by 2e4 from tile to tile.
+    codebook_kd = torch.tensor([[-100.0, 0.0], [-100, 0], [0, 0], [0, 100], [100, 0]])
+    z_nd = torch.tensor([[100.0, 0.0], [-100, 0], [100, 100], [0, 0]])
+    upstream = {name: g for name, g in random_operands(4, 5, 2)[2].items()}
+    values, index_n = run(index_backprop_chunked, z_nd, codebook_kd, upstream, temperature, dtype, tile=tile)
+    assert index_n.tolist() == [4, 0, 3, 0]
+    assert all(value.isfinite().all() for value in values.values())
+    truth, _ = run(index_backprop_dense, z_nd, codebook_kd, upstream, temperature, torch.float64)
+    for name in truth:
+        torch.testing.assert_close(values[name], truth[name], rtol=2 * TOLERANCE[dtype], atol=TOLERANCE[dtype])
+
+
+def test_nan_stays_in_its_row():
+    z_nd, codebook_kd, upstream = random_operands(6, 40, 8)
+    z_nd[2, 3] = float("nan")
+    del upstream["sample_entropy"], upstream["average_probability_k"]  # these are means over tokens
+    values, _ = run(index_backprop_chunked, z_nd, codebook_kd, upstream, 0.1, tile=TILE)
+    assert values["z.grad"].isnan().any(dim=1).tolist() == [False, False, True, False, False, False]
+    assert values["sample_entropy"].isnan()
+
+
+def test_strided_operands_and_upstream_gradients():
+    z_nd, codebook_kd, upstream = random_operands(33, 130, 16, torch.float32)
+    expected, expected_index_n = run(index_backprop_chunked, z_nd, codebook_kd, upstream, 0.1, tile=TILE)
+    strided_z = z_nd.T.contiguous().T
+    for strided_codebook in (codebook_kd.T.contiguous().T, codebook_kd.repeat_interleave(2, dim=1)[:, ::2]):
+        z, codebook = strided_z.detach().requires_grad_(), strided_codebook.detach().requires_grad_()
+        assert not z.is_contiguous() and not codebook.is_contiguous()
+        out = index_backprop_chunked(z, codebook, 0.1, tile=TILE)
+        grads = [upstream[name] for name in OUTPUTS]
+        grads[0] = grads[0].T.contiguous().T
+        torch.autograd.backward([getattr(out, name) for name in OUTPUTS], grads)
+        assert torch.equal(out.index_n, expected_index_n)
+        for grad, name in ((z.grad, "z.grad"), (codebook.grad, "codebook.grad")):
+            torch.testing.assert_close(grad.double(), expected[name], rtol=1e-4, atol=1e-4)
+
+
+def test_expanded_upstream_gradient():
+    """`sum().backward()` hands over a gradient without memory of its own."""
+    z_nd, codebook_kd, _ = random_operands(9, 70, 8)
+    grads = []
+    for op in (index_backprop_dense, index_backprop_chunked):
+        z = z_nd.detach().requires_grad_()
+        op(z, codebook_kd, None).quantized_nd.sum().backward()
+        grads.append(z.grad)
+    torch.testing.assert_close(*grads)
+
+
+def test_same_input_same_bits():
+    """Also where all tokens share few codes, whose gradients are sums over tokens."""
+    z_nd, codebook_kd, upstream = random_operands(300, 500, 16, torch.float32)
+    codebook_kd[3] = 40 * z_nd.mean(dim=0)
+    codebook_kd[400] = -codebook_kd[3]
+    runs = [run(index_backprop_chunked, z_nd, codebook_kd, upstream, 0.01, tile=(128, 64)) for _ in range(3)]
+    assert len(runs[0][1].unique()) < 200
+    for values, index_n in runs[1:]:
+        assert torch.equal(index_n, runs[0][1])
+        assert all(torch.equal(values[name], runs[0][0][name]) for name in values)
+
+
+def test_forward_is_the_chosen_code_to_the_last_bit():
+    for dtype in TOLERANCE:
+        z_nd, codebook_kd, _ = random_operands(33, 257, 16, dtype)
+        out = index_backprop_chunked(z_nd, codebook_kd, 0.1, tile=TILE)
+        assert out.quantized_nd.dtype == out.code_nd.dtype == dtype
+        assert torch.equal(out.quantized_nd, codebook_kd[out.index_n])
+        assert torch.equal(out.code_nd, codebook_kd[out.index_n])
+        sums = torch.float64 if dtype == torch.float64 else torch.float32
+        assert out.sample_entropy.dtype == out.average_probability_k.dtype == sums
+
+
+def test_without_gradients_the_values_are_the_same():
+    z_nd, codebook_kd, upstream = random_operands(33, 257, 16)
+    expected, index_n = run(index_backprop_chunked, z_nd, codebook_kd, upstream, 0.1, tile=TILE)
+    stats = SkipStats()
+    with torch.no_grad():
+        out = index_backprop_chunked(z_nd.requires_grad_(), codebook_kd, 0.1, tile=TILE, stats=stats)
+    assert torch.equal(out.index_n, index_n)
+    assert all(torch.equal(getattr(out, name), expected[name]) for name in OUTPUTS)
+    assert "output" not in stats.visited  # softmax(l) C is the backward pass's affair
+    assert not out.quantized_nd.requires_grad
+
+
+@pytest.mark.parametrize("dtype", list(TOLERANCE))
+def test_nearest_by_dot_equals_the_operations_index(dtype):
+    z_nd, codebook_kd, _ = random_operands(33, 1000, 16, dtype)
+    expected_n = (z_nd.double() @ codebook_kd.double().T).argmax(dim=1)
+    for tile in (TILE, None):
+        assert torch.equal(nearest_by_dot(z_nd, codebook_kd, tile=tile), expected_n)
+
+
+def test_auto_is_dense_for_small_and_chunked_for_large_operands():
+    small, large = (torch.empty(1024, 4), torch.empty(64, 4)), (torch.empty(1024, 4), torch.empty(2**16, 4))
+    assert fastest_impl(*small) == "dense" and fastest_impl(*large) == "chunked"
+    z_nd, codebook_kd, _ = random_operands(1024, 4096, 8, torch.float32)
+    by_name = {impl: index_backprop(z_nd, codebook_kd, impl=impl) for impl in ("auto", "chunked")}
+    assert torch.equal(by_name["auto"].average_probability_k, by_name["chunked"].average_probability_k)
+
+
+def test_vq_losses_are_the_same_through_either_implementation(monkeypatch):
+    quantizer = QUANTIZERS["ibq"](4096, 8, 1.0)
+    z_bdhw = torch.randn(4, 8, 16, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
+    results = {}
+    for impl in ("dense", "chunked"):
+        monkeypatch.setattr(sys.modules["model_zoo.ops.index_backprop"], "fastest_impl", lambda *_, impl=impl: impl)
+        quantizer.zero_grad()
+        z_bdhw.grad = None
+        out = quantizer(z_bdhw, 0.5)
+        loss = out.double_quantization + 0.7 * out.commitment + 0.3 * out.codebook + out.quantized_bdhw.square().sum()
+        (loss + out.sample_entropy - average_entropy(out.average_probability_k)).backward()
+        results[impl] = [loss, z_bdhw.grad, quantizer.embedding.weight.grad]
+    for chunked, dense in zip(results["chunked"], results["dense"], strict=True):
+        assert error(chunked.detach(), dense.detach()) < 1e-4
+
+
+MEMORY = """
+import resource, torch
+from model_zoo.registry import QUANTIZERS
+
+def step(tokens, codes):
+    quantizer = QUANTIZERS["ibq"](codes, 128, 1.0)
+    z_bdhw = torch.randn(1, 128, 1, tokens, requires_grad=True)
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    out = quantizer(z_bdhw, 0.01)
+    vq = out.double_quantization + out.commitment + out.codebook
+    (vq + out.sample_entropy + out.average_probability_k.square().sum()).backward()
+    after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    gradients = quantizer.embedding.weight.grad.nbytes + z_bdhw.grad.nbytes
+    return (after - before) / 2**10 - gradients / 2**20
+
+step(256, 8192)  # loads libraries, starts autograd's thread
+print(step(256, 2**16))
+"""
+
+
+def test_one_gradient_of_the_codebook_and_no_matrix_of_tokens_times_codes():
+    """In a fresh process, with the VQ losses and both entropies: N x K is 64 MiB, K x D 32 MiB; 12 MiB are allowed."""
+    done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
+    assert float(done.stdout) < 12
+
+
+@pytest.mark.slow
+def test_more_than_two_to_the_31_logits():
+    codes, tokens = 2**22, 520
+    codebook_kd = torch.zeros(codes, 8)
+    codebook_kd[-1, 0] = codebook_kd[codes // 2, 1] = codebook_kd[5, 2] = 1.0
+    z_nd = torch.eye(8)[torch.arange(tokens) % 3]
+    expected_n = torch.tensor([codes - 1, codes // 2, 5])[torch.arange(tokens) % 3]
+    assert torch.equal(nearest_by_dot(z_nd, codebook_kd), expected_n)
