@@ -57,6 +57,7 @@ def expand(spec: str | Iterable[str]) -> list[str]:
         if not paths:
             raise DataError("no data named: the list of tars is empty")
         return paths
+    spec = os.path.expanduser(spec)  # the shell leaves the ~ of data.train=~/tars alone
     if spec.startswith("bundled:"):
         return _bundled(spec)
     if spec.startswith("pipe:") or re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", spec):

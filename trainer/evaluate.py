@@ -14,6 +14,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 import torch
 from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 from torch.nn import functional as F
@@ -317,7 +318,10 @@ class ImageSource(NamedTuple):
 
 def open_images(run: str | Path, images: str | list[str] | None, image_size: int | str | None) -> ImageSource:
     """The pictures asked for, with `val`, `val_image_size` and `resize` of the run's data where nothing is asked."""
-    data_config = OmegaConf.merge(OmegaConf.structured(DataConfig), OmegaConf.load(Path(run) / "config.yaml").data)
+    try:
+        data_config = OmegaConf.merge(OmegaConf.structured(DataConfig), OmegaConf.load(Path(run) / "config.yaml").data)
+    except OmegaConfBaseException as error:
+        raise TrainerError(f"the data section of {run}/config.yaml: {str(error).splitlines()[0]}") from error
     path = images if images is not None else OmegaConf.to_container(data_config).get("val")
     if path is None:
         raise TrainerError(f"{run} was trained without data.val: say which pictures with --images PATH")

@@ -14,6 +14,7 @@ from trainer import TrainerError
 
 # What the progress line shows, as far as it is logged.
 SHOWN = {
+    "images_per_second": "{:.0f} images/s",
     "loss/reconstruction": "L1 {:.3f}",
     "loss/perceptual": "LPIPS {:.3f}",
     "loss/generator": "G {:.2f}",
@@ -85,12 +86,9 @@ class Telemetry:
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, step)
         self.shown.update(scalars)
-        text = "  ".join(form.format(self.shown[name]) for name, form in SHOWN.items() if name in self.shown)
-        rate = self.shown.get("images_per_second", 0.0)
-        text = f"{rate:.0f} images/s  {text}"
-        self.progress.update(self.bar, text=text)
+        self.progress.update(self.bar, text=_in_words(self.shown))
         if not self.console.is_terminal:
-            print(f"step {step}/{self.max_steps}  {text}", file=sys.stderr, flush=True)
+            print(f"step {step}/{self.max_steps}  {_in_words(scalars)}", file=sys.stderr, flush=True)
 
     def picture(self, step: int, name: str, image_chw: torch.Tensor) -> None:
         """A uint8 picture for TensorBoard."""
@@ -99,3 +97,7 @@ class Telemetry:
     def say(self, line: str) -> None:
         """One line above the progress bar."""
         self.console.print(line, highlight=False, soft_wrap=True)
+
+
+def _in_words(scalars: dict[str, float]) -> str:
+    return "  ".join(form.format(scalars[name]) for name, form in SHOWN.items() if name in scalars)

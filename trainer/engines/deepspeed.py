@@ -2,6 +2,7 @@
 
 import json
 import os
+import sys
 import sysconfig
 from importlib import resources
 from pathlib import Path
@@ -62,6 +63,8 @@ class DeepSpeed(Engine):
         # DeepSpeed compiles its CPU collectives with the ninja that pip put beside python, but looks for it on PATH.
         os.environ["PATH"] = sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"]
         os.environ.setdefault("LOCAL_RANK", "0")  # a single process needs no launcher, but DeepSpeed insists on it
+        if torch.distributed.get_rank() == 0 and not torch.cuda.is_available():
+            print("DeepSpeed's first start on a CPU compiles for about a minute ...", file=sys.stderr, flush=True)
         try:
             self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
         except (ValueError, AssertionError, DeepSpeedConfigError) as error:  # pydantic's errors are ValueErrors
