@@ -130,6 +130,8 @@ def test_a_distribution_that_writes_into_our_folder_is_named(site, elsewhere):
 
 def test_an_editable_install_is_a_plain_path_entry(checkout, tmp_path):
     """An import hook instead would be asked last: any folder called `data` in the working directory would win."""
-    pip("install", "--no-deps", "--no-build-isolation", "--prefix", tmp_path, "--editable", checkout, cwd=tmp_path)
+    # Without --ignore-installed pip would first uninstall the ibq of the environment that runs the tests.
+    elsewhere = "--ignore-installed", "--prefix", tmp_path
+    pip("install", "--no-deps", "--no-build-isolation", *elsewhere, "--editable", checkout, cwd=tmp_path)
     [entry] = tmp_path.rglob("__editable__*.pth")
     assert entry.read_text().strip() == str(checkout)
