@@ -34,6 +34,10 @@ class Quantizer(nn.Module):
     in bf16 near ties flip and half of a large codebook dies.
     """
 
+    # Whether the gradient comes through a soft assignment: only then are there entropies, and a double quantization
+    # term (with a straight-through z_q it would have no gradient towards the codes).
+    soft_assignment: bool = False
+
     def __init__(self, codebook_size: int, code_dim: int, init_std: float = 1.0):
         super().__init__()
         self.embedding = nn.Embedding(codebook_size, code_dim)
@@ -56,7 +60,7 @@ class Quantizer(nn.Module):
             return Quantized(
                 quantized_bdhw=rearrange(out.quantized_nd, "(b h w) d -> b d h w", b=b, h=h, w=w),
                 index_bhw=out.index_n.view(b, h, w),
-                double_quantization=(out.quantized_nd - z_nd).square().mean() if self.double_quantization else None,
+                double_quantization=(out.quantized_nd - z_nd).square().mean() if self.soft_assignment else None,
                 commitment=(z_nd - out.code_nd.detach()).square().mean(),
                 codebook=(z_nd.detach() - out.code_nd).square().mean(),
                 sample_entropy=out.sample_entropy,
@@ -73,6 +77,3 @@ class Quantizer(nn.Module):
     def lookup(self, index_bhw: Tensor) -> Tensor:
         """Codes ``(b, h, w)`` -> code vectors ``(b, d, h, w)``."""
         return rearrange(self.embedding(index_bhw), "b h w d -> b d h w")
-
-    # Whether |z_q - z|^2 is a term of its own: with a straight-through z_q it would be no gradient at all.
-    double_quantization: bool = False

@@ -9,7 +9,7 @@ from model_zoo.quantizers.base import Quantizer
 class IndexBackpropQuantizer(Quantizer):
     """Picks the code with the largest dot product; the gradient reaches every code through the softmax (eq. 5-8)."""
 
-    double_quantization = True
+    soft_assignment = True
 
     def assign(self, z_nd: Tensor, entropy_temperature: float | None) -> IndexBackprop:
         return index_backprop(z_nd, self.embedding.weight, entropy_temperature=entropy_temperature)

@@ -59,7 +59,7 @@ class TokenizerTask:
         self.usage = CodebookUsage(config.model.codebook_size, world.device)
         # The quantizer that has no soft assignment (VQ) has no entropy; asking for it would log zeros.
         self.entropy_temperature = None
-        if loss.entropy.weight > 0 and self.tokenizer.quantize.double_quantization:
+        if loss.entropy.weight > 0 and self.tokenizer.quantize.soft_assignment:
             self.entropy_temperature = loss.entropy.temperature
         if config.trainer.compile:
             self.tokenizer.compile()
