@@ -131,7 +131,7 @@ def _is_user_error(error: Exception) -> bool:
 
 
 def _fail(message: str) -> None:
-    print(f"ibq: error: {message}", file=sys.stderr)
+    sys.stderr.write(f"ibq: error: {message}\n")
     sys.exit(2)
 
 

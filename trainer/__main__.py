@@ -27,7 +27,8 @@ def main(arguments: list[str]) -> int:
         else:
             train(arguments[0], arguments[1:])
     except (DataError, ModelError, TrainerError) as error:
-        print(f"ibq: error: {error}", file=sys.stderr)
+        # One write: print makes two where Python does not buffer, and the lines of many processes run into each other.
+        sys.stderr.write(f"ibq: error: {error}\n")
         return 2
     except KeyboardInterrupt:
         return 130

@@ -2,6 +2,7 @@
 
 import json
 import tarfile
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -263,6 +264,17 @@ def test_two_real_processes_batch_that_does_not_divide(launch, fingerprint, tmp_
     assert "exitcode  : 2" in finished.err  # of our processes; torchrun's own is 1, and it adds a report of its own
     assert finished.err.count("Traceback") <= 1  # torchrun's
     assert fingerprint(tmp_path) == {}
+
+
+def test_an_error_is_one_write(monkeypatch):
+    """So that the lines of many processes do not run into each other, whether or not Python buffers."""
+    from trainer.__main__ import main
+
+    written = []
+    monkeypatch.setattr("sys.stderr", SimpleNamespace(write=written.append))
+    assert main(["no-such-recipe"]) == 2
+    (line,) = written
+    assert line.startswith("ibq: error: unknown recipe") and line.count("\n") == 1 and line.endswith("\n")
 
 
 def test_two_real_processes_run_folder_not_writable(launch, fingerprint, tmp_path):
