@@ -1,6 +1,15 @@
 """Numerical operations, each public one with a slow readable twin that its fast versions are tested against."""
 
-from model_zoo.ops.chunked import nearest_by_dot
+from model_zoo.ops.chunked import nearest_code
+from model_zoo.ops.codebook_parallel import CodebookShard, sum_over_shards
 from model_zoo.ops.index_backprop import IndexBackprop, average_entropy, fastest_impl, index_backprop
 
-__all__ = ["IndexBackprop", "average_entropy", "fastest_impl", "index_backprop", "nearest_by_dot"]
+__all__ = [
+    "CodebookShard",
+    "IndexBackprop",
+    "average_entropy",
+    "fastest_impl",
+    "index_backprop",
+    "nearest_code",
+    "sum_over_shards",
+]

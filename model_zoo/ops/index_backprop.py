@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from model_zoo import ModelError
+from model_zoo.ops.codebook_parallel import CodebookShard, exchange, sum_over_shards
 
 # Inside the logarithm of the average entropy, as in the published training: it bounds the gradient
 # -(log(a + eps) + a / (a + eps)) of codes that nobody uses.
@@ -25,6 +26,8 @@ class IndexBackprop(NamedTuple):
         apart from its entropy because averages over micro-batches and ranks can be averaged again; entropies cannot.
     code_nd: the chosen code vectors once more; the gradient reaches these codes alone, and no token. It is there so
         that the VQ losses share the operation's gradient of the codebook: one of K x D more would double the memory.
+    shard: what the call was given. average_probability_k then holds this rank's codes alone, and is the mean over the
+        tokens of all ranks of the group; sample_entropy is that of this rank's tokens.
     """
 
     quantized_nd: Tensor
@@ -32,44 +35,68 @@ class IndexBackprop(NamedTuple):
     sample_entropy: Tensor | None
     average_probability_k: Tensor | None
     code_nd: Tensor
+    shard: CodebookShard | None = None
 
     @property
     def average_entropy(self) -> Tensor | None:
-        """Scalar H(average_probability_k) in nats; None without temperature."""
-        return None if self.average_probability_k is None else average_entropy(self.average_probability_k)
+        """Scalar H(average_probability_k) in nats, over all codes; None without temperature."""
+        if self.average_probability_k is None:
+            return None
+        return average_entropy(self.average_probability_k, self.shard)
 
 
-def average_entropy(average_probability_k: Tensor) -> Tensor:
+def average_entropy(average_probability_k: Tensor, shard: CodebookShard | None = None) -> Tensor:
     """Entropy in nats of the mean assignment, ``-sum_k a_k log(a_k + 1e-5)``: high when all codes are in use."""
-    return -(average_probability_k * torch.log(average_probability_k + AVERAGE_ENTROPY_EPSILON)).sum()
+    entropy = -(average_probability_k * torch.log(average_probability_k + AVERAGE_ENTROPY_EPSILON)).sum()
+    return sum_over_shards(entropy, shard)
 
 
 def index_backprop(
-    z_nd: Tensor, codebook_kd: Tensor, *, impl: str = "auto", entropy_temperature: float | None = 0.01
+    z_nd: Tensor,
+    codebook_kd: Tensor,
+    *,
+    impl: str = "auto",
+    entropy_temperature: float | None = 0.01,
+    shard: CodebookShard | None = None,
 ) -> IndexBackprop:
     """Quantizes ``z_nd`` (tokens x D) by ``codebook_kd`` (K x D): hard codes forward, softmax gradient backward.
 
     impl: ``dense`` builds the N x K matrices and is the readable truth; ``chunked`` goes over them in tiles and needs
-        O(N D + K) memory beside operands and gradients; ``auto`` takes what `fastest_impl` names.
+        O(N D + K) memory beside operands and gradients; ``triton`` does that in CUDA kernels; ``auto`` takes what
+        `fastest_impl` names.
     entropy_temperature: temperature of the assignment whose entropies are returned; None leaves them out.
+    shard: where the codebook is spread over ranks, the part that is here; all ranks of its group call together, each
+        with its own tokens. The result is that of one process with all their tokens and codes, and the gradients are
+        those of the sum of the ranks' losses.
 
-    Raises ModelError for shapes that do not fit or an unknown ``impl``.
+    Raises ModelError for shapes that do not fit, shards that make no codebook, features that are not finite (on all
+    ranks of a shard's group at once), or an ``impl`` that is unknown or cannot take these operands.
     """
-    from model_zoo.ops.chunked import index_backprop_chunked  # they need the types above
+    # They need the types above.
+    from model_zoo.ops.chunked import ChunkedSweeps
     from model_zoo.ops.dense import index_backprop_dense
+    from model_zoo.ops.tiled import index_backprop_tiled
 
-    if z_nd.ndim != 2 or codebook_kd.ndim != 2 or z_nd.shape[1] != codebook_kd.shape[1]:
+    if shard is None and (z_nd.ndim != 2 or codebook_kd.ndim != 2 or z_nd.shape[1] != codebook_kd.shape[1]):
         raise ModelError(
             f"index_backprop takes z (N, D) and codebook (K, D), not {tuple(z_nd.shape)} and {tuple(codebook_kd.shape)}"
         )
     if impl == "auto":
-        impl = fastest_impl(z_nd, codebook_kd)
-    implementations = {"dense": index_backprop_dense, "chunked": index_backprop_chunked}
-    if impl not in implementations:
-        raise ModelError(f"unknown impl {impl!r}: choose one of auto, {', '.join(implementations)}")
-    return implementations[impl](z_nd, codebook_kd, entropy_temperature)
+        impl = fastest_impl(z_nd, codebook_kd, shard)
+    if impl == "dense":
+        if shard is not None:
+            raise ModelError("impl='dense' takes a whole codebook: use impl='chunked' or 'auto' with a shard")
+        exchange(z_nd, codebook_kd, None)  # refuses features that are not finite
+        return index_backprop_dense(z_nd, codebook_kd, entropy_temperature)
+    if impl == "chunked":
+        sweeps = ChunkedSweeps
+    elif impl == "triton":
+        from model_zoo.ops.triton_sweeps import TritonSweeps as sweeps  # triton is there on Linux only
+    else:
+        raise ModelError(f"unknown impl {impl!r}: choose one of auto, dense, chunked, triton")
+    return index_backprop_tiled(z_nd, codebook_kd, entropy_temperature, sweeps=sweeps, shard=shard)
 
 
-def fastest_impl(z_nd: Tensor, codebook_kd: Tensor) -> str:
+def fastest_impl(z_nd: Tensor, codebook_kd: Tensor, shard: CodebookShard | None = None) -> str:
     """The name that ``impl="auto"`` stands for with these operands."""
-    return "chunked" if len(z_nd) * len(codebook_kd) >= CHUNKED_FROM else "dense"
+    return "chunked" if shard is not None or len(z_nd) * len(codebook_kd) >= CHUNKED_FROM else "dense"

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from model_zoo.ops import IndexBackprop, index_backprop, nearest_by_dot
+from model_zoo.ops import IndexBackprop, index_backprop, nearest_code
 from model_zoo.quantizers.base import Quantizer
 
 
@@ -15,4 +15,4 @@ class IndexBackpropQuantizer(Quantizer):
         return index_backprop(z_nd, self.embedding.weight, entropy_temperature=entropy_temperature)
 
     def nearest(self, z_nd: Tensor) -> Tensor:
-        return nearest_by_dot(z_nd, self.embedding.weight)
+        return nearest_code(z_nd, self.embedding.weight)

@@ -1,9 +1,8 @@
 """VQ: nearest neighbour with a straight-through gradient (van den Oord et al. 2017; VQGAN), the baseline."""
 
-import torch
 from torch import Tensor
 
-from model_zoo.ops.index_backprop import IndexBackprop
+from model_zoo.ops import IndexBackprop, nearest_code
 from model_zoo.quantizers.base import Quantizer
 
 
@@ -16,8 +15,5 @@ class VectorQuantizer(Quantizer):
         # Straight through: the decoder sees the code, the encoder gets the decoder's gradient unchanged.
         return IndexBackprop(z_nd + (code_nd - z_nd).detach(), index_n, None, None, code_nd)
 
-    @torch.no_grad()
     def nearest(self, z_nd: Tensor) -> Tensor:
-        codebook_kd = self.embedding.weight
-        # |z - c|^2 up to |z|^2, which is the same for every code of a token.
-        return (codebook_kd.square().sum(dim=1) - 2 * z_nd @ codebook_kd.T).argmin(dim=1)
+        return nearest_code(z_nd, self.embedding.weight, distance="euclidean")

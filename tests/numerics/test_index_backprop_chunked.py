@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 import torch
 
-from model_zoo.ops import average_entropy, fastest_impl, index_backprop, nearest_by_dot
-from model_zoo.ops.chunked import SkipStats, index_backprop_chunked
+from model_zoo import ModelError
+from model_zoo.ops import average_entropy, fastest_impl, index_backprop, nearest_code
+from model_zoo.ops.chunked import ChunkedSweeps
 from model_zoo.ops.dense import index_backprop_dense
+from model_zoo.ops.tiled import Settings, SkipStats, index_backprop_tiled
 from model_zoo.registry import QUANTIZERS
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "index_backprop.json"
@@ -22,6 +24,10 @@ TILE = (16, 32)  # small, so that these shapes have many
 # Largest error over the largest true value that is allowed beside the dense path's own error in the same type: some
 # units of rounding (of the results, in half precision).
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 4e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
+
+
+def index_backprop_chunked(z_nd, codebook_kd, temperature, **settings):
+    return index_backprop_tiled(z_nd, codebook_kd, temperature, sweeps=ChunkedSweeps, settings=Settings(**settings))
 
 
 def random_operands(tokens, codes, dim, dtype=torch.float64, scale=1.0, seed=0):
@@ -177,7 +183,7 @@ def test_ties_go_to_the_lowest_index_across_tiles():
     lowest_n = (logits_nk == logits_nk.amax(dim=1, keepdim=True)).int().argmax(dim=1)
     for tile in [(16, 32), (50, 7), (1, 1), (64, 512)]:
         assert torch.equal(index_backprop_chunked(z_nd, codebook_kd, 0.01, tile=tile).index_n, lowest_n)
-        assert torch.equal(nearest_by_dot(z_nd, codebook_kd, tile=tile), lowest_n)
+        assert torch.equal(nearest_code(z_nd, codebook_kd, tile=tile), lowest_n)
     assert lowest_n[7] == 0
 
 
@@ -188,7 +194,7 @@ def test_equal_codes_tie_also_where_logits_are_rounded(shape):
     generator = torch.Generator().manual_seed(sum(shape))
     few_kd = torch.randn(codes // 4, dim, generator=generator)
     number_k = torch.randint(0, codes // 4, (codes,), generator=generator)
-    index_n = nearest_by_dot(torch.randn(tokens, dim, generator=generator), few_kd[number_k])
+    index_n = nearest_code(torch.randn(tokens, dim, generator=generator), few_kd[number_k])
     assert torch.equal(index_n, (number_k[index_n][:, None] == number_k).int().argmax(dim=1))
 
 
@@ -208,13 +214,15 @@ def test_logits_of_ten_thousand_give_no_nan(tile, temperature, dtype):
         torch.testing.assert_close(values[name], truth[name], rtol=2 * TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
-def test_nan_stays_in_its_row():
-    z_nd, codebook_kd, upstream = random_operands(6, 40, 8)
-    z_nd[2, 3] = float("nan")
-    del upstream["sample_entropy"], upstream["average_probability_k"]  # these are means over tokens
-    values, _ = run(index_backprop_chunked, z_nd, codebook_kd, upstream, 0.1, tile=TILE)
-    assert values["z.grad"].isnan().any(dim=1).tolist() == [False, False, True, False, False, False]
-    assert values["sample_entropy"].isnan()
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+@pytest.mark.parametrize("impl", ["dense", "chunked"])
+def test_features_that_are_no_numbers_are_refused(impl, bad):
+    z_nd, codebook_kd, _ = random_operands(6, 40, 8)
+    z_nd[2, 3] = z_nd[4, 0] = bad
+    with pytest.raises(ModelError, match=r"not finite in 2 of 6 tokens.*optimizer\.lr"):
+        index_backprop(z_nd, codebook_kd, impl=impl)
+    with pytest.raises(ModelError, match="not finite in 2 of 6 tokens"):
+        nearest_code(z_nd, codebook_kd)
 
 
 def test_strided_operands_and_upstream_gradients():
@@ -280,11 +288,11 @@ def test_without_gradients_the_values_are_the_same():
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
-def test_nearest_by_dot_equals_the_operations_index(dtype):
+def test_nearest_code_equals_the_operations_index(dtype):
     z_nd, codebook_kd, _ = random_operands(33, 1000, 16, dtype)
     expected_n = (z_nd.double() @ codebook_kd.double().T).argmax(dim=1)
     for tile in (TILE, None):
-        assert torch.equal(nearest_by_dot(z_nd, codebook_kd, tile=tile), expected_n)
+        assert torch.equal(nearest_code(z_nd, codebook_kd, tile=tile), expected_n)
 
 
 def test_auto_is_dense_for_small_and_chunked_for_large_operands():
@@ -344,4 +352,4 @@ def test_more_than_two_to_the_31_logits():
     codebook_kd[-1, 0] = codebook_kd[codes // 2, 1] = codebook_kd[5, 2] = 1.0
     z_nd = torch.eye(8)[torch.arange(tokens) % 3]
     expected_n = torch.tensor([codes - 1, codes // 2, 5])[torch.arange(tokens) % 3]
-    assert torch.equal(nearest_by_dot(z_nd, codebook_kd), expected_n)
+    assert torch.equal(nearest_code(z_nd, codebook_kd), expected_n)
