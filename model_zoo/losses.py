@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model_zoo.ops.index_backprop import AVERAGE_ENTROPY_EPSILON, average_entropy
+from model_zoo.ops import average_entropy, sum_over_shards
+from model_zoo.ops.index_backprop import AVERAGE_ENTROPY_EPSILON
 from model_zoo.quantizers import Quantized
 
 
@@ -167,15 +168,16 @@ class EntropyPenalty(NamedTuple):
 def entropy_penalty(quantized: Quantized, global_average_k: Tensor, config: EntropyLoss) -> EntropyPenalty:
     """Sample entropy minus the entropy of the *global* batch's mean assignment (before ``config.weight``).
 
-    global_average_k: the mean of ``average_probability_k`` over all micro-batches and ranks, no gradient.
+    global_average_k: the mean of ``average_probability_k`` over all micro-batches and ranks, no gradient; of this
+        rank's codes alone where the codebook is sharded.
     The value is that of the global batch, and so is the gradient: H is linearised at the global mean, where
     dH/da_k = -(log(a_k + eps) + a_k / (a_k + eps)), and each micro-batch pulls by its own share. So neither the number
     of ranks nor of micro-batches changes what is learned.
     """
     a_k = global_average_k.detach()
     slope_k = -(torch.log(a_k + AVERAGE_ENTROPY_EPSILON) + a_k / (a_k + AVERAGE_ENTROPY_EPSILON))
-    pull = (slope_k * quantized.average_probability_k).sum()
-    average = average_entropy(a_k) + (pull - pull.detach())
+    pull = sum_over_shards((slope_k * quantized.average_probability_k).sum(), quantized.shard)
+    average = average_entropy(a_k, quantized.shard) + (pull - pull.detach())
     return EntropyPenalty(
         config.sample_weight * quantized.sample_entropy - config.average_weight * average, average.detach()
     )

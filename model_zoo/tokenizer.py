@@ -8,12 +8,13 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from model_zoo import ModelError
 from model_zoo.autoencoder import Decoder, Encoder
+from model_zoo.ops import CodebookShard
 from model_zoo.quantizers import Quantized
 from model_zoo.registry import QUANTIZERS
 
@@ -49,9 +50,11 @@ class Tokenizer(nn.Module):
     """Images ``(b, 3, H, W)`` in [-1, 1] <-> codes ``(b, H/f, W/f)``, f = ``downsampling_factor``.
 
     State-dict names are those of the published checkpoints (VQGAN's).
+
+    shard: the codebook's rows that are here, where it is spread over ranks; see `model_zoo.quantizers.Quantizer`.
     """
 
-    def __init__(self, config: TokenizerConfig):
+    def __init__(self, config: TokenizerConfig, shard: CodebookShard | None = None):
         super().__init__()
         if config.quantizer not in QUANTIZERS:
             raise ModelError(f"unknown model.quantizer {config.quantizer!r}: choose one of {', '.join(QUANTIZERS)}")
@@ -70,7 +73,9 @@ class Tokenizer(nn.Module):
         )
         self.encoder = Encoder(**shape)
         self.quant_conv = nn.Conv2d(config.latent_channels, config.code_dim, 1)
-        self.quantize = QUANTIZERS[config.quantizer](config.codebook_size, config.code_dim, config.codebook_init_std)
+        self.quantize = QUANTIZERS[config.quantizer](
+            config.codebook_size, config.code_dim, config.codebook_init_std, shard
+        )
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.latent_channels, 1)
         self.decoder = Decoder(**shape)
 
@@ -134,10 +139,58 @@ def load_tokenizer(source: str | Path, weights: str = "ema") -> Tokenizer:
     except (OmegaConfBaseException, yaml.YAMLError, KeyError, TypeError, ValueError, OSError) as error:
         raise ModelError(f"{run / 'config.yaml'} describes no tokenizer ({_first_line(error)})") from error
     try:
-        tokenizer.load_state_dict(load_file(file), strict=True)
-    except (SafetensorError, RuntimeError) as error:
+        tokenizer.load_state_dict(load_weights(checkpoint, file.stem, 0, tokenizer.config.codebook_size), strict=True)
+    except (SafetensorError, RuntimeError, OSError) as error:
         raise ModelError(f"{file} does not hold the weights of {run / 'config.yaml'} ({_first_line(error)})") from error
     return tokenizer.eval()
+
+
+# Name of the codebook in a tokenizer's state dict. In a checkpoint its rows lie in files of their own, one for each
+# shard of the run, so that any number of ranks can read theirs.
+CODEBOOK = "quantize.embedding.weight"
+
+
+def load_weights(folder: Path, name: str, start: int, stop: int) -> dict[str, Tensor]:
+    """A tokenizer's state dict with rows ``[start, stop)`` of the codebook: ``tokenizer`` or ``tokenizer_ema``."""
+    state = load_file(folder / f"{name}.safetensors")
+    if CODEBOOK in state:  # one file that holds everything
+        return {**state, CODEBOOK: state[CODEBOOK][start:stop].clone()}
+    return {**state, CODEBOOK: codebook_rows(folder, name, CODEBOOK, start, stop)}
+
+
+def codebook_rows_file(folder: Path, name: str, start: int, stop: int) -> Path:
+    """The file of a checkpoint that holds what belongs to codes ``[start, stop)``."""
+    return folder / f"{name}.codebook_{start:09d}_{stop:09d}.safetensors"
+
+
+def codebook_rows_files(folder: Path, name: str) -> list[tuple[int, int, Path]]:
+    """(start, stop, file) of all such files, in order of their codes. Raises ModelError where codes are missing."""
+    files = []
+    for path in folder.glob(f"{name}.codebook_*_*.safetensors"):
+        start, stop = path.name.split(".")[1].split("_")[1:]
+        files.append((int(start), int(stop), path))
+    files.sort()
+    end = 0
+    for start, stop, _ in files:
+        if start != end:
+            break
+        end = stop
+    if not files or end != files[-1][1]:
+        raise ModelError(f"{folder} is not whole: no {name}.codebook file begins at code {end}")
+    return files
+
+
+def codebook_rows(folder: Path, name: str, key: str, start: int, stop: int) -> Tensor:
+    """Rows ``[start, stop)`` of tensor ``key``, from the files of however many shards; ModelError without them."""
+    files = codebook_rows_files(folder, name)
+    if stop > files[-1][1]:
+        raise ModelError(f"{folder} holds {files[-1][1]} codes, and codes up to {stop} are asked for")
+    parts = []
+    for first, last, path in files:
+        if first < stop and start < last:
+            with safe_open(path, framework="pt") as file:
+                parts.append(file.get_slice(key)[max(start - first, 0) : min(stop, last) - first])
+    return torch.cat(parts)
 
 
 def _first_line(error: Exception) -> str:

@@ -92,6 +92,9 @@ class Config:
 
     run: str | None = None
     seed: int = 0
+    # Over how many processes the codebook is spread; these processes follow one another, and their number divides that
+    # of all. 1: every process holds the whole.
+    codebook_parallel: int = 1
     engine: EngineConfig = field(default_factory=EngineConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     data: DataConfig = field(default_factory=DataConfig)
@@ -114,6 +117,7 @@ CHOICES = {
     "loss.discriminator.kind": tuple(DISCRIMINATOR_LOSSES),
 }
 AT_LEAST = {
+    "codebook_parallel": 1,
     "trainer.max_steps": 1,
     "trainer.global_batch_size": 1,
     "trainer.micro_batch_size": 1,

@@ -1,8 +1,10 @@
 """The training loop: from a recipe to a run folder."""
 
+import itertools
 import math
 import pickle
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from datetime import datetime
 from pathlib import Path
@@ -12,7 +14,7 @@ from safetensors import SafetensorError
 from torchvision.utils import make_grid, save_image
 
 import data
-from data import evaluation_images, merge_states, train_batches
+from data import EvaluationImage, evaluation_images, merge_states, train_batches
 from trainer import TrainerError
 from trainer.checkpoint import latest_checkpoint, load_state, save_checkpoint
 from trainer.config import Config, load_recipe, load_run_config, save_config
@@ -177,10 +179,11 @@ def _steps(config: Config, world: World, run: Path, task: TokenizerTask, batches
                 if telemetry:
                     telemetry.advance(step)
                 if log_due:
-                    logged = _global_scalars(scalars, task, world)
+                    logged = _global_scalars(scalars, task, world, step)
                     seconds = time.perf_counter() - began
                     logged["images_per_second"] = (step - began_step) * settings.global_batch_size / seconds
                     if telemetry:
+                        telemetry.alarm(step, task.health.alarm)
                         telemetry.log(step, logged)
                     bad = [name for name in WATCHED if not math.isfinite(logged.get(name, 0.0))]
                     if bad:
@@ -207,28 +210,40 @@ def _steps(config: Config, world: World, run: Path, task: TokenizerTask, batches
 
 def describe(config: Config, world: World, task: TokenizerTask, run: Path, start: int) -> str:
     """One line: what is about to be trained, on what."""
-    millions = sum(p.numel() for p in task.tokenizer.parameters()) / 1e6
+    codes = task.tokenizer.quantize.embedding.weight
+    parameters = sum(p.numel() for p in task.tokenizer.parameters()) - codes.numel()
+    millions = (parameters + config.model.codebook_size * config.model.code_dim) / 1e6
     engine = task.generator
     kind = config.engine.kind + (f" {config.engine.config}" if config.engine.kind == "deepspeed" else "")
     model = config.model
+    sharded = f", codebook over {config.codebook_parallel}" if config.codebook_parallel > 1 else ""
     batch = f"{world.size} x {engine.micro_batches} x {engine.micro_batch_size} images a step"
     return (
         f"{run}: {millions:.2f}M parameters, {model.codebook_size} codes of {model.code_dim}, "
-        f"{world.size} x {world.device.type} ({kind}, {config.trainer.precision}), "
+        f"{world.size} x {world.device.type} ({kind}, {config.trainer.precision}{sharded}), "
         f"{batch}, steps {start + 1} to {config.trainer.max_steps}"
     )
 
 
-def _global_scalars(scalars: dict, task: TokenizerTask, world: World) -> dict[str, float]:
-    """The step's scalars averaged over ranks, and the codebook's health since the last time."""
+def _global_scalars(scalars: dict, task: TokenizerTask, world: World, step: int) -> dict[str, float]:
+    """The step's scalars averaged over ranks, and the codebook's health."""
     names = list(scalars)
     values = torch.stack([torch.as_tensor(scalars[name], dtype=torch.float32, device=world.device) for name in names])
     logged = dict(zip(names, mean_over_ranks(values).tolist(), strict=True))
-    usage = task.usage.merged()
-    logged["codebook/usage"] = usage.usage()
-    logged["codebook/perplexity"] = usage.perplexity()
-    task.usage.reset()
-    return logged
+    return logged | {f"codebook/{name}": value for name, value in task.read_health(step - 1).items()}
+
+
+def _in_step(images: Iterator[EvaluationImage], side: int, task: TokenizerTask, world: World):
+    """(image, whether it counts): ranks that share a codebook quantize together, so that those that have no more images
+    go on with a grey one until none of them has any."""
+    shard = task.groups.shard
+    grey = EvaluationImage("", torch.full((3, side, side), 127, dtype=torch.uint8), -1)
+    for image in images if shard is None else itertools.chain(images, itertools.repeat(None)):
+        if shard is not None:
+            more = torch.tensor(int(image is not None), device=world.device)
+            if not sum_over_ranks(more, shard.group):
+                return
+        yield image or grey, image is not None
 
 
 @torch.no_grad()
@@ -237,19 +252,22 @@ def _validate(config: Config, world: World, task: TokenizerTask, telemetry: Tele
     sums = torch.zeros(3, dtype=torch.float64, device=world.device)
     usage = CodebookUsage(config.model.codebook_size, world.device)
     pictures = []
+    side = config.data.val_image_size or config.data.image_size
     with task.evaluation() as tokenizer:
         images = evaluation_images(
             config.data.val,
-            image_size=config.data.val_image_size or config.data.image_size,
+            image_size=side,
             resize=config.data.resize,
             shard=(world.rank, world.size),
         )
-        for number, image in enumerate(images):
-            if number * world.size + world.rank >= config.trainer.validation_images:
-                break
+        here = range(world.rank, config.trainer.validation_images, world.size)
+        images = (image for _, image in zip(here, images, strict=False))
+        for image, counts in _in_step(images, side, task, world):
             original = image.image_chw[None].to(world.device).float() / 127.5 - 1
             index_bhw = tokenizer.tokenize(original)
             reconstruction = tokenizer.detokenize(index_bhw).clamp(-1, 1)
+            if not counts:
+                continue
             usage.update(index_bhw)
             sums += torch.stack(
                 [

@@ -8,6 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from model_zoo.ops import CodebookShard
 from trainer import TrainerError
 
 
@@ -53,18 +54,58 @@ def stop_world() -> None:
         dist.destroy_process_group()
 
 
-def mean_over_ranks(tensor: Tensor) -> Tensor:
-    """The mean of equally shaped tensors over all ranks, in place."""
-    if dist.get_world_size() > 1:
-        dist.all_reduce(tensor)
-        tensor /= dist.get_world_size()
+class CodebookGroups(NamedTuple):
+    """Who shares the codebook with this rank: ``shard`` names its rows (None: all of them), ``replicas`` are the ranks
+    that hold the same ones (None: all ranks)."""
+
+    shard: CodebookShard | None
+    replicas: dist.ProcessGroup | None
+
+    @property
+    def is_first_replica(self) -> bool:
+        """Whether this rank's rows are the ones to be written."""
+        return dist.get_rank(self.replicas) == 0
+
+
+def codebook_groups(world: World, parallel: int, codes: int) -> CodebookGroups:
+    """Spreads ``codes`` rows over each ``parallel`` ranks that follow one another; all ranks call it.
+
+    Neighbours share a codebook, so that what they tell each other stays within a node where it can.
+    """
+    if parallel == 1:
+        return CodebookGroups(None, None)
+    if world.size % parallel:
+        raise TrainerError(
+            f"codebook_parallel={parallel} must divide the number of processes, {world.size}: start a multiple of "
+            f"{parallel}, or choose another codebook_parallel"
+        )
+    if codes < parallel:
+        raise TrainerError(f"model.codebook_size={codes} cannot be spread over codebook_parallel={parallel} processes")
+    groups = {}
+    # Every rank makes every group, in the same order.
+    for ranks in [range(first, first + parallel) for first in range(0, world.size, parallel)]:
+        group = dist.new_group(list(ranks))
+        if world.rank in ranks:
+            groups["shard"] = CodebookShard.even(codes, group)
+    for ranks in [range(first, world.size, parallel) for first in range(parallel)]:
+        group = dist.new_group(list(ranks))
+        if world.rank in ranks:
+            groups["replicas"] = group
+    return CodebookGroups(**groups)
+
+
+def mean_over_ranks(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The mean of equally shaped tensors over the ranks of a group (None: all), in place."""
+    if (size := dist.get_world_size(group)) > 1:
+        dist.all_reduce(tensor, group=group)
+        tensor /= size
     return tensor
 
 
-def sum_over_ranks(tensor: Tensor) -> Tensor:
-    """The sum over all ranks, in place."""
-    if dist.get_world_size() > 1:
-        dist.all_reduce(tensor)
+def sum_over_ranks(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
+    """The sum over the ranks of a group (None: all), in place."""
+    if dist.get_world_size(group) > 1:
+        dist.all_reduce(tensor, group=group)
     return tensor
 
 

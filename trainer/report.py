@@ -393,8 +393,11 @@ def _parameter_count(run: Path) -> str | None:
     weights = run / "checkpoints" / latest.read_text().strip() / "tokenizer.safetensors" if latest.is_file() else None
     if weights is None or not weights.is_file():
         return None
-    with safe_open(weights, framework="pt") as file:
-        return f"{sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys()) / 1e6:.2f} million"  # noqa: SIM118
+    count = 0
+    for path in (weights, *weights.parent.glob("tokenizer.codebook_*.safetensors")):
+        with safe_open(path, framework="pt") as file:
+            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
+    return f"{count / 1e6:.2f} million"
 
 
 def _evaluated(evaluation: dict | None) -> str | None:

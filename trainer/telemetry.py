@@ -52,6 +52,7 @@ class Telemetry:
         self.writer = SummaryWriter(run / "tensorboard", purge_step=start_step + 1)
         self.console = Console(stderr=True)
         self.shown: dict[str, float] = {}
+        self.alarmed: str | None = None
         self.max_steps = max_steps
         self.progress = Progress(
             TextColumn("training"),
@@ -86,9 +87,16 @@ class Telemetry:
         for name, value in scalars.items():
             self.writer.add_scalar(name, value, step)
         self.shown.update(scalars)
-        self.progress.update(self.bar, text=_in_words(self.shown))
+        self.progress.update(self.bar, text="CODEBOOK COLLAPSES  " * bool(self.alarmed) + _in_words(self.shown))
         if not self.console.is_terminal:
             print(f"step {step}/{self.max_steps}  {_in_words(scalars)}", file=sys.stderr, flush=True)
+
+    def alarm(self, step: int, text: str | None) -> None:
+        """What is wrong, or None: said once when it begins and when it ends, shown in the progress line in between."""
+        if bool(text) != bool(self.alarmed):
+            self.say(f"ALARM at step {step}: {text}" if text else f"step {step}: codebook usage has recovered")
+        self.alarmed = text
+        self.writer.add_scalar("codebook/alarm", float(bool(text)), step)
 
     def picture(self, step: int, name: str, image_chw: torch.Tensor) -> None:
         """A uint8 picture for TensorBoard."""

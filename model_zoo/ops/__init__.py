@@ -1,7 +1,7 @@
 """Numerical operations, each public one with a slow readable twin that its fast versions are tested against."""
 
 from model_zoo.ops.chunked import nearest_code
-from model_zoo.ops.codebook_parallel import CodebookShard, sum_over_shards
+from model_zoo.ops.codebook_parallel import CodebookShard, lookup_code, sum_over_shards
 from model_zoo.ops.index_backprop import IndexBackprop, average_entropy, fastest_impl, index_backprop
 
 __all__ = [
@@ -10,6 +10,7 @@ __all__ = [
     "average_entropy",
     "fastest_impl",
     "index_backprop",
+    "lookup_code",
     "nearest_code",
     "sum_over_shards",
 ]

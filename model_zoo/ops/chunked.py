@@ -1,4 +1,4 @@
-"""The sweeps of index backpropagation in plain PyTorch, a tile of tokens and codes at a time (`model_zoo.ops.tiled`)."""
+"""The sweeps of `model_zoo.ops.tiled` in plain PyTorch, a tile of tokens and codes at a time."""
 
 import math
 from collections.abc import Iterator
@@ -44,7 +44,12 @@ def nearest_code(
         sweeps = ChunkedSweeps(ranks.gather(z_nd), codebook_kd, ranks.codes, Settings(tile=tile))
         # |z - c|^2 is -2 (z c - |c|^2 / 2) up to |z|^2, which is the same for every code of a token.
         bias_k = -accumulation(codebook_kd).square().sum(dim=1) / 2 if distance == "euclidean" else None
-        return ranks.best(*sweeps.maxima(bias_k))[1][ranks.own]
+        max_n, index_n = sweeps.maxima(bias_k)
+
+        def scores() -> Tensor:
+            return sweeps.scores(index_n) + (0 if bias_k is None else bias_k[index_n])
+
+        return ranks.best(max_n, index_n, scores)[1][ranks.own]
 
 
 class ChunkedSweeps(Sweeps):

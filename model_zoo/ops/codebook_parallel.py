@@ -8,13 +8,19 @@ Gradients are those of the *sum* of the ranks' losses: a rank's tokens move the 
 round. Whoever averages losses over ranks divides the gradients of z and of the shard alike.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.nn import functional as F
 
 from model_zoo import ModelError
+
+# PyTorch 2.14 has new names for these two and warns of the old ones.
+_all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
+_reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 @dataclass(frozen=True)
@@ -60,13 +66,17 @@ class Alone:
         """The sum over ranks, in place."""
         return all_n
 
-    def best(self, max_n: Tensor, index_n: Tensor) -> tuple[Tensor, Tensor]:
-        """The largest of the ranks' maxima, and its index in the whole codebook, the lowest on ties."""
+    def best(self, max_n: Tensor, index_n: Tensor, score: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        """The largest of the ranks' maxima, and its index in the whole codebook, the lowest on ties.
+
+        score: gives the maxima once more, by an arithmetic that does not depend on where a code lies: products of
+        matrices of other shapes round otherwise, so that of two equal codes the later could win.
+        """
         return max_n, index_n
 
     def lookup(self, codebook_kd: Tensor, index_n: Tensor) -> Tensor:
-        """This rank's tokens' code vectors, from the indices of all."""
-        return codebook_kd.index_select(0, index_n)
+        """This rank's tokens' code vectors, from the indices of all; differentiable in the codebook."""
+        return F.embedding(index_n, codebook_kd)
 
 
 class Exchange(Alone):
@@ -76,11 +86,12 @@ class Exchange(Alone):
     """
 
     def __init__(self, z_nd: Tensor, codebook_kd: Tensor, shard: CodebookShard):
+        """z_nd: features ``(n, D)``, or codes ``(n, 1)``, whose number alone counts."""
         self.group, self.rank = shard.group, dist.get_rank(shard.group)
         header = _header(z_nd, codebook_kd, shard)
-        headers = header.new_empty(dist.get_world_size(shard.group), len(header))
-        dist.all_gather_into_tensor(headers, header, group=self.group)
-        rows = headers.tolist()
+        headers = header.new_empty(dist.get_world_size(shard.group) * len(header))
+        _all_gather(headers, header, group=self.group)
+        rows = headers.view(-1, len(header)).tolist()
         _check(rows)
         self.counts = [row[TOKENS] for row in rows]
         self.tokens, self.codes, self.start = sum(self.counts), rows[-1][STOP], shard.start
@@ -93,59 +104,80 @@ class Exchange(Alone):
         if len(own_nd) < most:
             padded_nd = torch.cat([own_nd, own_nd.new_zeros(most - len(own_nd), *own_nd.shape[1:])])
         all_nd = own_nd.new_empty(ranks * most, *own_nd.shape[1:])
-        dist.all_gather_into_tensor(all_nd, padded_nd, group=self.group)
+        _all_gather(all_nd, padded_nd, group=self.group)
         if min(self.counts) == most:
             return all_nd
         return torch.cat([all_nd[r * most : r * most + count] for r, count in enumerate(self.counts)])
 
     def per_token(self, value: Tensor) -> Tensor:
         values = value.new_empty(len(self.counts))
-        dist.all_gather_into_tensor(values, value.reshape(1), group=self.group)
+        _all_gather(values, value.reshape(1), group=self.group)
         counts = torch.tensor(self.counts, device=value.device)
         return (values / counts).repeat_interleave(counts, output_size=self.tokens)
 
     def scatter_sum(self, all_nd: Tensor) -> Tensor:
-        parts = [part.contiguous() for part in all_nd.split(self.counts)]
-        if max(self.counts) == min(self.counts):
-            own_nd = torch.empty_like(parts[0])
-            dist.reduce_scatter_tensor(own_nd, all_nd.contiguous(), group=self.group)
-            return own_nd
-        # Some backends want equal parts: pad, as `gather` does.
-        most = max(self.counts)
-        padded_nd = all_nd.new_zeros(len(parts) * most, *all_nd.shape[1:])
-        for r, part in enumerate(parts):
-            padded_nd[r * most : r * most + len(part)] = part
-        own_nd = padded_nd.new_empty(most, *all_nd.shape[1:])
-        dist.reduce_scatter_tensor(own_nd, padded_nd, group=self.group)
+        most, ranks = max(self.counts), len(self.counts)
+        if min(self.counts) < most:  # not all backends take unequal parts: pad, as `gather` does
+            padded_nd = all_nd.new_zeros(ranks * most, *all_nd.shape[1:])
+            for r, part_nd in enumerate(all_nd.split(self.counts)):
+                padded_nd[r * most : r * most + len(part_nd)] = part_nd
+            all_nd = padded_nd
+        own_nd = all_nd.new_empty(most, *all_nd.shape[1:])
+        _reduce_scatter(own_nd, all_nd.contiguous(), group=self.group)
         return own_nd[: self.counts[self.rank]]
 
     def sum_(self, all_n: Tensor) -> Tensor:
         dist.all_reduce(all_n, group=self.group)
         return all_n
 
-    def best(self, max_n: Tensor, index_n: Tensor) -> tuple[Tensor, Tensor]:
-        best_n = max_n.clone()
-        dist.all_reduce(best_n, dist.ReduceOp.MAX, group=self.group)
-        # A rank whose maximum is smaller names an index that none has, so that it loses.
-        index_n = torch.where(max_n == best_n, index_n + self.start, self.codes)
+    def best(self, max_n: Tensor, index_n: Tensor, score: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        score_n = score()
+        best_2n = torch.stack([max_n, score_n])
+        dist.all_reduce(best_2n, dist.ReduceOp.MAX, group=self.group)
+        # A rank whose score is smaller names an index that none has, so that it loses.
+        index_n = torch.where(score_n == best_2n[1], index_n + self.start, self.codes)
         dist.all_reduce(index_n, dist.ReduceOp.MIN, group=self.group)
-        return best_n, index_n
+        return best_2n[0], index_n
 
     def lookup(self, codebook_kd: Tensor, index_n: Tensor) -> Tensor:
         local_n = index_n - self.start
         mine_n = (local_n >= 0) & (local_n < len(codebook_kd))
-        code_nd = codebook_kd.index_select(0, local_n.clamp(0, len(codebook_kd) - 1))
-        return self.scatter_sum(code_nd.masked_fill_(~mine_n[:, None], 0))  # a sum with zeros: exact
+        code_nd = F.embedding(local_n.clamp(0, len(codebook_kd) - 1), codebook_kd)
+        return _ScatterSum.apply(code_nd.masked_fill(~mine_n[:, None], 0), self)  # a sum with zeros: exact
 
 
 def exchange(z_nd: Tensor, codebook_kd: Tensor, shard: CodebookShard | None) -> Alone:
-    """What the ranks of ``shard`` tell each other in one call; ModelError on all of them where their parts do not fit."""
+    """What the ranks of ``shard`` tell each other in one call. ModelError on all of them where the parts do not fit."""
     return Alone(z_nd, codebook_kd) if shard is None else Exchange(z_nd, codebook_kd, shard)
+
+
+def lookup_code(index_n: Tensor, codebook_kd: Tensor, shard: CodebookShard | None = None) -> Tensor:
+    """Code vectors ``(n, D)`` of int64 codes ``(n,)``, differentiable in the codebook: its chosen codes get gradients.
+
+    shard: the part of the codebook that is here; all ranks of its group call together, each with its own codes.
+    """
+    if shard is None:
+        return F.embedding(index_n, codebook_kd)
+    ranks = Exchange(index_n[:, None], codebook_kd, shard)
+    return ranks.lookup(codebook_kd, ranks.gather(index_n))
 
 
 def sum_over_shards(value: Tensor, shard: CodebookShard | None) -> Tensor:
     """The sum of a tensor over the shard's group, differentiable: so that a sum over codes is one over all codes."""
     return value if shard is None else _SumOverShards.apply(value, shard.group)
+
+
+class _ScatterSum(torch.autograd.Function):
+    """`Exchange.scatter_sum`; the gradient of all ranks' rows is what `Exchange.gather` brings."""
+
+    @staticmethod
+    def forward(ctx, all_nd, ranks):
+        ctx.ranks = ranks
+        return ranks.scatter_sum(all_nd)
+
+    @staticmethod
+    def backward(ctx, grad_nd):
+        return ctx.ranks.gather(grad_nd), None
 
 
 class _SumOverShards(torch.autograd.Function):
@@ -169,10 +201,13 @@ TOKENS, DIM, ROWS, START, STOP, BAD = range(6)  # of a header
 def _header(z_nd: Tensor, codebook_kd: Tensor, shard: CodebookShard | None) -> Tensor:
     start, stop = (0, len(codebook_kd)) if shard is None else (shard.start, shard.stop)
     # A shape that fits nothing else is told to all rather than raised here, where the others would wait.
-    fits = z_nd.ndim == codebook_kd.ndim == 2 and z_nd.shape[1] == codebook_kd.shape[1]
-    numbers = [len(z_nd), z_nd.shape[-1] if fits else -1, len(codebook_kd), start, stop]
+    fits = z_nd.ndim == codebook_kd.ndim == 2 and (
+        z_nd.shape[1] == codebook_kd.shape[1] or not z_nd.is_floating_point()
+    )
+    numbers = [len(z_nd), codebook_kd.shape[-1] if fits else -1, len(codebook_kd), start, stop]
     header = torch.tensor([*numbers, 0], dtype=torch.int64, device=z_nd.device)
-    header[BAD] = (~z_nd.detach().isfinite()).flatten(1).any(dim=1).sum() if z_nd.ndim > 1 else 0
+    if fits:
+        header[BAD] = (~z_nd.detach().isfinite()).any(dim=1).sum()
     return header
 
 

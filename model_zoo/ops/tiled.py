@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model_zoo.ops.codebook_parallel import CodebookShard, exchange
+from model_zoo.ops.codebook_parallel import Alone, CodebookShard, exchange
 from model_zoo.ops.index_backprop import IndexBackprop
 
 
@@ -145,6 +145,10 @@ class Sweeps(ABC):
     ) -> tuple[Tensor | None, Tensor | None]:
         """dz in the sums' type and dC in the codebook's, where they are needed; dz is None where nothing moves z."""
 
+    def scores(self, index_n: Tensor) -> Tensor:
+        """Each token's dot product with one code, token by token."""
+        return (accumulation(self.z_nd) * accumulation(self.codebook_kd[index_n])).sum(dim=1)
+
     def reach(self, temperature: float) -> float:
         """How far below its row's maximum a tile's may lie: what is further weighs less than ``codes`` terms of
         (machine epsilon / codes) beside a sum of at least 1."""
@@ -176,7 +180,7 @@ class _IndexBackprop(torch.autograd.Function):
         with torch.autocast(z_nd.device.type, enabled=False):
             z_nd = ranks.gather(z_nd)
             sweeps = sweeps_class(z_nd, codebook_kd, ranks.codes, settings)
-            rows = _over_all_shards(sweeps.first(with_gradient), ranks)
+            rows = _over_all_shards(sweeps, sweeps.first(with_gradient), ranks)
             if temperature is not None:
                 assignment = _assignment(*sweeps.assignment_sums(rows.max_n, temperature), temperature, ranks)
                 sample_entropy = assignment.entropy_n[ranks.own].mean()
@@ -222,9 +226,9 @@ class _IndexBackprop(torch.autograd.Function):
         return grad_z_nd, grad_codebook_kd, None, None, None, None, None
 
 
-def _over_all_shards(rows: Rows, ranks) -> Rows:
+def _over_all_shards(sweeps: Sweeps, rows: Rows, ranks: Alone) -> Rows:
     """The rows of the whole codebook, the sums relative to its maximum. output_nd stays this shard's part of o."""
-    max_n, index_n = ranks.best(rows.max_n, rows.index_n)
+    max_n, index_n = ranks.best(rows.max_n, rows.index_n, lambda: sweeps.scores(rows.index_n))
     if rows.sum_n is None:
         return Rows(index_n, max_n, None, None)
     scale_n = (rows.max_n - max_n).exp()
@@ -232,7 +236,7 @@ def _over_all_shards(rows: Rows, ranks) -> Rows:
     return Rows(index_n, max_n, sum_n, rows.output_nd.mul_((scale_n / sum_n)[:, None]))
 
 
-def _assignment(sum_n: Tensor, moment_n: Tensor, temperature: float, ranks) -> Assignment:
+def _assignment(sum_n: Tensor, moment_n: Tensor, temperature: float, ranks: Alone) -> Assignment:
     sum_n, moment_n = ranks.sum_(sum_n), ranks.sum_(moment_n)
     log_sum_n = sum_n.log()
     return Assignment(log_sum_n, log_sum_n - moment_n / sum_n, temperature)

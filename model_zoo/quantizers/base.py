@@ -6,7 +6,10 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from model_zoo.ops.index_backprop import IndexBackprop
+from model_zoo import ModelError
+from model_zoo.ops import CodebookShard, IndexBackprop, lookup_code
+
+INITIAL_BLOCK = 2**14  # codes drawn at a time
 
 
 class Quantized(NamedTuple):
@@ -18,6 +21,8 @@ class Quantized(NamedTuple):
     commitment: |z - sg[C[i]]|^2, moves the features to their codes.
     codebook: |sg[z] - C[i]|^2, moves the codes to their features.
     sample_entropy, average_probability_k: see `model_zoo.ops.IndexBackprop`; None where not asked for.
+    features_nd: the features that were quantized, without gradient.
+    shard: the quantizer's; average_probability_k then holds this rank's codes alone.
     """
 
     quantized_bdhw: Tensor
@@ -27,21 +32,30 @@ class Quantized(NamedTuple):
     codebook: Tensor
     sample_entropy: Tensor | None = None
     average_probability_k: Tensor | None = None
+    features_nd: Tensor | None = None
+    shard: CodebookShard | None = None
 
 
 class Quantizer(nn.Module):
     """A codebook and the rule that picks its codes. Always computes in fp32, whatever autocast says around it:
     in bf16 near ties flip and half of a large codebook dies.
+
+    shard: the rows of the codebook that are here; None for all of them. With a shard all ranks of its group must call
+    `forward`, `tokenize` and `lookup` together, each with its own tokens (or with none).
     """
 
     # Whether the gradient comes through a soft assignment: only then are there entropies, and a double quantization
     # term (with a straight-through z_q it would have no gradient towards the codes).
     soft_assignment: bool = False
 
-    def __init__(self, codebook_size: int, code_dim: int, init_std: float = 1.0):
+    def __init__(self, codebook_size: int, code_dim: int, init_std: float = 1.0, shard: CodebookShard | None = None):
         super().__init__()
-        self.embedding = nn.Embedding(codebook_size, code_dim)
-        nn.init.normal_(self.embedding.weight, std=init_std)
+        self.shard = shard
+        start, stop = (0, codebook_size) if shard is None else (shard.start, shard.stop)
+        if stop > codebook_size:
+            raise ModelError(f"the shard's codes {start} to {stop} lie beyond the codebook's {codebook_size}")
+        rows_kd = initial_codes(start, stop, codebook_size, code_dim, init_std)
+        self.embedding = nn.Embedding.from_pretrained(rows_kd, freeze=False)
 
     def assign(self, z_nd: Tensor, entropy_temperature: float | None) -> IndexBackprop:
         """Picks a code for each fp32 token ``z_nd``."""
@@ -65,6 +79,8 @@ class Quantizer(nn.Module):
                 codebook=(z_nd.detach() - out.code_nd).square().mean(),
                 sample_entropy=out.sample_entropy,
                 average_probability_k=out.average_probability_k,
+                features_nd=z_nd.detach(),
+                shard=self.shard,
             )
 
     @torch.no_grad()
@@ -76,4 +92,25 @@ class Quantizer(nn.Module):
 
     def lookup(self, index_bhw: Tensor) -> Tensor:
         """Codes ``(b, h, w)`` -> code vectors ``(b, d, h, w)``."""
-        return rearrange(self.embedding(index_bhw), "b h w d -> b d h w")
+        b, h, w = index_bhw.shape
+        code_nd = lookup_code(index_bhw.flatten(), self.embedding.weight, self.shard)
+        return rearrange(code_nd, "(b h w) d -> b d h w", b=b, h=h, w=w)
+
+
+def initial_codes(start: int, stop: int, codebook_size: int, code_dim: int, std: float) -> Tensor:
+    """Rows ``[start, stop)`` of a codebook from normal(0, std^2): the same ones however the codebook is spread.
+
+    The codebook has a random stream of its own, drawn a block at a time, so that a rank neither holds the others' rows
+    nor initialises the layers after it otherwise than the others do.
+    """
+    rows_kd = torch.empty(stop - start, code_dim)
+    if rows_kd.is_meta:  # a model without memory, to count its parameters
+        return rows_kd
+    generator = torch.Generator(rows_kd.device).manual_seed(int(torch.randint(2**62, ())))
+    for first in range(0, codebook_size, INITIAL_BLOCK):
+        block_kd = torch.empty(min(INITIAL_BLOCK, codebook_size - first), code_dim)
+        block_kd.normal_(std=std, generator=generator)
+        here = slice(max(start, first), min(stop, first + len(block_kd)))
+        if here.start < here.stop:
+            rows_kd[here.start - start : here.stop - start] = block_kd[here.start - first : here.stop - first]
+    return rows_kd

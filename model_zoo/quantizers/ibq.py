@@ -12,7 +12,7 @@ class IndexBackpropQuantizer(Quantizer):
     soft_assignment = True
 
     def assign(self, z_nd: Tensor, entropy_temperature: float | None) -> IndexBackprop:
-        return index_backprop(z_nd, self.embedding.weight, entropy_temperature=entropy_temperature)
+        return index_backprop(z_nd, self.embedding.weight, entropy_temperature=entropy_temperature, shard=self.shard)
 
     def nearest(self, z_nd: Tensor) -> Tensor:
-        return nearest_code(z_nd, self.embedding.weight)
+        return nearest_code(z_nd, self.embedding.weight, shard=self.shard)

@@ -2,7 +2,7 @@
 
 from torch import Tensor
 
-from model_zoo.ops import IndexBackprop, nearest_code
+from model_zoo.ops import IndexBackprop, lookup_code, nearest_code
 from model_zoo.quantizers.base import Quantizer
 
 
@@ -11,9 +11,9 @@ class VectorQuantizer(Quantizer):
 
     def assign(self, z_nd: Tensor, entropy_temperature: float | None) -> IndexBackprop:
         index_n = self.nearest(z_nd)
-        code_nd = self.embedding(index_n)
+        code_nd = lookup_code(index_n, self.embedding.weight, self.shard)
         # Straight through: the decoder sees the code, the encoder gets the decoder's gradient unchanged.
         return IndexBackprop(z_nd + (code_nd - z_nd).detach(), index_n, None, None, code_nd)
 
     def nearest(self, z_nd: Tensor) -> Tensor:
-        return nearest_code(z_nd, self.embedding.weight, distance="euclidean")
+        return nearest_code(z_nd, self.embedding.weight, distance="euclidean", shard=self.shard)

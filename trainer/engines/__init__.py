@@ -1,10 +1,11 @@
 """Engines: how a module's parameters, gradients and optimiser are spread over ranks. See `base.Engine`."""
 
 from trainer.config import EngineConfig
-from trainer.engines.base import Engine
+from trainer.engines.base import Engine, clip_scale
+from trainer.engines.codebook import Codebook
 from trainer.engines.replicated import Replicated
 
-__all__ = ["Engine", "Replicated", "build_engine"]
+__all__ = ["Codebook", "Engine", "Replicated", "build_engine", "clip_scale"]
 
 
 def build_engine(config: EngineConfig, module, optimizer, **batch) -> Engine:

@@ -10,14 +10,14 @@ from pathlib import Path
 import deepspeed
 import torch
 from deepspeed.runtime.config import DeepSpeedConfigError
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from trainer import TrainerError
 from trainer.engines.base import Engine
 
 
-def load_deepspeed_config(name: str, *, micro_batch_size: int, micro_batches: int, clip_norm: float | None) -> dict:
+def load_deepspeed_config(name: str, *, micro_batch_size: int, micro_batches: int) -> dict:
     """A JSON of ds_configs by name, or of the user's by path, its "auto" values filled from the recipe."""
     packaged = Path(str(resources.files("ds_configs")))
     path = Path(name) if name.endswith(".json") else packaged / f"{name}.json"
@@ -43,8 +43,10 @@ def load_deepspeed_config(name: str, *, micro_batch_size: int, micro_batches: in
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": micro_batches,
         "train_batch_size": micro_batch_size * micro_batches * torch.distributed.get_world_size(),
-        "gradient_clipping": clip_norm or 0.0,
     }
+    # The norm is that of all of the generator's parameters, and DeepSpeed knows nothing of the codebook.
+    if config.pop("gradient_clipping", "auto") != "auto":
+        raise TrainerError(f'{path}: write "auto" for "gradient_clipping"; trainer.gradient_clip_norm decides')
     for key, value in recipe.items():
         if config.get(key, "auto") == "auto":
             config[key] = value
@@ -66,7 +68,10 @@ class DeepSpeed(Engine):
         if torch.distributed.get_rank() == 0 and not torch.cuda.is_available():
             print("DeepSpeed's first start on a CPU compiles for about a minute ...", file=sys.stderr, flush=True)
         try:
-            self.engine, *_ = deepspeed.initialize(model=module, optimizer=optimizer, config=settings)
+            # The optimiser's parameters alone: DeepSpeed would overwrite the others, which may differ between ranks (a
+            # sharded codebook), by rank 0's.
+            trained = nn.ParameterList(p for group in optimizer.param_groups for p in group["params"])
+            self.engine, *_ = deepspeed.initialize(model=trained, optimizer=optimizer, config=settings)
         except (ValueError, AssertionError, DeepSpeedConfigError) as error:  # pydantic's errors are ValueErrors
             what = " ".join(str(error).split())[:300]
             raise TrainerError(f"DeepSpeed refuses engine.config={config}: {what}") from error
@@ -75,16 +80,25 @@ class DeepSpeed(Engine):
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss)  # divides by gradient_accumulation_steps itself
 
-    def step(self, lr: float) -> Tensor | float:
+    def grad_norm(self) -> Tensor:
+        if self.engine.zero_optimization():
+            self.norm = self.engine.optimizer.scaled_global_norm()
+        else:  # stage 0: the gradients are whole and reduced
+            self.norm = torch.nn.utils.get_total_norm(self._gradients())
+        return self.norm
+
+    def step(self, lr: float, scale: Tensor | float = 1.0) -> None:
         for group in self.engine.optimizer.param_groups:
             group["lr"] = lr
-        if self.engine.zero_optimization():
-            self.engine.step()
-            return self.engine.get_global_grad_norm()
-        # Stage 0 does not tell the norm; its gradients are whole and reduced until its step clips and clears them.
-        norm = torch.nn.utils.get_total_norm([p.grad for p in self.module.parameters() if p.grad is not None])
+        if not self.engine.zero_optimization():
+            torch._foreach_mul_(self._gradients(), scale)
+        else:
+            # ZeRO divides by (norm + 1e-6) / clip_grad where that is above 1; 0 switches it off.
+            self.engine.optimizer.clip_grad = float((self.norm + 1e-6) * scale) if scale < 1 else 0.0
         self.engine.step()
-        return norm
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.engine.module.parameters() if p.grad is not None]
 
     def save(self, folder: Path) -> None:
         # Its own `latest` file would be written before all ranks are done: ours is written last, by rename.

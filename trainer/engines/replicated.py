@@ -3,35 +3,46 @@
 from pathlib import Path
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from trainer.engines.base import Engine
-from trainer.parallel import mean_over_ranks
+from trainer.parallel import sum_over_ranks
 
 
 class Replicated(Engine):
     """Plain PyTorch. It adds no hook to the module and broadcasts no buffer, so that a discriminator may run several
     forwards before its backward, and its BatchNorm statistics stay each rank's own."""
 
-    def backward(self, loss: Tensor, last: bool) -> None:
-        (loss / self.micro_batches).backward()
+    replicas: dist.ProcessGroup | None = None  # the ranks that hold the same parameters; None: all
 
-    def step(self, lr: float) -> Tensor:
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        gradients = [p.grad for p in parameters]
-        flat = mean_over_ranks(_flatten_dense_tensors(gradients))
-        for gradient, reduced in zip(gradients, _unflatten_dense_tensors(flat, gradients), strict=True):
-            gradient.copy_(reduced)
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.clip_norm or float("inf"))
+    def grad_norm(self) -> Tensor:
+        gradients = self._gradients()
+        if dist.get_world_size(self.replicas) > 1:
+            flat = sum_over_ranks(_flatten_dense_tensors(gradients), self.replicas)
+            for gradient, reduced in zip(gradients, _unflatten_dense_tensors(flat, gradients), strict=True):
+                gradient.copy_(reduced)
+        if dist.get_world_size() > 1:
+            torch._foreach_div_(gradients, dist.get_world_size())
+        return torch.nn.utils.get_total_norm(gradients)
+
+    def step(self, lr: float, scale: Tensor | float = 1.0) -> None:
+        torch._foreach_mul_(self._gradients(), scale)
         for group in self.optimizer.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return norm
+
+    def _gradients(self) -> list[Tensor]:
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        return [p.grad for p in parameters if p.grad is not None]
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        (loss / self.micro_batches).backward()
 
     def save(self, folder: Path) -> None:
-        if torch.distributed.get_rank() == 0:
+        if dist.get_rank() == 0:
             torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
 
     def load(self, folder: Path) -> None:

@@ -4,6 +4,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from model_zoo.ops import CodebookShard
+
 
 class CodebookUsage:
     """Counts how often each code was chosen, over any number of batches.
@@ -45,3 +47,90 @@ class CodebookUsage:
 
     def reset(self) -> None:
         self.counts_k.zero_()
+
+
+class CodebookHealth:
+    """Whether training keeps the codebook in use: from the chosen codes of every step, O(codebook size) numbers a rank.
+
+    ``usage`` is that of a sliding window: the steps in which WINDOW_TOKENS tokens per code went by, so that a code
+    chosen as often as the others is missed once in a million windows and one that is not there is dead.
+    """
+
+    WINDOW_TOKENS = 16
+    COLLAPSED_SHARE = 0.5  # of the best usage so far
+    COLLAPSED_USAGE = 0.1
+
+    def __init__(self, codebook_size: int, tokens_per_step: int, device: torch.device | str = "cpu"):
+        self.window_steps = -(-self.WINDOW_TOKENS * codebook_size // tokens_per_step)
+        self.recent = CodebookUsage(codebook_size, device)  # this rank's, since the last reading
+        self.since_start = CodebookUsage(codebook_size, device)  # all ranks'
+        self.last_step_k = torch.full((codebook_size,), -1, dtype=torch.int64, device=device)
+        self.best_usage = torch.zeros((), dtype=torch.float64)
+        self.alarm: str | None = None
+
+    def update(self, index: Tensor, step: int) -> None:
+        """Counts one micro-batch's codes of step ``step`` (from 0)."""
+        self.recent.update(index)
+        self.last_step_k[index.flatten()] = step
+
+    def read(self, step: int) -> dict[str, float]:
+        """Scalars to log after step ``step`` (from 0), over all ranks, which call together; ``alarm`` is set by them.
+
+        usage: of the window. usage_since_start. dead_codes: those that the window has not seen. perplexity: since the
+        last reading.
+        """
+        recent = self.recent.merged()
+        self.since_start.counts_k += recent.counts_k
+        self.recent.reset()
+        if dist.is_initialized():
+            dist.all_reduce(self.last_step_k, dist.ReduceOp.MAX)
+        used = int((self.last_step_k > step - self.window_steps).sum())
+        usage = used / len(self.last_step_k)
+        self.alarm = None
+        if step + 1 >= self.window_steps:
+            self.best_usage.clamp_(min=usage)
+            best = float(self.best_usage)
+            if usage < self.COLLAPSED_SHARE * best or usage < self.COLLAPSED_USAGE:
+                self.alarm = (
+                    f"codebook usage is {usage:.1%} (best so far {best:.1%}) over the last {self.window_steps} steps: "
+                    "it collapses; lower optimizer.lr or model.codebook_init_std, or raise loss.entropy.weight"
+                )
+        return {
+            "usage": usage,
+            "usage_since_start": self.since_start.usage(),
+            "dead_codes": float(len(self.last_step_k) - used),
+            "perplexity": recent.perplexity(),
+        }
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What a resumed run goes on from; the same on all ranks right after a reading."""
+        return {
+            "counts_k": self.since_start.counts_k,
+            "last_step_k": self.last_step_k,
+            "best_usage": self.best_usage,
+        }
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None:
+        """Takes what `state_dict` gave."""
+        for name, value in self.state_dict().items():
+            value.copy_(state[name])
+
+
+def feature_distance(features_nd: Tensor, codebook_kd: Tensor, shard: CodebookShard | None = None) -> float:
+    """How far features and codes lie apart, as distributions: the 2-Wasserstein distance of the Gaussians with their
+    means and per-dimension deviations, over sqrt(D). Over all ranks, which call together, and all shards.
+    """
+
+    def moments(rows_nd: Tensor, group: dist.ProcessGroup | None, alone: bool) -> tuple[Tensor, Tensor]:
+        rows_nd = rows_nd.detach().double()
+        count_d = torch.full_like(rows_nd[:1].sum(0), len(rows_nd))
+        sums = torch.stack([count_d, rows_nd.sum(dim=0), rows_nd.square().sum(dim=0)])
+        if dist.is_initialized() and not alone:
+            dist.all_reduce(sums, group=group)
+        mean_d, square_d = sums[1] / sums[0], sums[2] / sums[0]
+        return mean_d, (square_d - mean_d.square()).clamp(min=0).sqrt()
+
+    of_features = moments(features_nd, None, alone=False)
+    of_codes = moments(codebook_kd, shard and shard.group, alone=shard is None)
+    squares = [(a - b).square().mean() for a, b in zip(of_features, of_codes, strict=True)]
+    return float(sum(squares).sqrt())

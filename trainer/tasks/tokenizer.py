@@ -1,5 +1,6 @@
 """Training a tokenizer: reconstruction, quantizer and adversarial losses, generator and discriminator apart."""
 
+from collections.abc import Iterable
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -16,13 +17,13 @@ from model_zoo.losses import (
     quantizer_loss,
 )
 from model_zoo.perceptual import SMALLEST_SIDE, Perceptual
-from model_zoo.tokenizer import Tokenizer, TokenizerOutput
+from model_zoo.tokenizer import CODEBOOK, Tokenizer, TokenizerOutput, load_weights
 from trainer import TrainerError
 from trainer.config import Config
 from trainer.ema import Ema
-from trainer.engines import Replicated, build_engine
-from trainer.metrics.codebook import CodebookUsage
-from trainer.parallel import World, mean_over_ranks
+from trainer.engines import Codebook, Replicated, build_engine, clip_scale
+from trainer.metrics.codebook import CodebookHealth, feature_distance
+from trainer.parallel import World, codebook_groups, mean_over_ranks
 from trainer.schedules import learning_rate_factor, ramp
 
 
@@ -33,18 +34,20 @@ class TokenizerTask:
         self.config = config
         self.world = world
         loss = config.loss
+        self.groups = codebook_groups(world, config.codebook_parallel, config.model.codebook_size)
         torch.manual_seed(config.seed)  # the same weights on every rank
-        self.tokenizer = Tokenizer(config.model).to(world.device)
+        self.tokenizer = Tokenizer(config.model, self.groups.shard).to(world.device)
         self.perceptual = None
         if loss.perceptual.weight > 0:
             self.perceptual = Perceptual(loss.perceptual.vgg16_weights).to(world.device)
-        batch = dict(
-            micro_batch_size=micro_batch_size,
-            micro_batches=micro_batches,
-            clip_norm=config.trainer.gradient_clip_norm,
+        batch = dict(micro_batch_size=micro_batch_size, micro_batches=micro_batches)
+        # The codebook has an engine of its own, the rest of the tokenizer the recipe's.
+        codes = self.tokenizer.quantize.embedding.weight
+        rest = [p for p in self.tokenizer.parameters() if p is not codes]
+        self.generator = build_engine(config.engine, self.tokenizer, self._adam(rest, config.optimizer.lr), **batch)
+        self.codebook = Codebook(
+            self.tokenizer.quantize, self._adam([codes], config.optimizer.lr), self.groups, **batch
         )
-        adam = self._adam(self.tokenizer, config.optimizer.lr)
-        self.generator = build_engine(config.engine, self.tokenizer, adam, **batch)
         self.discriminator = None
         if loss.generator.weight > 0:
             network = PatchDiscriminator(
@@ -53,10 +56,15 @@ class TokenizerTask:
                 norm=config.discriminator.norm,
             ).to(world.device)
             # Small, so replicated under every engine; and hooks of a sharding engine would break its two forwards.
-            self.discriminator = Replicated(network, self._adam(network, self.discriminator_lr), **batch)
+            adam = self._adam(network.parameters(), self.discriminator_lr)
+            self.discriminator = Replicated(network, adam, **batch)
         self.lecam = Lecam(loss.lecam.decay).to(world.device)
         self.ema = Ema(self.tokenizer, config.ema.decay) if config.ema.decay > 0 else None
-        self.usage = CodebookUsage(config.model.codebook_size, world.device)
+        tokens = (config.data.image_size // self.tokenizer.downsampling_factor) ** 2
+        self.health = CodebookHealth(
+            config.model.codebook_size, max(1, tokens) * config.trainer.global_batch_size, world.device
+        )
+        self.features_nd = None
         # The quantizer that has no soft assignment (VQ) has no entropy; asking for it would log zeros.
         self.entropy_temperature = None
         if loss.entropy.weight > 0 and self.tokenizer.quantize.soft_assignment:
@@ -87,10 +95,10 @@ class TokenizerTask:
         optimizer = self.config.optimizer
         return optimizer.lr if optimizer.discriminator_lr is None else optimizer.discriminator_lr
 
-    def _adam(self, module: nn.Module, lr: float) -> torch.optim.Optimizer:
+    def _adam(self, parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
         optimizer = self.config.optimizer
         return torch.optim.AdamW(
-            module.parameters(),
+            parameters,
             lr=lr,
             betas=tuple(optimizer.betas),
             eps=optimizer.epsilon,
@@ -133,10 +141,13 @@ class TokenizerTask:
                 last = i == len(micro_batches) - 1
                 logits_mean += self._discriminator_backward(images_bchw, output, last, scalars) / len(micro_batches)
         if self.entropy_temperature is not None:
-            average_k = mean_over_ranks(average_k)
+            # A shard's average is that of all its group's tokens already.
+            average_k = mean_over_ranks(average_k, self.groups.replicas)
         if discriminator_on:
             scalars.set("lr/discriminator", factor * self.discriminator_lr)
-            scalars.set("grad_norm/discriminator", self.discriminator.step(factor * self.discriminator_lr))
+            norm = self.discriminator.grad_norm()
+            scalars.set("grad_norm/discriminator", norm)
+            self.discriminator.step(factor * self.discriminator_lr, clip_scale(norm, config.trainer.gradient_clip_norm))
             self.lecam.update(*mean_over_ranks(logits_mean))
 
         # Pass 2: the generator learns, against the updated discriminator.
@@ -145,12 +156,22 @@ class TokenizerTask:
                 output = self._generate(images_bchw)
             loss = self._generator_loss(images_bchw, output, average_k, adversarial, scalars)
             self.generator.backward(loss, last=i == len(micro_batches) - 1)
-            self.usage.update(output.quantized.index_bhw)
+            self.health.update(output.quantized.index_bhw, step)
+            self.features_nd = output.quantized.features_nd
         scalars.set("lr/generator", factor * config.optimizer.lr)
-        scalars.set("grad_norm/generator", self.generator.step(factor * config.optimizer.lr))
+        norm = torch.stack([self.generator.grad_norm(), self.codebook.grad_norm()]).norm()
+        scalars.set("grad_norm/generator", norm)
+        for engine in (self.generator, self.codebook):
+            engine.step(factor * config.optimizer.lr, clip_scale(norm, config.trainer.gradient_clip_norm))
         if self.ema:
             self.ema.update(self.tokenizer, step)
         return scalars.values
+
+    def read_health(self, step: int) -> dict[str, float]:
+        """The codebook's health after step ``step`` (from 0); all ranks call together."""
+        codes_kd = self.tokenizer.quantize.embedding.weight
+        distance = feature_distance(self.features_nd, codes_kd, self.groups.shard)
+        return {**self.health.read(step), "feature_distance": distance}
 
     def _autocast(self):
         bf16 = self.config.trainer.precision == "bf16"
@@ -158,7 +179,7 @@ class TokenizerTask:
 
     def _generate(self, images_bchw: Tensor) -> TokenizerOutput:
         with self._autocast():
-            output = self.generator(images_bchw, self.entropy_temperature)
+            output = self.tokenizer(images_bchw, self.entropy_temperature)
         return output._replace(reconstruction_bchw=output.reconstruction_bchw.float())
 
     def _discriminator_backward(self, images_bchw: Tensor, output: TokenizerOutput, last: bool, scalars) -> Tensor:
@@ -244,13 +265,16 @@ class TokenizerTask:
 
     def save(self, folder: Path) -> None:
         """All ranks write this task's part of a checkpoint into an existing folder."""
+        states = {"tokenizer": self.tokenizer.state_dict()}
+        if self.ema:
+            states["tokenizer_ema"] = dict(self.ema.state_dict())
+        for name, state in states.items():
+            self.codebook.save_rows(folder, name, {CODEBOOK: state.pop(CODEBOOK)})
+            if self.world.is_main:
+                save_file({k: v.contiguous() for k, v in state.items()}, folder / f"{name}.safetensors")
         if self.world.is_main:
-            save_file(
-                {k: v.contiguous() for k, v in self.tokenizer.state_dict().items()}, folder / "tokenizer.safetensors"
-            )
-            if self.ema:
-                save_file(self.ema.state_dict(), folder / "tokenizer_ema.safetensors")
             save_file(self.lecam.state_dict(), folder / "lecam.safetensors")
+            save_file(self.health.state_dict(), folder / "codebook_health.safetensors")
             if self.discriminator:
                 save_file(self.discriminator.module.state_dict(), folder / "discriminator.safetensors")
         for name, engine in self._engines().items():
@@ -259,17 +283,18 @@ class TokenizerTask:
 
     def load(self, folder: Path) -> None:
         """All ranks restore what `save` wrote."""
-        self.tokenizer.load_state_dict(load_file(folder / "tokenizer.safetensors"))
+        self.tokenizer.load_state_dict(load_weights(folder, "tokenizer", *self.codebook.rows))
         self.lecam.load_state_dict(load_file(folder / "lecam.safetensors"))
+        self.health.load_state_dict(load_file(folder / "codebook_health.safetensors"))
         if self.ema:
-            self.ema.load_state_dict(load_file(folder / "tokenizer_ema.safetensors"))
+            self.ema.load_state_dict(load_weights(folder, "tokenizer_ema", *self.codebook.rows))
         if self.discriminator:
             self.discriminator.module.load_state_dict(load_file(folder / "discriminator.safetensors"))
         for name, engine in self._engines().items():
             engine.load(folder / name)
 
     def _engines(self) -> dict:
-        engines = {"generator": self.generator, "discriminator": self.discriminator}
+        engines = {"generator": self.generator, "codebook": self.codebook, "discriminator": self.discriminator}
         return {name: engine for name, engine in engines.items() if engine}
 
 

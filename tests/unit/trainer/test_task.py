@@ -88,9 +88,9 @@ def watch(engine, look):
     """Calls ``look()`` just before each update of the engine; returns the list of what it gave."""
     seen, step = [], engine.step
 
-    def watched(lr):
+    def watched(*arguments):
         seen.append(look())
-        return step(lr)
+        return step(*arguments)
 
     engine.step = watched
     return seen
@@ -379,7 +379,7 @@ def test_a_step_does_not_depend_on_how_its_batch_is_cut(build, kind):
     assert whole_scalars.keys() == parts_scalars.keys()
     for name, value in whole_scalars.items():
         assert float(parts_scalars[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-6), name
-    assert torch.equal(whole_task.usage.counts_k, parts_task.usage.counts_k)
+    assert torch.equal(whole_task.health.recent.counts_k, parts_task.health.recent.counts_k)
     assert whole_task.usage.token_count() == 8 * 16
 
 
@@ -410,7 +410,9 @@ def test_clipping_bounds_the_update_and_logs_the_norm_before_it(build):
     for clip in (None, 1e-3):
         task = build(trainer__gradient_clip_norm=clip, loss__generator__weight=0.0)
         original = [p.detach().clone() for p in task.tokenizer.parameters()]
-        task.generator.optimizer = torch.optim.SGD(task.tokenizer.parameters(), lr=1.0)
+        for engine in (task.generator, task.codebook):  # one norm for both
+            parameters = [p for group in engine.optimizer.param_groups for p in group["params"]]
+            engine.optimizer = torch.optim.SGD(parameters, lr=1.0)
         scalars = task.step([images()], 0)
         moved = torch.stack([(p - o).norm() for p, o in zip(task.tokenizer.parameters(), original, strict=True)]).norm()
         norms.append((float(scalars["grad_norm/generator"]), moved.item() / 1e-3))
@@ -507,10 +509,10 @@ def test_saved_and_loaded_it_goes_on_bit_for_bit(build, tmp_path, norm):
     resumed.load(tmp_path)
 
     def compare():
-        for part in ("tokenizer", "lecam", "ema"):
+        for part in ("tokenizer", "lecam", "ema", "health"):
             assert equal(getattr(task, part).state_dict(), getattr(resumed, part).state_dict()), part
         assert equal(task.discriminator.module.state_dict(), resumed.discriminator.module.state_dict())
-        for engine in ("generator", "discriminator"):
+        for engine in ("generator", "codebook", "discriminator"):
             expected = optimizer_tensors(getattr(task, engine))
             assert expected and equal(expected, optimizer_tensors(getattr(resumed, engine))), engine
 
