@@ -139,7 +139,8 @@ def load_tokenizer(source: str | Path, weights: str = "ema") -> Tokenizer:
     except (OmegaConfBaseException, yaml.YAMLError, KeyError, TypeError, ValueError, OSError) as error:
         raise ModelError(f"{run / 'config.yaml'} describes no tokenizer ({_first_line(error)})") from error
     try:
-        tokenizer.load_state_dict(load_weights(checkpoint, file.stem, 0, tokenizer.config.codebook_size), strict=True)
+        codes = tokenizer.config.codebook_size
+        tokenizer.load_state_dict(load_weights(checkpoint, file.stem, 0, codes, codes), strict=True)
     except (SafetensorError, RuntimeError, OSError) as error:
         raise ModelError(f"{file} does not hold the weights of {run / 'config.yaml'} ({_first_line(error)})") from error
     return tokenizer.eval()
@@ -150,12 +151,14 @@ def load_tokenizer(source: str | Path, weights: str = "ema") -> Tokenizer:
 CODEBOOK = "quantize.embedding.weight"
 
 
-def load_weights(folder: Path, name: str, start: int, stop: int) -> dict[str, Tensor]:
-    """A tokenizer's state dict with rows ``[start, stop)`` of the codebook: ``tokenizer`` or ``tokenizer_ema``."""
+def load_weights(folder: Path, name: str, start: int, stop: int, codes: int) -> dict[str, Tensor]:
+    """The state dict ``tokenizer`` or ``tokenizer_ema`` of a checkpoint, with rows ``[start, stop)`` of ``codes``."""
     state = load_file(folder / f"{name}.safetensors")
     if CODEBOOK in state:  # one file that holds everything
+        if len(state[CODEBOOK]) != codes:
+            raise ModelError(f"{folder / name}.safetensors holds {len(state[CODEBOOK])} codes, not {codes}")
         return {**state, CODEBOOK: state[CODEBOOK][start:stop].clone()}
-    return {**state, CODEBOOK: codebook_rows(folder, name, CODEBOOK, start, stop)}
+    return {**state, CODEBOOK: codebook_rows(folder, name, CODEBOOK, start, stop, codes)}
 
 
 def codebook_rows_file(folder: Path, name: str, start: int, stop: int) -> Path:
@@ -180,11 +183,14 @@ def codebook_rows_files(folder: Path, name: str) -> list[tuple[int, int, Path]]:
     return files
 
 
-def codebook_rows(folder: Path, name: str, key: str, start: int, stop: int) -> Tensor:
-    """Rows ``[start, stop)`` of tensor ``key``, from the files of however many shards; ModelError without them."""
+def codebook_rows(folder: Path, name: str, key: str, start: int, stop: int, codes: int) -> Tensor:
+    """Rows ``[start, stop)`` of a tensor of ``codes`` rows, from the files of however many shards.
+
+    Raises ModelError where they do not hold that many.
+    """
     files = codebook_rows_files(folder, name)
-    if stop > files[-1][1]:
-        raise ModelError(f"{folder} holds {files[-1][1]} codes, and codes up to {stop} are asked for")
+    if files[-1][1] != codes:
+        raise ModelError(f"{folder} holds {name} of {files[-1][1]} codes, not {codes}")
     parts = []
     for first, last, path in files:
         if first < stop and start < last:

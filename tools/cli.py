@@ -6,8 +6,8 @@ from typing import Annotated
 
 import typer
 
+from tools import bench, evaluate, reconstruct, shards
 from tools import doctor as doctor_tool
-from tools import evaluate, reconstruct, shards
 
 # Each is the package's one exception for mistakes of the user. They are compared without importing the packages: an
 # exception whose package was never imported cannot have been raised.
@@ -101,6 +101,7 @@ def doctor() -> None:
 app.command()(reconstruct.reconstruct)
 app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(shards.app, name="shards")
+app.add_typer(bench.app, name="bench")
 
 
 def main(arguments: list[str] | None = None) -> None:

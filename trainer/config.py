@@ -36,6 +36,8 @@ class TrainerConfig:
     # Images per rank and forward. None: the whole of a rank's share at once; less accumulates gradients.
     micro_batch_size: int | None = None
     precision: str = "bf16"
+    # On CUDA, fp32 products by TF32 (10 bits of mantissa), the quantizer's among them: faster, and coarser.
+    tf32: bool = False
     device: str = "auto"
     compile: bool = False
     gradient_clip_norm: float | None = None

@@ -15,6 +15,7 @@ from torchvision.utils import make_grid, save_image
 
 import data
 from data import EvaluationImage, evaluation_images, merge_states, train_batches
+from model_zoo import ModelError
 from trainer import TrainerError
 from trainer.checkpoint import latest_checkpoint, load_state, save_checkpoint
 from trainer.config import Config, load_recipe, load_run_config, save_config
@@ -27,7 +28,7 @@ from trainer.telemetry import Telemetry, metric_lines
 PICTURES = 8  # validation images whose reconstructions are shown as training goes
 LOADING_ERRORS = (  # what damaged or unfitting files raise in torch, safetensors and DeepSpeed
     *(OSError, RuntimeError, KeyError, ValueError, AssertionError, AttributeError, TypeError, EOFError),
-    *(pickle.UnpicklingError, SafetensorError),
+    *(pickle.UnpicklingError, SafetensorError, ModelError),
 )
 WATCHED = ("loss/total", "grad_norm/generator", "grad_norm/discriminator")  # training ends where one is not finite
 
@@ -96,6 +97,7 @@ def _train(config: Config, resume: bool) -> Path:
         if start >= config.trainer.max_steps:
             raise TrainerError(f"{config.run} is at step {start} already; go on with trainer.max_steps={2 * start}")
     world = start_world(config.trainer.device)
+    torch.set_float32_matmul_precision("high" if config.trainer.tf32 else "highest")
     try:
         micro_batch_size, micro_batches = plan_batch(config, world)
         task = TokenizerTask(config, world, micro_batch_size, micro_batches)
@@ -218,8 +220,9 @@ def describe(config: Config, world: World, task: TokenizerTask, run: Path, start
     model = config.model
     sharded = f", codebook over {config.codebook_parallel}" if config.codebook_parallel > 1 else ""
     batch = f"{world.size} x {engine.micro_batches} x {engine.micro_batch_size} images a step"
+    rule = model.quantizer + (f" {task.impl()}" if task.tokenizer.quantize.soft_assignment else "")
     return (
-        f"{run}: {millions:.2f}M parameters, {model.codebook_size} codes of {model.code_dim}, "
+        f"{run}: {millions:.2f}M parameters, {model.codebook_size} codes of {model.code_dim} ({rule}), "
         f"{world.size} x {world.device.type} ({kind}, {config.trainer.precision}{sharded}), "
         f"{batch}, steps {start + 1} to {config.trainer.max_steps}"
     )

@@ -3,10 +3,13 @@
 from model_zoo.ops.chunked import nearest_code
 from model_zoo.ops.codebook_parallel import CodebookShard, lookup_code, sum_over_shards
 from model_zoo.ops.index_backprop import IndexBackprop, average_entropy, fastest_impl, index_backprop
+from model_zoo.ops.tiled import Settings, SkipStats
 
 __all__ = [
     "CodebookShard",
     "IndexBackprop",
+    "Settings",
+    "SkipStats",
     "average_entropy",
     "fastest_impl",
     "index_backprop",

@@ -25,6 +25,7 @@ TILE_CPU = (1024, 256)
 TILE_CUDA = (8192, 2048)
 
 
+@torch.compiler.disable
 @torch.no_grad()
 def nearest_code(
     z_nd: Tensor,
@@ -166,10 +167,10 @@ class ChunkedSweeps(Sweeps):
 
     def _soft(self, tile: "Tile", live: "Live", max_n: Tensor, soft: SoftGradient, scratch: "Scratch") -> Tensor:
         at, shape = tile.tokens, (live.count, tile.shape[1])
-        exp = torch.mm(live.of(self.z_nd[at]), tile.codes_td.T, out=scratch(0, shape))
-        exp.sub_(live.of(max_n[at])[:, None]).exp_()
+        p = torch.mm(live.of(self.z_nd[at]), tile.codes_td.T, out=scratch(0, shape))
+        p.sub_(live.of(max_n[at])[:, None]).exp_().div_(live.of(soft.sum_n[at])[:, None])
         slope = torch.mm(live.of(soft.grad_nd[at]), tile.codes_td.T, out=scratch(1, shape))
-        return slope.sub_(live.of(soft.grad_output_n[at])[:, None]).mul_(exp)
+        return slope.sub_(live.of(soft.grad_output_n[at])[:, None]).mul_(p)
 
     def _entropy(self, tile: "Tile", live: "Live", max_n: Tensor, entropy: EntropyGradient, scratch: "Scratch"):
         at, assignment = tile.tokens, entropy.assignment

@@ -146,11 +146,13 @@ class Exchange(Alone):
         return _ScatterSum.apply(code_nd.masked_fill(~mine_n[:, None], 0), self)  # a sum with zeros: exact
 
 
+@torch.compiler.disable
 def exchange(z_nd: Tensor, codebook_kd: Tensor, shard: CodebookShard | None) -> Alone:
     """What the ranks of ``shard`` tell each other in one call. ModelError on all of them where the parts do not fit."""
     return Alone(z_nd, codebook_kd) if shard is None else Exchange(z_nd, codebook_kd, shard)
 
 
+@torch.compiler.disable
 def lookup_code(index_n: Tensor, codebook_kd: Tensor, shard: CodebookShard | None = None) -> Tensor:
     """Code vectors ``(n, D)`` of int64 codes ``(n,)``, differentiable in the codebook: its chosen codes get gradients.
 
@@ -162,6 +164,7 @@ def lookup_code(index_n: Tensor, codebook_kd: Tensor, shard: CodebookShard | Non
     return ranks.lookup(codebook_kd, ranks.gather(index_n))
 
 
+@torch.compiler.disable
 def sum_over_shards(value: Tensor, shard: CodebookShard | None) -> Tensor:
     """The sum of a tensor over the shard's group, differentiable: so that a sum over codes is one over all codes."""
     return value if shard is None else _SumOverShards.apply(value, shard.group)

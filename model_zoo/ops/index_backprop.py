@@ -1,12 +1,15 @@
 """Index backpropagation: the public operation of the IBQ quantizer (arXiv 2412.02692, Algorithm 1)."""
 
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from torch import Tensor
 
 from model_zoo import ModelError
 from model_zoo.ops.codebook_parallel import CodebookShard, exchange, sum_over_shards
+
+if TYPE_CHECKING:
+    from model_zoo.ops.tiled import Settings
 
 # Inside the logarithm of the average entropy, as in the published training: it bounds the gradient
 # -(log(a + eps) + a / (a + eps)) of codes that nobody uses.
@@ -58,6 +61,7 @@ def index_backprop(
     impl: str = "auto",
     entropy_temperature: float | None = 0.01,
     shard: CodebookShard | None = None,
+    settings: "Settings | None" = None,
 ) -> IndexBackprop:
     """Quantizes ``z_nd`` (tokens x D) by ``codebook_kd`` (K x D): hard codes forward, softmax gradient backward.
 
@@ -68,6 +72,7 @@ def index_backprop(
     shard: where the codebook is spread over ranks, the part that is here; all ranks of its group call together, each
         with its own tokens. The result is that of one process with all their tokens and codes, and the gradients are
         those of the sum of the ranks' losses.
+    settings: tiles, and what is skipped of them (`model_zoo.ops.Settings`); ``dense`` has none.
 
     Raises ModelError for shapes that do not fit, shards that make no codebook, features that are not finite (on all
     ranks of a shard's group at once), or an ``impl`` that is unknown or cannot take these operands.
@@ -75,7 +80,7 @@ def index_backprop(
     # They need the types above.
     from model_zoo.ops.chunked import ChunkedSweeps
     from model_zoo.ops.dense import index_backprop_dense
-    from model_zoo.ops.tiled import index_backprop_tiled
+    from model_zoo.ops.tiled import Settings, index_backprop_tiled
 
     if shard is None and (z_nd.ndim != 2 or codebook_kd.ndim != 2 or z_nd.shape[1] != codebook_kd.shape[1]):
         raise ModelError(
@@ -94,9 +99,19 @@ def index_backprop(
         from model_zoo.ops.triton_sweeps import TritonSweeps as sweeps  # triton is there on Linux only
     else:
         raise ModelError(f"unknown impl {impl!r}: choose one of auto, dense, chunked, triton")
-    return index_backprop_tiled(z_nd, codebook_kd, entropy_temperature, sweeps=sweeps, shard=shard)
+    return index_backprop_tiled(
+        z_nd, codebook_kd, entropy_temperature, sweeps=sweeps, shard=shard, settings=settings or Settings()
+    )
 
 
 def fastest_impl(z_nd: Tensor, codebook_kd: Tensor, shard: CodebookShard | None = None) -> str:
     """The name that ``impl="auto"`` stands for with these operands."""
+    if z_nd.is_cuda:
+        try:
+            from model_zoo.ops.triton_sweeps import suits
+        except ImportError:  # there is no Triton for this system
+            pass
+        else:
+            if suits(z_nd, codebook_kd):
+                return "triton"
     return "chunked" if shard is not None or len(z_nd) * len(codebook_kd) >= CHUNKED_FROM else "dense"

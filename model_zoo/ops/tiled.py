@@ -80,10 +80,11 @@ class Assignment(NamedTuple):
 
 
 class SoftGradient(NamedTuple):
-    """The soft assignment's part, ``dl = exp(l - m) (grad_nd C^T - grad_output_n)``: g and g . o, both over sum_n."""
+    """The soft assignment's part, ``dl = exp(l - m) / sum_n (grad_nd C^T - grad_output_n)``, for g and g . o."""
 
     grad_nd: Tensor
     grad_output_n: Tensor
+    sum_n: Tensor
 
 
 class EntropyGradient(NamedTuple):
@@ -155,6 +156,7 @@ class Sweeps(ABC):
         return temperature * math.log(self.codes / torch.finfo(accumulation_dtype(self.z_nd)).eps)
 
 
+@torch.compiler.disable
 def index_backprop_tiled(
     z_nd: Tensor,
     codebook_kd: Tensor,
@@ -162,7 +164,7 @@ def index_backprop_tiled(
     *,
     sweeps: type[Sweeps],
     shard: CodebookShard | None = None,
-    settings: Settings = Settings(),  # noqa: B008 (a tuple)
+    settings: Settings,
 ) -> IndexBackprop:
     """`index_backprop` by ``sweeps``; the entropies come in the sums' type. Not differentiable twice."""
     with_gradient = torch.is_grad_enabled() and (z_nd.requires_grad or codebook_kd.requires_grad)
@@ -204,8 +206,7 @@ class _IndexBackprop(torch.autograd.Function):
         with torch.autocast(z_nd.device.type, enabled=False):
             if grad_quantized_nd is not None:
                 grad_nd = accumulation(ranks.gather(grad_quantized_nd))
-                scaled_nd = grad_nd / rows.sum_n[:, None]
-                soft = SoftGradient(scaled_nd, ranks.sum_((scaled_nd * rows.output_nd).sum(dim=1)))
+                soft = SoftGradient(grad_nd, ranks.sum_((grad_nd * rows.output_nd).sum(dim=1)), rows.sum_n)
                 hard = HardGradient(rows.index_n - ranks.start, grad_nd)
             if grad_code_nd is not None:
                 grad_nd = accumulation(ranks.gather(grad_code_nd))

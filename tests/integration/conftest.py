@@ -16,6 +16,8 @@ import pytest
 from safetensors.torch import load_file
 from torch import Tensor
 
+from model_zoo.tokenizer import CODEBOOK, codebook_rows, codebook_rows_files
+
 ROOT = Path(__file__).resolve().parents[2]
 TIMEOUT_SECONDS = 300  # DeepSpeed compiles its CPU collectives once on a machine, which alone may take a minute
 WEIGHT_FILES = ("tokenizer", "tokenizer_ema", "discriminator", "lecam")
@@ -59,6 +61,15 @@ RUNS = {
     "start": Run(1, {"trainer.max_steps": 1, "optimizer.lr": 0}),
     "stopped": Run(1, {"trainer.max_steps": 10, "trainer.checkpoint_every_steps": 10}),
     "vq": Run(1, {"model.quantizer": "vq"}),
+    "vq, shards": Run(2, {"model.quantizer": "vq", "codebook_parallel": 2}),
+    "shards": Run(2, {"codebook_parallel": 2}),
+    "shards, replicas, accumulating": Run(4, {"codebook_parallel": 2, "trainer.micro_batch_size": 1}),
+    "zero2, shards": deepspeed("zero2", {"codebook_parallel": 2}),
+    # Small enough to clip at every step: by the norm of codebook and rest together, whoever holds them.
+    "clipped": Run(1, {"trainer.gradient_clip_norm": 0.05}),
+    "clipped, shards": Run(2, {"trainer.gradient_clip_norm": 0.05, "codebook_parallel": 2}),
+    "clipped, zero0, shards": deepspeed("zero0", {"trainer.gradient_clip_norm": 0.05, "codebook_parallel": 2}),
+    "clipped, zero2, shards": deepspeed("zero2", {"trainer.gradient_clip_norm": 0.05, "codebook_parallel": 2}),
     "compiled": Run(1, {"trainer.max_steps": 2, "trainer.compile": "true"}),
 }
 
@@ -80,14 +91,15 @@ class Launch:
 
     def __init__(self, cache: Path):
         self.environment = {**os.environ, "IBQ_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
+        self.environment.pop("TRITON_INTERPRET", None)  # tests/conftest.py sets it; a user's process has none
 
     def ibq(self, *arguments, **environment) -> Finished:
         """`ibq ARGUMENTS`."""
         return self._finish(self.start("tools.cli", *arguments, **environment))
 
-    def torchrun(self, *arguments) -> Finished:
-        """`torchrun --nproc-per-node 2 -m trainer ARGUMENTS` on a free port."""
-        launcher = "torch.distributed.run", "--nproc-per-node", "2", "--standalone", "-m", "trainer"
+    def torchrun(self, *arguments, processes: int = 2) -> Finished:
+        """`torchrun --nproc-per-node PROCESSES -m trainer ARGUMENTS` on a free port."""
+        launcher = "torch.distributed.run", "--nproc-per-node", processes, "--standalone", "-m", "trainer"
         return self._finish(self.start(*launcher, *arguments))
 
     def start(self, module: str, *arguments, **environment) -> subprocess.Popen:
@@ -139,7 +151,9 @@ class Runs:
     def _train(self, name: str) -> Finished:
         processes, changes = RUNS[name]
         arguments = "debug", f"run={self._place(name)}", *settings(changes)
-        return self.launch.ibq("train", *arguments) if processes == 1 else self.launch.torchrun(*arguments)
+        if processes == 1:
+            return self.launch.ibq("train", *arguments)
+        return self.launch.torchrun(*arguments, processes=processes)
 
 
 def settings(changes: dict | None = None) -> list[str]:
@@ -152,6 +166,16 @@ class Difference(NamedTuple):
 
     whole: float
     worst: float
+
+
+def weights(checkpoint: Path, name: str) -> dict[str, Tensor]:
+    """A checkpoint's tensors of that name; the codebook's rows put together from its shards' files."""
+    state = load_file(checkpoint / f"{name}.safetensors")
+    if name.startswith("tokenizer"):
+        assert CODEBOOK not in state  # whose rows are nowhere but in the shards' files
+        codes = codebook_rows_files(checkpoint, name)[-1][1]
+        state[CODEBOOK] = codebook_rows(checkpoint, name, CODEBOOK, 0, codes, codes)
+    return state
 
 
 def _difference(expected: dict[str, Tensor], actual: dict[str, Tensor]) -> Difference:
@@ -188,8 +212,7 @@ def differences() -> Callable[[Path, Path], dict[str, Difference]]:
     """`differences(expected, actual)`: of two checkpoint folders, for each file of weights."""
 
     def compare(expected: Path, actual: Path) -> dict[str, Difference]:
-        files = [f"{name}.safetensors" for name in WEIGHT_FILES]
-        return {file: _difference(load_file(expected / file), load_file(actual / file)) for file in files}
+        return {name: _difference(weights(expected, name), weights(actual, name)) for name in WEIGHT_FILES}
 
     return compare
 

@@ -1,5 +1,7 @@
 """Five steps on any number of processes, by any engine, with or without accumulation, are one process's five steps."""
 
+import itertools
+
 import pytest
 
 STEPS = 5
@@ -12,12 +14,20 @@ LOSS_TOLERANCE = 1e-4
 OTHERS = [
     *("one, accumulating", "replicated", "zero0", "zero0, accumulating"),
     *("zero1", "zero1, one process", "zero2", "zero2, accumulating"),
+    *("shards", "shards, replicas, accumulating", "zero2, shards"),
+]
+# (expected, actual): other recipes than the first one's.
+PAIRS = [
+    ("vq", "vq, shards"),
+    ("clipped", "clipped, shards"),
+    ("clipped", "clipped, zero0, shards"),
+    ("clipped", "clipped, zero2, shards"),
 ]
 
 
 @pytest.fixture(scope="module", autouse=True)
 def all_started(runs):
-    runs.start("one", "start", "adaptive", "zero2, adaptive", *OTHERS)
+    runs.start("one", "start", "adaptive", "zero2, adaptive", *OTHERS, *itertools.chain(*PAIRS))
 
 
 @pytest.mark.parametrize("name", OTHERS)
@@ -25,6 +35,18 @@ def test_weights_equal_those_of_one_process(runs, differences, name):
     for file, difference in differences(runs["one"] / CHECKPOINT, runs[name] / CHECKPOINT).items():
         assert difference.whole < TOLERANCE, file
         assert difference.worst < TENSOR_TOLERANCE, file
+
+
+@pytest.mark.parametrize("pair", PAIRS, ids=" = ".join)
+def test_sharded_codebooks_equal_whole_ones_also_with_vq_and_clipping(runs, differences, read_metrics, pair):
+    expected, actual = (runs[name] for name in pair)
+    for file, difference in differences(expected / CHECKPOINT, actual / CHECKPOINT).items():
+        assert difference.whole < TOLERANCE, file
+    lines = [[line for line in read_metrics(run) if "loss/total" in line] for run in (expected, actual)]
+    norms = [[line["grad_norm/generator"] for line in of_run] for of_run in lines]
+    assert norms[1] == pytest.approx(norms[0], rel=LOSS_TOLERANCE)
+    if "clipped" in pair:
+        assert min(norms[0]) > 0.05  # so that every step was clipped
 
 
 def test_the_adaptive_weight_is_that_of_all_processes(runs, differences, read_metrics):
@@ -52,7 +74,7 @@ def test_scalars_equal_those_of_one_process(runs, read_metrics, name):
 @pytest.mark.parametrize("file", ["tokenizer", "tokenizer_ema", "discriminator"])
 def test_training_moves_the_weights_by_far_more_than_the_tolerance(runs, differences, file):
     moved = differences(runs["start"] / "checkpoints/step_00000001", runs["one"] / CHECKPOINT)
-    assert moved[f"{file}.safetensors"].whole > 1e-3 > 10 * TOLERANCE
+    assert moved[file].whole > 1e-3 > 10 * TOLERANCE
 
 
 def test_one_step_more_is_told_apart(runs, differences):
@@ -67,6 +89,17 @@ def test_every_process_holds_its_own_part_of_the_optimizer(runs):
         assert len(parts) == 2
 
 
+def test_every_process_writes_its_own_codes(runs):
+    for name in ("shards", "zero2, shards"):
+        for folder, kinds in ((CHECKPOINT, ("tokenizer", "tokenizer_ema")), (f"{CHECKPOINT}/codebook", ("optimizer",))):
+            for kind in kinds:
+                files = sorted(path.name for path in (runs[name] / folder).glob(f"{kind}.codebook_*"))
+                assert files == [
+                    f"{kind}.codebook_000000000_000000128.safetensors",
+                    f"{kind}.codebook_000000128_000000256.safetensors",
+                ]
+
+
 def test_accumulation_and_processes_are_really_there(runs):
     """The runs compared above are not by mistake one and the same."""
     said = {name: runs.started[name].result().err for name in OTHERS}
@@ -77,3 +110,5 @@ def test_accumulation_and_processes_are_really_there(runs):
     assert "2 x 1 x 4 images a step" in said["zero2"]
     assert "2 x 2 x 2 images a step" in said["zero2, accumulating"]
     assert "1 x 4 x 2 images a step" in said["one, accumulating"]
+    assert "4 x cpu (replicated, fp32, codebook over 2), 4 x 2 x 1 images" in said["shards, replicas, accumulating"]
+    assert "2 x cpu (deepspeed zero2, fp32, codebook over 2)" in said["zero2, shards"]

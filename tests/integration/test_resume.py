@@ -7,7 +7,15 @@ from pathlib import Path
 
 import pytest
 
-WEIGHTS = [f"{name}.safetensors" for name in ("tokenizer", "tokenizer_ema", "discriminator", "lecam")]
+from model_zoo.tokenizer import codebook_rows
+
+WEIGHTS = [
+    *(f"{name}.safetensors" for name in ("tokenizer", "tokenizer_ema", "discriminator", "lecam", "codebook_health")),
+    *(
+        f"{name}.codebook_000000000_000000256.safetensors"
+        for name in ("tokenizer", "tokenizer_ema", "codebook/optimizer")
+    ),
+]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -101,6 +109,34 @@ def test_replicated_goes_on_with_another_number_of_processes(runs, launch, diffe
         assert difference.whole < 1e-5, file
 
 
+def test_a_sharded_codebook_goes_on_over_any_number_of_processes(launch, differences, debug_settings, tmp_path):
+    """1 -> 2 -> 4 -> 3 -> 1, a step each, with uneven shards, is one process's five steps: weights, EMA and moments."""
+    changes = {"trainer.global_batch_size": 12, "trainer.checkpoint_every_steps": 1, "model.codebook_size": 250}
+    # With this seed no logit of the discriminator lies on the hinge's kink, where rounding becomes a gradient.
+    changes["seed"] = 1
+    unbroken, chain = tmp_path / "unbroken", tmp_path / "chain"
+    finished = [
+        launch.ibq("train", "debug", f"run={unbroken}", *debug_settings(changes)),
+        launch.ibq("train", "debug", f"run={chain}", *debug_settings({**changes, "trainer.max_steps": 1})),
+    ]
+    for step, ranks in ((2, 2), (3, 4), (4, 3)):
+        arguments = "--resume", chain, f"codebook_parallel={ranks}", f"trainer.max_steps={step}"
+        finished.append(launch.torchrun(*arguments, processes=ranks))
+    finished.append(launch.ibq("resume", chain, "codebook_parallel=1", "trainer.max_steps=5"))
+    for one in finished:
+        assert one.status == 0, one.err
+    checkpoints = [run / "checkpoints/step_00000005" for run in (unbroken, chain)]
+    for name, difference in differences(*checkpoints).items():
+        assert difference.whole < 1e-5, name
+    for moment in ("exp_avg", "exp_avg_sq"):
+        first, second = (codebook_rows(c / "codebook", "optimizer", moment, 0, 250, 250) for c in checkpoints)
+        assert (first - second).norm() < 1e-4 * first.norm()
+    written = sorted((chain / "checkpoints/step_00000004").glob("tokenizer_ema.codebook_*"))
+    assert [path.name.split("_", 2)[2] for path in written] == [
+        *("000000000_000000084.safetensors", "000000084_000000167.safetensors", "000000167_000000250.safetensors"),
+    ]
+
+
 def test_deepspeed_refuses_another_number_of_processes(launch, fingerprint, copy_of):
     run = copy_of("zero1", step=5)
     before = fingerprint(run)
@@ -148,6 +184,9 @@ def test_other_data_is_refused(ibq_here, assert_refused, fingerprint, copy_of):
         ("generator/optimizer.pt", b""),
         ("generator/optimizer.pt", b"no pickle at all"),
         ("discriminator.safetensors", b"cut"),
+        ("tokenizer.codebook_000000000_000000256.safetensors", b"cut"),
+        ("tokenizer_ema.codebook_000000010_000000256.safetensors", b"another one that begins in the middle"),
+        ("codebook/optimizer.codebook_000000256_000000300.safetensors", b"more codes than there are"),
         ("state.json", b""),
         ("state.json", b"[]"),
         ("state.json", b"{}"),

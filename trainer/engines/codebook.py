@@ -14,13 +14,15 @@ class Codebook(Replicated):
     """A quantizer whose codebook is spread over ``groups.shard``, with copies among ``groups.replicas``.
 
     The gradients that a sharded quantizer gives are those of the sum of its group's losses; so a sum over the replicas,
-    divided by the number of all ranks, is the gradient of the mean loss. The optimiser must be Adam's kind, with one
-    parameter: its moments are saved by rows, and any number of ranks can go on from them. Backward is the generator's.
+    divided by the number of all ranks, is the gradient of the mean loss. Backward is the generator's.
+
+    codes: how many the whole codebook has. The optimiser must be of Adam's kind, with one parameter: its moments are
+    saved by rows, and any number of ranks can go on from them.
     """
 
-    def __init__(self, quantizer, optimizer, groups: CodebookGroups, **batch):
+    def __init__(self, quantizer, optimizer, codes: int, groups: CodebookGroups, **batch):
         super().__init__(quantizer, optimizer, **batch)
-        self.groups, self.replicas = groups, groups.replicas
+        self.codes, self.groups, self.replicas = codes, groups, groups.replicas
         self.weight = quantizer.embedding.weight
 
     @property
@@ -52,7 +54,8 @@ class Codebook(Replicated):
         first = load_file(codebook_rows_files(folder, "optimizer")[0][2])
         state = {}
         for key, value in first.items():  # `step` is one number, the moments have a row for each code
-            state[key] = value if value.ndim == 0 else codebook_rows(folder, "optimizer", key, *self.rows)
+            whole = value.ndim == 0
+            state[key] = value if whole else codebook_rows(folder, "optimizer", key, *self.rows, self.codes)
         packed = self.optimizer.state_dict()
         packed["state"] = {0: state} if state else {}
         self.optimizer.load_state_dict(packed)

@@ -44,9 +44,11 @@ def load_deepspeed_config(name: str, *, micro_batch_size: int, micro_batches: in
         "gradient_accumulation_steps": micro_batches,
         "train_batch_size": micro_batch_size * micro_batches * torch.distributed.get_world_size(),
     }
-    # The norm is that of all of the generator's parameters, and DeepSpeed knows nothing of the codebook.
-    if config.pop("gradient_clipping", "auto") != "auto":
+    # The norm to clip by is that of all of the generator's parameters, and DeepSpeed knows nothing of the codebook: the
+    # task clips. Left out, DeepSpeed's own default would be 1.
+    if config.get("gradient_clipping", "auto") != "auto":
         raise TrainerError(f'{path}: write "auto" for "gradient_clipping"; trainer.gradient_clip_norm decides')
+    config["gradient_clipping"] = 0.0
     for key, value in recipe.items():
         if config.get(key, "auto") == "auto":
             config[key] = value

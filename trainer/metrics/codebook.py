@@ -4,8 +4,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from model_zoo.ops import CodebookShard
-
 
 class CodebookUsage:
     """Counts how often each code was chosen, over any number of batches.
@@ -84,7 +82,7 @@ class CodebookHealth:
         self.recent.reset()
         if dist.is_initialized():
             dist.all_reduce(self.last_step_k, dist.ReduceOp.MAX)
-        used = int((self.last_step_k > step - self.window_steps).sum())
+        used = int((self.last_step_k > max(step - self.window_steps, -1)).sum())
         usage = used / len(self.last_step_k)
         self.alarm = None
         if step + 1 >= self.window_steps:
@@ -116,21 +114,17 @@ class CodebookHealth:
             value.copy_(state[name])
 
 
-def feature_distance(features_nd: Tensor, codebook_kd: Tensor, shard: CodebookShard | None = None) -> float:
-    """How far features and codes lie apart, as distributions: the 2-Wasserstein distance of the Gaussians with their
-    means and per-dimension deviations, over sqrt(D). Over all ranks, which call together, and all shards.
-    """
+def moments(rows_nd: Tensor) -> Tensor:
+    """``(3, d)`` in float64: the number of rows, their sum and their sum of squares. Those of parts add up."""
+    rows_nd = rows_nd.detach().double()
+    sums = rows_nd.sum(dim=0), rows_nd.square().sum(dim=0)
+    return torch.stack([torch.full_like(sums[0], len(rows_nd)), *sums])
 
-    def moments(rows_nd: Tensor, group: dist.ProcessGroup | None, alone: bool) -> tuple[Tensor, Tensor]:
-        rows_nd = rows_nd.detach().double()
-        count_d = torch.full_like(rows_nd[:1].sum(0), len(rows_nd))
-        sums = torch.stack([count_d, rows_nd.sum(dim=0), rows_nd.square().sum(dim=0)])
-        if dist.is_initialized() and not alone:
-            dist.all_reduce(sums, group=group)
-        mean_d, square_d = sums[1] / sums[0], sums[2] / sums[0]
-        return mean_d, (square_d - mean_d.square()).clamp(min=0).sqrt()
 
-    of_features = moments(features_nd, None, alone=False)
-    of_codes = moments(codebook_kd, shard and shard.group, alone=shard is None)
-    squares = [(a - b).square().mean() for a, b in zip(of_features, of_codes, strict=True)]
-    return float(sum(squares).sqrt())
+def gaussian_distance(first: Tensor, second: Tensor) -> float:
+    """2-Wasserstein distance between the Gaussians of two `moments`, each with independent dimensions, over sqrt(d)."""
+    (mean, std), (other_mean, other_std) = (
+        (sums[1] / sums[0], (sums[2] / sums[0] - (sums[1] / sums[0]).square()).clamp(min=0).sqrt())
+        for sums in (first, second)
+    )
+    return float(((mean - other_mean).square() + (std - other_std).square()).mean().sqrt())

@@ -16,14 +16,15 @@ from model_zoo.losses import (
     entropy_penalty,
     quantizer_loss,
 )
+from model_zoo.ops import fastest_impl
 from model_zoo.perceptual import SMALLEST_SIDE, Perceptual
 from model_zoo.tokenizer import CODEBOOK, Tokenizer, TokenizerOutput, load_weights
 from trainer import TrainerError
 from trainer.config import Config
 from trainer.ema import Ema
 from trainer.engines import Codebook, Replicated, build_engine, clip_scale
-from trainer.metrics.codebook import CodebookHealth, feature_distance
-from trainer.parallel import World, codebook_groups, mean_over_ranks
+from trainer.metrics.codebook import CodebookHealth, gaussian_distance, moments
+from trainer.parallel import World, codebook_groups, mean_over_ranks, sum_over_ranks
 from trainer.schedules import learning_rate_factor, ramp
 
 
@@ -45,9 +46,8 @@ class TokenizerTask:
         codes = self.tokenizer.quantize.embedding.weight
         rest = [p for p in self.tokenizer.parameters() if p is not codes]
         self.generator = build_engine(config.engine, self.tokenizer, self._adam(rest, config.optimizer.lr), **batch)
-        self.codebook = Codebook(
-            self.tokenizer.quantize, self._adam([codes], config.optimizer.lr), self.groups, **batch
-        )
+        adam = self._adam([codes], config.optimizer.lr)
+        self.codebook = Codebook(self.tokenizer.quantize, adam, config.model.codebook_size, self.groups, **batch)
         self.discriminator = None
         if loss.generator.weight > 0:
             network = PatchDiscriminator(
@@ -64,7 +64,7 @@ class TokenizerTask:
         self.health = CodebookHealth(
             config.model.codebook_size, max(1, tokens) * config.trainer.global_batch_size, world.device
         )
-        self.features_nd = None
+        self.feature_moments: Tensor | None = None  # of this rank's features in the last step
         # The quantizer that has no soft assignment (VQ) has no entropy; asking for it would log zeros.
         self.entropy_temperature = None
         if loss.entropy.weight > 0 and self.tokenizer.quantize.soft_assignment:
@@ -89,6 +89,12 @@ class TokenizerTask:
         for network, side in least.items():
             if data.image_size < side:
                 raise TrainerError(f"data.image_size={data.image_size} must be at least {side} for {network}")
+
+    def impl(self) -> str:
+        """Which implementation of index backpropagation the training batches meet."""
+        codes_kd, side = self.tokenizer.quantize.embedding.weight, self.config.data.image_size
+        tokens = self.generator.micro_batch_size * (side // self.tokenizer.downsampling_factor) ** 2
+        return fastest_impl(codes_kd.new_empty(tokens, codes_kd.shape[1]), codes_kd, self.groups.shard)
 
     @property
     def discriminator_lr(self) -> float:
@@ -151,13 +157,14 @@ class TokenizerTask:
             self.lecam.update(*mean_over_ranks(logits_mean))
 
         # Pass 2: the generator learns, against the updated discriminator.
+        self.feature_moments = 0
         for i, images_bchw in enumerate(micro_batches):
             if not single:
                 output = self._generate(images_bchw)
             loss = self._generator_loss(images_bchw, output, average_k, adversarial, scalars)
             self.generator.backward(loss, last=i == len(micro_batches) - 1)
             self.health.update(output.quantized.index_bhw, step)
-            self.features_nd = output.quantized.features_nd
+            self.feature_moments = self.feature_moments + moments(output.quantized.features_nd)
         scalars.set("lr/generator", factor * config.optimizer.lr)
         norm = torch.stack([self.generator.grad_norm(), self.codebook.grad_norm()]).norm()
         scalars.set("grad_norm/generator", norm)
@@ -169,9 +176,11 @@ class TokenizerTask:
 
     def read_health(self, step: int) -> dict[str, float]:
         """The codebook's health after step ``step`` (from 0); all ranks call together."""
-        codes_kd = self.tokenizer.quantize.embedding.weight
-        distance = feature_distance(self.features_nd, codes_kd, self.groups.shard)
-        return {**self.health.read(step), "feature_distance": distance}
+        features = sum_over_ranks(self.feature_moments)
+        codes = moments(self.tokenizer.quantize.embedding.weight)
+        if self.groups.shard:
+            codes = sum_over_ranks(codes, self.groups.shard.group)
+        return {**self.health.read(step), "feature_distance": gaussian_distance(features, codes)}
 
     def _autocast(self):
         bf16 = self.config.trainer.precision == "bf16"
@@ -282,12 +291,13 @@ class TokenizerTask:
             engine.save(folder / name)
 
     def load(self, folder: Path) -> None:
-        """All ranks restore what `save` wrote."""
-        self.tokenizer.load_state_dict(load_weights(folder, "tokenizer", *self.codebook.rows))
+        """All ranks restore what `save` wrote, with whatever number of ranks to a codebook."""
+        codes = (*self.codebook.rows, self.config.model.codebook_size)
+        self.tokenizer.load_state_dict(load_weights(folder, "tokenizer", *codes))
         self.lecam.load_state_dict(load_file(folder / "lecam.safetensors"))
         self.health.load_state_dict(load_file(folder / "codebook_health.safetensors"))
         if self.ema:
-            self.ema.load_state_dict(load_weights(folder, "tokenizer_ema", *self.codebook.rows))
+            self.ema.load_state_dict(load_weights(folder, "tokenizer_ema", *codes))
         if self.discriminator:
             self.discriminator.module.load_state_dict(load_file(folder / "discriminator.safetensors"))
         for name, engine in self._engines().items():
