@@ -106,7 +106,8 @@ def index_backprop(
 
 def fastest_impl(z_nd: Tensor, codebook_kd: Tensor, shard: CodebookShard | None = None) -> str:
     """The name that ``impl="auto"`` stands for with these operands."""
-    if z_nd.is_cuda:
+    # Exact fp32 products have no tensor cores to gain from, and PyTorch's are as good as they get.
+    if z_nd.is_cuda and (z_nd.dtype != torch.float32 or torch.get_float32_matmul_precision() != "highest"):
         try:
             from model_zoo.ops.triton_sweeps import suits
         except ImportError:  # there is no Triton for this system

@@ -38,6 +38,7 @@ def place(tmp_path, monkeypatch):
         '{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}'
     )
     (tmp_path / "odd_key.json").write_text('{"zero_optimization": {"stage": 1, "odd": 1}}')
+    (tmp_path / "clipping.json").write_text('{"gradient_clipping": 1.0, "zero_optimization": {"stage": 1}}')
     (tmp_path / "stage3.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
     return tmp_path
 
@@ -88,6 +89,10 @@ TRAIN_MISTAKES = {
         ["debug", "trainer.micro_batch_size=3"],
         ["trainer.micro_batch_size=3 must divide the 8 images"],
     ),
+    "codebook over more processes than there are": (
+        ["debug", "codebook_parallel=2"],
+        ["codebook_parallel=2 must divide the number of processes, 1"],
+    ),
     "lanes that do not divide": (["debug", "data.lanes=12"], ["data.lanes=12 must be a multiple", "use 16"]),
     "run folder below a file": (["debug", "run=a_file/run"], ["cannot write the run folder a_file/run", "run=FOLDER"]),
     "LPIPS without its weights": (
@@ -116,6 +121,7 @@ def test_train(ibq_here, assert_refused, fingerprint, place, mistake):
         ("true.json", "is no DeepSpeed configuration"),
         ("offload.json", "offload_optimizer"),
         ("odd_key.json", "DeepSpeed refuses engine.config="),
+        ("clipping.json", 'write "auto" for "gradient_clipping"; trainer.gradient_clip_norm decides'),
     ],
 )
 def test_deepspeed_config(ibq_here, fingerprint, place, config, said):
@@ -275,6 +281,21 @@ def test_an_error_is_one_write(monkeypatch):
     assert main(["no-such-recipe"]) == 2
     (line,) = written
     assert line.startswith("ibq: error: unknown recipe") and line.count("\n") == 1 and line.endswith("\n")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["codebook_parallel=3"], "codebook_parallel=3 must divide the number of processes, 2"),
+        (["codebook_parallel=2", "model.codebook_size=1"], "model.codebook_size=1 cannot be spread over"),
+    ],
+)
+def test_two_real_processes_codebook_parallel(launch, fingerprint, tmp_path, changes, said):
+    finished = launch.torchrun("debug", f"run={tmp_path / 'run'}", "trainer.device=cpu", *changes)
+    assert finished.status != 0
+    (line,) = set(finished.error_lines)
+    assert said in line
+    assert fingerprint(tmp_path) == {}
 
 
 def test_two_real_processes_run_folder_not_writable(launch, fingerprint, tmp_path):

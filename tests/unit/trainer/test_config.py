@@ -169,6 +169,7 @@ def test_braces_at_the_start_of_a_value_end_in_one_line(recipe):
         "model.channel_multipliers=[0]",
         "data.image_size=0",
         "discriminator.layers=0",
+        "codebook_parallel=0",
     ],
 )
 def test_values_out_of_range_are_refused(recipe, override):
