@@ -38,6 +38,8 @@ class TrainerConfig:
     precision: str = "bf16"
     # On CUDA, fp32 products by TF32 (10 bits of mantissa), the quantizer's among them: faster, and coarser.
     tf32: bool = False
+    # Of index backpropagation: which of `model_zoo.ops.index_backprop`'s implementations.
+    quantizer_impl: str = "auto"
     device: str = "auto"
     compile: bool = False
     gradient_clip_norm: float | None = None
@@ -112,6 +114,7 @@ CHOICES = {
     "engine.kind": ("replicated", "deepspeed"),
     "trainer.precision": ("fp32", "bf16"),
     "trainer.device": ("auto", "cpu", "cuda"),
+    "trainer.quantizer_impl": ("auto", "dense", "chunked", "triton"),
     "discriminator.norm": ("batch", "group"),
     "schedule.kind": ("constant", "multistep", "cosine", "linear"),
     "loss.quantizer.form": ("reference", "paper"),

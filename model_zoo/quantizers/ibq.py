@@ -10,9 +10,12 @@ class IndexBackpropQuantizer(Quantizer):
     """Picks the code with the largest dot product; the gradient reaches every code through the softmax (eq. 5-8)."""
 
     soft_assignment = True
+    impl = "auto"  # of index backpropagation; see `model_zoo.ops.index_backprop`
 
     def assign(self, z_nd: Tensor, entropy_temperature: float | None) -> IndexBackprop:
-        return index_backprop(z_nd, self.embedding.weight, entropy_temperature=entropy_temperature, shard=self.shard)
+        return index_backprop(
+            z_nd, self.embedding.weight, impl=self.impl, entropy_temperature=entropy_temperature, shard=self.shard
+        )
 
     def nearest(self, z_nd: Tensor) -> Tensor:
         return nearest_code(z_nd, self.embedding.weight, shard=self.shard)

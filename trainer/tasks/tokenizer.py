@@ -38,6 +38,7 @@ class TokenizerTask:
         self.groups = codebook_groups(world, config.codebook_parallel, config.model.codebook_size)
         torch.manual_seed(config.seed)  # the same weights on every rank
         self.tokenizer = Tokenizer(config.model, self.groups.shard).to(world.device)
+        self.tokenizer.quantize.impl = config.trainer.quantizer_impl
         self.perceptual = None
         if loss.perceptual.weight > 0:
             self.perceptual = Perceptual(loss.perceptual.vgg16_weights).to(world.device)
@@ -92,6 +93,8 @@ class TokenizerTask:
 
     def impl(self) -> str:
         """Which implementation of index backpropagation the training batches meet."""
+        if self.config.trainer.quantizer_impl != "auto":
+            return self.config.trainer.quantizer_impl
         codes_kd, side = self.tokenizer.quantize.embedding.weight, self.config.data.image_size
         tokens = self.generator.micro_batch_size * (side // self.tokenizer.downsampling_factor) ** 2
         return fastest_impl(codes_kd.new_empty(tokens, codes_kd.shape[1]), codes_kd, self.groups.shard)
