@@ -78,7 +78,7 @@ class ChunkedSweeps(Sweeps):
                 output_nd[at][raised] *= drop.exp()[:, None]
                 live = self._live("output", tile_max, max_n[at], 1.0)
                 if live.count:
-                    exp = live.of(logits, scratch, 1).sub_(live.of(max_n[at])[:, None]).exp_()
+                    exp = _exp_(live.of(logits, scratch, 1).sub_(live.of(max_n[at])[:, None]))
                     live.add(exp.sum(dim=1), to=sum_n[at])
                     live.add_product(exp, tile.codes_td, to=output_nd[at])
         return Rows(index_n, max_n, sum_n, output_nd)
@@ -168,7 +168,7 @@ class ChunkedSweeps(Sweeps):
     def _soft(self, tile: "Tile", live: "Live", max_n: Tensor, soft: SoftGradient, scratch: "Scratch") -> Tensor:
         at, shape = tile.tokens, (live.count, tile.shape[1])
         p = torch.mm(live.of(self.z_nd[at]), tile.codes_td.T, out=scratch(0, shape))
-        p.sub_(live.of(max_n[at])[:, None]).exp_().div_(live.of(soft.sum_n[at])[:, None])
+        _exp_(p.sub_(live.of(max_n[at])[:, None])).div_(live.of(soft.sum_n[at])[:, None])
         slope = torch.mm(live.of(soft.grad_nd[at]), tile.codes_td.T, out=scratch(1, shape))
         return slope.sub_(live.of(soft.grad_output_n[at])[:, None]).mul_(p)
 
@@ -301,6 +301,12 @@ def _raise_max(logits: Tensor, tile_max: Tensor, start: int, max_n: Tensor, inde
     max_n[raised] = new
     index_n[raised] = logits[raised].argmax(dim=1) + start
     return raised, drop
+
+
+def _exp_(x: Tensor) -> Tensor:
+    """exp in place. On CPUs PyTorch takes exp from MKL, which for the many arguments whose result is next to nothing
+    needs ten times as long as PyTorch's own exp2."""
+    return x.mul_(1 / math.log(2)).exp2_()
 
 
 def _slices(length: int, step: int) -> Iterator[slice]:
