@@ -78,7 +78,8 @@ class ChunkedSweeps(Sweeps):
                 output_nd[at][raised] *= drop.exp()[:, None]
                 live = self._live("output", tile_max, max_n[at], 1.0)
                 if live.count:
-                    exp = _exp_(live.of(logits, scratch, 1).sub_(live.of(max_n[at])[:, None]))
+                    exp = live.of(logits, scratch, 1).sub_(live.of(max_n[at])[:, None])
+                    _exp(exp, out=exp)
                     live.add(exp.sum(dim=1), to=sum_n[at])
                     live.add_product(exp, tile.codes_td, to=output_nd[at])
         return Rows(index_n, max_n, sum_n, output_nd)
@@ -104,7 +105,7 @@ class ChunkedSweeps(Sweeps):
         sum_n, moment_n = torch.zeros_like(max_n), torch.zeros_like(max_n)
         scratch = self._scratch(1)
         for tile, live, x in self._hot_tiles("assignment", max_n, temperature):
-            exp = torch.exp(x, out=scratch(0, x.shape))
+            exp = _exp(x, out=scratch(0, x.shape))
             live.add(exp.sum(dim=1), to=sum_n[tile.tokens])
             live.add(exp.mul_(x).sum(dim=1), to=moment_n[tile.tokens])
         return sum_n, moment_n
@@ -112,14 +113,15 @@ class ChunkedSweeps(Sweeps):
     def assignment_columns(self, max_n: Tensor, assignment: Assignment) -> Tensor:
         columns_k = max_n.new_zeros(len(self.codebook_kd))
         for tile, live, x in self._hot_tiles("average", max_n, assignment.temperature):
-            columns_k[tile.codes] += x.sub_(live.of(assignment.log_sum_n[tile.tokens])[:, None]).exp_().sum(dim=0)
+            x.sub_(live.of(assignment.log_sum_n[tile.tokens])[:, None])
+            columns_k[tile.codes] += _exp(x, out=x).sum(dim=0)
         return columns_k
 
     def assignment_dot(self, max_n: Tensor, assignment: Assignment, values_k: Tensor) -> Tensor:
         dot_n = torch.zeros_like(max_n)
         for tile, live, x in self._hot_tiles("average_gradient", max_n, assignment.temperature):
-            q = x.sub_(live.of(assignment.log_sum_n[tile.tokens])[:, None]).exp_()
-            live.add(q @ values_k[tile.codes], to=dot_n[tile.tokens])
+            x.sub_(live.of(assignment.log_sum_n[tile.tokens])[:, None])
+            live.add(_exp(x, out=x) @ values_k[tile.codes], to=dot_n[tile.tokens])
         return dot_n
 
     def gradients(
@@ -168,7 +170,8 @@ class ChunkedSweeps(Sweeps):
     def _soft(self, tile: "Tile", live: "Live", max_n: Tensor, soft: SoftGradient, scratch: "Scratch") -> Tensor:
         at, shape = tile.tokens, (live.count, tile.shape[1])
         p = torch.mm(live.of(self.z_nd[at]), tile.codes_td.T, out=scratch(0, shape))
-        _exp_(p.sub_(live.of(max_n[at])[:, None])).div_(live.of(soft.sum_n[at])[:, None])
+        p.sub_(live.of(max_n[at])[:, None])
+        _exp(p, out=p).div_(live.of(soft.sum_n[at])[:, None])
         slope = torch.mm(live.of(soft.grad_nd[at]), tile.codes_td.T, out=scratch(1, shape))
         return slope.sub_(live.of(soft.grad_output_n[at])[:, None]).mul_(p)
 
@@ -176,7 +179,7 @@ class ChunkedSweeps(Sweeps):
         at, assignment = tile.tokens, entropy.assignment
         slope = self._hot_logits(tile, live, max_n, assignment.temperature, scratch)
         slope.sub_(live.of(assignment.log_sum_n[at])[:, None])  # log q
-        q = torch.exp(slope, out=scratch(1, slope.shape))
+        q = _exp(slope, out=scratch(1, slope.shape))
         if entropy.sample_n is None:
             slope.zero_()
         else:
@@ -303,10 +306,10 @@ def _raise_max(logits: Tensor, tile_max: Tensor, start: int, max_n: Tensor, inde
     return raised, drop
 
 
-def _exp_(x: Tensor) -> Tensor:
-    """exp in place. On CPUs PyTorch takes exp from MKL, which for the many arguments whose result is next to nothing
-    needs ten times as long as PyTorch's own exp2."""
-    return x.mul_(1 / math.log(2)).exp2_()
+def _exp(x: Tensor, out: Tensor) -> Tensor:
+    """exp. On CPUs PyTorch takes it from MKL, which for the many arguments whose result is next to nothing needs ten
+    times as long as PyTorch's own exp2."""
+    return torch.mul(x, 1 / math.log(2), out=out).exp2_()
 
 
 def _slices(length: int, step: int) -> Iterator[slice]:
