@@ -27,6 +27,7 @@ TILE = (16, 32)
 CASES = {
     "2": ([40, 40], [200, 200], torch.float64, 0.05),
     "2, fp32": ([40, 40], [200, 200], torch.float32, 0.5),
+    "2, triton": ([20, 20], [33, 40], torch.float32, 0.5),
     "2, uneven": ([33, 7], [131, 3], torch.float64, 0.05),
     "3": ([20, 20, 20], [67, 67, 66], torch.float64, 0.05),
     "3, fp32": ([20, 20, 20], [67, 67, 66], torch.float32, 0.5),
@@ -72,9 +73,11 @@ def rank_of(name, group, rank):
     shard = CodebookShard(start, start + codes[rank], group)
     here = slice(shard.start, shard.stop)
     z, codebook = z_nd[own].clone().requires_grad_(), codebook_kd[here].clone().requires_grad_()
-    out = index_backprop_tiled(
-        z, codebook, temperature, sweeps=ChunkedSweeps, shard=shard, settings=Settings(tile=TILE)
-    )
+    if "triton" in name:
+        from model_zoo.ops.triton_sweeps import TritonSweeps as Sweeps
+    else:
+        Sweeps = ChunkedSweeps
+    out = index_backprop_tiled(z, codebook, temperature, sweeps=Sweeps, shard=shard, settings=Settings(tile=TILE))
     loss = (out.quantized_nd * grads["quantized_nd"][own]).sum() + (out.code_nd * grads["code_nd"][own]).sum()
     if temperature is not None:
         loss = loss + sample_grads[rank] * out.sample_entropy + out.average_entropy
@@ -173,7 +176,8 @@ def ranks(tmp_path_factory):
     """What each rank found."""
     folder = tmp_path_factory.mktemp("ranks")
     root = Path(__file__).parents[2]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root)}
+    # The ranks are processes on the CPU, also where the other tests have a GPU.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "TRITON_INTERPRET": "1"}
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
     command += [__file__, str(folder)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)

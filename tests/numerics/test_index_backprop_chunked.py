@@ -60,7 +60,7 @@ def error(value, truth, least=1e-30):
 def test_error_is_no_larger_than_that_of_dense(dtype, shape, temperature):
     z_nd, codebook_kd, upstream = random_operands(*shape, dtype)
     truth, index_n = run(index_backprop_dense, z_nd, codebook_kd, upstream, temperature, torch.float64)
-    # The tiles compute in fp32 where the operands are half precision; so is dense compared, which would else be far off.
+    # The tiles compute in fp32 where the operands are half precision; dense, which does not, would be a lax measure.
     half = dtype.itemsize == 2
     dense, _ = run(index_backprop_dense, z_nd, codebook_kd, upstream, temperature, torch.float32 if half else dtype)
     for settings in ({"tile": TILE}, {"tile": TILE, "skip": False}, {}):
@@ -68,7 +68,7 @@ def test_error_is_no_larger_than_that_of_dense(dtype, shape, temperature):
         assert torch.equal(chunked_index_n, index_n)
         assert chunked.keys() == truth.keys()
         for name in truth:
-            # Rounding of the logits counts 1 / temperature times; gradients are rounded to the operands' type at the end.
+            # Rounding of the logits counts 1 / temperature times, and gradients are rounded to the operands' type.
             sums = torch.float32 if half else dtype
             allowed = error(dense[name], truth[name]) + TOLERANCE[sums] / min(1, temperature or 1)
             if half and name.endswith("grad"):
