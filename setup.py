@@ -37,7 +37,8 @@ setup(
         "packaging>=23",
     ],
     extras_require={
-        # For the generator to come; nothing uses it yet. NVIDIA's apex has no wheel: PyPI's `apex` is another project.
+        # For the generator to come; today `ibq bench` alone uses it, as a peer.
+        # NVIDIA's apex has no wheel: PyPI's `apex` is another project.
         "gpu": ["flash-attn>=2.6"],
         "test": ["pytest>=8", "ruff>=0.12", "setuptools>=77"],
         "dev": ["pre-commit>=3.5"],

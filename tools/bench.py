@@ -172,10 +172,10 @@ def quantizer(
     impls = _names("--impl", impl)
     if device not in ("auto", "cpu", "cuda"):
         raise _bad("--device", f"{device!r} is none of auto, cpu, cuda")
-    if temperature < 0:
-        raise _bad("--temperature", f"{temperature} is below 0; 0 leaves the entropies out")
-    if scale <= 0:
-        raise _bad("--scale", f"{scale} is not above 0")
+    if not 0 <= temperature < math.inf:
+        raise _bad("--temperature", f"{temperature} is no number from 0 on; 0 leaves the entropies out")
+    if not 0 < scale < 1e6:
+        raise _bad("--scale", f"{scale} is no number above 0 and below a million")
     if tile is not None and len(_numbers("--tile", tile)) != 2:
         raise _bad("--tile", f"{tile!r} is not TOKENS,CODES, as in 1024,256")
     if reference is not None:

@@ -21,7 +21,16 @@ from trainer.checkpoint import latest_checkpoint, load_state, save_checkpoint
 from trainer.config import Config, load_recipe, load_run_config, save_config
 from trainer.metrics.codebook import CodebookUsage
 from trainer.metrics.image import psnr
-from trainer.parallel import World, agree, gather_objects, mean_over_ranks, start_world, stop_world, sum_over_ranks
+from trainer.parallel import (
+    World,
+    agree,
+    fail_together,
+    gather_objects,
+    mean_over_ranks,
+    start_world,
+    stop_world,
+    sum_over_ranks,
+)
 from trainer.tasks.tokenizer import TokenizerTask
 from trainer.telemetry import Telemetry, metric_lines
 
@@ -101,7 +110,7 @@ def _train(config: Config, resume: bool) -> Path:
     try:
         micro_batch_size, micro_batches = plan_batch(config, world)
         task = TokenizerTask(config, world, micro_batch_size, micro_batches)
-        task.check_sizes()
+        task.check()
         batches = train_batches(
             config.data,
             global_batch_size=config.trainer.global_batch_size,
@@ -133,15 +142,15 @@ def _restore(task: TokenizerTask, config: Config, world: World, checkpoint: Path
             f"{checkpoint} was written by {state['world_size']} processes, and DeepSpeed's optimiser state is split "
             f"into as many parts: resume with {state['world_size']} processes, not {world.size}"
         )
+    failed = None
     try:
         task.load(checkpoint)
     except torch.OutOfMemoryError:
         raise
     except LOADING_ERRORS as error:
         what = " ".join(str(error).split())[:200] or type(error).__name__
-        raise TrainerError(
-            f"cannot go on from {checkpoint}: it is damaged, or was written with other settings ({what})"
-        ) from error
+        failed = f"cannot go on from {checkpoint}: it is damaged, or was written with other settings ({what})"
+    fail_together(failed)  # each rank reads files of its own
 
 
 def _engine(config: Config) -> dict[str, str]:

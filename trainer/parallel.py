@@ -11,6 +11,8 @@ from torch import Tensor
 from model_zoo.ops import CodebookShard
 from trainer import TrainerError
 
+TIMEOUT = timedelta(minutes=30)  # of a collective
+
 
 class World(NamedTuple):
     """This process among all: rank, size, device."""
@@ -24,7 +26,7 @@ class World(NamedTuple):
         return self.rank == 0
 
 
-def start_world(device: str = "auto", timeout_seconds: float = 1800) -> World:
+def start_world(device: str = "auto") -> World:
     """Joins the processes that torchrun or the deepspeed launcher started; alone, a world of one."""
     if device == "cuda" and not torch.cuda.is_available():
         raise TrainerError("trainer.device=cuda, but no CUDA device can be used here; `ibq doctor` says more")
@@ -41,7 +43,7 @@ def start_world(device: str = "auto", timeout_seconds: float = 1800) -> World:
         # DeepSpeed chooses its accelerator at import; without this it may settle on another one than we did.
         os.environ["DS_ACCELERATOR"] = "cpu"
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=timedelta(seconds=timeout_seconds))
+        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=TIMEOUT)
     else:
         dist.init_process_group("nccl" if use_cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     where = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
@@ -84,11 +86,11 @@ def codebook_groups(world: World, parallel: int, codes: int) -> CodebookGroups:
     groups = {}
     # Every rank makes every group, in the same order.
     for ranks in [range(first, first + parallel) for first in range(0, world.size, parallel)]:
-        group = dist.new_group(list(ranks))
+        group = dist.new_group(list(ranks), timeout=TIMEOUT)
         if world.rank in ranks:
             groups["shard"] = CodebookShard.even(codes, group)
     for ranks in [range(first, world.size, parallel) for first in range(parallel)]:
-        group = dist.new_group(list(ranks))
+        group = dist.new_group(list(ranks), timeout=TIMEOUT)
         if world.rank in ranks:
             groups["replicas"] = group
     return CodebookGroups(**groups)
@@ -114,6 +116,13 @@ def gather_objects(value) -> list:
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
+
+
+def fail_together(message: str | None) -> None:
+    """Raises the first rank's message that is not None as a TrainerError, on every rank; all call together."""
+    for found in gather_objects(message):
+        if found is not None:
+            raise TrainerError(found)
 
 
 def agree(world: World, action):

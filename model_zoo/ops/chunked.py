@@ -102,12 +102,13 @@ class ChunkedSweeps(Sweeps):
     # the same rows of the same tiles, so that the q of a token add up to 1.
 
     def assignment_sums(self, max_n: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        sum_n, moment_n = torch.zeros_like(max_n), torch.zeros_like(max_n)
+        # In fp64: many tiles may each add next to nothing to a sum of 1.
+        sum_n, moment_n = max_n.new_zeros(2, len(max_n), dtype=torch.float64)
         scratch = self._scratch(1)
         for tile, live, x in self._hot_tiles("assignment", max_n, temperature):
             exp = _exp(x, out=scratch(0, x.shape))
-            live.add(exp.sum(dim=1), to=sum_n[tile.tokens])
-            live.add(exp.mul_(x).sum(dim=1), to=moment_n[tile.tokens])
+            live.add(exp.sum(dim=1).double(), to=sum_n[tile.tokens])
+            live.add(exp.mul_(x).sum(dim=1).double(), to=moment_n[tile.tokens])
         return sum_n, moment_n
 
     def assignment_columns(self, max_n: Tensor, assignment: Assignment) -> Tensor:
@@ -282,7 +283,8 @@ class ChosenCodes:
         while step < len(index_n) and (same := index_n[step:] == index_n[:-step]).any():
             sums_nd[:-step] += torch.where(same[:, None], sums_nd[step:], 0)
             step *= 2
-        first = torch.cat([index_n.new_ones(1, dtype=torch.bool), index_n[1:] != index_n[:-1]])
+        first = torch.ones_like(index_n, dtype=torch.bool)
+        first[1:] = index_n[1:] != index_n[:-1]
         self.index_m, self.sums_md = index_n[first], sums_nd[first]
         edges = torch.arange(0, codes + tile_codes, tile_codes, device=index_n.device).clamp_(max=codes)
         self.bounds = torch.searchsorted(self.index_m, edges).tolist()

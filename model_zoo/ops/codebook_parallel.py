@@ -41,6 +41,14 @@ class CodebookShard:
         start = rank * share + min(rank, more)
         return cls(start, start + share + (rank < more), group)
 
+    def check(self, codes: int) -> None:
+        """ModelError on all ranks of the group, which call together, where their parts are not ``codes`` rows."""
+        parts = [None] * dist.get_world_size(self.group)
+        dist.all_gather_object(parts, (self.start, self.stop), group=self.group)
+        ends = [0, *(stop for _, stop in parts)]
+        if [start for start, _ in parts] != ends[:-1] or ends[-1] != codes:
+            raise ModelError(f"the shards {parts} are not the codebook's {codes} codes, one after the other")
+
 
 class Alone:
     """The whole codebook and all tokens are here: nothing travels. `Exchange` does the same among ranks."""
@@ -198,7 +206,7 @@ class _SumOverShards(torch.autograd.Function):
         return grad, None
 
 
-TOKENS, DIM, ROWS, START, STOP, BAD = range(6)  # of a header
+TOKENS, DIM, ROWS, START, STOP, BAD_TOKENS, BAD_CODES, LAST_CODE = range(8)  # of a header
 
 
 def _header(z_nd: Tensor, codebook_kd: Tensor, shard: CodebookShard | None) -> Tensor:
@@ -208,16 +216,19 @@ def _header(z_nd: Tensor, codebook_kd: Tensor, shard: CodebookShard | None) -> T
         z_nd.shape[1] == codebook_kd.shape[1] or not z_nd.is_floating_point()
     )
     numbers = [len(z_nd), codebook_kd.shape[-1] if fits else -1, len(codebook_kd), start, stop]
-    header = torch.tensor([*numbers, 0], dtype=torch.int64, device=z_nd.device)
-    if fits:
-        header[BAD] = (~z_nd.detach().isfinite()).any(dim=1).sum()
+    header = torch.tensor([*numbers, 0, 0, -1], dtype=torch.int64, device=z_nd.device)
+    if fits and z_nd.is_floating_point():
+        header[BAD_TOKENS] = (~z_nd.detach().isfinite()).any(dim=1).sum()
+        header[BAD_CODES] = ~codebook_kd.detach().sum().isfinite()  # a sum needs no memory, and NaN stays in it
+    elif fits and z_nd.numel():
+        header[BAD_TOKENS], header[LAST_CODE] = (z_nd < 0).sum(), z_nd.max()
     return header
 
 
 def _check(headers: list[list[int]]) -> None:
     """Raises ModelError, the same on every rank, for parts that make no codebook or features that are no numbers."""
     end, dim = 0, headers[0][DIM]
-    for rank, (tokens, dim_here, rows, start, stop, bad) in enumerate(headers):
+    for rank, (tokens, dim_here, rows, start, stop, bad_tokens, bad_codes, last_code) in enumerate(headers):
         where = f" of rank {rank} in the group" if len(headers) > 1 else ""
         if dim_here < 0:
             raise ModelError(f"z{where} must be (N, D) and its codebook (K, D) with the same D")
@@ -228,9 +239,13 @@ def _check(headers: list[list[int]]) -> None:
         if start != end:
             kind = "a gap" if start > end else "an overlap"
             raise ModelError(f"the shard{where} starts at code {start}, the one before it ends at {end}: {kind}")
-        if bad:
+        if bad_codes:
+            raise ModelError(f"the codebook{where} holds NaN or infinity: go on from an earlier checkpoint")
+        if last_code >= headers[-1][STOP] or (bad_tokens and last_code >= 0):
+            raise ModelError(f"codes{where} must lie in [0, {headers[-1][STOP]})")
+        if bad_tokens:
             raise ModelError(
-                f"z{where} is not finite in {bad} of {tokens} tokens: the encoder's weights or its input hold NaN or "
-                "infinity; go on from an earlier checkpoint with a lower optimizer.lr"
+                f"z{where} is not finite in {bad_tokens} of {tokens} tokens: the encoder's weights or its input hold "
+                "NaN or infinity; go on from an earlier checkpoint with a lower optimizer.lr"
             )
         end = stop

@@ -96,7 +96,10 @@ def index_backprop(
     if impl == "chunked":
         sweeps = ChunkedSweeps
     elif impl == "triton":
-        from model_zoo.ops.triton_sweeps import TritonSweeps as sweeps  # triton is there on Linux only
+        try:
+            from model_zoo.ops.triton_sweeps import TritonSweeps as sweeps
+        except ImportError as error:
+            raise ModelError(f"impl='triton' needs Triton ({error}): use impl='chunked'") from error
     else:
         raise ModelError(f"unknown impl {impl!r}: choose one of auto, dense, chunked, triton")
     return index_backprop_tiled(

@@ -125,7 +125,7 @@ class Sweeps(ABC):
 
     @abstractmethod
     def assignment_sums(self, max_n: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Per token the sums of exp(x) and of exp(x) x, x = (l - m) / temperature."""
+        """Per token the sums of exp(x) and of exp(x) x, x = (l - m) / temperature; in fp64 if it costs nothing."""
 
     @abstractmethod
     def assignment_columns(self, max_n: Tensor, assignment: Assignment) -> Tensor:
@@ -184,7 +184,7 @@ class _IndexBackprop(torch.autograd.Function):
             sweeps = sweeps_class(z_nd, codebook_kd, ranks.codes, settings)
             rows = _over_all_shards(sweeps, sweeps.first(with_gradient), ranks)
             if temperature is not None:
-                assignment = _assignment(*sweeps.assignment_sums(rows.max_n, temperature), temperature, ranks)
+                assignment = _assignment(*sweeps.assignment_sums(rows.max_n, temperature), temperature, ranks, z_nd)
                 sample_entropy = assignment.entropy_n[ranks.own].mean()
                 average_k = sweeps.assignment_columns(rows.max_n, assignment) / ranks.tokens
             quantized_nd = ranks.lookup(codebook_kd, rows.index_n)
@@ -237,10 +237,10 @@ def _over_all_shards(sweeps: Sweeps, rows: Rows, ranks: Alone) -> Rows:
     return Rows(index_n, max_n, sum_n, rows.output_nd.mul_((scale_n / sum_n)[:, None]))
 
 
-def _assignment(sum_n: Tensor, moment_n: Tensor, temperature: float, ranks: Alone) -> Assignment:
-    sum_n, moment_n = ranks.sum_(sum_n), ranks.sum_(moment_n)
-    log_sum_n = sum_n.log()
-    return Assignment(log_sum_n, log_sum_n - moment_n / sum_n, temperature)
+def _assignment(sum_n: Tensor, moment_n: Tensor, temperature: float, ranks: Alone, z_nd: Tensor) -> Assignment:
+    sum_n, moment_n = ranks.sum_(sum_n.double()), ranks.sum_(moment_n.double())
+    log_sum_n, dtype = sum_n.log(), accumulation_dtype(z_nd)
+    return Assignment(log_sum_n.to(dtype), (log_sum_n - moment_n / sum_n).to(dtype), temperature)
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:

@@ -6,7 +6,6 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 
-from model_zoo import ModelError
 from model_zoo.ops import CodebookShard, IndexBackprop, lookup_code
 
 INITIAL_BLOCK = 2**14  # codes drawn at a time
@@ -40,8 +39,8 @@ class Quantizer(nn.Module):
     """A codebook and the rule that picks its codes. Always computes in fp32, whatever autocast says around it:
     in bf16 near ties flip and half of a large codebook dies.
 
-    shard: the rows of the codebook that are here; None for all of them. With a shard all ranks of its group must call
-    `forward`, `tokenize` and `lookup` together, each with its own tokens (or with none).
+    shard: the rows of the codebook that are here; None for all of them. With a shard all ranks of its group must make
+    the quantizer and call `forward`, `tokenize` and `lookup` together, each with its own tokens (or with none).
     """
 
     # Whether the gradient comes through a soft assignment: only then are there entropies, and a double quantization
@@ -52,8 +51,8 @@ class Quantizer(nn.Module):
         super().__init__()
         self.shard = shard
         start, stop = (0, codebook_size) if shard is None else (shard.start, shard.stop)
-        if stop > codebook_size:
-            raise ModelError(f"the shard's codes {start} to {stop} lie beyond the codebook's {codebook_size}")
+        if shard is not None:
+            shard.check(codebook_size)
         rows_kd = initial_codes(start, stop, codebook_size, code_dim, init_std)
         self.embedding = nn.Embedding.from_pretrained(rows_kd, freeze=False)
 

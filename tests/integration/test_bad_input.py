@@ -6,6 +6,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 import yaml
 from PIL import Image
 
@@ -88,6 +89,10 @@ TRAIN_MISTAKES = {
     "micro-batch that does not divide": (
         ["debug", "trainer.micro_batch_size=3"],
         ["trainer.micro_batch_size=3 must divide the 8 images"],
+    ),
+    "implementation of another quantizer": (
+        ["debug", "model.quantizer=vq", "trainer.quantizer_impl=chunked"],
+        ["trainer.quantizer_impl=chunked is for ibq"],
     ),
     "codebook over more processes than there are": (
         ["debug", "codebook_parallel=2"],
@@ -260,6 +265,13 @@ def test_real_process_missing_weights(launch, assert_refused, fingerprint, tmp_p
     assert fingerprint(tmp_path) == {}
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's kernels take CUDA tensors")
+def test_real_process_triton_without_a_gpu(launch, assert_refused, fingerprint, tmp_path):
+    arguments = f"run={tmp_path / 'run'}", "trainer.device=cpu", "trainer.quantizer_impl=triton"
+    assert_refused(launch.ibq("train", "debug", *arguments), "trainer.quantizer_impl=triton: impl='triton' takes CUDA")
+    assert fingerprint(tmp_path) == {}
+
+
 def test_two_real_processes_batch_that_does_not_divide(launch, fingerprint, tmp_path):
     arguments = f"run={tmp_path / 'run'}", "trainer.device=cpu", "trainer.global_batch_size=7"
     finished = launch.torchrun("debug", *arguments)
@@ -288,6 +300,7 @@ def test_an_error_is_one_write(monkeypatch):
     [
         (["codebook_parallel=3"], "codebook_parallel=3 must divide the number of processes, 2"),
         (["codebook_parallel=2", "model.codebook_size=1"], "model.codebook_size=1 cannot be spread over"),
+        (["codebook_parallel=2", "trainer.quantizer_impl=dense"], "trainer.quantizer_impl=dense: impl='dense' takes"),
     ],
 )
 def test_two_real_processes_codebook_parallel(launch, fingerprint, tmp_path, changes, said):

@@ -7,6 +7,7 @@ import shutil
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file
 
@@ -131,6 +132,17 @@ def test_vq_baseline(runs, read_metrics):
     assert all(math.isfinite(value) for line in lines for value in line.values())
     assert "loss/commitment" in lines[0] and "loss/codebook" in lines[0]
     assert "loss/average_entropy" not in lines[0] and "loss/double_quantization" not in lines[0]
+
+
+def test_tf32_is_pytorchs_switch(ibq_here, debug_settings, tmp_path):
+    before = torch.get_float32_matmul_precision()
+    try:
+        for chosen, precision in (("true", "high"), ("false", "highest")):
+            changes = {"trainer.tf32": chosen, "trainer.max_steps": 1, "data.val": "null"}
+            assert ibq_here("train", "debug", f"run={tmp_path / chosen}", *debug_settings(changes)).status == 0
+            assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @pytest.mark.slow

@@ -43,6 +43,10 @@ def test_sharded_codebooks_equal_whole_ones_also_with_vq_and_clipping(runs, diff
     for file, difference in differences(expected / CHECKPOINT, actual / CHECKPOINT).items():
         assert difference.whole < TOLERANCE, file
     lines = [[line for line in read_metrics(run) if "loss/total" in line] for run in (expected, actual)]
+    of_validation = [[line for line in read_metrics(run) if "val/psnr" in line] for run in (expected, actual)]
+    assert of_validation[0] and all("val/usage" in line for line in of_validation[0])
+    for line, true_line in zip(*of_validation, strict=True):
+        assert line == pytest.approx(true_line, rel=LOSS_TOLERANCE)
     norms = [[line["grad_norm/generator"] for line in of_run] for of_run in lines]
     assert norms[1] == pytest.approx(norms[0], rel=LOSS_TOLERANCE)
     if "clipped" in pair:

@@ -20,7 +20,7 @@ WEIGHTS = [
 
 @pytest.fixture(scope="module", autouse=True)
 def all_started(runs):
-    runs.start("one", "stopped", "zero1", "one, accumulating")
+    runs.start("one", "stopped", "zero1", "one, accumulating", "shards")
 
 
 @pytest.fixture
@@ -107,6 +107,19 @@ def test_replicated_goes_on_with_another_number_of_processes(runs, launch, diffe
     assert "2 x cpu" in finished.err
     for file, difference in differences(*(r / "checkpoints/step_00000015" for r in (runs["one"], run))).items():
         assert difference.whole < 1e-5, file
+
+
+def test_a_file_that_one_process_cannot_read_ends_both_in_one_line(runs, launch, fingerprint, tmp_path):
+    run = shutil.copytree(runs["shards"], tmp_path / "run")
+    file = run / "checkpoints/step_00000005/tokenizer.codebook_000000128_000000256.safetensors"
+    file.write_bytes(file.read_bytes()[:300])
+    before = fingerprint(run)
+    finished = launch.torchrun("--resume", run, "trainer.max_steps=6")
+    assert finished.status != 0
+    assert len(finished.error_lines) == 2 and len(set(finished.error_lines)) == 1
+    assert "cannot go on from" in finished.error_lines[0]
+    assert finished.err.count("Traceback") <= 1  # torchrun's
+    assert fingerprint(run) == before
 
 
 def test_a_sharded_codebook_goes_on_over_any_number_of_processes(launch, differences, debug_settings, tmp_path):

@@ -43,6 +43,7 @@ MISTAKES = {
     "gap": "the shard of rank 2 in the group starts at code 21, the one before it ends at 20: a gap",
     "overlap": "the shard of rank 2 in the group starts at code 19, the one before it ends at 20: an overlap",
     "nan": "z of rank 2 in the group is not finite in 1 of 3 tokens",
+    "nan code": "the codebook of rank 2 in the group holds NaN or infinity",
     "dimensions": "z of rank 2 in the group must be (N, D) and its codebook (K, D) with the same D",
     "another dimension": "z of rank 2 in the group has 7 dimensions, that of rank 0 has 8",
 }
@@ -117,13 +118,35 @@ def mistaken(name, group, rank):
     z_nd = torch.ones(3, dim)
     if rank == 2 and name == "nan":
         z_nd[1, 0] = float("nan")
+    codebook_kd = torch.ones(rows, codebook_dim)
+    if rank == 2 and name == "nan code":
+        codebook_kd[0, 0] = float("nan")
     messages = []
     for call in (index_backprop, nearest_code):
         try:
-            call(z_nd, torch.ones(rows, codebook_dim), shard=CodebookShard(start, stop, group))
+            call(z_nd, codebook_kd, shard=CodebookShard(start, stop, group))
         except ModelError as error:
             messages.append(str(error))
     return messages
+
+
+def told(call):
+    """What a ModelError says."""
+    with pytest.raises(ModelError) as error:
+        call()
+    return str(error.value)
+
+
+def beyond(group, rank):
+    """Rank 1 asks for codes that are not there; and the shards end before the quantizer's codebook does."""
+    shard = CodebookShard(10 * rank, 10 * rank + 10, group)
+    return [
+        *(
+            told(lambda i=i: lookup_code(torch.tensor([0, i if rank == 1 else 0]), torch.ones(10, 8), shard))
+            for i in (40, -1)
+        ),
+        told(lambda: QUANTIZERS["ibq"](50, 8, 1.0, shard)),
+    ]
 
 
 def quantizers(group):
@@ -162,6 +185,7 @@ def rank_main(folder: Path):
         if rank < len(tokens):
             found["cases"][name] = rank_of(name, groups[len(tokens)], rank)
     found["ties"] = ties(groups[4], rank)
+    found["beyond"] = beyond(groups[4], rank)
     for name in MISTAKES:
         found["mistakes"][name] = mistaken(name, groups[4], rank)
     if rank < 2:
@@ -244,6 +268,13 @@ def test_a_mistake_of_one_rank_is_told_to_all_at_once(ranks, name):
     assert len(messages) == 2 * RANKS
     (message,) = set(messages)
     assert message.startswith(MISTAKES[name]) and "\n" not in message
+
+
+def test_codes_beyond_the_codebook_and_shards_that_end_before_it(ranks):
+    for rank in ranks:
+        *of_codes, of_shards = rank["beyond"]
+        assert of_codes == 2 * ["codes of rank 1 in the group must lie in [0, 40)"]
+        assert of_shards.endswith("are not the codebook's 50 codes, one after the other")
 
 
 @pytest.mark.parametrize("name", sorted(QUANTIZERS))

@@ -1,6 +1,7 @@
 """The tiled index backpropagation against the dense one in float64, and what only tiles can get wrong."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -228,6 +229,33 @@ def test_features_that_are_no_numbers_are_refused(impl, bad):
         index_backprop(z_nd, codebook_kd, impl=impl)
     with pytest.raises(ModelError, match="not finite in 2 of 6 tokens"):
         nearest_code(z_nd, codebook_kd)
+
+
+@pytest.mark.parametrize("impl", ["dense", "chunked"])
+def test_a_codebook_that_is_no_numbers_is_refused(impl):
+    z_nd, codebook_kd, _ = random_operands(6, 600, 8)
+    codebook_kd[3, 1] = float("nan")
+    for call in (lambda: index_backprop(z_nd, codebook_kd, impl=impl), lambda: nearest_code(z_nd, codebook_kd)):
+        with pytest.raises(ModelError, match="the codebook holds NaN or infinity"):
+            call()
+
+
+def test_no_tokens():
+    for op in (index_backprop_dense, index_backprop_chunked):
+        codebook_kd = torch.randn(20, 8, requires_grad=True)
+        out = op(torch.zeros(0, 8, requires_grad=True), codebook_kd, None)
+        (out.quantized_nd.sum() + out.code_nd.sum()).backward()
+        assert out.quantized_nd.shape == (0, 8) and not codebook_kd.grad.any()
+
+
+def test_what_is_skipped_is_nothing_also_all_together():
+    """A code 20 above 131,071 others: each of these is below rounding, and their sum is not."""
+    codebook_kd = torch.zeros(2**17, 1)
+    codebook_kd[0] = 20
+    entropy = index_backprop_chunked(torch.ones(1, 1), codebook_kd, 1.0).sample_entropy.item()
+    others = (2**17 - 1) * math.exp(-20)
+    assert entropy == pytest.approx(math.log(1 + others) + 20 * others / (1 + others), rel=1e-4)
+    assert entropy > 0.005
 
 
 def test_strided_operands_and_upstream_gradients():

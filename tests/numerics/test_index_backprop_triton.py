@@ -253,7 +253,9 @@ def test_without_gradients_the_values_are_the_same():
 def test_tf32_is_what_pytorchs_switch_says():
     z_nd, codebook_kd, _ = random_operands(20, 70, 64)
     exact = index_backprop_triton(z_nd, codebook_kd, 0.5).sample_entropy
+    assert triton_sweeps._precision(torch.float32) == "ieee"
     torch.set_float32_matmul_precision("high")
+    assert triton_sweeps._precision(torch.float32) == "tf32" and triton_sweeps._precision(torch.bfloat16) == "ieee"
     torch.testing.assert_close(index_backprop_triton(z_nd, codebook_kd, 0.5).sample_entropy, exact, rtol=1e-2, atol=0)
 
 

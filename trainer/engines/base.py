@@ -30,6 +30,11 @@ class Engine(ABC):
         self.micro_batch_size = micro_batch_size
         self.micro_batches = micro_batches
 
+    @property
+    def param_groups(self) -> list[dict]:
+        """The optimiser's."""
+        return self.optimizer.param_groups
+
     def __call__(self, *args, **kwargs):
         """The module's forward. Not a wrapper's: DeepSpeed's adds hooks to the outputs that the adaptive weight's
         extra gradients would set off, and switches autocast off."""

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
 from model_zoo.tokenizer import codebook_rows, codebook_rows_file, codebook_rows_files
@@ -51,11 +52,13 @@ class Codebook(Replicated):
         self.save_rows(folder, "optimizer", self.optimizer.state.get(self.weight, {}))
 
     def load(self, folder: Path) -> None:
-        first = load_file(codebook_rows_files(folder, "optimizer")[0][2])
         state = {}
-        for key, value in first.items():  # `step` is one number, the moments have a row for each code
-            whole = value.ndim == 0
-            state[key] = value if whole else codebook_rows(folder, "optimizer", key, *self.rows, self.codes)
+        with safe_open(codebook_rows_files(folder, "optimizer")[0][2], framework="pt") as first:
+            for key in first.keys():  # noqa: SIM118 (it is no dict)
+                if first.get_slice(key).get_shape():  # the moments, with a row for each code
+                    state[key] = codebook_rows(folder, "optimizer", key, *self.rows, self.codes)
+                else:  # the step, one number
+                    state[key] = first.get_tensor(key)
         packed = self.optimizer.state_dict()
         packed["state"] = {0: state} if state else {}
         self.optimizer.load_state_dict(packed)

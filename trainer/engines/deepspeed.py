@@ -78,6 +78,10 @@ class DeepSpeed(Engine):
             what = " ".join(str(error).split())[:300]
             raise TrainerError(f"DeepSpeed refuses engine.config={config}: {what}") from error
 
+    @property
+    def param_groups(self) -> list[dict]:
+        return self.engine.optimizer.param_groups
+
     def backward(self, loss: Tensor, last: bool) -> None:
         self.engine.set_gradient_accumulation_boundary(last)
         self.engine.backward(loss)  # divides by gradient_accumulation_steps itself
@@ -90,7 +94,7 @@ class DeepSpeed(Engine):
         return self.norm
 
     def step(self, lr: float, scale: Tensor | float = 1.0) -> None:
-        for group in self.engine.optimizer.param_groups:
+        for group in self.param_groups:
             group["lr"] = lr
         if not self.engine.zero_optimization():
             torch._foreach_mul_(self._gradients(), scale)

@@ -29,13 +29,13 @@ class Replicated(Engine):
 
     def step(self, lr: float, scale: Tensor | float = 1.0) -> None:
         torch._foreach_mul_(self._gradients(), scale)
-        for group in self.optimizer.param_groups:
+        for group in self.param_groups:
             group["lr"] = lr
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
     def _gradients(self) -> list[Tensor]:
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"]]
+        parameters = [p for group in self.param_groups for p in group["params"]]
         return [p.grad for p in parameters if p.grad is not None]
 
     def backward(self, loss: Tensor, last: bool) -> None:

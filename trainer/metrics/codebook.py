@@ -91,7 +91,7 @@ class CodebookHealth:
             if usage < self.COLLAPSED_SHARE * best or usage < self.COLLAPSED_USAGE:
                 self.alarm = (
                     f"codebook usage is {usage:.1%} (best so far {best:.1%}) over the last {self.window_steps} steps: "
-                    "it collapses; lower optimizer.lr or model.codebook_init_std, or raise loss.entropy.weight"
+                    "it collapses; lower optimizer.lr or model.codebook_init_std, or (ibq) raise loss.entropy.weight"
                 )
         return {
             "usage": usage,
@@ -116,9 +116,11 @@ class CodebookHealth:
 
 def moments(rows_nd: Tensor) -> Tensor:
     """``(3, d)`` in float64: the number of rows, their sum and their sum of squares. Those of parts add up."""
-    rows_nd = rows_nd.detach().double()
-    sums = rows_nd.sum(dim=0), rows_nd.square().sum(dim=0)
-    return torch.stack([torch.full_like(sums[0], len(rows_nd)), *sums])
+    total = torch.zeros(3, rows_nd.shape[1], dtype=torch.float64, device=rows_nd.device)
+    for part_nd in rows_nd.detach().split(2**14):  # so that a codebook is never copied whole
+        part_nd = part_nd.double()
+        total += torch.stack([torch.full_like(total[0], len(part_nd)), part_nd.sum(dim=0), part_nd.square().sum(dim=0)])
+    return total
 
 
 def gaussian_distance(first: Tensor, second: Tensor) -> float:

@@ -8,6 +8,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from model_zoo import ModelError
 from model_zoo.discriminator import PatchDiscriminator
 from model_zoo.losses import (
     DISCRIMINATOR_LOSSES,
@@ -75,8 +76,9 @@ class TokenizerTask:
             if self.discriminator:
                 self.discriminator.module.compile()
 
-    def check_sizes(self) -> None:
-        """Raises TrainerError for images that do not divide into tokens or are too small for a network here."""
+    def check(self) -> None:
+        """Raises TrainerError for images that do not divide into tokens or are too small for a network here, and for
+        an implementation of the quantizer that cannot be had."""
         data, factor = self.config.data, self.tokenizer.downsampling_factor
         for key, side in (("image_size", data.image_size), ("val_image_size", data.val_image_size)):
             if side is not None and side % factor:
@@ -90,6 +92,14 @@ class TokenizerTask:
         for network, side in least.items():
             if data.image_size < side:
                 raise TrainerError(f"data.image_size={data.image_size} must be at least {side} for {network}")
+        quantizer, impl = self.tokenizer.quantize, self.config.trainer.quantizer_impl
+        if impl != "auto" and not quantizer.soft_assignment:
+            raise TrainerError(f"trainer.quantizer_impl={impl} is for ibq: {self.config.model.quantizer} has one only")
+        try:  # whether it is there and takes this codebook: a token tells
+            with torch.no_grad():
+                quantizer.assign(quantizer.embedding.weight.new_zeros(1, self.config.model.code_dim), None)
+        except ModelError as error:
+            raise TrainerError(f"trainer.quantizer_impl={impl}: {error}") from error
 
     def impl(self) -> str:
         """Which implementation of index backpropagation the training batches meet."""
@@ -105,15 +115,11 @@ class TokenizerTask:
         return optimizer.lr if optimizer.discriminator_lr is None else optimizer.discriminator_lr
 
     def _adam(self, parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(parameters, lr=lr, fused=self.world.device.type == "cuda", **self._adam_settings())
+
+    def _adam_settings(self) -> dict:
         optimizer = self.config.optimizer
-        return torch.optim.AdamW(
-            parameters,
-            lr=lr,
-            betas=tuple(optimizer.betas),
-            eps=optimizer.epsilon,
-            weight_decay=optimizer.weight_decay,
-            fused=self.world.device.type == "cuda",
-        )
+        return dict(betas=tuple(optimizer.betas), eps=optimizer.epsilon, weight_decay=optimizer.weight_decay)
 
     def step(self, micro_batches: list[Tensor], step: int) -> dict[str, Tensor | float]:
         """One optimiser step of both networks on this rank's uint8 micro-batches ``(b, 3, h, w)``; scalars to log.
@@ -305,6 +311,8 @@ class TokenizerTask:
             self.discriminator.module.load_state_dict(load_file(folder / "discriminator.safetensors"))
         for name, engine in self._engines().items():
             engine.load(folder / name)
+            for group in engine.param_groups:  # the recipe's, as the rate is, and not those that were saved
+                group.update(self._adam_settings())
 
     def _engines(self) -> dict:
         engines = {"generator": self.generator, "codebook": self.codebook, "discriminator": self.discriminator}

@@ -380,7 +380,7 @@ def test_a_step_does_not_depend_on_how_its_batch_is_cut(build, kind):
     for name, value in whole_scalars.items():
         assert float(parts_scalars[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-6), name
     assert torch.equal(whole_task.health.recent.counts_k, parts_task.health.recent.counts_k)
-    assert whole_task.usage.token_count() == 8 * 16
+    assert whole_task.health.recent.token_count() == 8 * 16
 
 
 def test_rates_follow_the_schedule_for_both_networks(build):
@@ -522,6 +522,17 @@ def test_saved_and_loaded_it_goes_on_bit_for_bit(build, tmp_path, norm):
         one, other = (it.step([images(step)], step) for it in (task, resumed))
         assert {name: float(value) for name, value in one.items()} == {k: float(v) for k, v in other.items()}
     compare()
+
+
+def test_adams_settings_are_the_recipes_also_after_loading(build, tmp_path):
+    task = build()
+    task.step([images()], 0)
+    task.save(tmp_path)
+    resumed = build(optimizer__betas=[0.8, 0.9], optimizer__epsilon=1e-5, optimizer__weight_decay=0.1)
+    resumed.load(tmp_path)
+    for engine in (resumed.generator, resumed.codebook, resumed.discriminator):
+        (group,) = engine.param_groups
+        assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.8, 0.9), 1e-5, 0.1)
 
 
 def test_all_terms_have_weights_of_their_own(build):
