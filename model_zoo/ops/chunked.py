@@ -45,7 +45,7 @@ def nearest_code(
         sweeps = ChunkedSweeps(ranks.gather(z_nd), codebook_kd, ranks.codes, Settings(tile=tile))
         # |z - c|^2 is -2 (z c - |c|^2 / 2) up to |z|^2, which is the same for every code of a token.
         bias_k = -accumulation(codebook_kd).square().sum(dim=1) / 2 if distance == "euclidean" else None
-        max_n, index_n = sweeps.maxima(bias_k)
+        max_n, index_n = sweeps.best_codes(bias_k)
 
         def scores() -> Tensor:
             return sweeps.scores(index_n) + (0 if bias_k is None else bias_k[index_n])
@@ -56,22 +56,22 @@ def nearest_code(
 class ChunkedSweeps(Sweeps):
     """CPU and CUDA."""
 
-    def __init__(self, z_nd, codebook_kd, codes, settings, tile_max_tn=None):
-        super().__init__(accumulation(z_nd), codebook_kd, codes, settings, tile_max_tn)
+    def __init__(self, z_nd, codebook_kd, codes, settings, maxima=None):
+        super().__init__(accumulation(z_nd), codebook_kd, codes, settings, maxima)
         self.tile = _fitting_tile(z_nd, codebook_kd, settings.tile)
 
     def first(self, with_output: bool) -> Rows:
         z_nd, tokens = self.z_nd, len(self.z_nd)
         index_n = torch.zeros(tokens, dtype=torch.int64, device=z_nd.device)
         max_n = z_nd.new_full((tokens,), -math.inf)
-        self.tile_max_tn = z_nd.new_empty(-(-len(self.codebook_kd) // self.tile[1]), tokens)
+        self.maxima = z_nd.new_empty(-(-len(self.codebook_kd) // self.tile[1]), tokens)
         sum_n, output_nd = (z_nd.new_zeros(tokens), torch.zeros_like(z_nd)) if with_output else (None, None)
         scratch = self._scratch(2)
 
         for tile in self._tiles():
             at = tile.tokens
             logits = torch.mm(z_nd[at], tile.codes_td.T, out=scratch(0, tile.shape))
-            tile_max = torch.amax(logits, dim=1, out=self.tile_max_tn[tile.number, at])
+            tile_max = torch.amax(logits, dim=1, out=self.maxima[tile.number, at])
             raised, drop = _raise_max(logits, tile_max, tile.codes.start, max_n[at], index_n[at])
             if with_output:
                 sum_n[at][raised] *= drop.exp()
@@ -84,7 +84,7 @@ class ChunkedSweeps(Sweeps):
                     live.add_product(exp, tile.codes_td, to=output_nd[at])
         return Rows(index_n, max_n, sum_n, output_nd)
 
-    def maxima(self, bias_k: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def best_codes(self, bias_k: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Largest logit, plus the code's bias, and its index, of each token; nothing else is kept."""
         z_nd = self.z_nd
         max_n = z_nd.new_full((len(z_nd),), -math.inf)
@@ -154,7 +154,7 @@ class ChunkedSweeps(Sweeps):
                 same = grad_codes_td.dtype == z_nd.dtype
                 sums_td = grad_codes_td if same else torch.zeros_like(grad_codes_td, dtype=z_nd.dtype)
             for name, temperature, gradient in terms:
-                live = self._live(name, self.tile_max_tn[tile.number, at], max_n[at], temperature)
+                live = self._live(name, self.maxima[tile.number, at], max_n[at], temperature)
                 if live.count:
                     grad_logits = gradient(tile, live)
                     if grad_z_nd is not None:
@@ -193,7 +193,7 @@ class ChunkedSweeps(Sweeps):
         """(l - m) / temperature, a tile's live tokens at a time."""
         scratch = self._scratch(1)
         for tile in self._tiles():
-            live = self._live(name, self.tile_max_tn[tile.number, tile.tokens], max_n[tile.tokens], temperature)
+            live = self._live(name, self.maxima[tile.number, tile.tokens], max_n[tile.tokens], temperature)
             if live.count:
                 yield tile, live, self._hot_logits(tile, live, max_n, temperature, scratch)
 

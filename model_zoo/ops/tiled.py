@@ -109,19 +109,21 @@ class HardGradient(NamedTuple):
 class Sweeps(ABC):
     """The sweeps over the codes at hand. Made from z ``(n, d)``, codebook ``(k, d)``, and the number of all codes.
 
-    tile_max_tn: the largest logit of each tile of codes and token, from `first`; the other sweeps skip by it.
+    maxima: the largest logits of each tile of codes, from `first`; after `settle` the other sweeps skip by them.
     All sums have a fixed order and no atomics are used: equal input gives equal bits on one device.
     """
 
-    def __init__(
-        self, z_nd: Tensor, codebook_kd: Tensor, codes: int, settings: Settings, tile_max_tn: Tensor | None = None
-    ):
+    def __init__(self, z_nd: Tensor, codebook_kd: Tensor, codes: int, settings: Settings, maxima: Tensor | None = None):
         self.z_nd, self.codebook_kd, self.codes, self.settings = z_nd, codebook_kd, codes, settings
-        self.tile_max_tn = tile_max_tn
+        self.maxima = maxima
 
     @abstractmethod
     def first(self, with_output: bool) -> Rows:
         """Maxima, and sums where ``with_output``."""
+
+    def settle(self, max_n: Tensor) -> None:  # noqa: B027 (nothing to do by default)
+        """Takes the tokens' maxima over all codes, with which ``maxima`` may become less. They are kept until the
+        backward pass."""
 
     @abstractmethod
     def assignment_sums(self, max_n: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
@@ -183,6 +185,7 @@ class _IndexBackprop(torch.autograd.Function):
             z_nd = ranks.gather(z_nd)
             sweeps = sweeps_class(z_nd, codebook_kd, ranks.codes, settings)
             rows = _over_all_shards(sweeps, sweeps.first(with_gradient), ranks)
+            sweeps.settle(rows.max_n)
             if temperature is not None:
                 assignment = _assignment(*sweeps.assignment_sums(rows.max_n, temperature), temperature, ranks, z_nd)
                 sample_entropy = assignment.entropy_n[ranks.own].mean()
@@ -190,7 +193,7 @@ class _IndexBackprop(torch.autograd.Function):
             quantized_nd = ranks.lookup(codebook_kd, rows.index_n)
         if with_gradient:
             of_assignment = (assignment.log_sum_n, assignment.entropy_n) if assignment else ()
-            ctx.save_for_backward(z_nd, codebook_kd, sweeps.tile_max_tn, *rows, *of_assignment)
+            ctx.save_for_backward(z_nd, codebook_kd, sweeps.maxima, *rows, *of_assignment)
             ctx.temperature, ctx.sweeps_class, ctx.ranks, ctx.settings = temperature, sweeps_class, ranks, settings
         index_n = rows.index_n[ranks.own]
         ctx.mark_non_differentiable(index_n)
@@ -199,9 +202,9 @@ class _IndexBackprop(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx, grad_quantized_nd, grad_code_nd, _, grad_sample, grad_average_k):
-        z_nd, codebook_kd, tile_max_tn, *saved = ctx.saved_tensors
+        z_nd, codebook_kd, maxima, *saved = ctx.saved_tensors
         rows, ranks = Rows(*saved[: len(Rows._fields)]), ctx.ranks
-        sweeps = ctx.sweeps_class(z_nd, codebook_kd, ranks.codes, ctx.settings, tile_max_tn)
+        sweeps = ctx.sweeps_class(z_nd, codebook_kd, ranks.codes, ctx.settings, maxima)
         soft = entropy = hard = None
         with torch.autocast(z_nd.device.type, enabled=False):
             if grad_quantized_nd is not None:

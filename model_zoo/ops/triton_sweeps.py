@@ -10,6 +10,7 @@ fp32 operands PyTorch's own switch holds: fp32 throughout where `torch.get_float
 otherwise TF32 on the tensor cores.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -194,15 +195,14 @@ def first_kernel(
 
 
 @triton.jit
-def live_kernel(tile_max_tn, max_n, live_tb, tokens, tiles, blocks, reach, TOKENS: tl.constexpr, TILES: tl.constexpr):
-    """Which tiles come within reach of the maximum of any token of a block."""
+def gap_kernel(tile_max_tn, max_n, gap_tb, tokens, tiles, blocks, TOKENS: tl.constexpr, TILES: tl.constexpr):
+    """How near each tile comes to the maximum of any token of a block: largest logit of the tile minus maximum."""
     block = tl.program_id(0)
     at, tile = block * TOKENS + tl.arange(0, TOKENS), tl.program_id(1) * TILES + tl.arange(0, TILES)
     pointers = tile_max_tn + tile.to(tl.int64)[:, None] * tokens + at[None, :]
     tile_max = tl.load(pointers, mask=(tile < tiles)[:, None] & (at < tokens)[None, :], other=float("-inf"))
     gap = tile_max - tl.load(max_n + at, mask=at < tokens, other=0.0)[None, :]
-    live = (tl.max(gap, 1) >= -reach).to(tl.int8)
-    tl.store(live_tb + tile.to(tl.int64) * blocks + block, live, mask=tile < tiles)
+    tl.store(gap_tb + tile.to(tl.int64) * blocks + block, tl.max(gap, 1), mask=tile < tiles)
 
 
 @triton.jit
@@ -404,8 +404,8 @@ def grad_codebook_kernel(
 class TritonSweeps(Sweeps):
     """CUDA tensors, or any in Triton's interpreter."""
 
-    def __init__(self, z_nd, codebook_kd, codes, settings, tile_max_tn=None):
-        super().__init__(z_nd.contiguous(), codebook_kd.contiguous(), codes, settings, tile_max_tn)
+    def __init__(self, z_nd, codebook_kd, codes, settings, maxima=None):
+        super().__init__(z_nd.contiguous(), codebook_kd.contiguous(), codes, settings, maxima)
         (tokens, dim), dtype = z_nd.shape, z_nd.dtype
         if dtype not in DTYPES or codebook_kd.dtype != dtype:
             raise ModelError(
@@ -421,15 +421,15 @@ class TritonSweeps(Sweeps):
 
     def first(self, with_output: bool) -> Rows:
         parts = self._parts(self.blocks, self.tiles)
-        self.tile_max_tn, max_sn = self._per_token(self.tiles), self._per_token(parts)
+        self.maxima, max_sn = self._per_token(self.tiles), self._per_token(parts)
         index_sn = torch.empty_like(max_sn, dtype=torch.int32)
         sum_sn = output_snd = None
         if with_output:
             sum_sn, output_snd = self._per_token(parts), max_sn.new_empty(parts, *self.z_nd.shape)
             if self.settings.stats:
-                self.settings.stats.add("output", self.tile_max_tn.numel(), self.tile_max_tn.numel())
+                self.settings.stats.add("output", self.maxima.numel(), self.maxima.numel())
         self._over_tiles(
-            first_kernel, parts, tile_max_tn=self.tile_max_tn, max_sn=max_sn, index_sn=index_sn,
+            first_kernel, parts, tile_max_tn=self.maxima, max_sn=max_sn, index_sn=index_sn,
             sum_sn=sum_sn, output_snd=output_snd, WITH_OUTPUT=with_output,
         )  # fmt: skip
         # Earlier parts hold lower indices, and of equal maxima `max` takes the first.
@@ -441,13 +441,21 @@ class TritonSweeps(Sweeps):
         sum_n, output_nd = sum_sn.mul_(scale_sn).sum(dim=0), output_snd.mul_(scale_sn[:, :, None]).sum(dim=0)
         return Rows(index_n, max_n, sum_n, output_nd)
 
+    def settle(self, max_n: Tensor) -> None:
+        """``maxima`` ``(tiles, tokens)`` become gaps ``(tiles, blocks)``: programs ask for blocks, not for tokens."""
+        tiles, gap_tb = 16, max_n.new_empty(self.tiles, self.blocks)
+        arguments = {"tile_max_tn": self.maxima, "max_n": max_n, "gap_tb": gap_tb, "tokens": len(self.z_nd)}
+        arguments |= {"tiles": self.tiles, "blocks": self.blocks, "TOKENS": self.shape.tokens, "TILES": tiles}
+        launch(gap_kernel, (self.blocks, -(-self.tiles // tiles)), arguments, {"num_warps": 4, "num_stages": 1})
+        self.maxima = gap_tb
+
     def assignment_sums(self, max_n: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
         parts = self._parts(self.blocks, self.tiles)
         sum_sn, moment_sn = self._per_token(parts), self._per_token(parts)
         self._over_tiles(
             assignment_rows_kernel, parts, max_n=max_n, log_sum_n=None, values_k=None, first_sn=sum_sn,
             second_sn=moment_sn, temperature=temperature,
-            **_lists("hot", self._live("assignment", max_n, temperature).T),
+            **_lists("hot", self._live("assignment", temperature).T),
         )  # fmt: skip
         return sum_sn.sum(dim=0), moment_sn.sum(dim=0)
 
@@ -457,7 +465,7 @@ class TritonSweeps(Sweeps):
         self._over_tiles(
             assignment_rows_kernel, parts, max_n=max_n, log_sum_n=assignment.log_sum_n, values_k=values_k.contiguous(),
             first_sn=dot_sn, second_sn=None, temperature=assignment.temperature,
-            **_lists("hot", self._live("average_gradient", max_n, assignment.temperature).T),
+            **_lists("hot", self._live("average_gradient", assignment.temperature).T),
         )  # fmt: skip
         return dot_sn.sum(dim=0)
 
@@ -466,7 +474,7 @@ class TritonSweeps(Sweeps):
         columns_sk = max_n.new_empty(parts, len(self.codebook_kd))
         self._over_tokens(
             assignment_columns_kernel, parts, max_n=max_n, log_sum_n=assignment.log_sum_n, columns_sk=columns_sk,
-            temperature=assignment.temperature, **_lists("hot", self._live("average", max_n, assignment.temperature)),
+            temperature=assignment.temperature, **_lists("hot", self._live("average", assignment.temperature)),
         )  # fmt: skip
         return columns_sk.sum(dim=0)
 
@@ -479,8 +487,8 @@ class TritonSweeps(Sweeps):
         needs: tuple[bool, bool],
     ) -> tuple[Tensor | None, Tensor | None]:
         arguments = {"max_n": max_n} | self._soft_arguments(soft) | self._entropy_arguments(entropy)
-        soft_live = self._live("soft_gradient", max_n, 1.0) if soft else None
-        hot_live = self._live("entropy_gradient", max_n, entropy.assignment.temperature) if entropy else None
+        soft_live = self._live("soft_gradient", 1.0) if soft else None
+        hot_live = self._live("entropy_gradient", entropy.assignment.temperature) if entropy else None
 
         grad_z_nd = grad_codebook_kd = None
         if needs[0] and (soft or entropy):
@@ -536,15 +544,11 @@ class TritonSweeps(Sweeps):
         bounds = torch.searchsorted(index_n, edges.clamp_(max=len(self.codebook_kd)), out_int32=True)
         return dict(zip(names, (hard.grad_nd.contiguous(), index_n, order_n, bounds), strict=True))
 
-    def _live(self, name: str, max_n: Tensor, temperature: float) -> Tensor:
+    def _live(self, name: str, temperature: float) -> Tensor:
         """int8 ``(tiles, blocks)``: 1 where a tile holds more than rounding for any token of a block."""
-        tokens, tiles = len(self.z_nd), 16
-        live_tb = torch.ones(self.tiles, self.blocks, dtype=torch.int8, device=max_n.device)
-        if self.settings.skip:
-            arguments = {"tile_max_tn": self.tile_max_tn, "max_n": max_n, "live_tb": live_tb, "tokens": tokens}
-            arguments |= {"tiles": self.tiles, "blocks": self.blocks, "reach": self.reach(temperature)}
-            arguments |= {"TOKENS": self.shape.tokens, "TILES": tiles}
-            launch(live_kernel, (self.blocks, -(-self.tiles // tiles)), arguments, {"num_warps": 4, "num_stages": 1})
+        tokens = len(self.z_nd)
+        reach = self.reach(temperature) if self.settings.skip else math.inf
+        live_tb = (self.maxima >= -reach).to(torch.int8)
         if self.settings.stats:
             rows_b = torch.full_like(live_tb[0], self.shape.tokens, dtype=torch.int64)
             rows_b[-1] = tokens - (self.blocks - 1) * self.shape.tokens
