@@ -7,11 +7,13 @@ fine levels.
 
 from collections import OrderedDict
 from collections.abc import Sequence
+from functools import partial
 from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 
 from model_zoo import ModelError
 
@@ -168,6 +170,14 @@ def levels_with_attention(
             " middle only"
         )
     return [factor in attention_factors for factor in factors]
+
+
+def checkpoint_activations(module: nn.Module) -> None:
+    """From now on the residual and attention blocks of a module keep only their inputs for the backward pass, which
+    computes the rest again (Chen et al., arXiv 1604.06174)."""
+    for block in module.modules():
+        if isinstance(block, ResBlock | AttentionBlock):
+            block.forward = partial(checkpoint, block.forward, use_reentrant=False)
 
 
 class Encoder(nn.Module):

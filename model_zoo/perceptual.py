@@ -1,6 +1,5 @@
 """LPIPS (arXiv 1801.03924) on VGG16, as a frozen loss."""
 
-import hashlib
 import warnings
 from pathlib import Path
 
@@ -8,6 +7,7 @@ import torch
 from torch import nn
 
 from model_zoo import ModelError
+from model_zoo.hashing import sha256_of
 
 VGG16_FILE = "vgg16-397923af.pth"
 VGG16_URL = f"https://download.pytorch.org/models/{VGG16_FILE}"
@@ -61,13 +61,10 @@ def _checked_vgg16_file(vgg16_weights: str | None) -> Path:
             f"LPIPS needs torchvision's VGG16 weights, {VGG16_FILE}, and there is no such file at {path}:"
             f" put it there ({VGG16_URL}), or do without LPIPS by loss.perceptual.weight=0"
         )
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    if digest.hexdigest() != VGG16_SHA256:
+    digest = sha256_of(path)
+    if digest != VGG16_SHA256:
         raise ModelError(
-            f"{path} is not the published {VGG16_FILE}: its sha256 is {digest.hexdigest()}, not {VGG16_SHA256};"
+            f"{path} is not the published {VGG16_FILE}: its sha256 is {digest}, not {VGG16_SHA256};"
             f" fetch it again ({VGG16_URL}), or do without LPIPS by loss.perceptual.weight=0"
         )
     return path

@@ -79,11 +79,6 @@ class Tokenizer(nn.Module):
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.latent_channels, 1)
         self.decoder = Decoder(**shape)
 
-    @property
-    def last_layer(self) -> Tensor:
-        """Weight of the last convolution, where VQGAN's adaptive weight compares gradients."""
-        return self.decoder.conv_out.weight
-
     def encode(self, images_bchw: Tensor) -> Tensor:
         """Images -> features ``z_bdhw`` before quantization."""
         return self.quant_conv(self.encoder(images_bchw))
@@ -144,59 +139,6 @@ def load_tokenizer(source: str | Path, weights: str = "ema") -> Tokenizer:
     except (SafetensorError, RuntimeError, OSError) as error:
         raise ModelError(f"{file} does not hold the weights of {run / 'config.yaml'} ({_first_line(error)})") from error
     return tokenizer.eval()
-
-
-# Name of the codebook in a tokenizer's state dict. In a checkpoint its rows lie in files of their own, one for each
-# shard of the run, so that any number of ranks can read theirs.
-CODEBOOK = "quantize.embedding.weight"
-
-
-def load_weights(folder: Path, name: str, start: int, stop: int, codes: int) -> dict[str, Tensor]:
-    """The state dict ``tokenizer`` or ``tokenizer_ema`` of a checkpoint, with rows ``[start, stop)`` of ``codes``."""
-    state = load_file(folder / f"{name}.safetensors")
-    if CODEBOOK in state:  # one file that holds everything
-        if len(state[CODEBOOK]) != codes:
-            raise ModelError(f"{folder / name}.safetensors holds {len(state[CODEBOOK])} codes, not {codes}")
-        return {**state, CODEBOOK: state[CODEBOOK][start:stop].clone()}
-    return {**state, CODEBOOK: codebook_rows(folder, name, CODEBOOK, start, stop, codes)}
-
-
-def codebook_rows_file(folder: Path, name: str, start: int, stop: int) -> Path:
-    """The file of a checkpoint that holds what belongs to codes ``[start, stop)``."""
-    return folder / f"{name}.codebook_{start:09d}_{stop:09d}.safetensors"
-
-
-def codebook_rows_files(folder: Path, name: str) -> list[tuple[int, int, Path]]:
-    """(start, stop, file) of all such files, in order of their codes. Raises ModelError where codes are missing."""
-    files = []
-    for path in folder.glob(f"{name}.codebook_*_*.safetensors"):
-        start, stop = path.name.split(".")[1].split("_")[1:]
-        files.append((int(start), int(stop), path))
-    files.sort()
-    end = 0
-    for start, stop, _ in files:
-        if start != end:
-            break
-        end = stop
-    if not files or end != files[-1][1]:
-        raise ModelError(f"{folder} is not whole: no {name}.codebook file begins at code {end}")
-    return files
-
-
-def codebook_rows(folder: Path, name: str, key: str, start: int, stop: int, codes: int) -> Tensor:
-    """Rows ``[start, stop)`` of a tensor of ``codes`` rows, from the files of however many shards.
-
-    Raises ModelError where they do not hold that many.
-    """
-    files = codebook_rows_files(folder, name)
-    if files[-1][1] != codes:
-        raise ModelError(f"{folder} holds {name} of {files[-1][1]} codes, not {codes}")
-    parts = []
-    for first, last, path in files:
-        if first < stop and start < last:
-            with safe_open(path, framework="pt") as file:
-                parts.append(file.get_slice(key)[max(start - first, 0) : min(stop, last) - first])
-    return torch.cat(parts)
 
 
 def _first_line(error: Exception) -> str:

@@ -1,73 +1,267 @@
-"""Checkpoints: written aside by all ranks, renamed when whole, then named in ``latest``."""
+"""Checkpoints: written aside by all ranks, named in a manifest with their hashes, renamed when whole, then named in
+``latest``. A kill, a full disk or a lost rank at any moment leaves the former one in force."""
 
 import json
 import os
 import re
 import shutil
-from collections.abc import Callable
+import threading
+import time
+from collections.abc import Iterable
 from pathlib import Path
 
-import torch.distributed as dist
+from safetensors import SafetensorError
 
+from model_zoo.hashing import sha256_of
+from model_zoo.pieces import Piece, save_pieces
 from trainer import TrainerError
-from trainer.parallel import World
+from trainer.parallel import World, agree, any_rank, gather_objects
+
+STATE, MANIFEST = "state.json", "manifest.json"
 
 
-def save_checkpoint(run: Path, step: int, state: dict, write: Callable[[Path], None], world: World, keep: int) -> Path:
-    """Writes ``checkpoints/step_XXXXXXXX``; all ranks call it. A kill at any moment leaves the former one in force.
+class CheckpointError(TrainerError):
+    """A checkpoint could not be written; the former one is as it was."""
 
-    state: small JSON-able values (step, data position). write: every rank's part, given the folder.
-    keep: how many of the newest checkpoints stay.
+
+class Checkpoints:
+    """Writes the checkpoints of a run; all ranks call every method together.
+
+    keep_last: how many of the newest stay. keep_every_steps: those of its multiples stay for good.
+    asynchronous: a thread writes what `save` copied, and training goes on; `poll` between steps, or `finish`, seals it.
     """
-    folder = run / "checkpoints" / f"step_{step:08d}"
-    unfinished = folder.with_suffix(".unfinished")
-    if world.is_main:
-        for left_over in folder.parent.glob("step_*.unfinished"):
-            shutil.rmtree(left_over)
-        unfinished.mkdir(parents=True)
-    dist.barrier()
-    write(unfinished)
-    dist.barrier()
-    if world.is_main:
-        (unfinished / "state.json").write_text(json.dumps(state))
-        for file in unfinished.rglob("*"):
-            if file.is_file():
-                _sync(file)
+
+    def __init__(
+        self, run: Path, world: World, *, keep_last: int, keep_every_steps: int | None = None, asynchronous: bool = False
+    ):
+        self.folder = run / "checkpoints"
+        self.world = world
+        self.keep_last, self.keep_every_steps = keep_last, keep_every_steps
+        self.asynchronous = asynchronous
+        self.writing: _Writing | None = None
+
+    def save(self, step: int, state: dict, pieces: Iterable[Piece]) -> None:
+        """Takes a copy of this rank's pieces and begins to write ``step_XXXXXXXX`` with it, after the former is done.
+
+        state: small JSON-able values (step, data position), the same on all ranks. Raises CheckpointError.
+        """
+        self.finish()
+        unfinished = self.folder / f"step_{step:08d}.unfinished"
+        _agree(self.world, lambda: _make_folder(unfinished))
+        copies = [piece._replace(values=piece.values.detach().to("cpu", copy=True)) for piece in pieces]
+        file = unfinished / f"rank_{self.world.rank:05d}.safetensors"
+        self.writing = _Writing(unfinished, {**state, "step": step}, file, copies)
+        if self.asynchronous:
+            self.writing.start()
+        else:
+            self.writing.run()
+            self.finish()
+
+    def poll(self) -> None:
+        """Seals the checkpoint that is being written, if all ranks have written their part. Raises CheckpointError."""
+        if self.writing and not any_rank(self.world, self.writing.is_alive())[0]:
+            self._seal()
+
+    def finish(self, beat=lambda: None) -> None:
+        """Waits for the checkpoint that is being written and seals it. Raises CheckpointError.
+
+        beat: called ever again while waiting. No rank stays long in a collective, however slow another's disk is.
+        """
+        while self.writing:
+            self.poll()
+            if self.writing:
+                beat()
+                time.sleep(0.02)
+
+    def _seal(self) -> None:
+        writing, self.writing = self.writing, None
+        parts = gather_objects((writing.part, writing.error))
+        unfinished = writing.unfinished
+        errors = [f"rank {rank}: {error}" for rank, (_, error) in enumerate(parts) if error]
+        try:
+            if errors:
+                raise CheckpointError(errors[0])
+            manifest = dict(part for part, _ in parts)
+            _agree(self.world, lambda: self._publish(unfinished, writing.state, manifest))
+        except CheckpointError as error:
+            # What it took of a full disk is given back; at worst the next save removes it.
+            _agree(self.world, lambda: shutil.rmtree(unfinished, ignore_errors=True))
+            raise CheckpointError(
+                f"cannot write checkpoint {unfinished.stem} ({error}); those written before are untouched: free some "
+                f"space or name another place, then `ibq resume {self.folder.parent}`"
+            ) from error
+
+    def _publish(self, unfinished: Path, state: dict, files: dict) -> None:
+        folder = unfinished.with_suffix("")
+        _write_manifest(unfinished, state, files)
         shutil.rmtree(folder, ignore_errors=True)  # the same step of a run that was resumed from before it
-        unfinished.rename(folder)
-        pointer = folder.parent / "latest.unfinished"
-        pointer.write_text(folder.name)
-        _sync(pointer)
-        pointer.replace(folder.parent / "latest")
-        _sync(folder.parent)
+        _rename(unfinished, folder)
+        _point(self.folder, folder)
         # Later ones, of a run that was resumed from before them, must not push out the one just written.
-        for old in sorted(path for path in folder.parent.glob("step_*[0-9]") if path <= folder)[:-keep]:
-            shutil.rmtree(old)
-    dist.barrier()
-    return folder
+        past = [path for path in checkpoint_folders(self.folder.parent) if path <= folder]
+        for old in past[: -self.keep_last]:
+            if not self.keep_every_steps or step_of(old) % self.keep_every_steps:
+                shutil.rmtree(old)
 
 
-def latest_checkpoint(run: Path) -> Path:
-    """The folder that ``latest`` names. Raises TrainerError where there is none."""
+class _Writing(threading.Thread):
+    """One rank's part of one checkpoint. ``part`` is then (file name, its entry in the manifest), or ``error`` is set."""
+
+    def __init__(self, unfinished: Path, state: dict, file: Path, pieces: list[Piece]):
+        super().__init__(name=f"writing {file}", daemon=True)  # a process that ends leaves it unfinished
+        self.unfinished, self.state, self.file, self.pieces = unfinished, state, file, pieces
+        self.part: tuple[str, dict] | None = None
+        self.error: str | None = None
+
+    def run(self) -> None:
+        try:
+            write_part(self.file, self.pieces)
+            self.part = self.file.name, _entry(self.file)
+        except (OSError, SafetensorError) as error:
+            self.error = getattr(error, "strerror", None) or str(error)
+        self.pieces = []
+
+
+def write_part(file: Path, pieces: list[Piece]) -> None:
+    """One rank's pieces, on the disk when it returns."""
+    save_pieces(file, pieces)
+    _sync(file)
+
+
+def step_of(folder: Path) -> int:
+    """The step in a checkpoint folder's name."""
+    return int(folder.name.removeprefix("step_"))
+
+
+def checkpoint_folders(run: Path) -> list[Path]:
+    """The finished checkpoints of a run, oldest first."""
+    folders = (run / "checkpoints").glob("step_*")
+    return sorted(path for path in folders if re.fullmatch(r"step_\d+", path.name) and path.is_dir())
+
+
+def find_checkpoint(source: Path, world: World) -> tuple[Path, list[str]]:
+    """(the checkpoint to go on from, what was wrong with those that were passed over). All ranks call together.
+
+    source: a run's folder: the checkpoint that ``latest`` names or, where it is not whole, the newest before it that is.
+    Or a checkpoint's own folder, for which none stands in. Raises TrainerError where there is none that is whole.
+    """
+    if source.parent.name == "checkpoints":
+        if wrong := damage(source, world):
+            raise TrainerError(f"{source} cannot be resumed from: {wrong}; `ibq resume {source.parent.parent}` takes another")
+        return source, []
+    passed_over = []
+    for folder in agree(world, lambda: _candidates(source)):
+        wrong = damage(folder, world)
+        if wrong is None:
+            return folder, passed_over
+        passed_over.append(f"{folder.name} is passed over: {wrong}")
+    if not passed_over:
+        raise TrainerError(f"{source} holds no finished checkpoint to resume from; start it anew with `ibq train`")
+    raise TrainerError(f"{source} holds no whole checkpoint: {'; '.join(passed_over)}")
+
+
+def _candidates(run: Path) -> list[Path]:
+    """Newest first, from the one that ``latest`` names on; from the very newest where it names none."""
+    folders = checkpoint_folders(run)
     pointer = run / "checkpoints" / "latest"
-    if not pointer.is_file():
-        raise TrainerError(f"{run} holds no finished checkpoint to resume from; start it anew with `ibq train`")
-    folder = pointer.parent / pointer.read_text(errors="replace").strip()
-    if not (folder / "state.json").is_file() or not re.fullmatch(r"step_\d+", folder.name):
-        raise TrainerError(
-            f"{pointer} names {folder.name}, which is no finished checkpoint; write another one's name there"
-        )
-    return folder
+    named = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
+    if re.fullmatch(r"step_\d+", named):
+        folders = [folder for folder in folders if folder.name <= named]
+        if not folders or folders[-1].name != named:
+            folders.append(pointer.parent / named)  # which is not there, and is said to be so
+    return folders[::-1]
+
+
+def damage(folder: Path, world: World) -> str | None:
+    """What is wrong with a checkpoint, or None: every file's hash is compared with the manifest, each by one rank."""
+    try:
+        files = agree(world, lambda: _manifest(folder))
+    except TrainerError as error:
+        return str(error)
+    mine = [_wrong(folder / name, entry) for name, entry in sorted(files.items())[world.rank :: world.size]]
+    found = [wrong for of_rank in gather_objects([w for w in mine if w]) for wrong in of_rank]
+    return found[0] if found else None
+
+
+def _manifest(folder: Path) -> dict[str, dict]:
+    if not folder.is_dir():
+        raise TrainerError(f"{folder.name} does not exist")
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+        return {name: {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])} for name, entry in files.items()}
+    except FileNotFoundError as error:
+        raise TrainerError(f"{MANIFEST} is missing (it was never finished, or an older version of ibq wrote it)") from error
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TrainerError(f"{MANIFEST} is damaged") from error
+
+
+def _wrong(file: Path, entry: dict) -> str | None:
+    try:
+        found = _entry(file)
+    except FileNotFoundError:
+        return f"{file.name} is missing"
+    except OSError as error:
+        return f"{file.name} cannot be read ({error.strerror})"
+    if found["bytes"] != entry["bytes"]:
+        return f"{file.name} has {found['bytes']} bytes instead of {entry['bytes']}"
+    return None if found == entry else f"{file.name} is not what was written (its sha256 differs)"
 
 
 def load_state(folder: Path) -> dict:
-    """The small state that `save_checkpoint` was given. Raises TrainerError where the file is damaged."""
+    """The small state that `Checkpoints.save` was given. Raises TrainerError where the file is damaged."""
     try:
-        return {**json.loads((folder / "state.json").read_text())}
+        return {**json.loads((folder / STATE).read_text())}
     except (OSError, ValueError, TypeError) as error:
-        raise TrainerError(
-            f"{folder / 'state.json'} is damaged: write another checkpoint's name into latest"
-        ) from error
+        raise TrainerError(f"{folder / STATE} is damaged") from error
+
+
+def _make_folder(unfinished: Path) -> None:
+    for left_over in unfinished.parent.glob("step_*.unfinished"):
+        shutil.rmtree(left_over)
+    unfinished.mkdir(parents=True)
+
+
+def _write_manifest(unfinished: Path, state: dict, files: dict) -> None:
+    (unfinished / STATE).write_text(json.dumps(state))
+    _sync(unfinished / STATE)
+    files = {**files, STATE: _entry(unfinished / STATE)}
+    for name, entry in files.items():  # that what other nodes wrote has arrived here
+        if (size := (unfinished / name).stat().st_size) != entry["bytes"]:
+            raise CheckpointError(f"{name} has {size} bytes instead of {entry['bytes']}")
+    (unfinished / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
+    _sync(unfinished / MANIFEST)
+    _sync(unfinished)
+
+
+def _rename(unfinished: Path, folder: Path) -> None:
+    unfinished.rename(folder)
+    _sync(folder.parent)
+
+
+def _point(checkpoints: Path, folder: Path) -> None:
+    pointer = checkpoints / "latest.unfinished"
+    pointer.write_text(folder.name)
+    _sync(pointer)
+    pointer.replace(checkpoints / "latest")
+    _sync(checkpoints)
+
+
+def _entry(file: Path) -> dict:
+    return {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
+
+
+def _agree(world: World, action) -> None:
+    """`agree`, with what the file system refuses as a CheckpointError on all ranks."""
+
+    def guarded() -> str | None:
+        try:
+            action()
+        except (OSError, CheckpointError) as error:
+            return getattr(error, "strerror", None) or str(error)
+        return None
+
+    if wrong := agree(world, guarded):
+        raise CheckpointError(wrong)
 
 
 def _sync(path: Path) -> None:

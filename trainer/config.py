@@ -18,13 +18,16 @@ from trainer import TrainerError
 
 @dataclass
 class EngineConfig:
-    """``kind``: ``replicated`` (plain PyTorch, every rank holds all) or ``deepspeed``.
-
-    ``config`` is DeepSpeed's: a name from ds_configs (zero0, zero1, zero2) or the path of a JSON file.
-    """
+    """``kind``: ``replicated`` (plain PyTorch, every rank holds all), ``deepspeed`` or ``fsdp2``."""
 
     kind: str = "replicated"
+    # deepspeed: a name from ds_configs (zero0 to zero3, zero2_offload, zero3_offload) or the path of a JSON file.
     config: str = "zero1"
+    # fsdp2: whether parameters are let go after a forward and gathered anew for its backward; whether parameters,
+    # gradients and optimiser are kept in the CPU's memory; over how many neighbouring ranks they are cut (None: all).
+    reshard: bool = True
+    offload: bool = False
+    shard_over: int | None = None
 
 
 @dataclass
@@ -42,12 +45,22 @@ class TrainerConfig:
     quantizer_impl: str = "auto"
     device: str = "auto"
     compile: bool = False
+    # Forgets what is inside blocks after the forward and computes it again for the backward.
+    activation_checkpointing: bool = False
     gradient_clip_norm: float | None = None
     log_every_steps: int = 50
     validate_every_steps: int = 5000
     validation_images: int = 1000
     checkpoint_every_steps: int = 5000
-    keep_checkpoints: int = 3
+    # The newest so many checkpoints stay, and for good those of every so many steps.
+    keep_last: int = 3
+    keep_every_steps: int | None = None
+    # Written by a thread while training goes on.
+    async_checkpoints: bool = True
+    # So many steps one after another may be left out for losses or gradients that are not finite.
+    max_skipped_steps: int = 10
+    # A process that gets no further for so long tells where it stands and ends.
+    timeout_seconds: float = 1800.0
 
 
 @dataclass
@@ -111,8 +124,8 @@ class Config:
 
 
 CHOICES = {
-    "engine.kind": ("replicated", "deepspeed"),
-    "trainer.precision": ("fp32", "bf16"),
+    "engine.kind": ("replicated", "deepspeed", "fsdp2"),
+    "trainer.precision": ("fp32", "bf16", "fp16"),
     "trainer.device": ("auto", "cpu", "cuda"),
     "trainer.quantizer_impl": ("auto", "dense", "chunked", "triton"),
     "discriminator.norm": ("batch", "group"),
@@ -131,7 +144,11 @@ AT_LEAST = {
     "trainer.validate_every_steps": 1,
     "trainer.validation_images": 1,
     "trainer.checkpoint_every_steps": 1,
-    "trainer.keep_checkpoints": 1,
+    "trainer.keep_last": 1,
+    "trainer.keep_every_steps": 1,
+    "trainer.max_skipped_steps": 0,
+    "trainer.timeout_seconds": 1,
+    "engine.shard_over": 1,
     "data.image_size": 1,
     "data.val_image_size": 1,
     "model.channels": 1,

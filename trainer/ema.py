@@ -1,35 +1,56 @@
-"""Exponential moving average of a model's parameters."""
+"""Exponential moving average of trained weights, spread as the weights are."""
+
+from collections.abc import Iterable
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
+
+from model_zoo.pieces import Piece
+from trainer.engines.base import Engine
 
 
 class Ema:
-    """Running average of every entry of ``module.state_dict()`` (a tokenizer's are all floating-point), in fp32.
+    """Running average, in fp32, of the pieces of weights that are on this rank.
 
-    Build it after the weights that training starts from are in the module: it starts as their copy.
+    Build it when the weights that training starts from are in the engines: it starts as their copy.
     """
 
-    def __init__(self, module: nn.Module, decay: float):
+    def __init__(self, engines: Iterable[Engine], decay: float):
         self.decay = decay
-        self.average = {name: value.detach().float().clone() for name, value in module.state_dict().items()}
+        self.engines = list(engines)
+        self.weights = [piece.values for engine in self.engines for piece in engine.weights()]
+        self.averages = [values.float().clone() for values in self.weights]
 
     @torch.no_grad()
-    def update(self, module: nn.Module, step: int) -> None:
+    def update(self, step: int) -> None:
         """Call once after optimiser step ``step`` (from 0). Early steps use a smaller decay, (2 + step) / (11 + step),
         as in the published training, so that a short run's average is not its random start."""
         decay = min(self.decay, (2 + step) / (11 + step))
-        state = module.state_dict()
-        averages = list(self.average.values())
-        torch._foreach_lerp_(averages, [state[name].float() for name in self.average], 1 - decay)
+        torch._foreach_lerp_(self.averages, self.weights, 1 - decay)
 
-    def state_dict(self) -> dict[str, Tensor]:
-        """Name -> averaged tensor, by the names of the module's own state dict."""
-        return self.average
+    def pieces(self, engine: Engine) -> list[Piece]:
+        """The averages of one of the engines' weights, beside ``engine.weights()``."""
+        first = sum(len(other.weights()) for other in self.engines[: self.engines.index(engine)])
+        pieces = engine.weights()
+        averages: list[Tensor] = self.averages[first : first + len(pieces)]
+        return [piece._replace(values=values) for piece, values in zip(pieces, averages, strict=True)]
 
-    def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Takes exactly the saved names; anything else is a KeyError."""
-        if state.keys() != self.average.keys():
-            raise KeyError(f"EMA names differ: {sorted(state.keys() ^ self.average.keys())[:5]}")
-        for name, value in state.items():
-            self.average[name].copy_(value)
+    @contextmanager
+    def in_place_of_weights(self):
+        """Within, the engines compute with the averages. Weights and averages change places, a piece at a time, so that
+        nobody holds a second copy; all ranks enter and leave together."""
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    @torch.no_grad()
+    def _swap(self) -> None:
+        for weight, average in zip(self.weights, self.averages, strict=True):
+            held = weight.clone()
+            weight.copy_(average)
+            average.copy_(held)
+        for engine in self.engines:
+            engine.publish()

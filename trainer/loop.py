@@ -1,8 +1,8 @@
 """The training loop: from a recipe to a run folder."""
 
 import itertools
-import math
-import pickle
+import json
+import os
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -10,20 +10,22 @@ from datetime import datetime
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
 from torchvision.utils import make_grid, save_image
 
 import data
 from data import EvaluationImage, evaluation_images, merge_states, train_batches
 from model_zoo import ModelError
+from model_zoo.pieces import PieceFiles
 from trainer import TrainerError
-from trainer.checkpoint import latest_checkpoint, load_state, save_checkpoint
+from trainer.checkpoint import CheckpointError, Checkpoints, checkpoint_folders, find_checkpoint, load_state
 from trainer.config import Config, load_recipe, load_run_config, save_config
+from trainer.guards import LossSpikes, Stopped, StopSignal, Watchdog
 from trainer.metrics.codebook import CodebookUsage
 from trainer.metrics.image import psnr
 from trainer.parallel import (
     World,
     agree,
+    any_rank,
     fail_together,
     gather_objects,
     mean_over_ranks,
@@ -31,31 +33,37 @@ from trainer.parallel import (
     stop_world,
     sum_over_ranks,
 )
+from trainer.randomness import random_state, restore_random_state, seed_everything
 from trainer.tasks.tokenizer import TokenizerTask
 from trainer.telemetry import Telemetry, metric_lines
 
 PICTURES = 8  # validation images whose reconstructions are shown as training goes
-LOADING_ERRORS = (  # what damaged or unfitting files raise in torch, safetensors and DeepSpeed
-    *(OSError, RuntimeError, KeyError, ValueError, AssertionError, AttributeError, TypeError, EOFError),
-    *(pickle.UnpicklingError, SafetensorError, ModelError),
-)
-WATCHED = ("loss/total", "grad_norm/generator", "grad_norm/discriminator")  # training ends where one is not finite
 
 
 def train(recipe: str, overrides: list[str]) -> Path:
-    """Trains a recipe from the start; returns the run folder. Every process of the world calls it."""
+    """Trains a recipe from the start; returns the run folder. Every process of the world calls it.
+
+    Where torchrun starts failed processes again (--max-restarts), the same recipe in the same folder goes on.
+    """
     config = load_recipe(recipe, overrides)
+    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+    if restarts and config.run is None:
+        raise TrainerError("--max-restarts needs run=FOLDER: the processes started again must find what to go on with")
     config.run = config.run or f"runs/{Path(recipe).stem}-{datetime.now():%Y%m%d-%H%M%S}"
-    return _train(config, resume=False)
+    again = restarts and (Path(config.run) / "config.yaml").is_file() and load_run_config(config.run, []) == config
+    return _train(config, source=Path(config.run) if again else None, again=again)
 
 
-def resume(run: str | Path, overrides: list[str]) -> Path:
-    """Goes on from the newest checkpoint of a run folder; returns it."""
+def resume(source: str | Path, overrides: list[str]) -> Path:
+    """Goes on from the newest whole checkpoint of a run folder, or from the very checkpoint whose folder is named;
+    returns the run's folder."""
     if any(override.startswith("run=") for override in overrides):
         raise TrainerError("run= cannot be changed by resuming: name the run's folder alone")
+    source = Path(source)
+    run = source.parent.parent if source.parent.name == "checkpoints" else source
     config = load_run_config(run, overrides)
     config.run = str(run)
-    return _train(config, resume=True)
+    return _train(config, source)
 
 
 def plan_batch(config: Config, world: World) -> tuple[int, int]:
@@ -88,26 +96,23 @@ def open_run(config: Config, resume: bool) -> str:
     return str(run)
 
 
-def _train(config: Config, resume: bool) -> Path:
+def _train(config: Config, source: Path | None = None, again: bool = False) -> Path:
+    """source: what to go on from. again: a start that may find its own run folder, with a checkpoint in it or none."""
     if config.data.train is None:
         raise TrainerError(
             "data.train must be given: a folder of tars, a tar, or a pattern such as data.train='tars/{00..99}.tar'"
         )
     data.check(config.data)  # a mistyped path or a damaged tar is found before anything slow starts
-    start, checkpoint, state = 0, None, {"data": None}
-    if resume:
-        checkpoint = latest_checkpoint(Path(config.run))
-        state = load_state(checkpoint)
-        if not {"step", "data", "engine", "world_size"} <= state.keys():
-            raise TrainerError(f"{checkpoint / 'state.json'} is damaged: write another checkpoint's name into latest")
-        start = state["step"]
-        if (metrics := Path(config.run) / "metrics.jsonl").is_file():
-            metric_lines(metrics)  # damage is found before anything is written
-        if start >= config.trainer.max_steps:
-            raise TrainerError(f"{config.run} is at step {start} already; go on with trainer.max_steps={2 * start}")
-    world = start_world(config.trainer.device)
+    if source and (metrics := Path(config.run) / "metrics.jsonl").is_file():
+        metric_lines(metrics)  # damage is found before anything is written
+    world = start_world(config.trainer.device, config.trainer.timeout_seconds)
     torch.set_float32_matmul_precision("high" if config.trainer.tf32 else "highest")
     try:
+        start, checkpoint, notes, state = 0, None, [], {"data": None}
+        if source and not (again and not agree(world, lambda: bool(checkpoint_folders(source)))):
+            checkpoint, notes = find_checkpoint(source, world)
+            state = agree(world, lambda: _state(checkpoint, config))
+            start = state["step"]
         micro_batch_size, micro_batches = plan_batch(config, world)
         task = TokenizerTask(config, world, micro_batch_size, micro_batches)
         task.check()
@@ -120,93 +125,111 @@ def _train(config: Config, resume: bool) -> Path:
             seed=config.seed,
             state=state["data"],
         )
+        seed_everything(config.seed, start, world)
         if checkpoint:
-            _restore(task, config, world, checkpoint, state)
+            _restore(task, world, checkpoint, state)
         # Only now that everything is known to fit does anything appear on the disk.
-        run = Path(agree(world, lambda: open_run(config, resume)))
-        _steps(config, world, run, task, batches, start)
+        run = Path(agree(world, lambda: open_run(config, source is not None)))
+        _steps(config, world, run, task, batches, start, notes)
         return run
     finally:
         stop_world()
 
 
-def _restore(task: TokenizerTask, config: Config, world: World, checkpoint: Path, state: dict) -> None:
-    """Loads a checkpoint into the task; settings that do not fit it, or a damaged file, end in one line."""
-    for key, value in _engine(config).items():
-        if value != state["engine"].get(key):
-            raise TrainerError(
-                f"{checkpoint} was written with engine.{key}={state['engine'].get(key)}: resume with that"
-            )
-    if config.engine.kind == "deepspeed" and world.size != state["world_size"]:
+def _state(checkpoint: Path, config: Config) -> dict:
+    state = load_state(checkpoint)
+    if not {"step", "data", "task", "world_size"} <= state.keys():
+        raise TrainerError(f"{checkpoint / 'state.json'} is of another version of ibq: its run cannot be resumed")
+    if state["step"] >= config.trainer.max_steps:
         raise TrainerError(
-            f"{checkpoint} was written by {state['world_size']} processes, and DeepSpeed's optimiser state is split "
-            f"into as many parts: resume with {state['world_size']} processes, not {world.size}"
+            f"{config.run} is at step {state['step']} already; go on with trainer.max_steps={2 * state['step']}"
         )
+    return state
+
+
+def _restore(task: TokenizerTask, world: World, checkpoint: Path, state: dict) -> None:
+    """Loads a checkpoint into the task; settings that do not fit it end in one line."""
     failed = None
     try:
-        task.load(checkpoint)
-    except torch.OutOfMemoryError:
-        raise
-    except LOADING_ERRORS as error:
-        what = " ".join(str(error).split())[:200] or type(error).__name__
-        failed = f"cannot go on from {checkpoint}: it is damaged, or was written with other settings ({what})"
-    fail_together(failed)  # each rank reads files of its own
+        files = PieceFiles(checkpoint)
+        task.load(files, state["task"])
+        if state["world_size"] == world.size:
+            restore_random_state(files, world)
+    except ModelError as error:
+        failed = f"cannot go on from {checkpoint}: it was written with other settings ({error})"
+    fail_together(failed)
 
 
-def _engine(config: Config) -> dict[str, str]:
-    """What a checkpoint's optimiser files depend on."""
-    engine = {"kind": config.engine.kind}
-    return {**engine, "config": config.engine.config} if config.engine.kind == "deepspeed" else engine
-
-
-def _steps(config: Config, world: World, run: Path, task: TokenizerTask, batches, start: int) -> None:
+def _steps(
+    config: Config, world: World, run: Path, task: TokenizerTask, batches, start: int, notes: list[str]
+) -> None:
     settings = config.trainer
     micro_batches = task.generator.micro_batches
     telemetry = Telemetry(run, start, settings.max_steps) if world.is_main else None
-    if telemetry:
-        telemetry.say(describe(config, world, task, run, start))
+    say = telemetry.say if telemetry else lambda _: None
+    for note in notes:
+        say(note)
+    say(describe(config, world, task, run, start))
+    checkpoints = Checkpoints(
+        run,
+        world,
+        keep_last=settings.keep_last,
+        keep_every_steps=settings.keep_every_steps,
+        asynchronous=settings.async_checkpoints,
+    )
+    skips, spikes = Skips(run, world, settings.max_skipped_steps), LossSpikes()
 
     def save(step: int) -> None:
         state = {
-            "step": step,
             "data": merge_states(gather_objects(data_state)),
-            "engine": _engine(config),
+            "task": task.state(),
             "world_size": world.size,
         }
-        save_checkpoint(run, step, state, task.save, world, settings.keep_checkpoints)
+        checkpoints.save(step, state, task.pieces() + random_state(world))
 
-    with telemetry or nullcontext():
+    with telemetry or nullcontext(), StopSignal() as stop, Watchdog(*world[:2], settings.timeout_seconds) as watchdog:
         began, began_step, step = time.perf_counter(), start, start
         try:
             for step in range(start + 1, settings.max_steps + 1):
+                watchdog.beat(step)
                 step_batches = [next(batches) for _ in range(micro_batches)]
                 data_state = step_batches[-1].state
                 images = [batch.images_bchw.to(world.device, non_blocking=True) for batch in step_batches]
-                scalars = task.step(images, step - 1)
-                last = step == settings.max_steps
+                result = task.step(images, step - 1)
+                if told := skips.update(step, result.skipped, [key for batch in step_batches for key in batch.keys]):
+                    say(told)
+                elif told := spikes.update(float(result.scalars["loss/total"])):
+                    say(f"step {step}: {told}")
+                (stopping,) = any_rank(world, stop.wished)
+                last = stopping or step == settings.max_steps
                 checkpoint_due = last or step % settings.checkpoint_every_steps == 0
-                validation_due = last or step % settings.validate_every_steps == 0
-                log_due = checkpoint_due or step % settings.log_every_steps == 0  # only finite weights are saved
+                validation_due = step == settings.max_steps or step % settings.validate_every_steps == 0
+                log_due = checkpoint_due or step % settings.log_every_steps == 0
                 if telemetry:
                     telemetry.advance(step)
                 if log_due:
-                    logged = _global_scalars(scalars, task, world, step)
+                    logged = _global_scalars(result.scalars, task, world, step)
                     seconds = time.perf_counter() - began
                     logged["images_per_second"] = (step - began_step) * settings.global_batch_size / seconds
                     if telemetry:
                         telemetry.alarm(step, task.health.alarm)
                         telemetry.log(step, logged)
-                    bad = [name for name in WATCHED if not math.isfinite(logged.get(name, 0.0))]
-                    if bad:
-                        raise TrainerError(
-                            f"{bad[0]} is not finite at step {step}; checkpoints written before are untouched: go on "
-                            "from one, or anew, with a lower optimizer.lr or trainer.gradient_clip_norm=1"
-                        )
                 paused = time.perf_counter()
-                if validation_due and config.data.val is not None:
-                    _validate(config, world, task, telemetry, run, step)
-                if checkpoint_due:
-                    save(step)
+                if validation_due and not stopping and config.data.val is not None:
+                    _validate(config, world, task, telemetry, run, step, watchdog)
+                try:
+                    if checkpoint_due:
+                        save(step)
+                        if last:
+                            checkpoints.finish(watchdog.beat)
+                    else:
+                        checkpoints.poll()
+                except CheckpointError as error:
+                    if last:
+                        raise
+                    say(f"ALARM at step {step}: {error}; training goes on, the next checkpoint is tried at its time")
+                if stopping:
+                    raise Stopped(f"stopped by SIGTERM after step {step}, which is saved: `ibq resume {run}` goes on")
                 if log_due:
                     began, began_step = time.perf_counter(), step
                 else:
@@ -219,11 +242,43 @@ def _steps(config: Config, world: World, run: Path, task: TokenizerTask, batches
             raise
 
 
+class Skips:
+    """Counts the steps that were left out; keeps the keys of their samples in ``skipped.jsonl``.
+
+    Raises TrainerError once more than ``limit`` of them follow one another.
+    """
+
+    SHOWN_KEYS = 8
+
+    def __init__(self, run: Path, world: World, limit: int):
+        self.file, self.world, self.limit = run / "skipped.jsonl", world, limit
+        self.number = 0
+
+    def update(self, step: int, skipped: list[str], keys: list[str]) -> str | None:
+        """After each step, by all ranks; returns what to say."""
+        if not skipped:
+            self.number = 0
+            return None
+        self.number += 1
+        keys = gather_objects(keys)
+        if self.world.is_main:
+            with self.file.open("a") as file:
+                file.write(json.dumps({"step": step, "not_finite": skipped, "keys_of_ranks": keys}) + "\n")
+        what = f"loss or gradient of the {' and '.join(skipped)} is not finite"
+        if self.number > self.limit:
+            keys = sum(keys, [])
+            more = f" and {len(keys) - self.SHOWN_KEYS} more, see {self.file}" if len(keys) > self.SHOWN_KEYS else ""
+            raise TrainerError(
+                f"{what} at step {step}, the {self.number}. in a row (trainer.max_skipped_steps={self.limit}); its samples: "
+                f"{', '.join(keys[: self.SHOWN_KEYS])}{more}. Checkpoints hold finite weights: go on from one with a "
+                "lower optimizer.lr or trainer.gradient_clip_norm=1"
+            )
+        return f"step {step} is left out: {what}; the keys of its samples are in {self.file.name}"
+
+
 def describe(config: Config, world: World, task: TokenizerTask, run: Path, start: int) -> str:
     """One line: what is about to be trained, on what."""
-    codes = task.tokenizer.quantize.embedding.weight
-    parameters = sum(p.numel() for p in task.tokenizer.parameters()) - codes.numel()
-    millions = (parameters + config.model.codebook_size * config.model.code_dim) / 1e6
+    millions = task.parameters / 1e6
     engine = task.generator
     kind = config.engine.kind + (f" {config.engine.config}" if config.engine.kind == "deepspeed" else "")
     model = config.model
@@ -246,26 +301,32 @@ def _global_scalars(scalars: dict, task: TokenizerTask, world: World, step: int)
 
 
 def _in_step(images: Iterator[EvaluationImage], side: int, task: TokenizerTask, world: World):
-    """(image, whether it counts): ranks that share a codebook quantize together, so that those that have no more images
-    go on with a grey one until none of them has any."""
-    shard = task.groups.shard
+    """(image, whether it counts): where reconstructing is a collective, ranks that have no more images go on with a grey
+    one until none has any."""
     grey = EvaluationImage("", torch.full((3, side, side), 127, dtype=torch.uint8), -1)
-    for image in images if shard is None else itertools.chain(images, itertools.repeat(None)):
-        if shard is not None:
-            more = torch.tensor(int(image is not None), device=world.device)
-            if not sum_over_ranks(more, shard.group):
-                return
+    together = task.reconstructs_together
+    for image in itertools.chain(images, itertools.repeat(None)) if together else images:
+        if together and not any_rank(world, image is not None)[0]:
+            return
         yield image or grey, image is not None
 
 
 @torch.no_grad()
-def _validate(config: Config, world: World, task: TokenizerTask, telemetry: Telemetry | None, run: Path, step: int):
+def _validate(
+    config: Config,
+    world: World,
+    task: TokenizerTask,
+    telemetry: Telemetry | None,
+    run: Path,
+    step: int,
+    watchdog: Watchdog,
+) -> None:
     """PSNR, L1 and usage of the EMA weights on validation images, each counted once; pictures of the first few."""
     sums = torch.zeros(3, dtype=torch.float64, device=world.device)
     usage = CodebookUsage(config.model.codebook_size, world.device)
     pictures = []
     side = config.data.val_image_size or config.data.image_size
-    with task.evaluation() as tokenizer:
+    with task.evaluation():
         images = evaluation_images(
             config.data.val,
             image_size=side,
@@ -275,9 +336,9 @@ def _validate(config: Config, world: World, task: TokenizerTask, telemetry: Tele
         here = range(world.rank, config.trainer.validation_images, world.size)
         images = (image for _, image in zip(here, images, strict=False))
         for image, counts in _in_step(images, side, task, world):
+            watchdog.beat()
             original = image.image_chw[None].to(world.device).float() / 127.5 - 1
-            index_bhw = tokenizer.tokenize(original)
-            reconstruction = tokenizer.detokenize(index_bhw).clamp(-1, 1)
+            index_bhw, reconstruction = task.reconstruct(original)
             if not counts:
                 continue
             usage.update(index_bhw)

@@ -11,7 +11,8 @@ from torch import Tensor
 from model_zoo.ops import CodebookShard
 from trainer import TrainerError
 
-TIMEOUT = timedelta(minutes=30)  # of a collective
+# A collective's own limit lies so far above `trainer.timeout_seconds` that the watchdog, which tells more, is first.
+PATIENCE_SECONDS = 60.0
 
 
 class World(NamedTuple):
@@ -26,8 +27,11 @@ class World(NamedTuple):
         return self.rank == 0
 
 
-def start_world(device: str = "auto") -> World:
-    """Joins the processes that torchrun or the deepspeed launcher started; alone, a world of one."""
+def start_world(device: str = "auto", timeout_seconds: float = 1800.0) -> World:
+    """Joins the processes that torchrun or the deepspeed launcher started; alone, a world of one.
+
+    timeout_seconds: how long a rank may wait for another.
+    """
     if device == "cuda" and not torch.cuda.is_available():
         raise TrainerError("trainer.device=cuda, but no CUDA device can be used here; `ibq doctor` says more")
     use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
@@ -43,11 +47,15 @@ def start_world(device: str = "auto") -> World:
         # DeepSpeed chooses its accelerator at import; without this it may settle on another one than we did.
         os.environ["DS_ACCELERATOR"] = "cpu"
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=TIMEOUT)
+        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=_patience(timeout_seconds))
     else:
         dist.init_process_group("nccl" if use_cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     where = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     return World(dist.get_rank(), dist.get_world_size(), where)
+
+
+def _patience(timeout_seconds: float) -> timedelta:
+    return timedelta(seconds=timeout_seconds + PATIENCE_SECONDS)
 
 
 def stop_world() -> None:
@@ -69,7 +77,7 @@ class CodebookGroups(NamedTuple):
         return dist.get_rank(self.replicas) == 0
 
 
-def codebook_groups(world: World, parallel: int, codes: int) -> CodebookGroups:
+def codebook_groups(world: World, parallel: int, codes: int, timeout_seconds: float = 1800.0) -> CodebookGroups:
     """Spreads ``codes`` rows over each ``parallel`` ranks that follow one another; all ranks call it.
 
     Neighbours share a codebook, so that what they tell each other stays within a node where it can.
@@ -86,11 +94,11 @@ def codebook_groups(world: World, parallel: int, codes: int) -> CodebookGroups:
     groups = {}
     # Every rank makes every group, in the same order.
     for ranks in [range(first, first + parallel) for first in range(0, world.size, parallel)]:
-        group = dist.new_group(list(ranks), timeout=TIMEOUT)
+        group = dist.new_group(list(ranks), timeout=_patience(timeout_seconds))
         if world.rank in ranks:
             groups["shard"] = CodebookShard.even(codes, group)
     for ranks in [range(first, world.size, parallel) for first in range(parallel)]:
-        group = dist.new_group(list(ranks), timeout=TIMEOUT)
+        group = dist.new_group(list(ranks), timeout=_patience(timeout_seconds))
         if world.rank in ranks:
             groups["replicas"] = group
     return CodebookGroups(**groups)
@@ -109,6 +117,15 @@ def sum_over_ranks(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Te
     if dist.get_world_size(group) > 1:
         dist.all_reduce(tensor, group=group)
     return tensor
+
+
+def any_rank(world: World, *flags: bool) -> list[bool]:
+    """Which of the flags are set on any rank; all ranks call together."""
+    if world.size == 1:
+        return list(flags)
+    tensor = torch.tensor(flags, dtype=torch.int32, device=world.device)
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return [bool(flag) for flag in tensor.tolist()]
 
 
 def gather_objects(value) -> list:

@@ -69,7 +69,13 @@ class Quantizer(nn.Module):
         b, _, h, w = z_bdhw.shape
         with torch.autocast(z_bdhw.device.type, enabled=False):
             z_nd = rearrange(z_bdhw.float(), "b d h w -> (b h w) d")
+            finite = z_nd.detach().isfinite()
+            if self.training:  # no code is nearest to NaN
+                z_nd = torch.where(finite, z_nd, 0)
             out = self.assign(z_nd, entropy_temperature)
+            if self.training:
+                # ... but it must reach the loss, by which all ranks then leave out this step together.
+                out = out._replace(quantized_nd=out.quantized_nd + torch.where(finite.all(), 0.0, torch.nan))
             return Quantized(
                 quantized_bdhw=rearrange(out.quantized_nd, "(b h w) d -> b d h w", b=b, h=h, w=w),
                 index_bhw=out.index_n.view(b, h, w),

@@ -29,7 +29,7 @@ SETTINGS = {
     "trainer.log_every_steps": 1,
     "trainer.validate_every_steps": 10,
     "trainer.checkpoint_every_steps": 5,
-    "trainer.keep_checkpoints": 4,
+    "trainer.keep_last": 4,
 }
 
 

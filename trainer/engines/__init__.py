@@ -1,17 +1,39 @@
 """Engines: how a module's parameters, gradients and optimiser are spread over ranks. See `base.Engine`."""
 
+from collections.abc import Iterable
+
+import torch
+from torch import nn
+
 from trainer.config import EngineConfig
-from trainer.engines.base import Engine, clip_scale
+from trainer.engines.base import Engine, MakeOptimizer, clip_scale
 from trainer.engines.codebook import Codebook
 from trainer.engines.replicated import Replicated
+from trainer.parallel import World
 
-__all__ = ["Codebook", "Engine", "Replicated", "build_engine", "clip_scale"]
+__all__ = ["Codebook", "Engine", "MakeOptimizer", "Replicated", "build_engine", "clip_scale"]
 
 
-def build_engine(config: EngineConfig, module, optimizer, **batch) -> Engine:
-    """The engine that the recipe names, around a module that lies on its device with its weights loaded."""
+def build_engine(
+    config: EngineConfig,
+    world: World,
+    module: nn.Module,
+    make_optimizer: MakeOptimizer,
+    *,
+    ignored: Iterable[nn.Parameter] = (),
+    gather_dtype: torch.dtype | None = None,
+    **batch,
+) -> Engine:
+    """The engine that the recipe names, around a module that lies on its device with its weights initialised.
+
+    ignored: parameters of the module that are not the engine's. gather_dtype: see `fsdp2.Fsdp2`.
+    """
     if config.kind == "replicated":
-        return Replicated(module, optimizer, **batch)
+        return Replicated(module, make_optimizer, ignored, **batch)
+    if config.kind == "fsdp2":
+        from trainer.engines.fsdp2 import Fsdp2
+
+        return Fsdp2(config, world, module, make_optimizer, ignored, gather_dtype, **batch)
     from trainer.engines.deepspeed import DeepSpeed  # DeepSpeed takes seconds to import
 
-    return DeepSpeed(config.config, module, optimizer, **batch)
+    return DeepSpeed(config.config, module, make_optimizer, ignored, **batch)

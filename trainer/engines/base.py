@@ -1,32 +1,37 @@
 """The boundary between a task's step and the way its module is spread over ranks."""
 
 from abc import ABC, abstractmethod
-from pathlib import Path
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+
+from model_zoo.pieces import Piece
+from trainer.optim import get_step, set_step
+
+MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
 
 
 class Engine(ABC):
     """A module, its optimiser, and gradients that are averaged over ranks.
 
     One step is: for every micro-batch ``loss = ...``, ``engine.backward(loss, last=...)``; then ``engine.grad_norm()``
-    and ``engine.step(lr, scale)``. Losses are means over the micro-batch; the engine divides by the number of
-    micro-batches and of ranks, so that the gradient is that of the mean over the global batch. It trains the
-    parameters that the optimiser has; the module may hold others.
+    and ``engine.step(lr, scale)``, or ``engine.skip()``. Losses are means over the micro-batch; the engine divides by
+    the number of micro-batches and of ranks, so that the gradient is that of the mean over the global batch.
+
+    Where parameters, gradients and optimiser state lie is the engine's affair; what others need of them are the flat
+    pieces that are here: `weights` and `moments`.
     """
 
-    def __init__(
-        self,
-        module: nn.Module,
-        optimizer: Optimizer,
-        *,
-        micro_batch_size: int,
-        micro_batches: int,
-    ):
+    optimizer: Optimizer
+    # Which of how many ranks with the very same pieces this is: together they write one copy of them.
+    replica: tuple[int, int] = (0, 1)
+    # Whether a forward is a collective, so that all ranks must run as many of them, evaluation included.
+    forwards_together = False
+
+    def __init__(self, module: nn.Module, *, micro_batch_size: int, micro_batches: int):
         self.module = module
-        self.optimizer = optimizer
         self.micro_batch_size = micro_batch_size
         self.micro_batches = micro_batches
 
@@ -36,9 +41,12 @@ class Engine(ABC):
         return self.optimizer.param_groups
 
     def __call__(self, *args, **kwargs):
-        """The module's forward. Not a wrapper's: DeepSpeed's adds hooks to the outputs that the adaptive weight's
-        extra gradients would set off, and switches autocast off."""
-        return self.module(*args, **kwargs)
+        """The module's forward."""
+        return self.run(self.module, *args, **kwargs)
+
+    def run(self, function: Callable, *args, **kwargs):
+        """Calls a function that computes with the module's weights, such as one of its methods."""
+        return function(*args, **kwargs)
 
     @abstractmethod
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -46,19 +54,60 @@ class Engine(ABC):
 
     @abstractmethod
     def grad_norm(self) -> Tensor:
-        """Reduces what is still to be reduced; returns the norm of the gradient over all ranks. Once a step."""
+        """Reduces what is still to be reduced; returns the norm of the gradient over all ranks, on all of them. Once a
+        step. Not finite where any rank's gradient is not."""
 
     @abstractmethod
     def step(self, lr: float, scale: Tensor | float = 1.0) -> None:
         """Multiplies the gradients by ``scale`` (for clipping; at most 1), updates by rate ``lr``, clears them."""
 
     @abstractmethod
-    def save(self, folder: Path) -> None:
-        """All ranks write what `load` needs beside the module's weights: the optimiser's state."""
+    def skip(self) -> None:
+        """Clears the gradients without an update; in place of `step`."""
 
     @abstractmethod
-    def load(self, folder: Path) -> None:
-        """All ranks restore what `save` wrote; the module's weights are loaded already."""
+    def weights(self) -> list[Piece]:
+        """The trained parameters that are here, in fp32, by the names of the module's state dict. Their values are
+        views: written to, they count after `publish`."""
+
+    @abstractmethod
+    def moments(self, key: str) -> list[Tensor]:
+        """The optimiser's state of that name (`trainer.optim.MOMENTS`), a view beside each of `weights`."""
+
+    def publish(self) -> None:
+        """After writing to `weights`: the module computes with them from now on. All ranks call together."""
+
+    @property
+    def updates(self) -> int:
+        """How many updates the optimiser has seen."""
+        return get_step(self.optimizer)
+
+    @updates.setter
+    def updates(self, number: int) -> None:
+        set_step(self.optimizer, number)
+
+
+class Root(nn.Module):
+    """The part of a module that an engine takes over, and a forward that runs any function.
+
+    Engines that shard parameters hook into modules and want their outermost one to be called first.
+    ignored: parameters of the module that are another engine's; each must have a direct child of the module for its own.
+    """
+
+    def __init__(self, module: nn.Module, ignored: Iterable[nn.Parameter]):
+        super().__init__()
+        ignored = set(ignored)
+        parts = [module] if not ignored else [c for c in module.children() if not ignored & set(c.parameters())]
+        self.parts = nn.ModuleList(parts)
+
+    def forward(self, function: Callable, *args, **kwargs):
+        return function(*args, **kwargs)
+
+
+def trained_parameters(module: nn.Module, ignored: Iterable[nn.Parameter]) -> dict[str, nn.Parameter]:
+    """Name -> parameter of all but the ignored ones."""
+    ignored = set(ignored)
+    return {name: parameter for name, parameter in module.named_parameters() if parameter not in ignored}
 
 
 def clip_scale(norm: Tensor, clip_norm: float | None) -> Tensor | float:

@@ -1,13 +1,15 @@
 """Every rank holds everything; gradients are averaged by one all-reduce. The readable truth for the other engines."""
 
-from pathlib import Path
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from trainer.engines.base import Engine
+from model_zoo.pieces import Piece, whole
+from trainer.engines.base import Engine, MakeOptimizer, trained_parameters
+from trainer.optim import start_moments
 from trainer.parallel import sum_over_ranks
 
 
@@ -15,7 +17,24 @@ class Replicated(Engine):
     """Plain PyTorch. It adds no hook to the module and broadcasts no buffer, so that a discriminator may run several
     forwards before its backward, and its BatchNorm statistics stay each rank's own."""
 
-    replicas: dist.ProcessGroup | None = None  # the ranks that hold the same parameters; None: all
+    def __init__(
+        self,
+        module: nn.Module,
+        make_optimizer: MakeOptimizer,
+        ignored: Iterable[nn.Parameter] = (),
+        replicas: dist.ProcessGroup | None = None,
+        **batch,
+    ):
+        """replicas: the ranks that hold the same parameters; None: all."""
+        super().__init__(module, **batch)
+        self.parameters = trained_parameters(module, ignored)
+        self.optimizer = make_optimizer(self.parameters.values())
+        start_moments(self.optimizer, self.parameters.values())
+        self.replicas = replicas
+        self.replica = dist.get_rank(replicas), dist.get_world_size(replicas)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        (loss / self.micro_batches).backward()
 
     def grad_norm(self) -> Tensor:
         gradients = self._gradients()
@@ -32,19 +51,16 @@ class Replicated(Engine):
         for group in self.param_groups:
             group["lr"] = lr
         self.optimizer.step()
+        self.skip()
+
+    def skip(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
+    def weights(self) -> list[Piece]:
+        return [whole(name, parameter) for name, parameter in self.parameters.items()]
+
+    def moments(self, key: str) -> list[Tensor]:
+        return [self.optimizer.state[parameter][key].view(-1) for parameter in self.parameters.values()]
+
     def _gradients(self) -> list[Tensor]:
-        parameters = [p for group in self.param_groups for p in group["params"]]
-        return [p.grad for p in parameters if p.grad is not None]
-
-    def backward(self, loss: Tensor, last: bool) -> None:
-        (loss / self.micro_batches).backward()
-
-    def save(self, folder: Path) -> None:
-        if dist.get_rank() == 0:
-            torch.save(self.optimizer.state_dict(), folder / "optimizer.pt")
-
-    def load(self, folder: Path) -> None:
-        state = torch.load(folder / "optimizer.pt", map_location="cpu", weights_only=True)
-        self.optimizer.load_state_dict(state)
+        return [p.grad for p in self.parameters.values() if p.grad is not None]

@@ -1,14 +1,16 @@
 """Training a tokenizer: reconstruction, quantizer and adversarial losses, generator and discriminator apart."""
 
 from collections.abc import Iterable
-from contextlib import contextmanager
-from pathlib import Path
+from contextlib import contextmanager, nullcontext
+from functools import partial
+from typing import NamedTuple
 
 import torch
-from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from model_zoo import ModelError
+from model_zoo.autoencoder import checkpoint_activations
 from model_zoo.discriminator import PatchDiscriminator
 from model_zoo.losses import (
     DISCRIMINATOR_LOSSES,
@@ -19,13 +21,16 @@ from model_zoo.losses import (
 )
 from model_zoo.ops import fastest_impl
 from model_zoo.perceptual import SMALLEST_SIDE, Perceptual
-from model_zoo.tokenizer import CODEBOOK, Tokenizer, TokenizerOutput, load_weights
+from model_zoo.pieces import Piece, PieceFiles, whole
+from model_zoo.tokenizer import Tokenizer, TokenizerOutput
 from trainer import TrainerError
 from trainer.config import Config
 from trainer.ema import Ema
-from trainer.engines import Codebook, Replicated, build_engine, clip_scale
+from trainer.engines import Codebook, Engine, Replicated, build_engine, clip_scale
 from trainer.metrics.codebook import CodebookHealth, gaussian_distance, moments
+from trainer.optim import MOMENTS, adam
 from trainer.parallel import World, codebook_groups, mean_over_ranks, sum_over_ranks
+from trainer.precision import LossScale, autocast_dtype
 from trainer.schedules import learning_rate_factor, ramp
 
 
@@ -36,20 +41,32 @@ class TokenizerTask:
         self.config = config
         self.world = world
         loss = config.loss
-        self.groups = codebook_groups(world, config.codebook_parallel, config.model.codebook_size)
+        codes, patience = config.model.codebook_size, config.trainer.timeout_seconds
+        self.groups = codebook_groups(world, config.codebook_parallel, codes, patience)
         torch.manual_seed(config.seed)  # the same weights on every rank
         self.tokenizer = Tokenizer(config.model, self.groups.shard).to(world.device)
         self.tokenizer.quantize.impl = config.trainer.quantizer_impl
         self.perceptual = None
         if loss.perceptual.weight > 0:
             self.perceptual = Perceptual(loss.perceptual.vgg16_weights).to(world.device)
+        if config.trainer.activation_checkpointing:
+            checkpoint_activations(self.tokenizer)
         batch = dict(micro_batch_size=micro_batch_size, micro_batches=micro_batches)
+        make_adam = partial(adam, lr=config.optimizer.lr, config=config.optimizer)
         # The codebook has an engine of its own, the rest of the tokenizer the recipe's.
         codes = self.tokenizer.quantize.embedding.weight
-        rest = [p for p in self.tokenizer.parameters() if p is not codes]
-        self.generator = build_engine(config.engine, self.tokenizer, self._adam(rest, config.optimizer.lr), **batch)
-        adam = self._adam([codes], config.optimizer.lr)
-        self.codebook = Codebook(self.tokenizer.quantize, adam, config.model.codebook_size, self.groups, **batch)
+        rest = sum(p.numel() for p in self.tokenizer.parameters()) - codes.numel()
+        self.parameters = rest + config.model.codebook_size * config.model.code_dim  # before they are spread
+        self.generator = build_engine(
+            config.engine,
+            world,
+            self.tokenizer,
+            partial(make_adam, apex=config.engine.kind != "fsdp2"),
+            ignored=[codes],
+            gather_dtype=autocast_dtype(config.trainer.precision),
+            **batch,
+        )
+        self.codebook = Codebook(self.tokenizer.quantize, make_adam, config.model.codebook_size, self.groups, **batch)
         self.discriminator = None
         if loss.generator.weight > 0:
             network = PatchDiscriminator(
@@ -58,10 +75,12 @@ class TokenizerTask:
                 norm=config.discriminator.norm,
             ).to(world.device)
             # Small, so replicated under every engine; and hooks of a sharding engine would break its two forwards.
-            adam = self._adam(network.parameters(), self.discriminator_lr)
-            self.discriminator = Replicated(network, adam, **batch)
+            make_adam = partial(adam, lr=self.discriminator_lr, config=config.optimizer)
+            self.discriminator = Replicated(network, make_adam, **batch)
+        fp16 = config.trainer.precision == "fp16"
+        self.loss_scales = {name: LossScale(fp16) for name in ("generator", "discriminator")}
         self.lecam = Lecam(loss.lecam.decay).to(world.device)
-        self.ema = Ema(self.tokenizer, config.ema.decay) if config.ema.decay > 0 else None
+        self.ema = Ema((self.generator, self.codebook), config.ema.decay) if config.ema.decay > 0 else None
         tokens = (config.data.image_size // self.tokenizer.downsampling_factor) ** 2
         self.health = CodebookHealth(
             config.model.codebook_size, max(1, tokens) * config.trainer.global_batch_size, world.device
@@ -75,6 +94,9 @@ class TokenizerTask:
             self.tokenizer.compile()
             if self.discriminator:
                 self.discriminator.module.compile()
+        self.last_hidden_bchw: Tensor | None = None  # what the last layer was last given
+        if loss.generator.adaptive:
+            self.tokenizer.decoder.conv_out.register_forward_pre_hook(self._keep_last_hidden)
 
     def check(self) -> None:
         """Raises TrainerError for images that do not divide into tokens or are too small for a network here, and for
@@ -114,25 +136,21 @@ class TokenizerTask:
         optimizer = self.config.optimizer
         return optimizer.lr if optimizer.discriminator_lr is None else optimizer.discriminator_lr
 
-    def _adam(self, parameters: Iterable[nn.Parameter], lr: float) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(parameters, lr=lr, fused=self.world.device.type == "cuda", **self._adam_settings())
-
-    def _adam_settings(self) -> dict:
-        optimizer = self.config.optimizer
-        return dict(betas=tuple(optimizer.betas), eps=optimizer.epsilon, weight_decay=optimizer.weight_decay)
-
-    def step(self, micro_batches: list[Tensor], step: int) -> dict[str, Tensor | float]:
-        """One optimiser step of both networks on this rank's uint8 micro-batches ``(b, 3, h, w)``; scalars to log.
+    def step(self, micro_batches: list[Tensor], step: int) -> "Step":
+        """One optimiser step of both networks on this rank's uint8 micro-batches ``(b, 3, h, w)``.
 
         The discriminator is updated first, on detached reconstructions; the generator then plays against the updated,
         frozen one. With a single micro-batch one forward of the generator serves both. With several (gradient
         accumulation) a first pass without gradients makes all the reconstructions for the discriminator and the mean
         code assignment of the whole batch, so that a step does not depend on how its batch is cut. (Two things do:
         BatchNorm in the discriminator, and the adaptive weight, which is taken anew for every micro-batch.)
+
+        A network whose loss or gradient is not finite on any rank is left as it was, on all of them.
         """
         config = self.config
         loss_config = config.loss
         scalars = Means(1 / len(micro_batches))
+        bad: list[str] = []
         factor = learning_rate_factor(config.schedule, step, config.trainer.max_steps)
         discriminator_on = self.discriminator is not None and step >= loss_config.discriminator.start_step
         generator_start = loss_config.generator.start_step
@@ -159,11 +177,9 @@ class TokenizerTask:
             # A shard's average is that of all its group's tokens already.
             average_k = mean_over_ranks(average_k, self.groups.replicas)
         if discriminator_on:
-            scalars.set("lr/discriminator", factor * self.discriminator_lr)
-            norm = self.discriminator.grad_norm()
-            scalars.set("grad_norm/discriminator", norm)
-            self.discriminator.step(factor * self.discriminator_lr, clip_scale(norm, config.trainer.gradient_clip_norm))
-            self.lecam.update(*mean_over_ranks(logits_mean))
+            lr = factor * self.discriminator_lr
+            if self._update("discriminator", [self.discriminator], "loss/discriminator", lr, scalars, bad):
+                self.lecam.update(*mean_over_ranks(logits_mean))
 
         # Pass 2: the generator learns, against the updated discriminator.
         self.feature_moments = 0
@@ -171,17 +187,36 @@ class TokenizerTask:
             if not single:
                 output = self._generate(images_bchw)
             loss = self._generator_loss(images_bchw, output, average_k, adversarial, scalars)
-            self.generator.backward(loss, last=i == len(micro_batches) - 1)
+            self.generator.backward(self.loss_scales["generator"].value * loss, last=i == len(micro_batches) - 1)
             self.health.update(output.quantized.index_bhw, step)
             self.feature_moments = self.feature_moments + moments(output.quantized.features_nd)
-        scalars.set("lr/generator", factor * config.optimizer.lr)
-        norm = torch.stack([self.generator.grad_norm(), self.codebook.grad_norm()]).norm()
-        scalars.set("grad_norm/generator", norm)
-        for engine in (self.generator, self.codebook):
-            engine.step(factor * config.optimizer.lr, clip_scale(norm, config.trainer.gradient_clip_norm))
-        if self.ema:
-            self.ema.update(self.tokenizer, step)
-        return scalars.values
+        engines = [self.generator, self.codebook]
+        updated = self._update("generator", engines, "loss/total", factor * config.optimizer.lr, scalars, bad)
+        if updated and self.ema:
+            self.ema.update(step)
+        return Step(scalars.values, bad)
+
+    def _update(self, network: str, engines: list[Engine], loss: str, lr: float, scalars: "Means", bad: list[str]) -> bool:
+        """Steps a network's engines, clipped by their joint norm; or skips them all where loss or gradient is not
+        finite, and says so in ``bad`` unless it was fp16's scale that was too large. Returns whether it stepped."""
+        loss_scale = self.loss_scales[network]
+        scale = 1 / loss_scale.value
+        norm = scale * torch.stack([engine.grad_norm().float() for engine in engines]).norm()
+        # Of all ranks: one rank's NaN is everyone's. A loss can be no number where its gradient is one.
+        scalars.set(loss, mean_over_ranks(scalars.values[loss].clone()))
+        finite = bool(torch.isfinite(norm + scalars.values[loss]))
+        scalars.set(f"lr/{network}", lr)
+        scalars.set(f"grad_norm/{network}", norm)
+        if loss_scale.needed:
+            scalars.set(f"loss_scale/{network}", loss_scale.value)
+        for engine in engines:
+            if finite:
+                engine.step(lr, scale * clip_scale(norm, self.config.trainer.gradient_clip_norm))
+            else:
+                engine.skip()
+        if not loss_scale.update(finite) and not finite:
+            bad.append(network)
+        return finite
 
     def read_health(self, step: int) -> dict[str, float]:
         """The codebook's health after step ``step`` (from 0); all ranks call together."""
@@ -192,13 +227,15 @@ class TokenizerTask:
         return {**self.health.read(step), "feature_distance": gaussian_distance(features, codes)}
 
     def _autocast(self):
-        bf16 = self.config.trainer.precision == "bf16"
-        return torch.autocast(self.world.device.type, dtype=torch.bfloat16, enabled=bf16)
+        dtype = autocast_dtype(self.config.trainer.precision)
+        return torch.autocast(self.world.device.type, dtype=dtype, enabled=dtype is not None)
 
     def _generate(self, images_bchw: Tensor) -> TokenizerOutput:
         with self._autocast():
-            output = self.tokenizer(images_bchw, self.entropy_temperature)
-        return output._replace(reconstruction_bchw=output.reconstruction_bchw.float())
+            output = self.generator(images_bchw, self.entropy_temperature)
+        reconstruction_bchw = output.reconstruction_bchw.float()
+        # A tensor of our own: sharding engines hang hooks on their outputs, which the adaptive weight must not set off.
+        return output._replace(reconstruction_bchw=reconstruction_bchw.view_as(reconstruction_bchw))
 
     def _discriminator_backward(self, images_bchw: Tensor, output: TokenizerOutput, last: bool, scalars) -> Tensor:
         """Adds one micro-batch's discriminator gradient; returns the mean logits (real, fake)."""
@@ -217,7 +254,7 @@ class TokenizerTask:
             lecam = self.lecam(logits_real, logits_fake)
             scalars.add("loss/lecam", lecam)
             loss = loss + config.lecam.weight * lecam
-        discriminator.backward(loss, last=last)
+        discriminator.backward(self.loss_scales["discriminator"].value * loss, last=last)
         means = torch.stack([logits_real.detach().mean(), logits_fake.detach().mean()])
         scalars.add("discriminator/logits_real", means[0])
         scalars.add("discriminator/logits_fake", means[1])
@@ -252,71 +289,129 @@ class TokenizerTask:
             generator = GENERATOR_LOSSES[config.generator.kind](logits_fake)
             scalars.add("loss/generator", generator)
             if config.generator.adaptive:
-                adversarial = adversarial * self._adaptive_weight(likelihood, generator)
+                adversarial = adversarial * self._adaptive_weight(likelihood, generator, reconstruction_bchw)
             scalars.add("weight/generator", adversarial)
             loss = loss + adversarial * generator
         scalars.add("loss/total", loss)
         return loss
 
-    def _adaptive_weight(self, likelihood: Tensor, generator: Tensor) -> Tensor:
-        """VQGAN eq. 7: |grad of reconstruction| / |grad of the adversarial term| at the last layer, over all ranks."""
-        last_layer = self.tokenizer.last_layer
-        norms = [
-            mean_over_ranks(torch.autograd.grad(term, last_layer, retain_graph=True)[0]).norm()
-            for term in (likelihood, generator)
-        ]
+    def _adaptive_weight(self, likelihood: Tensor, generator: Tensor, reconstruction_bchw: Tensor) -> Tensor:
+        """VQGAN eq. 7: |grad of reconstruction| / |grad of the adversarial term| at the last layer, over all ranks.
+
+        The layer's gradient is made of what it was given and of the gradient of what it gave: nothing below the
+        reconstruction is gone through, and no engine need have the weight at hand.
+        """
+        layer, decoder = self.tokenizer.decoder.conv_out, self.tokenizer.decoder
+        shape = layer.out_channels, layer.in_channels, *layer.kernel_size
+        norms = []
+        for term in (likelihood, generator):
+            (grad_bchw,) = torch.autograd.grad(term, reconstruction_bchw, retain_graph=True)
+            grad_bchw = F.pixel_unshuffle(grad_bchw, decoder.pixel_shuffle.upscale_factor)
+            of_weight = nn.grad.conv2d_weight(self.last_hidden_bchw.float(), shape, grad_bchw, padding=layer.padding)
+            norms.append(mean_over_ranks(of_weight).norm())
         return (norms[0] / (norms[1] + 1e-4)).clamp(max=self.config.loss.generator.adaptive_cap).detach()
+
+    def _keep_last_hidden(self, _, inputs: tuple[Tensor]) -> None:
+        self.last_hidden_bchw = inputs[0].detach()
 
     @contextmanager
     def evaluation(self):
-        """The tokenizer in eval mode with EMA weights where there are any; training weights are back afterwards."""
-        raw = {name: value.clone() for name, value in self.tokenizer.state_dict().items()} if self.ema else None
-        if self.ema:
-            self.tokenizer.load_state_dict(self.ema.state_dict())
-        self.tokenizer.eval()
-        try:
-            yield self.tokenizer
-        finally:
-            self.tokenizer.train()
-            if raw:
-                self.tokenizer.load_state_dict(raw)
+        """The tokenizer in eval mode with EMA weights where there are any; training weights are back afterwards. All
+        ranks enter and leave together."""
+        with self.ema.in_place_of_weights() if self.ema else nullcontext():
+            self.tokenizer.eval()
+            try:
+                yield
+            finally:
+                self.tokenizer.train()
 
-    def save(self, folder: Path) -> None:
-        """All ranks write this task's part of a checkpoint into an existing folder."""
-        states = {"tokenizer": self.tokenizer.state_dict()}
-        if self.ema:
-            states["tokenizer_ema"] = dict(self.ema.state_dict())
-        for name, state in states.items():
-            self.codebook.save_rows(folder, name, {CODEBOOK: state.pop(CODEBOOK)})
-            if self.world.is_main:
-                save_file({k: v.contiguous() for k, v in state.items()}, folder / f"{name}.safetensors")
-        if self.world.is_main:
-            save_file(self.lecam.state_dict(), folder / "lecam.safetensors")
-            save_file(self.health.state_dict(), folder / "codebook_health.safetensors")
-            if self.discriminator:
-                save_file(self.discriminator.module.state_dict(), folder / "discriminator.safetensors")
-        for name, engine in self._engines().items():
-            (folder / name).mkdir(exist_ok=True)
-            engine.save(folder / name)
+    @torch.no_grad()
+    def reconstruct(self, images_bchw: Tensor) -> tuple[Tensor, Tensor]:
+        """(codes ``(b, h, w)``, reconstructions in [-1, 1]) of images in [-1, 1]. Where `reconstructs_together` says so,
+        its ranks must call as often as each other."""
 
-    def load(self, folder: Path) -> None:
-        """All ranks restore what `save` wrote, with whatever number of ranks to a codebook."""
-        codes = (*self.codebook.rows, self.config.model.codebook_size)
-        self.tokenizer.load_state_dict(load_weights(folder, "tokenizer", *codes))
-        self.lecam.load_state_dict(load_file(folder / "lecam.safetensors"))
-        self.health.load_state_dict(load_file(folder / "codebook_health.safetensors"))
-        if self.ema:
-            self.ema.load_state_dict(load_weights(folder, "tokenizer_ema", *codes))
+        def both() -> tuple[Tensor, Tensor]:
+            index_bhw = self.tokenizer.tokenize(images_bchw)
+            return index_bhw, self.tokenizer.detokenize(index_bhw)
+
+        index_bhw, reconstruction_bchw = self.generator.run(both)
+        return index_bhw, reconstruction_bchw.clamp(-1, 1)
+
+    @property
+    def reconstructs_together(self) -> bool:
+        """Whether a reconstruction is a collective."""
+        return self.generator.forwards_together or self.groups.shard is not None
+
+    def pieces(self) -> list[Piece]:
+        """This rank's part of a checkpoint's tensors. All ranks' together hold each of them once."""
+        pieces = []
+        for network, engine in self._engines().items():
+            kinds = {"": engine.weights()}
+            if self.ema and engine in self.ema.engines:
+                kinds["_ema"] = self.ema.pieces(engine)
+            for key in MOMENTS:
+                beside = zip(engine.weights(), engine.moments(key), strict=True)
+                kinds[f".{key}"] = [piece._replace(values=values) for piece, values in beside]
+            for kind, of_kind in kinds.items():
+                pieces += [_named(network, kind, piece).share(*engine.replica) for piece in of_kind]
+        return pieces + (self._buffers() if self.world.is_main else [])
+
+    def state(self) -> dict:
+        """The small numbers of a checkpoint."""
+        return {
+            "updates": {network: engine.updates for network, engine in self._engines().items()},
+            "loss_scales": {name: scale.state_dict() for name, scale in self.loss_scales.items()},
+        }
+
+    @torch.no_grad()
+    def load(self, files: PieceFiles, state: dict) -> None:
+        """All ranks restore what `pieces` and `state` gave, by whatever number of ranks under whatever engines."""
+        for network, engine in self._engines().items():
+            weights = engine.weights()
+            for piece in weights:
+                files.fill(_named(network, "", piece))
+            if self.ema and engine in self.ema.engines:
+                for piece in self.ema.pieces(engine):
+                    files.fill(_named(network, "_ema", piece))
+            for key in MOMENTS:
+                for piece, values in zip(weights, engine.moments(key), strict=True):
+                    files.fill(_named(network, f".{key}", piece._replace(values=values)))
+            engine.updates = state["updates"][network]
+            engine.publish()
+        for piece in self._buffers():
+            files.fill(piece)
+        for name, scale in self.loss_scales.items():
+            scale.load_state_dict(state["loss_scales"][name])
+
+    def _buffers(self) -> list[Piece]:
+        """What is the same on all ranks, or rank 0's to save (BatchNorm's statistics)."""
+        buffers = {f"lecam/{name}": value for name, value in self.lecam.named_buffers()}
+        buffers |= {f"codebook_health/{name}": value for name, value in self.health.state_dict().items()}
         if self.discriminator:
-            self.discriminator.module.load_state_dict(load_file(folder / "discriminator.safetensors"))
-        for name, engine in self._engines().items():
-            engine.load(folder / name)
-            for group in engine.param_groups:  # the recipe's, as the rate is, and not those that were saved
-                group.update(self._adam_settings())
+            of_module = self.discriminator.module.named_buffers()
+            buffers |= {f"discriminator/{name}": value for name, value in of_module}
+        return [whole(name, value) for name, value in buffers.items()]
 
-    def _engines(self) -> dict:
+    def _engines(self) -> dict[str, Engine]:
         engines = {"generator": self.generator, "codebook": self.codebook, "discriminator": self.discriminator}
         return {name: engine for name, engine in engines.items() if engine}
+
+
+class Step(NamedTuple):
+    """What a step gives: scalars to log, and the networks that were left as they were, for not being finite."""
+
+    scalars: dict[str, Tensor | float]
+    skipped: list[str]
+
+
+# Of each engine: the model it is of, and what its weights' names in that model's state dict begin with.
+MODELS = {"generator": ("tokenizer", ""), "codebook": ("tokenizer", "quantize."), "discriminator": ("discriminator", "")}
+
+
+def _named(network: str, kind: str, piece: Piece) -> Piece:
+    """By its name in a checkpoint: ``tokenizer/encoder.conv_in.weight``, ``tokenizer_ema/...``."""
+    model, prefix = MODELS[network]
+    return piece._replace(name=f"{model}{kind}/{prefix}{piece.name}")
 
 
 class Means:

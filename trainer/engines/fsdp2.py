@@ -1,0 +1,126 @@
+"""FSDP2 (PyTorch's `fully_shard`): parameters, gradients and optimiser state are cut by rows over ranks."""
+
+import math
+import warnings
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
+
+from model_zoo.pieces import Piece
+from trainer import TrainerError
+from trainer.config import EngineConfig
+from trainer.engines.base import Engine, MakeOptimizer, Root, trained_parameters
+from trainer.optim import start_moments
+from trainer.parallel import World, sum_over_ranks
+
+
+# The tokenizer returns views; nothing here changes an output in place.
+warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor", UserWarning)
+
+
+class Fsdp2(Engine):
+    """Each element of the module's outermost ModuleLists is gathered by itself, the rest together.
+
+    gather_dtype: what parameters are gathered in for a forward (None: fp32, as they are kept). Gradients are reduced in
+    fp32. With ``config.shard_over`` = s, parameters are cut over s neighbouring ranks and copied between such groups
+    (hybrid sharding).
+    """
+
+    forwards_together = True
+
+    def __init__(
+        self,
+        config: EngineConfig,
+        world: World,
+        module: nn.Module,
+        make_optimizer: MakeOptimizer,
+        ignored: Iterable[nn.Parameter] = (),
+        gather_dtype: torch.dtype | None = None,
+        **batch,
+    ):
+        super().__init__(module, **batch)
+        shards = config.shard_over or world.size
+        if world.size % shards:
+            raise TrainerError(f"engine.shard_over={shards} must divide the number of processes, {world.size}")
+        copies = world.size // shards
+        if copies > 1:
+            mesh = init_device_mesh(world.device.type, (copies, shards), mesh_dim_names=("replicate", "shard"))
+            self.replica = mesh.get_local_rank("replicate"), copies
+            self.group = mesh.get_group("shard")
+        else:
+            mesh = init_device_mesh(world.device.type, (shards,), mesh_dim_names=("shard",))
+            self.group = mesh.get_group()
+        settings = dict(
+            mesh=mesh,
+            reshard_after_forward=config.reshard,
+            mp_policy=MixedPrecisionPolicy(gather_dtype, torch.float32 if gather_dtype else None, None, False),
+            offload_policy=CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if config.offload else OffloadPolicy(),
+        )
+        names = list(trained_parameters(module, ignored))
+        self.root = Root(module, ignored)
+        for unit in _units(self.root.parts):
+            fully_shard(unit, **settings)
+        fully_shard(self.root, **settings)
+        # In a forward the module's attributes are the gathered parameters; these are the pieces.
+        sharded = dict(module.named_parameters())
+        self.parameters = {name: sharded[name] for name in names}
+        self.optimizer = make_optimizer(self.parameters.values())
+        start_moments(self.optimizer, self.parameters.values())
+        self.device = world.device
+
+    def run(self, function, *args, **kwargs):
+        return self.root(function, *args, **kwargs)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        (loss / self.micro_batches).backward()
+
+    def grad_norm(self) -> Tensor:
+        norm = torch.nn.utils.get_total_norm(self._gradients()).to(self.device)
+        return sum_over_ranks(norm.square(), self.group).sqrt()
+
+    def step(self, lr: float, scale: Tensor | float = 1.0) -> None:
+        gradients = self._gradients()
+        if isinstance(scale, Tensor) and gradients:
+            scale = scale.to(gradients[0].device)
+        torch._foreach_mul_(gradients, scale)
+        for group in self.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.skip()
+
+    def skip(self) -> None:
+        self.optimizer.zero_grad(set_to_none=True)
+
+    def weights(self) -> list[Piece]:
+        pieces = []
+        for name, parameter in self.parameters.items():
+            _, offset = compute_local_shape_and_global_offset(
+                parameter.shape, parameter.device_mesh, parameter.placements
+            )
+            start = offset[0] * math.prod(parameter.shape[1:]) if parameter.ndim else 0
+            pieces.append(Piece(name, tuple(parameter.shape), start, parameter.to_local().detach().view(-1)))
+        return pieces
+
+    def moments(self, key: str) -> list[Tensor]:
+        return [self.optimizer.state[p][key].to_local().view(-1) for p in self.parameters.values()]
+
+    def publish(self) -> None:
+        # What an evaluation left gathered is of the weights before.
+        for module in self.root.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad.to_local() for p in self.parameters.values() if p.grad is not None]
+
+
+def _units(module: nn.Module) -> list[nn.Module]:
+    """The elements of the outermost ModuleLists below a module."""
+    units = []
+    for child in module.children():
+        units += list(child) if isinstance(child, nn.ModuleList) else _units(child)
+    return [unit for unit in units if any(True for _ in unit.parameters())]

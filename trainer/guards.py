@@ -1,0 +1,117 @@
+"""What watches over a long run: signals, processes that hang, losses that jump."""
+
+import faulthandler
+import os
+import signal
+import socket
+import statistics
+import sys
+import threading
+import time
+import traceback
+from collections import deque
+
+STOPPED = 75  # exit status after SIGTERM: a checkpoint was written (EX_TEMPFAIL: try again)
+HUNG = 124  # exit status of the watchdog (as of timeout(1))
+
+
+class Stopped(Exception):
+    """A run ended early, at the wish of a signal, with everything saved."""
+
+
+class StopSignal:
+    """SIGTERM as a wish: ``with StopSignal() as stop: ... if stop.wished``. A second signal ends the process at once.
+
+    Launchers and schedulers both pass a signal on, so what comes within GRACE_SECONDS of the first is still the first.
+    """
+
+    GRACE_SECONDS = 2.0
+
+    def __init__(self):
+        self.wished_at: float | None = None
+
+    @property
+    def wished(self) -> bool:
+        return self.wished_at is not None
+
+    def __enter__(self) -> "StopSignal":
+        self.before = signal.signal(signal.SIGTERM, self._handle)
+        return self
+
+    def __exit__(self, *_) -> None:
+        signal.signal(signal.SIGTERM, self.before)
+
+    def _handle(self, number, _) -> None:
+        now = time.monotonic()
+        if self.wished_at is None:
+            self.wished_at = now
+        elif now - self.wished_at > self.GRACE_SECONDS:
+            os._exit(128 + number)
+
+
+class Watchdog:
+    """Ends a process that makes no progress: ``with Watchdog(...) as watchdog: ... watchdog.beat(step)``.
+
+    Where ``timeout_seconds`` pass without a beat, the process writes the stack of each of its threads to stderr and
+    exits with status HUNG. Where one rank hangs all do, so each of them tells where it stands.
+    """
+
+    def __init__(self, rank: int, size: int, timeout_seconds: float):
+        self.rank, self.size, self.timeout_seconds = rank, size, timeout_seconds
+        self.ended = threading.Event()
+        self.last, self.step = time.monotonic(), 0
+
+    def beat(self, step: int | None = None) -> None:
+        """There was progress; ``step``: which one is under way."""
+        self.last = time.monotonic()
+        if step is not None:
+            self.step = step
+        # Written in C: it also fires where a hung call keeps the interpreter's lock.
+        faulthandler.dump_traceback_later(2 * self.timeout_seconds, exit=True)
+
+    def __enter__(self) -> "Watchdog":
+        self.beat()
+        threading.Thread(target=self._watch, name="watchdog", daemon=True).start()
+        return self
+
+    def __exit__(self, *_) -> None:
+        self.ended.set()
+        faulthandler.cancel_dump_traceback_later()
+
+    def _watch(self) -> None:
+        while not self.ended.wait(max(0.05, self.last + self.timeout_seconds - time.monotonic())):
+            if time.monotonic() - self.last >= self.timeout_seconds:
+                sys.stderr.write(self._report())
+                sys.stderr.flush()
+                os._exit(HUNG)
+
+    def _report(self) -> str:
+        names = {thread.ident: thread.name for thread in threading.enumerate()}
+        stacks = [
+            f"  thread {names.get(ident, ident)}:\n" + "".join(traceback.format_stack(frame))
+            for ident, frame in sys._current_frames().items()
+            if ident != threading.get_ident()
+        ]
+        return (
+            f"ibq: error: rank {self.rank} of {self.size} ({socket.gethostname()}, process {os.getpid()}) made no progress "
+            f"for {self.timeout_seconds:g} s in step {self.step} (trainer.timeout_seconds); it stands here:\n{''.join(stacks)}"
+        )
+
+
+class LossSpikes:
+    """Says when the loss jumps: above FACTOR times the median of the last WINDOW steps, once there are enough."""
+
+    FACTOR, WINDOW, ENOUGH = 2.0, 128, 32
+
+    def __init__(self):
+        self.losses: deque[float] = deque(maxlen=self.WINDOW)
+        self.high = False
+
+    def update(self, loss: float) -> str | None:
+        """Takes the finite loss of a step; returns what to say where a jump begins."""
+        usual = statistics.median(self.losses) if len(self.losses) >= self.ENOUGH else None
+        was_high, self.high = self.high, usual is not None and loss > self.FACTOR * abs(usual) and loss > usual
+        self.losses.append(loss)
+        if self.high and not was_high:
+            return f"the loss jumps to {loss:.4g} from about {usual:.4g}: if it stays there, lower optimizer.lr"
+        return None

@@ -1,0 +1,63 @@
+"""Adam, by the fastest of its implementations that is here; its state, by names that every one of them has."""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from trainer.config import OptimizerConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def adam(parameters: Iterable[nn.Parameter], lr: float, config: OptimizerConfig, apex: bool = True) -> Optimizer:
+    """AdamW with the recipe's settings: NVIDIA apex's FusedAdam for CUDA where apex is, else PyTorch's fused one.
+
+    apex: False where parameters are DTensors, which apex's kernels do not take.
+    """
+    parameters = list(parameters)
+    settings = dict(lr=lr, **adam_settings(config))
+    if apex and parameters[0].is_cuda:
+        try:
+            from apex.optimizers import FusedAdam
+        except ImportError:  # PyPI's `apex` is another project and has no such module
+            pass
+        else:
+            return FusedAdam(parameters, adam_w_mode=True, **settings)
+    return torch.optim.AdamW(parameters, fused=not parameters[0].is_meta, **settings)
+
+
+def adam_settings(config: OptimizerConfig) -> dict:
+    """What a resumed run takes from its recipe rather than from its checkpoint."""
+    return dict(betas=tuple(config.betas), eps=config.epsilon, weight_decay=config.weight_decay)
+
+
+def start_moments(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
+    """Zero moments and step 0 for each parameter, so that they can be read and written before the first step."""
+    for parameter in parameters:
+        state = optimizer.state[parameter]
+        for key in MOMENTS:
+            state[key] = torch.zeros_like(parameter)
+        if isinstance(optimizer, torch.optim.AdamW):
+            fused = optimizer.defaults["fused"]
+            state["step"] = torch.zeros((), device=parameter.device if fused else "cpu", dtype=torch.float32)
+    set_step(optimizer, 0)
+
+
+def get_step(optimizer: Optimizer) -> int:
+    """How many updates the moments have seen."""
+    for state in optimizer.state.values():
+        if "step" in state:
+            return int(state["step"])
+    return int(optimizer.param_groups[0].get("step", 0))  # apex counts by group
+
+
+def set_step(optimizer: Optimizer, step: int) -> None:
+    """Goes on as if the moments had seen that many updates."""
+    for state in optimizer.state.values():
+        if "step" in state:
+            state["step"].fill_(step)
+    if not isinstance(optimizer, torch.optim.AdamW):
+        for group in optimizer.param_groups:
+            group["step"] = step

@@ -1,0 +1,47 @@
+"""Half precision: what a forward computes in, and the loss scale that fp16 needs."""
+
+import math
+
+import torch
+
+
+def autocast_dtype(precision: str) -> torch.dtype | None:
+    """What ``trainer.precision`` lets a forward compute in; None: fp32. The weights stay in fp32."""
+    return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
+
+
+class LossScale:
+    """Dynamic loss scaling (Micikevicius et al., arXiv 1710.03740): losses are multiplied by ``value`` before the
+    backward pass, so that small gradients do not vanish in fp16. Halved where gradients overflow, doubled after
+    GROWTH_STEPS steps without. Always 1 where it is not ``needed``.
+
+    PyTorch's GradScaler does the same, but wants to step the optimiser itself, which here is an engine's.
+    """
+
+    FIRST, GROWTH_STEPS, LARGEST = 2.0**16, 2000, 2.0**24
+
+    def __init__(self, needed: bool):
+        self.needed = needed
+        self.value = self.FIRST if needed else 1.0
+        self.good_steps = 0
+
+    def update(self, finite: bool) -> bool:
+        """After a step; returns whether a step that was not finite is this scale's doing."""
+        if not self.needed:
+            return False
+        if not finite:
+            self.good_steps = 0
+            was, self.value = self.value, max(1.0, self.value / 2)
+            return was > 1
+        self.good_steps += 1
+        if self.good_steps % self.GROWTH_STEPS == 0:
+            self.value = min(self.LARGEST, 2 * self.value)
+        return False
+
+    def state_dict(self) -> dict[str, float]:
+        return {"value": self.value, "good_steps": self.good_steps}
+
+    def load_state_dict(self, state: dict[str, float]) -> None:
+        """Takes what `state_dict` gave, of a run in any precision."""
+        if self.needed and state["value"] > 1 and math.isfinite(state["value"]):
+            self.value, self.good_steps = float(state["value"]), int(state["good_steps"])

@@ -1,0 +1,35 @@
+"""The random numbers of every rank: seeded at the start, saved, restored."""
+
+import torch
+
+from model_zoo.pieces import Piece, PieceFiles, whole
+from trainer.parallel import World
+
+
+def seed_everything(seed: int, step: int, world: World) -> None:
+    """Streams of their own for each rank and each place that a run goes on from."""
+    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + world.rank & (1 << 63) - 1)
+
+
+def random_state(world: World) -> list[Piece]:
+    """This rank's generators, to be saved."""
+    return [whole(name, state) for name, state in _states(world).items()]
+
+
+def restore_random_state(files: PieceFiles, world: World) -> None:
+    """Goes on from what `random_state` gave at the same number of ranks."""
+    for name in _states(world):
+        if name not in files:  # of a run that had no GPU
+            continue
+        state = files.tensor(name)
+        if "/cuda/" in name:
+            torch.cuda.set_rng_state(state, world.device)
+        else:
+            torch.set_rng_state(state)
+
+
+def _states(world: World) -> dict[str, torch.Tensor]:
+    states = {f"random/cpu/{world.rank}": torch.get_rng_state()}
+    if world.device.type == "cuda":
+        states[f"random/cuda/{world.rank}"] = torch.cuda.get_rng_state(world.device)
+    return states
