@@ -14,7 +14,12 @@ setup(
     packages=find_packages(
         include=["trainer", "trainer.*", "model_zoo", "model_zoo.*", "data", "data.*", "tools", "tools.*", "ds_configs"]
     ),
-    package_data={"model_zoo": ["recipes/**/*.yaml"], "data": ["sources.yaml"], "ds_configs": ["*.json"]},
+    package_data={
+        "model_zoo": ["recipes/**/*.yaml"],
+        "data": ["sources.yaml"],
+        "ds_configs": ["*.json"],
+        "tools": ["*.sbatch"],
+    },
     install_requires=[
         "torch>=2.11",
         "torchvision",

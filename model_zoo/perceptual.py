@@ -70,16 +70,22 @@ def _checked_vgg16_file(vgg16_weights: str | None) -> Path:
     return path
 
 
-def _load_lpips(vgg16_file: Path) -> nn.Module:
-    """The lpips package's LPIPS(VGG) with every parameter taken from `vgg16_file` and the package's own heads."""
+def lpips_on_meta() -> nn.Module:
+    """The lpips package's LPIPS(VGG) without values, on the meta device: to be filled, or to count its weights."""
     # Imported here: it brings in plotting and image libraries that runs without LPIPS need not wait for.
     import lpips
 
-    # Built on the meta device, where the whole of VGG16 costs neither memory nor the time of a random initialisation.
+    # On the meta device the whole of VGG16 costs neither memory nor the time of a random initialisation.
     with torch.device("meta"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
-        model = lpips.LPIPS(net="vgg", version="0.1", pretrained=False, pnet_rand=True, verbose=False)
+        return lpips.LPIPS(net="vgg", version="0.1", pretrained=False, pnet_rand=True, verbose=False)
 
+
+def _load_lpips(vgg16_file: Path) -> nn.Module:
+    """The lpips package's LPIPS(VGG) with every parameter taken from `vgg16_file` and the package's own heads."""
+    import lpips
+
+    model = lpips_on_meta()
     vgg16 = torch.load(vgg16_file, map_location="cpu", weights_only=True)
     # "slice3.10.weight" is torchvision's "features.10.weight": lpips cuts the trunk in slices but keeps the numbers.
     trunk = {name: vgg16["features." + name.split(".", 1)[1]] for name in model.net.state_dict()}

@@ -7,7 +7,9 @@ all, nor by how many processes.
 """
 
 import json
+import re
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -46,6 +48,12 @@ def save_pieces(file: Path, pieces: Iterable[Piece]) -> None:
         raise ValueError("a file holds one piece of a tensor")
     layout = {piece.name: [piece.start, list(piece.shape)] for piece in pieces}
     save_file(tensors, file, metadata={"pieces": json.dumps(layout)})
+
+
+def run_of(source: Path) -> Path:
+    """The run's folder, of a checkpoint's folder in it or of itself. (A run too may lie in some ``checkpoints``.)"""
+    is_checkpoint = source.parent.name == "checkpoints" and re.fullmatch(r"step_\d+", source.name)
+    return source.parent.parent if is_checkpoint else source
 
 
 class PieceFiles:
@@ -89,20 +97,17 @@ class PieceFiles:
                 continue
             if first > end:
                 break
-            try:
-                with safe_open(path, framework="pt") as file:
-                    values = file.get_slice(piece.name)[end - first : min(stop, last) - first]
-            except (SafetensorError, OSError) as error:
-                raise ModelError(f"{path} cannot be read: {error}") from error
+            with _opened(path) as file:
+                values = file.get_slice(piece.name)[end - first : min(stop, last) - first]
             piece.values[end - piece.start : min(stop, last) - piece.start].copy_(values)
             end = min(stop, last)
         if end < stop:
             raise ModelError(f"{self.folder} is not whole: {piece.name} lacks its elements from {end} on")
 
     def tensor(self, name: str) -> Tensor:
-        """The whole tensor, fp32 where it is floating-point."""
+        """The whole tensor, of the dtype it was written in."""
         shape = self.shape(name)
-        with safe_open(self._places[name][0][2], framework="pt") as file:
+        with _opened(self._places[name][0][2]) as file:
             dtype = file.get_slice(name)[:0].dtype
         piece = whole(name, torch.empty(shape, dtype=dtype))
         self.fill(piece)
@@ -113,12 +118,22 @@ class PieceFiles:
         return {name.removeprefix(prefix): self.tensor(name) for name in self.names(prefix)}
 
 
+@contextmanager
+def _opened(path: Path) -> Iterator[safe_open]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            yield file
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+
+
 def _layout(path: Path) -> Iterator[tuple[str, tuple[int, list[int]], int]]:
     try:
         with safe_open(path, framework="pt") as file:
             layout = json.loads((file.metadata() or {})["pieces"])
             for name in file.keys():  # noqa: SIM118 (it is no dict)
-                (length,) = file.get_slice(name).get_shape()
-                yield name, layout[name], length
-    except (SafetensorError, OSError, KeyError, ValueError) as error:
-        raise ModelError(f"{path} is no part of a checkpoint: {error or type(error).__name__}") from error
+                (length,), (start, shape) = file.get_slice(name).get_shape(), layout[name]
+                yield name, (int(start), [int(side) for side in shape]), length
+    except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+        what = " ".join(str(error).split()) or type(error).__name__
+        raise ModelError(f"{path} is no part of a checkpoint: {what}") from error

@@ -8,13 +8,12 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from model_zoo import ModelError
 from model_zoo.autoencoder import Decoder, Encoder
 from model_zoo.ops import CodebookShard
+from model_zoo.pieces import PieceFiles, run_of
 from model_zoo.quantizers import Quantized
 from model_zoo.registry import QUANTIZERS
 
@@ -108,36 +107,43 @@ class Tokenizer(nn.Module):
 def load_tokenizer(source: str | Path, weights: str = "ema") -> Tokenizer:
     """The tokenizer of a run folder, in eval mode on the CPU.
 
-    source: a run's folder; its newest complete checkpoint is taken. weights: ``ema`` or ``raw``.
+    source: a run's folder, whose newest complete checkpoint is taken; or a checkpoint's folder in it. weights: ``ema``
+    or ``raw``.
     Raises ModelError where the folder, a checkpoint in it, or the asked weights are missing.
     """
     if weights not in ("ema", "raw"):
         raise ModelError(f"weights must be 'ema' or 'raw', not {weights!r}")
-    run = Path(source)
+    checkpoint = Path(source)
+    run = run_of(checkpoint)
     if not (run / "config.yaml").is_file():
         raise ModelError(f"{run} is no run folder (no config.yaml in it): give the folder that `ibq train` wrote")
-    latest = run / "checkpoints" / "latest"
-    if not latest.is_file():
-        raise ModelError(f"{run} holds no finished checkpoint yet: train on, or lower trainer.checkpoint_every_steps")
-    checkpoint = latest.parent / latest.read_text(errors="replace").strip()
-    if not checkpoint.is_dir():
-        raise ModelError(
-            f"{latest} names {checkpoint.name}, which does not exist; write another checkpoint's name there"
-        )
-    file = checkpoint / ("tokenizer_ema.safetensors" if weights == "ema" else "tokenizer.safetensors")
-    if not file.is_file():
-        mend = "; this run keeps no EMA: ask for the raw weights (--weights raw)" if weights == "ema" else ""
-        raise ModelError(f"{file} is missing{mend}")
+    if checkpoint == run:
+        latest = run / "checkpoints" / "latest"
+        if not latest.is_file():
+            raise ModelError(
+                f"{run} holds no finished checkpoint yet: train on, or lower trainer.checkpoint_every_steps"
+            )
+        checkpoint = latest.parent / latest.read_text(errors="replace").strip()
+        if not checkpoint.is_dir():
+            raise ModelError(
+                f"{latest} names {checkpoint.name}, which does not exist; write another checkpoint's name there"
+            )
+    prefix = "tokenizer_ema/" if weights == "ema" else "tokenizer/"
+    files = PieceFiles(checkpoint)
+    if not files.names(prefix):
+        mend = "; ask for the raw weights (--weights raw)" if files.names("tokenizer/") else ""
+        raise ModelError(f"{checkpoint} holds no {weights} weights of a tokenizer{mend}")
     try:
         recipe = OmegaConf.load(run / "config.yaml")["model"]
         tokenizer = Tokenizer(OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TokenizerConfig), recipe)))
     except (OmegaConfBaseException, yaml.YAMLError, KeyError, TypeError, ValueError, OSError) as error:
         raise ModelError(f"{run / 'config.yaml'} describes no tokenizer ({_first_line(error)})") from error
     try:
-        codes = tokenizer.config.codebook_size
-        tokenizer.load_state_dict(load_weights(checkpoint, file.stem, 0, codes, codes), strict=True)
-    except (SafetensorError, RuntimeError, OSError) as error:
-        raise ModelError(f"{file} does not hold the weights of {run / 'config.yaml'} ({_first_line(error)})") from error
+        tokenizer.load_state_dict(files.tensors(prefix), strict=True)
+    except RuntimeError as error:
+        raise ModelError(
+            f"{checkpoint} does not hold the weights of {run / 'config.yaml'} ({_first_line(error)})"
+        ) from error
     return tokenizer.eval()
 
 

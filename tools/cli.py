@@ -46,13 +46,27 @@ def train_command(
         str, typer.Argument(metavar="RECIPE", help="A recipe's name (see `ibq recipes`) or the path of a .yaml file.")
     ],
     overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Train nothing; print recipe, mesh, batch and each process's memory.")
+    ] = False,
+    processes: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="With --dry-run: of how many processes the run would be.")
+    ] = None,
 ) -> None:
     """Trains a recipe in one process.
 
     In many: torchrun --nproc-per-node 8 -m trainer RECIPE [KEY=VALUE]...
 
     Example: ibq train debug run=runs/mine optimizer.lr=2e-4
+
+    What 64 processes would hold, found out here: ibq train ibq_262144 --dry-run --processes 64 engine.config=zero3
     """
+    if dry_run:
+        from trainer.plan import dry_run as plan
+
+        return plan(recipe, overrides or [], processes)
+    if processes is not None:
+        raise typer.BadParameter("--processes is for --dry-run; torchrun starts many processes")
     from trainer.loop import train
 
     train(recipe, overrides or [])
@@ -60,10 +74,12 @@ def train_command(
 
 @app.command("resume")
 def resume_command(
-    run: Annotated[str, typer.Argument(metavar="RUN", help="The run's folder.")],
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The run's folder, or that of one of its checkpoints.")],
     overrides: Overrides = None,
 ) -> None:
-    """Goes on from a run's newest complete checkpoint.
+    """Goes on from a run's newest complete checkpoint, or from the very checkpoint that is named.
+
+    Any number of processes under any engine may go on: torchrun --nproc-per-node 8 -m trainer --resume RUN
 
     Example: ibq resume runs/mine trainer.max_steps=20000
     """
@@ -105,7 +121,8 @@ app.add_typer(bench.app, name="bench")
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command and exits: 0, 1 where a check failed, 2 after a mistake of the user, 130 after Ctrl-C."""
+    """Runs the command and exits: 0, 1 where a check failed, 2 after a mistake of the user, 75 after SIGTERM with a
+    run saved, 130 after Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] != ["doctor"]:  # which reports them itself, among the rest
         for shadow in doctor_tool.shadowed_packages():
@@ -121,6 +138,10 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     except Exception as error:
+        guards = sys.modules.get("trainer.guards")
+        if guards and isinstance(error, guards.Stopped):
+            sys.stderr.write(f"ibq: {error}\n")
+            sys.exit(guards.STOPPED)
         if not _is_user_error(error):
             raise
         _fail(str(error))

@@ -10,8 +10,10 @@ from trainer.guards import STOPPED, Stopped
 
 USAGE = """usage: python -m trainer RECIPE [KEY=VALUE]...
        python -m trainer --resume RUN_OR_CHECKPOINT [KEY=VALUE]...
+       python -m trainer RECIPE --dry-run [--processes N] [KEY=VALUE]...
 Started by torchrun or the deepspeed launcher, once in each process. `ibq train --help` says more; `ibq recipes` lists
-the recipes. Example: torchrun --nproc-per-node 8 -m trainer ibq_16384 data.train='tars/{000..999}.tar'"""
+the recipes. --dry-run trains nothing and prints what each process would hold.
+Example: torchrun --nproc-per-node 8 -m trainer ibq_16384 data.train='tars/{000..999}.tar'"""
 
 
 def main(arguments: list[str]) -> int:
@@ -25,7 +27,11 @@ def main(arguments: list[str]) -> int:
     try:
         from trainer.loop import resume, train
 
-        if arguments[0] == "--resume":
+        if "--dry-run" in arguments:
+            from trainer.plan import dry_run
+
+            dry_run(*_dry_run_arguments(arguments))
+        elif arguments[0] == "--resume":
             resume(arguments[1], arguments[2:])
         else:
             train(arguments[0], arguments[1:])
@@ -40,6 +46,24 @@ def main(arguments: list[str]) -> int:
     except KeyboardInterrupt:
         return 130
     return 0
+
+
+def _dry_run_arguments(arguments: list[str]) -> tuple[str, list[str], int | None]:
+    """(recipe, overrides, processes) of a command line with --dry-run."""
+    rest, processes = [], None
+    words = iter(arguments)
+    for word in words:
+        option, equals, value = word.partition("=")
+        if option == "--processes":
+            value = value if equals else next(words, "")
+            if not value.isdecimal() or int(value) < 1:
+                raise TrainerError(f"--processes={value} must be a whole number of at least 1")
+            processes = int(value)
+        elif word != "--dry-run":
+            rest.append(word)
+    if not rest or rest[0].startswith("-"):
+        raise TrainerError("--dry-run is for a recipe: python -m trainer RECIPE --dry-run [--processes N]")
+    return rest[0], rest[1:], processes
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from model_zoo.hashing import sha256_of
-from model_zoo.pieces import Piece, save_pieces
+from model_zoo.pieces import Piece, run_of, save_pieces
 from trainer import TrainerError
 from trainer.parallel import World, agree, any_rank, gather_objects
 
@@ -32,7 +32,13 @@ class Checkpoints:
     """
 
     def __init__(
-        self, run: Path, world: World, *, keep_last: int, keep_every_steps: int | None = None, asynchronous: bool = False
+        self,
+        run: Path,
+        world: World,
+        *,
+        keep_last: int,
+        keep_every_steps: int | None = None,
+        asynchronous: bool = False,
     ):
         self.folder = run / "checkpoints"
         self.world = world
@@ -47,7 +53,10 @@ class Checkpoints:
         """
         self.finish()
         unfinished = self.folder / f"step_{step:08d}.unfinished"
-        _agree(self.world, lambda: _make_folder(unfinished))
+        try:
+            _agree(self.world, lambda: _make_folder(unfinished))
+        except CheckpointError as error:
+            raise self._refusal(unfinished, error) from error
         copies = [piece._replace(values=piece.values.detach().to("cpu", copy=True)) for piece in pieces]
         file = unfinished / f"rank_{self.world.rank:05d}.safetensors"
         self.writing = _Writing(unfinished, {**state, "step": step}, file, copies)
@@ -86,10 +95,13 @@ class Checkpoints:
         except CheckpointError as error:
             # What it took of a full disk is given back; at worst the next save removes it.
             _agree(self.world, lambda: shutil.rmtree(unfinished, ignore_errors=True))
-            raise CheckpointError(
-                f"cannot write checkpoint {unfinished.stem} ({error}); those written before are untouched: free some "
-                f"space or name another place, then `ibq resume {self.folder.parent}`"
-            ) from error
+            raise self._refusal(unfinished, error) from error
+
+    def _refusal(self, unfinished: Path, error: CheckpointError) -> CheckpointError:
+        return CheckpointError(
+            f"cannot write checkpoint {unfinished.stem} ({error}); those written before are untouched: free some "
+            f"space or name another place, then `ibq resume {self.folder.parent}`"
+        )
 
     def _publish(self, unfinished: Path, state: dict, files: dict) -> None:
         folder = unfinished.with_suffix("")
@@ -105,7 +117,7 @@ class Checkpoints:
 
 
 class _Writing(threading.Thread):
-    """One rank's part of one checkpoint. ``part`` is then (file name, its entry in the manifest), or ``error`` is set."""
+    """One rank's part of a checkpoint. ``part`` is then (file name, its entry in the manifest), or ``error`` is set."""
 
     def __init__(self, unfinished: Path, state: dict, file: Path, pieces: list[Piece]):
         super().__init__(name=f"writing {file}", daemon=True)  # a process that ends leaves it unfinished
@@ -142,12 +154,12 @@ def checkpoint_folders(run: Path) -> list[Path]:
 def find_checkpoint(source: Path, world: World) -> tuple[Path, list[str]]:
     """(the checkpoint to go on from, what was wrong with those that were passed over). All ranks call together.
 
-    source: a run's folder: the checkpoint that ``latest`` names or, where it is not whole, the newest before it that is.
-    Or a checkpoint's own folder, for which none stands in. Raises TrainerError where there is none that is whole.
+    source: a run's folder: the checkpoint that ``latest`` names or, where it is not whole, the newest before it that
+    is. Or a checkpoint's own folder, for which none stands in. Raises TrainerError where there is none that is whole.
     """
-    if source.parent.name == "checkpoints":
+    if (run := run_of(source)) != source:
         if wrong := damage(source, world):
-            raise TrainerError(f"{source} cannot be resumed from: {wrong}; `ibq resume {source.parent.parent}` takes another")
+            raise TrainerError(f"{source} cannot be resumed from: {wrong}; `ibq resume {run}` takes another")
         return source, []
     passed_over = []
     for folder in agree(world, lambda: _candidates(source)):
@@ -190,7 +202,9 @@ def _manifest(folder: Path) -> dict[str, dict]:
         files = json.loads((folder / MANIFEST).read_text())["files"]
         return {name: {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])} for name, entry in files.items()}
     except FileNotFoundError as error:
-        raise TrainerError(f"{MANIFEST} is missing (it was never finished, or an older version of ibq wrote it)") from error
+        raise TrainerError(
+            f"{MANIFEST} is missing (it was never finished, or an older version of ibq wrote it)"
+        ) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise TrainerError(f"{MANIFEST} is damaged") from error
 

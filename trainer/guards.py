@@ -93,8 +93,9 @@ class Watchdog:
             if ident != threading.get_ident()
         ]
         return (
-            f"ibq: error: rank {self.rank} of {self.size} ({socket.gethostname()}, process {os.getpid()}) made no progress "
-            f"for {self.timeout_seconds:g} s in step {self.step} (trainer.timeout_seconds); it stands here:\n{''.join(stacks)}"
+            f"ibq: error: rank {self.rank} of {self.size} ({socket.gethostname()}, process {os.getpid()}) made no "
+            f"progress for {self.timeout_seconds:g} s in step {self.step} (trainer.timeout_seconds); it stands here:\n"
+            + "".join(stacks)
         )
 
 

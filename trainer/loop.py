@@ -3,6 +3,7 @@
 import itertools
 import json
 import os
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import nullcontext
@@ -15,7 +16,7 @@ from torchvision.utils import make_grid, save_image
 import data
 from data import EvaluationImage, evaluation_images, merge_states, train_batches
 from model_zoo import ModelError
-from model_zoo.pieces import PieceFiles
+from model_zoo.pieces import PieceFiles, run_of
 from trainer import TrainerError
 from trainer.checkpoint import CheckpointError, Checkpoints, checkpoint_folders, find_checkpoint, load_state
 from trainer.config import Config, load_recipe, load_run_config, save_config
@@ -50,8 +51,7 @@ def train(recipe: str, overrides: list[str]) -> Path:
     if restarts and config.run is None:
         raise TrainerError("--max-restarts needs run=FOLDER: the processes started again must find what to go on with")
     config.run = config.run or f"runs/{Path(recipe).stem}-{datetime.now():%Y%m%d-%H%M%S}"
-    again = restarts and (Path(config.run) / "config.yaml").is_file() and load_run_config(config.run, []) == config
-    return _train(config, source=Path(config.run) if again else None, again=again)
+    return _train(config, source=Path(config.run) if restarts else None, again=restarts)
 
 
 def resume(source: str | Path, overrides: list[str]) -> Path:
@@ -60,7 +60,7 @@ def resume(source: str | Path, overrides: list[str]) -> Path:
     if any(override.startswith("run=") for override in overrides):
         raise TrainerError("run= cannot be changed by resuming: name the run's folder alone")
     source = Path(source)
-    run = source.parent.parent if source.parent.name == "checkpoints" else source
+    run = run_of(source)
     config = load_run_config(run, overrides)
     config.run = str(run)
     return _train(config, source)
@@ -109,10 +109,21 @@ def _train(config: Config, source: Path | None = None, again: bool = False) -> P
     torch.set_float32_matmul_precision("high" if config.trainer.tf32 else "highest")
     try:
         start, checkpoint, notes, state = 0, None, [], {"data": None}
+        # Rank 0 alone looks: another node's view of a shared disk may be older, and all must go the same way.
+        if again and not agree(world, lambda: _is_run_of(config)):
+            source = None
         if source and not (again and not agree(world, lambda: bool(checkpoint_folders(source)))):
             checkpoint, notes = find_checkpoint(source, world)
-            state = agree(world, lambda: _state(checkpoint, config))
+            state = agree(world, lambda: _state(checkpoint))
             start = state["step"]
+            if start >= config.trainer.max_steps:
+                done = f"{config.run} is at step {start} already"
+                if not again:
+                    raise TrainerError(f"{done}; go on with trainer.max_steps={2 * start}")
+                # Processes that failed after the last step, or the same job once more: nothing is wrong.
+                if world.is_main:
+                    sys.stderr.write(f"{done}: nothing is left to do\n")
+                return Path(config.run)
         micro_batch_size, micro_batches = plan_batch(config, world)
         task = TokenizerTask(config, world, micro_batch_size, micro_batches)
         task.check()
@@ -136,14 +147,15 @@ def _train(config: Config, source: Path | None = None, again: bool = False) -> P
         stop_world()
 
 
-def _state(checkpoint: Path, config: Config) -> dict:
+def _is_run_of(config: Config) -> bool:
+    """Whether the run's folder holds a run with these very settings."""
+    return (Path(config.run) / "config.yaml").is_file() and load_run_config(config.run, []) == config
+
+
+def _state(checkpoint: Path) -> dict:
     state = load_state(checkpoint)
     if not {"step", "data", "task", "world_size"} <= state.keys():
         raise TrainerError(f"{checkpoint / 'state.json'} is of another version of ibq: its run cannot be resumed")
-    if state["step"] >= config.trainer.max_steps:
-        raise TrainerError(
-            f"{config.run} is at step {state['step']} already; go on with trainer.max_steps={2 * state['step']}"
-        )
     return state
 
 
@@ -160,9 +172,7 @@ def _restore(task: TokenizerTask, world: World, checkpoint: Path, state: dict) -
     fail_together(failed)
 
 
-def _steps(
-    config: Config, world: World, run: Path, task: TokenizerTask, batches, start: int, notes: list[str]
-) -> None:
+def _steps(config: Config, world: World, run: Path, task: TokenizerTask, batches, start: int, notes: list[str]) -> None:
     settings = config.trainer
     micro_batches = task.generator.micro_batches
     telemetry = Telemetry(run, start, settings.max_steps) if world.is_main else None
@@ -266,12 +276,12 @@ class Skips:
                 file.write(json.dumps({"step": step, "not_finite": skipped, "keys_of_ranks": keys}) + "\n")
         what = f"loss or gradient of the {' and '.join(skipped)} is not finite"
         if self.number > self.limit:
-            keys = sum(keys, [])
+            keys = [key for of_rank in keys for key in of_rank]
             more = f" and {len(keys) - self.SHOWN_KEYS} more, see {self.file}" if len(keys) > self.SHOWN_KEYS else ""
             raise TrainerError(
-                f"{what} at step {step}, the {self.number}. in a row (trainer.max_skipped_steps={self.limit}); its samples: "
-                f"{', '.join(keys[: self.SHOWN_KEYS])}{more}. Checkpoints hold finite weights: go on from one with a "
-                "lower optimizer.lr or trainer.gradient_clip_norm=1"
+                f"{what} at step {step}, the {self.number}. in a row (trainer.max_skipped_steps={self.limit}); its "
+                f"samples: {', '.join(keys[: self.SHOWN_KEYS])}{more}. Checkpoints hold finite weights: go on from one "
+                "with a lower optimizer.lr or trainer.gradient_clip_norm=1"
             )
         return f"step {step} is left out: {what}; the keys of its samples are in {self.file.name}"
 
@@ -280,7 +290,12 @@ def describe(config: Config, world: World, task: TokenizerTask, run: Path, start
     """One line: what is about to be trained, on what."""
     millions = task.parameters / 1e6
     engine = task.generator
-    kind = config.engine.kind + (f" {config.engine.config}" if config.engine.kind == "deepspeed" else "")
+    kind = config.engine.kind
+    if kind == "deepspeed":
+        kind += f" {config.engine.config}"
+    if kind == "fsdp2":
+        kind += f" over {config.engine.shard_over}" if config.engine.shard_over else ""
+        kind += " offload" if config.engine.offload else ""
     model = config.model
     sharded = f", codebook over {config.codebook_parallel}" if config.codebook_parallel > 1 else ""
     batch = f"{world.size} x {engine.micro_batches} x {engine.micro_batch_size} images a step"
@@ -301,8 +316,8 @@ def _global_scalars(scalars: dict, task: TokenizerTask, world: World, step: int)
 
 
 def _in_step(images: Iterator[EvaluationImage], side: int, task: TokenizerTask, world: World):
-    """(image, whether it counts): where reconstructing is a collective, ranks that have no more images go on with a grey
-    one until none has any."""
+    """(image, whether it counts): where reconstructing is a collective, ranks that have no more images go on with a
+    grey one until none has any."""
     grey = EvaluationImage("", torch.full((3, side, side), 127, dtype=torch.uint8), -1)
     together = task.reconstructs_together
     for image in itertools.chain(images, itertools.repeat(None)) if together else images:

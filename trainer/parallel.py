@@ -32,6 +32,7 @@ def start_world(device: str = "auto", timeout_seconds: float = 1800.0) -> World:
 
     timeout_seconds: how long a rank may wait for another.
     """
+    _check_restarts()
     if device == "cuda" and not torch.cuda.is_available():
         raise TrainerError("trainer.device=cuda, but no CUDA device can be used here; `ibq doctor` says more")
     use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
@@ -52,6 +53,23 @@ def start_world(device: str = "auto", timeout_seconds: float = 1800.0) -> World:
         dist.init_process_group("nccl" if use_cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     where = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     return World(dist.get_rank(), dist.get_world_size(), where)
+
+
+def _check_restarts() -> None:
+    """Raises TrainerError where torchrun would start processes again on several nodes in vain.
+
+    In the agents' shared store the processes meet under the number of their attempt. Where one of them fails, its agent
+    counts an attempt, but the other agents see a change of membership, which they do not count.
+    """
+    if (
+        os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+        and int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1
+        and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+    ):
+        raise TrainerError(
+            "--max-restarts on several nodes needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment: "
+            "without it the processes that are started again never meet"
+        )
 
 
 def _patience(timeout_seconds: float) -> timedelta:

@@ -17,8 +17,8 @@ from typing import NamedTuple
 import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
-from safetensors import safe_open
 
+from model_zoo.pieces import PieceFiles
 from trainer import TrainerError
 from trainer.telemetry import metric_lines
 
@@ -390,14 +390,11 @@ def _next_steps(run: Path) -> str:
 
 def _parameter_count(run: Path) -> str | None:
     latest = run / "checkpoints" / "latest"
-    weights = run / "checkpoints" / latest.read_text().strip() / "tokenizer.safetensors" if latest.is_file() else None
-    if weights is None or not weights.is_file():
+    if not latest.is_file():
         return None
-    count = 0
-    for path in (weights, *weights.parent.glob("tokenizer.codebook_*.safetensors")):
-        with safe_open(path, framework="pt") as file:
-            count += sum(math.prod(file.get_slice(name).get_shape()) for name in file.keys())  # noqa: SIM118
-    return f"{count / 1e6:.2f} million"
+    files = PieceFiles(latest.parent / latest.read_text().strip())
+    count = sum(math.prod(files.shape(name)) for name in files.names("tokenizer/"))
+    return f"{count / 1e6:.2f} million" if count else None
 
 
 def _evaluated(evaluation: dict | None) -> str | None:

@@ -1,4 +1,4 @@
-"""Trains several recipes one after another in the same processes: DeepSpeed takes longer to import than `debug` to train.
+"""Trains several recipes one after another in the same processes: importing takes longer than `debug` does.
 
 ``torchrun ... several.py RUNS.json``, which holds a list of the arguments of `python -m trainer`. Says each run's exit
 status; one that fails does not end the others. The processes meet once: a store cannot be used for a second meeting.
@@ -17,11 +17,12 @@ if __name__ == "__main__":
     world = start_world("cpu", timeout_seconds=60)
     loop.start_world = lambda *_: world
     loop.stop_world = lambda: None
-    for number, arguments in enumerate(json.loads(Path(sys.argv[1]).read_text())):
+    for arguments in json.loads(Path(sys.argv[1]).read_text()):
         try:
             status = main(arguments)
         except Exception:
             traceback.print_exc()
             status = 1
         if world.is_main:
-            print(f"run {number} ended with status {status}: {arguments}", flush=True)
+            run = next(argument for argument in arguments if argument.startswith("run="))
+            print(f"{run.removeprefix('run=')} ended with status {status}", flush=True)

@@ -6,12 +6,12 @@ import torch
 from torch import nn
 
 from trainer.config import EngineConfig
-from trainer.engines.base import Engine, MakeOptimizer, clip_scale
+from trainer.engines.base import Engine, MakeOptimizer, Memory, clip_scale
 from trainer.engines.codebook import Codebook
 from trainer.engines.replicated import Replicated
 from trainer.parallel import World
 
-__all__ = ["Codebook", "Engine", "MakeOptimizer", "Replicated", "build_engine", "clip_scale"]
+__all__ = ["Codebook", "Engine", "MakeOptimizer", "Memory", "Replicated", "build_engine", "clip_scale"]
 
 
 def build_engine(

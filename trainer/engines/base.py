@@ -2,15 +2,32 @@
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from model_zoo.pieces import Piece
 from trainer.optim import get_step, set_step
 
 MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
+
+
+class Memory(NamedTuple):
+    """Bytes that a rank holds between a backward and the optimiser's step, when its gradients are all there."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+
+
+def stored_bytes(tensors: Iterable[Tensor]) -> int:
+    """Bytes of the memory behind tensors: what several of them share counts once, padding counts too."""
+    tensors = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    storages = [tensor.untyped_storage() for tensor in tensors]
+    return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 class Engine(ABC):
@@ -29,6 +46,8 @@ class Engine(ABC):
     replica: tuple[int, int] = (0, 1)
     # Whether a forward is a collective, so that all ranks must run as many of them, evaluation included.
     forwards_together = False
+    # Whether optimiser state, and what else the engine's settings say, is kept in the CPU's memory.
+    offloads = False
 
     def __init__(self, module: nn.Module, *, micro_batch_size: int, micro_batches: int):
         self.module = module
@@ -74,7 +93,17 @@ class Engine(ABC):
     def moments(self, key: str) -> list[Tensor]:
         """The optimiser's state of that name (`trainer.optim.MOMENTS`), a view beside each of `weights`."""
 
-    def publish(self) -> None:
+    @abstractmethod
+    def resident_bytes(self) -> Memory:
+        """What this rank holds of parameters, of their gradients once a backward has run, and of the optimiser's state,
+        by the tensors that are there. Activations and buffers for communication are not in it."""
+
+    def optimizer_bytes(self) -> int:
+        """Of the optimiser's state that is here."""
+        states = self.optimizer.state.values()
+        return stored_bytes(value for state in states for value in state.values() if isinstance(value, Tensor))
+
+    def publish(self) -> None:  # noqa: B027 (most engines have nothing to do)
         """After writing to `weights`: the module computes with them from now on. All ranks call together."""
 
     @property
@@ -91,7 +120,7 @@ class Root(nn.Module):
     """The part of a module that an engine takes over, and a forward that runs any function.
 
     Engines that shard parameters hook into modules and want their outermost one to be called first.
-    ignored: parameters of the module that are another engine's; each must have a direct child of the module for its own.
+    ignored: parameters of the module that are another engine's; a direct child that has one is left out whole.
     """
 
     def __init__(self, module: nn.Module, ignored: Iterable[nn.Parameter]):

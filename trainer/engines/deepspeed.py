@@ -1,4 +1,4 @@
-"""DeepSpeed: ZeRO shards optimiser state (1), gradients (2) and parameters (3) over ranks, and can offload to the CPU."""
+"""DeepSpeed: ZeRO shards optimiser state (1), gradients (2), parameters (3) over ranks, and can offload to the CPU."""
 
 import json
 import math
@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from model_zoo.pieces import Piece
 from trainer import TrainerError
-from trainer.engines.base import Engine, MakeOptimizer, Root, trained_parameters
+from trainer.engines.base import Engine, MakeOptimizer, Memory, Root, stored_bytes, trained_parameters
 from trainer.optim import start_moments
-
 
 # DeepSpeed calls torch's collectives by their former names, and would say so on every rank.
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
@@ -96,7 +95,12 @@ class DeepSpeed(Engine):
     """
 
     def __init__(
-        self, config: str, module: nn.Module, make_optimizer: MakeOptimizer, ignored: Iterable[nn.Parameter] = (), **batch
+        self,
+        config: str,
+        module: nn.Module,
+        make_optimizer: MakeOptimizer,
+        ignored: Iterable[nn.Parameter] = (),
+        **batch,
     ):
         super().__init__(module, **batch)
         settings = load_deepspeed_config(config, **batch)
@@ -118,6 +122,9 @@ class DeepSpeed(Engine):
         self.stage = int(self.engine.zero_optimization_stage())
         self.optimizer = optimizer
         self.forwards_together = self.stage == 3
+        self.offloads = bool(
+            self.zero and getattr(self.zero, "offload_optimizer" if self.stage == 3 else "cpu_offload")
+        )
         if self.stage == 0:
             self.replica = dist.get_rank(), dist.get_world_size()
         self._places = [self._place(name, shapes[name]) for name in self.parameters]
@@ -125,7 +132,9 @@ class DeepSpeed(Engine):
 
     def run(self, function, *args, **kwargs):
         # Not the engine's forward: it adds hooks to the outputs that the adaptive weight's extra gradients would set
-        # off, and switches autocast off.
+        # off, and switches autocast off. What it does besides: without this ZeRO 3 forgets all micro-batches but one.
+        if self.zero:
+            self.zero.clear_backward_seen_flag()
         return self.root(function, *args, **kwargs)
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -172,6 +181,21 @@ class DeepSpeed(Engine):
 
     def moments(self, key: str) -> list[Tensor]:
         return [place.piece(self.optimizer.state[place.flat][key]).values for place in self._places]
+
+    def resident_bytes(self) -> Memory:
+        parameters = list(self.parameters.values())
+        if self.stage == 3:
+            # Small parameters are gathered after the first step and stay so; the others are empty but in a forward.
+            persistent = self.zero.persistent_parameters
+            parts = [p.ds_tensor for p in parameters] + self.zero.fp32_partitioned_groups_flat
+            held = stored_bytes(parts) + sum(p.ds_numel * p.element_size() for p in persistent)
+            gradients = stored_bytes([self.zero.grad_partitions_flat_buffer])
+        else:
+            masters = self.zero.single_partition_of_fp32_groups if self.zero else []
+            held = stored_bytes([*parameters, *masters])
+            # ZeRO 2 lets go of what other ranks step as it is reduced.
+            gradients = sum(part.nbytes for part in (masters if self.stage == 2 else parameters))
+        return Memory(held, gradients, self.optimizer_bytes())
 
     def publish(self) -> None:
         if self.stage == 3:

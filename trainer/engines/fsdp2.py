@@ -13,10 +13,9 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from model_zoo.pieces import Piece
 from trainer import TrainerError
 from trainer.config import EngineConfig
-from trainer.engines.base import Engine, MakeOptimizer, Root, trained_parameters
+from trainer.engines.base import Engine, MakeOptimizer, Memory, Root, stored_bytes, trained_parameters
 from trainer.optim import start_moments
 from trainer.parallel import World, sum_over_ranks
-
 
 # The tokenizer returns views; nothing here changes an output in place.
 warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor", UserWarning)
@@ -58,7 +57,9 @@ class Fsdp2(Engine):
             mesh=mesh,
             reshard_after_forward=config.reshard,
             mp_policy=MixedPrecisionPolicy(gather_dtype, torch.float32 if gather_dtype else None, None, False),
-            offload_policy=CPUOffloadPolicy(pin_memory=world.device.type == "cuda") if config.offload else OffloadPolicy(),
+            offload_policy=CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
+            if config.offload
+            else OffloadPolicy(),
         )
         names = list(trained_parameters(module, ignored))
         self.root = Root(module, ignored)
@@ -71,6 +72,7 @@ class Fsdp2(Engine):
         self.optimizer = make_optimizer(self.parameters.values())
         start_moments(self.optimizer, self.parameters.values())
         self.device = world.device
+        self.offloads = config.offload
 
     def run(self, function, *args, **kwargs):
         return self.root(function, *args, **kwargs)
@@ -107,6 +109,10 @@ class Fsdp2(Engine):
 
     def moments(self, key: str) -> list[Tensor]:
         return [self.optimizer.state[p][key].to_local().view(-1) for p in self.parameters.values()]
+
+    def resident_bytes(self) -> Memory:
+        shards = [parameter.to_local() for parameter in self.parameters.values()]
+        return Memory(stored_bytes(shards), sum(shard.nbytes for shard in shards), self.optimizer_bytes())
 
     def publish(self) -> None:
         # What an evaluation left gathered is of the weights before.

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from model_zoo.pieces import Piece, whole
-from trainer.engines.base import Engine, MakeOptimizer, trained_parameters
+from trainer.engines.base import Engine, MakeOptimizer, Memory, stored_bytes, trained_parameters
 from trainer.optim import start_moments
 from trainer.parallel import sum_over_ranks
 
@@ -54,13 +54,17 @@ class Replicated(Engine):
         self.skip()
 
     def skip(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad()  # sets them to None, as apex's does, which takes no argument
 
     def weights(self) -> list[Piece]:
         return [whole(name, parameter) for name, parameter in self.parameters.items()]
 
     def moments(self, key: str) -> list[Tensor]:
         return [self.optimizer.state[parameter][key].view(-1) for parameter in self.parameters.values()]
+
+    def resident_bytes(self) -> Memory:
+        parameters = self.parameters.values()
+        return Memory(stored_bytes(parameters), sum(p.nbytes for p in parameters), self.optimizer_bytes())
 
     def _gradients(self) -> list[Tensor]:
         return [p.grad for p in self.parameters.values() if p.grad is not None]

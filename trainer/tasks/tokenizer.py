@@ -1,6 +1,5 @@
 """Training a tokenizer: reconstruction, quantizer and adversarial losses, generator and discriminator apart."""
 
-from collections.abc import Iterable
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import NamedTuple
@@ -101,6 +100,18 @@ class TokenizerTask:
     def check(self) -> None:
         """Raises TrainerError for images that do not divide into tokens or are too small for a network here, and for
         an implementation of the quantizer that cannot be had."""
+        self.check_sides()
+        quantizer, impl = self.tokenizer.quantize, self.config.trainer.quantizer_impl
+        if impl != "auto" and not quantizer.soft_assignment:
+            raise TrainerError(f"trainer.quantizer_impl={impl} is for ibq: {self.config.model.quantizer} has one only")
+        try:  # whether it is there and takes this codebook: a token tells
+            with torch.no_grad():
+                quantizer.assign(quantizer.embedding.weight.new_zeros(1, self.config.model.code_dim), None)
+        except ModelError as error:
+            raise TrainerError(f"trainer.quantizer_impl={impl}: {error}") from error
+
+    def check_sides(self) -> None:
+        """Raises TrainerError for images that do not divide into tokens or are too small for a network here."""
         data, factor = self.config.data, self.tokenizer.downsampling_factor
         for key, side in (("image_size", data.image_size), ("val_image_size", data.val_image_size)):
             if side is not None and side % factor:
@@ -114,14 +125,6 @@ class TokenizerTask:
         for network, side in least.items():
             if data.image_size < side:
                 raise TrainerError(f"data.image_size={data.image_size} must be at least {side} for {network}")
-        quantizer, impl = self.tokenizer.quantize, self.config.trainer.quantizer_impl
-        if impl != "auto" and not quantizer.soft_assignment:
-            raise TrainerError(f"trainer.quantizer_impl={impl} is for ibq: {self.config.model.quantizer} has one only")
-        try:  # whether it is there and takes this codebook: a token tells
-            with torch.no_grad():
-                quantizer.assign(quantizer.embedding.weight.new_zeros(1, self.config.model.code_dim), None)
-        except ModelError as error:
-            raise TrainerError(f"trainer.quantizer_impl={impl}: {error}") from error
 
     def impl(self) -> str:
         """Which implementation of index backpropagation the training batches meet."""
@@ -196,7 +199,9 @@ class TokenizerTask:
             self.ema.update(step)
         return Step(scalars.values, bad)
 
-    def _update(self, network: str, engines: list[Engine], loss: str, lr: float, scalars: "Means", bad: list[str]) -> bool:
+    def _update(
+        self, network: str, engines: list[Engine], loss: str, lr: float, scalars: "Means", bad: list[str]
+    ) -> bool:
         """Steps a network's engines, clipped by their joint norm; or skips them all where loss or gradient is not
         finite, and says so in ``bad`` unless it was fp16's scale that was too large. Returns whether it stepped."""
         loss_scale = self.loss_scales[network]
@@ -327,15 +332,16 @@ class TokenizerTask:
 
     @torch.no_grad()
     def reconstruct(self, images_bchw: Tensor) -> tuple[Tensor, Tensor]:
-        """(codes ``(b, h, w)``, reconstructions in [-1, 1]) of images in [-1, 1]. Where `reconstructs_together` says so,
-        its ranks must call as often as each other."""
+        """(codes ``(b, h, w)``, reconstructions in [-1, 1]) of images in [-1, 1]. Where `reconstructs_together` says
+        so, all ranks must call as often as each other."""
 
         def both() -> tuple[Tensor, Tensor]:
             index_bhw = self.tokenizer.tokenize(images_bchw)
             return index_bhw, self.tokenizer.detokenize(index_bhw)
 
-        index_bhw, reconstruction_bchw = self.generator.run(both)
-        return index_bhw, reconstruction_bchw.clamp(-1, 1)
+        with self._autocast():  # an engine may gather the weights in half precision
+            index_bhw, reconstruction_bchw = self.generator.run(both)
+        return index_bhw, reconstruction_bchw.float().clamp(-1, 1)
 
     @property
     def reconstructs_together(self) -> bool:
@@ -405,7 +411,11 @@ class Step(NamedTuple):
 
 
 # Of each engine: the model it is of, and what its weights' names in that model's state dict begin with.
-MODELS = {"generator": ("tokenizer", ""), "codebook": ("tokenizer", "quantize."), "discriminator": ("discriminator", "")}
+MODELS = {
+    "generator": ("tokenizer", ""),
+    "codebook": ("tokenizer", "quantize."),
+    "discriminator": ("discriminator", ""),
+}
 
 
 def _named(network: str, kind: str, piece: Piece) -> Piece:

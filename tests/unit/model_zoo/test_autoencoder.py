@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from model_zoo import ModelError
-from model_zoo.autoencoder import AttentionBlock, Decoder, Downsample, Encoder, group_norm
+from model_zoo.autoencoder import AttentionBlock, Decoder, Downsample, Encoder, checkpoint_activations, group_norm
 
 PUBLISHED = {
     "channels": 128,
@@ -173,3 +173,23 @@ def test_a_local_tokenizer_sees_its_neighbourhood_only():
 def test_a_local_model_with_attention_is_refused():
     with pytest.raises(ModelError, match="no attention"):
         Encoder(**{**TINY, "attention_factors": [1], "local": True})
+
+
+def test_checkpointed_activations_change_neither_outputs_nor_gradients_and_are_not_kept():
+    kept, results = [], []
+    for checkpointed in (False, True):
+        torch.manual_seed(0)
+        encoder = Encoder(**TINY)
+        names = list(encoder.state_dict())
+        if checkpointed:
+            checkpoint_activations(encoder)
+        assert list(encoder.state_dict()) == names
+        images_bchw = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+        held = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda x, held=held: held.append(x.numel()) or x, lambda x: x):
+            latent_bchw = encoder(images_bchw)
+        latent_bchw.square().sum().backward()
+        kept.append(sum(held))
+        results.append([latent_bchw, *(parameter.grad for parameter in encoder.parameters())])
+    assert all(torch.equal(one, other) for one, other in zip(*results, strict=True))
+    assert kept[1] < kept[0] / 2

@@ -157,3 +157,30 @@ def test_codebook_starts_normal_with_the_asked_deviation(name):
         weight = make(name, codes=2000, dim=16, init_std=init_std).embedding.weight
         assert weight.std().item() == pytest.approx(init_std, rel=0.02)
         assert abs(weight.mean().item()) < 0.02 * init_std
+
+
+@pytest.mark.parametrize("name", BOTH)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf"), -float("inf")])
+def test_a_feature_that_is_not_finite_reaches_the_output_in_training_instead_of_ending_one_rank(name, bad):
+    quantizer = make(name).train()
+    z_bdhw = features().detach()
+    good = quantizer(z_bdhw, 0.1)
+    z_bdhw[1, 3, 2, 4] = bad
+    quantized = quantizer(z_bdhw.requires_grad_(), 0.1)
+    assert quantized.quantized_bdhw.isnan().all()
+    # The codes are those of the other tokens as before, and lie in the codebook.
+    same = torch.ones(2, 3, 5, dtype=torch.bool)
+    same[1, 2, 4] = False
+    assert torch.equal(quantized.index_bhw[same], good.index_bhw[same])
+    assert quantized.index_bhw.min() >= 0 and quantized.index_bhw.max() < 37
+    assert quantized.features_nd.isfinite().all()
+    quantized.quantized_bdhw.sum().backward()  # it can be gone through, and is then left out
+
+
+@pytest.mark.parametrize("name", BOTH)
+def test_finite_features_are_not_touched_by_that(name):
+    quantizer, z_bdhw = make(name), features()
+    in_training, in_evaluation = quantizer.train()(z_bdhw), quantizer.eval()(z_bdhw)
+    assert torch.equal(in_training.quantized_bdhw, in_evaluation.quantized_bdhw)
+    assert torch.equal(in_training.index_bhw, in_evaluation.index_bhw)
+    assert torch.equal(in_training.features_nd, tokens(z_bdhw))

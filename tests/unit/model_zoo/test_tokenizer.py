@@ -3,9 +3,9 @@ from dataclasses import asdict, replace
 import pytest
 import torch
 from omegaconf import OmegaConf
-from safetensors.torch import save_file
 
 from model_zoo import ModelError, Tokenizer, TokenizerConfig, load_tokenizer
+from model_zoo.pieces import save_pieces, whole
 from model_zoo.registry import QUANTIZERS
 
 TINY = TokenizerConfig(
@@ -107,15 +107,6 @@ def test_codes_of_bf16_autocast_are_quantized_in_fp32():
     assert output.quantized.quantized_bdhw.dtype == torch.float32
 
 
-def test_last_layer_is_what_makes_the_pixels():
-    tokenizer = tiny()
-    with torch.no_grad():
-        tokenizer.last_layer.zero_()
-        bias = tokenizer.decoder.conv_out.bias
-        pixels = tokenizer.detokenize(torch.zeros(1, 2, 2, dtype=torch.int64))
-    assert sorted(pixels.unique().tolist()) == sorted(bias.unique().tolist())
-
-
 @pytest.mark.parametrize("code", [-1, 32, 10**9])
 def test_codes_outside_the_codebook_are_refused(code):
     index_bhw = torch.tensor([[[0, 31], [5, code]]])
@@ -135,32 +126,55 @@ def test_codebooks_that_cannot_be_are_refused(change):
         tiny(**change)
 
 
+def write_checkpoint(folder, **models):
+    """As two ranks would: each holds a share of every tensor of every model."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for rank in range(2):
+        pieces = [
+            whole(f"{model}/{name}", value).share(rank, 2)
+            for model, tokenizer in models.items()
+            for name, value in tokenizer.state_dict().items()
+        ]
+        save_pieces(folder / f"rank_{rank:05d}.safetensors", pieces)
+
+
 @pytest.fixture
 def run(tmp_path):
     """A run folder with two checkpoints, `latest` naming the second, whose raw and EMA weights differ."""
     run = tmp_path / "run"
     for step in (5, 10):
-        folder = run / "checkpoints" / f"step_{step:08d}"
-        folder.mkdir(parents=True)
-        save_file(tiny(seed=step).state_dict(), folder / "tokenizer.safetensors")
-        save_file(tiny(seed=step + 1).state_dict(), folder / "tokenizer_ema.safetensors")
-    (run / "checkpoints" / "latest").write_text("step_00000010")
+        models = {"tokenizer": tiny(seed=step), "tokenizer_ema": tiny(seed=step + 1)}
+        write_checkpoint(run / "checkpoints" / f"step_{step:08d}", **models, discriminator=torch.nn.Linear(2, 2))
+    (run / "checkpoints" / "latest").write_text("step_00000010\n")
     OmegaConf.save({"seed": 3, "model": asdict(TINY)}, run / "config.yaml")
     return run
 
 
-@pytest.mark.parametrize(("weights", "seed"), [("raw", 10), ("ema", 11)])
-def test_load_tokenizer_takes_the_asked_weights_of_the_latest_checkpoint(run, weights, seed):
-    tokenizer = load_tokenizer(str(run), weights)
+def assert_is(tokenizer, expected):
     assert tokenizer.config == TINY
     assert not any(module.training for module in tokenizer.modules())
-    expected = tiny(seed=seed).state_dict()
+    expected = expected.state_dict()
     assert tokenizer.state_dict().keys() == expected.keys()
     assert all(torch.equal(value, expected[name]) for name, value in tokenizer.state_dict().items())
 
 
+@pytest.mark.parametrize(("weights", "seed"), [("raw", 10), ("ema", 11)])
+def test_load_tokenizer_takes_the_asked_weights_of_the_latest_checkpoint(run, weights, seed):
+    assert_is(load_tokenizer(str(run), weights), tiny(seed=seed))
+
+
+@pytest.mark.parametrize(("weights", "seed"), [("raw", 5), ("ema", 6)])
+def test_load_tokenizer_takes_the_checkpoint_that_is_named(run, weights, seed):
+    assert_is(load_tokenizer(str(run / "checkpoints" / "step_00000005"), weights), tiny(seed=seed))
+
+
 def test_load_tokenizer_takes_ema_weights_unless_told(run):
-    assert torch.equal(load_tokenizer(run).quantize.embedding.weight, tiny(seed=11).quantize.embedding.weight)
+    assert_is(load_tokenizer(run), tiny(seed=11))
+
+
+def test_load_tokenizer_takes_a_run_in_a_folder_named_checkpoints(run, tmp_path):
+    (tmp_path / "checkpoints").mkdir()
+    assert_is(load_tokenizer(run.rename(tmp_path / "checkpoints" / "first_try")), tiny(seed=11))
 
 
 def refused(*arguments) -> str:
@@ -182,11 +196,41 @@ def test_load_tokenizer_refuses_a_run_without_a_checkpoint(run):
     assert "no finished checkpoint" in message and "checkpoint_every_steps" in message
 
 
+def test_load_tokenizer_refuses_checkpoints_that_do_not_exist(run):
+    assert "holds no ema weights" in refused(run / "checkpoints" / "step_00000099")
+    (run / "checkpoints" / "latest").write_text("step_00000099")
+    assert "latest names step_00000099, which does not exist" in refused(run)
+
+
 def test_load_tokenizer_says_how_to_do_without_ema(run):
-    (run / "checkpoints" / "step_00000010" / "tokenizer_ema.safetensors").unlink()
+    write_checkpoint(run / "checkpoints" / "step_00000010", tokenizer=tiny(seed=10))
     assert "--weights raw" in refused(run)
-    load_tokenizer(run, "raw")
+    assert_is(load_tokenizer(run, "raw"), tiny(seed=10))
 
 
 def test_load_tokenizer_refuses_other_names_of_weights(run):
     assert "'ema' or 'raw', not 'best'" in refused(run, "best")
+
+
+def test_load_tokenizer_refuses_a_checkpoint_with_a_part_missing(run):
+    (run / "checkpoints" / "step_00000010" / "rank_00001.safetensors").unlink()
+    message = refused(run)
+    assert "step_00000010 is not whole: tokenizer_ema/" in message and "lacks its elements from" in message
+
+
+def test_load_tokenizer_refuses_a_damaged_part(run):
+    part = run / "checkpoints" / "step_00000010" / "rank_00001.safetensors"
+    part.write_bytes(part.read_bytes()[:-1])
+    assert f"{part} is no part of a checkpoint" in refused(run)
+
+
+@pytest.mark.parametrize("change", [{"codebook_size": 64}, {"num_res_blocks": 2}, {"attention_factors": [2, 4]}])
+def test_load_tokenizer_refuses_the_weights_of_another_recipe(run, change):
+    OmegaConf.save({"model": asdict(replace(TINY, **change))}, run / "config.yaml")
+    assert f"step_00000010 does not hold the weights of {run / 'config.yaml'}" in refused(run)
+
+
+@pytest.mark.parametrize("content", ["seed: 3", "model: [1", "model: {codes: 7}", "model: {code_dim: many}", "7"])
+def test_load_tokenizer_refuses_a_recipe_of_no_tokenizer(run, content):
+    (run / "config.yaml").write_text(content)
+    assert f"{run / 'config.yaml'} describes no tokenizer (" in refused(run)

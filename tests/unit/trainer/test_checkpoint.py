@@ -1,150 +1,403 @@
+import json
+import re
+import threading
+
 import pytest
 import torch
+from safetensors import SafetensorError
 
+from model_zoo.pieces import PieceFiles, whole
 from trainer import TrainerError, checkpoint
-from trainer.checkpoint import latest_checkpoint, load_state, save_checkpoint
+from trainer.checkpoint import (
+    CheckpointError,
+    Checkpoints,
+    checkpoint_folders,
+    damage,
+    find_checkpoint,
+    load_state,
+    step_of,
+)
+
+STATE = {"data": [1, {"a": 2}], "task": "any"}
+PART = "rank_00000.safetensors"
+MODES = pytest.mark.parametrize("asynchronous", [False, True], ids=["sync", "async"])
 
 
-@pytest.fixture
-def save(world, tmp_path):
-    def save(step: int, content: str | None = None, keep: int = 3):
-        def write(folder):
-            (folder / "part").mkdir()
-            (folder / "part" / "weights").write_text(content or f"weights of {step}")
-
-        return save_checkpoint(tmp_path, step, {"step": step, "data": [1, {"a": 2}]}, write, world, keep)
-
-    return save
+def tensors(step: int) -> dict[str, torch.Tensor]:
+    return {"weights": torch.arange(1000.0).view(10, 100) + step, "count": torch.tensor(step)}
 
 
-def names(run):
+def save(run, world, *steps: int, asynchronous=False, keep_last=3, keep_every_steps=None) -> None:
+    checkpoints = Checkpoints(
+        run, world, keep_last=keep_last, keep_every_steps=keep_every_steps, asynchronous=asynchronous
+    )
+    for step in steps:
+        checkpoints.save(step, STATE, [whole(name, tensor) for name, tensor in tensors(step).items()])
+    checkpoints.finish()
+
+
+def names(run) -> list[str]:
     return sorted(path.name for path in (run / "checkpoints").iterdir())
 
 
-def assert_loadable(run, step, content=None):
-    folder = latest_checkpoint(run)
-    assert folder.name == f"step_{step:08d}"
-    assert load_state(folder) == {"step": step, "data": [1, {"a": 2}]}
-    assert (folder / "part" / "weights").read_text() == (content or f"weights of {step}")
+def folder_of(run, step: int):
+    return run / "checkpoints" / f"step_{step:08d}"
+
+
+def assert_in_force(run, world, step: int) -> None:
+    """It is what `latest` names and what is gone on from, without a note, and its content is what was written."""
+    assert (run / "checkpoints" / "latest").read_text() == f"step_{step:08d}"
+    assert find_checkpoint(run, world) == (folder_of(run, step), [])
+    assert damage(folder_of(run, step), world) is None
+    assert load_state(folder_of(run, step)) == {**STATE, "step": step}
+    files = PieceFiles(folder_of(run, step))
+    assert sorted(files.names()) == ["count", "weights"]
+    for name, tensor in tensors(step).items():
+        assert torch.equal(files.tensor(name), tensor)
+
+
+def one_line(error) -> str:
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def refused(source, world) -> str:
+    with pytest.raises(TrainerError) as error:
+        find_checkpoint(source, world)
+    return one_line(error)
 
 
 def test_a_world_of_one_runs_on_the_cpu(world):
     assert tuple(world) == (0, 1, torch.device("cpu")) and world.is_main
 
 
-def test_a_checkpoint_is_a_folder_that_latest_names(save, tmp_path):
-    assert save(1000) == tmp_path / "checkpoints" / "step_00001000"
-    assert (tmp_path / "checkpoints" / "latest").read_text() == "step_00001000"
+@MODES
+def test_a_checkpoint_is_a_folder_that_latest_names(world, tmp_path, asynchronous):
+    save(tmp_path, world, 1000, asynchronous=asynchronous)
     assert names(tmp_path) == ["latest", "step_00001000"]
-    assert_loadable(tmp_path, 1000)
-    save(2000)
-    assert_loadable(tmp_path, 2000)
+    assert sorted(path.name for path in folder_of(tmp_path, 1000).iterdir()) == ["manifest.json", PART, "state.json"]
+    assert_in_force(tmp_path, world, 1000)
+    save(tmp_path, world, 2000, asynchronous=asynchronous)
+    assert_in_force(tmp_path, world, 2000)
+    assert checkpoint_folders(tmp_path) == [folder_of(tmp_path, 1000), folder_of(tmp_path, 2000)]
+    assert step_of(folder_of(tmp_path, 2000)) == 2000
 
 
-def test_a_write_that_fails_in_the_middle_leaves_the_former_checkpoint_in_force(save, world, tmp_path):
-    save(10)
-
-    def write(folder):
-        (folder / "weights").write_text("half of")
-        raise OSError("no space left")
-
-    with pytest.raises(OSError, match="no space left"):
-        save_checkpoint(tmp_path, 20, {"step": 20}, write, world, 3)
-    assert "step_00000020" not in names(tmp_path)
-    assert_loadable(tmp_path, 10)
+def test_the_manifest_names_every_file_with_its_size_and_hash(world, tmp_path):
+    save(tmp_path, world, 10)
+    files = json.loads((folder_of(tmp_path, 10) / "manifest.json").read_text())["files"]
+    assert sorted(files) == [PART, "state.json"]
+    for name, entry in files.items():
+        assert entry["bytes"] == (folder_of(tmp_path, 10) / name).stat().st_size
+        assert len(entry["sha256"]) == 64
 
 
-@pytest.mark.parametrize("broken", ["_sync", "json.dumps", "Path.rename", "Path.replace"])
-def test_a_failure_at_any_later_moment_leaves_the_former_checkpoint_in_force(save, tmp_path, monkeypatch, broken):
-    save(10)
+def test_training_goes_on_while_it_is_written_and_does_not_change_it(world, tmp_path, monkeypatch):
+    may_write, write_part = threading.Event(), checkpoint.write_part
 
-    def fail(*_):
-        raise OSError("killed")
+    def slow(*arguments):
+        assert may_write.wait(60)
+        write_part(*arguments)
 
-    owner, _, name = broken.rpartition(".")
+    monkeypatch.setattr(checkpoint, "write_part", slow)
+    checkpoints = Checkpoints(tmp_path, world, keep_last=3, asynchronous=True)
+    held = tensors(10)
+    checkpoints.save(10, STATE, [whole(name, tensor) for name, tensor in held.items()])
+    held["weights"].zero_()  # the next step
+    for _ in range(3):
+        checkpoints.poll()
+        assert names(tmp_path) == ["step_00000010.unfinished"]  # nobody takes it for a checkpoint
+    beats = []
+
+    def beat():
+        beats.append(None)
+        if len(beats) == 3:
+            may_write.set()
+
+    checkpoints.finish(beat)
+    assert len(beats) >= 3
+    assert_in_force(tmp_path, world, 10)
+    checkpoints.poll()  # there is nothing left to do
+    checkpoints.finish()
+
+
+def test_polling_seals_what_is_written(world, tmp_path):
+    checkpoints = Checkpoints(tmp_path, world, keep_last=3, asynchronous=True)
+    checkpoints.save(10, STATE, [whole(name, tensor) for name, tensor in tensors(10).items()])
+    checkpoints.writing.join(60)
+    checkpoints.poll()
+    assert checkpoints.writing is None
+    assert_in_force(tmp_path, world, 10)
+
+
+def fail(error):
+    def failing(*_):
+        raise error
+
+    return failing
+
+
+def half_written(file, pieces):
+    file.write_bytes(b"half of")
+    raise OSError(28, "No space left on device")
+
+
+STAGES = ["_make_folder", "write_part", "_write_manifest", "_rename", "_point", "_sync"]
+
+
+@MODES
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_failure_at_any_moment_leaves_the_former_checkpoint_in_force(
+    world, tmp_path, monkeypatch, stage, asynchronous
+):
+    save(tmp_path, world, 10)
+    checkpoints = Checkpoints(tmp_path, world, keep_last=3, asynchronous=asynchronous)
+    failing = half_written if stage == "write_part" else fail(OSError(28, "No space left on device"))
     with monkeypatch.context() as patch:
-        patch.setattr(getattr(checkpoint, owner) if owner else checkpoint, name, fail)
-        with pytest.raises(OSError, match="killed"):
-            save(20)
-    assert_loadable(tmp_path, 10)
-    save(20)
-    assert_loadable(tmp_path, 20)
+        patch.setattr(checkpoint, stage, failing)
+        with pytest.raises(CheckpointError) as error:
+            checkpoints.save(20, STATE, [whole(name, tensor) for name, tensor in tensors(20).items()])
+            checkpoints.finish()
+    message = one_line(error)
+    assert "cannot write checkpoint step_00000020 (" in message and "No space left on device" in message
+    assert f"`ibq resume {tmp_path}`" in message
+    assert_in_force(tmp_path, world, 10)
+    assert not [name for name in names(tmp_path) if name.endswith(".unfinished") and name.startswith("step")]
+    # The same writer goes on: what was in the way is gone.
+    checkpoints.save(20, STATE, [whole(name, tensor) for name, tensor in tensors(20).items()])
+    checkpoints.finish()
+    assert names(tmp_path) == ["latest", "step_00000010", "step_00000020"]
+    assert_in_force(tmp_path, world, 20)
 
 
-def test_left_overs_of_a_failed_write_are_gone_the_next_time(save, world, tmp_path):
-    def write(folder):
-        (folder / "left over").write_text("half of")
-        raise OSError("no space left")
-
-    with pytest.raises(OSError, match="no space left"):
-        save_checkpoint(tmp_path, 20, {"step": 20}, write, world, 3)
-    assert names(tmp_path) == ["step_00000020.unfinished"]
-    folder = save(20)
-    assert names(tmp_path) == ["latest", "step_00000020"]
-    assert sorted(path.name for path in folder.iterdir()) == ["part", "state.json"]
-    assert_loadable(tmp_path, 20)
+@MODES
+def test_what_safetensors_refuses_to_write_is_a_checkpoint_error_too(world, tmp_path, monkeypatch, asynchronous):
+    save(tmp_path, world, 10)
+    monkeypatch.setattr(checkpoint, "write_part", fail(SafetensorError("I/O error: No space left on device")))
+    with pytest.raises(CheckpointError, match=r"rank 0: I/O error: No space left on device"):
+        save(tmp_path, world, 20, asynchronous=asynchronous)
+    assert_in_force(tmp_path, world, 10)
 
 
-def test_the_newest_checkpoints_are_kept(save, tmp_path):
-    for step in (5, 10, 100, 20_000):
-        save(step, keep=2)
-    assert names(tmp_path) == ["latest", "step_00000100", "step_00020000"]
-    assert_loadable(tmp_path, 20_000)
-    save(30_000, keep=1)
-    assert names(tmp_path) == ["latest", "step_00030000"]
-    assert_loadable(tmp_path, 30_000)
+@MODES
+@pytest.mark.parametrize("stage", ["_write_manifest", "_rename", "_point"])
+def test_a_kill_at_any_moment_leaves_the_former_checkpoint_in_force(world, tmp_path, monkeypatch, stage, asynchronous):
+    """Nothing is tidied up after it; the next run's first save does that."""
+    save(tmp_path, world, 10)
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, stage, fail(KeyboardInterrupt()))
+        with pytest.raises(KeyboardInterrupt):
+            save(tmp_path, world, 20, asynchronous=asynchronous)
+    assert_in_force(tmp_path, world, 10)
+    assert names(tmp_path) != ["latest", "step_00000010"]
+    save(tmp_path, world, 30, asynchronous=asynchronous)
+    assert not [name for name in names(tmp_path) if name.endswith(".unfinished")]
+    assert_in_force(tmp_path, world, 30)
 
 
-def test_unfinished_left_overs_do_not_count_as_kept(save, tmp_path):
-    (tmp_path / "checkpoints" / "step_00000099.unfinished").mkdir(parents=True)
-    for step in (10, 20, 30):
-        save(step, keep=2)
-    assert {"step_00000020", "step_00000030"} < set(names(tmp_path))
-    assert "step_00000010" not in names(tmp_path)
+def test_a_part_that_arrives_short_is_not_sealed(world, tmp_path, monkeypatch):
+    """As where another node's file is not yet here, or a file system loses the end of it."""
+    entry = checkpoint._entry
+    monkeypatch.setattr(checkpoint, "_entry", lambda file: {**entry(file), "bytes": entry(file)["bytes"] + 1})
+    with pytest.raises(CheckpointError, match=rf"{PART} has \d+ bytes instead of \d+"):
+        save(tmp_path, world, 10)
+    assert names(tmp_path) == []
 
 
-def test_the_same_step_is_written_over(save, tmp_path):
-    save(10, "old")
-    (tmp_path / "checkpoints" / "step_00000010" / "only in the old one").touch()
-    folder = save(10, "new")
-    assert_loadable(tmp_path, 10, "new")
-    assert not (folder / "only in the old one").exists()
+def test_any_ones_left_overs_are_gone_the_next_time(world, tmp_path):
+    left_over = tmp_path / "checkpoints" / "step_00000099.unfinished"
+    left_over.mkdir(parents=True)
+    (left_over / PART).write_bytes(b"half of")
+    save(tmp_path, world, 10)
     assert names(tmp_path) == ["latest", "step_00000010"]
 
 
-def refused(run) -> str:
-    with pytest.raises(TrainerError) as error:
-        latest_checkpoint(run)
-    assert "\n" not in str(error.value)
-    return str(error.value)
+@MODES
+def test_the_newest_checkpoints_are_kept(world, tmp_path, asynchronous):
+    save(tmp_path, world, 5, 10, 100, 20_000, keep_last=2, asynchronous=asynchronous)
+    assert names(tmp_path) == ["latest", "step_00000100", "step_00020000"]
+    assert_in_force(tmp_path, world, 20_000)
+    save(tmp_path, world, 30_000, keep_last=1, asynchronous=asynchronous)
+    assert names(tmp_path) == ["latest", "step_00030000"]
+    assert_in_force(tmp_path, world, 30_000)
 
 
-def test_no_checkpoint_yet_is_said(tmp_path):
-    assert "no finished checkpoint" in refused(tmp_path)
-    (tmp_path / "checkpoints" / "step_00000010").mkdir(parents=True)
-    assert "no finished checkpoint" in refused(tmp_path)
+def test_those_of_every_so_many_steps_are_kept_for_good(world, tmp_path):
+    save(tmp_path, world, *range(5, 50, 5), keep_last=2, keep_every_steps=20)
+    assert [step_of(folder) for folder in checkpoint_folders(tmp_path)] == [20, 40, 45]
+    save(tmp_path, world, 50, 55, keep_last=1, keep_every_steps=20)
+    assert [step_of(folder) for folder in checkpoint_folders(tmp_path)] == [20, 40, 55]
 
 
-@pytest.mark.parametrize("text", ["step_00000099", "", "..", "step_00000020"])
-def test_latest_that_names_no_finished_checkpoint_is_refused(save, tmp_path, text):
-    save(10)
-    (tmp_path / "checkpoints" / "step_00000020").mkdir()  # a folder, but without state
-    (tmp_path / "checkpoints" / "latest").write_text(text)
-    message = refused(tmp_path)
-    assert str(tmp_path / "checkpoints" / "latest") in message and "no finished checkpoint" in message
+def test_the_same_step_is_written_over(world, tmp_path):
+    save(tmp_path, world, 10)
+    (folder_of(tmp_path, 10) / PART).write_bytes(b"old")
+    (folder_of(tmp_path, 10) / "only in the old one").touch()
+    save(tmp_path, world, 10)
+    assert_in_force(tmp_path, world, 10)
+    assert not (folder_of(tmp_path, 10) / "only in the old one").exists()
+    assert names(tmp_path) == ["latest", "step_00000010"]
 
 
-def test_latest_may_be_edited_by_hand(save, tmp_path):
-    save(10)
-    save(20)
-    (tmp_path / "checkpoints" / "latest").write_text("step_00000010\n")
-    assert_loadable(tmp_path, 10)
+def cut_short(folder):
+    content = (folder / PART).read_bytes()
+    (folder / PART).write_bytes(content[:-1])
 
 
-def test_going_on_from_an_earlier_checkpoint_keeps_what_is_written_then(save, tmp_path):
-    for step in (10, 20, 30):
-        save(step)
+def flip_a_bit(folder):
+    content = bytearray((folder / PART).read_bytes())
+    content[-100] ^= 1
+    (folder / PART).write_bytes(content)
+
+
+def flip_a_bit_of_the_state(folder):
+    content = bytearray((folder / "state.json").read_bytes())
+    content[-2] ^= 1
+    (folder / "state.json").write_bytes(content)
+
+
+def lose_a_file(folder):
+    (folder / PART).unlink()
+
+
+def put_a_folder_in_its_place(folder):
+    lose_a_file(folder)
+    (folder / PART).mkdir()
+
+
+def lose_the_manifest(folder):
+    (folder / "manifest.json").unlink()
+
+
+def manifest(content):
+    def write(folder):
+        (folder / "manifest.json").write_text(content)
+
+    return write
+
+
+DAMAGES = pytest.mark.parametrize(
+    ("break_it", "said"),
+    [
+        (cut_short, rf"{PART} has 4\d+ bytes instead of 4\d+"),
+        (flip_a_bit, rf"{PART} is not what was written \(its sha256 differs\)"),
+        (flip_a_bit_of_the_state, r"state\.json is not what was written \(its sha256 differs\)"),
+        (lose_a_file, rf"{PART} is missing"),
+        (put_a_folder_in_its_place, rf"{PART} cannot be read \(Is a directory\)"),
+        (
+            lose_the_manifest,
+            r"manifest\.json is missing \(it was never finished, or an older version of ibq wrote it\)",
+        ),
+        (manifest('{"files": {"rank_00'), r"manifest\.json is damaged"),
+        (manifest("[]"), r"manifest\.json is damaged"),
+        (manifest('{"files": []}'), r"manifest\.json is damaged"),
+        (manifest('{"files": {"state.json": 7}}'), r"manifest\.json is damaged"),
+        (manifest('{"files": {"state.json": {"bytes": "many", "sha256": "0"}}}'), r"manifest\.json is damaged"),
+    ],
+)
+
+
+@DAMAGES
+def test_damage_is_found_and_the_newest_whole_one_before_it_stands_in(world, tmp_path, break_it, said):
+    save(tmp_path, world, 10, 20, 30)
+    break_it(folder_of(tmp_path, 30))
+    assert_says(damage(folder_of(tmp_path, 30), world), said)
+    found, notes = find_checkpoint(tmp_path, world)
+    assert found == folder_of(tmp_path, 20)
+    assert len(notes) == 1
+    assert_says(notes[0], rf"step_00000030 is passed over: {said}")
+
+
+def assert_says(text, said) -> None:
+    assert text is not None and re.fullmatch(said, text), text
+
+
+@DAMAGES
+def test_none_stands_in_for_one_that_was_named(world, tmp_path, break_it, said):
+    save(tmp_path, world, 10, 20)
+    break_it(folder_of(tmp_path, 20))
+    message = refused(folder_of(tmp_path, 20), world)
+    assert_says(message, rf".*step_00000020 cannot be resumed from: {said}; `ibq resume .*` takes another")
+    assert f"`ibq resume {tmp_path}`" in message
+    assert find_checkpoint(folder_of(tmp_path, 10), world) == (folder_of(tmp_path, 10), [])
+
+
+def test_one_that_was_named_and_does_not_exist_is_refused(world, tmp_path):
+    save(tmp_path, world, 10)
+    assert "step_00000099 does not exist" in refused(folder_of(tmp_path, 99), world)
+
+
+def test_every_one_that_is_passed_over_is_told_and_where_none_is_whole_that_too(world, tmp_path):
+    save(tmp_path, world, 10, 20, 30)
+    lose_a_file(folder_of(tmp_path, 30))
+    flip_a_bit(folder_of(tmp_path, 20))
+    found, notes = find_checkpoint(tmp_path, world)
+    assert found == folder_of(tmp_path, 10) and [note[:13] for note in notes] == ["step_00000030", "step_00000020"]
+    lose_the_manifest(folder_of(tmp_path, 10))
+    message = refused(tmp_path, world)
+    assert "holds no whole checkpoint" in message
+    assert message.index("step_00000030") < message.index("step_00000020") < message.index("step_00000010")
+
+
+def test_no_checkpoint_yet_is_said(world, tmp_path):
+    assert "holds no finished checkpoint to resume from" in refused(tmp_path, world)
+    (tmp_path / "checkpoints" / "step_00000010.unfinished").mkdir(parents=True)
+    assert "holds no finished checkpoint to resume from" in refused(tmp_path, world)
+    (tmp_path / "checkpoints" / "step_00000010").mkdir()
+    assert "holds no whole checkpoint: step_00000010 is passed over: manifest.json is missing" in refused(
+        tmp_path, world
+    )
+
+
+def test_a_run_in_a_folder_named_checkpoints_is_a_run(world, tmp_path):
+    run = tmp_path / "checkpoints" / "first_try"
+    save(run, world, 10, 20)
+    assert_in_force(run, world, 20)
+
+
+def test_latest_may_be_edited_by_hand(world, tmp_path):
+    save(tmp_path, world, 10, 20, 30)
+    (tmp_path / "checkpoints" / "latest").write_text("step_00000020\n")
+    assert find_checkpoint(tmp_path, world) == (folder_of(tmp_path, 20), [])
+    # Where that one is not whole, one before it stands in, none after it.
+    lose_a_file(folder_of(tmp_path, 20))
+    found, (note,) = find_checkpoint(tmp_path, world)
+    assert found == folder_of(tmp_path, 10) and note == f"step_00000020 is passed over: {PART} is missing"
+
+
+@pytest.mark.parametrize(
+    ("text", "found", "notes"),
+    [
+        ("step_00000025", 20, ["step_00000025 is passed over: step_00000025 does not exist"]),
+        ("step_00000099", 30, ["step_00000099 is passed over: step_00000099 does not exist"]),
+        ("", 30, []),
+        ("..", 30, []),
+        ("\0\xff", 30, []),
+    ],
+)
+def test_latest_that_names_none_of_them(world, tmp_path, text, found, notes):
+    save(tmp_path, world, 10, 20, 30)
+    (tmp_path / "checkpoints" / "latest").write_text(text, encoding="latin-1")
+    assert find_checkpoint(tmp_path, world) == (folder_of(tmp_path, found), notes)
+
+
+def test_without_latest_the_newest_is_taken(world, tmp_path):
+    """As after a kill between the very first checkpoint's name and the pointer to it."""
+    save(tmp_path, world, 10, 20)
+    (tmp_path / "checkpoints" / "latest").unlink()
+    assert find_checkpoint(tmp_path, world) == (folder_of(tmp_path, 20), [])
+
+
+def test_going_on_from_an_earlier_checkpoint_keeps_what_is_written_then(world, tmp_path):
+    save(tmp_path, world, 10, 20, 30)
     (tmp_path / "checkpoints" / "latest").write_text("step_00000010")
-    save(12, keep=1)
-    assert_loadable(tmp_path, 12)
+    save(tmp_path, world, 12, keep_last=1)
+    assert_in_force(tmp_path, world, 12)
     assert "step_00000010" not in names(tmp_path)
+
+
+@pytest.mark.parametrize("content", ["", "{", "7", "[1]"])
+def test_a_damaged_state_is_one_line(tmp_path, content):
+    (tmp_path / "state.json").write_text(content)
+    with pytest.raises(TrainerError, match=r"state\.json is damaged"):
+        load_state(tmp_path)

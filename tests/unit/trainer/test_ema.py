@@ -2,7 +2,13 @@ import pytest
 import torch
 from torch import nn
 
+from model_zoo.pieces import whole
+from trainer.config import OptimizerConfig
 from trainer.ema import Ema
+from trainer.engines import Replicated
+from trainer.optim import adam
+
+pytestmark = pytest.mark.usefixtures("world")
 
 
 def model(seed=0) -> nn.Module:
@@ -10,86 +16,147 @@ def model(seed=0) -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), nn.Embedding(5, 3))
 
 
+def engine(module) -> Replicated:
+    def make_adam(parameters):
+        return adam(parameters, 1e-3, OptimizerConfig())
+
+    return Replicated(module, make_adam, micro_batch_size=1, micro_batches=1)
+
+
+def set_weights(module, seed):
+    """In place, as an optimiser would."""
+    module.load_state_dict(model(seed).state_dict())
+
+
+def averages(ema, of) -> dict[str, torch.Tensor]:
+    return {piece.name: piece.values.view(piece.shape).clone() for piece in ema.pieces(of)}
+
+
+def weights(module) -> dict[str, torch.Tensor]:
+    return {name: value.detach().clone() for name, value in module.named_parameters()}
+
+
+def equal(first, second) -> bool:
+    assert first.keys() == second.keys()
+    return all(torch.equal(value, second[name]) for name, value in first.items())
+
+
 def test_starts_as_a_copy_of_the_weights_it_is_built_on():
-    module = model()
-    module.load_state_dict(model(seed=1).state_dict())
-    ema = Ema(module, decay=0.999)
-    assert ema.state_dict().keys() == module.state_dict().keys()
-    assert all(torch.equal(value, module.state_dict()[name]) for name, value in ema.state_dict().items())
+    module = model(seed=1)
+    of = engine(module)
+    ema = Ema((of,), decay=0.999)
+    assert equal(averages(ema, of), weights(module))
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.zero_()
-    assert all(value.any() for value in ema.state_dict().values())  # a copy, not a view
+    assert equal(averages(ema, of), weights(model(seed=1)))  # a copy, not a view
 
 
 def test_is_the_running_average_with_the_smaller_decay_of_early_steps():
     module, decay = model(), 0.2
-    ema = Ema(module, decay)
-    expected = {name: value.double() for name, value in module.state_dict().items()}
+    of = engine(module)
+    ema = Ema((of,), decay)
+    expected = {name: value.double() for name, value in weights(module).items()}
     used = []
     for step in range(6):
-        module.load_state_dict(model(seed=step + 1).state_dict())
-        ema.update(module, step)
+        set_weights(module, seed=step + 1)
+        ema.update(step)
         used.append(min(decay, (2 + step) / (11 + step)))
-        expected = {
-            name: used[-1] * average + (1 - used[-1]) * module.state_dict()[name].double()
-            for name, average in expected.items()
-        }
+        now = weights(module)
+        expected = {name: used[-1] * old + (1 - used[-1]) * now[name].double() for name, old in expected.items()}
     assert used == pytest.approx([2 / 11, 0.2, 0.2, 0.2, 0.2, 0.2])  # both branches of the formula
-    for name, value in ema.state_dict().items():
+    for name, value in averages(ema, of).items():
         torch.testing.assert_close(value, expected[name].float(), rtol=1e-5, atol=1e-6)
 
 
 def test_late_steps_use_the_whole_decay():
     module = model()
-    ema = Ema(module, decay=0.999)
-    before = {name: value.clone() for name, value in ema.state_dict().items()}
-    module.load_state_dict(model(seed=1).state_dict())
-    ema.update(module, step=100_000)
-    for name, value in ema.state_dict().items():
-        expected = 0.999 * before[name].double() + 0.001 * module.state_dict()[name].double()
+    of = engine(module)
+    ema = Ema((of,), decay=0.999)
+    before = averages(ema, of)
+    set_weights(module, seed=1)
+    ema.update(step=100_000)
+    now = weights(module)
+    for name, value in averages(ema, of).items():
+        expected = 0.999 * before[name].double() + 0.001 * now[name].double()
         torch.testing.assert_close(value, expected.float(), rtol=1e-6, atol=1e-7)
 
 
 def test_update_leaves_the_weights_alone():
     module = model()
-    ema = Ema(module, decay=0.5)
-    module.load_state_dict(model(seed=1).state_dict())
-    ema.update(module, 3)
-    assert all(torch.equal(value, model(seed=1).state_dict()[name]) for name, value in module.state_dict().items())
+    ema = Ema((engine(module),), decay=0.5)
+    set_weights(module, seed=1)
+    ema.update(3)
+    assert equal(weights(module), weights(model(seed=1)))
 
 
 def test_keeps_fp32_of_bf16_weights():
     module = model().bfloat16()
-    ema = Ema(module, decay=0.999)
-    ema.update(module, 0)
-    assert all(value.dtype == torch.float32 for value in ema.state_dict().values())
+    of = engine(module)
+    ema = Ema((of,), decay=0.999)
+    assert all(value.dtype == torch.float32 for value in averages(ema, of).values())
 
 
-def test_state_round_trip_goes_on_bit_for_bit():
+def test_each_engine_has_its_own_pieces_beside_its_weights():
+    """Of the same names and shapes, so that a mix-up would go unnoticed but for the values."""
+    engines = [engine(model(seed)) for seed in range(3)]
+    ema = Ema(iter(engines), decay=0.9)
+    for seed, of in enumerate(engines):
+        pieces = ema.pieces(of)
+        assert [piece[:3] for piece in pieces] == [piece[:3] for piece in of.weights()]
+        assert equal(averages(ema, of), weights(model(seed)))
+
+
+def test_goes_on_from_what_is_written_into_its_pieces_bit_for_bit():
     module = model()
-    ema = Ema(module, decay=0.9)
-    module.load_state_dict(model(seed=1).state_dict())
-    ema.update(module, 0)
-    resumed = Ema(model(seed=5), decay=0.9)
-    saved = {name: value.clone() for name, value in ema.state_dict().items()}
-    resumed.load_state_dict(saved)
-    module.load_state_dict(model(seed=2).state_dict())
+    of = engine(module)
+    ema = Ema((of,), decay=0.9)
+    set_weights(module, seed=1)
+    ema.update(0)
+    set_weights(module, seed=2)
+    other = engine(model(seed=2))
+    resumed = Ema((other,), decay=0.9)
+    for into, saved in zip(resumed.pieces(other), ema.pieces(of), strict=True):
+        into.values.copy_(saved.values)
+    assert not equal(averages(resumed, other), weights(module))
     for average in (ema, resumed):
-        average.update(module, 1)
-    assert all(torch.equal(value, resumed.state_dict()[name]) for name, value in ema.state_dict().items())
-    # What was loaded is copied: the caller's tensors do not move along.
-    assert not any(torch.equal(value, saved[name]) for name, value in resumed.state_dict().items())
+        average.update(1)
+    assert equal(averages(ema, of), averages(resumed, other))
 
 
-@pytest.mark.parametrize("change", ["missing", "additional", "renamed"])
-def test_wrong_names_are_a_key_error_and_change_nothing(change):
-    ema = Ema(model(), decay=0.9)
-    state = {name: torch.zeros_like(value) for name, value in ema.state_dict().items()}
-    if change != "additional":
-        del state["0.bias"]
-    if change != "missing":
-        state["0.offset"] = torch.zeros(4)
-    with pytest.raises(KeyError, match=r"EMA names differ.*0\."):
-        ema.load_state_dict(state)
-    assert all(torch.equal(value, model().state_dict()[name]) for name, value in ema.state_dict().items())
+class Published(Replicated):
+    """Computes with a copy of its weights, as ZeRO does, until told to take them over."""
+
+    def __init__(self, module):
+        super().__init__(module, lambda p: adam(p, 1e-3, OptimizerConfig()), micro_batch_size=1, micro_batches=1)
+        self.flat = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
+
+    def weights(self):
+        return [whole(name, values) for name, values in self.flat.items()]
+
+    @torch.no_grad()
+    def publish(self):
+        for name, parameter in self.parameters.items():
+            parameter.copy_(self.flat[name])
+
+
+@pytest.mark.parametrize("kind", [engine, Published])
+def test_averages_and_weights_change_places_and_back_bit_for_bit(kind):
+    modules = [model(seed) for seed in (0, 1)]
+    engines = [kind(module) for module in modules]
+    ema = Ema(engines, decay=0.5)
+    for of in engines:
+        for piece in of.weights():
+            piece.values.mul_(1.1)
+        of.publish()
+    ema.update(0)
+    raw, average = [weights(module) for module in modules], [averages(ema, of) for of in engines]
+    assert not equal(raw[0], average[0]) and not equal(raw[1], average[1])
+    held = [parameter.data_ptr() for module in modules for parameter in module.parameters()]
+    with pytest.raises(RuntimeError, match="inside"), ema.in_place_of_weights():
+        assert all(equal(weights(module), there) for module, there in zip(modules, average, strict=True))
+        assert all(equal(averages(ema, of), there) for of, there in zip(engines, raw, strict=True))
+        raise RuntimeError("inside")  # they are back whatever happens
+    assert all(equal(weights(module), there) for module, there in zip(modules, raw, strict=True))
+    assert all(equal(averages(ema, of), there) for of, there in zip(engines, average, strict=True))
+    assert held == [parameter.data_ptr() for module in modules for parameter in module.parameters()]

@@ -8,11 +8,11 @@ import skimage.data
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
-from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 import model_zoo
 from data import EvaluationImage
+from model_zoo.pieces import save_pieces, whole
 from tools.evaluate import app
 from trainer import TrainerError
 from trainer.evaluate import (
@@ -184,7 +184,8 @@ def run(tmp_path_factory):
     for seed, name in enumerate(("tokenizer", "tokenizer_ema")):
         torch.manual_seed(seed)
         tokenizer = model_zoo.Tokenizer(model_zoo.TokenizerConfig(**model))
-        save_file(tokenizer.state_dict(), checkpoint / f"{name}.safetensors")
+        pieces = [whole(f"{name}/{key}", value) for key, value in tokenizer.state_dict().items()]
+        save_pieces(checkpoint / f"rank_{seed:05d}.safetensors", pieces)
     (folder / "checkpoints" / "latest").write_text("step_00000003")
     data = {"val": str(photos), "image_size": 32, "resize": "pil_antialias"}
     OmegaConf.save({"model": model, "data": data}, folder / "config.yaml")

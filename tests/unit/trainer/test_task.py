@@ -1,6 +1,9 @@
 """One step of tokenizer training, on a tiny model and one process: who is updated when, by which gradient."""
 
 import copy
+import json
+import math
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -17,6 +20,7 @@ from model_zoo.losses import (
     ReconstructionLoss,
 )
 from model_zoo.ops import average_entropy
+from model_zoo.pieces import PieceFiles, save_pieces
 from trainer.config import Config, DiscriminatorConfig, EmaConfig, OptimizerConfig, ScheduleConfig, TrainerConfig
 from trainer.loop import plan_batch
 from trainer.tasks import tokenizer as task_module
@@ -77,6 +81,23 @@ def gradients(module):
 
 def weights(module):
     return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def averages(task):
+    """The EMA's, by the names of the tokenizer's state dict."""
+    engines = ((task.generator, ""), (task.codebook, "quantize."))
+    pieces = [(f"{prefix}{piece.name}", piece) for engine, prefix in engines for piece in task.ema.pieces(engine)]
+    return {name: piece.values.view(piece.shape).clone() for name, piece in pieces}
+
+
+def save(task, folder):
+    """Writes a checkpoint's tensors; returns what to give to `load`."""
+    save_pieces(folder / "rank_00000.safetensors", task.pieces())
+    return folder, json.dumps(task.state())
+
+
+def load(task, folder, state):
+    task.load(PieceFiles(folder), json.loads(state))
 
 
 def equal(first, second):
@@ -167,7 +188,7 @@ def test_generator_learns_from_the_whole_loss_against_the_updated_discriminator(
     original = copy.deepcopy(task.tokenizer)
     old_discriminator = copy.deepcopy(task.discriminator.module)
     seen = watch(task.generator, lambda: gradients(task.tokenizer))
-    scalars = task.step([images()], 0)
+    scalars = task.step([images()], 0).scalars
 
     updated_discriminator = copy.deepcopy(task.discriminator.module)
     terms = generator_loss_by_hand(original, updated_discriminator, as_float(images()))
@@ -189,7 +210,7 @@ def test_discriminator_learns_hinge_and_lecam_from_real_and_reconstructed_images
     with torch.no_grad():
         fake_bchw = task.tokenizer(as_float(images())).reconstruction_bchw
     seen = watch(task.discriminator, lambda: gradients(task.discriminator.module))
-    scalars = task.step([images()], 0)
+    scalars = task.step([images()], 0).scalars
 
     real, fake = network(as_float(images())), network(fake_bchw)
     hinge = 0.5 * ((1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean())
@@ -230,7 +251,7 @@ def test_adversarial_terms_start_and_grow_as_the_recipe_says(build, changes, exp
     task = build(**{f"loss__{key}": value for key, value in changes.items()})
     for step, learns, weight in expected:
         before, means = weights(task.discriminator.module), weights(task.lecam)
-        scalars = task.step([images(step)], step)
+        scalars = task.step([images(step)], step).scalars
         assert equal(before, weights(task.discriminator.module)) != learns
         assert equal(means, weights(task.lecam)) != learns
         for name in ("loss/discriminator", "loss/lecam", "lr/discriminator", "grad_norm/discriminator"):
@@ -247,11 +268,10 @@ def test_adversarial_terms_start_and_grow_as_the_recipe_says(build, changes, exp
 def test_without_an_adversarial_term_there_is_no_discriminator(build, tmp_path):
     task = build(loss__generator__weight=0.0)
     assert task.discriminator is None
-    scalars = task.step([images()], 0)
+    scalars = task.step([images()], 0).scalars
     adversarial = {name for name in scalars if "generator" in name or "discriminator" in name or "lecam" in name}
     assert adversarial == {"lr/generator", "grad_norm/generator"}
-    task.save(tmp_path)
-    task.load(tmp_path)
+    load(task, *save(task, tmp_path))
 
 
 def test_perceptual_weight_zero_builds_no_vgg(build, monkeypatch):
@@ -261,7 +281,7 @@ def test_perceptual_weight_zero_builds_no_vgg(build, monkeypatch):
     monkeypatch.setattr(task_module, "Perceptual", refuse)
     task = build()
     assert task.perceptual is None
-    assert "loss/perceptual" not in task.step([images()], 0)
+    assert "loss/perceptual" not in task.step([images()], 0).scalars
     with pytest.raises(AssertionError, match="VGG was built"):
         build(loss__perceptual__weight=0.5)
 
@@ -284,7 +304,7 @@ def test_perceptual_term_is_logged_and_weighed(build, monkeypatch):
     task = build(loss__perceptual__weight=2.0, loss__perceptual__vgg16_weights="here.pth")
     with torch.no_grad():
         reconstruction_bchw = task.tokenizer(as_float(images())).reconstruction_bchw
-    scalars = task.step([images()], 0)
+    scalars = task.step([images()], 0).scalars
     expected = (reconstruction_bchw - as_float(images())).square().mean().item()
     assert float(scalars["loss/perceptual"]) == pytest.approx(expected, rel=1e-5)
     used = {**DEFAULT_WEIGHTS, "loss/perceptual": 2.0}
@@ -295,7 +315,7 @@ def test_perceptual_term_is_logged_and_weighed(build, monkeypatch):
 def test_adaptive_weight_compares_gradients_at_the_last_layer(build):
     task = build(loss__generator__adaptive=True, loss__reconstruction__weight=2.0)
     tokenizer = copy.deepcopy(task.tokenizer)
-    scalars = task.step([images()], 0)
+    scalars = task.step([images()], 0).scalars
     terms = generator_loss_by_hand(tokenizer, task.discriminator.module, as_float(images()))
     last_layer = tokenizer.decoder.conv_out.weight
     reconstruction, generator = (
@@ -312,8 +332,8 @@ def test_adaptive_weight_compares_gradients_at_the_last_layer(build):
 
 def test_adaptive_weight_is_capped_and_ramped(build):
     task = build(loss__generator__adaptive=True, loss__generator__adaptive_cap=0.01, loss__generator__ramp_steps=2)
-    assert float(task.step([images()], 0)["weight/generator"]) == pytest.approx(0.5 * 0.1 * 0.01)
-    assert float(task.step([images()], 1)["weight/generator"]) == pytest.approx(0.1 * 0.01)
+    assert float(task.step([images()], 0).scalars["weight/generator"]) == pytest.approx(0.5 * 0.1 * 0.01)
+    assert float(task.step([images()], 1).scalars["weight/generator"]) == pytest.approx(0.1 * 0.01)
 
 
 def test_batch_norm_never_mixes_real_and_fake(build):
@@ -360,7 +380,7 @@ def test_a_step_does_not_depend_on_how_its_batch_is_cut(build, kind):
             watch(engine, lambda module=engine.module: gradients(module))
             for engine in (task.generator, task.discriminator)
         ]
-        scalars = task.step(micro_batches, 0)
+        scalars = task.step(micro_batches, 0).scalars
         results.append((seen, scalars, task))
     (whole, whole_scalars, whole_task), (parts, parts_scalars, parts_task) = results
     close = {"rtol": 1e-4, "atol": 1e-6}
@@ -372,10 +392,10 @@ def test_a_step_does_not_depend_on_how_its_batch_is_cut(build, kind):
         (whole_task.tokenizer, parts_task.tokenizer),
         (whole_task.discriminator.module, parts_task.discriminator.module),
         (whole_task.lecam, parts_task.lecam),
-        (whole_task.ema, parts_task.ema),
     ]:
         for name, value in first.state_dict().items():
             torch.testing.assert_close(second.state_dict()[name], value, rtol=0, atol=1e-6, msg=name)
+    torch.testing.assert_close(averages(parts_task), averages(whole_task), rtol=0, atol=1e-6)
     assert whole_scalars.keys() == parts_scalars.keys()
     for name, value in whole_scalars.items():
         assert float(parts_scalars[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-6), name
@@ -391,7 +411,7 @@ def test_rates_follow_the_schedule_for_both_networks(build):
     before = weights(task.tokenizer), weights(task.discriminator.module)
     rates = []
     for step in (0, 1, 4, 6):
-        scalars = task.step([images()], step)
+        scalars = task.step([images()], step).scalars
         rates.append((scalars["lr/generator"], scalars["lr/discriminator"]))
         if step == 0:  # the first rate of the warm-up is 0
             assert equal(before[0], weights(task.tokenizer)) and equal(before[1], weights(task.discriminator.module))
@@ -413,7 +433,7 @@ def test_clipping_bounds_the_update_and_logs_the_norm_before_it(build):
         for engine in (task.generator, task.codebook):  # one norm for both
             parameters = [p for group in engine.optimizer.param_groups for p in group["params"]]
             engine.optimizer = torch.optim.SGD(parameters, lr=1.0)
-        scalars = task.step([images()], 0)
+        scalars = task.step([images()], 0).scalars
         moved = torch.stack([(p - o).norm() for p, o in zip(task.tokenizer.parameters(), original, strict=True)]).norm()
         norms.append((float(scalars["grad_norm/generator"]), moved.item() / 1e-3))
     (norm, moved), (clipped_norm, clipped_moved) = norms
@@ -425,14 +445,14 @@ def test_clipping_bounds_the_update_and_logs_the_norm_before_it(build):
 def test_vq_trains_without_entropy_terms(build):
     task = build(model__quantizer="vq")
     before = weights(task.tokenizer)
-    scalars = task.step([images()], 0)
+    scalars = task.step([images()], 0).scalars
     assert not any("entropy" in name or "double" in name for name in scalars)
     assert not torch.equal(before["quantize.embedding.weight"], task.tokenizer.quantize.embedding.weight)
 
 
 def test_entropy_weight_zero_asks_for_no_entropy(build):
     task = build(loss__entropy__weight=0.0)
-    assert not any("entropy" in name for name in task.step([images()], 0))
+    assert not any("entropy" in name for name in task.step([images()], 0).scalars)
 
 
 def test_bf16_keeps_weights_and_gradients_in_fp32_and_stays_near_fp32(build):
@@ -440,7 +460,7 @@ def test_bf16_keeps_weights_and_gradients_in_fp32_and_stays_near_fp32(build):
     for precision in ("fp32", "bf16"):
         task = build(trainer__precision=precision)
         seen = watch(task.generator, lambda task=task: gradients(task.tokenizer))
-        steps[precision] = task.step([images()], 0)
+        steps[precision] = task.step([images()], 0).scalars
         assert all(gradient.dtype == torch.float32 for gradient in seen[0].values())
         assert all(p.dtype == torch.float32 for p in task.tokenizer.parameters())
     fp32, bf16 = (float(steps[precision]["loss/reconstruction"]) for precision in ("fp32", "bf16"))
@@ -461,23 +481,22 @@ def test_ema_follows_the_weights_after_each_update(build):
     task = build()
     start = weights(task.tokenizer)
     task.step([images()], 0)
+    assert averages(task).keys() == start.keys()
     for name, value in task.tokenizer.state_dict().items():
-        torch.testing.assert_close(
-            task.ema.state_dict()[name], 2 / 11 * start[name] + 9 / 11 * value, rtol=1e-5, atol=1e-7
-        )
+        torch.testing.assert_close(averages(task)[name], 2 / 11 * start[name] + 9 / 11 * value, rtol=1e-5, atol=1e-7)
     assert build(ema__decay=0.0).ema is None
 
 
 def test_evaluation_shows_ema_weights_in_eval_mode_and_gives_the_raw_ones_back(build):
     task = build()
     task.step([images()], 0)
-    raw, average = weights(task.tokenizer), {k: v.clone() for k, v in task.ema.state_dict().items()}
+    raw, average = weights(task.tokenizer), averages(task)
     assert not equal(raw, average)
-    with task.evaluation() as tokenizer:
-        assert equal(weights(tokenizer), average)
-        assert not any(module.training for module in tokenizer.modules())
+    with task.evaluation():
+        assert equal(weights(task.tokenizer), average)
+        assert not any(module.training for module in task.tokenizer.modules())
     assert equal(weights(task.tokenizer), raw)
-    assert equal(task.ema.state_dict(), average)
+    assert equal(averages(task), average)
     assert all(module.training for module in task.tokenizer.modules())
 
 
@@ -486,16 +505,57 @@ def test_evaluation_gives_the_raw_weights_back_when_something_inside_fails(build
     task = build(ema__decay=decay)
     task.step([images()], 0)
     raw = weights(task.tokenizer)
-    with pytest.raises(RuntimeError, match="inside"), task.evaluation() as tokenizer:
-        assert equal(weights(tokenizer), raw) == (decay == 0.0)
+    with pytest.raises(RuntimeError, match="inside"), task.evaluation():
+        assert equal(weights(task.tokenizer), raw) == (decay == 0.0)
         raise RuntimeError("inside")
     assert equal(weights(task.tokenizer), raw)
     assert all(module.training for module in task.tokenizer.modules())
 
 
+def test_reconstructions_are_those_of_the_weights_in_force_within_the_range_of_images(build):
+    task = build()
+    task.step([images()], 0)
+    originals_bchw = as_float(images(1))
+    seen = []
+    for inside in (task.evaluation(), nullcontext()):
+        with inside:
+            index_bhw, reconstruction_bchw = task.reconstruct(originals_bchw)
+            assert torch.equal(index_bhw, task.tokenizer.tokenize(originals_bchw))
+            expected = task.tokenizer.detokenize(index_bhw).clamp(-1, 1)
+            torch.testing.assert_close(reconstruction_bchw, expected, rtol=1e-5, atol=1e-6)
+            assert not reconstruction_bchw.requires_grad
+            seen.append(reconstruction_bchw)
+    assert not torch.allclose(*seen)
+    assert not task.reconstructs_together  # of a world of one, each reconstructs by itself
+    with torch.no_grad():
+        task.tokenizer.decoder.conv_out.bias.fill_(3.0)
+    assert task.reconstruct(originals_bchw)[1].max() == 1
+
+
 def optimizer_tensors(engine):
     state = engine.optimizer.state_dict()["state"]
     return {(number, name): value.clone() for number, part in state.items() for name, value in part.items()}
+
+
+def everything(task):
+    """All that a step may change of what a checkpoint holds, by name."""
+    parts = {
+        "tokenizer": weights(task.tokenizer),
+        "discriminator": weights(task.discriminator.module),
+        "lecam": weights(task.lecam),
+        "ema": averages(task),
+        "health": weights(task.health),
+    }
+    for engine in ("generator", "codebook", "discriminator"):
+        parts[f"moments of the {engine}"] = optimizer_tensors(getattr(task, engine))
+    return parts
+
+
+def unlike(first, second):
+    """The names of the parts in which two states differ."""
+    assert first.keys() == second.keys()
+    assert all(first.values())
+    return {name for name, part in first.items() if not equal(part, second[name])}
 
 
 @pytest.mark.parametrize("norm", ["group", "batch"])
@@ -504,35 +564,189 @@ def test_saved_and_loaded_it_goes_on_bit_for_bit(build, tmp_path, norm):
     task = build(**changes)
     for step in range(2):
         task.step([images(step)], step)
-    task.save(tmp_path)
     resumed = build(seed=9, **changes)
-    resumed.load(tmp_path)
-
-    def compare():
-        for part in ("tokenizer", "lecam", "ema", "health"):
-            assert equal(getattr(task, part).state_dict(), getattr(resumed, part).state_dict()), part
-        assert equal(task.discriminator.module.state_dict(), resumed.discriminator.module.state_dict())
-        for engine in ("generator", "codebook", "discriminator"):
-            expected = optimizer_tensors(getattr(task, engine))
-            assert expected and equal(expected, optimizer_tensors(getattr(resumed, engine))), engine
-
-    compare()
+    assert len(unlike(everything(task), everything(resumed))) == 8
+    load(resumed, *save(task, tmp_path))
+    assert not unlike(everything(task), everything(resumed))
     assert task.lecam.mean_real != 0 and task.lecam.mean_fake != 0
     for step in (2, 3):
-        one, other = (it.step([images(step)], step) for it in (task, resumed))
+        one, other = (it.step([images(step)], step).scalars for it in (task, resumed))
         assert {name: float(value) for name, value in one.items()} == {k: float(v) for k, v in other.items()}
-    compare()
+    assert not unlike(everything(task), everything(resumed))
+
+
+def test_a_checkpoint_holds_each_tensor_once_by_the_names_of_the_state_dicts(build, tmp_path):
+    task = build(discriminator__norm="batch")
+    folder, _ = save(task, tmp_path)
+    files = PieceFiles(folder)
+    modules = {"tokenizer": task.tokenizer, "discriminator": task.discriminator.module, "lecam": task.lecam}
+    expected = {
+        f"{model}/{name}": value for model, module in modules.items() for name, value in weights(module).items()
+    }
+    expected |= {f"tokenizer_ema/{name}": value for name, value in averages(task).items()}
+    expected |= {f"codebook_health/{name}": value for name, value in weights(task.health).items()}
+    trained = [(f"tokenizer{{}}/{name}", p) for name, p in task.tokenizer.named_parameters()]
+    trained += [(f"discriminator{{}}/{name}", p) for name, p in task.discriminator.module.named_parameters()]
+    for key in (".exp_avg", ".exp_avg_sq"):
+        expected |= {name.format(key): torch.zeros_like(p) for name, p in trained}
+    assert sorted(files.names()) == sorted(expected)
+    assert all(torch.equal(files.tensor(name), value) for name, value in expected.items())
+
+
+@pytest.mark.parametrize("change", [{"codebook_size": 32}, {"num_res_blocks": 2}, {"channels": 32}])
+def test_a_checkpoint_of_another_model_is_refused_in_one_line(build, tmp_path, change):
+    folder, state = save(build(), tmp_path)
+    other = build(**{f"model__{key}": value for key, value in change.items()})
+    with pytest.raises(ModelError) as error:
+        load(other, folder, state)
+    assert "tokenizer/" in str(error.value) and "\n" not in str(error.value)
 
 
 def test_adams_settings_are_the_recipes_also_after_loading(build, tmp_path):
     task = build()
     task.step([images()], 0)
-    task.save(tmp_path)
     resumed = build(optimizer__betas=[0.8, 0.9], optimizer__epsilon=1e-5, optimizer__weight_decay=0.1)
-    resumed.load(tmp_path)
+    load(resumed, *save(task, tmp_path))
     for engine in (resumed.generator, resumed.codebook, resumed.discriminator):
         (group,) = engine.param_groups
         assert (group["betas"], group["eps"], group["weight_decay"]) == ((0.8, 0.9), 1e-5, 0.1)
+        assert engine.updates == 1
+
+
+def poison(monkeypatch, kind, value=float("nan"), losses=task_module.GENERATOR_LOSSES):
+    """The adversarial loss of that kind gives the value wherever it is asked, and a gradient of that kind."""
+    monkeypatch.setitem(losses, kind, lambda *logits_bchw: sum(logits.mean() for logits in logits_bchw) * value)
+
+
+GENERATORS = {"tokenizer", "ema", "moments of the generator", "moments of the codebook"}
+DISCRIMINATORS = {"discriminator", "lecam", "moments of the discriminator"}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_a_generator_loss_that_is_not_finite_leaves_its_networks_as_they_were(build, monkeypatch, value):
+    task = build()
+    task.step([images(0)], 0)
+    before = everything(task)
+    with monkeypatch.context() as patch:
+        poison(patch, "non_saturating", value)
+        result = task.step([images(1)], 1)
+    assert result.skipped == ["generator"]
+    assert not math.isfinite(float(result.scalars["loss/total"]))
+    # The codes were counted, and the discriminator, whose loss was well, learned.
+    assert unlike(before, everything(task)) == DISCRIMINATORS | {"health"}
+    assert (task.generator.updates, task.codebook.updates, task.discriminator.updates) == (1, 1, 2)
+    assert all(gradient is None for gradient in gradients(task.tokenizer).values())
+    assert task.step([images(2)], 2).skipped == []
+    assert unlike(before, everything(task)) == GENERATORS | DISCRIMINATORS | {"health"}
+    assert all(value.isfinite().all() for part in everything(task).values() for value in part.values())
+
+
+def test_a_discriminator_loss_that_is_not_finite_leaves_it_and_lecam_as_they_were(build, monkeypatch):
+    task = build()
+    task.step([images(0)], 0)
+    before = everything(task)
+    with monkeypatch.context() as patch:
+        poison(patch, "hinge", losses=task_module.DISCRIMINATOR_LOSSES)
+        result = task.step([images(1)], 1)
+    assert result.skipped == ["discriminator"]
+    assert unlike(before, everything(task)) == GENERATORS | {"health"}
+    assert (task.generator.updates, task.discriminator.updates) == (2, 1)
+    assert task.step([images(2)], 2).skipped == []
+
+
+def test_a_gradient_that_is_not_finite_counts_though_the_loss_is(build, monkeypatch):
+    task = build()
+    before = everything(task)
+    with monkeypatch.context() as patch:
+        # The square root of 0 has the gradient infinity, times 0: NaN.
+        patch.setitem(
+            task_module.GENERATOR_LOSSES, task.config.loss.generator.kind, lambda x: (0 * x).square().sum().sqrt()
+        )
+        result = task.step([images()], 0)
+    assert math.isfinite(float(result.scalars["loss/total"]))
+    assert not math.isfinite(float(result.scalars["grad_norm/generator"]))
+    assert result.skipped == ["generator"]
+    assert not unlike(before, everything(task)) & GENERATORS
+
+
+def test_features_that_are_not_finite_leave_both_networks_as_they_were(build):
+    task = build()
+    task.step([images(0)], 0)
+    before = everything(task)
+    hook = task.tokenizer.quant_conv.register_forward_hook(lambda _, __, z_bdhw: z_bdhw * float("nan"))
+    assert task.step([images(1)], 1).skipped == ["discriminator", "generator"]
+    hook.remove()
+    assert unlike(before, everything(task)) == {"health"}
+    assert task.step([images(2)], 2).skipped == []
+
+
+@pytest.mark.parametrize("micro_batch_size", [8, 2])
+def test_one_bad_micro_batch_skips_the_whole_step(build, micro_batch_size):
+    task = build(trainer__micro_batch_size=micro_batch_size)
+    micro_batches = list(images().split(micro_batch_size))
+    last = []
+
+    def of_the_last(_, __, z_bdhw):
+        last.append(None)
+        return z_bdhw * float("nan") if len(last) % len(micro_batches) == 0 else z_bdhw
+
+    before = everything(task)
+    hook = task.tokenizer.quant_conv.register_forward_hook(of_the_last)
+    assert task.step(micro_batches, 0).skipped == ["discriminator", "generator"]
+    hook.remove()
+    assert unlike(before, everything(task)) <= {"health"}
+    assert all(gradient is None for gradient in gradients(task.tokenizer).values())
+
+
+def test_an_overflow_of_fp16_is_the_scales_doing_until_it_is_one(build, monkeypatch):
+    task = build(trainer__precision="fp16")
+    scale = task.loss_scales["generator"]
+    scale.value = 4.0
+    before = everything(task)
+    kind = task.config.loss.generator.kind
+    with monkeypatch.context() as patch:
+        poison(patch, kind, float("inf"))
+        seen = []
+        for step in range(3):
+            result = task.step([images()], step)
+            seen.append((result.scalars["loss_scale/generator"], result.skipped))
+    assert seen == [(4.0, []), (2.0, []), (1.0, ["generator"])]
+    assert not unlike(before, everything(task)) & GENERATORS  # nothing was learned of any of them
+    assert task.generator.updates == 0
+    assert scale.value == 1.0 and task.loss_scales["discriminator"].value == 2.0**16
+
+
+def test_the_loss_scale_changes_neither_gradients_nor_what_is_logged(build):
+    steps = []
+    for value in (1.0, 1024.0):
+        task = build(trainer__precision="fp16", trainer__gradient_clip_norm=0.01)
+        for scale in task.loss_scales.values():
+            scale.value = value
+        result = task.step([images()], 0)
+        assert result.skipped == [] and result.scalars.pop("loss_scale/generator") == value
+        assert result.scalars.pop("loss_scale/discriminator") == value
+        steps.append((result.scalars, weights(task.tokenizer), weights(task.discriminator.module)))
+    (plain, *plain_weights), (scaled, *scaled_weights) = steps
+    for name, value in plain.items():
+        assert float(scaled[name]) == pytest.approx(float(value), rel=1e-2, abs=1e-4), name
+    for first, second in zip(plain_weights, scaled_weights, strict=True):
+        torch.testing.assert_close(second, first, rtol=0, atol=2e-4)
+
+
+def test_other_precisions_log_no_loss_scale(build):
+    scalars = build(trainer__precision="bf16").step([images()], 0).scalars
+    assert not any("loss_scale" in name for name in scalars)
+
+
+def test_the_loss_scale_is_gone_on_with(build, tmp_path):
+    task = build(trainer__precision="fp16")
+    task.loss_scales["generator"].value = 32.0
+    resumed = build(trainer__precision="fp16")
+    load(resumed, *save(task, tmp_path))
+    assert {name: scale.value for name, scale in resumed.loss_scales.items()} == {
+        "generator": 32.0,
+        "discriminator": 2.0**16,
+    }
 
 
 def test_all_terms_have_weights_of_their_own(build):
@@ -556,7 +770,7 @@ def test_all_terms_have_weights_of_their_own(build):
             entropy=EntropyLoss(weight=0.3, temperature=0.5, sample_weight=0.7, average_weight=1.3),
         )
     )
-    scalars = task.step([images()], 0)
+    scalars = task.step([images()], 0).scalars
     assert "loss/lecam" not in scalars
     total = sum(share * float(scalars[name]) for name, share in used.items())
     assert float(scalars["loss/total"]) == pytest.approx(total, rel=1e-5)

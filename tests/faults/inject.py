@@ -1,0 +1,227 @@
+"""Does a fault in a training process, at the very moment that a test asks for; the trainer itself knows nothing of it.
+
+``torchrun ... inject.py FAULT ARGUMENTS...`` in place of ``torchrun ... -m trainer ARGUMENTS...``. FAULT is JSON:
+``{"kind": "nan", "rank": 1, "step": 3}``, the name of a function here and what it is given.
+
+``torchrun ... inject.py --orders FOLDER``: the processes wait for orders (`ranks.Ranks` gives them) and carry each out
+in processes forked off themselves, one per rank, that meet at a port of their own. Killing them is real; importing torch
+and DeepSpeed, which takes far longer than `debug` does, is done once for all tests.
+"""
+
+import hashlib
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import time
+import traceback
+from pathlib import Path
+
+# Before DeepSpeed is imported, which chooses then.
+os.environ["DS_ACCELERATOR"] = "cpu"
+
+import trainer.checkpoint as checkpoint
+from trainer.__main__ import main
+from trainer.parallel import gather_objects
+from trainer.tasks.tokenizer import TokenizerTask
+
+RANK = int(os.environ.get("RANK", 0))
+ORDER_SECONDS = 600.0  # without one for so long, the tests have ended in a way that left no word
+
+
+def kill_in_save(rank: int, step: int, phase: str) -> None:
+    """kill -9 of a rank while the checkpoint of that step is written. A part is the rank's own; what publishes is rank 0,
+    which kills the other where that one is meant."""
+    folder = f"step_{step:08d}"
+    pids = []
+
+    def kill() -> None:
+        os.kill(pids[rank] if pids else os.getpid(), signal.SIGKILL)
+        while rank == RANK:  # it comes at once, but to which thread first?
+            time.sleep(1)
+
+    write_part, seal = checkpoint.write_part, checkpoint.Checkpoints._seal
+
+    def killed_write_part(file: Path, pieces: list) -> None:
+        mine = rank == RANK and file.parent.stem == folder
+        if mine and phase == "before the part":
+            kill()
+        write_part(file, pieces)
+        if mine and phase == "half of the part":
+            os.truncate(file, file.stat().st_size // 2)
+            kill()
+        if mine and phase == "after the part":
+            kill()
+
+    def seal_knowing_pids(checkpoints) -> None:
+        if checkpoints.writing.unfinished.stem == folder:
+            pids[:] = gather_objects(os.getpid())
+        seal(checkpoints)
+
+    def around(name: str, before: str, after: str = "") -> None:
+        function = getattr(checkpoint, name)
+
+        def killing(*arguments) -> None:
+            if pids and phase == before:
+                kill()
+            function(*arguments)
+            if pids and phase == after:
+                kill()
+
+        setattr(checkpoint, name, killing)
+
+    checkpoint.write_part = killed_write_part
+    checkpoint.Checkpoints._seal = seal_knowing_pids
+    around("_write_manifest", "before the manifest", "after the manifest")
+    around("_rename", "before the rename", "after the rename")
+    around("_point", "before latest", "after latest")
+
+    if phase == "half of the pruning":
+
+        class Shutil:
+            @staticmethod
+            def rmtree(path: Path, **options) -> None:
+                if pids and path.name < folder:
+                    next(path.glob("rank_*")).unlink()
+                    kill()
+                shutil.rmtree(path, **options)
+
+        checkpoint.shutil = Shutil
+
+
+def kill_at_step(rank: int, step: int) -> None:
+    """kill -9 of a rank in a step."""
+    _in_step(rank, step, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def fall_asleep(rank: int, step: int, marker: str | None = None) -> None:
+    """A rank hangs in a step. marker: a file that appears when it does."""
+
+    def sleeping_beauty() -> None:
+        if marker:
+            Path(marker).touch()
+        time.sleep(600)
+
+    _in_step(rank, step, sleeping_beauty)
+
+
+def slow_steps(seconds: float) -> None:
+    """Every step takes so much longer, so that a signal comes in the middle of one."""
+    step = TokenizerTask.step
+
+    def slow_step(task, *arguments):
+        time.sleep(seconds)
+        return step(task, *arguments)
+
+    TokenizerTask.step = slow_step
+
+
+def nan(rank: int, step: int, last: int | None = None) -> None:
+    """A rank's loss of the generator is NaN in a step, or from ``step`` to ``last``. Before each save every rank says a
+    hash of all weights that it holds whole."""
+    step_of_task, generator_loss, pieces = TokenizerTask.step, TokenizerTask._generator_loss, TokenizerTask.pieces
+    now = []
+
+    def step_knowing(task, images, done: int):
+        now[:] = [done + 1]
+        return step_of_task(task, images, done)
+
+    def poisoned(task, images_bchw, output, average_k, adversarial, scalars):
+        loss = generator_loss(task, images_bchw, output, average_k, adversarial, scalars)
+        if rank != RANK or not step <= now[0] <= (last or step):
+            return loss
+        scalars.set("loss/total", scalars.values["loss/total"] * math.nan)
+        return loss * math.nan
+
+    def telling_pieces(task) -> list:
+        digest, count = hashlib.sha256(), 0
+        for engine in task._engines().values():
+            for name, parameter in engine.parameters.items():
+                if not hasattr(parameter, "to_local") and parameter.numel():  # not cut by FSDP2 nor by ZeRO 3
+                    digest.update(name.encode() + parameter.detach().numpy().tobytes())
+                    count += parameter.numel()
+        sys.stderr.write(f"step {now[0]}: {count} weights {digest.hexdigest()}\n")
+        return pieces(task)
+
+    TokenizerTask.step = step_knowing
+    TokenizerTask._generator_loss = poisoned
+    TokenizerTask.pieces = telling_pieces
+
+
+def nothing() -> None:
+    """No fault."""
+
+
+def _in_step(rank: int, step: int, action) -> None:
+    """Does it once: where torchrun has started the processes again, they are left in peace."""
+    if rank != RANK or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        return
+    step_of_task = TokenizerTask.step
+
+    def step_with_fault(task, images, done: int):
+        if done + 1 == step:
+            action()
+        return step_of_task(task, images, done)
+
+    TokenizerTask.step = step_with_fault
+
+
+FAULTS = {fault.__name__: fault for fault in (nothing, kill_in_save, kill_at_step, fall_asleep, slow_steps, nan)}
+
+
+def arm(fault: dict) -> None:
+    """Prepares a fault."""
+    FAULTS[fault["kind"]](**{name: value for name, value in fault.items() if name != "kind"})
+
+
+def serve(orders: Path) -> int:
+    """Carries out orders until the file ``end`` lies there. Returns, in each forked process too, the exit status."""
+    import trainer.engines.deepspeed
+    import trainer.engines.fsdp2  # noqa: F401
+
+    number, idle_since = 0, time.monotonic()
+    while not (orders / "end").exists():
+        order = orders / f"{number:04d}.json"
+        if not order.exists():
+            if time.monotonic() - idle_since > ORDER_SECONDS:
+                return 1
+            time.sleep(0.01)
+            continue
+        pid = os.fork()
+        if pid == 0:
+            return _carry_out(order)
+        _appear(order.with_suffix(f".pid_{RANK}"), pid)
+        _, status = os.waitpid(pid, 0)
+        _appear(order.with_suffix(f".status_{RANK}"), os.waitstatus_to_exitcode(status))
+        number, idle_since = number + 1, time.monotonic()
+    return 0
+
+
+def _carry_out(order: Path) -> int:
+    os.dup2(os.open(order.with_suffix(f".err_{RANK}"), os.O_WRONLY | os.O_CREAT), 2)
+    os.dup2(2, 1)
+    wanted = json.loads(order.read_text())
+    # Rank 0 opens a store of its own instead of torchrun's, where another order has left its keys.
+    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(wanted["port"])}
+    arm(wanted["fault"])
+    try:
+        return main(wanted["arguments"])
+    except Exception:
+        traceback.print_exc()
+        return 1
+
+
+def _appear(file: Path, number: int) -> None:
+    """All of it at once, for one who waits for the file."""
+    unfinished = file.with_suffix(file.suffix + ".unfinished")
+    unfinished.write_text(str(number))
+    unfinished.replace(file)
+
+
+if __name__ == "__main__":
+    if sys.argv[1] == "--orders":
+        sys.exit(serve(Path(sys.argv[2])))
+    arm(json.loads(sys.argv[1]))
+    sys.exit(main(sys.argv[2:]))

@@ -1,0 +1,55 @@
+"""A disk that is full costs the checkpoint that does not fit, never one that was written."""
+
+import subprocess
+from pathlib import Path
+
+import pytest
+from faults.ranks import assert_resumed, assert_whole, latest, loss_lines, newest_step
+
+MEGABYTE = 1 << 20
+# A checkpoint of `debug` takes 11 MB: the first fits, the second does not, not even the first rank's part of it.
+SMALL, LARGE = 14 * MEGABYTE, 64 * MEGABYTE
+
+
+@pytest.fixture
+def small_disk(tmp_path) -> Path:
+    """A file system of SMALL bytes."""
+    place = tmp_path / "disk"
+    place.mkdir()
+    options = f"size={SMALL}"
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "tmpfs", place], capture_output=True, text=True)
+    if mounted.returncode:
+        pytest.skip(f"a small file system cannot be mounted here (root can): {mounted.stderr.strip()}")
+    yield place
+    subprocess.run(["umount", "--lazy", place], check=True)
+
+
+def enlarge(place: Path) -> None:
+    subprocess.run(["mount", "-o", f"remount,size={LARGE}", place], check=True)
+
+
+@pytest.mark.parametrize("kind", ["async", "sync"])
+def test_a_checkpoint_that_does_not_fit_is_left_out_and_the_last_one_is_an_error(ranks, unbroken, small_disk, kind):
+    run = small_disk / "run"
+    ended = ranks.train(run, {"trainer.async_checkpoints": kind == "async"})
+    assert ended.statuses == [2, 2], ended.err
+
+    # Mid-run: said, and training goes on.
+    (alarm,) = [line for line in ended.errs[0].splitlines() if line.startswith("ALARM")]
+    assert "cannot write checkpoint step_00000004 (rank " in alarm and "o space left on device" in alarm
+    assert "training goes on, the next checkpoint is tried at its time" in alarm
+    assert loss_lines(run) == loss_lines(unbroken)[:6]
+    # At the end: one line of each rank and status 2.
+    for err in ended.errs:
+        (line,) = [line for line in err.splitlines() if line.startswith("ibq: error:")]
+        assert "cannot write checkpoint step_00000006 (rank " in line and "o space left on device" in line
+        assert f"free some space or name another place, then `ibq resume {run}`" in line
+        assert "Traceback" not in err
+    # What was there is whole, what was not finished is gone.
+    assert newest_step(run) == 2
+    assert_whole(latest(run))
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"latest", "step_00000002"}
+
+    enlarge(small_disk)
+    assert_resumed(ranks.resume(run), run, after=2, last=6)
+    assert loss_lines(run) == loss_lines(unbroken)[:6]

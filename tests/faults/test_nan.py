@@ -1,0 +1,96 @@
+"""Losses that are no numbers: their step is left out by all ranks, and too many of them in a row end the run."""
+
+import json
+import math
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from faults.ranks import assert_resumed, latest, loss_lines, newest_step
+
+from model_zoo.pieces import PieceFiles
+
+ENGINES = {
+    "replicated": {},
+    "zero2": {"engine.kind": "deepspeed", "engine.config": "zero2"},
+    "zero3": {"engine.kind": "deepspeed", "engine.config": "zero3"},
+    "fsdp2": {"engine.kind": "fsdp2"},
+}
+BAD_STEP = 3
+
+
+def tensors(run: Path, step: int, prefix: str = "") -> dict[str, torch.Tensor]:
+    return PieceFiles(run / f"checkpoints/step_{step:08d}").tensors(prefix)
+
+
+def assert_finite(run: Path, step: int) -> None:
+    for name, tensor in tensors(run, step).items():
+        assert tensor.isfinite().all(), name
+
+
+def skipped(run: Path) -> list[dict]:
+    return [json.loads(line) for line in (run / "skipped.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_one_ranks_nan_leaves_the_step_out_on_all_ranks(ranks, unbroken, tmp_path, engine):
+    run = tmp_path / "run"
+    changes = {**ENGINES[engine], "trainer.checkpoint_every_steps": 1, "trainer.keep_last": 6}
+    ended = ranks.train(run, changes, {"kind": "nan", "rank": 1, "step": BAD_STEP})
+    assert ended.statuses == [0, 0], ended.err
+    assert f"step {BAD_STEP} is left out: loss or gradient of the generator is not finite" in ended.errs[0]
+
+    (left_out,) = skipped(run)
+    assert left_out["step"] == BAD_STEP and left_out["not_finite"] == ["generator"]
+    assert [len(keys) for keys in left_out["keys_of_ranks"]] == [4, 4]  # a rank's share of 8 images
+
+    # Weights, their average and the optimiser's state are those of before; the next step moves them again.
+    for kind in ("tokenizer/", "tokenizer_ema/", "tokenizer.exp_avg/", "tokenizer.exp_avg_sq/"):
+        before, bad, after = (tensors(run, step, kind) for step in (BAD_STEP - 1, BAD_STEP, BAD_STEP + 1))
+        assert before.keys() == bad.keys() and before
+        assert all(torch.equal(before[name], bad[name]) for name in before), kind
+        assert any(not torch.equal(after[name], bad[name]) for name in bad), kind
+    assert_finite(run, 6)
+    updates = json.loads((latest(run) / "state.json").read_text())["task"]["updates"]
+    assert updates == {"generator": 5, "codebook": 5, "discriminator": 6}
+
+    # What the ranks hold whole is the same on each, at every step.
+    hashes = [re.findall(r"^step (\d+): (\d+) weights (\w+)$", err, re.MULTILINE) for err in ended.errs]
+    assert hashes[0] == hashes[1]
+    assert [int(step) for step, _, _ in hashes[0]] == [1, 2, 3, 4, 5, 6]
+    assert len({digest for _, _, digest in hashes[0]}) == 6 and int(hashes[0][0][1]) > 0
+
+    # The steps before are those of any run. That step's loss is logged as null: JSON knows no NaN.
+    lines = loss_lines(run)
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    for line, true_line in zip(lines[: BAD_STEP - 1], loss_lines(unbroken), strict=False):
+        assert line == pytest.approx(true_line, rel=1e-4, abs=1e-6)
+    assert [line["step"] for line in lines if line["loss/total"] is None] == [BAD_STEP]
+    assert all(math.isfinite(line["grad_norm/generator"]) for line in lines if line["step"] != BAD_STEP)
+
+    # To resume from the step left out is to go on as the run itself did.
+    assert_resumed(ranks.resume(run / f"checkpoints/step_{BAD_STEP:08d}"), run, after=BAD_STEP, last=6)
+    again = loss_lines(run)
+    del again[BAD_STEP - 1], lines[BAD_STEP - 1]  # whose nulls are no numbers to compare
+    for line, true_line in zip(again, lines, strict=True):
+        assert line == (true_line if engine == "replicated" else pytest.approx(true_line, rel=1e-6, abs=1e-9))
+
+
+def test_nan_from_a_step_on_ends_the_run_with_the_keys(ranks, tmp_path):
+    run = tmp_path / "run"
+    fault = {"kind": "nan", "rank": 0, "step": BAD_STEP, "last": 1000}
+    ended = ranks.train(run, {"trainer.max_skipped_steps": 2, "trainer.max_steps": 8}, fault)
+    assert ended.statuses == [2, 2], ended.err
+    left_out = skipped(run)
+    assert [line["step"] for line in left_out] == [3, 4, 5]
+    for err in ended.errs:
+        (line,) = [line for line in err.splitlines() if line.startswith("ibq: error:")]
+        assert "not finite at step 5, the 3. in a row (trainer.max_skipped_steps=2)" in line
+        assert all(key in line for keys in left_out[-1]["keys_of_ranks"] for key in keys)
+        assert "Traceback" not in err
+    newest = newest_step(run)
+    assert newest in (2, 4)  # the latter may not be finished
+    assert_finite(run, newest)
+    assert_resumed(ranks.resume(run), run, after=newest, last=8)
+    assert_finite(run, 8)
