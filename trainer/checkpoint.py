@@ -99,8 +99,8 @@ class Checkpoints:
 
     def _refusal(self, unfinished: Path, error: CheckpointError) -> CheckpointError:
         return CheckpointError(
-            f"cannot write checkpoint {unfinished.stem} ({error}); those written before are untouched: free some "
-            f"space or name another place, then `ibq resume {self.folder.parent}`"
+            f"cannot write checkpoint {unfinished.stem} ({error}); those written before are untouched: mend that (free "
+            f"some space, lower optimizer.lr), then `ibq resume {self.folder.parent}`"
         )
 
     def _publish(self, unfinished: Path, state: dict, files: dict) -> None:
@@ -127,9 +127,12 @@ class _Writing(threading.Thread):
 
     def run(self) -> None:
         try:
+            for piece in self.pieces:
+                if piece.values.is_floating_point() and not piece.values.isfinite().all():
+                    raise CheckpointError(f"{piece.name} is not finite")
             write_part(self.file, self.pieces)
             self.part = self.file.name, _entry(self.file)
-        except (OSError, SafetensorError) as error:
+        except (OSError, SafetensorError, CheckpointError) as error:
             self.error = getattr(error, "strerror", None) or str(error)
         self.pieces = []
 

@@ -1,6 +1,7 @@
 """What watches over a long run: signals, processes that hang, losses that jump."""
 
 import faulthandler
+import math
 import os
 import signal
 import socket
@@ -109,7 +110,9 @@ class LossSpikes:
         self.high = False
 
     def update(self, loss: float) -> str | None:
-        """Takes the finite loss of a step; returns what to say where a jump begins."""
+        """Takes the loss of a step; returns what to say where a jump begins."""
+        if not math.isfinite(loss):  # of a step that was left out
+            return None
         usual = statistics.median(self.losses) if len(self.losses) >= self.ENOUGH else None
         was_high, self.high = self.high, usual is not None and loss > self.FACTOR * abs(usual) and loss > usual
         self.losses.append(loss)

@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 
@@ -199,6 +199,7 @@ def _steps(config: Config, world: World, run: Path, task: TokenizerTask, batches
 
     with telemetry or nullcontext(), StopSignal() as stop, Watchdog(*world[:2], settings.timeout_seconds) as watchdog:
         began, began_step, step = time.perf_counter(), start, start
+        checkpoint_due = False
         try:
             for step in range(start + 1, settings.max_steps + 1):
                 watchdog.beat(step)
@@ -206,15 +207,19 @@ def _steps(config: Config, world: World, run: Path, task: TokenizerTask, batches
                 data_state = step_batches[-1].state
                 images = [batch.images_bchw.to(world.device, non_blocking=True) for batch in step_batches]
                 result = task.step(images, step - 1)
-                if told := skips.update(step, result.skipped, [key for batch in step_batches for key in batch.keys]):
+                (stopping,) = any_rank(world, stop.wished)
+                last = stopping or step == settings.max_steps
+                keys = [key for batch in step_batches for key in batch.keys]
+                if told := skips.update(step, result.skipped, keys, last):
                     say(told)
                 elif told := spikes.update(float(result.scalars["loss/total"])):
                     say(f"step {step}: {told}")
-                (stopping,) = any_rank(world, stop.wished)
-                last = stopping or step == settings.max_steps
-                checkpoint_due = last or step % settings.checkpoint_every_steps == 0
+                # One that falls on a step that was left out waits for a good one: weights that give no finite loss any
+                # more would push out the checkpoints from which to go on.
+                checkpoint_due = last or checkpoint_due or step % settings.checkpoint_every_steps == 0
+                save_now = checkpoint_due and (last or not result.skipped)
                 validation_due = step == settings.max_steps or step % settings.validate_every_steps == 0
-                log_due = checkpoint_due or step % settings.log_every_steps == 0
+                log_due = save_now or step % settings.log_every_steps == 0
                 if telemetry:
                     telemetry.advance(step)
                 if log_due:
@@ -228,7 +233,8 @@ def _steps(config: Config, world: World, run: Path, task: TokenizerTask, batches
                 if validation_due and not stopping and config.data.val is not None:
                     _validate(config, world, task, telemetry, run, step, watchdog)
                 try:
-                    if checkpoint_due:
+                    if save_now:
+                        checkpoint_due = False
                         save(step)
                         if last:
                             checkpoints.finish(watchdog.beat)
@@ -255,7 +261,7 @@ def _steps(config: Config, world: World, run: Path, task: TokenizerTask, batches
 class Skips:
     """Counts the steps that were left out; keeps the keys of their samples in ``skipped.jsonl``.
 
-    Raises TrainerError once more than ``limit`` of them follow one another.
+    Raises TrainerError once more than ``limit`` of them follow one another, or a run would end in several of them.
     """
 
     SHOWN_KEYS = 8
@@ -264,18 +270,19 @@ class Skips:
         self.file, self.world, self.limit = run / "skipped.jsonl", world, limit
         self.number = 0
 
-    def update(self, step: int, skipped: list[str], keys: list[str]) -> str | None:
-        """After each step, by all ranks; returns what to say."""
+    def update(self, step: int, skipped: list[str], keys: list[str], last: bool = False) -> str | None:
+        """After each step, by all ranks; returns what to say. last: whether it is the run's last one."""
         if not skipped:
             self.number = 0
             return None
         self.number += 1
         keys = gather_objects(keys)
         if self.world.is_main:
-            with self.file.open("a") as file:
-                file.write(json.dumps({"step": step, "not_finite": skipped, "keys_of_ranks": keys}) + "\n")
+            line = json.dumps({"step": step, "not_finite": skipped, "keys_of_ranks": keys}) + "\n"
+            with suppress(OSError), self.file.open("a") as file:  # a full disk is no reason to end the other ranks
+                file.write(line)
         what = f"loss or gradient of the {' and '.join(skipped)} is not finite"
-        if self.number > self.limit:
+        if self.number > (min(1, self.limit) if last else self.limit):
             keys = [key for of_rank in keys for key in of_rank]
             more = f" and {len(keys) - self.SHOWN_KEYS} more, see {self.file}" if len(keys) > self.SHOWN_KEYS else ""
             raise TrainerError(

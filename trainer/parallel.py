@@ -48,7 +48,7 @@ def start_world(device: str = "auto", timeout_seconds: float = 1800.0) -> World:
         # DeepSpeed chooses its accelerator at import; without this it may settle on another one than we did.
         os.environ["DS_ACCELERATOR"] = "cpu"
     if "RANK" in os.environ:
-        dist.init_process_group("nccl" if use_cuda else "gloo", timeout=_patience(timeout_seconds))
+        _meet("nccl" if use_cuda else "gloo", _patience(timeout_seconds))
     else:
         dist.init_process_group("nccl" if use_cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     where = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
@@ -70,6 +70,17 @@ def _check_restarts() -> None:
             "--max-restarts on several nodes needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment: "
             "without it the processes that are started again never meet"
         )
+
+
+def _meet(backend: str, patience: timedelta) -> None:
+    """Joins the process group. In torchrun's own store, which outlives the processes, those that it starts again meet
+    under the number of their attempt: they would find the addresses of the dead there, and call them in vain."""
+    where = {}
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
+        store, where["rank"], where["world_size"] = next(dist.rendezvous("env://", timeout=patience))
+        store.set_timeout(patience)
+        where["store"] = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+    dist.init_process_group(backend, timeout=patience, **where)
 
 
 def _patience(timeout_seconds: float) -> timedelta:

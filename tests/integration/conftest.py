@@ -23,6 +23,7 @@ RUNS = {
     "one, accumulating": Run(1, {"trainer.micro_batch_size": 2}),
     "stopped": Run(1, {"trainer.max_steps": 10, "trainer.checkpoint_every_steps": 10}),
     "zero1": Run(2, {"engine.kind": "deepspeed", "engine.config": "zero1", "trainer.max_steps": 8}),
+    "vq": Run(1, {"model.quantizer": "vq"}),
     "compiled": Run(1, {"trainer.max_steps": 2, "trainer.compile": "true"}),
 }
 

@@ -36,11 +36,11 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "true.json").write_text('{"zero_optimization": true}')
     (tmp_path / "offload.json").write_text(
-        '{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "cpu"}}}'
+        '{"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme"}}}'
     )
     (tmp_path / "odd_key.json").write_text('{"zero_optimization": {"stage": 1, "odd": 1}}')
     (tmp_path / "clipping.json").write_text('{"gradient_clipping": 1.0, "zero_optimization": {"stage": 1}}')
-    (tmp_path / "stage3.json").write_text(json.dumps({"zero_optimization": {"stage": 3}}))
+    (tmp_path / "stage4.json").write_text(json.dumps({"zero_optimization": {"stage": 4}}))
     return tmp_path
 
 
@@ -121,7 +121,7 @@ def test_train(ibq_here, assert_refused, fingerprint, place, mistake):
         ("zero9", "choose one of zero0, zero1, zero2"),
         ("nowhere.json", "nowhere.json is unknown"),
         ("broken.json", "broken.json is not valid JSON"),
-        ("stage3.json", "use stage 0, 1 or 2"),
+        ("stage4.json", "use 0, 1, 2 or 3"),
         ("list.json", "is no DeepSpeed configuration"),
         ("true.json", "is no DeepSpeed configuration"),
         ("offload.json", "offload_optimizer"),
@@ -241,7 +241,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_without_a_checkpoint(ibq_here, d
     assert finished.status == 2, finished.err
     (line,) = finished.error_lines
     assert finished.err.endswith(line + "\n")
-    assert "is not finite at step 1" in line
+    assert "is not finite at step 5, the 5. in a row" in line
     assert "optimizer.lr" in line
     assert "Traceback" not in finished.err
     assert not list(place.rglob("*.safetensors"))

@@ -8,8 +8,10 @@ import shutil
 import numpy as np
 import pytest
 import torch
+from comparing import read_metrics
 from PIL import Image
-from safetensors.torch import load_file
+
+from model_zoo.pieces import PieceFiles
 
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
@@ -46,7 +48,7 @@ def test_train_leaves_a_whole_run_folder(runs):
             assert min(sample.size) > 32
 
 
-def test_train_lowers_the_loss(runs, read_metrics):
+def test_train_lowers_the_loss(runs):
     reconstruction = losses(read_metrics(runs["one"]), "loss/reconstruction")
     assert sum(reconstruction[-5:]) < 0.95 * sum(reconstruction[:5])
 
@@ -93,7 +95,7 @@ def test_doctor(launch):
     assert "torch" in finished.out
 
 
-def test_pack_and_train_on_tars(launch, pictures, read_metrics, debug_settings, tmp_path):
+def test_pack_and_train_on_tars(launch, pictures, debug_settings, tmp_path):
     """As published, but for size: BatchNorm in the discriminator, bf16, adaptive weight, loader processes."""
     for split in ("train", "val"):
         out = tmp_path / "tars" / split
@@ -122,11 +124,11 @@ def test_pack_and_train_on_tars(launch, pictures, read_metrics, debug_settings, 
     assert training[-1]["loss/reconstruction"] < training[0]["loss/reconstruction"]
     assert training[-1]["weight/generator"] != training[0]["weight/generator"]
     assert [line["step"] for line in lines if "val/psnr" in line] == [6]
-    discriminator = load_file(run / "checkpoints/step_00000006/discriminator.safetensors")
+    discriminator = PieceFiles(run / "checkpoints/step_00000006").tensors("discriminator/")
     assert discriminator["main.3.num_batches_tracked"] == 3 * 6  # real and fake for itself, and fake for the generator
 
 
-def test_vq_baseline(runs, read_metrics):
+def test_vq_baseline(runs):
     lines = [line for line in read_metrics(runs["vq"]) if "loss/total" in line]
     assert len(lines) == 5
     assert all(math.isfinite(value) for line in lines for value in line.values())
@@ -147,7 +149,7 @@ def test_tf32_is_pytorchs_switch(ibq_here, debug_settings, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.skipif(COMPILER is None, reason="torch.compile needs a C++ compiler on the CPU")
-def test_compiled_equals_eager(runs, read_metrics):
+def test_compiled_equals_eager(runs):
     compiled, eager = ([line for line in read_metrics(runs[name]) if line["step"] <= 2] for name in ("compiled", "one"))
     for line, true_line in zip([line for line in compiled if "loss/total" in line], eager, strict=True):
         assert line["loss/total"] == pytest.approx(true_line["loss/total"], rel=1e-3)

@@ -68,7 +68,7 @@ class Cell(NamedTuple):
     def arguments(self, folder: Path) -> list[str]:
         changes = {
             **{"trainer.max_steps": STEPS, "trainer.checkpoint_every_steps": STEPS},
-            # With this seed rounding decides nothing: no token ties between codes, no logit is on the hinge (docs/LOG.md).
+            # With this seed rounding decides nothing: no token ties between codes, no logit is on a kink (docs/LOG.md).
             "seed": 3,
             **ENGINES[self.engine],
             **TRUTHS[self.truth],

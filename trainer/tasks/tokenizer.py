@@ -154,6 +154,7 @@ class TokenizerTask:
         loss_config = config.loss
         scalars = Means(1 / len(micro_batches))
         bad: list[str] = []
+        learned = True
         factor = learning_rate_factor(config.schedule, step, config.trainer.max_steps)
         discriminator_on = self.discriminator is not None and step >= loss_config.discriminator.start_step
         generator_start = loss_config.generator.start_step
@@ -162,6 +163,10 @@ class TokenizerTask:
         adversarial = loss_config.generator.weight * ramp(step, generator_start, loss_config.generator.ramp_steps)
         single = len(micro_batches) == 1
         micro_batches = [images_bchw.float() / 127.5 - 1 for images_bchw in micro_batches]
+
+        # BatchNorm's statistics take in what every forward sees, also that of a step that is left out.
+        buffers = list(self.discriminator.module.buffers()) if self.discriminator else []
+        kept = [buffer.clone() for buffer in buffers]
 
         # Pass 1: reconstructions; the discriminator learns.
         average_k = 0.0
@@ -181,7 +186,8 @@ class TokenizerTask:
             average_k = mean_over_ranks(average_k, self.groups.replicas)
         if discriminator_on:
             lr = factor * self.discriminator_lr
-            if self._update("discriminator", [self.discriminator], "loss/discriminator", lr, scalars, bad):
+            learned = self._update("discriminator", [self.discriminator], "loss/discriminator", lr, scalars, bad)
+            if learned:
                 self.lecam.update(*mean_over_ranks(logits_mean))
 
         # Pass 2: the generator learns, against the updated discriminator.
@@ -197,6 +203,9 @@ class TokenizerTask:
         updated = self._update("generator", engines, "loss/total", factor * config.optimizer.lr, scalars, bad)
         if updated and self.ema:
             self.ema.update(step)
+        if not (learned and updated):
+            for buffer, before in zip(buffers, kept, strict=True):
+                buffer.copy_(before)
         return Step(scalars.values, bad)
 
     def _update(

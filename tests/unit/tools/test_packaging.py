@@ -64,10 +64,11 @@ def test_the_wheel_holds_ours_and_nothing_else(wheel):
     tops = {name.split("/")[0] for name in names}
     assert tops == {*PACKAGES, "ibq-0.1.0.dist-info"}
 
-    for package, pattern in (("model_zoo", "recipes/**/*.yaml"), ("ds_configs", "*.json"), ("data", "sources.yaml")):
+    data_files = {"model_zoo": "recipes/**/*.yaml", "ds_configs": "*.json", "data": "sources.yaml", "tools": "*.sbatch"}
+    for package, pattern in data_files.items():
         there = {path.relative_to(ROOT).as_posix() for path in (ROOT / package).glob(pattern)}
         assert there and there <= set(names)
-    assert all(name.startswith("ibq-") for name in names if not name.endswith((".py", ".yaml", ".json")))
+    assert all(name.startswith("ibq-") for name in names if not name.endswith((".py", ".yaml", ".json", ".sbatch")))
 
     [entry_points] = [name for name in names if name.endswith("entry_points.txt")]
     assert b"ibq = tools.cli:main" in zipfile.ZipFile(wheel).read(entry_points)

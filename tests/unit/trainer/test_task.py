@@ -669,6 +669,17 @@ def test_a_gradient_that_is_not_finite_counts_though_the_loss_is(build, monkeypa
     assert not unlike(before, everything(task)) & GENERATORS
 
 
+def test_a_loss_that_is_not_finite_counts_though_its_gradient_is(build, monkeypatch):
+    task = build()
+    before = everything(task)
+    with monkeypatch.context() as patch:
+        patch.setitem(task_module.GENERATOR_LOSSES, task.config.loss.generator.kind, lambda x: x.mean() + math.inf)
+        result = task.step([images()], 0)
+    assert math.isfinite(float(result.scalars["grad_norm/generator"]))
+    assert result.skipped == ["generator"]
+    assert not unlike(before, everything(task)) & GENERATORS
+
+
 def test_features_that_are_not_finite_leave_both_networks_as_they_were(build):
     task = build()
     task.step([images(0)], 0)
