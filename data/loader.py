@@ -139,7 +139,7 @@ def _load(micro_batches: MicroBatches, workers: int) -> Iterator:
             batch_size=None,
             collate_fn=_as_is,
             num_workers=workers,
-            worker_init_fn=_leave_interrupts_to_the_parent,
+            worker_init_fn=_leave_signals_to_the_parent,
             generator=torch.Generator(),
         )
     )
@@ -149,8 +149,10 @@ def _as_is(item):
     return item
 
 
-def _leave_interrupts_to_the_parent(_: int) -> None:
+def _leave_signals_to_the_parent(_: int) -> None:
+    # Launchers signal whole process groups. The parent decides when a run ends, and ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation

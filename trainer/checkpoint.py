@@ -7,7 +7,7 @@ import re
 import shutil
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 from safetensors import SafetensorError
@@ -29,6 +29,7 @@ class Checkpoints:
 
     keep_last: how many of the newest stay. keep_every_steps: those of its multiples stay for good.
     asynchronous: a thread writes what `save` copied, and training goes on; `poll` between steps, or `finish`, seals it.
+    beat: called ever again while waiting for disks.
     """
 
     def __init__(
@@ -39,11 +40,12 @@ class Checkpoints:
         keep_last: int,
         keep_every_steps: int | None = None,
         asynchronous: bool = False,
+        beat: Callable[[], None] = lambda: None,
     ):
         self.folder = run / "checkpoints"
         self.world = world
         self.keep_last, self.keep_every_steps = keep_last, keep_every_steps
-        self.asynchronous = asynchronous
+        self.asynchronous, self.beat = asynchronous, beat
         self.writing: _Writing | None = None
 
     def save(self, step: int, state: dict, pieces: Iterable[Piece]) -> None:
@@ -60,10 +62,8 @@ class Checkpoints:
         copies = [piece._replace(values=piece.values.detach().to("cpu", copy=True)) for piece in pieces]
         file = unfinished / f"rank_{self.world.rank:05d}.safetensors"
         self.writing = _Writing(unfinished, {**state, "step": step}, file, copies)
-        if self.asynchronous:
-            self.writing.start()
-        else:
-            self.writing.run()
+        self.writing.start()
+        if not self.asynchronous:
             self.finish()
 
     def poll(self) -> None:
@@ -71,15 +71,15 @@ class Checkpoints:
         if self.writing and not any_rank(self.world, self.writing.is_alive())[0]:
             self._seal()
 
-    def finish(self, beat=lambda: None) -> None:
+    def finish(self) -> None:
         """Waits for the checkpoint that is being written and seals it. Raises CheckpointError.
 
-        beat: called ever again while waiting. No rank stays long in a collective, however slow another's disk is.
+        No rank stays long in a collective, however slow another's disk is.
         """
         while self.writing:
             self.poll()
             if self.writing:
-                beat()
+                self.beat()
                 time.sleep(0.02)
 
     def _seal(self) -> None:
@@ -98,17 +98,21 @@ class Checkpoints:
             raise self._refusal(unfinished, error) from error
 
     def _refusal(self, unfinished: Path, error: CheckpointError) -> CheckpointError:
+        mend = "free some space" if "space" in str(error) else "mend that"
         return CheckpointError(
-            f"cannot write checkpoint {unfinished.stem} ({error}); those written before are untouched: mend that (free "
-            f"some space, lower optimizer.lr), then `ibq resume {self.folder.parent}`"
+            f"cannot write checkpoint {unfinished.stem} ({error}); those written before are untouched: {mend}, "
+            f"then `ibq resume {self.folder.parent}`"
         )
 
     def _publish(self, unfinished: Path, state: dict, files: dict) -> None:
         folder = unfinished.with_suffix("")
         _write_manifest(unfinished, state, files)
-        shutil.rmtree(folder, ignore_errors=True)  # the same step of a run that was resumed from before it
+        replaced = folder.with_suffix(".replaced.unfinished")
+        if folder.exists():  # the same step of a run that was resumed from before it
+            folder.rename(replaced)
         _rename(unfinished, folder)
         _point(self.folder, folder)
+        shutil.rmtree(replaced, ignore_errors=True)
         # Later ones, of a run that was resumed from before them, must not push out the one just written.
         past = [path for path in checkpoint_folders(self.folder.parent) if path <= folder]
         for old in past[: -self.keep_last]:
@@ -129,18 +133,27 @@ class _Writing(threading.Thread):
         try:
             for piece in self.pieces:
                 if piece.values.is_floating_point() and not piece.values.isfinite().all():
-                    raise CheckpointError(f"{piece.name} is not finite")
+                    raise CheckpointError(f"{piece.name} is not finite, try a lower optimizer.lr")
             write_part(self.file, self.pieces)
             self.part = self.file.name, _entry(self.file)
         except (OSError, SafetensorError, CheckpointError) as error:
             self.error = getattr(error, "strerror", None) or str(error)
+        except Exception as error:  # a thread's exception ends nothing: told to all ranks, it is an error of the save
+            self.error = f"{type(error).__name__}: {error}"
         self.pieces = []
 
 
 def write_part(file: Path, pieces: list[Piece]) -> None:
     """One rank's pieces, on the disk when it returns."""
     save_pieces(file, pieces)
+    file.chmod(0o666 & ~_umask())  # safetensors gives it to its owner alone
     _sync(file)
+
+
+def _umask() -> int:
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def step_of(folder: Path) -> int:
@@ -172,7 +185,8 @@ def find_checkpoint(source: Path, world: World) -> tuple[Path, list[str]]:
         passed_over.append(f"{folder.name} is passed over: {wrong}")
     if not passed_over:
         raise TrainerError(f"{source} holds no finished checkpoint to resume from; start it anew with `ibq train`")
-    raise TrainerError(f"{source} holds no whole checkpoint: {'; '.join(passed_over)}")
+    more = f"; and {len(passed_over) - 3} more" if len(passed_over) > 3 else ""
+    raise TrainerError(f"{source} holds no whole checkpoint: {'; '.join(passed_over[:3])}{more}")
 
 
 def _candidates(run: Path) -> list[Path]:
@@ -203,7 +217,13 @@ def _manifest(folder: Path) -> dict[str, dict]:
         raise TrainerError(f"{folder.name} does not exist")
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
-        return {name: {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])} for name, entry in files.items()}
+        files = {name: {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])} for name, entry in files.items()}
+        # Both are in every checkpoint; and what the folder holds besides was not written by it.
+        if files.keys() - {STATE} != {path.name for path in folder.glob("*.safetensors")} | (files.keys() - {STATE}):
+            raise ValueError("a file that the manifest does not name")
+        if STATE not in files or not any(re.fullmatch(r"rank_\d+\.safetensors", name) for name in files):
+            raise ValueError("no part of any rank")
+        return files
     except FileNotFoundError as error:
         raise TrainerError(
             f"{MANIFEST} is missing (it was never finished, or an older version of ibq wrote it)"

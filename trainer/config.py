@@ -134,6 +134,8 @@ CHOICES = {
     "loss.generator.kind": tuple(GENERATOR_LOSSES),
     "loss.discriminator.kind": tuple(DISCRIMINATOR_LOSSES),
 }
+RENAMED = {"trainer.keep_checkpoints": "trainer.keep_last"}  # key of an older version -> its name now
+MOST_SECONDS = 30 * 86400.0
 AT_LEAST = {
     "codebook_parallel": 1,
     "trainer.max_steps": 1,
@@ -235,6 +237,8 @@ def _resolve(path: Path, overrides: list[str]) -> Config:
         if key in seen:
             raise TrainerError(f"{key} is given twice; quote a pattern with braces so that the shell leaves it whole")
         seen.add(key)
+        if key == "run" and override == "run=":
+            raise TrainerError("run= is empty: name a folder")
         try:
             merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
         except (OmegaConfBaseException, yaml.YAMLError) as error:
@@ -244,6 +248,8 @@ def _resolve(path: Path, overrides: list[str]) -> Config:
     except OmegaConfBaseException as error:
         raise TrainerError(f"{path}: {_explain(error, schema)}") from error
     _check(merged)
+    if "engine.config" in seen and config.engine.kind != "deepspeed":
+        raise TrainerError(f"engine.config is for engine.kind=deepspeed, not {config.engine.kind}: give that too")
     return config
 
 
@@ -261,6 +267,13 @@ def _check(config) -> None:
         value = OmegaConf.select(config, key)
         if value is not None and value < least:
             raise TrainerError(f"{key}={value} must be at least {least}")
+    if config.trainer.timeout_seconds > MOST_SECONDS:
+        raise TrainerError(
+            f"trainer.timeout_seconds={config.trainer.timeout_seconds} must be at most {MOST_SECONDS:.0f}"
+        )
+    engine = config.engine
+    if engine.kind != "fsdp2" and (engine.offload or engine.shard_over is not None or not engine.reshard):
+        raise TrainerError("engine.offload, engine.shard_over and engine.reshard are settings of engine.kind=fsdp2")
     if not 0 <= config.seed < 2**63:
         raise TrainerError(f"seed={config.seed} must lie between 0 and 2^63")
     if not 0 <= config.loss.lecam.decay < 1:
@@ -286,6 +299,8 @@ def _explain(error: Exception, schema) -> str:
     message = str(error).splitlines()[0]
     key = getattr(error, "full_key", None)
     if "not in" in message and key:
+        if str(key) in RENAMED:
+            return f"{key} is called {RENAMED[str(key)]} now"
         return f"unknown key {key}{_closest(str(key), _leaves(schema))}"
     if "missing mandatory value" in message.lower():
         return f"{key} must be given"

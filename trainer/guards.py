@@ -36,18 +36,31 @@ class StopSignal:
         return self.wished_at is not None
 
     def __enter__(self) -> "StopSignal":
-        self.before = signal.signal(signal.SIGTERM, self._handle)
+        # A handler in Python has to wait for the main thread to leave C code, which one that hangs in a collective
+        # never does. So a thread hears of every signal too.
+        hearing, self.telling = socket.socketpair()
+        self.telling.setblocking(False)
+        threading.Thread(target=self._listen, args=(hearing,), name="stop signal", daemon=True).start()
+        self.before = signal.signal(signal.SIGTERM, self._wish)
+        self.told_before = signal.set_wakeup_fd(self.telling.fileno(), warn_on_full_buffer=False)
         return self
 
     def __exit__(self, *_) -> None:
+        signal.set_wakeup_fd(self.told_before)
         signal.signal(signal.SIGTERM, self.before)
+        self.telling.close()  # which ends the thread
 
-    def _handle(self, number, _) -> None:
-        now = time.monotonic()
+    def _wish(self, *_) -> None:
         if self.wished_at is None:
-            self.wished_at = now
-        elif now - self.wished_at > self.GRACE_SECONDS:
-            os._exit(128 + number)
+            self.wished_at = time.monotonic()
+
+    def _listen(self, hearing: socket.socket) -> None:
+        with hearing:
+            while numbers := hearing.recv(1):
+                if numbers[0] == signal.SIGTERM:
+                    self._wish()
+                    if time.monotonic() - self.wished_at > self.GRACE_SECONDS:
+                        os._exit(128 + signal.SIGTERM)
 
 
 class Watchdog:
@@ -56,6 +69,9 @@ class Watchdog:
     Where ``timeout_seconds`` pass without a beat, the process writes the stack of each of its threads to stderr and
     exits with status HUNG. Where one rank hangs all do, so each of them tells where it stands.
     """
+
+    # From the report to the exit: other ranks, whose last beat was later, are to report before they lose a peer.
+    PARTING_SECONDS = 5.0
 
     def __init__(self, rank: int, size: int, timeout_seconds: float):
         self.rank, self.size, self.timeout_seconds = rank, size, timeout_seconds
@@ -84,6 +100,7 @@ class Watchdog:
             if time.monotonic() - self.last >= self.timeout_seconds:
                 sys.stderr.write(self._report())
                 sys.stderr.flush()
+                time.sleep(min(self.PARTING_SECONDS, self.timeout_seconds / 4))
                 os._exit(HUNG)
 
     def _report(self) -> str:

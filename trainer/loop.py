@@ -11,7 +11,7 @@ from datetime import datetime
 from pathlib import Path
 
 import torch
-from torchvision.utils import make_grid, save_image
+from torchvision.utils import make_grid
 
 import data
 from data import EvaluationImage, evaluation_images, merge_states, train_batches
@@ -141,6 +141,8 @@ def _train(config: Config, source: Path | None = None, again: bool = False) -> P
             _restore(task, world, checkpoint, state)
         # Only now that everything is known to fit does anything appear on the disk.
         run = Path(agree(world, lambda: open_run(config, source is not None)))
+        if source and not checkpoint and world.is_main:
+            (run / "metrics.jsonl").unlink(missing_ok=True)  # begun anew, so are its lines
         _steps(config, world, run, task, batches, start, notes)
         return run
     finally:
@@ -175,7 +177,7 @@ def _restore(task: TokenizerTask, world: World, checkpoint: Path, state: dict) -
 def _steps(config: Config, world: World, run: Path, task: TokenizerTask, batches, start: int, notes: list[str]) -> None:
     settings = config.trainer
     micro_batches = task.generator.micro_batches
-    telemetry = Telemetry(run, start, settings.max_steps) if world.is_main else None
+    telemetry = _open_telemetry(run, start, settings.max_steps, world)
     say = telemetry.say if telemetry else lambda _: None
     for note in notes:
         say(note)
@@ -186,6 +188,7 @@ def _steps(config: Config, world: World, run: Path, task: TokenizerTask, batches
         keep_last=settings.keep_last,
         keep_every_steps=settings.keep_every_steps,
         asynchronous=settings.async_checkpoints,
+        beat=lambda: watchdog.beat(),
     )
     skips, spikes = Skips(run, world, settings.max_skipped_steps), LossSpikes()
 
@@ -210,7 +213,12 @@ def _steps(config: Config, world: World, run: Path, task: TokenizerTask, batches
                 (stopping,) = any_rank(world, stop.wished)
                 last = stopping or step == settings.max_steps
                 keys = [key for batch in step_batches for key in batch.keys]
-                if told := skips.update(step, result.skipped, keys, last):
+                try:
+                    told = skips.update(step, result.skipped, keys, step == settings.max_steps)
+                except TrainerError:
+                    checkpoints.finish()  # what is still being written is of a good step
+                    raise
+                if told:
                     say(told)
                 elif told := spikes.update(float(result.scalars["loss/total"])):
                     say(f"step {step}: {told}")
@@ -237,7 +245,7 @@ def _steps(config: Config, world: World, run: Path, task: TokenizerTask, batches
                         checkpoint_due = False
                         save(step)
                         if last:
-                            checkpoints.finish(watchdog.beat)
+                            checkpoints.finish()
                     else:
                         checkpoints.poll()
                 except CheckpointError as error:
@@ -256,6 +264,20 @@ def _steps(config: Config, world: World, run: Path, task: TokenizerTask, batches
                 mend = f"`ibq resume {run}` goes on from the newest checkpoint" if saved else "nothing was saved yet"
                 telemetry.say(f"stopped after step {step}; {mend}")
             raise
+
+
+def _open_telemetry(run: Path, start: int, max_steps: int, world: World) -> Telemetry | None:
+    """Rank 0's; where it cannot be written, all ranks end."""
+    opened = []
+
+    def open_it() -> None:
+        try:
+            opened.append(Telemetry(run, start, max_steps))
+        except OSError as error:
+            raise TrainerError(f"cannot write into {run}: {error.strerror or error}; mend that") from error
+
+    agree(world, open_it)
+    return opened[0] if opened else None
 
 
 class Skips:
@@ -378,7 +400,6 @@ def _validate(
     if telemetry and sums[2] > 0:
         if pictures:
             grid = make_grid(torch.stack(pictures) / 2 + 0.5, nrow=PICTURES, padding=2, pad_value=1)
-            save_image(grid, run / "samples" / f"step_{step:08d}.png")
             telemetry.picture(step, "reconstructions", (grid * 255).to(torch.uint8))
         psnr_mean, l1_mean = (sums[:2] / sums[2]).tolist()
         telemetry.log(step, {"val/psnr": psnr_mean, "val/l1": l1_mean, "val/usage": usage.usage()})

@@ -3,12 +3,14 @@
 import json
 import math
 import sys
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from torch.utils.tensorboard import SummaryWriter
+from torchvision.io import write_png
 
 from trainer import TrainerError
 
@@ -45,7 +47,8 @@ class Telemetry:
     """``with Telemetry(...) as t: t.log(step, scalars)``; resuming drops what was logged after ``start_step``."""
 
     def __init__(self, run: Path, start_step: int, max_steps: int):
-        self.metrics = run / "metrics.jsonl"
+        self.samples, self.metrics = run / "samples", run / "metrics.jsonl"
+        self.lost = False  # whether something could not be written
         if start_step and self.metrics.exists():
             kept = [line for number, line in metric_lines(self.metrics) if number <= start_step]
             self.metrics.write_text("".join(kept))
@@ -73,7 +76,8 @@ class Telemetry:
 
     def __exit__(self, *_):
         self.progress.stop()
-        self.writer.close()
+        with self._or_lost():
+            self.writer.close()
 
     def advance(self, step: int) -> None:
         """``step`` steps are done."""
@@ -81,11 +85,12 @@ class Telemetry:
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
         """Writes scalars everywhere. Non-finite ones become null in the JSON, which knows no NaN."""
-        with self.metrics.open("a") as file:
-            safe = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        safe = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
+        with self._or_lost(), self.metrics.open("a") as file:
             file.write(json.dumps({"step": step, **safe}) + "\n")
-        for name, value in scalars.items():
-            self.writer.add_scalar(name, value, step)
+        with self._or_lost():
+            for name, value in scalars.items():
+                self.writer.add_scalar(name, value, step)
         self.shown.update(scalars)
         self.progress.update(self.bar, text="CODEBOOK COLLAPSES  " * bool(self.alarmed) + _in_words(self.shown))
         if not self.console.is_terminal:
@@ -96,11 +101,27 @@ class Telemetry:
         if bool(text) != bool(self.alarmed):
             self.say(f"ALARM at step {step}: {text}" if text else f"step {step}: codebook usage has recovered")
         self.alarmed = text
-        self.writer.add_scalar("codebook/alarm", float(bool(text)), step)
+        with self._or_lost():
+            self.writer.add_scalar("codebook/alarm", float(bool(text)), step)
 
     def picture(self, step: int, name: str, image_chw: torch.Tensor) -> None:
-        """A uint8 picture for TensorBoard."""
-        self.writer.add_image(name, image_chw, step)
+        """A uint8 picture for TensorBoard and the folder ``samples``."""
+        with self._or_lost():
+            write_png(image_chw, str(self.samples / f"step_{step:08d}.png"))
+        with self._or_lost():
+            self.writer.add_image(name, image_chw, step)
+
+    @contextmanager
+    def _or_lost(self):
+        """A full disk costs scalars and pictures, and not the run: said once."""
+        try:
+            yield
+        except (OSError, RuntimeError) as error:
+            if not self.lost:
+                self.say(
+                    f"ALARM: cannot write {self.metrics.parent} ({error}): scalars and pictures are lost meanwhile"
+                )
+            self.lost = True
 
     def say(self, line: str) -> None:
         """One line above the progress bar."""

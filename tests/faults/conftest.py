@@ -17,7 +17,7 @@ def launch(tmp_path_factory) -> Launch:
 def ranks(launch, tmp_path_factory):
     ranks = Ranks(launch, tmp_path_factory.mktemp("orders"))
     yield ranks
-    (ranks.folder / "end").touch()
+    ranks.end()
     assert launch.finish(ranks.torchrun).status == 0
 
 

@@ -4,8 +4,8 @@
 ``{"kind": "nan", "rank": 1, "step": 3}``, the name of a function here and what it is given.
 
 ``torchrun ... inject.py --orders FOLDER``: the processes wait for orders (`ranks.Ranks` gives them) and carry each out
-in processes forked off themselves, one per rank, that meet at a port of their own. Killing them is real; importing torch
-and DeepSpeed, which takes far longer than `debug` does, is done once for all tests.
+in processes forked off themselves, one per rank, that meet at a port of their own. Killing them is real; importing
+torch and DeepSpeed, which takes far longer than `debug` does, is done once for all tests.
 """
 
 import hashlib
@@ -24,16 +24,16 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 
 import trainer.checkpoint as checkpoint
 from trainer.__main__ import main
+from trainer.guards import Watchdog
 from trainer.parallel import gather_objects
 from trainer.tasks.tokenizer import TokenizerTask
 
 RANK = int(os.environ.get("RANK", 0))
-ORDER_SECONDS = 600.0  # without one for so long, the tests have ended in a way that left no word
 
 
 def kill_in_save(rank: int, step: int, phase: str) -> None:
-    """kill -9 of a rank while the checkpoint of that step is written. A part is the rank's own; what publishes is rank 0,
-    which kills the other where that one is meant."""
+    """kill -9 of a rank while the checkpoint of that step is written. A part is the rank's own; what publishes is rank
+    0, which kills the other where that one is meant."""
     folder = f"step_{step:08d}"
     pids = []
 
@@ -96,14 +96,20 @@ def kill_at_step(rank: int, step: int) -> None:
     _in_step(rank, step, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
-def fall_asleep(rank: int, step: int, marker: str | None = None) -> None:
-    """A rank hangs in a step. marker: a file that appears when it does."""
+def fall_asleep(rank: int, step: int, marker: str | None = None, lag_seconds: float = 0.0) -> None:
+    """A rank hangs in a step. marker: a file that appears when it does. lag_seconds: how much later others begin."""
 
     def sleeping_beauty() -> None:
         if marker:
             Path(marker).touch()
         time.sleep(600)
 
+    def lagging_beat(watchdog, beaten_step: int | None = None) -> None:
+        if rank != RANK and beaten_step == step:
+            time.sleep(lag_seconds)
+        beat(watchdog, beaten_step)
+
+    beat, Watchdog.beat = Watchdog.beat, lagging_beat
     _in_step(rank, step, sleeping_beauty)
 
 
@@ -119,14 +125,26 @@ def slow_steps(seconds: float) -> None:
 
 
 def nan(rank: int, step: int, last: int | None = None) -> None:
-    """A rank's loss of the generator is NaN in a step, or from ``step`` to ``last``. Before each save every rank says a
-    hash of all weights that it holds whole."""
-    step_of_task, generator_loss, pieces = TokenizerTask.step, TokenizerTask._generator_loss, TokenizerTask.pieces
+    """A rank's loss of the generator is NaN in a step, or from ``step`` to ``last``. After each step every rank says
+    three hashes: of the weights that it holds whole, and of what it would save of the tokenizer and of all else."""
+    step_of_task, generator_loss = TokenizerTask.step, TokenizerTask._generator_loss
     now = []
 
-    def step_knowing(task, images, done: int):
+    def telling_step(task, images, done: int):
         now[:] = [done + 1]
-        return step_of_task(task, images, done)
+        result = step_of_task(task, images, done)
+        held = {
+            f"{network}.{name}": parameter
+            for network, engine in task._engines().items()
+            for name, parameter in engine.parameters.items()
+            if not hasattr(parameter, "to_local") and parameter.numel()  # cut neither by FSDP2 nor by ZeRO 3
+        }
+        saved = {piece.name: piece.values for piece in task.pieces()}
+        tokenizer = {name: values for name, values in saved.items() if name.startswith("tokenizer")}
+        rest = {name: values for name, values in saved.items() if name not in tokenizer}
+        hashes = " ".join(_hash(tensors) for tensors in (held, tokenizer, rest))
+        sys.stderr.write(f"step {done + 1} hashes {hashes}\n")
+        return result
 
     def poisoned(task, images_bchw, output, average_k, adversarial, scalars):
         loss = generator_loss(task, images_bchw, output, average_k, adversarial, scalars)
@@ -135,19 +153,15 @@ def nan(rank: int, step: int, last: int | None = None) -> None:
         scalars.set("loss/total", scalars.values["loss/total"] * math.nan)
         return loss * math.nan
 
-    def telling_pieces(task) -> list:
-        digest, count = hashlib.sha256(), 0
-        for engine in task._engines().values():
-            for name, parameter in engine.parameters.items():
-                if not hasattr(parameter, "to_local") and parameter.numel():  # not cut by FSDP2 nor by ZeRO 3
-                    digest.update(name.encode() + parameter.detach().numpy().tobytes())
-                    count += parameter.numel()
-        sys.stderr.write(f"step {now[0]}: {count} weights {digest.hexdigest()}\n")
-        return pieces(task)
-
-    TokenizerTask.step = step_knowing
+    TokenizerTask.step = telling_step
     TokenizerTask._generator_loss = poisoned
-    TokenizerTask.pieces = telling_pieces
+
+
+def _hash(tensors: dict) -> str:
+    digest = hashlib.sha256()
+    for name, values in sorted(tensors.items()):
+        digest.update(name.encode() + values.detach().cpu().numpy().tobytes())
+    return digest.hexdigest()[:16]
 
 
 def nothing() -> None:
@@ -177,16 +191,15 @@ def arm(fault: dict) -> None:
 
 
 def serve(orders: Path) -> int:
-    """Carries out orders until the file ``end`` lies there. Returns, in each forked process too, the exit status."""
+    """Carries out orders until the file ``end`` lies there or torchrun is gone. Returns the exit status, in each forked
+    process too."""
     import trainer.engines.deepspeed
     import trainer.engines.fsdp2  # noqa: F401
 
-    number, idle_since = 0, time.monotonic()
-    while not (orders / "end").exists():
+    torchrun, number = os.getppid(), 0
+    while not (orders / "end").exists() and os.getppid() == torchrun:
         order = orders / f"{number:04d}.json"
         if not order.exists():
-            if time.monotonic() - idle_since > ORDER_SECONDS:
-                return 1
             time.sleep(0.01)
             continue
         pid = os.fork()
@@ -195,7 +208,7 @@ def serve(orders: Path) -> int:
         _appear(order.with_suffix(f".pid_{RANK}"), pid)
         _, status = os.waitpid(pid, 0)
         _appear(order.with_suffix(f".status_{RANK}"), os.waitstatus_to_exitcode(status))
-        number, idle_since = number + 1, time.monotonic()
+        number += 1
     return 0
 
 

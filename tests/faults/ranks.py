@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 import socket
 import time
 from pathlib import Path
@@ -64,20 +65,28 @@ class Ranks:
 
     def __init__(self, launch: Launch, folder: Path):
         self.folder = folder
-        self.orders = 0
+        self.started: list[Order] = []
         self.torchrun = launch.start_python(*TORCHRUN, INJECT, "--orders", folder)
 
     def start(self, *arguments, fault: dict | None = None) -> Order:
-        path = self.folder / f"{self.orders:04d}.json"
-        self.orders += 1
+        path = self.folder / f"{len(self.started):04d}.json"
         wanted = {"arguments": [*map(str, arguments)], "fault": fault or {"kind": "nothing"}, "port": free_port()}
         unfinished = path.with_suffix(".unfinished")
         unfinished.write_text(json.dumps(wanted))
         unfinished.replace(path)
-        return Order(path, self.torchrun)
+        self.started.append(Order(path, self.torchrun))
+        return self.started[-1]
 
     def run(self, *arguments, fault: dict | None = None) -> Ended:
         return self.start(*arguments, fault=fault).wait()
+
+    def end(self) -> None:
+        """Also of what a test that failed has left hanging."""
+        for order in self.started:
+            for rank in range(RANKS):
+                if not order.has_ended(rank):
+                    order.signal(rank, signal.SIGKILL)
+        (self.folder / "end").touch()
 
     def train(self, run: Path, changes: dict | None = None, fault: dict | None = None) -> Ended:
         """A new run of `debug`."""

@@ -13,7 +13,8 @@ ENOUGH_SECONDS = 90
 
 def test_every_rank_tells_where_it_stands(launch, ranks, unbroken, tmp_path):
     run = tmp_path / "run"
-    fault = json.dumps({"kind": "fall_asleep", "rank": 1, "step": 5})
+    # Rank 0 comes later to the step, and its watchdog later to its end: it must not lose its peer before it has told.
+    fault = json.dumps({"kind": "fall_asleep", "rank": 1, "step": 5, "lag_seconds": 0.5})
     arguments = "debug", f"run={run}", *fault_settings({"trainer.timeout_seconds": TIMEOUT_SECONDS})
     began = time.monotonic()
     ended = launch.finish(launch.start_python(*TORCHRUN, INJECT, fault, *arguments))

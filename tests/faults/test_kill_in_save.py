@@ -8,8 +8,8 @@ from faults.ranks import assert_resumed, assert_whole, latest, loss_lines, newes
 STEPS = 6
 SAVED, KILLED = 2, 4  # the checkpoint that is there, and the one in whose writing the kill comes
 
-# Of each phase: which checkpoint is in force after a kill of rank 0, and of rank 1. Rank 0 publishes, alone: where rank 1
-# has written its part and dies, rank 0 comes to the end of it.
+# Of each phase: which checkpoint is in force after a kill of rank 0, and of rank 1. Rank 0 publishes, alone: where rank
+# 1 has written its part and dies, rank 0 comes to the end of it.
 PHASES = {
     "before the part": (SAVED, SAVED),
     "half of the part": (SAVED, SAVED),

@@ -51,8 +51,10 @@ def test_one_process_stops_with_status_75(launch, ranks, unbroken, tmp_path):
 
 
 def test_torchrun_passes_it_on_to_all_ranks(launch, ranks, unbroken, tmp_path):
+    """... and to their loaders' workers, which must leave it to their parents."""
     run = tmp_path / "run"
-    process = launch.start_python(*TORCHRUN, INJECT, json.dumps(SLOW), "debug", f"run={run}", *fault_settings(LONG))
+    settings = fault_settings({**LONG, "data.workers": 2})
+    process = launch.start_python(*TORCHRUN, INJECT, json.dumps(SLOW), "debug", f"run={run}", *settings)
     wait_for(logged(run, 2), "second step", 60, process)
     process.send_signal(signal.SIGTERM)
     stopped = launch.finish(process)

@@ -40,6 +40,9 @@ def place(tmp_path, monkeypatch):
     )
     (tmp_path / "odd_key.json").write_text('{"zero_optimization": {"stage": 1, "odd": 1}}')
     (tmp_path / "clipping.json").write_text('{"gradient_clipping": 1.0, "zero_optimization": {"stage": 1}}')
+    (tmp_path / "round_robin.json").write_text('{"zero_optimization": {"stage": 2, "round_robin_gradients": true}}')
+    (tmp_path / "other_precision.json").write_text('{"bfloat16": {"enabled": true}}')
+    (tmp_path / "word.json").write_text('{"zero_optimization": {"stage": 2, "offload_optimizer": "cpu"}}')
     (tmp_path / "stage4.json").write_text(json.dumps({"zero_optimization": {"stage": 4}}))
     return tmp_path
 
@@ -60,6 +63,11 @@ TRAIN_MISTAKES = {
     "key without its section": (["debug", "max_steps=3"], ["unknown key max_steps", "did you mean trainer.max_steps"]),
     "word for a number": (["debug", "optimizer.lr=fast"], ["'optimizer.lr=fast'", "Value 'fast'"]),
     "fraction of a step": (["debug", "trainer.max_steps=1.5"], ["trainer.max_steps=1.5", "nteger"]),
+    "another engine's setting": (["debug", "engine.offload=true"], ["engine.kind=fsdp2"]),
+    "another engine's file": (["debug", "engine.config=zero3"], ["engine.kind=deepspeed"]),
+    "a renamed key": (["debug", "trainer.keep_checkpoints=3"], ["is called trainer.keep_last now"]),
+    "no end of patience": (["debug", "trainer.timeout_seconds=1e12"], ["must be at most 2592000"]),
+    "an empty folder name": (["debug", "run="], ["name a folder"]),
     "unknown choice": (["debug", "engine.kind=magic"], ["engine.kind=magic", "replicated, deepspeed"]),
     "no key=value": (["debug", "optimizer.lr"], ["'optimizer.lr' is not key=value"]),
     "key given twice": (["debug", "seed=1", "seed=2"], ["seed is given twice"]),
@@ -125,7 +133,10 @@ def test_train(ibq_here, assert_refused, fingerprint, place, mistake):
         ("list.json", "is no DeepSpeed configuration"),
         ("true.json", "is no DeepSpeed configuration"),
         ("offload.json", "offload_optimizer"),
-        ("odd_key.json", "DeepSpeed refuses engine.config="),
+        ("odd_key.json", '"odd" is not supported; remove it'),
+        ("round_robin.json", '"round_robin_gradients" is not supported; remove it'),
+        ("other_precision.json", 'remove "bfloat16"; the recipe decides'),
+        ("word.json", '"offload_optimizer" must be an object'),
         ("clipping.json", 'write "auto" for "gradient_clipping"; trainer.gradient_clip_norm decides'),
     ],
 )
@@ -233,6 +244,14 @@ def test_a_number_without_a_point_is_a_number(ibq_here, debug_settings, place):
     finished = ibq_here("train", "debug", "run=run", *debug_settings(changes))
     assert finished.status == 0, finished.err
     assert yaml.safe_load((place / "run/config.yaml").read_text())["optimizer"]["lr"] == 0.00001
+
+
+def test_a_compiled_zero_3_is_refused(ibq_here, place):
+    changes = "trainer.compile=true", "engine.kind=deepspeed", "engine.config=zero3"
+    finished = ibq_here("train", "debug", "run=run", "trainer.device=cpu", *changes)
+    assert finished.status == 2, finished.err
+    assert "does not go with ZeRO 3" in finished.error_lines[0]
+    assert not (place / "run").exists()
 
 
 def test_a_loss_that_is_not_finite_ends_the_run_without_a_checkpoint(ibq_here, debug_settings, place):

@@ -12,7 +12,7 @@ from torch.optim import Optimizer
 from model_zoo.pieces import Piece
 from trainer.optim import get_step, set_step
 
-MakeOptimizer = Callable[[Iterable[nn.Parameter]], Optimizer]
+MakeOptimizer = Callable[..., Optimizer]  # of parameters; apex=False: see `trainer.optim.adam`
 
 
 class Memory(NamedTuple):

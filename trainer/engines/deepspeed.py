@@ -27,6 +27,21 @@ from trainer.optim import start_moments
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 
 
+# What a configuration may hold. Others were not tried with this trainer, change what the recipe decides, or lay pieces
+# out otherwise than `_place` reads them (round_robin_gradients).
+KEYS = (
+    *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
+    *("zero_optimization", "zero_force_ds_cpu_optimizer", "zero_allow_untested_optimizer"),
+    *("steps_per_print", "wall_clock_breakdown", "comms_logger"),
+)
+ZERO_KEYS = (
+    *("stage", "contiguous_gradients", "overlap_comm", "reduce_scatter", "reduce_bucket_size", "allgather_bucket_size"),
+    *("allgather_partitions", "offload_optimizer", "offload_param", "stage3_prefetch_bucket_size"),
+    *("stage3_param_persistence_threshold", "stage3_model_persistence_threshold", "stage3_max_live_parameters"),
+    *("stage3_max_reuse_distance",),
+)
+
+
 def load_deepspeed_config(name: str, *, micro_batch_size: int, micro_batches: int) -> dict:
     """A JSON of ds_configs by name, or of the user's by path, its "auto" values filled from the recipe."""
     packaged = Path(str(resources.files("ds_configs")))
@@ -41,18 +56,23 @@ def load_deepspeed_config(name: str, *, micro_batch_size: int, micro_batches: in
     zero = config.get("zero_optimization", {}) if isinstance(config, dict) else None
     if not isinstance(zero, dict):
         raise TrainerError(f'{path} is no DeepSpeed configuration: an object, with "zero_optimization" an object too')
-    if zero.get("stage", 0) not in (0, 1, 2, 3):
-        raise TrainerError(f"{path}: there is no ZeRO stage {zero['stage']}; use 0, 1, 2 or 3")
+    for key in ("fp16", "bf16", "bfloat16", "data_types", "torch_autocast", "optimizer", "scheduler"):
+        if key in config:
+            raise TrainerError(f'{path}: remove "{key}"; the recipe decides (trainer.precision, optimizer, schedule)')
+    for key in [*(config.keys() - set(KEYS)), *(zero.keys() - set(ZERO_KEYS))]:
+        raise TrainerError(f'{path}: "{key}" is not supported; remove it')
+    stage = zero.get("stage", 0)
+    if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
+        raise TrainerError(f"{path}: there is no ZeRO stage {stage!r}; use 0, 1, 2 or 3")
     for key in ("offload_optimizer", "offload_param"):
-        device = zero[key].get("device", "none") if isinstance(zero.get(key), dict) else "none"
+        if not isinstance(zero.get(key, {}), dict):
+            raise TrainerError(f'{path}: "{key}" must be an object: {{"device": "cpu"}}')
+        device = zero.get(key, {}).get("device", "none")
         if device not in ("none", "cpu"):
             raise TrainerError(f'{path}: "{key}" to {device} is not supported: its state could not be saved; use "cpu"')
         if device == "cpu" and zero.get("stage", 0) < (1 if key == "offload_optimizer" else 3):
             least = "1" if key == "offload_optimizer" else "3"
             raise TrainerError(f'{path}: "{key}" needs ZeRO stage {least} or above')
-    for key in ("fp16", "bf16", "torch_autocast", "optimizer", "scheduler"):
-        if key in config:
-            raise TrainerError(f'{path}: remove "{key}"; the recipe decides (trainer.precision, optimizer, schedule)')
     recipe = {
         "train_micro_batch_size_per_gpu": micro_batch_size,
         "gradient_accumulation_steps": micro_batches,
@@ -113,7 +133,10 @@ class DeepSpeed(Engine):
         shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
         self.root = Root(module, ignored)
         try:
-            optimizer = make_optimizer(self.parameters.values())
+            # apex's kernels are for CUDA, and count steps for a whole group where ZeRO 3 steps by parts of it.
+            zero = settings.get("zero_optimization", {})
+            apex = zero.get("stage", 0) < 3 and "offload_optimizer" not in zero
+            optimizer = make_optimizer(self.parameters.values(), apex=apex)
             self.engine, *_ = deepspeed.initialize(model=self.root, optimizer=optimizer, config=settings)
         except (ValueError, AssertionError, DeepSpeedConfigError) as error:  # pydantic's errors are ValueErrors
             what = " ".join(str(error).split())[:300]
@@ -172,9 +195,11 @@ class DeepSpeed(Engine):
             self.zero._get_norm_groups = lambda: [norm]
         elif self.zero:
             self.zero.scaled_global_norm = lambda norm_type=2: norm
-        self.engine.step()
-        if self.zero:
-            del self.zero.__dict__["_get_norm_groups" if self.stage == 3 else "scaled_global_norm"]
+        try:
+            self.engine.step()
+        finally:
+            if self.zero:
+                del self.zero.__dict__["_get_norm_groups" if self.stage == 3 else "scaled_global_norm"]
 
     def weights(self) -> list[Piece]:
         return [place.piece(place.flat) for place in self._places]

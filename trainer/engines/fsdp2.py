@@ -69,7 +69,7 @@ class Fsdp2(Engine):
         # In a forward the module's attributes are the gathered parameters; these are the pieces.
         sharded = dict(module.named_parameters())
         self.parameters = {name: sharded[name] for name in names}
-        self.optimizer = make_optimizer(self.parameters.values())
+        self.optimizer = make_optimizer(self.parameters.values(), apex=False)
         start_moments(self.optimizer, self.parameters.values())
         self.device = world.device
         self.offloads = config.offload

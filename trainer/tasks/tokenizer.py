@@ -60,7 +60,7 @@ class TokenizerTask:
             config.engine,
             world,
             self.tokenizer,
-            partial(make_adam, apex=config.engine.kind != "fsdp2"),
+            make_adam,
             ignored=[codes],
             gather_dtype=autocast_dtype(config.trainer.precision),
             **batch,
@@ -90,6 +90,11 @@ class TokenizerTask:
         if loss.entropy.weight > 0 and self.tokenizer.quantize.soft_assignment:
             self.entropy_temperature = loss.entropy.temperature
         if config.trainer.compile:
+            if config.engine.kind == "deepspeed" and self.generator.forwards_together:
+                raise TrainerError(
+                    "trainer.compile=true does not go with ZeRO 3, whose hooks gather parameters where the compiler "
+                    "does not look: use engine.kind=fsdp2, or ZeRO 0 to 2"
+                )
             self.tokenizer.compile()
             if self.discriminator:
                 self.discriminator.module.compile()
