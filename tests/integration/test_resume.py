@@ -130,7 +130,9 @@ def test_a_chain_of_engines_and_numbers_of_processes_is_an_unbroken_run(launch, 
     for step, (processes, engine, shards) in zip(itertools.count(2, 2), CHAIN, strict=False):
         kind, _, config = engine.partition(" ")
         start = ("--resume", chain) if step > 2 else ("debug", f"run={chain}", *debug_settings(changes))
-        settings = {"engine.kind": kind, "engine.config": config or "zero1", "codebook_parallel": shards}
+        settings = {"engine.kind": kind, "codebook_parallel": shards}
+        if config:
+            settings["engine.config"] = config
         settings["trainer.max_steps"] = step
         names = {argument.partition("=")[0] for argument in map(str, start)}
         given = [f"{key}={value}" for key, value in settings.items() if key not in names]
