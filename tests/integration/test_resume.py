@@ -142,7 +142,7 @@ def test_a_chain_of_engines_and_numbers_of_processes_is_an_unbroken_run(launch, 
         assert f"{processes} x cpu ({engine}, fp32" in finished.err
         assert f"steps {step - 1} to {step}" in finished.err
     for model, difference in differences(*(r / f"checkpoints/step_{last:08d}" for r in (unbroken, chain))).items():
-        assert difference.whole < (1e-3 if ".exp_avg" in model else 1e-5), model
+        assert difference.whole < (1e-4 if ".exp_avg" in model else 1e-5), model
     expected, actual = (training_lines(read_metrics(run), 1, last) for run in (unbroken, chain))
     assert [line["step"] for line in actual] == list(range(1, last + 1))
     for line, true_line in zip(actual, expected, strict=True):
