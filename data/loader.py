@@ -1,8 +1,10 @@
 """What training and evaluation read from: `train_batches` and `evaluation_images`."""
 
+import atexit
 import logging
 import os
 import signal
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -133,7 +135,7 @@ def _load(micro_batches: MicroBatches, workers: int) -> Iterator:
     if workers == 0:
         return iter(micro_batches)
     # Its own generator, since a DataLoader draws a seed and would move the global random state.
-    return iter(
+    items = iter(
         DataLoader(
             micro_batches,
             batch_size=None,
@@ -143,6 +145,14 @@ def _load(micro_batches: MicroBatches, workers: int) -> Iterator:
             generator=torch.Generator(),
         )
     )
+    # Python waits at its end for children that it has sent SIGTERM, which these leave to us.
+    atexit.register(_end_workers, weakref.ref(items))
+    return items
+
+
+def _end_workers(items: weakref.ref) -> None:
+    if (iterator := items()) is not None:
+        iterator._shutdown_workers()  # what deleting it does
 
 
 def _as_is(item):

@@ -1,4 +1,6 @@
 import os
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -87,3 +89,15 @@ def test_check_names_mistakes_before_a_run_begins(tars, tmp_path):
     ]:
         with pytest.raises(DataError, match=message):
             check(DataConfig(**{"train": str(tars), **wrong}))
+
+
+def test_a_stream_that_is_still_open_does_not_keep_the_process(tars):
+    script = f"""
+import sys, data
+options = dict(global_batch_size=4, micro_batch_size=4, rank=0, world_size=1, seed=0)
+stream = data.train_batches(data.DataConfig(train={str(tars)!r}, image_size=8, workers=2), **options)
+next(stream)
+sys.modules["kept"] = stream
+"""
+    ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=60)
+    assert (ended.returncode, ended.stderr) == (0, "")
