@@ -5,9 +5,21 @@ class DataError(Exception):
     """A mistake in the data or in how it is asked for; one line that names the mistake and the mend."""
 
 
-from data.loader import Batch, DataConfig, EvaluationImage, EvaluationImages, check, evaluation_images, train_batches  # noqa: E402
-from data.shards import PackReport, Shard, Skipped, expand, pack, scan  # noqa: E402
-from data.stream import merge_states  # noqa: E402
+from data.loader import (  # noqa: E402
+    Batch,
+    DataConfig,
+    EvaluationImage,
+    EvaluationImages,
+    TrainStream,
+    check,
+    evaluation_images,
+    train_batches,
+)
+from data.pack import PackReport, pack  # noqa: E402
+from data.photographs import cache_folder  # noqa: E402
+from data.shards import Skipped, expand, scan  # noqa: E402
+from data.sources import FilterConfig, SourceConfig, catalogue  # noqa: E402
+from data.stream import add_totals, merge_states  # noqa: E402
 from data.transforms import ImageError, decode  # noqa: E402
 
 __all__ = [
@@ -16,10 +28,15 @@ __all__ = [
     "DataError",
     "EvaluationImage",
     "EvaluationImages",
+    "FilterConfig",
     "ImageError",
     "PackReport",
-    "Shard",
     "Skipped",
+    "SourceConfig",
+    "TrainStream",
+    "add_totals",
+    "cache_folder",
+    "catalogue",
     "check",
     "decode",
     "evaluation_images",

@@ -5,23 +5,39 @@ import logging
 import os
 import signal
 import weakref
-from collections.abc import Iterator
+from collections import Counter, deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
 from data import DataError
-from data.shards import IMAGE_SUFFIXES, Shard, Skipped, expand, find_images, scan
-from data.stream import Division, MicroBatches, Order, identity, make_state, resume
+from data.shards import Access, FolderShard, Limit, Shard, Skipped, find_images, folder_shard, is_image
+from data.sources import Source, SourceConfig, check_names, describe, open_source
+from data.storage import Cache, Patience
+from data.stream import (
+    Deal,
+    Info,
+    Item,
+    Items,
+    Reader,
+    add_totals,
+    default_lanes,
+    divides,
+    identity,
+    make_state,
+    resume,
+)
 from data.transforms import ImageError, TrainingTransform, decode, pixels_chw, resize_and_center_crop, resize_named
 
 logger = logging.getLogger(__name__)
 
-DEFAULT_ROUNDS = 8  # lanes for each image of the global batch
+SHOWN_SKIPS = 10  # samples that each process names as it leaves them out; all of them are listed in `skipped`
+BUDGET_SAMPLES = 2000  # of a source, over which `max_bad_fraction` is taken
+BUDGET_LEAST = 20  # so many bad ones are never too many
 
 
 @dataclass
@@ -30,10 +46,13 @@ class DataConfig:
 
     train: Any = None
     val: Any = None
+    # A mixture, in place of `train`: a list of sources with name, root, weight, index, filters (`data.SourceConfig`).
+    sources: list[SourceConfig] = field(default_factory=list)
     image_size: int = 256
     # Side of validation crops; None: as in training. Convolutional models may be judged at another size.
     val_image_size: int | None = None
     workers: int = 4
+    # Streams that the data are divided into; None: as many as the global batch has images, or a multiple of that.
     lanes: int | None = None
     crop: str = "random"
     crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0])
@@ -41,117 +60,292 @@ class DataConfig:
     flip: bool = True
     # Strength of random contrast, saturation, hue and brightness, 0 to 1: for small sets of pictures.
     color_jitter: float = 0.0
-    shuffle_block: int = 1024
+    # Each lane shuffles so many samples of a shard at a time, or fewer that have so many megabytes.
+    shuffle_block: int = 64
+    shuffle_megabytes: float = 16.0
+    # Shards to pass over, by path, URL or the end of one.
+    quarantine: list[str] = field(default_factory=list)
+    # So many samples one after another, or such a part of the latest 2,000 of a source, may be unusable.
+    max_bad_in_a_row: int = 100
+    max_bad_fraction: float = 0.1
+    # `pipe:COMMAND` as a shard runs a shell.
+    allow_pipes: bool = False
+    # Folder for local copies of remote shards; None: remote shards are read where they are.
+    cache: str | None = None
+    cache_gigabytes: float = 100.0
+    # Of a remote shard: limit of one request, and of all tries together.
+    request_seconds: float = 30.0
+    retry_seconds: float = 300.0
+    # Writes the key of every delivered sample to RUN/audit/.
+    audit: bool = False
 
 
 class Batch(NamedTuple):
-    """One micro-batch of one rank. images_bchw: uint8 (b, 3, image_size, image_size).
+    """One micro-batch of one rank. images_bchw: uint8 (b, 3, image_size, image_size); infos: one for each image.
 
     state: what to resume from (see `merge_states`). After a step's last micro-batch it is the state behind that step;
     after an earlier one, the state before it, so that a step cut short is taken again whole.
-    skipped: the samples that were left out on the way to this micro-batch.
+    skipped: the samples that were left out on the way to this micro-batch as unusable.
     """
 
     images_bchw: torch.Tensor
-    keys: list[str]
+    infos: list[Info]
     state: dict
     skipped: list[Skipped]
 
+    @property
+    def keys(self) -> list[str]:
+        """The samples' keys."""
+        return [info.key for info in self.infos]
 
-def train_batches(
-    config: DataConfig,
-    *,
-    global_batch_size: int,
-    micro_batch_size: int,
-    rank: int,
-    world_size: int,
-    seed: int,
-    state: dict | None = None,
-) -> Iterator[Batch]:
-    """The rank's endless micro-batches; each optimiser step takes global_batch_size / (world_size * micro_batch_size).
 
-    The global batch of a step depends on the seed, the data, `global_batch_size` and `config.lanes` only, bit for bit.
-    state: a merged state to resume from, at any world size, micro-batch size and number of workers.
+class TrainStream:
+    """A rank's endless micro-batches; each optimiser step takes global_batch_size / (world_size * micro_batch_size).
+
+    The global batch of a step depends on the seed, the sources, `global_batch_size` and the number of lanes only, bit
+    for bit, at any number of ranks and workers that divides the lanes.
+    state: a merged state to resume from: at any such division exactly; at any other division or batch size without
+    loss or repeats.
+    progress: called with (tars scanned, tars in all) while tars without an index are scanned.
     Raises DataError, before anything is read for training where the mistake can be seen by then.
     """
-    transform = _transform(config)
-    lanes = global_batch_size * DEFAULT_ROUNDS if config.lanes is None else config.lanes
-    division = Division(global_batch_size, micro_batch_size, rank, world_size, lanes)
-    shards = [scan(path) for path in expand(config.train)]
-    order = Order(np.array([len(shard) for shard in shards]), config.shuffle_block, seed)
-    of = identity(shards, order, division)
-    step, skips = (0, {}) if state is None else resume(state, of)
-    skips = {lane: count for lane, count in skips.items() if division.own(lane)}
-    micro_batches = MicroBatches(shards, order, division, transform, step, dict(skips))
-    workers = division.usable_workers(config.workers)
-    if workers < config.workers:
-        logger.warning("data.workers=%d: %d are used, as many as deal the lanes evenly", config.workers, workers)
-    return _deliver(micro_batches, workers, of, step, skips)
+
+    def __init__(
+        self,
+        config: DataConfig,
+        *,
+        global_batch_size: int,
+        micro_batch_size: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        state: dict | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
+    ):
+        _check_numbers(config)
+        self.config, self.micro_batch_size = config, micro_batch_size
+        self.steps, self.totals, lanes_states = 0, {}, {}
+        lanes, quarantine = config.lanes, frozenset(config.quarantine)
+        if state is not None:
+            stream = state.get("stream", {})
+            lanes = lanes or stream.get("lanes")
+            quarantine |= frozenset(state.get("quarantine", ()))
+        lanes = lanes or default_lanes(global_batch_size, world_size, config.workers)
+        self.deal = _deal(config, lanes, global_batch_size, rank, world_size)
+        if micro_batch_size < 1 or self.deal.share % micro_batch_size:
+            raise DataError(
+                f"micro-batch size {micro_batch_size} must divide the {self.deal.share} images of a process and step"
+            )
+        self.quarantine = sorted(quarantine)
+        self.sources = open_sources(config, quarantine, progress)
+        limit = Limit(config.shuffle_block, int(config.shuffle_megabytes * 1e6))
+        self.of = identity(self.sources, seed, lanes, limit)
+        for source in self.sources:
+            if source.samples is None and len(source.shards) < lanes:
+                raise DataError(
+                    f"source {source.name}: {len(source.shards)} shards without an index cannot be divided among "
+                    f"data.lanes={lanes}: write one with `ibq shards check PATH --write-index FILE`"
+                )
+        if state is not None:
+            self.steps, lanes_states, totals = resume(state, self.of)
+            self.totals = totals if rank == 0 else {}  # the ranks' are added up
+        self.lanes = {lane: lanes_states.get(lane, [0, {}]) for lane in self.deal.rank_lanes}
+        self.reader = Reader(
+            self.sources, transform_of(config), seed, lanes, limit, config.max_bad_in_a_row, dict(self.lanes)
+        )
+        first = self.deal.first_reader({lane: place[0] for lane, place in self.lanes.items()})
+        self.items = _load(Items(self.reader, self.deal, first), self.deal.workers)
+        self.rest: Item | None = None  # what of an item belongs to the next micro-batch
+        self.in_step = 0  # micro-batches of this step that were delivered
+        self.behind = self._state()
+        self.shown = 0
+        self.budgets = {source.name: _Budget(source.name, config.max_bad_fraction) for source in self.sources}
+
+    def __iter__(self) -> Iterator[Batch]:
+        return self
+
+    def __next__(self) -> Batch:
+        """The next micro-batch. Its state counts what was delivered and never what workers have read ahead."""
+        images, infos, skipped = [], [], []
+        while (missing := self.micro_batch_size - len(infos)) > 0:
+            item, self.rest = self.rest or self._next_item(), None
+            if len(item.infos) > missing:
+                self.rest = Item(item.images_nchw[missing:], item.infos[missing:], {}, [], Counter())
+                item = item._replace(images_nchw=item.images_nchw[:missing], infos=item.infos[:missing])
+            images.append(item.images_nchw)
+            infos += item.infos
+            skipped += item.skipped
+            self.lanes.update(item.lanes)
+            self._count(item)
+        self._show(skipped)
+        self.in_step += 1
+        if self.in_step * self.micro_batch_size == self.deal.share:
+            self.in_step, self.steps = 0, self.steps + 1
+            self.behind = self._state()
+        return Batch(images[0] if len(images) == 1 else torch.cat(images), infos, self.behind, skipped)
+
+    def close(self) -> None:
+        """Ends the workers. To be called where an error or a cycle of references may keep the stream: what Python's
+        garbage collector finds has lost the queues by which workers are told to end."""
+        _end_workers(self.items)
+        self.items = iter(())
+
+    def describe(self, steps: int) -> str:
+        """Lines that say what will be read in so many steps."""
+        images = steps * self.deal.global_batch_size
+        total = sum(source.weight for source in self.sources)
+        lines = []
+        for source in self.sources:
+            share = source.weight / total
+            passes = f" = {images * share / source.samples:.3g} epochs" if source.samples else ""
+            of_all = f", {share:.1%} of all" if len(self.sources) > 1 else ""
+            lines.append(f"reads {describe(source)}: {round(images * share):,} images{passes}{of_all}")
+        order = "" if self.deal.ordered else "; their order depends on the number of processes and workers"
+        return "\n".join([*lines, f"{self.deal.lanes} lanes, {self.deal.workers} workers a process{order}"])
+
+    def _state(self) -> dict:
+        state = make_state(self.of, self.deal, self.steps, self.lanes, self.totals)
+        return {**state, "quarantine": self.quarantine}
+
+    def _next_item(self) -> Item:
+        item = next(self.items)
+        if isinstance(item, DataError):
+            self.close()
+            raise item
+        return item
+
+    def _count(self, item: Item) -> None:
+        counts = {source.name: [0, 0, 0] for source in self.sources}
+        for info in item.infos:
+            counts[info.source][0] += 1
+        for sample in item.skipped:
+            counts[sample.dataset][1] += 1
+        for (name, _), number in item.filtered.items():
+            counts[name][2] += number
+        self.totals = add_totals([self.totals, counts])
+        for name, (good, bad, _) in counts.items():
+            self.budgets[name].update(good, bad, item.skipped)
+
+    def _show(self, skipped: list[Skipped]) -> None:
+        for sample in skipped[: max(0, SHOWN_SKIPS - self.shown)]:
+            logger.warning("skipped %s in %s: %s", sample.key, sample.source, sample.reason)
+        if self.shown <= SHOWN_SKIPS < self.shown + len(skipped):
+            logger.warning("more samples are skipped; they are not named here any more")
+        self.shown += len(skipped)
+
+
+class _Budget:
+    """Raises DataError once too large a part of a source's latest samples could not be used."""
+
+    def __init__(self, name: str, most: float):
+        self.name, self.most = name, most
+        self.latest: deque[tuple[int, int]] = deque()
+        self.good = self.bad = 0
+
+    def update(self, good: int, bad: int, skipped: list[Skipped]) -> None:
+        self.latest.append((good, bad))
+        self.good, self.bad = self.good + good, self.bad + bad
+        while self.good + self.bad - sum(self.latest[0]) >= BUDGET_SAMPLES:
+            good_before, bad_before = self.latest.popleft()
+            self.good, self.bad = self.good - good_before, self.bad - bad_before
+        if bad and self.bad > max(BUDGET_LEAST, self.most * (self.good + self.bad)):
+            last = [sample for sample in skipped if sample.dataset == self.name][-1]
+            raise DataError(
+                f"source {self.name}: {self.bad} of the latest {self.good + self.bad} samples cannot be used, more "
+                f"than data.max_bad_fraction={self.most}; last {last.key} in {last.source} ({last.reason})"
+            )
+
+
+def train_batches(config: DataConfig, **options) -> TrainStream:
+    """See `TrainStream`."""
+    return TrainStream(config, **options)
 
 
 def check(config: DataConfig) -> None:
-    """Raises the DataError that training or validation with this configuration would end in, before a run begins.
-
-    It reads every tar's headers, so that an empty or damaged one is named here.
-    """
-    _transform(config)
-    for path in expand(config.train):
-        scan(path)
+    """Raises DataError for settings or shards that training could not start with."""
+    _check_numbers(config)
+    transform_of(config)
+    open_sources(config, frozenset(config.quarantine))
     if config.val is not None:
-        evaluation_images(config.val, image_size=config.val_image_size or config.image_size, resize=config.resize)
+        EvaluationImages(config.val, config.val_image_size or config.image_size, config.resize, (0, 1))
 
 
-def _transform(config: DataConfig) -> TrainingTransform:
-    if config.workers < 0 or config.shuffle_block < 1:
-        raise DataError("data.workers must be at least 0 and data.shuffle_block at least 1")
+def open_sources(
+    config: DataConfig,
+    quarantine: frozenset[str] = frozenset(),
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> list[Source]:
+    """The sources of a `data` section, opened. Raises DataError."""
+    if config.train is not None and config.sources:
+        raise DataError("data.train and data.sources are both given: leave one out")
+    configs = config.sources or [SourceConfig(root=config.train)]
+    check_names(configs)
+    patience = Patience(config.request_seconds, config.retry_seconds)
+    cache = None
+    if config.cache is not None:
+        cache = Cache(Path(config.cache).expanduser(), int(config.cache_gigabytes * 1e9), patience)
+    access = Access(patience, cache)
+    return [
+        open_source(one, access, allow_pipes=config.allow_pipes, quarantine=quarantine, progress=progress)
+        for one in configs
+    ]
+
+
+def _check_numbers(config: DataConfig) -> None:
+    for name, least in {"workers": 0, "shuffle_block": 1, "max_bad_in_a_row": 1}.items():
+        if getattr(config, name) < least:
+            raise DataError(f"data.{name}={getattr(config, name)} must be at least {least}")
+    for name in ("shuffle_megabytes", "cache_gigabytes", "request_seconds", "retry_seconds"):
+        if not getattr(config, name) > 0:
+            raise DataError(f"data.{name}={getattr(config, name)} must be above 0")
+    if not 0 <= config.max_bad_fraction <= 1:
+        raise DataError(f"data.max_bad_fraction={config.max_bad_fraction} must lie between 0 and 1")
+    if config.lanes is not None and config.lanes < 1:
+        raise DataError(f"data.lanes={config.lanes} must be at least 1")
+
+
+def transform_of(config: DataConfig) -> TrainingTransform:
+    """The training transform of a `data` section. Raises DataError."""
     return TrainingTransform(
         config.image_size, config.crop, tuple(config.crop_scale), config.resize, config.flip, config.color_jitter
     )
 
 
-def _deliver(micro_batches: MicroBatches, workers: int, of: dict, step: int, skips: dict[int, int]) -> Iterator[Batch]:
-    """Gives each micro-batch its state, which counts what was delivered and never what workers have prefetched."""
-    division = micro_batches.division
-    warned = set()
-    items = _load(micro_batches, workers)
-    while True:
-        state = make_state(of, division, step, skips)
-        for number in range(division.micro_batches):
-            item = next(items)
-            if isinstance(item, DataError):
-                raise item
-            skips.update(item.skips)
-            for skipped in item.skipped:
-                if (skipped.source, skipped.key) not in warned:
-                    logger.warning("skipped %s in %s: %s", skipped.key, skipped.source, skipped.reason)
-                    warned.add((skipped.source, skipped.key))
-            if number == division.micro_batches - 1:
-                state = make_state(of, division, step + 1, skips)
-            yield Batch(item.images_bchw, item.keys, state, item.skipped)
-        step += 1
+def _deal(config: DataConfig, lanes: int, batch: int, rank: int, world_size: int) -> Deal:
+    """With fewer workers than wished, where only these keep the order that does not depend on them."""
+    deal = Deal(lanes, batch, rank, world_size, config.workers)
+    if deal.ordered or not divides(lanes, batch, world_size, 1):
+        return deal
+    workers = next(n for n in range(config.workers, 0, -1) if divides(lanes, batch, world_size, n))
+    logger.warning("data.workers=%d: %d are used, as many as divide the lanes evenly", config.workers, workers)
+    return Deal(lanes, batch, rank, world_size, workers)
 
 
-def _load(micro_batches: MicroBatches, workers: int) -> Iterator:
+def _load(items: Items, workers: int) -> Iterator[Item | DataError]:
     if workers == 0:
-        return iter(micro_batches)
+        return iter(items)
     # Its own generator, since a DataLoader draws a seed and would move the global random state.
-    items = iter(
+    iterator = iter(
         DataLoader(
-            micro_batches,
+            items,
             batch_size=None,
             collate_fn=_as_is,
             num_workers=workers,
-            worker_init_fn=_leave_signals_to_the_parent,
+            worker_init_fn=_start_worker,
             generator=torch.Generator(),
         )
     )
     # Python waits at its end for children that it has sent SIGTERM, which these leave to us.
-    atexit.register(_end_workers, weakref.ref(items))
-    return items
+    atexit.register(_end_workers_of, weakref.ref(iterator))
+    return iterator
 
 
-def _end_workers(items: weakref.ref) -> None:
-    if (iterator := items()) is not None:
+def _end_workers_of(iterator: weakref.ref) -> None:
+    _end_workers(iterator())
+
+
+def _end_workers(iterator: Iterator | None) -> None:
+    if hasattr(iterator, "_shutdown_workers"):
         iterator._shutdown_workers()  # what deleting it does
 
 
@@ -159,7 +353,7 @@ def _as_is(item):
     return item
 
 
-def _leave_signals_to_the_parent(_: int) -> None:
+def _start_worker(_: int) -> None:
     # Launchers signal whole process groups. The parent decides when a run ends, and ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -176,13 +370,6 @@ class EvaluationImage(NamedTuple):
     index: int
 
 
-class _Entry(NamedTuple):
-    source: str
-    key: str  # of a file; a tar's samples have theirs inside
-    shard: Shard | None
-    index: int
-
-
 class EvaluationImages:
     """Images in a fixed order, each exactly once over all shards (index, count) of the set.
 
@@ -194,10 +381,7 @@ class EvaluationImages:
         if image_size is not None and image_size < 1:
             raise DataError(f"image size {image_size} must be at least 1 pixel")
         self.image_size, self.resize = image_size, resize_named(resize)
-        entries = _image_files(path)
-        if entries is None:
-            shards = [scan(tar) for tar in expand(path)]
-            entries = [_Entry(tar.path, "", tar, index) for tar in shards for index in range(len(tar))]
+        entries = [(one, index) for one in _evaluation_shards(path) for index in range(len(one))]
         first, count = shard
         self.entries = list(enumerate(entries))[first::count]
         self.skipped: list[Skipped] = []
@@ -207,46 +391,40 @@ class EvaluationImages:
 
     def __iter__(self) -> Iterator[EvaluationImage]:
         self.skipped = []
-        for index, entry in self.entries:
-            key = entry.key or f"sample {entry.index}"
+        for index, (shard, number) in self.entries:
+            key, name = f"sample {number}", shard.name
+            if isinstance(shard, FolderShard):
+                key, name = shard.images[number].as_posix(), f"{shard.url}/{shard.images[number].as_posix()}"
             try:
-                if entry.shard is not None:
-                    key, content = entry.shard.read(entry.index)
+                if isinstance(shard, FolderShard):
+                    content = Path(name).read_bytes()
                 else:
-                    content = Path(entry.source).read_bytes()
+                    sample = shard.read(number)
+                    key, content = sample.key, sample.image()
                 image = decode(content)
             except ImageError as error:
-                self.skipped.append(Skipped(entry.source, key, str(error)))
+                self.skipped.append(Skipped(name, key, str(error)))
                 continue
             except OSError as error:
-                self.skipped.append(Skipped(entry.source, key, error.strerror or str(error)))
+                self.skipped.append(Skipped(name, key, error.strerror or str(error)))
                 continue
             if self.image_size is not None:
                 image = resize_and_center_crop(image, self.image_size, self.resize)
             yield EvaluationImage(key, torch.from_numpy(pixels_chw(image)), index)
 
 
-def _image_files(path: str | list[str]) -> list[_Entry] | None:
-    """Entries of one image or of a folder of images; None where `path` names tars."""
-    if not isinstance(path, (str, os.PathLike)):
-        return None
-    path = Path(path)
-    if path.is_file() and path.suffix.lower().lstrip(".") in IMAGE_SUFFIXES:
-        return [_Entry(str(path), path.name, None, 0)]
-    if not path.is_dir():
-        return None
-    images, has_tars = find_images(path), any(path.glob("*.tar"))
-    if images and has_tars:
-        raise DataError(f"{path} holds images and tars: name a folder with one kind only, or the tars as {path}/*.tar")
-    if not images and not has_tars:
-        raise DataError(f"neither {', '.join(IMAGE_SUFFIXES)} nor tars under {path}: name a folder that holds images")
-    return [_Entry(str(path / image), image.as_posix(), None, 0) for image in images] if images else None
+def _evaluation_shards(path: str | list[str]) -> list[Shard]:
+    if isinstance(path, (str, os.PathLike)) and os.path.isfile(path) and is_image(str(path)):
+        return [FolderShard(os.path.dirname(path) or ".", [Path(os.path.basename(path))])]
+    if isinstance(path, (str, os.PathLike)) and os.path.isdir(path) and find_images(Path(path)):
+        return [folder_shard(str(path))]
+    return open_source(SourceConfig(name="evaluation", root=path), scan_all=True).shards
 
 
 def evaluation_images(
     path: str | list[str], *, image_size: int | None, resize: str = "pil_antialias", shard: tuple[int, int] = (0, 1)
 ) -> EvaluationImages:
-    """The images of a folder (recursive), of one image file or of tars (as `expand` reads them), in a fixed order.
+    """The images of a folder (recursive), an image file, a zip file or tars (as `expand` reads them), in fixed order.
 
     image_size: shorter side and centre crop in pixels by the protocol `resize`; None keeps the original size.
     shard: (index, count): this part of the set only, image by image in turn.

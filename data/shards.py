@@ -1,48 +1,77 @@
-"""WebDataset tars: finding, scanning, reading and writing them, and the bundled photographs."""
+"""Shards: tars, folders and zip files of images. Finding them, and reading samples out of them.
+
+A shard is read in windows of consecutive samples. A window of a local shard costs nothing until a sample is asked for;
+that of a remote one is fetched whole, in one request.
+"""
 
 import functools
 import glob
-import hashlib
 import io
-import itertools
-import json
 import os
 import re
+import subprocess
 import tarfile
-import tempfile
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from importlib import resources
+import zipfile
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import braceexpand
 import numpy as np
-from PIL import Image
 from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
-from webdataset.writer import ShardWriter
 
 from data import DataError
-from data.transforms import ImageError, decode
+from data.index import Table, key_hash
+from data.storage import Cache, Patience, is_remote, list_tars, read, redacted, scheme_of, size
+from data.transforms import ImageError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+ZIP_SUFFIX = ".zip"
+LIST_SUFFIX = ".txt"
+PIPE = "pipe:"
+RANGE_BYTES = 8 << 20  # what is fetched at once of a tar whose samples are not known beforehand
+MOST_MEMBER_BYTES = 1 << 30  # a header that claims more is damaged
 
 
 class Skipped(NamedTuple):
-    """A sample that was left out: the file or shard, the sample's key or file name, the reason in one line."""
+    """A sample that was left out: the file or shard, the sample's key or file name, the reason in one line, and the
+    name of the data source that it belongs to."""
 
     source: str
     key: str
     reason: str
+    dataset: str = ""
+
+
+class Sample(NamedTuple):
+    """A raw sample: its key, and each member's bytes under its suffix in lower case (``jpg``, ``txt``, ``json``)."""
+
+    key: str
+    members: dict[str, bytes]
+
+    def image(self, suffixes: Iterable[str] = ()) -> bytes:
+        """The first of ``suffixes`` that there is; without any, the first member that is an image by its name."""
+        for suffix in suffixes or sorted(filter(is_image, self.members)):
+            if suffix in self.members:
+                return self.members[suffix]
+        wanted = f" ({', '.join(suffixes)})" if suffixes else ""
+        raise ImageError(f"no image{wanted} among its members: {', '.join(sorted(self.members)) or 'none'}")
+
+
+def is_image(name: str) -> bool:
+    """Whether a file's name or a member's suffix is that of an image."""
+    return name.lower().rsplit(".", 1)[-1] in IMAGE_SUFFIXES
 
 
 # ---------------------------------------------------------------------------------------------------------- finding
 
 
-def expand(spec: str | Iterable[str]) -> list[str]:
-    """The tars that `spec` names, as paths: a folder (its *.tar, sorted), one tar, a brace pattern, a glob,
-    `bundled:train` or `bundled:val` (the photographs in scikit-image's wheel), or a list of these.
+def expand(spec: str | Iterable[str], *, allow_pipes: bool = False) -> list[str]:
+    """The tars that `spec` names, as paths or URLs: a folder (its *.tar, sorted), one tar, a brace pattern, a glob, an
+    http(s), s3 or gs URL with or without braces, a folder in s3 or gs, a .txt file that lists one of these in each
+    line, `bundled:train` or `bundled:val` (the photographs in scikit-image's wheel), or a list of these. `pipe:COMMAND`
+    only where `allow_pipes` says so: it runs a shell.
 
     Raises DataError naming the part that gives nothing.
     """
@@ -53,28 +82,57 @@ def expand(spec: str | Iterable[str]) -> list[str]:
     if isinstance(spec, (bytes, dict)) or not isinstance(spec, Iterable):
         raise DataError(f"{spec!r} names no data: give a path (./{spec}), a pattern in quotes or a list of these")
     if not isinstance(spec, str):
-        paths = [path for part in spec for path in expand(part)]
+        paths = [path for part in spec for path in expand(part, allow_pipes=allow_pipes)]
         if not paths:
             raise DataError("no data named: the list of tars is empty")
         return paths
-    spec = os.path.expanduser(spec)  # the shell leaves the ~ of data.train=~/tars alone
     if spec.startswith("bundled:"):
-        return _bundled(spec)
-    if spec.startswith("pipe:") or re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", spec):
-        raise DataError(f"{spec}: only local paths are read so far; copy the tars here and name their folder")
+        from data.photographs import photographs  # which packs them, with all that this takes
+
+        return expand(photographs(spec))
+    if spec.startswith(PIPE):
+        if not allow_pipes:
+            raise DataError("pipe: runs a shell command: allow it with data.allow_pipes=true, if you trust the recipe")
+        return _braced(spec)
+    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", spec):
+        return [url for braced in _braced(spec) for url in _remote_tars(braced)]
+    return _local_tars(os.path.expanduser(spec), allow_pipes)  # the shell leaves the ~ of data.train=~/tars alone
+
+
+def _remote_tars(url: str) -> list[str]:
+    scheme_of(url)
+    if re.split(r"[?#]", url)[0].endswith(".tar"):
+        return [url]
+    if not (found := list_tars(url)):
+        raise DataError(f"no *.tar in {redacted(url)}: look at the path")
+    return found
+
+
+def _braced(pattern: str) -> list[str]:
+    try:
+        return list(braceexpand.braceexpand(pattern))
+    except ValueError as error:
+        raise DataError(
+            f"{redacted(pattern)}: {error}; a brace pattern reads like train-{{000000..000009}}.tar"
+        ) from error
+
+
+def _local_tars(spec: str, allow_pipes: bool) -> list[str]:
     if os.path.isdir(spec):
         paths = sorted(str(path) for path in Path(spec).glob("*.tar"))
         if not paths:
             raise DataError(f"no *.tar in the folder {spec}: pack images with `ibq shards pack FOLDER --out {spec}`")
         return paths
+    if os.path.isfile(spec) and spec.endswith(LIST_SUFFIX):
+        lines = [line.strip() for line in Path(spec).read_text(encoding="utf-8").splitlines()]
+        parts = [line for line in lines if line and not line.startswith("#")]
+        if not parts:
+            raise DataError(f"the list {spec} is empty: write one tar, pattern or URL in each line")
+        return expand(parts, allow_pipes=allow_pipes)
     if os.path.exists(spec):
         return [spec]
-    try:
-        patterns = list(braceexpand.braceexpand(spec))
-    except ValueError as error:
-        raise DataError(f"{spec}: {error}; a brace pattern reads like train-{{000000..000009}}.tar") from error
     paths = []
-    for pattern in patterns:
+    for pattern in _braced(spec):
         found = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern] * os.path.exists(pattern)
         if not found:
             of = f" (from {spec})" if pattern != spec else ""
@@ -83,59 +141,238 @@ def expand(spec: str | Iterable[str]) -> list[str]:
     return paths
 
 
-# ---------------------------------------------------------------------------------------------------------- reading
+def find_images(folder: Path) -> list[Path]:
+    """Paths relative to `folder`, sorted, without hidden files and folders."""
+    if not folder.is_dir():
+        raise DataError(f"no such folder: {folder}")
+    found = []
+    for parent, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        images = (name for name in names if is_image(Path(name).suffix) and not name.startswith("."))
+        found += [(Path(parent) / name).relative_to(folder) for name in images]
+    return sorted(found, key=lambda path: path.as_posix())
 
 
-class Sample(NamedTuple):
-    """A raw sample: its key and the image file's bytes."""
-
-    key: str
-    image: bytes
+# ---------------------------------------------------------------------------------------------------------- windows
 
 
-@dataclass(frozen=True, eq=False)
-class Shard:
-    """A scanned tar: sample n lies in bytes starts_n[n] to stops_n[n], its members' headers included."""
+class Limit(NamedTuple):
+    """The most of a window: samples, and bytes unless one sample alone has more."""
 
-    path: str
-    starts_n: np.ndarray
-    stops_n: np.ndarray
+    samples: int
+    bytes: int
+
+
+class Access(NamedTuple):
+    """How remote shards are reached: with what patience, and through which cache."""
+
+    patience: Patience = Patience()
+    cache: Cache | None = None
+
+
+class Window:
+    """Consecutive samples of a shard: `read(n)` gives the n-th of `len(window)`, whose place in the shard is first + n.
+
+    `fetch` gets everything that `read` needs; without it, the first `read` does. `read` raises ImageError for a sample
+    that cannot be used, DataError where the shard cannot be read.
+    """
+
+    def __init__(self, first: int, count: int):
+        self.first, self.count = first, count
 
     def __len__(self):
-        return len(self.starts_n)
+        return self.count
+
+    def fetch(self) -> None:
+        """Nothing, unless the shard is remote."""
+
+    def read(self, n: int) -> Sample:
+        raise NotImplementedError
+
+
+# ------------------------------------------------------------------------------------------------------------- tars
+
+
+@dataclass(eq=False)
+class TarShard:
+    """A tar at a path or URL, or `pipe:COMMAND`. table: where its samples lie, if that is known.
+
+    A tar without a table is read from its start to its end; whether it ends as a tar must is seen only then.
+    """
+
+    url: str
+    table: Table | None = None
+    access: Access = field(default_factory=Access)
+    _checked: bool = False
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return PIPE + "…" if self.url.startswith(PIPE) else redacted(self.url)
+
+    def __len__(self):
+        return len(self.table)
+
+    def path(self) -> str:
+        """Where to read: the URL, or its local copy."""
+        return str(self.access.cache.path(self.url)) if self.access.cache and is_remote(self.url) else self.url
 
     def read(self, index: int) -> Sample:
-        """The sample's key and image bytes. Raises ImageError for a sample without one, DataError where I/O fails."""
-        start, stop = int(self.starts_n[index]), int(self.stops_n[index])
-        try:
-            with open(self.path, "rb") as file:
-                file.seek(start)
-                content = file.read(stop - start)
-        except OSError as error:
-            raise DataError(f"cannot read the shard {self.path}: {error.strerror}") from error
-        if len(content) < stop - start:
-            raise DataError(f"the shard {self.path} became shorter while it was read: start again with the whole file")
-        # A sample's members are a tar of their own: webdataset groups them just as it would in the whole shard.
-        members = tar_file_expander([{"url": self.path, "stream": io.BytesIO(content)}])
-        try:
-            (sample,) = group_by_keys(members)
-        except (ValueError, tarfile.TarError) as error:
-            raise ImageError(f"sample {index} is no single sample: {error.args[0]}") from error
-        for suffix in sorted(sample):
-            if _is_image(suffix):
-                return Sample(sample["__key__"], sample[suffix])
-        raise ImageError(f"sample {index} ({sample['__key__']}) holds no image")
+        """One sample alone."""
+        return _TarWindow(self, index, 1).read(0)
+
+    def windows(self, first: int, stop: int | None, limit: Limit) -> Iterator[Window]:
+        """The samples from first to stop (None: to the end), in windows that depend on first, stop and limit only."""
+        if self.table is None and not _is_stream(path := self.path()):
+            self.table = scan(path)
+        if self.table is None:
+            assert first == 0 and stop is None
+            yield from self._stream(limit)
+            return
+        stop = len(self.table) if stop is None else stop
+        self.check_size()
+        while first < stop:
+            most = np.searchsorted(self.table.stops_n, self.table.starts_n[first] + limit.bytes, side="right")
+            count = max(1, min(limit.samples, int(most) - first, stop - first))
+            yield _TarWindow(self, first, count)
+            first += count
+
+    def check_size(self) -> None:
+        """Raises DataError unless the tar has the size that its table tells, once in a process."""
+        if self._checked or self.url.startswith(PIPE):
+            return
+        if (found := size(self.path(), self.access.patience)) != self.table.bytes:
+            raise DataError(
+                f"the shard {self.name} has {found:,} bytes and not the {self.table.bytes:,} of its index: copy it "
+                "again, write the index again, or name the shard in data.quarantine"
+            )
+        self._checked = True
+
+    def _stream(self, limit: Limit) -> Iterator[Window]:
+        first, samples, total = 0, [], 0
+        with _Forward(self.path(), self.access.patience, self.name) as file:
+            for span in spans(file, self.name):
+                samples.append(file.take(span.start, span.stop))
+                total += span.stop - span.start
+                if len(samples) >= limit.samples or total >= limit.bytes:
+                    yield _Fetched(self.name, first, samples)
+                    first, samples, total = first + len(samples), [], 0
+        if samples:
+            yield _Fetched(self.name, first, samples)
 
 
-def _is_image(name: str) -> bool:
-    return name.lower().rsplit(".", 1)[-1] in IMAGE_SUFFIXES
+class _TarWindow(Window):
+    def __init__(self, shard: TarShard, first: int, count: int):
+        super().__init__(first, count)
+        self.shard, self.content, self.path = shard, None, None
+
+    def fetch(self) -> None:
+        self.path = self.path or self.shard.path()
+        if self.content is None and is_remote(self.path):
+            table = self.shard.table
+            start, stop = table.starts_n[self.first], table.stops_n[self.first + self.count - 1]
+            self.content = memoryview(read(self.path, int(start), int(stop), self.shard.access.patience))
+
+    def read(self, n: int) -> Sample:
+        self.fetch()
+        table = self.shard.table
+        start, stop = int(table.starts_n[self.first + n]), int(table.stops_n[self.first + n])
+        if self.content is not None:
+            begin = int(table.starts_n[self.first])
+            content = self.content[start - begin : stop - begin]
+        else:
+            content = read(self.path, start, stop, self.shard.access.patience)
+        sample = parse(content, self.first + n, self.shard.name)
+        if key_hash(sample.key) != table.keys_n[self.first + n]:
+            raise DataError(
+                f"the shard {self.shard.name} is not the one of its index (sample {self.first + n} is {sample.key}): "
+                "write the index again, or name the shard in data.quarantine"
+            )
+        return sample
 
 
-def scan(path: str) -> Shard:
-    """Reads a tar's headers only: where each sample lies.
+class _Fetched(Window):
+    def __init__(self, name: str, first: int, contents: list[bytes]):
+        super().__init__(first, len(contents))
+        self.name, self.contents = name, contents
 
-    webdataset alone passes over a tar that ends early, a broken header or zeroed blocks in silence. Here each of them,
-    and a tar without any image, is a DataError that names the file. An unchanged file is scanned once in a process.
+    def read(self, n: int) -> Sample:
+        return parse(self.contents[n], self.first + n, self.name)
+
+
+def parse(content: bytes | memoryview, index: int, name: str) -> Sample:
+    """A sample out of the bytes of its members, which are a tar of their own: webdataset groups them just as it would
+    in the whole shard. Raises ImageError."""
+    members = tar_file_expander([{"url": name, "stream": io.BytesIO(content)}])
+    try:
+        (sample,) = group_by_keys(members)
+    except (ValueError, tarfile.TarError) as error:
+        raise ImageError(f"sample {index} is no single sample: {str(error.args[0]).split(' dict_keys')[0]}") from error
+    key = sample.pop("__key__")
+    if key.startswith("/") or ".." in key.split("/"):
+        raise ImageError(f"the key {key!r} leads out of its folder")
+    return Sample(key, {suffix: value for suffix, value in sample.items() if not suffix.startswith("__")})
+
+
+class Span(NamedTuple):
+    """Where a sample lies in its tar, in bytes, and what kinds of members it has."""
+
+    key: str
+    start: int
+    stop: int
+    suffixes: tuple[str, ...]
+
+
+def spans(file, name: str) -> Iterator[Span]:
+    """Each sample of an uncompressed tar, from headers alone.
+
+    webdataset by itself passes over a tar that ends early, a broken header or zeroed blocks in silence. Here each of
+    them, and a tar without any sample, is a DataError that names the tar.
+    """
+    key, start, stop, suffixes, found = None, 0, 0, [], False
+    try:
+        with tarfile.open(fileobj=file, mode="r:") as tar:
+            while (member := tar.next()) is not None:
+                tar.members = []  # tarfile keeps every member otherwise
+                if member.size > MOST_MEMBER_BYTES:
+                    raise tarfile.ReadError(f"{member.name} claims {member.size:,} bytes")
+                member_key, suffix = base_plus_ext(member.name)
+                if not member.isreg() or member_key is None or re.match(r"__[^/]*__($|/)", member.name):
+                    continue
+                if member_key != key:
+                    if key is not None:
+                        yield Span(key, start, stop, tuple(suffixes))
+                    key, start, suffixes, found = member_key, member.offset, [], True
+                stop = tar.offset
+                suffixes.append(suffix.lower())
+            _check_end(file, tar.offset)
+    except tarfile.TarError as error:
+        raise DataError(
+            f"the shard {name} is no whole, uncompressed tar ({error}): pack or copy it again, or leave it out"
+        ) from error
+    except OSError as error:
+        raise DataError(f"cannot read the shard {name}: {error.strerror or error}") from error
+    if not found:
+        raise DataError(f"the shard {name} holds no sample: leave it out")
+    yield Span(key, start, stop, tuple(suffixes))
+
+
+def _check_end(file, offset: int) -> None:
+    """A whole tar ends in zero blocks and has nothing after them."""
+    file.seek(offset)
+    ended = False
+    while block := file.read(1 << 20):
+        if block.count(0) != len(block):
+            raise tarfile.ReadError(f"damaged at byte {offset:,}")
+        ended = True
+    if not ended:
+        raise tarfile.ReadError("cut off before its end mark")
+
+
+def scan(path: str) -> Table:
+    """Reads a local tar's headers only: where each sample lies. An unchanged file is scanned once in a process.
+
+    Raises DataError for a tar that is not whole, holds nothing, or holds no image.
     """
     try:
         stat = os.stat(path)
@@ -147,277 +384,212 @@ def scan(path: str) -> Shard:
 
 
 @functools.cache
-def _scan(path: str, bytes_in_file: int, mtime_ns: int) -> Shard:
-    starts, stops, images = [], [], 0
+def _scan(path: str, bytes_in_file: int, mtime_ns: int) -> Table:
     try:
-        with tarfile.open(path, mode="r:") as tar:
-            last_key = None
-            while (member := tar.next()) is not None:
-                tar.members = []  # tarfile keeps every member otherwise
-                key, suffix = base_plus_ext(member.name)
-                if not member.isreg() or key is None or re.match(r"__[^/]*__($|/)", member.name):
-                    continue
-                if key != last_key:
-                    starts.append(member.offset)
-                    stops.append(0)
-                    last_key = key
-                stops[-1] = tar.offset
-                images += _is_image(suffix)
-            _check_end(path, tar)
-    except tarfile.TarError as error:
-        raise DataError(
-            f"the shard {path} is no whole, uncompressed tar ({error}): pack or copy it again, or leave it out"
-        ) from error
+        with open(path, "rb") as file:
+            found = list(spans(file, path))
     except OSError as error:
         raise DataError(f"cannot read the shard {path}: {error.strerror}") from error
-    if not images:
+    if not any(is_image(suffix) for span in found for suffix in span.suffixes):
         raise DataError(f"the shard {path} holds no image ({', '.join(IMAGE_SUFFIXES)}): leave it out")
-    return Shard(path, np.array(starts, np.int64), np.array(stops, np.int64))
+    return Table(
+        bytes_in_file,
+        np.array([span.start for span in found], np.int64),
+        np.array([span.stop for span in found], np.int64),
+        np.array([key_hash(span.key) for span in found], np.uint64),
+    )
 
 
-def _check_end(path: str, tar: tarfile.TarFile) -> None:
-    """A whole tar ends in zero blocks and has nothing after them."""
-    tar.fileobj.seek(tar.offset)
-    ended = False
-    while block := tar.fileobj.read(1 << 20):
-        if block.count(0) != len(block):
-            raise tarfile.ReadError(f"damaged at byte {tar.offset:,}")
-        ended = True
-    if not ended:
-        raise tarfile.ReadError("cut off before its end mark")
+def _is_stream(path: str) -> bool:
+    return path.startswith(PIPE) or is_remote(path)
 
 
-# ---------------------------------------------------------------------------------------------------------- packing
+class _Forward(io.RawIOBase):
+    """A remote tar or a command's output as a file that is read forwards, and keeps what no `take` has passed yet."""
+
+    def __init__(self, path: str, patience: Patience, name: str):
+        self.path, self.patience, self.name = path, patience, name
+        self.begin, self.content, self.position = 0, bytearray(), 0
+        self.process = self.bytes = None
+        if path.startswith(PIPE):
+            self.process = subprocess.Popen(path.removeprefix(PIPE), shell=True, stdout=subprocess.PIPE)
+        else:
+            self.bytes = size(path, patience)
+
+    def readable(self):
+        return True
+
+    def seekable(self):
+        return True
+
+    def tell(self):
+        return self.position
+
+    def seek(self, offset, whence=io.SEEK_SET):
+        if whence != io.SEEK_SET:
+            raise io.UnsupportedOperation("only from the start")
+        self.position = offset
+        return offset
+
+    def read(self, count=-1):
+        self._fill(self.position + count)
+        start = self.position - self.begin
+        piece = bytes(self.content[start : start + count])
+        self.position += len(piece)
+        return piece
+
+    def take(self, start: int, stop: int) -> bytes:
+        """These bytes; those before `stop` are not needed any more."""
+        self._fill(stop)
+        piece = bytes(self.content[start - self.begin : stop - self.begin])
+        del self.content[: stop - self.begin]
+        self.begin = stop
+        return piece
+
+    def _fill(self, stop: int) -> None:
+        while (end := self.begin + len(self.content)) < stop:
+            if self.process:
+                more = self.process.stdout.read(RANGE_BYTES)
+            else:
+                more = (
+                    read(self.path, end, min(end + RANGE_BYTES, self.bytes), self.patience) if end < self.bytes else b""
+                )
+            if not more:
+                return
+            self.content += more
+
+    def close(self):
+        if self.process and not self.closed:
+            unread = self.process.stdout.read(1)
+            self.process.stdout.close()
+            if self.process.wait() and not unread:
+                raise DataError(
+                    f"the command of {self.name} ended with status {self.process.returncode}: try it by hand"
+                )
+        super().close()
 
 
-class PackReport(NamedTuple):
-    """What `pack` wrote: the tars' paths, the count of images in them, and the images that it left out."""
-
-    shards: list[str]
-    samples: int
-    skipped: list[Skipped]
+# -------------------------------------------------------------------------------------------------- folders and zips
 
 
-def pack(
-    folder: str | Path,
-    out: str | Path,
-    *,
-    prefix: str = "train",
-    max_samples_per_shard: int = 10_000,
-    max_bytes_per_shard: int = 1_000_000_000,
-    shorter_side: int | None = None,
-    quality: int = 95,
-    classes_from_folders: bool = False,
-    shuffle: bool = True,
-    progress: Callable[[int, int], None] = lambda done, total: None,
-) -> PackReport:
-    """Writes every jpg, png and webp under `folder` (hidden files left aside) to WebDataset tars in the folder `out`.
+@dataclass(eq=False)
+class FolderShard:
+    """The images of a folder and its sub-folders, in sorted order. The key of a sample is its relative path without
+    the suffix; .txt, .cls and .json beside the image belong to it; ``cls`` may come from the top sub-folder."""
 
-    A sample is the image (its own bytes, unless it is resized), `.txt` and `.cls` from files of the same stem beside
-    it, and `.json` with key, width and height in pixels (as displayed) and the source's relative path. The same folder
-    always gives the same bytes. Images that cannot be decoded whole are left out and reported. On an error nothing
-    appears in `out`.
+    url: str
+    images: list[Path]
+    classes: dict[str, int] | None = None
 
-    shorter_side: larger images are resized so that their shorter side has this many pixels and stored as JPEG of
-        `quality` (1 to 100, no chroma subsampling); others keep their bytes.
-    classes_from_folders: the class is the index of the image's top sub-folder, sorted; names go to `classes.json`.
-    shuffle: orders samples by a hash of their paths, so that classes mix within shards; otherwise by path.
-    progress: called with (images done, images in all).
-    Raises DataError.
-    """
-    folder, out = Path(folder), Path(out).absolute()
-    _check_pack_options(prefix, max_samples_per_shard, max_bytes_per_shard, shorter_side, quality)
-    paths = find_images(folder)
-    if not paths:
-        raise DataError(f"no {', '.join(IMAGE_SUFFIXES)} under {folder}: name a folder that holds images")
-    _check_no_tars(out)
-    keys = _unique_keys(paths)
-    classes = _folder_classes(folder, paths) if classes_from_folders else None
+    @property
+    def name(self) -> str:
+        return self.url
 
-    def prepare(path: Path) -> dict | Skipped:
+    def __len__(self):
+        return len(self.images)
+
+    def windows(self, first: int, stop: int | None, limit: Limit) -> Iterator[Window]:
+        return _windows_by_count(self, first, len(self) if stop is None else stop, limit)
+
+    def read(self, index: int) -> Sample:
+        relative = self.images[index]
+        path = Path(self.url) / relative
         try:
-            return _prepare(folder, path, keys[path], shorter_side, quality, classes)
-        except ImageError as error:
-            return Skipped(str(folder / path), keys[path], str(error))
+            members = {path.suffix.lower().lstrip("."): path.read_bytes()}
+            for suffix in ("txt", "cls", "json"):
+                if (beside := path.with_suffix(f".{suffix}")).exists():
+                    members[suffix] = beside.read_bytes()
         except OSError as error:
-            return Skipped(str(folder / path), keys[path], error.strerror or str(error))
+            raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+        if self.classes is not None:
+            members["cls"] = str(self.classes[relative.parts[0]]).encode()
+        return Sample(relative.with_suffix("").as_posix(), members)
 
-    if shuffle:
-        paths.sort(key=lambda path: hashlib.sha256(path.as_posix().encode("utf-8", "surrogateescape")).digest())
-    skipped, samples = [], 0
-    place = next(parent for parent in [out, *out.parents] if parent.exists())
+
+@dataclass(eq=False)
+class ZipShard:
+    """The images in a zip file, in the order of their names."""
+
+    url: str
+    names: list[str]
+    _file: tuple[int, zipfile.ZipFile] | None = None
+
+    @property
+    def name(self) -> str:
+        return self.url
+
+    def __len__(self):
+        return len(self.names)
+
+    def windows(self, first: int, stop: int | None, limit: Limit) -> Iterator[Window]:
+        return _windows_by_count(self, first, len(self) if stop is None else stop, limit)
+
+    def read(self, index: int) -> Sample:
+        name = self.names[index]
+        key, _, suffix = name.rpartition(".")
+        try:
+            if self._file is None or self._file[0] != os.getpid():  # a forked process must not share the file's place
+                self._file = os.getpid(), zipfile.ZipFile(self.url)
+            return Sample(key, {suffix.lower(): self._file[1].read(name)})
+        except (zipfile.BadZipFile, zipfile.zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+            raise ImageError(f"damaged or encrypted in the zip file: {error}") from error
+        except OSError as error:
+            raise DataError(f"cannot read {self.url}: {error.strerror or error}") from error
+
+
+class _ByPlace(Window):
+    def __init__(self, shard: FolderShard | ZipShard, first: int, count: int):
+        super().__init__(first, count)
+        self.shard = shard
+
+    def read(self, n: int) -> Sample:
+        return self.shard.read(self.first + n)
+
+
+def _windows_by_count(shard, first: int, stop: int, limit: Limit) -> Iterator[Window]:
+    for begin in range(first, stop, limit.samples):
+        yield _ByPlace(shard, begin, min(limit.samples, stop - begin))
+
+
+Shard = TarShard | FolderShard | ZipShard
+
+
+def folder_shard(folder: str, class_from_folder: bool = False) -> FolderShard:
+    """Raises DataError where there is no image, or images and tars."""
+    images, has_tars = find_images(Path(folder)), any(Path(folder).glob("*.tar"))
+    if images and has_tars:
+        raise DataError(
+            f"{folder} holds images and tars: name a folder with one kind only, or the tars as {folder}/*.tar"
+        )
+    if not images:
+        raise DataError(f"neither {', '.join(IMAGE_SUFFIXES)} nor tars under {folder}: name a folder that holds images")
+    if not class_from_folder:
+        return FolderShard(folder, images)
+    if loose := [image for image in images if len(image.parts) == 1]:
+        raise DataError(f"{folder}/{loose[0]} lies in no class folder: move it into one")
+    names = sorted({image.parts[0] for image in images})
+    return FolderShard(folder, images, {name: number for number, name in enumerate(names)})
+
+
+def zip_shard(path: str) -> ZipShard:
+    """Raises DataError for what is no zip file, or holds no image."""
     try:
-        with tempfile.TemporaryDirectory(prefix=".ibq-pack-", dir=place) as scratch:
-            pattern = scratch.replace("%", "%%") + f"/{prefix}-%06d.tar"
-            limits = {"maxcount": max_samples_per_shard, "maxsize": max_bytes_per_shard}
-            with ShardWriter(pattern, **limits, verbose=0, encoder=False, mtime=0.0) as writer:
-                for done, result in enumerate(_map_in_threads(prepare, paths), start=1):
-                    if isinstance(result, Skipped):
-                        skipped.append(result)
-                    else:
-                        writer.write(result)
-                        samples += 1
-                    progress(done, len(paths))
-            if not samples:
-                raise DataError(f"none of the {len(paths)} images under {folder} can be read: {skipped[0].reason}")
-            if classes is not None:
-                (Path(scratch) / "classes.json").write_text(json.dumps(classes, indent=2) + "\n", encoding="utf-8")
-            _check_no_tars(out)
-            out.mkdir(parents=True, exist_ok=True)
-            written = sorted(Path(scratch).iterdir())
-            for file in written:
-                os.replace(file, out / file.name)
+        with zipfile.ZipFile(path) as file:
+            names = sorted(name for name in file.namelist() if is_image(name) and not name.startswith("__MACOSX/"))
+    except zipfile.BadZipFile as error:
+        raise DataError(f"{path} is no whole zip file: copy it again") from error
     except OSError as error:
-        raise DataError(f"cannot write shards to {out}: {error.strerror}; name another folder with --out") from error
-    return PackReport([str(out / file.name) for file in written if file.suffix == ".tar"], samples, skipped)
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    if not names:
+        raise DataError(f"no {', '.join(IMAGE_SUFFIXES)} in {path}: name a zip file of images")
+    return ZipShard(path, names)
 
 
-def _check_pack_options(prefix, max_samples_per_shard, max_bytes_per_shard, shorter_side, quality):
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", prefix):
-        raise DataError(f"prefix {prefix!r} must consist of letters, digits, - and _")
-    if min(max_samples_per_shard, max_bytes_per_shard) < 1:
-        raise DataError("a shard must have room for at least 1 sample and 1 byte")
-    if shorter_side is not None and shorter_side < 1:
-        raise DataError(f"shorter side {shorter_side} must be at least 1 pixel")
-    if not 1 <= quality <= 100:
-        raise DataError(f"quality {quality} must be from 1 to 100")
+def is_folder_of_images(spec) -> bool:
+    """Whether `spec` is a local folder without tars."""
+    return isinstance(spec, (str, os.PathLike)) and os.path.isdir(spec) and not any(Path(spec).glob("*.tar"))
 
 
-def _check_no_tars(out: Path) -> None:
-    if out.exists() and not out.is_dir():
-        raise DataError(f"cannot write shards to {out}: it is a file; name a folder with --out")
-    if any(out.glob("*.tar")):
-        raise DataError(f"{out} already holds tars: name another folder with --out, or remove them first")
-
-
-def find_images(folder: Path) -> list[Path]:
-    """Paths relative to `folder`, sorted, without hidden files and folders."""
-    if not folder.is_dir():
-        raise DataError(f"no such folder: {folder}")
-    found = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        images = (name for name in names if _is_image(Path(name).suffix) and not name.startswith("."))
-        found += [(Path(parent) / name).relative_to(folder) for name in images]
-    return sorted(found, key=lambda path: path.as_posix())
-
-
-def _unique_keys(paths: list[Path]) -> dict[Path, str]:
-    """Keys of letters, digits, - and _ only, short enough for every tar format."""
-    keys, taken = {}, set()
-    for path in paths:
-        stem = path.with_suffix("").as_posix()
-        base = re.sub(r"[^A-Za-z0-9_-]+", "_", stem.replace("/", "_")).strip("_") or "image"
-        if len(base) > 72:
-            base = base[:63] + "-" + hashlib.sha256(stem.encode("utf-8", "surrogateescape")).hexdigest()[:8]
-        key = next(k for k in itertools.chain([base], (f"{base}-{n}" for n in itertools.count(2))) if k not in taken)
-        taken.add(key)
-        keys[path] = key
-    return keys
-
-
-def _folder_classes(folder: Path, paths: list[Path]) -> dict[str, int]:
-    loose = [path for path in paths if len(path.parts) == 1]
-    if loose:
-        raise DataError(f"{folder / loose[0]} lies in no class folder: move it into one, or leave out the classes")
-    return {name: index for index, name in enumerate(sorted({path.parts[0] for path in paths}))}
-
-
-def _prepare(folder, path, key, shorter_side, quality, classes) -> dict:
-    source = folder / path
-    content = source.read_bytes()
-    image = decode(content, draft_side=2 * shorter_side if shorter_side else None)
-    suffix = {b"\xff\xd8": "jpg", b"\x89P": "png"}.get(content[:2], "webp")
-    if shorter_side is not None and min(image.size) > shorter_side:
-        scale = shorter_side / min(image.size)
-        image = image.resize([round(side * scale) for side in image.size], Image.Resampling.LANCZOS)
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=quality, subsampling=0)
-        content, suffix = buffer.getvalue(), "jpg"
-    name = path.as_posix().encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    metadata = {"key": key, "width": image.width, "height": image.height, "source": name}
-    sample = {"__key__": key, suffix: content, "json": json.dumps(metadata, ensure_ascii=False).encode()}
-    if source.with_suffix(".txt").exists():
-        sample["txt"] = source.with_suffix(".txt").read_bytes()
-    if classes is not None:
-        sample["cls"] = str(classes[path.parts[0]]).encode()
-    elif source.with_suffix(".cls").exists():
-        text = source.with_suffix(".cls").read_text(errors="replace").strip()
-        if not re.fullmatch(r"\d+", text):
-            raise DataError(f"{source.with_suffix('.cls')} holds {text[:40]!r}: a class is a number from 0")
-        sample["cls"] = text.encode()
-    return sample
-
-
-def _map_in_threads(function, values: list) -> Iterator:
-    """Results in order; Pillow releases the interpreter's lock while it decodes. At most 64 results wait in memory."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for first in range(0, len(values), 64):
-            yield from pool.map(function, values[first : first + 64])
-
-
-# --------------------------------------------------------------------------------------------- bundled photographs
-
-# Photographs in scikit-image's wheel; its drawings and its downloads are left aside. Whole photographs are held out,
-# of different kinds (people, an animal, things in rows), whose colours others have too: fifteen pictures are no web,
-# and only the rocket has a blue sky. The motorcycles are one scene seen twice.
-PHOTOGRAPHS = {
-    "train": (
-        *("brick.png", "cell.png", "clock_motion.png", "coffee.png", "grass.png", "gravel.png"),
-        *("hubble_deep_field.jpg", "ihc.png", "moon.png", "motorcycle_left.png", "motorcycle_right.png", "page.png"),
-        *("retina.jpg", "rocket.jpg", "text.png"),
-    ),
-    "val": ("astronaut.png", "camera.png", "chelsea.png", "coins.png"),
-}
-PHOTOGRAPH_SIDE = 256
-PHOTOGRAPH_QUALITY = 95  # JPEG decodes about three times as fast as PNG here
-
-
-def _bundled(spec: str) -> list[str]:
-    split = spec.removeprefix("bundled:")
-    if split not in PHOTOGRAPHS:
-        raise DataError(f"unknown {spec}: there are bundled:train and bundled:val")
-    return expand(str(_bundled_folder() / split))
-
-
-def _bundled_folder() -> Path:
-    """Packs both splits into the cache once; many processes may start together. Its name holds its content's hash."""
-    try:
-        source = resources.files("skimage") / "data"
-    except ModuleNotFoundError as error:
-        raise DataError("the bundled photographs come with scikit-image: pip install scikit-image") from error
-    missing = [name for names in PHOTOGRAPHS.values() for name in names if not (source / name).is_file()]
-    if missing:
-        raise DataError(f"this scikit-image lacks {', '.join(missing)}: pip install 'scikit-image>=0.22'")
-    content = hashlib.sha256(f"{PHOTOGRAPHS} {PHOTOGRAPH_SIDE} {PHOTOGRAPH_QUALITY}".encode())
-    for name in itertools.chain(*PHOTOGRAPHS.values()):
-        content.update((source / name).read_bytes())
-    cache = cache_folder()
-    folder = cache / f"photographs-{content.hexdigest()[:16]}"
-    if folder.is_dir():
-        return folder
-    try:
-        cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".photographs-", dir=cache) as scratch:
-            for split, names in PHOTOGRAPHS.items():
-                images = Path(scratch) / "images" / split
-                images.mkdir(parents=True)
-                for name in names:
-                    (images / name).write_bytes((source / name).read_bytes())
-                packed = Path(scratch) / "packed" / split
-                pack(images, packed, prefix=split, shorter_side=PHOTOGRAPH_SIDE, quality=PHOTOGRAPH_QUALITY)
-            try:
-                os.rename(Path(scratch) / "packed", folder)
-            except OSError:
-                if not folder.is_dir():  # otherwise another process was first
-                    raise
-    except OSError as error:
-        raise DataError(f"cannot write the bundled photographs to {cache}: {error.strerror}; set IBQ_CACHE") from error
-    return folder
-
-
-def cache_folder() -> Path:
-    """$IBQ_CACHE, or ibq under $XDG_CACHE_HOME, or ~/.cache/ibq."""
-    if "IBQ_CACHE" in os.environ:
-        return Path(os.environ["IBQ_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ibq"
+def is_zip(spec) -> bool:
+    """Whether `spec` is a local zip file."""
+    return isinstance(spec, (str, os.PathLike)) and os.path.isfile(spec) and str(spec).lower().endswith(ZIP_SUFFIX)

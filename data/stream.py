@@ -1,33 +1,44 @@
 """The endless, deterministic training stream.
 
-All images form one sequence of raw samples: epoch after epoch, shards in a seeded order, shuffled within blocks. Lane l
-of L reads positions l, l + L, l + 2L, ... of it. An optimiser step with a global batch of B takes one image from each
-of B lanes: step t takes those of round t mod (L / B). An image that cannot be decoded is skipped, and its lane, and no
-other, goes on to its next position. So the images of step t depend on the seed, the data, B and L only: ranks,
-micro-batches and loader workers merely divide the lanes among them. The state is the step and how many positions each
-lane has skipped.
+A run has L lanes. Each lane is an endless stream of images of its own, drawn from every source by the mixture's
+weights; what it gives depends on the seed, the sources, the lane's number and L, and on nothing else. Ranks and loader
+workers merely divide the lanes among them: each sample is read by one process and by no other.
 
-Positions are computed, never searched for, and a sample is read by its place in the tar: each worker reads its own part
-only, and resuming costs nothing.
+Within a source, a lane reads one contiguous stretch of every epoch's shards (whose order is drawn anew for each epoch),
+window by window, each window shuffled: so tars are read forwards, and each sample comes exactly once in an epoch. A
+sample that cannot be used is passed over, and its lane goes on to the next one of the same source.
+
+A step takes as many images from each lane as from any other, or, where there are more lanes than images in a step, one
+from each of the lanes whose turn it is. The state is, for each lane, how many images it gave, and where it is in each
+source: what has been delivered, never what was read ahead.
 """
 
+import bisect
 import functools
 import hashlib
-import os
+import heapq
+import itertools
 import random
+import threading
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import NamedTuple
+from dataclasses import dataclass
+from queue import Queue
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from data import DataError
-from data.shards import Shard, Skipped
-from data.transforms import ImageError, TrainingTransform
+from data.shards import Limit, Sample, Skipped, TarShard, Window
+from data.sources import Picked, Source
+from data.storage import is_remote
+from data.transforms import Filtered, ImageError, TrainingTransform
 
-LEAST_FAILURE_LIMIT = 100
+GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: its multiples fill 0..2^64 most evenly
+FETCHES = 16  # windows of remote shards that a process fetches at once
+LEAST_PATIENCE = 1000  # samples of a source that may fail its filters in a row, where its size is not known
 
 
 def seed_of(*parts) -> int:
@@ -35,188 +46,490 @@ def seed_of(*parts) -> int:
     return int.from_bytes(hashlib.blake2b(repr(parts).encode(), digest_size=8).digest(), "big")
 
 
-@functools.lru_cache(maxsize=256)
+@functools.lru_cache(maxsize=64)
 def permutation(count: int, *parts) -> np.ndarray:
     """A random order of range(count) seeded by `parts`, from raw generator bits, which NumPy never changes."""
     return np.argsort(np.random.PCG64(seed_of(*parts)).random_raw(count), kind="stable")
 
 
+# ---------------------------------------------------------------------------------------------------------- mixture
+
+
+class Mixture:
+    """Which source a lane's n-th image comes from: shares as even as they can be, along each lane and over all lanes.
+
+    The n-th draw of lane l is at (start_l + n * golden ratio) mod 1 of the stacked weights. Such a sequence is never
+    off by more than a few draws, where random draws would be off by the root of their number.
+    """
+
+    def __init__(self, weights: list[float], seed: int):
+        total = sum(weights)
+        self.seed = seed
+        self.stops = [round(2**64 * sum(weights[: n + 1]) / total) for n in range(len(weights))]
+        self.stops[-1] = 2**64
+
+    def source(self, lane: int, number: int) -> int:
+        """Of the lane's image `number`, from 0."""
+        return bisect.bisect_right(self.stops, (_mixture_start(self.seed, lane) + number * GOLDEN) % 2**64)
+
+
+@functools.lru_cache(maxsize=1 << 16)
+def _mixture_start(seed: int, lane: int) -> int:
+    return (seed_of(seed, "mixture") + lane * int(2**64 * 0.7548776662466927)) % 2**64  # as even over the lanes
+
+
+# ------------------------------------------------------------------------------------------------ order within a source
+
+
+class Piece(NamedTuple):
+    """Samples first to stop (None: all that there are) of a shard."""
+
+    shard: int
+    first: int
+    stop: int | None
+
+
+class Part(NamedTuple):
+    """What a lane reads in one go of a source: pieces of shards, of one epoch."""
+
+    epoch: int
+    pieces: list[Piece]
+
+
+@dataclass(frozen=True, eq=False)
+class BySample:
+    """Where every shard's count is known: an epoch's samples, in the order of its shards, are cut into L stretches."""
+
+    name: str
+    samples_s: np.ndarray
+    seed: int
+
+    def part(self, lane: int, lanes: int, number: int) -> Part:
+        """A lane's stretch of epoch `number`; empty for some lanes where there are more lanes than samples.
+
+        Sample l + k * L of the endless row of epochs is lane l's k-th. So each lane has the same number of samples, up
+        to one, however the count divides, and no lane is left without any.
+        """
+        count = int(self.samples_s.sum())
+        turn = (lane - number * count) % lanes  # the lane's place among those of this epoch
+        each, more = divmod(count, lanes)
+        missing = each + (turn < more)
+        order, stops = _epoch_order(self, number)
+        first = (turn * each + min(turn, more) + seed_of(self.seed, "cut", self.name, number)) % count
+        pieces = []
+        while missing:
+            at = int(np.searchsorted(stops, first, side="right"))
+            shard = int(order[at])
+            begin = int(stops[at] - self.samples_s[shard])
+            length = min(missing, int(stops[at]) - first)
+            pieces.append(Piece(shard, first - begin, first - begin + length))
+            first, missing = (first + length) % count, missing - length
+        return Part(number, pieces)
+
+
+@functools.lru_cache(maxsize=32)
+def _epoch_order(source: BySample, epoch: int) -> tuple[np.ndarray, np.ndarray]:
+    order = permutation(len(source.samples_s), source.seed, "shards", source.name, epoch)
+    return order, np.cumsum(source.samples_s[order])
+
+
+@dataclass(frozen=True, eq=False)
+class ByShard:
+    """Where counts are not known: whole shards are dealt to the lanes."""
+
+    name: str
+    shards: int
+    seed: int
+
+    def part(self, lane: int, lanes: int, number: int) -> Part:
+        """The lane's shard `number`, of the endless row of epochs."""
+        epoch, place = divmod(lane + number * lanes, self.shards)
+        return Part(
+            epoch, [Piece(int(permutation(self.shards, self.seed, "shards", self.name, epoch)[place]), 0, None)]
+        )
+
+
+def order_of(source: Source, seed: int) -> BySample | ByShard:
+    """How lanes divide a source."""
+    if source.counts is None:
+        return ByShard(source.name, len(source.shards), seed)
+    return BySample(source.name, np.array(source.counts, np.int64), seed)
+
+
 class Place(NamedTuple):
-    """Where a position of the sequence lies: sample `index` of shard number `shard` in pass `epoch` over the data."""
+    """Where a sample lies: sample `index` of shard number `shard`, in pass `epoch` over the source."""
 
     epoch: int
     shard: int
     index: int
 
 
-@dataclass(frozen=True)
-class Order:
-    """The raw sequence: every sample exactly once in each epoch.
+class _Here(NamedTuple):
+    """A window in its part: `behind` samples of part `number` lie before it."""
 
-    samples_per_shard: counts; shuffle_block: samples shuffled among each other (consecutive ones of the shard order).
+    number: int
+    behind: int
+    epoch: int
+    shard: int
+    window: Window
+
+
+class Cursor:
+    """A lane's place in a source: `position` samples of its part `number` are behind it."""
+
+    def __init__(self, source: Source, order: BySample | ByShard, lane: int, lanes: int, limit: Limit, state=(0, 0)):
+        self.source, self.order, self.lane, self.lanes, self.limit = source, order, lane, lanes, limit
+        self.number, self.position = state
+        self.here: _Here | None = None
+        self.windows: Iterator[_Here] | None = None
+        self.shuffled = None
+
+    def draw(self) -> tuple[Place, Sample | ImageError]:
+        """The next sample, or why it cannot be used. Raises DataError where the shard cannot be read."""
+        if self.here is None or self.position >= self.here.behind + len(self.here.window):
+            self._next_window()
+        window = self.here.window
+        n = int(self.shuffled[self.position - self.here.behind])
+        place = Place(self.here.epoch, self.here.shard, window.first + n)
+        self.position += 1
+        try:
+            return place, window.read(n)
+        except ImageError as error:
+            return place, error
+
+    def _next_window(self) -> None:
+        if self.windows is None:
+            self.windows = self._windows(self.number, self.position)
+            if any(isinstance(shard, TarShard) and _is_far(shard) for shard in self.source.shards):
+                self.windows = _ahead(self.windows)
+        before = self.number, self.position
+        self.here = next(self.windows)
+        self.number = self.here.number
+        # The first window of a resumed stream is entered in its middle.
+        inside = before[0] == self.number and self.here.behind <= before[1]
+        self.position = max(self.here.behind, before[1]) if inside else self.here.behind
+        parts = self.source.name, self.here.epoch, self.here.shard, self.here.window.first
+        self.shuffled = permutation(len(self.here.window), self.order.seed, "window", *parts)
+
+    def _windows(self, number: int, position: int) -> Iterator[_Here]:
+        """The windows from that position on, without end."""
+        empty = 0
+        while True:
+            epoch, pieces = self.order.part(self.lane, self.lanes, number)
+            behind, empty = 0, empty + 1
+            for piece in pieces:
+                count = None if piece.stop is None else piece.stop - piece.first
+                if piece.shard in self.source.quarantined or (count is not None and behind + count <= position):
+                    behind += count or 0
+                    continue
+                for window in self.source.shards[piece.shard].windows(piece.first, piece.stop, self.limit):
+                    if behind + len(window) > position:
+                        empty = 0
+                        yield _Here(number, behind, epoch, piece.shard, window)
+                    behind += len(window)
+            if empty > self.lanes * max(2, len(self.source.shards)):
+                raise DataError(f"source {self.source.name}: lane {self.lane} finds no sample: use fewer data.lanes")
+            number, position = number + 1, 0
+
+
+def _is_far(shard: TarShard) -> bool:
+    return is_remote(shard.url) or shard.url.startswith("pipe:")
+
+
+_fetches = threading.Semaphore(FETCHES)
+
+
+def _ahead(windows: Iterator[_Here]) -> Iterator[_Here]:
+    """The same windows, each fetched by a thread while the one before it is being used."""
+    found: Queue = Queue(1)
+
+    def fetch() -> None:
+        try:
+            with _fetches:
+                here = next(windows)
+                here.window.fetch()
+            found.put(here)
+        except BaseException as error:  # it is raised again where the window is asked for
+            found.put(error)
+
+    # Daemons, since a worker that ends must not wait for a server.
+    threading.Thread(target=fetch, daemon=True).start()
+    while True:
+        here = found.get()
+        if isinstance(here, BaseException):
+            raise here
+        threading.Thread(target=fetch, daemon=True).start()
+        yield here
+
+
+# --------------------------------------------------------------------------------------------------------- dealing
+
+
+@dataclass(frozen=True)
+class Deal:
+    """How lanes are dealt to the readers (loader workers, or ranks without any). DataError where they cannot be.
+
+    In order, where lanes, batch, ranks and workers divide each other: the global batches are then the same for all of
+    them. Otherwise each reader has its own lanes, and whichever lane of a reader gave least is next: nothing is lost
+    or repeated, but the order depends on the number of readers.
     """
 
-    samples_per_shard: np.ndarray
-    shuffle_block: int
-    seed: int
-
-    def __len__(self):
-        return int(self.samples_per_shard.sum())
-
-    def place(self, position: int) -> Place:
-        """The place of a position, from 0 without end."""
-        epoch, offset = divmod(position, len(self))
-        block, offset = divmod(offset, self.shuffle_block)
-        first = block * self.shuffle_block
-        size = min(self.shuffle_block, len(self) - first)
-        offset = first + permutation(size, self.seed, "block", epoch, block)[offset]
-        shard_order = permutation(len(self.samples_per_shard), self.seed, "shards", epoch)
-        stops = np.cumsum(self.samples_per_shard[shard_order])
-        turn = int(np.searchsorted(stops, offset, side="right"))
-        shard = int(shard_order[turn])
-        return Place(epoch, shard, int(offset - stops[turn] + self.samples_per_shard[shard]))
-
-
-@dataclass(frozen=True)
-class Division:
-    """How the lanes of each step are divided among ranks and micro-batches. DataError where they do not divide."""
-
+    lanes: int
     global_batch_size: int
-    micro_batch_size: int
     rank: int
     world_size: int
-    lanes: int
+    workers: int
 
     def __post_init__(self):
-        share = self.world_size * self.micro_batch_size
-        if min(self.global_batch_size, self.micro_batch_size, self.world_size) < 1:
-            raise DataError("batch sizes and the number of processes must be at least 1")
+        if min(self.global_batch_size, self.world_size) < 1 or self.workers < 0:
+            raise DataError("batch size and number of processes must be at least 1, data.workers at least 0")
         if not 0 <= self.rank < self.world_size:
             raise DataError(f"rank {self.rank} must lie in 0..{self.world_size - 1}")
-        if self.global_batch_size % share:
+        if self.global_batch_size % self.world_size:
             raise DataError(
-                f"trainer.global_batch_size={self.global_batch_size} is not divisible by {self.world_size} processes x "
-                f"micro-batch size {self.micro_batch_size}: set it to a multiple of {share}"
+                f"trainer.global_batch_size={self.global_batch_size} is not divisible by {self.world_size} processes: "
+                f"set it to a multiple of {self.world_size}"
             )
-        if self.lanes < 1 or self.lanes % self.global_batch_size:
+        if self.lanes < self.world_size:
             raise DataError(
-                f"data.lanes={self.lanes} must be a multiple of the global batch size {self.global_batch_size}: "
-                f"use {max(1, round(self.lanes / self.global_batch_size)) * self.global_batch_size}, or leave it out"
+                f"data.lanes={self.lanes} are too few for {self.world_size} processes: start at most {self.lanes}, or "
+                "a new run with more lanes"
+            )
+        if self.lanes < self.readers * self.world_size:
+            enough = default_lanes(self.global_batch_size, self.world_size, self.workers)
+            raise DataError(
+                f"data.lanes={self.lanes} are too few for {self.world_size} processes x {self.readers} workers: set "
+                f"data.workers={self.lanes // self.world_size}, or start with data.lanes={enough}"
             )
 
     @property
-    def rounds(self) -> int:
-        """Steps until the same lanes are read again."""
-        return self.lanes // self.global_batch_size
+    def readers(self) -> int:
+        """Of each rank."""
+        return max(1, self.workers)
 
     @property
-    def micro_batches(self) -> int:
-        """Micro-batches that each rank contributes to a step."""
-        return self.global_batch_size // (self.world_size * self.micro_batch_size)
+    def share(self) -> int:
+        """Images of a rank in each step."""
+        return self.global_batch_size // self.world_size
 
-    def micro_batch_lanes(self, step: int, micro_batch: int) -> range:
-        """The lanes of one of this rank's micro-batches."""
-        within = (self.rank * self.micro_batches + micro_batch) * self.micro_batch_size
-        first = step % self.rounds * self.global_batch_size + within
-        return range(first, first + self.micro_batch_size)
+    @property
+    def ordered(self) -> bool:
+        """Whether the global batches do not depend on ranks and workers."""
+        return divides(self.lanes, self.global_batch_size, self.world_size, self.readers)
 
-    def own(self, lane: int) -> bool:
-        """Whether this rank reads the lane."""
-        return lane % self.global_batch_size // (self.global_batch_size // self.world_size) == self.rank
+    @property
+    def rank_lanes(self) -> list[int]:
+        """The rank's lanes, in their order."""
+        if not self.ordered:
+            return list(range(self.rank, self.lanes, self.world_size))
+        in_step = min(self.lanes, self.global_batch_size)
+        each = in_step // self.world_size
+        return [lane for lane in range(self.lanes) if lane % in_step // each == self.rank]
 
-    def usable_workers(self, workers: int) -> int:
-        """The most loader workers, up to `workers`, that can deal micro-batches by turn with each lane kept by one."""
-        deal = self.rounds * self.micro_batches
-        return max((n for n in range(1, workers + 1) if deal % n == 0), default=0)
+    @property
+    def images_of_lane(self) -> int:
+        """Images that a lane gives in a row."""
+        return max(1, self.global_batch_size // self.lanes) if self.ordered else 1
+
+    @property
+    def item(self) -> int:
+        """Images that a reader hands over at once."""
+        if not self.ordered:
+            return self.share // self.readers if self.share % self.readers == 0 else 1
+        lanes_of_reader, lanes_of_step = len(self.rank_lanes) // self.readers, self.share // self.images_of_lane
+        lanes = next(n for n in range(lanes_of_step, 0, -1) if lanes_of_step % n == 0 and lanes_of_reader % n == 0)
+        return lanes * self.images_of_lane
+
+    def reader_lanes(self, reader: int) -> list[int]:
+        """A reader's lanes, in their order."""
+        lanes = self.rank_lanes
+        in_item = self.item // self.images_of_lane if self.ordered else 1
+        return [lane for n, lane in enumerate(lanes) if n // in_item % self.readers == reader]
+
+    def first_reader(self, given: dict[int, int]) -> int:
+        """Whose turn it is, from the images that each of the rank's lanes gave."""
+        if not self.ordered:
+            return 0
+        lanes = self.rank_lanes
+        least = min(given[lane] for lane in lanes)
+        behind = sum(given[lane] > least for lane in lanes)
+        return behind // (self.item // self.images_of_lane) % self.readers
 
 
-class MicroBatch(NamedTuple):
-    """What a worker hands over: `skips` are new totals of the lanes that skipped samples for this micro-batch."""
+def divides(lanes: int, batch: int, world_size: int, readers: int) -> bool:
+    """Whether the global batches do not depend on ranks and workers."""
+    if lanes % batch and batch % lanes:
+        return False
+    return min(lanes, batch) % world_size == 0 and lanes // world_size % readers == 0
 
-    images_bchw: torch.Tensor
-    keys: list[str]
-    skips: dict[int, int]
+
+def default_lanes(batch: int, world_size: int, workers: int) -> int:
+    """One for each image of the global batch, or as many times that as the workers of a rank need."""
+    readers = max(1, workers)
+    return next(batch * n for n in itertools.count(1) if batch * n // world_size % readers == 0)
+
+
+# ---------------------------------------------------------------------------------------------------------- reading
+
+
+class Info(NamedTuple):
+    """What is told of a delivered image. place: see `Place`; shard: the shard's name; label: the class, or None."""
+
+    source: str
+    key: str
+    shard: str
+    place: Place
+    caption: str | None
+    label: int | None
+
+
+class Item(NamedTuple):
+    """What a reader hands over. images: uint8 (n, 3, side, side); lanes: the states that its lanes now have; filtered:
+    (source, filter) -> samples left out."""
+
+    images_nchw: torch.Tensor
+    infos: list[Info]
+    lanes: dict[int, list]
     skipped: list[Skipped]
+    filtered: Counter
 
 
 @dataclass
-class MicroBatches(IterableDataset):
-    """One rank's endless micro-batches from `first_step` on, dealt by turn to the DataLoader's workers.
+class Reader:
+    """Reads lanes. `states`: lane -> [images given, [part, position] of each source by its name]."""
+
+    sources: list[Source]
+    transform: TrainingTransform
+    seed: int
+    lanes: int
+    limit: Limit
+    most_bad_in_a_row: int
+    states: dict[int, Any]
+
+    def __post_init__(self):
+        self.mixture = Mixture([source.weight for source in self.sources], self.seed)
+        self.orders = [order_of(source, self.seed) for source in self.sources]
+        self.cursors: dict[tuple[int, int], Cursor] = {}
+        self.given = {lane: state[0] for lane, state in self.states.items()}
+
+    def item(self, lanes: list[int]) -> Item:
+        """One image from each of `lanes`, which may name a lane several times."""
+        side = self.transform.image_size
+        images_nchw = torch.empty(len(lanes), 3, side, side, dtype=torch.uint8)
+        infos, skipped, filtered = [], [], Counter()
+        for image_chw, lane in zip(images_nchw.numpy(), lanes, strict=True):
+            infos.append(self._image(lane, image_chw, skipped, filtered))
+        return Item(images_nchw, infos, {lane: self._state(lane) for lane in set(lanes)}, skipped, filtered)
+
+    def _cursor(self, lane: int, number: int) -> Cursor:
+        if (lane, number) not in self.cursors:
+            source = self.sources[number]
+            state = self.states[lane][1].get(source.name, (0, 0))
+            self.cursors[lane, number] = Cursor(source, self.orders[number], lane, self.lanes, self.limit, state)
+        return self.cursors[lane, number]
+
+    def _state(self, lane: int) -> list:
+        places = dict(self.states[lane][1])
+        for number, source in enumerate(self.sources):
+            if cursor := self.cursors.get((lane, number)):
+                places[source.name] = [cursor.number, cursor.position]
+        return [self.given[lane], places]
+
+    def _image(self, lane: int, image_chw: np.ndarray, skipped: list[Skipped], filtered: Counter) -> Info:
+        """Fills `image_chw` with the lane's next image."""
+        number = self.mixture.source(lane, self.given[lane])
+        source, cursor = self.sources[number], self._cursor(lane, number)
+        bad, left_out = 0, 0
+        most_left_out = max(LEAST_PATIENCE, 2 * (source.samples or 0) // self.lanes)
+        while True:
+            place, sample = cursor.draw()
+            shard = source.shards[place.shard].name
+            key = f"sample {place.index}"
+            try:
+                if isinstance(sample, ImageError):
+                    raise sample
+                key = sample.key
+                picked: Picked = source.pick(sample)
+                rng = random.Random(seed_of(self.seed, "augment", source.name, *place))
+                image_chw[:] = self.transform(picked.image, rng, source.filters.check_size)
+                self.given[lane] += 1
+                return Info(source.name, key, shard, place, picked.caption, picked.label)
+            except Filtered as error:
+                filtered[source.name, str(error)] += 1
+                left_out += 1
+            except ImageError as error:
+                skipped.append(Skipped(shard, key, str(error), source.name))
+                bad += 1
+            if bad >= self.most_bad_in_a_row:
+                raise DataError(
+                    f"source {source.name}: {bad} images in a row cannot be used, last {key} in {shard} "
+                    f"({skipped[-1].reason}); `ibq shards check` finds damaged shards, data.quarantine leaves them out"
+                )
+            if left_out >= most_left_out:
+                raise DataError(
+                    f"source {source.name}: {left_out:,} samples in a row do not pass its filters, last {key} in "
+                    f"{shard}: loosen them"
+                )
+
+
+@dataclass
+class Items(IterableDataset):
+    """A rank's endless items, dealt by turn to the DataLoader's workers.
 
     A worker hands over a DataError as an item, since a DataLoader would bury its one line in a traceback.
     """
 
-    shards: list[Shard]
-    order: Order
-    division: Division
-    transform: TrainingTransform
-    first_step: int = 0
-    skips: dict[int, int] = field(default_factory=dict)
+    reader: Reader
+    deal: Deal
+    first_reader: int = 0
 
-    def __iter__(self) -> Iterator[MicroBatch | DataError]:
+    def __iter__(self) -> Iterator[Item | DataError]:
         worker = get_worker_info()
-        turn, workers = (worker.id, worker.num_workers) if worker else (0, 1)
-        number = self.first_step * self.division.micro_batches + turn
+        turn = (worker.id if worker else 0) + self.first_reader
+        given = self.reader.given
+        # Whichever lane gave least is next, the first among equals.
+        waiting = [(given[lane], n, lane) for n, lane in enumerate(self.deal.reader_lanes(turn % self.deal.readers))]
+        heapq.heapify(waiting)
         try:
             while True:
-                yield self._micro_batch(*divmod(number, self.division.micro_batches))
-                number += workers
+                lanes = []
+                while len(lanes) < self.deal.item:
+                    count, n, lane = waiting[0]
+                    lanes += [lane] * self.deal.images_of_lane
+                    heapq.heapreplace(waiting, (count + self.deal.images_of_lane, n, lane))
+                yield self.reader.item(lanes)
         except DataError as error:
             yield error
-
-    def _micro_batch(self, step: int, micro_batch: int) -> MicroBatch:
-        lanes = self.division.micro_batch_lanes(step, micro_batch)
-        side = self.transform.image_size
-        images_bchw = torch.empty(len(lanes), 3, side, side, dtype=torch.uint8)
-        keys, skipped = [], []
-        before = {lane: self.skips.get(lane, 0) for lane in lanes}
-        for image_chw, lane in zip(images_bchw.numpy(), lanes, strict=True):
-            keys.append(self._draw(lane, step, image_chw, skipped))
-        skips = {lane: self.skips[lane] for lane in lanes if self.skips.get(lane, 0) != before[lane]}
-        return MicroBatch(images_bchw, keys, skips, skipped)
-
-    def _draw(self, lane: int, step: int, image_chw: np.ndarray, skipped: list[Skipped]) -> str:
-        """Fills `image_chw` with the lane's image for this step and returns its key."""
-        limit = max(LEAST_FAILURE_LIMIT, -(-len(self.order) // self.division.lanes))  # a lane's part of an epoch
-        for _ in range(limit):
-            turn = step // self.division.rounds + self.skips.get(lane, 0)
-            place = self.order.place(lane + turn * self.division.lanes)
-            shard, key = self.shards[place.shard], f"sample {place.index}"
-            rng = random.Random(seed_of(self.order.seed, "augment", *place))
-            try:
-                key, content = shard.read(place.index)
-                image_chw[:] = self.transform(content, rng)
-                return key
-            except ImageError as error:
-                skipped.append(Skipped(shard.path, key, str(error)))
-                self.skips[lane] = self.skips.get(lane, 0) + 1
-        last = skipped[-1]
-        raise DataError(f"{limit} images in a row cannot be used, last {last.key} in {last.source} ({last.reason})")
 
 
 # ------------------------------------------------------------------------------------------------------------ state
 
 
-def identity(shards: list[Shard], order: Order, division: Division) -> dict:
-    """What must be the same for a state to mean the same images."""
-    tars = [(os.path.basename(shard.path), len(shard)) for shard in shards]
+def identity(sources: list[Source], seed: int, lanes: int, limit: Limit) -> dict:
+    """What must be the same for a state to mean the same images. Weights may change: lanes go on where they are."""
     return {
-        "seed": order.seed,
-        "shards": f"{len(shards)} tars, {len(order)} samples, {seed_of(*tars):016x}",
-        "shuffle_block": order.shuffle_block,
-        "global_batch_size": division.global_batch_size,
-        "lanes": division.lanes,
+        "seed": seed,
+        "lanes": lanes,
+        "shuffle": list(limit),
+        "sources": {source.name: _identity(source) for source in sources},
     }
 
 
-def make_state(of: dict, division: Division, step: int, skips: dict[int, int]) -> dict:
-    """The JSON-able state of this rank before optimiser step `step`."""
+def _identity(source: Source) -> str:
+    names = [shard.name.rsplit("/", 1)[-1] for shard in source.shards]
+    samples = "samples not counted" if source.counts is None else f"{source.samples} samples"
+    return f"{len(names)} shards, {samples}, {seed_of(names, source.counts):016x}"
+
+
+def make_state(of: dict, deal: Deal, steps: int, lanes: dict[int, list], totals: dict[str, list[int]]) -> dict:
+    """The JSON-able state of this rank behind `steps` steps. totals: source -> images delivered, skipped, filtered."""
     return {
         "stream": of,
-        "step": step,
-        "skips": {str(lane): count for lane, count in sorted(skips.items())},
-        "ranks": [division.rank],
-        "world_size": division.world_size,
+        "steps": steps,
+        "lanes": {str(lane): state for lane, state in sorted(lanes.items())},
+        "totals": totals,
+        "ranks": [deal.rank],
+        "world_size": deal.world_size,
     }
 
 
@@ -226,25 +539,43 @@ def merge_states(states: list[dict]) -> dict:
         raise DataError("no data states to merge: give one of each rank")
     first = states[0]
     for state in states[1:]:
-        for name in ("stream", "step", "world_size"):
+        for name in ("stream", "steps", "world_size"):
             if state[name] != first[name]:
                 raise DataError(
                     f"data states differ in {name}: {first[name]} and {state[name]}; merge those of one moment"
                 )
-    skips = {lane: count for state in states for lane, count in state["skips"].items()}
+    lanes = {lane: place for state in states for lane, place in state["lanes"].items()}
     ranks = sorted({rank for state in states for rank in state["ranks"]})
-    return {**first, "skips": dict(sorted(skips.items(), key=lambda item: int(item[0]))), "ranks": ranks}
+    totals = add_totals(state["totals"] for state in states)
+    lanes = dict(sorted(lanes.items(), key=lambda item: int(item[0])))
+    return {**first, "lanes": lanes, "totals": totals, "ranks": ranks}
 
 
-def resume(state: dict, of: dict) -> tuple[int, dict[int, int]]:
-    """The next step and the lanes' skips from a merged state, once it is shown to fit this stream."""
-    if not {"stream", "step", "world_size", "skips", "ranks"} <= state.keys():
-        raise DataError("the checkpoint's data state is damaged: resume from another checkpoint")
+def add_totals(many) -> dict[str, list[int]]:
+    """Sums of source -> [images delivered, skipped, filtered]."""
+    total: dict[str, list[int]] = {}
+    for totals in many:
+        for name, counts in totals.items():
+            total[name] = [a + b for a, b in zip(total.get(name, [0, 0, 0]), counts, strict=True)]
+    return total
+
+
+def resume(state: dict, of: dict) -> tuple[int, dict[int, list], dict[str, list[int]]]:
+    """(steps, lanes' states, totals) from a merged state, once it is shown to fit this stream."""
+    if not {"stream", "steps", "world_size", "lanes", "totals", "ranks"} <= state.keys():
+        raise DataError("the checkpoint's data state is damaged or of another version: resume from another checkpoint")
     if state["ranks"] != list(range(state["world_size"])):
         raise DataError(
             f"the data state holds ranks {state['ranks']} of {state['world_size']}: merge all ranks' states first"
         )
+    before = state["stream"]
     for name, value in of.items():
-        if state["stream"][name] != value:
-            raise DataError(f"cannot resume: {name} was {state['stream'][name]} and is now {value}; set it back")
-    return state["step"], {int(lane): count for lane, count in state["skips"].items()}
+        if name != "sources" and before[name] != value:
+            raise DataError(f"cannot resume: {name} was {before[name]} and is now {value}; set it back")
+    for name, value in of["sources"].items():
+        if before["sources"].get(name, value) != value:
+            raise DataError(
+                f"cannot resume: source {name} was {before['sources'][name]} and is now {value}; give the same shards, "
+                "or call the changed source by another name, which starts it anew"
+            )
+    return state["steps"], {int(lane): place for lane, place in state["lanes"].items()}, state["totals"]

@@ -4,49 +4,68 @@ import functools
 import io
 import math
 import random
+import struct
 import warnings
-from collections.abc import Callable
+import zlib
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
-from PIL import Image, ImageCms, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
 from data import DataError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 100_000_000
+MAX_SCANNED = 200 * MAX_PIXELS  # pixels of a JPEG times its scans: some 20 seconds of work
 BACKGROUND = (255, 255, 255)  # under alpha and palette transparency
 
-# Pillow warns about images that are too large; here MAX_PIXELS refuses them.
-warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)
+# Pillow warns of damaged metadata, which do not matter, and of large images, which MAX_PIXELS refuses; it names none.
+warnings.filterwarnings("ignore", module=r"PIL\.")
 
 
 class ImageError(Exception):
     """An image that cannot be used: unreadable, truncated or too large. The message is the reason in one line."""
 
 
-def decode(content: bytes, *, draft_side: int | None = None) -> Image.Image:
+class Filtered(Exception):
+    """A sample that a filter leaves out, though nothing is wrong with it; the message is the filter's name."""
+
+
+def decode(
+    content: bytes,
+    *,
+    draft_side: int | None = None,
+    check_size: Callable[[int, int], None] = lambda width, height: None,
+) -> Image.Image:
     """Decodes a JPEG, PNG or WebP file's bytes to an upright RGB image.
 
     EXIF orientation is applied, transparency is composited on white, 16-bit greys are divided by 257, CMYK goes through
     its profile, an animation gives its first frame. The header is checked against MAX_PIXELS before pixels are loaded.
 
     draft_side: lets a JPEG be decoded at 1/2, 1/4 or 1/8 scale, as long as its shorter side keeps this many pixels.
-    Raises ImageError.
+    check_size: called with the stored width and height before pixels are loaded; may raise Filtered.
+    Raises ImageError, Filtered.
     """
+    if not content:
+        raise ImageError("empty (0 bytes)")
     if len(content) > MAX_BYTES:
         raise ImageError(f"{len(content):,} bytes are more than {MAX_BYTES:,}")
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise ImageError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
+        check_size(*image.size)
+        if image.format == "PNG":
+            _load_png(image, content)
+        _check_scans(image, content)
         if draft_side is not None:
             reduction = min(image.size) / draft_side
             image.draft(None, (math.ceil(image.width / reduction), math.ceil(image.height / reduction)))
-        return _to_rgb(ImageOps.exif_transpose(image))
-    except (ImageError, MemoryError):
+        return _to_rgb(_upright(image))
+    except (ImageError, Filtered, MemoryError):
         raise
     except UnidentifiedImageError as error:
         raise ImageError("no JPEG, PNG or WebP image") from error
@@ -54,16 +73,116 @@ def decode(content: bytes, *, draft_side: int | None = None) -> Image.Image:
         raise ImageError(" ".join(f"{type(error).__name__}: {error}".split())) from error
 
 
+TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """As EXIF turns it. Unlike ImageOps.exif_transpose it copies nothing and writes no EXIF."""
+    try:
+        orientation = image.getexif().get(ExifTags.Base.Orientation)
+    except (SyntaxError, struct.error):  # no EXIF in there; then it tells no orientation
+        orientation = None
+    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
+
+
+def _check_scans(image: Image.Image, content: bytes) -> None:
+    """A small progressive JPEG may hold thousands of scans, each of which goes over all pixels. Raises ImageError."""
+    scans = content.count(b"\xff\xda") if "progressive" in image.info else 1
+    if scans * image.width * image.height > MAX_SCANNED:
+        raise ImageError(f"{scans:,} scans of {image.width} x {image.height} pixels are too many")
+
+
+class _PngHeader(NamedTuple):
+    width: int
+    height: int
+    depth: int
+    color: int
+    compression: int
+    filter: int
+    interlaced: int
+
+
+# Columns and rows of each pass: first column, first row, steps.
+ADAM7 = (
+    *((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4)),
+    *((0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)),
+)
+
+
+def _load_png(image: Image.Image, content: bytes) -> None:
+    """Loads the pixels and finds what Pillow passes over: a wrong checksum of the pixel data, rows that are missing (it
+    makes them black), no palette (all is black), and a transparent value of other than 8 bits. Raises ImageError."""
+    chunks = list(_chunks(content))
+    if image.mode == "P" and all(kind != b"PLTE" for kind, _ in chunks):
+        raise ImageError("its palette is missing")
+    header = _PngHeader(*struct.unpack(">IIBBBBB", next(data for kind, data in chunks if kind == b"IHDR")))
+    image.load()
+    last_row = image.crop((0, image.height - 1, *image.size))
+    if header.interlaced or not any(last_row.tobytes()):
+        expected = _raw_bytes(header)
+        compressed = b"".join(data for kind, data in chunks if kind == b"IDAT")
+        if len(zlib.decompressobj().decompress(compressed, expected)) < expected:
+            raise ImageError("it has fewer rows than its header says")
+    transparent = image.info.get("transparency")
+    if image.mode == "L" and header.depth < 8 and transparent is not None:
+        image.info["transparency"] = transparent * 255 // (2**header.depth - 1)
+    if image.mode == "RGB" and header.depth == 16 and transparent is not None:
+        image.info["transparency"] = tuple(value >> 8 for value in transparent)
+
+
+def _chunks(content: bytes) -> Iterator[tuple[bytes, memoryview]]:
+    """(kind, data) of each chunk of a PNG. Raises ImageError for pixel data that are cut off or have changed."""
+    view, start = memoryview(content), 8
+    while start + 8 <= len(content):
+        length, kind = struct.unpack_from(">I4s", content, start)
+        stop = start + 8 + length
+        if kind == b"IDAT":
+            if stop + 4 > len(content):
+                raise ImageError("its pixel data are cut off")
+            if content[stop : stop + 4] != zlib.crc32(view[start + 4 : stop]).to_bytes(4, "big"):
+                raise ImageError("its pixel data are damaged (wrong checksum)")
+        yield kind, view[start + 8 : stop]
+        start = stop + 4
+
+
+def _raw_bytes(header: _PngHeader) -> int:
+    """Bytes of a PNG's pixel data, uncompressed, with the byte before each row that names its filter."""
+    bits = header.depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[header.color]
+    total = 0
+    for left, top, across, down in ADAM7 if header.interlaced else [(0, 0, 1, 1)]:
+        columns, rows = -((left - header.width) // across), -((top - header.height) // down)
+        total += rows * (1 + (columns * bits + 7) // 8) if columns else 0
+    return total
+
+
 def _to_rgb(image: Image.Image) -> Image.Image:
     if image.mode.startswith("I"):  # 16-bit greys; Pillow keeps them in "I;16" or, when older, in "I"
-        grey = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
-        return Image.fromarray(((grey + 128) // 257).astype(np.uint8)).convert("RGB")
+        image = _to_eight_bits(image)
     if image.mode == "CMYK":
         return _cmyk_to_rgb(image)
     if image.has_transparency_data:
         background = Image.new("RGBA", image.size, (*BACKGROUND, 255))
         return Image.alpha_composite(background, image.convert("RGBA")).convert("RGB")
-    return image.convert("RGB")
+    image.load()
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _to_eight_bits(image: Image.Image) -> Image.Image:
+    """16-bit greys -> "L", or "LA" where one of them is transparent."""
+    grey_hw = np.clip(np.asarray(image).astype(np.int64), 0, 65535)
+    pixels = ((grey_hw + 128) // 257).astype(np.uint8)
+    transparent = image.info.get("transparency")
+    if transparent is not None:
+        pixels = np.stack([pixels, np.where(grey_hw == transparent, 0, 255).astype(np.uint8)], axis=-1)
+    return Image.fromarray(pixels)
 
 
 def _cmyk_to_rgb(image: Image.Image) -> Image.Image:
@@ -93,6 +212,9 @@ def resize_named(name: str) -> Resize:
 
     `pil_antialias`: torchvision's Resize and CenterCrop on PIL images: antialiased bilinear, long side truncated.
     `cv2_bilinear`: cv2.INTER_LINEAR without antialias, sides rounded, floor centre crop.
+    `adm_center_crop`: that of ADM (guided-diffusion), which DiT, SiT and others took over: both sides are halved by the
+    mean of 2 x 2 pixels as long as the shorter one has twice the target, then antialiased bicubic, sides rounded, floor
+    centre crop. A random crop takes part in it as its box.
     """
     if name not in RESIZES:
         raise DataError(f"unknown resize {name!r}: choose one of {', '.join(RESIZES)}")
@@ -129,12 +251,32 @@ def _cv2_bilinear() -> Resize:
     )
 
 
-RESIZES = {"pil_antialias": _pil_antialias, "cv2_bilinear": _cv2_bilinear}
+def _adm_center_crop() -> Resize:
+    def apply(image, size, box=None):
+        image = image if box is None else image.crop(box)
+        while min(image.size) >= 2 * min(size):
+            image = image.resize((image.width // 2, image.height // 2), Image.Resampling.BOX)
+        return image.resize(size, Image.Resampling.BICUBIC)
+
+    def long_side(shorter, longer, target):
+        while shorter >= 2 * target:
+            shorter, longer = shorter // 2, longer // 2
+        return round(longer * (target / shorter))
+
+    return Resize(apply, long_side, margin=lambda spare: spare // 2)
+
+
+RESIZES = {"pil_antialias": _pil_antialias, "cv2_bilinear": _cv2_bilinear, "adm_center_crop": _adm_center_crop}
 
 
 def resize_shorter_side(image: Image.Image, side: int, resize: Resize) -> Image.Image:
-    """Resizes so that the shorter side has `side` pixels, keeping the aspect ratio as the protocol rounds it."""
+    """Resizes so that the shorter side has `side` pixels, keeping the aspect ratio as the protocol rounds it.
+
+    Raises ImageError where a picture like a thread would have more than MAX_PIXELS.
+    """
     longer = resize.long_side(min(image.size), max(image.size), side)
+    if side * longer > MAX_PIXELS:
+        raise ImageError(f"{image.width} x {image.height} pixels are too long and thin for a shorter side of {side}")
     return resize.apply(image, (side, longer) if image.width <= image.height else (longer, side))
 
 
@@ -206,12 +348,17 @@ class TrainingTransform:
         if not 0 <= self.color_jitter <= 1:
             raise DataError(f"data.color_jitter={self.color_jitter} must lie between 0 and 1")
 
-    def __call__(self, content: bytes, rng: random.Random) -> np.ndarray:
-        """uint8 (3, image_size, image_size). Raises ImageError."""
+    def __call__(
+        self,
+        content: bytes,
+        rng: random.Random,
+        check_size: Callable[[int, int], None] = lambda width, height: None,
+    ) -> np.ndarray:
+        """uint8 (3, image_size, image_size). check_size: as of `decode`. Raises ImageError, Filtered."""
         side, resize = self.image_size, resize_named(self.resize)
         # The smallest crop's shorter side, as a part of the image's: its area at the most extreme aspect ratio.
         smallest = math.sqrt(self.crop_scale[0] * 3 / 4) if self.crop == "random_resized" else 1
-        image = decode(content, draft_side=math.ceil(2 * side / smallest))
+        image = decode(content, draft_side=math.ceil(2 * side / smallest), check_size=check_size)
         if self.crop == "random_resized":
             image = random_resized_crop(image, side, resize, rng, self.crop_scale)
         elif self.crop == "random":

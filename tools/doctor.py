@@ -276,7 +276,7 @@ def check_caches() -> Iterator[Finding]:
     import torch
     from torch.utils import cpp_extension
 
-    from data.shards import cache_folder
+    from data import cache_folder
 
     extensions = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or cpp_extension.get_default_build_root())
     for name, folder, variable in (

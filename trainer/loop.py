@@ -14,12 +14,13 @@ import torch
 from torchvision.utils import make_grid
 
 import data
-from data import EvaluationImage, evaluation_images, merge_states, train_batches
+from data import EvaluationImage, TrainStream, evaluation_images, merge_states, train_batches
 from model_zoo import ModelError
 from model_zoo.pieces import PieceFiles, run_of
 from trainer import TrainerError
 from trainer.checkpoint import CheckpointError, Checkpoints, checkpoint_folders, find_checkpoint, load_state
 from trainer.config import Config, load_recipe, load_run_config, save_config
+from trainer.feed import Feed, summary
 from trainer.guards import LossSpikes, Stopped, StopSignal, Watchdog
 from trainer.metrics.codebook import CodebookUsage
 from trainer.metrics.image import psnr
@@ -98,7 +99,7 @@ def open_run(config: Config, resume: bool) -> str:
 
 def _train(config: Config, source: Path | None = None, again: bool = False) -> Path:
     """source: what to go on from. again: a start that may find its own run folder, with a checkpoint in it or none."""
-    if config.data.train is None:
+    if config.data.train is None and not config.data.sources:
         raise TrainerError(
             "data.train must be given: a folder of tars, a tar, or a pattern such as data.train='tars/{00..99}.tar'"
         )
@@ -127,7 +128,7 @@ def _train(config: Config, source: Path | None = None, again: bool = False) -> P
         micro_batch_size, micro_batches = plan_batch(config, world)
         task = TokenizerTask(config, world, micro_batch_size, micro_batches)
         task.check()
-        batches = train_batches(
+        stream = train_batches(
             config.data,
             global_batch_size=config.trainer.global_batch_size,
             micro_batch_size=micro_batch_size,
@@ -143,7 +144,7 @@ def _train(config: Config, source: Path | None = None, again: bool = False) -> P
         run = Path(agree(world, lambda: open_run(config, source is not None)))
         if source and not checkpoint and world.is_main:
             (run / "metrics.jsonl").unlink(missing_ok=True)  # begun anew, so are its lines
-        _steps(config, world, run, task, batches, start, notes)
+        _steps(config, world, run, task, stream, start, notes)
         return run
     finally:
         stop_world()
@@ -174,14 +175,17 @@ def _restore(task: TokenizerTask, world: World, checkpoint: Path, state: dict) -
     fail_together(failed)
 
 
-def _steps(config: Config, world: World, run: Path, task: TokenizerTask, batches, start: int, notes: list[str]) -> None:
+def _steps(
+    config: Config, world: World, run: Path, task: TokenizerTask, stream: TrainStream, start: int, notes: list[str]
+) -> None:
     settings = config.trainer
-    micro_batches = task.generator.micro_batches
+    feed = Feed(stream, task.generator.micro_batches, world, run, config.data.audit, start)
     telemetry = _open_telemetry(run, start, settings.max_steps, world)
     say = telemetry.say if telemetry else lambda _: None
     for note in notes:
         say(note)
     say(describe(config, world, task, run, start))
+    say(stream.describe(settings.max_steps - start))
     checkpoints = Checkpoints(
         run,
         world,
@@ -203,16 +207,20 @@ def _steps(config: Config, world: World, run: Path, task: TokenizerTask, batches
     with telemetry or nullcontext(), StopSignal() as stop, Watchdog(*world[:2], settings.timeout_seconds) as watchdog:
         began, began_step, step = time.perf_counter(), start, start
         checkpoint_due = False
+        feed.read_ahead()
+        feed.stop_together("nothing was trained")
         try:
             for step in range(start + 1, settings.max_steps + 1):
                 watchdog.beat(step)
-                step_batches = [next(batches) for _ in range(micro_batches)]
-                data_state = step_batches[-1].state
-                images = [batch.images_bchw.to(world.device, non_blocking=True) for batch in step_batches]
+                batches = feed.take(step)
+                data_state = batches[-1].state
+                images = [batch.images_bchw.to(world.device, non_blocking=True) for batch in batches]
                 result = task.step(images, step - 1)
-                (stopping,) = any_rank(world, stop.wished)
-                last = stopping or step == settings.max_steps
-                keys = [key for batch in step_batches for key in batch.keys]
+                if step < settings.max_steps:
+                    feed.read_ahead()
+                stopping, starving = any_rank(world, stop.wished, feed.failed is not None)
+                last = stopping or starving or step == settings.max_steps
+                keys = [key for batch in batches for key in batch.keys]
                 try:
                     told = skips.update(step, result.skipped, keys, step == settings.max_steps)
                 except TrainerError:
@@ -227,18 +235,21 @@ def _steps(config: Config, world: World, run: Path, task: TokenizerTask, batches
                 checkpoint_due = last or checkpoint_due or step % settings.checkpoint_every_steps == 0
                 save_now = checkpoint_due and (last or not result.skipped)
                 validation_due = step == settings.max_steps or step % settings.validate_every_steps == 0
-                log_due = save_now or step % settings.log_every_steps == 0
+                log_due = save_now or last or step % settings.log_every_steps == 0
                 if telemetry:
                     telemetry.advance(step)
                 if log_due:
-                    logged = _global_scalars(result.scalars, task, world, step)
+                    logged = _global_scalars(result.scalars, task, world, step) | feed.report(step)
                     seconds = time.perf_counter() - began
                     logged["images_per_second"] = (step - began_step) * settings.global_batch_size / seconds
                     if telemetry:
                         telemetry.alarm(step, task.health.alarm)
                         telemetry.log(step, logged)
                 paused = time.perf_counter()
-                if validation_due and not stopping and config.data.val is not None:
+                if last:
+                    for line in summary(logged):
+                        say(line)
+                if validation_due and not stopping and not starving and config.data.val is not None:
                     _validate(config, world, task, telemetry, run, step, watchdog)
                 try:
                     if save_now:
@@ -252,6 +263,9 @@ def _steps(config: Config, world: World, run: Path, task: TokenizerTask, batches
                     if last:
                         raise
                     say(f"ALARM at step {step}: {error}; training goes on, the next checkpoint is tried at its time")
+                if starving:
+                    saved = f"step {step} is saved: `ibq resume {run}` goes on" if save_now else "nothing more is saved"
+                    feed.stop_together(saved)
                 if stopping:
                     raise Stopped(f"stopped by SIGTERM after step {step}, which is saved: `ibq resume {run}` goes on")
                 if log_due:

@@ -2,24 +2,24 @@ import itertools
 import json
 import logging
 import random
-from collections import Counter
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from data import DataConfig, DataError, merge_states, train_batches
-from data.stream import Division, Order
+from data import DataConfig, DataError, FilterConfig, SourceConfig, merge_states, train_batches
+from data.stream import BySample, ByShard, Deal, Mixture, default_lanes, divides
 
 
 def config(tars, **options):
-    defaults = {"image_size": 8, "workers": 0, "crop": "random_resized", "shuffle_block": 6}
-    return DataConfig(train=str(tars), **{**defaults, **options})
+    defaults = {"image_size": 8, "workers": 0, "crop": "random_resized", "shuffle_block": 6, "max_bad_fraction": 1.0}
+    return DataConfig(train=str(tars) if tars else None, **{**defaults, **options})
 
 
 class Steps:
-    """All ranks' streams side by side: `take(n)` gives n global batches as lists of (key, pixels), in order."""
+    """All ranks' streams side by side: `take(n)` gives n global batches as lists of (info, pixels), in order."""
 
     def __init__(self, config, world_size=1, micro=None, batch=8, state=None, seed=3):
         micro = micro or batch // world_size
@@ -37,44 +37,279 @@ class Steps:
             for rank in range(world_size)
         ]
 
-    def take(self, count):
+    def infos(self, count):
+        """The same as `take`, with all that is told of each image, and its pixels."""
         taken = []
         for _ in range(count):
             parts = [[next(stream) for _ in range(self.micro_batches)] for stream in self.streams]
             self.states = [part[-1].state for part in parts]
             taken.append(
                 [
-                    (key, image.numpy().tobytes())
+                    (info, image.numpy().tobytes())
                     for part in parts
                     for batch in part
-                    for key, image in zip(batch.keys, batch.images_bchw, strict=True)
+                    for info, image in zip(batch.infos, batch.images_bchw, strict=True)
                 ]
             )
         return taken
+
+    def take(self, count):
+        return [[(info.key, pixels) for info, pixels in step] for step in self.infos(count)]
 
     def state(self):
         return json.loads(json.dumps(merge_states(self.states)))
 
 
-def test_order_has_each_sample_once_an_epoch_and_mixes_blocks():
-    order = Order(np.array([7, 9, 4]), 6, 1)
-    epochs = [[order.place(20 * epoch + n) for n in range(20)] for epoch in range(3)]
-    everything = {(s, i) for s, count in enumerate((7, 9, 4)) for i in range(count)}
-    for epoch, places in enumerate(epochs):
-        assert {place.epoch for place in places} == {epoch}
-        assert {(place.shard, place.index) for place in places} == everything
-    assert len({tuple((place.shard, place.index) for place in places) for places in epochs}) == 3
+# ------------------------------------------------------------------------------------------------------- arithmetic
+
+
+@pytest.mark.parametrize("weights", [[1.0], [0.5, 0.3, 0.2], [7.0, 1.0, 1.0], [1.0, 0.01]])
+def test_mixture_is_as_even_as_it_can_be_along_and_across_lanes(weights):
+    mixture = Mixture(weights, seed=4)
+    shares = np.array(weights) / sum(weights)
+    for lane in range(3):
+        drawn = np.array([mixture.source(lane, n) for n in range(2000)])
+        for count in (50, 500, 2000):
+            found = np.bincount(drawn[:count], minlength=len(weights))
+            assert np.abs(found - shares * count).max() < 4, (lane, count)
+    across = np.bincount([mixture.source(lane, 17) for lane in range(2000)], minlength=len(weights))
+    assert np.abs(across - shares * 2000).max() < 8
+
+
+@pytest.mark.parametrize("counts", [(7, 9, 4), (1,), (1000, 3, 12, 12, 40), (5,)])
+@pytest.mark.parametrize("lanes", [1, 3, 8, 24, 64])
+def test_parts_hold_each_sample_once_an_epoch_and_lanes_get_the_same(counts, lanes):
+    order = BySample("s", np.array(counts), seed=1)
+    of_lane = Counter()
+    for epoch in range(4):
+        seen = Counter()
+        for lane in range(lanes):
+            part = order.part(lane, lanes, epoch)
+            assert part.epoch == epoch
+            for piece in part.pieces:
+                assert 0 <= piece.first < piece.stop <= counts[piece.shard]
+                seen.update((piece.shard, n) for n in range(piece.first, piece.stop))
+                of_lane[lane] += piece.stop - piece.first
+        assert seen == {(shard, n): 1 for shard, count in enumerate(counts) for n in range(count)}
+    assert max(of_lane.values()) - min(of_lane[lane] for lane in range(lanes)) <= 1
+
+
+def test_the_order_of_shards_is_drawn_anew_for_each_epoch_and_source():
+    orders = {
+        tuple(piece.shard for piece in BySample(name, np.full(50, 2), 1).part(0, 1, epoch).pieces)
+        for name in "ab"
+        for epoch in range(3)
+    }
+    assert len(orders) == 6
+
+
+def test_whole_shards_are_dealt_once_an_epoch():
+    order = ByShard("s", 10, seed=1)
+    parts = [order.part(lane, 4, number) for number in range(15) for lane in range(4)]
+    for epoch in range(6):
+        assert sorted(part.pieces[0].shard for part in parts if part.epoch == epoch) == list(range(10))
+
+
+DEALS = [
+    *[(24, 24, 1, 0), (24, 24, 1, 3), (24, 24, 2, 2), (24, 24, 3, 1), (24, 24, 4, 2), (24, 48, 4, 2), (24, 48, 2, 3)],
+    *[(24, 48, 6, 1), (24, 48, 3, 4), (64, 8, 8, 1), (64, 8, 2, 2), (64, 8, 1, 4), (64, 8, 8, 8), (64, 8, 2, 16)],
+    *[(64, 256, 8, 4), (256, 256, 64, 2), (8, 8, 1, 8), (96, 96, 4, 3), (96, 8, 4, 3)],
+]
+
+
+def dealt(lanes, batch, world_size, workers, steps, given=None):
+    """The lanes of each global batch."""
+    given = given or dict.fromkeys(range(lanes), 0)
+    ranks = []
+    for rank in range(world_size):
+        deal = Deal(lanes, batch, rank, world_size, workers)
+        first = deal.first_reader({lane: given[lane] for lane in deal.rank_lanes})
+        readers = []
+        for worker in range(deal.readers):
+            own = deal.reader_lanes((worker + first) % deal.readers)
+            counts = {lane: given[lane] for lane in own}
+            readers.append((own, counts))
+        images = []
+        for item in range(steps * deal.share // deal.item):
+            own, counts = readers[item % deal.readers]
+            for _ in range(deal.item // deal.images_of_lane):
+                lane = min(own, key=lambda lane: (counts[lane], own.index(lane)))
+                counts[lane] += deal.images_of_lane
+                images += [lane] * deal.images_of_lane
+        ranks.append([images[n * deal.share : (n + 1) * deal.share] for n in range(steps)])
+    return [[lane for rank in ranks for lane in rank[step]] for step in range(steps)]
+
+
+@pytest.mark.parametrize(("lanes", "batch", "world_size", "workers"), DEALS)
+def test_lanes_are_dealt_in_the_same_order_to_any_readers(lanes, batch, world_size, workers):
+    assert Deal(lanes, batch, 0, world_size, workers).ordered
+    everyone = [Deal(lanes, batch, rank, world_size, workers) for rank in range(world_size)]
+    owners = Counter(lane for deal in everyone for n in range(deal.readers) for lane in deal.reader_lanes(n))
+    assert owners == dict.fromkeys(range(lanes), 1)
+    expected = dealt(lanes, batch, 1, 0, 20)
+    assert dealt(lanes, batch, world_size, workers, 20) == expected
+    # From the middle on.
+    given = dict.fromkeys(range(lanes), 0) | Counter(lane for step in expected[:7] for lane in step)
+    assert dealt(lanes, batch, world_size, workers, 13, given) == expected[7:]
+
+
+@pytest.mark.parametrize(("lanes", "batch", "world_size", "workers"), [(24, 40, 5, 1), (24, 42, 7, 0), (12, 22, 11, 0)])
+def test_readers_that_do_not_divide_the_lanes_own_them_all_the_same(lanes, batch, world_size, workers):
+    everyone = [Deal(lanes, batch, rank, world_size, workers) for rank in range(world_size)]
+    assert not everyone[0].ordered
+    owners = Counter(lane for deal in everyone for n in range(deal.readers) for lane in deal.reader_lanes(n))
+    assert owners == dict.fromkeys(range(lanes), 1)
+    assert {len(step) for step in dealt(lanes, batch, world_size, workers, 5)} == {batch}
+
+
+def test_default_lanes():
+    assert default_lanes(256, 8, 4) == 256
+    assert default_lanes(256, 256, 4) == 1024
+    assert default_lanes(8, 1, 3) == 24
+    assert default_lanes(8, 2, 0) == 8
+    for batch, world_size, workers in itertools.product((8, 24, 256), (1, 2, 8), (0, 1, 3, 4, 7)):
+        assert divides(default_lanes(batch, world_size, workers), batch, world_size, max(1, workers))
+
+
+def test_deals_that_do_not_fit_are_errors():
+    Deal(16, 8, 0, 2, 2)
+    for arguments, message in [
+        ((16, 8, 0, 3, 2), "not divisible by 3 processes: set it to a multiple of 3"),
+        ((3, 8, 0, 4, 0), "lanes=3 are too few for 4 processes: start at most 3"),
+        ((8, 8, 0, 4, 4), "too few for 4 processes x 4 workers: set data.workers=2, or start with data.lanes=16"),
+        ((16, 8, 2, 2, 0), "rank 2"),
+        ((16, 0, 0, 1, 0), "at least 1"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            Deal(*arguments)
+
+
+# ----------------------------------------------------------------------------------------------------------- audits
+
+MIXED = {"small": ([5, 2], 1.0), "middle": ([11, 8, 9], 3.0), "large": ([40, 25], 2.0)}  # 7 shards
+
+
+@pytest.fixture
+def mixture(tmp_path, make_tar, make_picture, encode):
+    sources = []
+    for name, (counts, weight) in MIXED.items():
+        (tmp_path / name).mkdir()
+        for shard, count in enumerate(counts):
+            samples = [
+                {"__key__": f"{name}-{shard}-{n}", "jpg": encode(make_picture(40 * shard + n)), "txt": f"{n}".encode()}
+                for n in range(count)
+            ]
+            make_tar(tmp_path / name / f"{shard:05d}.tar", samples)
+        sources.append(SourceConfig(name=name, root=str(tmp_path / name), weight=weight))
+    return sources
+
+
+DIVISIONS = [(1, 0), (1, 3), (2, 2), (3, 1), (4, 2)]
+
+
+@pytest.mark.parametrize(("world_size", "workers"), DIVISIONS)
+def test_audit_of_a_mixture(mixture, world_size, workers):
+    steps = Steps(config(None, sources=mixture, lanes=24, workers=workers), world_size, batch=24)
+    delivered = [info for step in steps.infos(24) for info, _ in step]
+    expected = {
+        name: {f"{name}-{shard}-{n}" for shard, count in enumerate(counts) for n in range(count)}
+        for name, (counts, _) in MIXED.items()
+    }
+    epochs = defaultdict(Counter)
+    for info in delivered:
+        epochs[info.source, info.place.epoch][info.key] += 1
+    for name, keys in expected.items():
+        for epoch in range(2):
+            assert epochs[name, epoch] == dict.fromkeys(keys, 1), (name, epoch)
+    assert all(set(counts.values()) == {1} for counts in epochs.values())
+    assert all(info.caption == info.key.rsplit("-", 1)[1] for info in delivered)
+
+
+@pytest.mark.parametrize(("world_size", "workers"), DIVISIONS)
+def test_weights_over_20000_draws(world_size, workers):
+    mixture = Mixture([weight for _, weight in MIXED.values()], seed=3)
+    steps = dealt(24, 24, world_size, workers, 834)
+    given, drawn = Counter(), Counter()
+    for lane in itertools.islice(itertools.chain(*steps), 20_000):
+        drawn[mixture.source(lane, given[lane])] += 1
+        given[lane] += 1
+    for number, share in enumerate((1 / 6, 3 / 6, 2 / 6)):
+        assert drawn[number] == pytest.approx(20_000 * share, rel=0.01)
+
+
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 3), (2, 2), (3, 1), (4, 2), (6, 4), (8, 0), (24, 0), (12, 2)])
+def test_global_batches_are_the_same_for_all_divisions(mixture, world_size, workers):
+    expected = Steps(config(None, sources=mixture, lanes=24), batch=24).infos(12)
+    other = Steps(config(None, sources=mixture, lanes=24, workers=workers), world_size, batch=24).infos(12)
+    assert other == expected
+
+
+@pytest.mark.parametrize("path", [[(4, 2), (2, 3), (6, 1), (3, 4)], [(1, 0), (24, 1), (2, 4), (1, 8)]])
+def test_chain_of_divisions_is_bit_identical(mixture, path):
+    expected = Steps(config(None, sources=mixture, lanes=24), batch=48).infos(20)
+    taken, state = [], None
+    for world_size, workers in path:
+        steps = Steps(config(None, sources=mixture, lanes=24, workers=workers), world_size, batch=48, state=state)
+        taken += steps.infos(5)
+        state = steps.state()
+    assert taken == expected
+    assert len(json.dumps(state)) < 10_000
+
+
+def test_resume_after_any_step_is_bit_identical(mixture):
+    settings = config(None, sources=mixture, lanes=24)
+    steps = Steps(settings, batch=24)
+    taken, states = [], []
+    for _ in range(10):
+        taken += steps.infos(1)
+        states.append(steps.state())
+    for number, state in enumerate(states[:-1]):
+        assert Steps(settings, batch=24, state=state).infos(1) == [taken[number + 1]]
+
+
+def test_chain_that_does_not_divide_loses_and_repeats_nothing(mixture):
+    state, delivered = None, []
+    for world_size, workers, batch in [(5, 1, 40), (7, 0, 42), (24, 0, 24), (11, 2, 22), (1, 3, 48), (4, 2, 48)]:
+        steps = Steps(config(None, sources=mixture, lanes=24, workers=workers), world_size, batch=batch, state=state)
+        delivered += [info for step in steps.infos(4) for info, _ in step]
+        state = steps.state()
+    assert max(Counter((info.source, info.place) for info in delivered).values()) == 1
+    epochs = defaultdict(set)
+    for info in delivered:
+        epochs[info.source, info.place.epoch].add(info.key)
+    for name, (counts, _) in MIXED.items():
+        done = min(places[name][0] for _, places in state["lanes"].values())  # epochs that every lane has behind it
+        assert done >= 2
+        for epoch in range(done):
+            assert len(epochs[name, epoch]) == sum(counts), (name, epoch)
+    assert state["totals"] == {
+        name: [count, 0, 0] for name, count in Counter(info.source for info in delivered).items()
+    }
+
+
+def test_weights_may_change_and_sources_come_and_go(mixture):
+    steps = Steps(config(None, sources=mixture, lanes=24), batch=24)
+    before = {(i.source, i.place) for step in steps.infos(2) for i, _ in step}
+    mixture[1].weight = 0.5
+    later = Steps(config(None, sources=mixture[1:], lanes=24), batch=24, state=steps.state()).infos(2)
+    after = {(i.source, i.place) for step in later for i, _ in step}
+    assert {source for source, _ in after} == {"middle", "large"}
+    assert not before & after
+
+
+# ------------------------------------------------------------------------------------------------- one source, 3 tars
 
 
 def test_each_sample_comes_once_an_epoch(tars):
-    keys = [key for step in Steps(config(tars), batch=4).take(15) for key, _ in step]
+    delivered = [info for step in Steps(config(tars), batch=4).infos(15) for info, _ in step]
     for epoch in range(3):
-        assert len(set(keys[20 * epoch : 20 * (epoch + 1)])) == 20
+        assert Counter(info.key for info in delivered if info.place.epoch == epoch).most_common(1)[0][1] == 1
+    assert Counter(info.place.epoch for info in delivered) == {0: 20, 1: 20, 2: 20}
 
 
 @pytest.mark.parametrize(
     ("world_size", "micro", "workers"),
-    [(1, 8, 0), (1, 2, 0), (1, 8, 2), (1, 2, 4), (2, 4, 0), (2, 2, 2), (4, 1, 0), (8, 1, 1), (2, 4, 3)],
+    [(1, 8, 0), (1, 2, 0), (1, 8, 2), (1, 2, 4), (2, 4, 0), (2, 2, 2), (4, 1, 0), (8, 1, 1), (2, 1, 2), (1, 4, 8)],
 )
 def test_global_batches_do_not_depend_on_their_division(tars, world_size, micro, workers):
     (tars / "train-000001.tar").write_bytes(_spoil(tars / "train-000001.tar", (b"1-1.jpg", b"1-5.jpg")))
@@ -97,9 +332,7 @@ def test_seed_and_lanes_are_what_it_depends_on(tars):
     torch.manual_seed(1), random.seed(1)
     assert Steps(config(tars)).take(5) == first
     assert Steps(config(tars), seed=4).take(5) != first
-    assert [Counter(k for k, _ in step) for step in Steps(config(tars, lanes=16)).take(5)] == [
-        Counter(k for k, _ in step) for step in first
-    ]  # lanes matter only once a sample is skipped
+    assert Steps(config(tars, lanes=16)).take(5) != first
 
 
 def test_global_random_state_is_left_alone(tars):
@@ -111,7 +344,7 @@ def test_global_random_state_is_left_alone(tars):
 
 
 @pytest.mark.parametrize("path", [[(1, 8, 0), (2, 2, 2), (4, 1, 0)], [(2, 4, 2), (1, 4, 1), (8, 1, 0)]])
-def test_resume_is_bit_identical_at_any_division(tars, path):
+def test_resume_is_bit_identical_where_samples_are_skipped(tars, path):
     (tars / "train-000000.tar").write_bytes(_spoil(tars / "train-000000.tar", (b"0-0.jpg", b"0-3.jpg", b"0-4.jpg")))
     expected = Steps(config(tars)).take(33)
     taken, state = [], None
@@ -120,13 +353,14 @@ def test_resume_is_bit_identical_at_any_division(tars, path):
         taken += steps.take(11)
         state = steps.state()
     assert taken == expected
-    assert sum(state["skips"].values()) > 10
+    assert state["totals"]["train"][0] == 8 * 33
+    assert state["totals"]["train"][1] > 10
 
 
 def test_state_within_a_step_begins_that_step_again(tars):
     stream = Steps(config(tars), micro=2).streams[0]
     batches = list(itertools.islice(stream, 7))
-    assert [batch.state["step"] for batch in batches] == [0, 0, 0, 1, 1, 1, 1]
+    assert [batch.state["steps"] for batch in batches] == [0, 0, 0, 1, 1, 1, 1]
     again = Steps(config(tars), micro=2, state=batches[5].state).streams[0]
     assert next(again).keys == batches[4].keys
 
@@ -137,9 +371,9 @@ def test_bad_images_are_skipped_and_named(tars, caplog):
         batches = list(itertools.islice(Steps(config(tars), batch=4).streams[0], 20))
     assert "2-2" not in {key for batch in batches for key in batch.keys}
     skipped = [skip for batch in batches for skip in batch.skipped]
-    assert len(skipped) == sum(batches[-1].state["skips"].values()) >= 3
+    assert len(skipped) == batches[-1].state["totals"]["train"][1] >= 3
     assert {(Path(skip.source).name, skip.key) for skip in skipped} == {("train-000002.tar", "2-2")}
-    assert caplog.text.count("skipped 2-2 in") == 1
+    assert "skipped 2-2 in" in caplog.text
     assert all(len(batch.keys) == 4 for batch in batches)
 
 
@@ -151,34 +385,24 @@ def test_data_without_any_readable_image_ends_in_one_line(tmp_path, make_tar, wo
     assert "\n" not in str(error.value)
 
 
+def test_too_large_a_part_of_bad_images_ends_the_stream(tmp_path, make_tar, make_picture, encode):
+    good = encode(make_picture(1))
+    samples = [{"__key__": f"k{n}", "jpg": b"no image" if n % 5 == 0 else good} for n in range(100)]
+    path = make_tar(tmp_path / "a.tar", samples)
+    assert len(Steps(config(path, max_bad_fraction=0.3)).take(50)) == 50
+    with pytest.raises(DataError, match=r"2\d of the latest \d+ samples cannot be used.*max_bad_fraction=0.1; last k"):
+        Steps(config(path, max_bad_fraction=0.1)).take(50)
+
+
 def test_fewer_samples_than_lanes(tmp_path, make_tar, make_picture, encode):
     path = make_tar(tmp_path / "a.tar", [{"__key__": f"k{n}", "jpg": encode(make_picture(n))} for n in range(5)])
-    steps = Steps(config(path, lanes=64), world_size=2, batch=16).take(5)
-    assert Counter(key for step in steps for key, _ in step) == {f"k{n}": 16 for n in range(5)}
+    steps = Steps(config(path, lanes=64), world_size=2, batch=16).take(20)
+    assert Counter(key for step in steps for key, _ in step) == {f"k{n}": 64 for n in range(5)}
 
 
-def test_divisions_that_do_not_fit_are_errors(tars):
-    good = {"global_batch_size": 8, "micro_batch_size": 2, "rank": 0, "world_size": 2, "lanes": 16}
-    Division(**good)
-    for change, message in [
-        ({"world_size": 3}, "not divisible by 3 processes x micro-batch size 2: set it to a multiple of 6"),
-        ({"micro_batch_size": 3}, "multiple of 6"),
-        ({"lanes": 12}, "lanes=12 must be a multiple of the global batch size 8: use 16"),
-        ({"lanes": 3}, "use 8"),
-        ({"micro_batch_size": 0}, "at least 1"),
-        ({"rank": 2}, "rank 2"),
-    ]:
-        with pytest.raises(DataError, match=message):
-            Division(**{**good, **change})
-    with pytest.raises(DataError, match="workers"):
-        Steps(config(tars, workers=-1))
-
-
-def test_workers_that_do_not_deal_evenly_are_reduced_with_a_warning(tars, caplog):
-    assert [Division(8, 8, 0, 1, 64).usable_workers(n) for n in (0, 1, 3, 8, 100)] == [0, 1, 2, 8, 8]
-    assert Division(12, 4, 0, 1, 96).usable_workers(6) == 6
+def test_workers_that_do_not_divide_the_lanes_are_reduced_with_a_warning(tars, caplog):
     with caplog.at_level(logging.WARNING):
-        Steps(config(tars, workers=3))
+        Steps(config(tars, workers=3, lanes=8))
     assert "data.workers=3: 2 are used" in caplog.text
 
 
@@ -190,12 +414,95 @@ def test_states_that_do_not_fit_are_errors(tars):
         Steps(config(tars), state=old[1])
     merged = steps.state()
     steps.take(1)
-    with pytest.raises(DataError, match="differ in step"):
+    with pytest.raises(DataError, match="differ in steps"):
         merge_states([old[0], steps.states[1]])
     with pytest.raises(DataError, match="seed was 3 and is now 5"):
         Steps(config(tars), state=merged, seed=5)
-    with pytest.raises(DataError, match="lanes was 64 and is now 8"):
-        Steps(config(tars, lanes=8), state=merged)
+    with pytest.raises(DataError, match="lanes was 8 and is now 16"):
+        Steps(config(tars, lanes=16), state=merged)
+    with pytest.raises(DataError, match="of another version"):
+        Steps(config(tars), state={"step": 3})
     (tars / "train-000002.tar").unlink()
-    with pytest.raises(DataError, match="shards was 3 tars, 20 samples"):
+    with pytest.raises(DataError, match="source train was 3 shards, 20 samples"):
         Steps(config(tars), state=merged)
+
+
+# ----------------------------------------------------------------------------------------------- quarantine, filters
+
+
+def test_shards_in_quarantine_are_passed_over_and_the_checkpoint_remembers(tars):
+    steps = Steps(config(tars))
+    first = steps.infos(1)
+    (tars / "train-000001.tar").write_bytes(b"something else")
+    broken = config(tars, quarantine=["train-000001.tar"])
+    with pytest.raises(DataError, match="no whole, uncompressed tar"):
+        Steps(config(tars))
+    with pytest.raises(DataError, match="source train was 3 shards"):  # without an index nothing is known of it
+        Steps(broken, state=steps.state())
+    later = Steps(broken)
+    infos = [info for step in later.infos(4) for info, _ in step]
+    assert {info.key.split("-")[0] for info in infos} == {"0", "2"}
+    assert later.state()["quarantine"] == ["train-000001.tar"]
+    assert len(first) == 1
+    again = Steps(config(tars), state=later.state())
+    assert {info.key.split("-")[0] for step in again.infos(2) for info, _ in step} == {"0", "2"}
+
+
+def test_all_shards_in_quarantine_is_an_error(tars):
+    with pytest.raises(DataError, match="every shard is in quarantine"):
+        Steps(config(tars, quarantine=[f"train-{n:06d}.tar" for n in range(3)]))
+
+
+def test_filters_leave_out_and_are_counted_apart(tmp_path, make_tar, make_picture, encode):
+    def sample(n, size=(48, 40), **scores):
+        return {"__key__": f"k{n}", "jpg": encode(make_picture(n, size)), "json": json.dumps(scores).encode()}
+
+    path = make_tar(
+        tmp_path / "a.tar",
+        [
+            sample(0, punsafe=0.1, pwatermark=0.2, AESTHETIC_SCORE=6.0),
+            sample(1, punsafe=0.9, pwatermark=0.2, AESTHETIC_SCORE=6.0),
+            sample(2, punsafe=0.1, pwatermark=0.2, AESTHETIC_SCORE=4.9),
+            sample(3, pwatermark=0.2, AESTHETIC_SCORE=6.0),
+            sample(4, size=(48, 20), punsafe=0.1, pwatermark=0.2, AESTHETIC_SCORE=6.0),
+            sample(5, size=(120, 40), punsafe=0.1, pwatermark=0.2, AESTHETIC_SCORE=6.0),
+            sample(6, punsafe=0.1, pwatermark=0.2, AESTHETIC_SCORE=6.0),
+            sample(7, punsafe="no number", pwatermark=0.2, AESTHETIC_SCORE=6.0),
+        ],
+    )
+    (tmp_path / "denied.txt").write_text("k6\nk\n")
+    filters = FilterConfig(
+        min_side=40, max_aspect_ratio=2, max_nsfw=0.5, min_aesthetic=5.0, not_keys=str(tmp_path / "denied.txt")
+    )
+    source = SourceConfig(name="laion-aesthetics-v2", root=path, filters=filters)
+    steps = Steps(config(None, sources=[source]))
+    assert {key for step in steps.take(4) for key, _ in step} == {"k0"}
+    delivered, skipped, filtered = steps.state()["totals"]["laion-aesthetics-v2"]
+    assert (delivered, skipped) == (32, 0)
+    assert filtered >= 7 * 24
+    impossible = SourceConfig(name="x", root=path, filters=FilterConfig(min_side=400))
+    with pytest.raises(DataError, match=r"samples in a row do not pass its filters.*loosen"):
+        Steps(config(None, sources=[impossible])).take(1)
+    with pytest.raises(DataError, match="no JSON field is known for similarity"):
+        Steps(config(None, sources=[SourceConfig(name="x", root=path, filters=FilterConfig(min_similarity=0.3))]))
+
+
+def test_lists_of_keys_match_exactly(tars, tmp_path):
+    (tmp_path / "keys.txt").write_text("0-1\n2-2\n1\n")
+    source = SourceConfig(root=str(tars), filters=FilterConfig(keys=str(tmp_path / "keys.txt")))
+    steps = Steps(config(None, sources=[source]))
+    assert {key for step in steps.take(3) for key, _ in step} == {"0-1", "2-2"}
+
+
+def test_sources_that_do_not_fit_are_errors(tars):
+    for sources, message in [
+        ([SourceConfig(name="a", root=str(tars)), SourceConfig(name="a", root=str(tars))], "two sources are called a"),
+        ([SourceConfig(name="a", root=str(tars), weight=0)], "weight=0 must be positive"),
+        ([SourceConfig(name="a")], "no data named"),
+        ([SourceConfig(name="a", root="pipe:cat x.tar")], "data.allow_pipes=true"),
+        ([SourceConfig(name="a", root="ftp://host/x.tar")], "an address of http, https, s3, gs"),
+    ]:
+        with pytest.raises(DataError, match=message):
+            Steps(config(None, sources=sources))
+    with pytest.raises(DataError, match="both given"):
+        Steps(config(tars, sources=[SourceConfig(root=str(tars))]))

@@ -1,0 +1,54 @@
+"""One function over many values, in threads or in processes; results come in the values' order."""
+
+import multiprocessing
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from typing import Any
+
+from data import DataError
+
+WAITING = 64  # results of threads that wait in memory, at most
+
+
+def cores() -> int:
+    """Processor cores that this process may use."""
+    return len(os.sched_getaffinity(0))
+
+
+def in_threads(function: Callable, values: list) -> Iterator:
+    """Where the work releases the interpreter's lock, as Pillow does while it decodes."""
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        for first in range(0, len(values), WAITING):
+            yield from pool.map(function, values[first : first + WAITING])
+
+
+def in_processes(function: Callable, values: Iterable, jobs: int) -> Iterator:
+    """In this process where jobs is 1. The function may hold much: processes are forked, and inherit it.
+
+    What it raises, it raises here. Raises DataError where a process was killed.
+    """
+    if jobs == 1:
+        yield from map(function, values)
+        return
+    context = multiprocessing.get_context("fork")
+    with ProcessPoolExecutor(jobs, context, initializer=_start, initargs=(function,)) as pool:
+        try:
+            yield from pool.map(_call, values)
+        except BrokenProcessPool as error:
+            raise DataError("a process was killed, perhaps for lack of memory: try again with --jobs 1") from error
+
+
+_function: Callable[[Any], Any]  # of a process that `in_processes` started
+
+
+def _start(function: Callable) -> None:
+    global _function
+    _function = function
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback of its own
+
+
+def _call(value: Any) -> Any:
+    return _function(value)

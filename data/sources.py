@@ -1,0 +1,342 @@
+"""Data sources: what a recipe names, what the catalogue knows of it, and what of a raw sample is used."""
+
+import functools
+import json
+import math
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, NamedTuple
+
+import yaml
+
+from data import DataError
+from data.index import INDEX_NAME, Index, common_root, without_query
+from data.shards import (
+    Access,
+    Sample,
+    Shard,
+    TarShard,
+    expand,
+    folder_shard,
+    is_folder_of_images,
+    is_zip,
+    scan,
+    zip_shard,
+)
+from data.storage import is_remote
+from data.transforms import Filtered, ImageError
+
+MOST_SCANNED = 256  # so many local tars without an index are scanned before a run; more are, one by one, as it goes
+
+
+@dataclass
+class FilterConfig:
+    """Which samples are left out. Bounds are inclusive; None: no bound. The numbers are those of a sample's JSON, under
+    the field that the catalogue names; a sample without the number does not pass.
+
+    min_side: pixels of the image's shorter side; max_aspect_ratio: longer side over shorter side.
+    keys, not_keys: text files with one key in each line: only these samples; none of these.
+    """
+
+    min_side: int | None = None
+    max_aspect_ratio: float | None = None
+    min_aesthetic: float | None = None
+    max_nsfw: float | None = None
+    max_watermark: float | None = None
+    min_similarity: float | None = None
+    keys: str | None = None
+    not_keys: str | None = None
+
+
+@dataclass
+class SourceConfig:
+    """One source of a mixture.
+
+    name: an entry of the catalogue (`data/sources.yaml`), which then knows where images, captions and scores are in a
+        sample, or a new name. root: tars, a folder, a zip file (as `data.train`). weight: its share of the samples,
+        relative to the other sources'. index: file of `ibq shards check --write-index`; None: index.safetensors beside
+        the tars, where there is one.
+    image, caption, class_from: member suffixes (image in order of preference), where the catalogue does not say or is
+        wrong; class_from may be `folder`. caption_field: the caption is this field of the member `json`.
+    """
+
+    name: str = "train"
+    root: Any = None
+    weight: float = 1.0
+    index: str | None = None
+    image: list[str] | None = None
+    caption: str | None = None
+    caption_field: str | None = None
+    class_from: str | None = None
+    filters: FilterConfig = field(default_factory=FilterConfig)
+
+
+class Layout(NamedTuple):
+    """Where things are in a sample. image: suffixes in order of preference, none: any image; caption, label: suffixes;
+    caption_field: of the member `json`; fields: a filter's number -> field of the member `json`."""
+
+    image: tuple[str, ...] = ()
+    caption: str | None = "txt"
+    caption_field: str | None = None
+    label: str | None = "cls"
+    fields: Mapping[str, str] = MappingProxyType({})
+
+
+class Picked(NamedTuple):
+    """What is used of a raw sample. label: the class, or None."""
+
+    image: bytes
+    caption: str | None
+    label: int | None
+
+
+@functools.cache
+def catalogue() -> dict[str, dict]:
+    """`data/sources.yaml`: name -> entry."""
+    return yaml.safe_load((resources.files("data") / "sources.yaml").read_text(encoding="utf-8"))
+
+
+def layout_of(config: SourceConfig) -> Layout:
+    """The catalogue's layout for the source's name, with the recipe's changes."""
+    entry = catalogue().get(config.name, {})
+    known = entry.get("layout", {})
+    return Layout(
+        tuple(config.image or known.get("image") or ()),
+        config.caption or known.get("caption", "txt"),
+        config.caption_field or known.get("caption_field"),
+        config.class_from or known.get("class") or "cls",
+        entry.get("fields", {}),
+    )
+
+
+@dataclass(frozen=True, eq=False)
+class Filters:
+    """The filters of one source, ready to use."""
+
+    config: FilterConfig
+    keys: frozenset[str] | None
+    not_keys: frozenset[str]
+
+    @property
+    def bounds(self) -> list[tuple[str, float, int]]:
+        """(number, bound, 1 where it is the least and -1 where it is the most)."""
+        config = self.config
+        named = [
+            ("aesthetic", config.min_aesthetic, 1),
+            ("nsfw", config.max_nsfw, -1),
+            ("watermark", config.max_watermark, -1),
+            ("similarity", config.min_similarity, 1),
+        ]
+        return [(name, bound, sign) for name, bound, sign in named if bound is not None]
+
+    def check_size(self, width: int, height: int) -> None:
+        """Raises Filtered by the size of the image as it is displayed, in pixels."""
+        if self.config.min_side is not None and min(width, height) < self.config.min_side:
+            raise Filtered("min_side")
+        ratio = self.config.max_aspect_ratio
+        if ratio is not None and max(width, height) > ratio * min(width, height):
+            raise Filtered("max_aspect_ratio")
+
+
+def open_filters(config: FilterConfig, layout: Layout, name: str) -> Filters:
+    """Raises DataError for bounds that cannot be met or a number that the source's samples do not have."""
+    filters = Filters(config, _keys(config.keys), _keys(config.not_keys) or frozenset())
+    for number, _, _ in filters.bounds:
+        if number not in layout.fields:
+            raise DataError(
+                f"source {name}: no JSON field is known for {number}; the catalogue names fields for "
+                f"{', '.join(layout.fields) or 'none'}: leave the filter out"
+            )
+    if config.max_aspect_ratio is not None and config.max_aspect_ratio < 1:
+        raise DataError(f"source {name}: max_aspect_ratio={config.max_aspect_ratio} must be at least 1")
+    return filters
+
+
+def _keys(path: str | None) -> frozenset[str] | None:
+    if path is None:
+        return None
+    try:
+        return frozenset(Path(path).read_text(encoding="utf-8").splitlines())
+    except (OSError, UnicodeDecodeError) as error:
+        raise DataError(f"cannot read the list of keys {path}: {error}") from error
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """A source, opened. quarantined: numbers of shards that are passed over."""
+
+    name: str
+    weight: float
+    shards: list[Shard]
+    layout: Layout
+    filters: Filters
+    quarantined: frozenset[int] = frozenset()
+
+    @property
+    def counts(self) -> list[int] | None:
+        """Samples of each shard, or None where they are not known before all is read. A shard in quarantine of which
+        nothing is known counts as empty."""
+        counts = []
+        for number, shard in enumerate(self.shards):
+            known = not isinstance(shard, TarShard) or shard.table is not None
+            if not known and number not in self.quarantined:
+                return None
+            counts.append(len(shard) if known else 0)
+        return counts
+
+    @property
+    def samples(self) -> int | None:
+        """How many there are, those in quarantine included, or None where that is not known."""
+        return None if self.counts is None else sum(self.counts)
+
+    def pick(self, sample: Sample) -> Picked:
+        """Raises ImageError for a sample without its image or with a damaged member, Filtered for one to leave out."""
+        self._filter(sample)
+        layout, members = self.layout, sample.members
+        caption = None
+        if layout.caption_field and "json" in members:
+            caption = _metadata(sample).get(layout.caption_field)
+        if caption is None and layout.caption in members:
+            caption = members[layout.caption].decode("utf-8", "replace")
+        return Picked(sample.image(layout.image), caption, self._label(members))
+
+    def _label(self, members: dict[str, bytes]) -> int | None:
+        if self.layout.label not in members:
+            return None
+        text = members[self.layout.label].decode("utf-8", "replace").strip()
+        if not text.isdecimal():
+            raise ImageError(f"the class {text[:40]!r} is no number from 0")
+        return int(text)
+
+    def _filter(self, sample: Sample) -> None:
+        filters = self.filters
+        if sample.key in filters.not_keys:
+            raise Filtered("not_keys")
+        if filters.keys is not None and sample.key not in filters.keys:
+            raise Filtered("keys")
+        if not (bounds := filters.bounds):
+            return
+        metadata = _metadata(sample)
+        for name, bound, sign in bounds:
+            value = metadata.get(self.layout.fields[name])
+            number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
+            if not sign * number >= sign * bound:  # so that what is no number does not pass
+                raise Filtered(name)
+
+
+def _metadata(sample: Sample) -> dict:
+    try:
+        metadata = json.loads(sample.members.get("json", b"{}"))
+    except ValueError as error:
+        raise ImageError(f"its json is damaged: {error}") from error
+    if not isinstance(metadata, dict):
+        raise ImageError("its json is no mapping")
+    return metadata
+
+
+# ---------------------------------------------------------------------------------------------------------- opening
+
+
+def open_source(
+    config: SourceConfig,
+    access: Access | None = None,
+    *,
+    allow_pipes: bool = False,
+    quarantine: frozenset[str] = frozenset(),
+    scan_all: bool = False,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Source:
+    """Finds a source's shards and what is known of them, without reading any sample.
+
+    quarantine: paths or URLs of shards, or their ends after a /. scan_all: every local tar without an index is scanned,
+    however many there are. progress: called with (tars scanned, tars in all). Raises DataError.
+    """
+    if not (isinstance(config.weight, (int, float)) and 0 < config.weight < math.inf):
+        raise DataError(f"source {config.name}: weight={config.weight} must be positive and finite")
+    layout = layout_of(config)
+    shards = open_shards(
+        config, access or Access(), allow_pipes=allow_pipes, class_from_folder=layout.label == "folder"
+    )
+    if layout.label == "folder":
+        layout = layout._replace(label="cls")
+    quarantined = frozenset(n for n, shard in enumerate(shards) if _is_among(shard.url, quarantine))
+    if len(quarantined) == len(shards):
+        raise DataError(f"source {config.name}: every shard is in quarantine")
+    unknown = [
+        shard
+        for n, shard in enumerate(shards)
+        if isinstance(shard, TarShard) and shard.table is None and not _is_stream(shard) and n not in quarantined
+    ]
+    if scan_all or len(unknown) <= MOST_SCANNED:
+        with ThreadPoolExecutor(8) as pool:
+            for done, (shard, table) in enumerate(zip(unknown, pool.map(lambda s: scan(s.url), unknown), strict=True)):
+                shard.table = table
+                progress(done + 1, len(unknown))
+    return Source(
+        config.name, config.weight, shards, layout, open_filters(config.filters, layout, config.name), quarantined
+    )
+
+
+def _is_stream(shard: TarShard) -> bool:
+    return shard.url.startswith("pipe:") or is_remote(shard.url)
+
+
+def _is_among(url: str, quarantine: frozenset[str]) -> bool:
+    url = without_query(url)
+    return any(url == part or url.endswith(f"/{part.lstrip('/')}") for part in quarantine)
+
+
+def open_shards(
+    config: SourceConfig, access: Access, *, allow_pipes: bool = False, class_from_folder: bool = False
+) -> list[Shard]:
+    """The shards of a root: one for a folder of images or a zip file, or its tars, with what their index tells."""
+    root = config.root
+    if is_folder_of_images(root):
+        return [folder_shard(str(root), class_from_folder)]
+    if is_zip(root):
+        return [zip_shard(str(root))]
+    urls = expand(root, allow_pipes=allow_pipes)
+    shards = [TarShard(url, access=access) for url in urls]
+    shared = common_root([url for url in urls if not url.startswith("pipe:")]) if urls else ""
+    index = _index(config, shared)
+    if index is not None:
+        for shard in shards:
+            shard.table = index.table(shard.url, shared)
+        unknown = [shard for shard in shards if shard.table is None]
+        if unknown:
+            raise DataError(
+                f"the index {index.path} lacks {len(unknown)} of {len(shards)} shards, first {unknown[0].name}: write "
+                "it again with `ibq shards check --write-index`"
+            )
+        if empty := next((shard for shard in shards if not len(shard)), None):
+            raise DataError(f"the shard {empty.name} holds no sample by its index: leave it out")
+    return shards
+
+
+def _index(config: SourceConfig, root: str) -> Index | None:
+    if config.index is not None:
+        return Index(config.index)
+    beside = Path(root) / INDEX_NAME
+    return Index(beside) if root and not is_remote(root) and beside.is_file() else None
+
+
+def check_names(configs: list[SourceConfig]) -> None:
+    """Raises DataError unless each source has a name of its own."""
+    names = [config.name for config in configs]
+    for name in names:
+        if names.count(name) > 1:
+            raise DataError(f"two sources are called {name}: give each a name of its own")
+        if "/" in name or not name:
+            raise DataError(f"the source name {name!r} must not be empty or hold a /")
+
+
+def describe(source: Source) -> str:
+    """One line: how much there is."""
+    samples = source.samples
+    count = f"{samples:,} samples" if samples is not None else "samples not counted"
+    more = f", {len(source.quarantined)} in quarantine" if source.quarantined else ""
+    return f"{source.name}: {len(source.shards):,} shards, {count}{more}"

@@ -1,0 +1,770 @@
+import errno
+import logging
+import multiprocessing
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+import traceback
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import fsspec.config
+import pytest
+from serving import Fault, Server, s3, s3_environment
+
+from data import DataError, storage
+from data.storage import Cache, Patience, bytes_read, is_remote, list_tars, read, redacted, size
+
+CONTENT = bytes(range(256)) * 2000  # 512,000 bytes
+BRIEF = Patience(request_seconds=0.4, total_seconds=1.2)
+STEADY = Patience(request_seconds=5, total_seconds=20)  # for what succeeds in the end
+THROTTLED = (
+    b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
+)
+DENIED = b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>hunter2</Message></Error>"
+BUCKET = "images"
+
+
+@pytest.fixture(autouse=True)
+def short_waits(monkeypatch):
+    monkeypatch.setattr(storage, "FIRST_WAIT_SECONDS", 0.1)
+
+
+@pytest.fixture
+def server():
+    with Server({"/a.tar": CONTENT, "/empty.tar": b""}) as server:
+        yield server
+
+
+@pytest.fixture
+def fresh(monkeypatch):
+    """Clients that know the environment of now."""
+    monkeypatch.setattr(storage, "_clients", {})
+    monkeypatch.setattr(storage, "_sizes", {})
+
+
+@pytest.fixture(scope="module")
+def moto():
+    files = {f"train/{number:06d}.tar": CONTENT for number in (2, 0, 1)}
+    files |= {"train/deep/000009.tar": CONTENT, "train/note.txt": b"text", "empty.tar": b"", "odd #1?.tar": b"odd"}
+    with s3(BUCKET, files) as served:
+        yield served
+
+
+@pytest.fixture
+def bucket(moto, monkeypatch, fresh):
+    for name, value in moto.environment.items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{BUCKET}"
+
+
+@pytest.fixture
+def faulty_bucket(server, monkeypatch, fresh):
+    """An S3 of one object, s3://images/a.tar, which misbehaves as server.fault("/images/a.tar", …) says."""
+    server.files[f"/{BUCKET}/a.tar"] = CONTENT
+    for name, value in s3_environment(server.url()).items():
+        monkeypatch.setenv(name, value)
+    return f"s3://{BUCKET}"
+
+
+def error_of(function, *arguments) -> str:
+    with pytest.raises(DataError) as caught:
+        function(*arguments)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def refused_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+# -------------------------------------------------------------------------------------------------------- addresses
+
+
+@pytest.mark.parametrize("url", ["http://h/a.tar", "https://h/a", "s3://b/k", "gs://b/k", "HTTP://h/a"])
+def test_schemes_are_remote(url):
+    assert is_remote(url)
+
+
+@pytest.mark.parametrize("path", ["a.tar", "/tars/a.tar", "pipe:curl http://h/a.tar", "./http:/a", "a{0..9}.tar", ""])
+def test_paths_are_local(path):
+    assert not is_remote(path)
+    assert redacted(path) == path
+
+
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("https://host:8080/tars/a.tar", "https://host:8080/tars/a.tar"),
+        ("https://me:hunter2@host/a@1.tar", "https://host/a@1.tar"),
+        ("https://hunter2@host/a.tar", "https://host/a.tar"),
+        ("https://me:hunter@2@host/a.tar", "https://host/a.tar"),
+        ("https://me:hunter/2@host/a.tar", "https://…"),
+        ("https://me:hunter?2@host/a.tar", "https://…"),
+        ("https://me:hunter#2@host/a.tar", "https://…"),
+        ("https://host/a.tar?X-Amz-Signature=hunter2&at=/b", "https://host/a.tar?…"),
+        ("https://host/a.tar#hunter2", "https://host/a.tar"),
+        ("https://host?hunter2", "https://host?…"),
+        ("http://[::1]:80/a.tar?hunter2#hunter2", "http://[::1]:80/a.tar?…"),
+        ("s3://me:hunter2@bucket/folder/a.tar", "s3://bucket/folder/a.tar"),
+        ("s3://bucket/a.tar?versionId=hunter2", "s3://bucket/a.tar?…"),
+    ],
+)
+def test_messages_show_no_secrets_of_an_address(url, shown):
+    assert redacted(url) == shown
+
+
+@pytest.mark.parametrize(
+    ("url", "mend"),
+    [
+        ("ftp://me:hunter2@host/a.tar", "http, https, s3, gs"),
+        ("https://me:hunter/2@host/a.tar", "percent-encode"),
+        ("https:///a.tar", "percent-encode"),
+        ("s3://key:hunter2@bucket/a.tar", "set AWS_ACCESS_KEY_ID"),
+        ("gs://key:hunter2@bucket/a.tar", "gcloud auth"),
+    ],
+)
+def test_addresses_that_cannot_be_read_are_named_at_once(url, mend):
+    for function in (lambda: size(url), lambda: read(url, 0, 9), lambda: Cache(Path("x"), 9).path(url)):
+        message = error_of(function)
+        assert mend in message
+        assert "hunter" not in message
+
+
+@pytest.mark.parametrize(("scheme", "package"), [("s3", "s3fs"), ("gs", "gcsfs"), ("https", "aiohttp")])
+def test_a_missing_package_is_named(scheme, package, monkeypatch, fresh):
+    def missing(*_, **__):
+        raise ImportError("Install it")
+
+    monkeypatch.setattr(fsspec, "filesystem", missing)
+    assert error_of(size, f"{scheme}://host/a.tar").endswith(f"pip install {package}")
+
+
+# ------------------------------------------------------------------------------------------------------- local paths
+
+
+def test_local_files_are_read(tmp_path):
+    path = tmp_path / "a.tar"
+    path.write_bytes(CONTENT)
+    before = bytes_read()
+    assert size(str(path)) == len(CONTENT)
+    assert read(str(path), 1000, 3000) == CONTENT[1000:3000]
+    assert read(str(path), 5, 5) == b""
+    assert bytes_read() - before == 2000
+
+
+def test_errors_of_local_files_name_path_and_reason(tmp_path):
+    path = tmp_path / "a.tar"
+    assert error_of(size, str(path)) == f"cannot read {path}: No such file or directory"
+    assert error_of(read, str(path), 0, 1) == f"cannot read {path}: No such file or directory"
+    assert error_of(read, str(tmp_path), 0, 1) == f"cannot read {tmp_path}: Is a directory"
+    path.write_bytes(b"1234")
+    assert f"{path} ends before byte 5" in error_of(read, str(path), 0, 5)
+
+
+# -------------------------------------------------------------------------------------------------------------- http
+
+
+def test_ranges_are_read_over_http(server):
+    url, before = server.url("/a.tar"), bytes_read()
+    assert size(url) == len(CONTENT)
+    assert read(url, 1000, 3000) == CONTENT[1000:3000]
+    assert read(url, 0, len(CONTENT)) == CONTENT
+    assert read(url, 7, 7) == b""
+    assert bytes_read() - before == 2000 + len(CONTENT)
+    assert [request.range for request in server.requests] == ["bytes=0-0", "bytes=1000-2999", f"bytes=0-{512_000 - 1}"]
+    assert size(server.url("/empty.tar")) == 0
+
+
+def test_what_is_signed_is_sent_as_it_was_given(server):
+    signed = "/%61.tar?X-Amz-Credential=A%2FB&sig=a%2Bb%3d&x=1+2"
+    assert read(server.url(signed), 0, 4) == CONTENT[:4]
+    assert server.requests[0].target == signed
+
+
+def test_letters_that_no_address_may_hold_are_encoded(server):
+    server.files["/größe 1.tar"] = CONTENT
+    assert read(server.url("/größe 1.tar"), 0, 4) == CONTENT[:4]
+
+
+def test_user_and_password_are_sent(server):
+    assert read(server.url("/a.tar", user="me:p%40ss"), 0, 4) == CONTENT[:4]
+    assert server.requests[0].headers["authorization"] == "Basic bWU6cEBzcw=="  # me:p@ss
+
+
+def test_proxies_of_the_environment_are_used(server, monkeypatch):
+    monkeypatch.setenv("http_proxy", server.url())
+    assert read("http://host.invalid/a.tar", 0, 4, STEADY) == CONTENT[:4]
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"status": 503},
+        {"status": 500},
+        {"status": 429},
+        {"cut_after_bytes": 100},
+        {"cut_after_bytes": 0},
+        {"silent": True},
+        {"stall_after_bytes": 0},
+        {"stall_after_bytes": 100},
+        {"trickle_seconds": 0.05},
+    ],
+    ids=str,
+)
+def test_what_may_pass_is_tried_again(server, fault):
+    server.fault("/a.tar", **fault, times=2)
+    assert read(server.url("/a.tar"), 0, 1000, Patience(0.4, 20)) == CONTENT[:1000]
+    assert server.asked("/a.tar") == 3
+
+
+@pytest.mark.parametrize(
+    ("fault", "happened"),
+    [
+        ({"status": 503}, "HTTP 503"),
+        ({"status": 429}, "HTTP 429"),
+        ({"cut_after_bytes": 100}, "the answer broke off"),
+        ({"silent": True}, "no whole answer within 0."),
+        ({"stall_after_bytes": 100}, "no whole answer within 0."),
+        ({"trickle_seconds": 0.05}, "no whole answer within 0."),
+    ],
+    ids=str,
+)
+def test_tries_end_in_time_and_tell_what_happened(server, fault, happened):
+    server.fault("/a.tar", **fault)
+    start = time.monotonic()
+    message = error_of(read, server.url("/a.tar", user="me:hunter2"), 0, 1000, BRIEF)
+    assert time.monotonic() - start < BRIEF.total_seconds + 1
+    assert message.startswith(f"cannot read {server.url('/a.tar')}: {happened}")
+    assert f"({server.asked('/a.tar')} tries in 1." in message
+
+
+def test_the_total_limits_a_request_that_may_take_longer(server):
+    server.fault("/a.tar", trickle_seconds=0.05)
+    start = time.monotonic()
+    assert "(1 try in " in error_of(read, server.url("/a.tar"), 0, 1000, Patience(30, 0.5))
+    assert time.monotonic() - start < 1.5
+
+
+def test_a_refused_connection_is_tried_until_the_time_is_over():
+    start = time.monotonic()
+    message = error_of(size, f"http://127.0.0.1:{refused_port()}/a.tar", BRIEF)
+    assert "Connect call failed" in message and " tries in " in message
+    assert time.monotonic() - start < BRIEF.total_seconds + 1
+
+
+def test_waits_grow_and_differ_between_addresses(monkeypatch):
+    monkeypatch.setattr(storage, "FIRST_WAIT_SECONDS", 0.5)
+    waits = [[storage._wait_seconds(url, tries) for tries in range(1, 12)] for url in ("http://h/1", "http://h/2")]
+    assert all(0.25 <= wait <= 15 for wait in waits[0])
+    assert waits[0][4] > waits[0][2] > waits[0][0]
+    assert waits[0] != waits[1]
+    assert waits[0] == [storage._wait_seconds("http://h/1", tries) for tries in range(1, 12)]
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ({"status": 404}, "there is no {url} (HTTP 404): check its path"),
+        ({"status": 401}, "{url} may not be read (HTTP 401): check its path, and check its user and password"),
+        ({"status": 403}, "{url} may not be read (HTTP 403): check its path, and check its user and password"),
+        ({"status": 400}, "{url} cannot be read: its server answers HTTP 400; check the address"),
+        ({"status": 302, "headers": {"Location": "/a.tar"}}, "{url} cannot be read (TooManyRedirects)"),
+        ({"ignore_ranges": True}, "the server of {url} does not answer ranges: set data.cache=FOLDER"),
+        ({"no_length": True, "ignore_ranges": True}, "the server of {url} does not tell its size"),
+    ],
+    ids=str,
+)
+def test_what_does_not_pass_is_told_at_once(server, fault, message):
+    server.fault("/a.tar", **fault)
+    start = time.monotonic()
+    assert error_of(read, server.url("/a.tar"), 10, 20).startswith(message.format(url=server.url("/a.tar")))
+    assert time.monotonic() - start < 1
+
+
+def test_a_whole_answer_serves_where_the_whole_is_asked_for(server):
+    server.fault("/a.tar", ignore_ranges=True)
+    assert size(server.url("/a.tar")) == len(CONTENT)
+    assert read(server.url("/a.tar"), 0, len(CONTENT)) == CONTENT
+
+
+def test_an_object_shorter_than_asked_is_named(server):
+    url = server.url("/a.tar")
+    assert error_of(read, url, 511_000, 512_001).startswith(f"{url} ends before byte 512,001: ")
+    assert error_of(read, url, 600_000, 600_001).startswith(f"{url} ends before byte 600,001: ")
+
+
+def test_an_object_that_changes_its_size_is_named(server):
+    url = server.url("/a.tar")
+    assert size(url) == 512_000
+    server.files["/a.tar"] = CONTENT + b"more"
+    assert f"{url} was replaced while it was read: it had 512,000 bytes and has 512,004" in error_of(read, url, 0, 4)
+    assert size(url) == 512_004  # asked for anew, it holds for what follows
+    assert read(url, 0, 4) == CONTENT[:4]
+
+
+def test_the_time_is_kept_where_the_loop_is_stuck(server, monkeypatch, fresh):
+    async def stuck(*_):
+        time.sleep(2)
+
+    monkeypatch.setattr(storage, "_get_http", stuck)
+    start = time.monotonic()
+    assert "no whole answer within 0.4 s" in error_of(size, server.url("/a.tar"), Patience(0.4, 0.5))
+    assert time.monotonic() - start < 1
+
+
+def test_threads_read_at_once(server):
+    server.fault("/a.tar", stall_after_bytes=10, times=3)
+    url = server.url("/a.tar")
+    with ThreadPoolExecutor(16) as pool:
+        parts = pool.map(lambda n: read(url, 1000 * n, 1000 * n + 999, Patience(1, 20)), range(64))
+    assert list(parts) == [CONTENT[1000 * n : 1000 * n + 999] for n in range(64)]
+
+
+# ---------------------------------------------------------------------------------------------------------------- s3
+
+
+def test_objects_are_read_from_s3(bucket):
+    url, before = f"{bucket}/train/000000.tar", bytes_read()
+    assert size(url, STEADY) == len(CONTENT)
+    assert read(url, 1000, 3000, STEADY) == CONTENT[1000:3000]
+    assert read(url, 0, len(CONTENT), STEADY) == CONTENT
+    assert bytes_read() - before == 2000 + len(CONTENT)
+    assert size(f"{bucket}/empty.tar", STEADY) == 0
+    assert read(f"{bucket}/odd #1?.tar", 0, 3, STEADY) == b"odd"
+
+
+@pytest.mark.parametrize("slash", ["", "/"])
+def test_tars_of_a_folder_are_listed(bucket, slash):
+    tars = [f"{bucket}/train/{number:06d}.tar" for number in range(3)]
+    assert list_tars(f"{bucket}/train{slash}", STEADY) == tars
+    assert list_tars(bucket + slash, STEADY) == [f"{bucket}/empty.tar", f"{bucket}/odd #1?.tar"]
+
+
+def test_listings_are_never_stale(moto, bucket):
+    import boto3
+
+    client = boto3.client("s3", endpoint_url=moto.endpoint)
+    client.put_object(Bucket=BUCKET, Key="new/0.tar", Body=b"0")
+    assert list_tars(f"{bucket}/new", STEADY) == [f"{bucket}/new/0.tar"]
+    client.put_object(Bucket=BUCKET, Key="new/1.tar", Body=b"1")
+    assert list_tars(f"{bucket}/new", STEADY) == [f"{bucket}/new/0.tar", f"{bucket}/new/1.tar"]
+
+
+def test_what_s3_lacks_is_named(bucket):
+    assert error_of(size, f"{bucket}/none.tar") == f"there is no {bucket}/none.tar (HTTP 404 NoSuchKey): check its path"
+    assert "there is no s3://none/a.tar (HTTP 404 NoSuchBucket)" in error_of(read, "s3://none/a.tar", 0, 4)
+    assert "there is no s3://none (HTTP 404 NoSuchBucket)" in error_of(list_tars, "s3://none")
+    assert error_of(list_tars, f"{bucket}/none") == f"no *.tar in the folder {bucket}/none: check its path"
+    url = f"{bucket}/train/000000.tar"
+    assert f"{url} ends before byte 512,001" in error_of(read, url, 511_000, 512_001)
+    assert f"{url} ends before byte 600,001" in error_of(read, url, 600_000, 600_001)
+    assert "check the address" in error_of(size, bucket)
+
+
+def test_listing_over_http_names_what_to_give_instead(server):
+    assert "a brace pattern" in error_of(list_tars, server.url("/tars"))
+    assert server.requests == []
+
+
+def test_missing_credentials_are_named(bucket, monkeypatch):
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    message = error_of(size, f"{bucket}/train/000000.tar")
+    assert "no credentials" in message and "AWS_ACCESS_KEY_ID" in message and "FSSPEC_S3_ANON=1" in message
+
+
+def test_a_public_bucket_needs_no_credentials(faulty_bucket, server, monkeypatch):
+    monkeypatch.delenv("AWS_ACCESS_KEY_ID")
+    monkeypatch.delenv("AWS_SECRET_ACCESS_KEY")
+    fsspec.config.set_conf_env(conf := {}, {"FSSPEC_S3_ANON": "1"})
+    monkeypatch.setitem(fsspec.config.conf, "s3", conf["s3"])
+    assert read(f"{faulty_bucket}/a.tar", 0, 4, STEADY) == CONTENT[:4]
+    assert "authorization" not in server.requests[0].headers
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        {"status": 503, "body": THROTTLED},
+        {"status": 500, "body": b""},
+        {"status": 400, "body": THROTTLED.replace(b"SlowDown", b"RequestTimeout")},
+        {"cut_after_bytes": 100},
+        {"silent": True},
+        {"stall_after_bytes": 100},
+    ],
+    ids=lambda fault: str({**fault, "body": "…"}),
+)
+def test_what_may_pass_is_tried_again_on_s3(faulty_bucket, server, fault):
+    url = f"{faulty_bucket}/a.tar"
+    assert size(url, STEADY) == len(CONTENT)  # the first request makes the client, which takes a while
+    server.fault(f"/{BUCKET}/a.tar", **fault, times=2)
+    assert read(url, 0, 1000, Patience(0.5, 20)) == CONTENT[:1000]
+    assert server.asked(f"/{BUCKET}/a.tar") == 4
+
+
+def test_tries_on_s3_end_in_time_and_are_ours_alone(faulty_bucket, server):
+    url = f"{faulty_bucket}/a.tar"
+    size(url, STEADY)
+    for fault, happened in (({"status": 503, "body": THROTTLED}, "HTTP 503 SlowDown"), ({"silent": True}, "no whole")):
+        server.faults.clear()
+        server.requests.clear()
+        server.fault(f"/{BUCKET}/a.tar", **fault)
+        start = time.monotonic()
+        message = error_of(read, url, 0, 1000, BRIEF)
+        assert time.monotonic() - start < BRIEF.total_seconds + 1
+        assert f"cannot read {url}: {happened}" in message
+        assert f"({server.asked(f'/{BUCKET}/a.tar')} tries in" in message
+
+
+def test_s3_that_refuses_is_told_at_once(faulty_bucket, server):
+    server.fault(f"/{BUCKET}/a.tar", status=403, body=DENIED)
+    message = error_of(read, f"{faulty_bucket}/a.tar", 0, 10)
+    assert f"{faulty_bucket}/a.tar may not be read (HTTP 403 AccessDenied)" in message
+    assert "AWS_ACCESS_KEY_ID" in message
+
+
+def test_objects_are_read_from_google(server, monkeypatch, fresh):
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")  # which asks Google's own servers
+    pytest.importorskip("gcsfs")
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", server.url())
+    monkeypatch.setitem(fsspec.config.conf, "gs", {"token": "anon"})
+    server.files["/download/storage/v1/b/images/o/train/a.tar"] = CONTENT
+    url = "gs://images/train/a.tar"
+    assert size(url, STEADY) == len(CONTENT)
+    assert read(url, 1000, 3000, STEADY) == CONTENT[1000:3000]
+    assert "there is no gs://images/b.tar" in error_of(size, "gs://images/b.tar")
+    listing = (
+        b'{"kind": "x", "items": [{"name": "train/a.tar", "bucket": "images", "size": "1"}], "prefixes": ["train/b/"]}'
+    )
+    server.fault("/storage/v1/b/images/o", status=200, body=listing, headers={"Content-Type": "application/json"})
+    assert list_tars("gs://images/train", STEADY) == ["gs://images/train/a.tar"]
+
+
+# ----------------------------------------------------------------------------------------------------------- secrets
+
+
+REFUSALS = [
+    {},
+    {"status": 404},
+    {"status": 403, "body": DENIED},
+    {"status": 503},
+    {"status": 400, "body": b"hunter2"},
+    {"status": 302, "headers": {"Location": "http://hunter2:hunter2@host:hunter2/?hunter2"}},
+    {"cut_after_bytes": 3},
+    {"silent": True},
+    {"ignore_ranges": True},
+]
+REFUSALS_OF_HTTP = [
+    *REFUSALS,
+    {"status": 302, "headers": {"Location": "/a.tar?hunter2"}},
+    {"status": 302, "headers": {"Location": "ftp://hunter2/a.tar?hunter2"}},
+    {"status": 206, "headers": {"Content-Range": "bytes hunter2"}},
+    {"stall_after_bytes": 3},
+    {"no_length": True, "ignore_ranges": True},
+]
+
+
+@pytest.mark.parametrize(
+    ("scheme", "fault"),
+    [*(("http", fault) for fault in REFUSALS_OF_HTTP), *(("s3", fault) for fault in REFUSALS)],
+    ids=str,
+)
+def test_no_secret_comes_out(scheme, fault, server, faulty_bucket, tmp_path, caplog, capfd):
+    caplog.set_level(logging.DEBUG)
+    if scheme == "http":
+        path, url = "/a.tar", server.url("/a.tar?X-Amz-Signature=hunter2&b=hunter2#hunter2", user="hunter2:hunter2")
+    else:
+        path, url = f"/{BUCKET}/a.tar", f"{faulty_bucket}/a.tar?versionId=hunter2#hunter2"
+        server.files[f"{path}?versionId=hunter2#hunter2"] = CONTENT
+    if fault:
+        server.fault(path, **fault)
+        server.fault(f"{path}?versionId=hunter2#hunter2", **fault)
+    short = Patience(0.2, 0.3)
+    actions = [
+        lambda: size(url, short),
+        lambda: read(url, 4, 600_000, short),
+        lambda: Cache(tmp_path, 1000, short).path(url),
+        lambda: list_tars(url, short),
+    ]
+    failures = 0
+    for action in actions:
+        try:
+            action()
+        except DataError as error:
+            failures += 1
+            assert "hunter2" not in str(error)
+            assert "hunter2" not in "".join(traceback.format_exception(error))
+    assert failures >= 2
+    assert "hunter2" not in caplog.text
+    assert "hunter2" not in "".join(capfd.readouterr())
+    assert "hunter2" not in "".join(path.name for path in tmp_path.iterdir())
+
+
+def test_no_secret_comes_out_where_nothing_answers(caplog):
+    caplog.set_level(logging.DEBUG)
+    for host in (f"127.0.0.1:{refused_port()}", "host.invalid", "127.0.0.1:99999"):
+        url = f"https://hunter2:hunter2@{host}/a.tar?hunter2#hunter2"
+        with pytest.raises(DataError) as caught:
+            size(url, Patience(0.3, 0.5))
+        assert "hunter2" not in "".join(traceback.format_exception(caught.value)) + caplog.text
+
+
+def test_no_secret_comes_out_of_a_librarys_mistake(server, monkeypatch):
+    async def broken(*_):
+        raise KeyError("http://me:hunter2@host/a.tar")
+
+    monkeypatch.setattr(storage, "_get_http", broken)
+    with pytest.raises(DataError, match=r"KeyError in test_storage\.py, line \d+$") as caught:
+        size(server.url("/a.tar"))
+    assert "hunter2" not in str(caught.value)
+
+
+# ---------------------------------------------------------------------------------------------------------- processes
+
+
+def in_forked(function, processes: int = 1) -> list:
+    """What `function` returns in forked processes, as DataLoader makes its workers."""
+    context = multiprocessing.get_context("fork")
+    results = context.SimpleQueue()
+    workers = [context.Process(target=lambda: results.put(function()), daemon=True) for _ in range(processes)]
+    for worker in workers:
+        worker.start()
+    try:
+        for worker in workers:
+            worker.join(20)
+            assert worker.exitcode == 0
+        return [results.get() for _ in workers]
+    finally:
+        for worker in workers:
+            worker.kill()
+
+
+def test_forked_workers_read_on_their_own(server, bucket):
+    urls = [server.url("/a.tar"), f"{bucket}/train/000000.tar"]
+    for url in urls:
+        assert size(url, STEADY) == len(CONTENT)
+
+    def work():
+        assert bytes_read() == 0
+        return b"".join(read(url, start, start + 4, STEADY) for url in urls for start in (0, 1000))
+
+    for _ in range(2):  # the parent reads on, and forks again
+        expected = b"".join(read(url, start, start + 4, STEADY) for url in urls for start in (0, 1000))
+        assert in_forked(work, processes=2) == [expected] * 2
+
+
+def test_a_worker_knows_the_size_that_its_parent_found(server):
+    url = server.url("/a.tar")
+    size(url)
+    server.files["/a.tar"] = CONTENT + b"more"
+    assert "was replaced" in in_forked(lambda: error_of(read, url, 0, 4))[0]
+
+
+def test_a_process_that_read_ends_in_silence(server, bucket):
+    urls = [server.url("/a.tar"), f"{bucket}/train/000000.tar"]
+    code = f"from data.storage import read; print([len(read(url, 0, 9)) for url in {urls}])"
+    done = subprocess.run([sys.executable, "-X", "dev", "-c", code], capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout) == (0, "[9, 9]\n")
+    assert "torch" not in done.stderr and "nclosed" not in done.stderr, done.stderr
+
+
+# -------------------------------------------------------------------------------------------------------------- cache
+
+
+@pytest.fixture
+def pieces(monkeypatch):
+    """Downloads in pieces of 100,000 bytes."""
+    monkeypatch.setattr(storage, "PIECE_BYTES", 100_000)
+
+
+def test_an_object_is_downloaded_once_and_in_pieces(server, tmp_path, pieces):
+    cache, url, before = Cache(tmp_path / "cache", 10**6), server.url("/a.tar"), bytes_read()
+    path = cache.path(url)
+    assert path.read_bytes() == CONTENT
+    assert path.name.endswith("-a.tar")
+    assert bytes_read() - before == len(CONTENT)
+    assert server.asked("/a.tar") == 1 + 6
+    assert cache.path(url) == path
+    assert server.asked("/a.tar") == 1 + 6
+    assert sorted(os.listdir(path.parent)) == sorted([".lock", path.name])
+
+
+def test_local_paths_are_their_own_copies(tmp_path):
+    assert Cache(tmp_path / "cache", 10).path(str(tmp_path / "a.tar")) == tmp_path / "a.tar"
+
+
+def test_entries_go_by_the_whole_address_but_for_the_fragment(server, bucket, tmp_path):
+    cache = Cache(tmp_path, 10**7, STEADY)
+    paths = [cache.path(server.url(path)) for path in ("/a.tar", "/a.tar?signed=1", "/a.tar?signed=2", "/a.tar#1")]
+    assert len(set(paths)) == 3
+    assert paths[3] == paths[0]
+    assert cache.path(f"{bucket}/odd #1?.tar").read_bytes() == b"odd"
+
+
+def test_empty_objects_are_kept(server, tmp_path):
+    assert Cache(tmp_path, 10).path(server.url("/empty.tar")).read_bytes() == b""
+
+
+@pytest.mark.parametrize("fault", [{}, {"cut_after_bytes": 300_000}, {"stall_after_bytes": 300_000}], ids=str)
+def test_the_one_answer_of_a_server_without_ranges_is_used(server, tmp_path, pieces, fault):
+    server.fault("/a.tar", ignore_ranges=True, times=1)
+    if fault:
+        server.fault("/a.tar", ignore_ranges=True, **fault, times=1)
+    server.fault("/a.tar", ignore_ranges=True)
+    path = Cache(tmp_path, 10**6, Patience(0.5, 10)).path(server.url("/a.tar"))
+    assert path.read_bytes() == CONTENT
+    assert server.asked("/a.tar") == 2 + bool(fault)
+
+
+def test_a_download_goes_on_behind_a_broken_piece(server, tmp_path, pieces):
+    server.fault("/a.tar", times=3)
+    server.fault("/a.tar", cut_after_bytes=5, times=2)
+    assert Cache(tmp_path, 10**6).path(server.url("/a.tar")).read_bytes() == CONTENT
+    assert server.asked("/a.tar") == 1 + 6 + 2
+
+
+def test_a_slow_download_may_take_longer_than_one_request(server, tmp_path, monkeypatch):
+    monkeypatch.setattr(storage, "PIECE_BYTES", 4)
+    server.files["/slow.tar"] = b"0123456789ab"
+    for ignore_ranges in (False, True):
+        server.faults["/slow.tar"] = [Fault(trickle_seconds=0.1, ignore_ranges=ignore_ranges)]
+        folder = tmp_path / str(ignore_ranges)
+        assert Cache(folder, 100, Patience(0.8, 0.9)).path(server.url("/slow.tar")).read_bytes() == b"0123456789ab"
+
+
+def test_the_least_recently_used_go_first(server, tmp_path):
+    names = ["a", "b", "c", "d"]
+    server.files |= {f"/{name}.tar": name.encode() * 1000 for name in names}
+    cache = Cache(tmp_path, 3500)
+    (tmp_path / "notes.txt").write_text("mine" * 1000)
+
+    def kept() -> set[str]:
+        return {path.name[65:66] for path in tmp_path.glob("*.tar")}
+
+    for name in names[:3]:
+        cache.path(server.url(f"/{name}.tar"))
+    assert kept() == {"a", "b", "c"}
+    time.sleep(0.02)  # the kernel's clock of files ticks every 4 ms or so
+    with open(cache.path(server.url("/b.tar")), "rb") as b_open:
+        cache.path(server.url("/a.tar"))  # which makes b the one used first, but for c
+        cache.path(server.url("/d.tar"))
+        assert kept() == {"a", "b", "d"}
+        server.files["/large.tar"] = bytes(3000)
+        cache.path(server.url("/large.tar"))
+        assert kept() == {"l"}
+        assert b_open.read() == b"b" * 1000
+    assert cache.path(server.url("/b.tar")).read_bytes() == b"b" * 1000
+    assert (tmp_path / "notes.txt").exists()
+
+
+def test_an_object_larger_than_the_cache_is_named(server, tmp_path):
+    message = error_of(Cache(tmp_path, 1000).path, server.url("/a.tar"))
+    assert f"{server.url('/a.tar')} has 512,000 bytes, the cache is limited to 1,000" in message
+
+
+def test_a_failed_download_leaves_nothing(server, tmp_path, pieces):
+    server.fault("/a.tar", times=3)
+    server.fault("/a.tar", status=403)
+    assert "may not be read" in error_of(Cache(tmp_path, 10**6).path, server.url("/a.tar"))
+    assert os.listdir(tmp_path) == []
+
+
+def test_an_object_replaced_while_it_is_downloaded_is_named(server, tmp_path, pieces, monkeypatch):
+    def read_and_replace(*arguments):
+        server.files["/a.tar"] = CONTENT[:-1]
+        return read(*arguments)
+
+    monkeypatch.setattr(storage, "read", read_and_replace)
+    assert "was replaced" in error_of(Cache(tmp_path, 10**6).path, server.url("/a.tar"))
+    assert os.listdir(tmp_path) == []
+
+
+def test_processes_download_an_object_once(server, tmp_path, pieces):
+    url = server.url("/a.tar")
+    server.fault("/a.tar", trickle_seconds=0.3, times=1)  # of the size, one byte: so that all come before the end
+    paths = in_forked(lambda: Cache(tmp_path, 10**6, STEADY).path(url), processes=6)
+    assert len(set(paths)) == 1
+    assert paths[0].read_bytes() == CONTENT
+    assert server.asked("/a.tar") == 1 + 6
+
+
+def test_threads_download_an_object_once(server, tmp_path, pieces):
+    cache, url = Cache(tmp_path, 10**6, STEADY), server.url("/a.tar")
+    with ThreadPoolExecutor(6) as pool:
+        paths = list(pool.map(lambda _: cache.path(url), range(6)))
+    assert len(set(paths)) == 1
+    assert server.asked("/a.tar") == 1 + 6
+
+
+def test_many_processes_keep_within_the_bound(server, tmp_path):
+    server.files |= {f"/{number}.tar": bytes([number]) * 1000 for number in range(12)}
+    cache, urls = Cache(tmp_path, 3000, STEADY), [server.url(f"/{number}.tar") for number in range(12)]
+
+    def work():
+        seen = []
+        for number in range(12):
+            cache.path(urls[number])
+            sizes = [entry.stat().st_size for entry in os.scandir(tmp_path) if entry.name.endswith(".tar")]
+            seen.append((len(sizes), set(sizes)))
+        return all(count <= 3 and sizes <= {1000} for count, sizes in seen)
+
+    assert in_forked(work, processes=4) == [True] * 4
+    assert [name for name in os.listdir(tmp_path) if name.endswith(".part")] == []
+
+
+def test_the_work_of_a_killed_process_is_taken_over(server, tmp_path, pieces):
+    url = server.url("/a.tar")
+    server.fault("/a.tar", times=3)
+    server.fault("/a.tar", silent=True, times=1)
+    code = f"""
+from pathlib import Path
+from data import storage
+storage.PIECE_BYTES = 100_000
+storage.Cache(Path({str(tmp_path)!r}), 10**6).path({url!r})
+"""
+    holder = subprocess.Popen([sys.executable, "-c", code])
+    try:
+        deadline = time.monotonic() + 20
+        while server.asked("/a.tar") < 4 and time.monotonic() < deadline:
+            time.sleep(0.02)
+        threading.Timer(0.3, holder.send_signal, [signal.SIGKILL]).start()
+        assert Cache(tmp_path, 10**6, STEADY).path(url).read_bytes() == CONTENT
+    finally:
+        holder.kill()
+        holder.wait(10)
+    assert holder.returncode == -signal.SIGKILL
+    assert server.asked("/a.tar") == 4 + 1 + 6
+
+
+def test_leftovers_of_dead_processes_are_removed_and_those_of_others_stay(server, tmp_path):
+    dead, live = (tmp_path / f".{letter * 64}-x.tar.part" for letter in "01")
+    dead.write_bytes(b"half")
+    with storage._locked(live):
+        Cache(tmp_path, 10**6).path(server.url("/a.tar"))
+        assert not dead.exists()
+        assert live.exists()
+
+
+@pytest.mark.parametrize("number", [errno.ENOSPC, errno.EDQUOT])
+def test_a_full_disk_is_told_with_the_mend(server, tmp_path, monkeypatch, number):
+    def full(_):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(os, "fsync", full)
+    message = error_of(Cache(tmp_path, 10**6).path, server.url("/a.tar"))
+    assert f"no space left for {server.url('/a.tar')} in the cache {tmp_path}: make room there" in message
+    assert os.listdir(tmp_path) == []
+
+
+def test_a_folder_that_cannot_be_written_is_named(server, tmp_path):
+    (tmp_path / "file").write_text("")
+    message = error_of(Cache(tmp_path / "file", 10**6).path, server.url("/a.tar"))
+    assert message == f"cannot write to the cache {tmp_path / 'file'}: Not a directory; set data.cache"
