@@ -210,6 +210,8 @@ def _check_sample(checked: Checked, number: int, span: Span, content: bytes, dec
 
 # -------------------------------------------------------------------------------------------------------------- damage
 
+# Of what precedes the header of a member with a long name, or a time that is no whole number.
+LONG_HEADERS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 FILES_BY_START = {
     b"\x1f\x8b": "it is compressed with gzip: unpack it",
     b"BZh": "it is compressed with bzip2: unpack it",
@@ -246,8 +248,9 @@ def _find_damage(url: str, bytes_in_tar: int, at: int, patience: Patience) -> Pr
         content_bytes = member.size if has_content else 0
         stop = at + BLOCK_BYTES * (1 + math.ceil(content_bytes / BLOCK_BYTES))
         if stop > bytes_in_tar:
-            lies = f"{content_bytes:,} bytes from byte {at + BLOCK_BYTES:,} on"
-            return Problem("truncated", f"ends at byte {bytes_in_tar:,}, inside {member.name} ({lies})")
+            lies = f"{member.name} ({content_bytes:,} bytes from byte {at + BLOCK_BYTES:,} on)"
+            inside = "a header" if member.type in LONG_HEADERS else lies
+            return Problem("truncated", f"ends at byte {bytes_in_tar:,}, inside {inside}")
         at = stop
     return Problem("truncated", f"ends at byte {bytes_in_tar:,}, between two members, without an end mark")
 

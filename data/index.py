@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
 from data import DataError
@@ -53,7 +54,9 @@ class Table:
 def common_root(urls: list[str]) -> str:
     """The folder that holds all the paths or URLs, with / at its end; queries do not count."""
     folders = [posixpath.dirname(without_query(url)).split("/") for url in urls]
-    shared = [names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, zip(*folders, strict=False))]
+    shared = [
+        names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, zip(*folders, strict=False))
+    ]
     return "/".join(shared) + "/" if shared else ""
 
 
@@ -90,8 +93,9 @@ def write_index(path: str | Path, urls: list[str], tables: list[Table], digests:
     try:
         save_file(tensors, unfinished)
         os.replace(unfinished, path)
-    except OSError as error:
-        raise DataError(f"cannot write the index {path}: {error.strerror or error}; name another place") from error
+    except (OSError, SafetensorError) as error:
+        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
+        raise DataError(f"cannot write the index {path}: {reason}; name another place") from error
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -106,8 +110,9 @@ class Index:
         self.root = bytes(self.tensors["root"]).decode("utf-8", "surrogateescape").strip()
         self.number = {name: number for number, name in enumerate(self.names)}
         self.first = np.concatenate([[0], np.cumsum(self.tensors["samples"])])
-        shards, samples = len(self.names), len(self.tensors["starts"])
-        if len(self.tensors["bytes"]) != shards or self.first[-1] != samples:
+        of_shards = {len(self.names), *(len(self.tensors[name]) for name in ("bytes", "samples", "sha256"))}
+        of_samples = {int(self.first[-1]), *(len(self.tensors[name]) for name in ("starts", "stops", "keys"))}
+        if len(of_shards) > 1 or len(of_samples) > 1 or self.tensors["samples"].min() < 0:
             raise DataError(f"the index {path} is damaged: write it again with `ibq shards check --write-index`")
 
     def __len__(self):

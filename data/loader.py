@@ -1,9 +1,11 @@
 """What training and evaluation read from: `train_batches` and `evaluation_images`."""
 
 import atexit
+import functools
 import logging
 import os
 import signal
+import threading
 import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -154,7 +156,8 @@ class TrainStream:
             self.sources, transform_of(config), seed, lanes, limit, config.max_bad_in_a_row, dict(self.lanes)
         )
         first = self.deal.first_reader({lane: place[0] for lane, place in self.lanes.items()})
-        self.items = _load(Items(self.reader, self.deal, first), self.deal.workers)
+        items = Items(self.reader, self.deal, first)
+        self.items = _WorkerItems(items, self.deal.workers) if self.deal.workers else iter(items)
         self.rest: Item | None = None  # what of an item belongs to the next micro-batch
         self.in_step = 0  # micro-batches of this step that were delivered
         self.behind = self._state()
@@ -185,10 +188,9 @@ class TrainStream:
         return Batch(images[0] if len(images) == 1 else torch.cat(images), infos, self.behind, skipped)
 
     def close(self) -> None:
-        """Ends the workers. To be called where an error or a cycle of references may keep the stream: what Python's
-        garbage collector finds has lost the queues by which workers are told to end."""
-        _end_workers(self.items)
-        self.items = iter(())
+        """Ends the workers."""
+        if isinstance(self.items, _WorkerItems):
+            self.items.close()
 
     def describe(self, steps: int) -> str:
         """Lines that say what will be read in so many steps."""
@@ -321,42 +323,60 @@ def _deal(config: DataConfig, lanes: int, batch: int, rank: int, world_size: int
     return Deal(lanes, batch, rank, world_size, workers)
 
 
-def _load(items: Items, workers: int) -> Iterator[Item | DataError]:
-    if workers == 0:
-        return iter(items)
-    # Its own generator, since a DataLoader draws a seed and would move the global random state.
-    iterator = iter(
-        DataLoader(
-            items,
-            batch_size=None,
-            collate_fn=_as_is,
-            num_workers=workers,
-            worker_init_fn=_start_worker,
-            generator=torch.Generator(),
+class _WorkerItems:
+    """The items of a DataLoader with workers, in order. `close` ends the workers, whatever they are waiting for."""
+
+    def __init__(self, items: Items, workers: int):
+        self.workers = workers
+        self.told, self.tell = os.pipe()  # a byte for each worker tells it to end
+        # Its own generator, since a DataLoader draws a seed and would move the global random state.
+        self.iterator: Iterator | None = iter(
+            DataLoader(
+                items,
+                batch_size=None,
+                collate_fn=_as_is,
+                num_workers=workers,
+                worker_init_fn=functools.partial(_start_worker, self.told),
+                generator=torch.Generator(),
+            )
         )
-    )
-    # Python waits at its end for children that it has sent SIGTERM, which these leave to us.
-    atexit.register(_end_workers_of, weakref.ref(iterator))
-    return iterator
+        # At its end Python waits for children that it has sent SIGTERM, which these leave to us.
+        atexit.register(_close, weakref.ref(self))
+
+    def __next__(self) -> Item | DataError:
+        if self.iterator is None:
+            raise StopIteration
+        return next(self.iterator)
+
+    def close(self) -> None:
+        if self.iterator is not None:
+            os.write(self.tell, bytes(self.workers))
+            self.iterator = None  # which collects the workers
+            os.close(self.told)
+            os.close(self.tell)
+
+    __del__ = close
 
 
-def _end_workers_of(iterator: weakref.ref) -> None:
-    _end_workers(iterator())
-
-
-def _end_workers(iterator: Iterator | None) -> None:
-    if hasattr(iterator, "_shutdown_workers"):
-        iterator._shutdown_workers()  # what deleting it does
+def _close(items: weakref.ref) -> None:
+    if (found := items()) is not None:
+        found.close()
 
 
 def _as_is(item):
     return item
 
 
-def _start_worker(_: int) -> None:
+def _start_worker(told: int, _: int) -> None:
     # Launchers signal whole process groups. The parent decides when a run ends, and ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    threading.Thread(target=_end_when_told, args=(told,), daemon=True).start()
+
+
+def _end_when_told(told: int) -> None:
+    os.read(told, 1)
+    os._exit(0)  # a worker holds nothing that is worth waiting for
 
 
 # ------------------------------------------------------------------------------------------------------- evaluation

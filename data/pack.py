@@ -109,7 +109,8 @@ def pack(
         with tempfile.TemporaryDirectory(prefix=".ibq-pack-", dir=place) as scratch:
             pattern = scratch.replace("%", "%%") + f"/{prefix}-%06d.tar"
             limits = {"maxcount": max_samples_per_shard, "maxsize": max_bytes_per_shard}
-            with ShardWriter(pattern, **limits, verbose=0, encoder=False, mtime=0.0) as writer:
+            # A time with a fraction would give each member a second header, of 1 KiB.
+            with ShardWriter(pattern, **limits, verbose=0, encoder=False, mtime=0) as writer:
                 for done, result in enumerate(in_threads(prepare, paths), start=1):
                     if isinstance(result, Skipped):
                         skipped.append(result)

@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import braceexpand
 import numpy as np
-from webdataset.tariterators import base_plus_ext, group_by_keys, tar_file_expander
+from webdataset.tariterators import base_plus_ext, group_by_keys
 
 from data import DataError
 from data.index import Table, key_hash
@@ -243,8 +243,7 @@ class TarShard:
             return
         if (found := size(self.path(), self.access.patience)) != self.table.bytes:
             raise DataError(
-                f"the shard {self.name} has {found:,} bytes and not the {self.table.bytes:,} of its index: copy it "
-                "again, write the index again, or name the shard in data.quarantine"
+                f"the shard {self.name} has {found:,} bytes and not the {self.table.bytes:,} that its index tells: {MEND}"
             )
         self._checked = True
 
@@ -284,10 +283,7 @@ class _TarWindow(Window):
             content = read(self.path, start, stop, self.shard.access.patience)
         sample = parse(content, self.first + n, self.shard.name)
         if key_hash(sample.key) != table.keys_n[self.first + n]:
-            raise DataError(
-                f"the shard {self.shard.name} is not the one of its index (sample {self.first + n} is {sample.key}): "
-                "write the index again, or name the shard in data.quarantine"
-            )
+            raise DataError(f"{_changed(self.shard.name)} (sample {self.first + n} is {sample.key}); {MEND}")
         return sample
 
 
@@ -301,17 +297,48 @@ class _Fetched(Window):
 
 
 def parse(content: bytes | memoryview, index: int, name: str) -> Sample:
-    """A sample out of the bytes of its members, which are a tar of their own: webdataset groups them just as it would
-    in the whole shard. Raises ImageError."""
-    members = tar_file_expander([{"url": name, "stream": io.BytesIO(content)}])
+    """A sample out of the bytes of its members, which are a tar of their own; webdataset groups them just as it would
+    in the whole shard.
+
+    Raises ImageError for a sample that cannot be used, DataError where the bytes are not those of one sample: then the
+    shard has changed since it was scanned or indexed.
+    """
     try:
-        (sample,) = group_by_keys(members)
-    except (ValueError, tarfile.TarError) as error:
-        raise ImageError(f"sample {index} is no single sample: {str(error.args[0]).split(' dict_keys')[0]}") from error
+        samples = list(group_by_keys(_members(content, name)))
+    except ValueError as error:
+        raise ImageError(f"sample {index}: {str(error.args[0]).split(' dict_keys')[0]}") from error
+    except tarfile.TarError as error:
+        raise DataError(f"{_changed(name)} (sample {index}: {error}); {MEND}") from error
+    if len(samples) != 1:
+        raise DataError(f"{_changed(name)} (sample {index}: {len(samples)} samples in its place); {MEND}")
+    (sample,) = samples
     key = sample.pop("__key__")
     if key.startswith("/") or ".." in key.split("/"):
         raise ImageError(f"the key {key!r} leads out of its folder")
     return Sample(key, {suffix: value for suffix, value in sample.items() if not suffix.startswith("__")})
+
+
+MEND = "copy it again, write the index again, or name the shard in data.quarantine"
+
+
+def _changed(name: str) -> str:
+    return f"the shard {name} is damaged, or not the one that was scanned or indexed"
+
+
+def _members(content: bytes | memoryview, name: str) -> Iterator[dict]:
+    """What webdataset's tar reader gives, which would leave out what follows a damaged header without a word."""
+    with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+        while (member := tar.next()) is not None:
+            if is_member(member):
+                yield {"fname": member.name, "data": tar.extractfile(member).read(), "__url__": name}
+        if tar.offset != len(content):
+            raise tarfile.ReadError(f"damaged at byte {tar.offset:,} of {len(content):,}")
+
+
+def is_member(member: tarfile.TarInfo) -> bool:
+    """Whether webdataset takes an entry of a tar as part of a sample."""
+    named = base_plus_ext(member.name)[0] is not None
+    return member.isreg() and named and not re.match(r"__[^/]*__($|/)", member.name)
 
 
 class Span(NamedTuple):
@@ -336,9 +363,9 @@ def spans(file, name: str) -> Iterator[Span]:
                 tar.members = []  # tarfile keeps every member otherwise
                 if member.size > MOST_MEMBER_BYTES:
                     raise tarfile.ReadError(f"{member.name} claims {member.size:,} bytes")
-                member_key, suffix = base_plus_ext(member.name)
-                if not member.isreg() or member_key is None or re.match(r"__[^/]*__($|/)", member.name):
+                if not is_member(member):
                     continue
+                member_key, suffix = base_plus_ext(member.name)
                 if member_key != key:
                     if key is not None:
                         yield Span(key, start, stop, tuple(suffixes))

@@ -217,10 +217,11 @@ def _patiently(url: str, patience: Patience, attempt: Callable[[Callable[[], flo
             return attempt(seconds_left)
         except _Again as error:
             happened = str(error)
-        wait, passed = _wait_seconds(url, tries), time.monotonic() - start
-        # A further try is worth it only where it has some time: at least as much as the wait before it.
-        if passed + 2 * wait > patience.total_seconds:
+        passed = time.monotonic() - start
+        left = patience.total_seconds - passed
+        if left < FIRST_WAIT_SECONDS:
             break
+        wait = min(_wait_seconds(url, tries), left / 2)  # a further try is to have some time too
         logger.warning("%s: %s; try %d follows in %.1f s", redacted(url), happened, tries + 1, wait)
         time.sleep(wait)
     raise DataError(

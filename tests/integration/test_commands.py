@@ -99,7 +99,7 @@ def test_pack_and_train_on_tars(launch, pictures, debug_settings, tmp_path):
     """As published, but for size: BatchNorm in the discriminator, bf16, adaptive weight, loader processes."""
     for split in ("train", "val"):
         out = tmp_path / "tars" / split
-        options = "--prefix", split, "--max-samples-per-shard", "5", "--classes-from-folders"
+        options = "--prefix", split, "--max-samples-per-shard", "5", "--layout", "imagenet"
         finished = launch.ibq("shards", "pack", pictures, "--out", out, *options)
         assert finished.status == 0, finished.err
         assert "packed 12 images into 3 tars" in finished.out

@@ -3,17 +3,14 @@ import json
 import multiprocessing
 import os
 import tarfile
-from pathlib import Path
 
 import pytest
 from PIL import Image
-from typer.testing import CliRunner
 
 import data
-from data import DataError, expand, pack, scan
+from data import DataError, expand, scan
 from data.photographs import PHOTOGRAPHS
 from data.shards import TarShard
-from tools.shards import app
 
 
 def members(path):
@@ -21,134 +18,8 @@ def members(path):
         return {member.name: tar.extractfile(member).read() for member in tar}
 
 
-@pytest.fixture
-def photos(tmp_path, make_picture, encode):
-    """Two class folders with five good images (one with caption and class), one truncated, one that is text."""
-    folder = tmp_path / "photos"
-    (folder / "cat").mkdir(parents=True)
-    (folder / "dog").mkdir()
-    (folder / "cat" / "my cat.1.jpg").write_bytes(encode(make_picture(0)))
-    (folder / "cat" / "my cat.1.txt").write_text("ein schöner Kater", encoding="utf-8")
-    (folder / "cat" / "my cat.1.cls").write_text("7\n")
-    (folder / "cat" / "my_cat_1.PNG").write_bytes(encode(make_picture(1), "PNG"))
-    (folder / "dog" / "a.webp").write_bytes(encode(make_picture(2), "WEBP"))
-    (folder / "dog" / "猫.jpeg").write_bytes(encode(make_picture(3)))
-    (folder / "dog" / ("long" * 40 + ".jpg")).write_bytes(encode(make_picture(4, (300, 200))))
-    (folder / "dog" / "cut.jpg").write_bytes(encode(make_picture(5, (200, 200)))[:2000])
-    (folder / "dog" / "fake.png").write_text("no image")
-    (folder / "dog" / "._a.jpg").write_text("hidden")
-    return folder
-
-
-def test_pack_keeps_bytes_captions_classes_and_names_bad_images(photos, tmp_path):
-    calls = []
-    report = pack(photos, tmp_path / "out", progress=lambda done, total: calls.append((done, total)))
-    assert report.samples == 5 and calls == [(n, 7) for n in range(1, 8)]
-    assert sorted(Path(skipped.source).name for skipped in report.skipped) == ["cut.jpg", "fake.png"]
-    assert [os.path.basename(path) for path in report.shards] == ["train-000000.tar"]
-    content = members(report.shards[0])
-    keys = {name.split(".")[0] for name in content}
-    assert {"cat_my_cat_1", "cat_my_cat_1-2", "dog_a", "dog"} < keys and len(keys) == 5
-    assert all(len(key) <= 80 for key in keys)
-    assert content["cat_my_cat_1.jpg"] == (photos / "cat" / "my cat.1.jpg").read_bytes()
-    assert content["cat_my_cat_1.txt"].decode() == "ein schöner Kater"
-    assert content["cat_my_cat_1.cls"] == b"7"
-    metadata = json.loads(content["cat_my_cat_1.json"])
-    assert metadata == {"key": "cat_my_cat_1", "width": 48, "height": 40, "source": "cat/my cat.1.jpg"}
-    assert len(scan(report.shards[0])) == 5
-    assert sorted(os.listdir(tmp_path / "out")) == ["train-000000.tar"]
-
-
-def test_pack_is_deterministic_and_splits_into_shards(photos, tmp_path):
-    for out in ("a", "b"):
-        report = pack(photos, tmp_path / out, prefix="val", max_samples_per_shard=2)
-        assert [os.path.basename(path) for path in report.shards] == [f"val-{n:06d}.tar" for n in range(3)]
-        for path in photos.rglob("*"):
-            os.utime(path, (1, 1))
-    for name in os.listdir(tmp_path / "a"):
-        assert (tmp_path / "a" / name).read_bytes() == (tmp_path / "b" / name).read_bytes()
-    ordered = pack(photos, tmp_path / "c", shuffle=False).shards[0]
-    sources = [json.loads(value)["source"] for name, value in members(ordered).items() if name.endswith("json")]
-    assert sources == sorted(sources)
-
-
-def test_pack_resizes_larger_images_only(photos, tmp_path):
-    (shard,) = pack(photos, tmp_path / "out", shorter_side=100).shards
-    content = members(shard)
-    sizes = {value["source"][:7]: (value["width"], value["height"]) for value in map(json.loads, _json(content))}
-    assert sizes["dog/lon"] == (150, 100) and sizes["cat/my "] == (48, 40)
-    assert content["cat_my_cat_1.jpg"] == (photos / "cat" / "my cat.1.jpg").read_bytes()
-    with pytest.raises(DataError, match="quality"):
-        pack(photos, tmp_path / "other", quality=0)
-
-
 def _json(content):
     return [value for name, value in content.items() if name.endswith(".json")]
-
-
-def test_pack_classes_from_folders(photos, tmp_path, make_picture, encode):
-    (shard,) = pack(photos, tmp_path / "out", classes_from_folders=True).shards
-    assert json.loads((tmp_path / "out" / "classes.json").read_text()) == {"cat": 0, "dog": 1}
-    content = members(shard)
-    assert content["cat_my_cat_1.cls"] == b"0" and content["dog_a.cls"] == b"1"
-    (photos / "loose.jpg").write_bytes(encode(make_picture(9)))
-    with pytest.raises(DataError, match=r"loose\.jpg lies in no class folder"):
-        pack(photos, tmp_path / "other", classes_from_folders=True)
-
-
-def test_pack_errors_name_the_mistake_and_leave_nothing(photos, tmp_path):
-    empty, texts, bad = (tmp_path / name for name in ("empty", "texts", "bad"))
-    for folder in (empty, texts, bad):
-        folder.mkdir()
-    (texts / "readme.txt").write_text("no images here")
-    (bad / "a.jpg").write_text("no image")
-    (tmp_path / "file").write_text("")
-    before = sorted(tmp_path.rglob("*"))
-    cases = [
-        (tmp_path / "nowhere", "new", "no such folder"),
-        (empty, "new", "no jpg, jpeg, png, webp under"),
-        (texts, "new", "no jpg, jpeg, png, webp under"),
-        (bad, "new/deep", "none of the 1 images .* can be read"),
-        (photos, "file", "it is a file"),
-        (photos, "file/below", "cannot write shards .*Not a directory.*--out"),
-    ]
-    for folder, out, message in cases:
-        with pytest.raises(DataError, match=message) as error:
-            pack(folder, tmp_path / out)
-        assert "\n" not in str(error.value)
-    (photos / "cat" / "my cat.1.cls").write_text("siamese")
-    with pytest.raises(DataError, match="'siamese': a class is a number"):
-        pack(photos, tmp_path / "new")
-    assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_pack_never_touches_existing_tars(photos, tmp_path):
-    pack(photos, tmp_path / "out")
-    before = (tmp_path / "out" / "train-000000.tar").read_bytes()
-    with pytest.raises(DataError, match="already holds tars"):
-        pack(photos, tmp_path / "out", prefix="other")
-    assert os.listdir(tmp_path / "out") == ["train-000000.tar"]
-    assert (tmp_path / "out" / "train-000000.tar").read_bytes() == before
-
-
-def test_pack_that_is_interrupted_leaves_nothing(photos, tmp_path):
-    def stop(done, total):
-        if done == 3:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        pack(photos, tmp_path / "out", progress=stop)
-    assert sorted(os.listdir(tmp_path)) == ["photos"]
-
-
-def test_pack_command(photos, tmp_path):
-    command = ["pack", str(photos), "--out", str(tmp_path / "out"), "--max-samples-per-shard", "2"]
-    result = CliRunner().invoke(app, command)
-    assert result.exit_code == 0, result.output
-    assert "packed 5 images into 3 tars" in result.output
-    assert "skipped 2" in result.output and "fake.png" in result.output
-    again = CliRunner().invoke(app, command)
-    assert isinstance(again.exception, DataError)
 
 
 # -------------------------------------------------------------------------------------------------- expand and scan

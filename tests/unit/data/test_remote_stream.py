@@ -1,0 +1,222 @@
+"""Streams from servers: the same images as from local tars, each byte fetched once."""
+
+import itertools
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from collections import Counter
+
+import pytest
+
+from data import DataConfig, DataError, SourceConfig, scan, train_batches
+from data.index import write_index
+from data.storage import bytes_read
+from tests.serving import Server, s3
+
+NAMES = [f"train-{n:06d}.tar" for n in range(8)]
+PATIENCE = {"request_seconds": 1.0, "retry_seconds": 3.0}
+
+
+@pytest.fixture
+def folder(tmp_path, make_tar, make_picture, encode):
+    """Eight tars of 5 pictures."""
+    (tmp_path / "tars").mkdir()
+    for shard, name in enumerate(NAMES):
+        samples = [{"__key__": f"{shard}-{n}", "jpg": encode(make_picture(9 * shard + n))} for n in range(5)]
+        make_tar(tmp_path / "tars" / name, samples)
+    return tmp_path / "tars"
+
+
+@pytest.fixture
+def index(folder, tmp_path):
+    paths = [str(folder / name) for name in NAMES]
+    write_index(tmp_path / "index.safetensors", paths, [scan(path) for path in paths], ["00" * 32] * len(paths))
+    return str(tmp_path / "index.safetensors")
+
+
+def infos(root, steps, index=None, **options):
+    state = options.pop("state", None)
+    source = SourceConfig(root=root, index=index)
+    settings = {"image_size": 8, "workers": 0, "lanes": 4, "shuffle_block": 3, **options}
+    stream = train_batches(
+        DataConfig(sources=[source], **settings),
+        global_batch_size=4,
+        micro_batch_size=4,
+        rank=0,
+        world_size=1,
+        seed=3,
+        state=state,
+    )
+    batches = list(itertools.islice(stream, steps))
+    stream.close()
+    taken = [
+        (info.key, info.place, pixels.numpy().tobytes())
+        for batch in batches
+        for info, pixels in zip(batch.infos, batch.images_bchw, strict=True)
+    ]
+    return taken, batches[-1].state
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_http_with_an_index_gives_what_local_tars_give(folder, index, workers):
+    expected, _ = infos(str(folder), 20)
+    with Server(folder=folder) as server:
+        root = server.url("/train-{000000..000007}.tar")
+        assert infos(root, 20, index, workers=workers)[0] == expected
+
+
+def test_resumes_on_a_server_what_began_on_a_disk(folder, index):
+    expected, _ = infos(str(folder), 12)
+    _, state = infos(str(folder), 5)
+    with Server(folder=folder) as server:
+        root = server.url("/train-{000000..000007}.tar")
+        assert infos(root, 7, index, state=state)[0] == expected[20:]
+
+
+def test_each_byte_of_an_epoch_is_fetched_once(folder, index):
+    needed = sum(int((table.stops_n - table.starts_n).sum()) for table in map(scan, map(str, folder.glob("*.tar"))))
+    with Server(folder=folder) as server:
+        before = bytes_read()
+        infos(server.url("/train-{000000..000007}.tar"), 10, index)
+        time.sleep(0.3)  # for what is fetched ahead
+        first = bytes_read() - before
+        infos(server.url("/train-{000000..000007}.tar"), 40, index)
+        time.sleep(0.3)
+        four_epochs = bytes_read() - before - first
+    ahead = 4 * 3 * needed // 40  # one window for each lane
+    assert needed <= first <= needed + ahead
+    assert 4 * needed <= four_epochs <= 4 * needed + ahead
+
+
+def test_http_without_an_index_gives_each_sample_once_an_epoch(folder):
+    with Server(folder=folder) as server:
+        root = server.url("/train-{000000..000007}.tar")
+        taken, _ = infos(root, 20)
+        counts = Counter((place.epoch, key) for key, place, _ in taken)
+        assert set(counts.values()) == {1}
+        assert len([key for epoch, key in counts if epoch == 0]) == 40
+        _, state = infos(root, 7)
+        assert infos(root, 13, state=state)[0] == taken[28:]
+
+
+def test_few_shards_without_an_index_are_refused_with_the_mend(folder):
+    with Server(folder=folder) as server, pytest.raises(DataError, match=r"3 shards without an index.*write-index"):
+        infos(server.url("/train-{000000..000002}.tar"), 1)
+
+
+def test_s3_with_and_without_an_index(folder, index, monkeypatch):
+    expected, _ = infos(str(folder), 20)
+    with s3("bucket", {f"set/{name}": (folder / name).read_bytes() for name in NAMES}) as store:
+        for name, value in store.environment.items():
+            monkeypatch.setenv(name, value)
+        assert infos("s3://bucket/set", 20, index)[0] == expected
+        taken, _ = infos("s3://bucket/set", 20)
+        assert sorted({key for key, place, _ in taken if place.epoch == 0}) == sorted({key for key, _, _ in expected})
+
+
+def test_cache_holds_whole_shards(folder, index, tmp_path):
+    expected, _ = infos(str(folder), 20)
+    with Server(folder=folder) as server:
+        root = server.url("/train-{000000..000007}.tar")
+        assert infos(root, 20, index, cache=str(tmp_path / "cache"))[0] == expected
+        sent = server.bytes_sent
+        assert infos(root, 20, index, cache=str(tmp_path / "cache"), workers=2)[0] == expected
+        assert server.bytes_sent == sent
+    assert len(list((tmp_path / "cache").glob("*.tar"))) == 8
+
+
+def test_pipes_where_they_are_allowed(folder):
+    root = f"pipe:cat {folder}/train-{{000000..000007}}.tar"
+    with pytest.raises(DataError, match="allow it with data"):
+        infos(root, 1)
+    taken, _ = infos(root, 10, allow_pipes=True)
+    assert len({(place.epoch, key) for key, place, _ in taken}) == 40
+    with pytest.raises(DataError, match=r"ended with status 3|no whole"):
+        infos([f"pipe:exit 3; echo {n}" for n in range(4)], 1, allow_pipes=True)
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        ({"silent": True}, "train-000003.tar"),
+        ({"stall_after_bytes": 100}, "train-000003.tar"),
+        ({"cut_after_bytes": 100}, "train-000003.tar"),
+        ({"status": 404}, "train-000003.tar"),
+        ({"status": 403}, "train-000003.tar"),
+        ({"status": 500}, "train-000003.tar"),
+    ],
+)
+@pytest.mark.parametrize("indexed", [True, False])
+@pytest.mark.parametrize("workers", [0, 2])
+def test_servers_that_fail_end_the_stream_in_time(folder, index, fault, message, indexed, workers):
+    with Server(folder=folder) as server:
+        server.fault("/train-000003.tar", **fault)
+        began = time.monotonic()
+        root = server.url("/train-{000000..000007}.tar?signature=SECRET", user="me:SECRET")
+        with pytest.raises(DataError, match=message) as error:
+            infos(root, 40, index if indexed else None, workers=workers, **PATIENCE)
+        assert time.monotonic() - began < 8
+    assert "SECRET" not in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_passing_faults_are_not_seen(folder, index):
+    expected, _ = infos(str(folder), 20)
+    with Server(folder=folder) as server:
+        for number, fault in enumerate(({"status": 503}, {"cut_after_bytes": 50}, {"stall_after_bytes": 60})):
+            server.fault(f"/train-00000{number}.tar", times=1, **fault)
+        root = server.url("/train-{000000..000007}.tar")
+        assert infos(root, 20, index, request_seconds=1.0, retry_seconds=20.0)[0] == expected
+
+
+def test_a_shard_that_is_not_the_one_of_the_index_is_refused(folder, index, make_tar, make_picture, encode):
+    samples = [{"__key__": f"other{n}", "jpg": encode(make_picture(n))} for n in range(15)]
+    make_tar(folder / NAMES[2], samples)
+    with pytest.raises(DataError, match=r"train-000002.tar has .* bytes and not the .* its index tells.*quarantine"):
+        infos(str(folder), 20, index)
+    content = (folder / NAMES[4]).read_bytes()
+    (folder / NAMES[4]).write_bytes(content.replace(b"4-3.jpg", b"4-x.jpg"))
+    with pytest.raises(DataError, match=r"train-00000[24].tar"):
+        infos(str(folder), 20, index)
+    with pytest.raises(DataError, match=r"train-000004.tar is damaged, or not the one .*bad checksum.*quarantine"):
+        infos(str(folder), 20, index, quarantine=[NAMES[2]])
+    (folder / NAMES[4]).write_bytes(content)
+    infos(str(folder), 20, index, quarantine=[NAMES[2]])
+    shutil.copy(folder / NAMES[5], folder / NAMES[4])
+    with pytest.raises(DataError, match=r"train-000004.tar .* not the one .*\(sample . is 5-.\)"):
+        infos(str(folder), 20, index, quarantine=[NAMES[2]])
+    taken, _ = infos(str(folder), 20, index, quarantine=[NAMES[2], NAMES[4]])
+    assert {key[0] for key, _, _ in taken} == set("013567")
+
+
+def test_a_truncated_remote_tar_without_an_index_is_named(folder):
+    content = (folder / NAMES[5]).read_bytes()
+    (folder / NAMES[5]).write_bytes(content[: len(content) // 2 // 512 * 512])
+    with Server(folder=folder) as server, pytest.raises(DataError, match=r"train-000005.tar"):
+        infos(server.url("/train-{000000..000007}.tar"), 40)
+
+
+def test_a_worker_that_waits_for_a_server_does_not_keep_the_process(folder, index):
+    first = {key[0] for key, _, _ in infos(str(folder), 1)[0]}
+    with Server(folder=folder) as server:
+        for number in set("01234567") - first:
+            server.fault(f"/train-00000{number}.tar", silent=True)
+        script = f"""
+import time, data
+source = data.SourceConfig(root={server.url("/train-{000000..000007}.tar")!r}, index={index!r})
+config = data.DataConfig(sources=[source], image_size=8, workers=2, lanes=4, shuffle_block=3, request_seconds=20.0)
+options = dict(global_batch_size=4, micro_batch_size=4, rank=0, world_size=1, seed=3)
+stream = data.train_batches(config, **options)
+next(stream)
+time.sleep(2)  # until the workers wait
+"""
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        began = time.monotonic()
+        ended = subprocess.run(
+            [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, env=environment
+        )
+    assert ended.returncode == 0, re.sub(r"\s+", " ", ended.stderr)
+    assert time.monotonic() - began < 15
