@@ -203,7 +203,7 @@ def _check_sample(checked: Checked, number: int, span: Span, content: bytes, dec
     elif decode_images:
         try:
             decode(parse(content, number, checked.name).image())
-        except ImageError as error:
+        except (ImageError, DataError) as error:
             checked.add("undecodable", f"{span.key}: {error}", number, span.key)
     return has_image
 

@@ -292,9 +292,9 @@ def _client() -> _Client:
 
 
 def _tell(_: asyncio.AbstractEventLoop, context: dict) -> None:
-    """Instead of asyncio's own line, which prints exceptions and thus addresses."""
+    """Instead of asyncio's own line, which prints exceptions and arguments and thus addresses."""
     cause = context.get("exception")
-    logger.warning("%s%s", context["message"], "" if cause is None else f" ({type(cause).__name__})")
+    logger.warning("outside of any request: %s", context["message"] if cause is None else type(cause).__name__)
 
 
 def _connect(scheme: str, loop: asyncio.AbstractEventLoop) -> Any:

@@ -135,10 +135,11 @@ def check(
     _check_writable(json_file, place if write else None)
     known = Index(place) if place and not write else None
     found: list[Checked] = []
+    broken = 0
     with _progress("checking") as progress:
         for checked in check_shards(urls, index=known, decode_images=decode, jobs=min(jobs or cores(), len(urls))):
             found.append(checked)
-            broken = sum(checked.status == "broken" for checked in found)
+            broken += checked.status == "broken"
             progress(len(found), len(urls), f", {broken:,} broken" if broken else "")
     find_duplicates(found)
     if known:

@@ -5,7 +5,7 @@ import json
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 from data import Batch, DataError, Skipped, TrainStream, add_totals
 from trainer import TrainerError
@@ -16,19 +16,30 @@ MOST_LISTED = 1000  # skipped samples that a rank lists between two reports; all
 
 class Feed:
     """One rank's stream, read one step ahead: a rank that cannot go on then ends all of them together, after a whole
-    step that can be saved.
+    step that can be saved."""
 
-    audit: whether every delivered sample's key is written to ``RUN/audit/``. start: steps that were taken before.
-    """
-
-    def __init__(self, stream: TrainStream, micro_batches: int, world: World, run: Path, audit: bool, start: int):
-        self.stream, self.micro_batches, self.world, self.run = stream, micro_batches, world, run
+    def __init__(self, stream: TrainStream, micro_batches: int, world: World):
+        self.stream, self.micro_batches, self.world = stream, micro_batches, world
         self.ready: list[Batch] = []
         self.failed: str | None = None
         self.skipped: list[Skipped] = []
         self.totals = stream.totals
-        self.audit = _open_audit(run, start, world.rank) if audit else None
-        fail_together(None)  # all have opened what they write to
+        self.run: Path | None = None
+        self.audit: TextIO | None = None
+
+    def keep_account(self, run: Path, audit: bool, start: int) -> None:
+        """From now on, in the run's folder. audit: whether every delivered sample's key is written to ``RUN/audit/``.
+        start: steps that were taken before."""
+        self.run = run
+        failed = None
+        if audit:
+            try:
+                (run / "audit").mkdir(exist_ok=True)
+                path = run / "audit" / f"from_{start:08d}_rank_{self.world.rank:05d}.jsonl"
+                self.audit = path.open("w", encoding="utf-8")
+            except OSError as error:
+                failed = f"cannot write into {run / 'audit'}: {error.strerror}; mend that, or leave out data.audit"
+        fail_together(failed)
 
     def read_ahead(self) -> None:
         """Gets the next step's micro-batches ready; what goes wrong is kept in ``failed``."""
@@ -100,14 +111,6 @@ class Delivered(NamedTuple):
     epoch: int
     shard: str
     key: str
-
-
-def _open_audit(run: Path, start: int, rank: int):
-    try:
-        (run / "audit").mkdir(exist_ok=True)
-        return (run / "audit" / f"from_{start:08d}_rank_{rank:05d}.jsonl").open("w", encoding="utf-8")
-    except OSError as error:
-        raise TrainerError(f"cannot write into {run / 'audit'}: {error.strerror}; leave out data.audit") from error
 
 
 def read_audit(run: str | Path) -> Iterator[Delivered]:

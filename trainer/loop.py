@@ -14,7 +14,7 @@ import torch
 from torchvision.utils import make_grid
 
 import data
-from data import EvaluationImage, TrainStream, evaluation_images, merge_states, train_batches
+from data import EvaluationImage, evaluation_images, merge_states, train_batches
 from model_zoo import ModelError
 from model_zoo.pieces import PieceFiles, run_of
 from trainer import TrainerError
@@ -109,7 +109,7 @@ def _train(config: Config, source: Path | None = None, again: bool = False) -> P
     world = start_world(config.trainer.device, config.trainer.timeout_seconds)
     torch.set_float32_matmul_precision("high" if config.trainer.tf32 else "highest")
     try:
-        start, checkpoint, notes, state = 0, None, [], {"data": None}
+        start, checkpoint, notes, state, stream = 0, None, [], {"data": None}, None
         # Rank 0 alone looks: another node's view of a shared disk may be older, and all must go the same way.
         if again and not agree(world, lambda: _is_run_of(config)):
             source = None
@@ -140,13 +140,18 @@ def _train(config: Config, source: Path | None = None, again: bool = False) -> P
         seed_everything(config.seed, start, world)
         if checkpoint:
             _restore(task, world, checkpoint, state)
+        feed = Feed(stream, micro_batches, world)
+        feed.read_ahead()
+        feed.stop_together("nothing was trained")
         # Only now that everything is known to fit does anything appear on the disk.
         run = Path(agree(world, lambda: open_run(config, source is not None)))
         if source and not checkpoint and world.is_main:
             (run / "metrics.jsonl").unlink(missing_ok=True)  # begun anew, so are its lines
-        _steps(config, world, run, task, stream, start, notes)
+        _steps(config, world, run, task, feed, start, notes)
         return run
     finally:
+        if stream is not None:
+            stream.close()
         stop_world()
 
 
@@ -176,16 +181,16 @@ def _restore(task: TokenizerTask, world: World, checkpoint: Path, state: dict) -
 
 
 def _steps(
-    config: Config, world: World, run: Path, task: TokenizerTask, stream: TrainStream, start: int, notes: list[str]
+    config: Config, world: World, run: Path, task: TokenizerTask, feed: Feed, start: int, notes: list[str]
 ) -> None:
     settings = config.trainer
-    feed = Feed(stream, task.generator.micro_batches, world, run, config.data.audit, start)
     telemetry = _open_telemetry(run, start, settings.max_steps, world)
     say = telemetry.say if telemetry else lambda _: None
     for note in notes:
         say(note)
     say(describe(config, world, task, run, start))
-    say(stream.describe(settings.max_steps - start))
+    say(feed.stream.describe(settings.max_steps - start))
+    feed.keep_account(run, config.data.audit, start)
     checkpoints = Checkpoints(
         run,
         world,
@@ -207,8 +212,6 @@ def _steps(
     with telemetry or nullcontext(), StopSignal() as stop, Watchdog(*world[:2], settings.timeout_seconds) as watchdog:
         began, began_step, step = time.perf_counter(), start, start
         checkpoint_due = False
-        feed.read_ahead()
-        feed.stop_together("nothing was trained")
         try:
             for step in range(start + 1, settings.max_steps + 1):
                 watchdog.beat(step)

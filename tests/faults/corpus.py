@@ -53,7 +53,7 @@ class Delivered(NamedTuple):
     """The shard is read. pictures: (key, number of the picture) of all samples; skipped: key -> part of the reason."""
 
     pictures: list[tuple[str, int]]
-    skipped: dict[str, str] = {}
+    skipped: dict[str, str]
 
 
 class Kind(NamedTuple):
@@ -225,7 +225,8 @@ def ycck_jpeg() -> bytes:
 
 def press_lab(cyan: float, magenta: float, yellow: float, black: float) -> tuple[float, float, float]:
     """CIE L*a*b* that a made-up press of pale inks gives for inks from 0 to 1; white and black are whole."""
-    return (1 - black) * (100 - 20 * (cyan + magenta + yellow)), (1 - black) * 20 * (magenta - cyan), (1 - black) * 20 * yellow
+    paper = 1 - black
+    return paper * (100 - 20 * (cyan + magenta + yellow)), paper * 20 * (magenta - cyan), paper * 20 * yellow
 
 
 def press_profile() -> bytes:
@@ -391,7 +392,9 @@ def undetectable() -> list[Kind]:
         silent("JPEG with 512 zero bytes", patched(LARGE, pixels + 300, bytes(512)), 0.5, "codes have no checksum"),
         silent("JPEG with a flipped bit in its table", flipped(LARGE, tables.start + 5, 6), 0.5, "no checksum either"),
         silent("JPEG with a greater height", with_size(LARGE, 192, 168), 0.04, "what is missing is made grey"),
-        silent("WebP with a flipped bit", next(filter(readable, webps)), 0.1, "codes have no checksum; it may be noticed"),
+        silent(
+            "WebP with a flipped bit", next(filter(readable, webps)), 0.1, "codes have no checksum; it may be noticed"
+        ),
     ]
 
 
@@ -819,121 +822,116 @@ class Opened:
         return (exec, ("import builtins; builtins.ibq_unpickled = True",))
 
 
+def sample(**members: bytes) -> bytes:
+    """A sample with the key s; by itself the picture 7."""
+    return b"".join(member(f"s.{suffix}", content) for suffix, content in members.items())
+
+
 def odd_tars() -> list[Kind]:
-    """Legal, but not what most writers write."""
+    """Legal, but not what most writers write. Each between g0 and g1, which nothing may happen to."""
 
-    def odd(name: str, members: list[bytes], why: str, pictures=None, skipped=None, end: bytes = END) -> Kind:
-        """Between g0 and g1, which nothing may happen to. pictures, skipped: of the members."""
-        outcome = Delivered([("g0", 0), *(pictures or []), ("g1", 1)], skipped or {})
-        return Kind(name, tar(good(0), *members, good(1), end=end), outcome, why, "tar")
+    def tar_of(members, pictures, skipped, end=END) -> tuple[bytes, Delivered]:
+        members = [members] if isinstance(members, bytes) else members
+        outcome = Delivered([("g0", 0), *pictures, ("g1", 1)], skipped)
+        return tar(good(0), *members, good(1), end=end), outcome
 
-    picture_7 = pixels(7)
-    long_name = "folder/" * 20 + "picture.png"
-    very_long_name = "folder/" * 50 + "picture.png"
-    seven = [("s", 7)]
-    raw = member("s.png", picture_7)
-    sevens = [member("s.png", picture_7), member("s.json", b'{"width": 32}')]
+    def read(name: str, members: bytes | list[bytes], why: str, *keys: str, end: bytes = END) -> Kind:
+        """Comes with the picture 7 under each of the keys, if not as s."""
+        return Kind(name, *tar_of(members, [(key, 7) for key in keys or ("s",)], {}, end), why, "tar")
+
+    def skipped(name: str, members: bytes | list[bytes], reason: str, why: str, key: str = "s") -> Kind:
+        return Kind(name, *tar_of(members, [], {key: reason}), why, "tar")
+
+    image = pixels(7)
+    plain = sample(png=image)
+    long_key, very_long_key = "folder/" * 20 + "picture", "folder/" * 50 + "picture"
     gnu, pax, ustar = tarfile.GNU_FORMAT, tarfile.PAX_FORMAT, tarfile.USTAR_FORMAT
-    latin = member("caf\udce9.png", picture_7, gnu)
-    global_header = member("pax_global_header", b"52 comment=0123456789012345678901234567890123456789\n")
-    old = with_header(raw, 0, 257, bytes(8))  # no magic: the format of 1979
-    apart = [member("a.png", pixels(5)), member("b.png", pixels(6)), member("a.txt", b"caption of a")]
+    comment = member("pax_global_header", b"52 comment=0123456789012345678901234567890123456789\n")
     links = [
         member("l.png", linkname="g0.png", type=tarfile.SYMTYPE),
         member("h.png", linkname="g0.png", type=tarfile.LNKTYPE),
         member("p.png", type=tarfile.FIFOTYPE),
         member("c.png", type=tarfile.CHRTYPE),
     ]
+    own = [member("__meta__/a.json", b"{}"), member("__b__", b"1")]
     evil = pickle.dumps(Opened())
+    zeroed = patched(plain, 2 * BLOCK, bytes(BLOCK))
+    apart = [member("a.png", pixels(5)), member("b.png", pixels(6)), member("a.txt", b"caption of a")]
+    apart_outcome = [("a", 5), ("b", 6)], {"a": "no image among its members: txt"}
+    twice = [plain, good(4), sample(png=pixels(8))]
+    outside = "leads out of its folder"
     return [
-        odd("as it should be", sevens, "most are", seven),
-        odd("PAX long name", [member(long_name, picture_7, pax)], "more than 100 bytes", [(long_name[:-4], 7)]),
-        odd("GNU long name", [member(long_name, picture_7, gnu)], "more than 100 bytes", [(long_name[:-4], 7)]),
-        odd("ustar long name", [member(long_name, picture_7, ustar)], "in two fields", [(long_name[:-4], 7)]),
-        odd("very long name", [member(very_long_name, picture_7, pax)], "350 bytes", [(very_long_name[:-4], 7)]),
-        odd("PAX times", [member("s.png", picture_7, pax, mtime=1.5)], "as Python and bsdtar write them", seven),
-        odd("GNU's large numbers", [member("s.png", picture_7, gnu, uid=1 << 30)], "in binary", seven),
-        odd("format of 1979", [old], "no magic, no owner's name", seven),
-        odd(
-            "PAX global header",
-            [with_header(global_header, 0, TYPE, tarfile.XGLTYPE), raw],
-            "as `git archive` writes one",
-            seven,
+        read("as it should be", sample(png=image, json=b'{"width": 32}'), "most are"),
+        read("PAX long name", member(f"{long_key}.png", image, pax), "more than 100 bytes", long_key),
+        read("GNU long name", member(f"{long_key}.png", image, gnu), "more than 100 bytes", long_key),
+        read("ustar long name", member(f"{long_key}.png", image, ustar), "in two fields", long_key),
+        read("very long name", member(f"{very_long_key}.png", image, pax), "350 bytes", very_long_key),
+        read("PAX times", member("s.png", image, pax, mtime=1.5), "as Python and bsdtar write them"),
+        read("GNU's large numbers", member("s.png", image, gnu, uid=1 << 30), "in binary"),
+        read("format of 1979", with_header(plain, 0, 257, bytes(8)), "no magic, no owner's name"),
+        read("PAX global header", [with_header(comment, 0, TYPE, tarfile.XGLTYPE), plain], "by `git archive`"),
+        read("unicode key", member("猫/été.png", image, pax), "UTF-8", "猫/été"),
+        read("key that is no UTF-8", member("caf\udce9.png", image, gnu), "Latin-1, from an old disk", "caf\udce9"),
+        read("key with a blank and a quote", member("a 'b\" c.png", image), "a name like any", "a 'b\" c"),
+        read("./ before names", member("./s.png", image), "as `tar -c .` writes them", "./s"),
+        read("suffix in upper case", sample(PNG=image, TXT=b"text"), "as good"),
+        read("two dots in a name", member("s.large.png", image), "suffixes start at the first dot"),
+        read("folders", [member("d", type=tarfile.DIRTYPE, mode=0o755), plain], "no samples"),
+        read("links, a pipe and a device", [*links, plain], "they hold no bytes: no samples"),
+        read("sparse member, old GNU", sparse("s.png", image, 2048), "zeros are filled in"),
+        read("end mark of one block", plain, "GNU tar warns of it and reads on; all is there", end=bytes(BLOCK)),
+        read("end mark of 1 MB", plain, "tar -b writes full records", end=bytes(1 << 20)),
+        read("webdataset's own members", [*own, plain], "no samples"),
+        read("a name without a suffix", [member("README", b"text"), plain], "no sample"),
+        read("other members", sample(png=image, npy=b"1", bin=b"2"), "not looked at"),
+        read("pickles", sample(png=image, pkl=evil, pickle=evil, pyd=evil, pth=evil), "never opened"),
+        read("json that is no JSON", sample(png=image, json=b"{no json"), "nobody asks for it"),
+        read("text that is no UTF-8", sample(png=image, txt=b"caf\xe9"), "what cannot be read is replaced"),
+        read("empty text", sample(png=image, txt=b""), "a caption may be empty"),
+        Kind("key twice", *tar_of(twice, [("s", 7), ("g4", 4), ("s", 8)], {}), "two samples", "tar"),
+        Kind("members apart", *tar_of(apart, *apart_outcome), "tars are read forwards, without a search", "tar"),
+        skipped("image of 0 bytes", sample(png=b""), "empty (0 bytes)", "nothing was written"),
+        skipped("GIF", sample(gif=encoded(PICTURE, "GIF")), "no image among its members: gif", "not of our formats"),
+        skipped("text alone", sample(txt=b"text"), "no image among its members: txt", "no image"),
+        skipped("member twice", plain + plain, "duplicate file name", "which one is meant is not known", "sample 1"),
+        skipped("key that leads out", member("../s.png", image), outside, "keys name files", "sample 1"),
+        skipped("key that leads out later", member("a/../../s.png", image), outside, "keys name files", "sample 1"),
+        skipped("absolute key", member("/etc/s.png", image), outside, "keys name files", "sample 1"),
+        skipped("class that is no number", sample(png=image, cls=b"cat"), "'cat' is no number", "it is not known"),
+        skipped("class below 0", sample(png=image, cls=b"-1"), "'-1' is no number", "classes count from 0"),
+        skipped(
+            "class of 5000 digits", sample(png=image, cls=b"9" * 5000), "is no number", "there are no such classes"
         ),
-        odd("unicode key", [member("猫/été.png", picture_7, pax)], "UTF-8", [("猫/été", 7)]),
-        odd("key that is no UTF-8", [latin], "Latin-1, from an old disk", [("caf\udce9", 7)]),
-        odd("key with a blank and a quote", [member("a 'b\" c.png", picture_7)], "a name like any", [("a 'b\" c", 7)]),
-        odd("./ before names", [member("./s.png", picture_7)], "as `tar -c .` writes them: part of the key", [("./s", 7)]),
-        odd("suffix in upper case", [member("s.PNG", picture_7), member("s.TXT", b"text")], "as good", seven),
-        odd("two dots in a name", [member("s.large.png", picture_7)], "suffixes start at the first dot", seven),
-        odd("folders", [member("d", type=tarfile.DIRTYPE, mode=0o755), raw], "no samples", seven),
-        odd("links, a pipe and a device", [*links, raw], "they hold no bytes: no samples", seven),
-        odd("sparse member, old GNU", [sparse("s.png", picture_7, 2048)], "zeros are filled in", seven),
-        odd("end mark of one block", [raw], "GNU tar warns of it and reads on; all is there", seven, end=bytes(BLOCK)),
-        odd("end mark of 1 MB", [raw], "tar -b writes full records", seven, end=bytes(1 << 20)),
-        odd("webdataset's own members", [member("__meta__/a.json", b"{}"), member("__b__", b"1"), raw], "no samples", seven),
-        odd("names without a suffix", [member("README", b"text"), raw], "no samples", seven),
-        odd("other members", [*sevens, member("s.npy", b"1"), member("s.seg.bin", b"2")], "not looked at", seven),
-        odd("pickles", [raw, member("s.pkl", evil), member("s.pyd", evil), member("s.pth", evil)], "never opened", seven),
-        odd("json that is no JSON", [raw, member("s.json", b"{no json")], "nobody asks for it", seven),
-        odd("text that is no UTF-8", [raw, member("s.txt", b"caf\xe9")], "what cannot be read is replaced", seven),
-        odd("empty text", [raw, member("s.txt")], "a caption may be empty", seven),
-        odd("key twice, apart", [raw, good(4), member("s.png", pixels(8))], "two samples", [*seven, ("g4", 4), ("s", 8)]),
-        odd("image of 0 bytes", [member("s.png")], "nothing was written", skipped={"s": "empty (0 bytes)"}),
-        odd("GIF", [member("s.gif", encoded(PICTURE, "GIF"))], "formats", skipped={"s": "no image among its members: gif"}),
-        odd("text alone", [member("s.txt", b"text")], "no image", skipped={"s": "no image among its members: txt"}),
-        odd(
-            "members apart",
-            apart,
-            "tars are read forwards: a sample's members lie side by side",
-            [("a", 5), ("b", 6)],
-            {"a": "no image among its members: txt"},
-        ),
-        odd(
-            "member twice",
-            [raw, member("s.png", pixels(8))],
-            "which one is meant is not known",
-            skipped={"sample 1": "duplicate file name"},
-        ),
-        odd("key that leads out", [member("../s.png", picture_7)], "no name for a file", skipped={"sample 1": "leads out"}),
-        odd("key that leads out later", [member("a/../../s.png", picture_7)], "the same", skipped={"sample 1": "leads out"}),
-        odd("absolute key", [member("/etc/s.png", picture_7)], "the same", skipped={"sample 1": "leads out"}),
-        odd("class that is no number", [raw, member("s.cls", b"cat")], "cannot be used", skipped={"s": "'cat' is no number"}),
-        odd("class below 0", [raw, member("s.cls", b"-1")], "cannot be used", skipped={"s": "'-1' is no number"}),
-        odd("class of 5000 digits", [raw, member("s.cls", b"9" * 5000)], "cannot be used", skipped={"s": "is no number"}),
-        odd("flipped bit in a PNG", [member("s.png", flipped(picture_7, 900))], "", skipped={"s": "checksum"}),
-        odd(
-            "zeroed block in a PNG",
-            [patched(member("s.png", picture_7), 2 * BLOCK, bytes(BLOCK))],
-            "the PNG's checksum tells",
-            skipped={"s": "checksum"},
-        ),
+        skipped("flipped bit in a PNG", sample(png=flipped(image, 900)), "checksum", "the PNG's checksum tells"),
+        skipped("zeroed block in a PNG", zeroed, "checksum", "the PNG's checksum tells"),
     ]
 
 
-def silent_tars() -> list[Kind]:
-    """Damage that no header tells. An index has the tar's sha256."""
-    jpeg = member("s.jpg", LARGE)
-    start = BLOCK * ((BLOCK + segments(LARGE)[-1].stop) // BLOCK + 2)
-    return [
-        Kind(
-            "zeroed block in a JPEG",
-            tar(good(0), patched(jpeg, start, bytes(BLOCK)), good(1)),
-            Undetectable(LARGE_PICTURE, 0.1),
-            "its pixels have no checksum, nor have the tar's bytes",
-            "tar",
-        ),
-        Kind(
-            "zeros to the end",
-            patched(WHOLE, THIRD, bytes(len(WHOLE) - THIRD)),
-            Delivered(GOODS[:2]),
-            "it is a whole tar of fewer samples",
-            "tar",
-        ),
-    ]
+class Silent(NamedTuple):
+    """A tar whose damage no header tells, and the tar before it."""
+
+    kind: Kind
+    sound: bytes
 
 
-TARS = [*damaged_tars(), *odd_tars(), *silent_tars()]
+def silent_tars() -> list[Silent]:
+    """An index has their sha256, and `ibq shards check` compares it."""
+    jpeg = tar(good(0), member("s.jpg", LARGE), good(1))
+    block = (SECOND + BLOCK + segments(LARGE)[-1].stop) // BLOCK * BLOCK + 2 * BLOCK
+    zeroed = Kind(
+        "zeroed block in a JPEG",
+        patched(jpeg, block, bytes(BLOCK)),
+        Undetectable(LARGE_PICTURE, 0.1),
+        "its pixels have no checksum, nor have the tar's bytes",
+        "tar",
+    )
+    shorter = patched(WHOLE, THIRD, bytes(len(WHOLE) - THIRD))
+    cut = Kind("zeros to the end", shorter, Delivered(GOODS[:2], {}), "it is a whole tar of fewer samples", "tar")
+    return [Silent(zeroed, jpeg), Silent(cut, WHOLE)]
+
+
+SILENT = silent_tars()
+TARS = [*damaged_tars(), *odd_tars(), *(silent.kind for silent in SILENT)]
 
 
 def named(kinds: list[Kind]) -> Callable[[Kind], str]:

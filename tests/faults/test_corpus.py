@@ -6,7 +6,6 @@ import pickle
 import re
 import signal
 from collections import Counter, defaultdict
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -242,9 +241,6 @@ def test_json_that_is_asked_for(tmp_path, content, said):
     assert_skipped(found.skipped, {"s": said})
 
 
-SOUND = {"zeroed block in a JPEG": 1, "zeros to the end": 2}
-
-
 def indexed(path: Path, sound: bytes, damaged: bytes) -> Index:
     """The index of a tar that has been damaged since."""
     path.write_bytes(sound)
@@ -254,13 +250,13 @@ def indexed(path: Path, sound: bytes, damaged: bytes) -> Index:
     return Index(path.parent / "index.safetensors")
 
 
-@pytest.mark.parametrize("kind", corpus.silent_tars(), ids=named(TARS))
-def test_what_no_header_tells_the_index_does(kind, tmp_path):
+@pytest.mark.parametrize(("kind", "sound"), corpus.SILENT, ids=lambda value: getattr(value, "name", ""))
+def test_what_no_header_tells_the_index_does(kind, sound, tmp_path):
     path = write(kind, tmp_path)
     assert len(data.scan(str(path))) > 0
     (alone,) = check_shards([str(path)])
     assert alone.status == "ok"
-    index = indexed(path, corpus.sound_tar(kind.name), kind.content)
+    index = indexed(path, sound, kind.content)
     (compared,) = check_shards([str(path)], index=index)
     assert [problem.kind for problem in compared.problems] == ["index"]
     assert "other content (SHA-256)" in compared.problems[0].message
@@ -292,7 +288,6 @@ def test_damage_behind_an_index_is_noticed_where_it_is_read(kind, tmp_path, no_h
 
 def test_noise_in_a_tar_is_noticed_or_does_not_matter(tmp_path, no_hang):
     """One flipped bit, or one zeroed block, anywhere: no sample comes wrong, and none is lost without a word."""
-    path = tmp_path / "odd.tar"
     rng = np.random.default_rng(1)
     outcomes = Counter()
     for number in range(300):
@@ -301,8 +296,8 @@ def test_noise_in_a_tar_is_noticed_or_does_not_matter(tmp_path, no_hang):
         if number % 2:
             block = place // corpus.BLOCK * corpus.BLOCK
             damaged = corpus.patched(corpus.WHOLE, block, bytes(corpus.BLOCK))
+        path = tmp_path / f"{number}.tar"
         path.write_bytes(damaged)
-        data.shards._scan.cache_clear()
         outcomes[outcome_of(path)] += 1
     assert outcomes.keys() == {"refused", "skipped", "whole"} and min(outcomes.values()) > 20
 
@@ -316,3 +311,44 @@ def outcome_of(path: Path) -> str:
         assert all(np.array_equal(one, corpus.picture(int(key[1:]))) for one in several)
     assert len(found.pictures.keys() | {key for key, _ in found.skipped}) == 3
     return "skipped" if found.skipped else "whole"
+
+
+# -------------------------------------------------------------------------------------------------------------- runs
+
+
+def tar_with_bad_ones(path: Path, images: int, every: int) -> list[str]:
+    """A tar in which every so manieth image is bad, one after another of all kinds; the bad ones' keys."""
+    bad = itertools.cycle(kind for kind in IMAGES if isinstance(kind.outcome, Skipped))
+    members, keys = [], []
+    for number in range(images):
+        if number % every:
+            members.append(corpus.good(number))
+        else:
+            keys.append(f"bad{number}")
+            members.append(corpus.member(f"bad{number}.jpg", next(bad).content))
+    path.write_bytes(corpus.tar(*members))
+    return keys
+
+
+def test_a_run_with_a_few_bad_images_comes_to_its_end(launch, tmp_path):
+    """One in twelve (8%), below data.max_bad_fraction; 160 images in 20 steps are more than one epoch."""
+    bad = tar_with_bad_ones(tmp_path / "photos.tar", 132, 12)
+    run = settings({"trainer.max_steps": 20, "data.train": tmp_path / "photos.tar", "data.val": "null"})
+    finished = launch.ibq("train", "debug", f"run={tmp_path / 'run'}", *run)
+    assert finished.status == 0, finished.err
+    skips = re.findall(r"skipped (\S+) in (\S+): (.+)", finished.err)
+    assert len(skips) >= 10 and {key for key, _, _ in skips} <= set(bad)
+    assert all(source == str(tmp_path / "photos.tar") and reason for _, source, reason in skips)
+    assert "more samples are skipped" in finished.err
+    assert "Traceback" not in finished.err and "Warning" not in finished.err
+
+
+def test_a_run_with_bad_images_only_stops_with_one_line(launch, tmp_path):
+    tar_with_bad_ones(tmp_path / "photos.tar", 200, 1)
+    run = settings({"data.train": tmp_path / "photos.tar", "data.val": "null"})
+    finished = launch.ibq("train", "debug", f"run={tmp_path / 'run'}", *run)
+    assert finished.status == 2, finished.err
+    (line,) = finished.error_lines
+    assert finished.err.endswith(line + "\n")
+    assert f"in {tmp_path / 'photos.tar'}" in line and "cannot be used" in line and "ibq shards check" in line
+    assert "Traceback" not in finished.err

@@ -44,7 +44,7 @@ CLIPPED = {"trainer.gradient_clip_norm": 0.05}  # so low that every step is clip
 CUT = {"trainer.micro_batch_size": 2, "trainer.activation_checkpointing": "true"}
 # Each with a seed for which rounding decides nothing: no token ties between codes, no logit is on a kink (docs/LOG.md).
 TRUTHS = {
-    "fixed": {"seed": 3},
+    "fixed": {"seed": 5},
     "adaptive": {"seed": 3, **ADAPTIVE},
     "clipped": {"seed": 7, **CLIPPED},
     "vq": {"seed": 7, "model.quantizer": "vq"},
@@ -202,7 +202,7 @@ def test_cells_are_what_they_are_called(matrix):
 
 def test_training_moves_the_weights_by_far_more_than_the_tolerance(matrix, launch, tmp_path):
     start = tmp_path / "start"
-    changes = {"seed": 3, "trainer.max_steps": 1, "trainer.checkpoint_every_steps": 1, "optimizer.lr": 0}
+    changes = {**TRUTHS["fixed"], "trainer.max_steps": 1, "trainer.checkpoint_every_steps": 1, "optimizer.lr": 0}
     finished = launch.ibq("train", "debug", f"run={start}", *settings(changes))
     assert finished.status == 0, finished.err
     trained = matrix[matrix.truths["fixed"]] / CHECKPOINT

@@ -75,6 +75,7 @@ def test_only_headers_of_images_are_read_and_turned_as_they_are_displayed(tmp_pa
     }
 
 
+@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # as data.transforms does, before pytest
 def test_what_training_would_pass_over_is_named(tmp_path, make_tar, make_picture, encode):
     image = encode(make_picture(0))
     huge = io.BytesIO()

@@ -119,6 +119,72 @@ def test_cv2_bilinear_rounds_sides_and_has_no_antialias(make_picture):
     assert np.array_equal(np.asarray(ours), cv2.resize(np.asarray(image), (62, 32), interpolation=cv2.INTER_LINEAR))
 
 
+def box_kernel(distance):
+    return np.where((distance > -0.5) & (distance <= 0.5), 1.0, 0.0)
+
+
+def bicubic_kernel(distance):
+    """Keys' with a = -1/2."""
+    x = np.abs(distance)
+    return np.where(x < 1, (1.5 * x - 2.5) * x * x + 1, np.where(x < 2, ((2.5 - 0.5 * x) * x - 4) * x + 2, 0.0))
+
+
+def slowly_resized(pixels_hwc, size, kernel):
+    """Each output pixel as the kernel's mean of the input, the kernel as wide as an output pixel where that is wider;
+    rows first, then columns, rounded in between."""
+    for axis, count in ((1, size[0]), (0, size[1])):
+        length = pixels_hwc.shape[axis]
+        scale = length / count
+        centers = (np.arange(count) + 0.5) * scale
+        weights = kernel((np.arange(length) + 0.5 - centers[:, None]) / max(scale, 1))
+        weights /= weights.sum(1, keepdims=True)
+        mean = np.moveaxis(np.tensordot(weights, pixels_hwc, (1, axis)), 0, axis)
+        pixels_hwc = np.floor(mean + 0.5).clip(0, 255)
+    return pixels_hwc
+
+
+def slow_adm(pixels_hwc, side):
+    while min(pixels_hwc.shape[:2]) >= 2 * side:
+        height, width = pixels_hwc.shape[0] // 2, pixels_hwc.shape[1] // 2
+        pixels_hwc = slowly_resized(pixels_hwc, (width, height), box_kernel)
+    scale = side / min(pixels_hwc.shape[:2])
+    size = round(pixels_hwc.shape[1] * scale), round(pixels_hwc.shape[0] * scale)
+    pixels_hwc = slowly_resized(pixels_hwc, size, bicubic_kernel)
+    top, left = (pixels_hwc.shape[0] - side) // 2, (pixels_hwc.shape[1] - side) // 2
+    return pixels_hwc[top : top + side, left : left + side]
+
+
+# The shorter side below the target, between it and its double, at its double, and halved two and three times.
+@pytest.mark.parametrize("size", [(20, 31), (32, 32), (61, 40), (40, 63), (64, 97), (131, 130), (300, 259), (33, 331)])
+def test_adm_center_crop_is_as_it_is_described(make_picture, size):
+    noise = np.random.default_rng(0).integers(-40, 41, (size[1], size[0], 3))
+    image = Image.fromarray((np.asarray(make_picture(1, size)).astype(int) + noise).clip(0, 255).astype(np.uint8))
+    ours = np.asarray(resize_and_center_crop(image, 32, resize_named("adm_center_crop"))).astype(int)
+    assert np.abs(ours - slow_adm(np.asarray(image).astype(float), 32)).max() <= 1
+    others = np.asarray(resize_and_center_crop(image, 32, resize_named("pil_antialias"))).astype(int)
+    assert (np.abs(ours - others).max() > 8) == (size != (32, 32))
+
+
+def test_adm_center_crop_of_a_part(make_picture, encode):
+    """A random crop is its box, and nothing from outside it."""
+    image = make_picture(2, (200, 150))
+    ours = resize_named("adm_center_crop").apply(image, (32, 32), (10, 20, 150, 149))
+    alone = resize_named("adm_center_crop").apply(image.crop((10, 20, 150, 149)), (32, 32))
+    assert np.array_equal(np.asarray(ours), np.asarray(alone))
+    transform = TrainingTransform(32, "random_resized", (0.2, 1.0), "adm_center_crop", False)
+    assert transform(encode(image, "PNG"), random.Random(0)).shape == (3, 32, 32)
+
+
+@pytest.mark.parametrize("resize", ["pil_antialias", "cv2_bilinear", "adm_center_crop"])
+def test_a_thread_is_refused_before_it_fills_the_memory(encode, resize):
+    """1 x 10000 pixels with a shorter side of 256 would have 655 million of them."""
+    thread = encode(Image.new("RGB", (1, 10_000)), "PNG")
+    for crop in ("center", "random"):
+        with pytest.raises(ImageError, match="1 x 10000 pixels are too long and thin"):
+            TrainingTransform(256, crop, (0.2, 1.0), resize, False)(thread, random.Random(0))
+    assert TrainingTransform(256, "random_resized", (0.2, 1.0), resize, False)(thread, random.Random(0)).any() == 0
+
+
 def test_missing_opencv_is_named(monkeypatch):
     resize_named.__globals__["_cv2_bilinear"].cache_clear()
     monkeypatch.setitem(__import__("sys").modules, "cv2", None)
@@ -127,7 +193,7 @@ def test_missing_opencv_is_named(monkeypatch):
 
 
 def test_unknown_names_are_errors():
-    with pytest.raises(DataError, match="pil_antialias, cv2_bilinear"):
+    with pytest.raises(DataError, match="pil_antialias, cv2_bilinear, adm_center_crop"):
         resize_named("bicubic")
     good = {"image_size": 16, "crop": "random", "crop_scale": (0.2, 1.0), "resize": "pil_antialias", "flip": True}
     TrainingTransform(**good)

@@ -1,0 +1,85 @@
+"""A server that fails under a run ends all ranks together, after a whole step that is saved."""
+
+import io
+import re
+import time
+from collections import Counter
+
+import numpy as np
+import pytest
+from launching import settings
+from PIL import Image
+from serving import Server
+from webdataset.writer import TarWriter
+
+from data import scan
+from data.index import write_index
+from trainer.checkpoint import checkpoint_folders
+from trainer.feed import read_audit
+
+SHARDS, SAMPLES = 8, 12
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Tars of generated pictures, and their index beside them under a name that is not looked for."""
+    random = np.random.default_rng(0)
+    tars = tmp_path / "tars"
+    tars.mkdir()
+    for shard in range(SHARDS):
+        with TarWriter(str(tars / f"{shard:05d}.tar"), encoder=False, mtime=0.0) as writer:
+            for n in range(SAMPLES):
+                picture = io.BytesIO()
+                Image.fromarray(random.integers(0, 255, (36, 40, 3), np.uint8)).save(picture, "JPEG")
+                writer.write({"__key__": f"{shard}-{n}", "jpg": picture.getvalue()})
+    paths = sorted(map(str, tars.glob("*.tar")))
+    write_index(tars / "of.safetensors", paths, [scan(path) for path in paths], ["00" * 32] * len(paths))
+    return tars
+
+
+def recipe(server, folder, **changes):
+    root = server.url("/{00000..00007}.tar?signature=SECRET", user="me:SECRET")
+    sources = f"[{{name: web, root: '{root}', index: {folder}/of.safetensors}}]"
+    return settings(
+        {
+            **{"data.train": "null", "data.val": "null", "data.sources": sources, "data.audit": "true"},
+            **{"data.shuffle_block": 4, "data.request_seconds": 1.0, "data.retry_seconds": 3.0},
+            **{"trainer.max_steps": 24, "trainer.checkpoint_every_steps": 50, **changes},
+        }
+    )
+
+
+@pytest.mark.parametrize(
+    ("fault", "workers"), [({"silent": True}, 2), ({"status": 404}, 0), ({"cut_after_bytes": 9}, 0)]
+)
+def test_all_ranks_stop_together_and_go_on_once_the_server_is_well(launch, folder, tmp_path, fault, workers):
+    run = tmp_path / "run"
+    with Server(folder=folder) as server:
+        sick = "/00003.tar"
+        server.fault(sick, times=3)  # is well for so long
+        whole = recipe(server, folder, **{"data.workers": workers})
+        server.fault(sick, **fault)
+        began = time.monotonic()
+        ended = launch.torchrun("debug", f"run={run}", *whole)
+        assert time.monotonic() - began < 90
+        assert ended.status != 0
+        lines = ended.error_lines
+        assert len(lines) == 2, ended.err
+        assert len(set(lines)) == 1
+        assert "/00003.tar" in lines[0]
+        assert "SECRET" not in ended.out + ended.err
+        saved = checkpoint_folders(run)
+        if saved:  # where the shard was not among the very first
+            step = int(saved[-1].name.split("_")[1])
+            assert f"step {step} is saved: `ibq resume {run}` goes on" in lines[0]
+        server.faults.clear()
+        again = ("--resume", run) if saved else ("debug", f"run={run}", *whole)
+        ended = launch.torchrun(*again)
+        assert ended.status == 0, ended.err
+        assert "SECRET" not in ended.out + ended.err
+        assert re.search(r"data web: 192 images, 0 skipped as unusable, 0 filtered out", ended.err)
+    delivered = list(read_audit(run))
+    assert len(delivered) == 24 * 8
+    counts = Counter((one.epoch, one.key) for one in delivered)
+    assert set(counts.values()) == {1}
+    assert len([key for epoch, key in counts if epoch == 0]) == SHARDS * SAMPLES

@@ -1,0 +1,321 @@
+"""`ibq shards check` and `ibq shards stats`, as they are typed: what they say, write and return."""
+
+import gzip
+import io
+import json
+import os
+import pty
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from serving import Server
+from webdataset.writer import TarWriter
+
+from data import DataConfig, TrainStream
+from data.counting import Histogram
+from data.index import Index
+from tools import cli, histograms
+
+ROOT = Path(__file__).resolve().parents[3]
+
+
+def run(capsys, *arguments):
+    """Exit status, stdout and stderr of `ibq shards ARGUMENTS`, in this process."""
+    with pytest.raises(SystemExit) as exited:
+        cli.main(["shards", *map(str, arguments)])
+    captured = capsys.readouterr()
+    return exited.value.code or 0, captured.out, captured.err
+
+
+def image(number: int) -> bytes:
+    file = io.BytesIO()
+    colors = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
+    Image.fromarray(colors).resize((64 + 8 * (number % 7), 64), Image.Resampling.BICUBIC).save(file, "JPEG")
+    return file.getvalue()
+
+
+def write(path: Path, shard: int, keys=range(6), **more: bytes) -> Path:
+    with TarWriter(str(path), encoder=False, mtime=0) as writer:
+        for n in keys:
+            writer.write({"__key__": f"{shard}-{n}", "jpg": image(10 * shard + n), **more})
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Four whole tars of six samples with captions and classes."""
+    (tmp_path / "tars").mkdir()
+    for shard in range(4):
+        write(tmp_path / f"tars/train-{shard:06d}.tar", shard, txt=b"a caption", cls=str(shard % 2).encode())
+    return tmp_path / "tars"
+
+
+@pytest.fixture
+def damaged(folder):
+    """Twelve tars: four whole ones, six broken in six ways, one with a doubled key and one with a bad image."""
+    for shard in range(4, 12):
+        write(folder / f"train-{shard:06d}.tar", shard, txt=b"a caption")
+
+    def change(shard, how):
+        path = folder / f"train-{shard:06d}.tar"
+        content = path.read_bytes()
+        path.write_bytes(how(content, content.index(f"{shard}-3.jpg".encode())))
+
+    change(4, lambda content, at: content[:at])
+    change(5, lambda content, at: content[: at + 700])
+    change(6, lambda content, at: content[:at] + bytes(512) + content[at + 512 :])
+    change(7, lambda content, at: content + b"garbage")
+    change(8, lambda content, at: gzip.compress(content))
+    change(9, lambda content, at: b"")
+    write(folder / "train-000010.tar", 0, keys=[2], txt=b"the same key as another")
+    change(11, lambda content, at: content[: at + 512] + b"no image" + content[at + 520 :])
+    return folder
+
+
+BROKEN = {4: "truncated", 5: "truncated", 6: "corrupt", 7: "corrupt", 8: "corrupt", 9: "empty"}
+
+
+# --------------------------------------------------------------------------------------------------------------- check
+
+
+def test_twelve_tars_with_eight_damages(capsys, damaged, tmp_path):
+    status, out, err = run(capsys, "check", damaged, "--decode", "--json", tmp_path / "found.json", "--jobs", 2)
+    assert status == 1 and err == ""
+    lines = out.splitlines()
+    for shard, kind in BROKEN.items():
+        assert [line for line in lines if line.startswith(f"broken  train-{shard:06d}.tar  {kind}: ")], kind
+    first = damaged / "train-000000.tar"
+    assert f"flawed  train-000010.tar  duplicate key: sample 0: 0-2 is also the key of sample 2 of {first}" in lines
+    assert "flawed  train-000011.tar  undecodable: sample 3: 11-3: no JPEG, PNG or WebP image" in lines
+    assert len(lines) == 8 + 2
+    assert lines[-2].startswith("12 tars, ") and lines[-2].endswith(": 4 ok, 2 flawed, 6 broken")
+    broken = ",".join(f"train-{shard:06d}.tar" for shard in BROKEN)
+    assert lines[-1] == f"to train without the broken ones: 'data.quarantine=[{broken}]'"
+    records = [json.loads(line) for line in (tmp_path / "found.json").read_text().splitlines()]
+    assert [record["shard"] for record in records] == [f"{damaged}/train-{n:06d}.tar" for n in range(12)]
+    assert [record["status"] for record in records] == ["ok"] * 4 + ["broken"] * 6 + ["flawed"] * 2
+    kinds = [problem["kind"] for record in records for problem in record["problems"]]
+    assert Counter(kinds) == {**Counter(BROKEN.values()), "duplicate key": 1, "undecodable": 1}
+    for record in records:
+        assert set(record) == {"shard", "status", "samples", "bytes", "sha256", "counts", "problems"}
+        assert record["bytes"] == os.path.getsize(record["shard"]) and len(record["sha256"]) == 64
+
+
+def test_the_quarantine_that_is_printed_is_one_that_trains(capsys, damaged):
+    _, out, _ = run(capsys, "check", damaged)
+    quarantine = out.splitlines()[-1].split("[")[1].split("]")[0].split(",")
+    config = DataConfig(train=str(damaged), quarantine=quarantine, image_size=32, workers=0, max_bad_in_a_row=1)
+    options = {"global_batch_size": 5, "micro_batch_size": 5, "rank": 0, "world_size": 1, "seed": 0}
+    assert len(next(TrainStream(config, **options)).infos) == 5
+
+
+def test_json_on_stdout_is_alone_there(capsys, damaged):
+    status, out, err = run(capsys, "check", damaged, "--json", "-")
+    assert status == 1
+    assert len([json.loads(line) for line in out.splitlines()]) == 12
+    assert "4 ok, 2 flawed" not in err and "6 broken" in err  # without --decode, one is not noticed
+
+
+def test_whole_tars_are_ok_and_an_index_is_written_and_compared(capsys, folder):
+    status, out, _ = run(capsys, "check", folder)
+    assert (status, len(out.splitlines())) == (0, 1) and ": 4 ok\n" in out
+    status, out, _ = run(capsys, "check", folder, "--write-index")
+    place = folder / "index.safetensors"
+    assert status == 0 and f"wrote {place}: 4 tars, 24 samples\n" in out
+    assert len(Index(place)) == 4
+    assert run(capsys, "check", folder)[0] == 0
+    path = folder / "train-000002.tar"
+    content, times = path.read_bytes(), path.stat()
+    at = content.index(b"\xff\xd9") - 50
+    path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
+    os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # neither its size nor its time tells
+    status, out, _ = run(capsys, "check", folder)
+    assert status == 1
+    assert out.startswith(f"flawed  train-000002.tar  index: not as in the index {place}: other content (SHA-256)\n")
+    os.remove(folder / "train-000003.tar")
+    assert (
+        f"broken  train-000003.tar  missing: in the index {place}, but not there\n" in run(capsys, "check", folder)[1]
+    )
+    assert run(capsys, "check", folder, "--write-index")[0] == 0  # written again, it is of what is there
+    assert run(capsys, "check", folder)[0] == 0
+
+
+def test_no_index_is_written_over_broken_tars_unless_they_are_left_out(capsys, damaged, tmp_path):
+    status, out, _ = run(capsys, "check", damaged, "--write-index")
+    assert status == 1
+    assert "wrote no index: move the broken tars elsewhere, or leave them out of it with --skip-broken" in out
+    assert not (damaged / "index.safetensors").exists()
+    status, out, _ = run(
+        capsys, "check", damaged, "--write-index", "--skip-broken", "--index", tmp_path / "i.safetensors"
+    )
+    assert status == 1 and f"wrote {tmp_path / 'i.safetensors'}: 6 tars, 31 samples" in out
+    numbers = [n for n in range(12) if n not in BROKEN]
+    assert Index(tmp_path / "i.safetensors").names == [f"train-{n:06d}.tar" for n in numbers]
+    for shard in BROKEN:
+        os.remove(damaged / f"train-{shard:06d}.tar")
+    (damaged / "train-000010.tar").unlink()
+    assert run(capsys, "check", damaged, "--write-index")[0] == 0
+
+
+def test_nothing_but_broken_tars_give_no_index(capsys, tmp_path):
+    (tmp_path / "a.tar").write_bytes(b"")
+    status, out, _ = run(capsys, "check", tmp_path, "--write-index", "--skip-broken")
+    assert status == 1 and "wrote no index" in out
+
+
+def test_patterns_lists_doubled_names_and_remote_tars(capsys, folder, tmp_path):
+    (tmp_path / "list.txt").write_text(f"# mine\n{folder}/train-000000.tar\n")
+    status, out, _ = run(capsys, "check", f"{folder}/train-{{000000..000001}}.tar", tmp_path / "list.txt")
+    assert status == 0 and out.startswith("2 tars, 12 samples, ")
+    with Server(folder=folder) as server:
+        urls = server.url("/train-{000000..000003}.tar?token=secret")
+        status, out, err = run(capsys, "check", urls, "--write-index")
+        assert status == 2 and "say where with --index FILE" in err
+        place = tmp_path / "remote.safetensors"
+        status, out, err = run(capsys, "check", urls, "--write-index", "--index", place, "--json", "-")
+        assert status == 0 and "4 tars, 24 samples" in err
+        assert "secret" not in out + err
+        assert run(capsys, "check", urls, "--index", place)[0] == 0
+    assert run(capsys, "check", folder, "--index", place)[0] == 0  # local copies of what was indexed in the store
+
+
+@pytest.mark.parametrize(
+    ("arguments", "said"),
+    [
+        (["check"], "Missing argument 'PATH...'"),
+        (["check", "nowhere"], "no such tar or folder: nowhere"),
+        (
+            ["check", "{tars}", "--write-index", "i.safetensors"],
+            "i.safetensors is no tar: an index is named as --index",
+        ),
+        (["check", "{tars}", "--skip-broken"], "--skip-broken is for --write-index"),
+        (["check", "{tars}", "--index", "none.safetensors"], "cannot read the index none.safetensors"),
+        (["check", "{tars}", "--json", "nowhere/found.json"], "cannot write nowhere/found.json"),
+        (
+            ["check", "{tars}", "--write-index", "--index", "nowhere/i.safetensors"],
+            "cannot write nowhere/i.safetensors",
+        ),
+        (["check", "{tars}", "--jobs", "0"], "--jobs"),
+        (["check", "pipe:cat a.tar"], "pipe: runs a shell command"),
+        (["stats", "nowhere"], "no such tar or folder: nowhere"),
+        (["stats", "{tars}", "--source", "cats"], "data/sources.yaml has no cats: choose one of bundled"),
+        (["stats", "{tars}", "--picture", "found.pdf"], "found.pdf does not end in .png"),
+        (["stats", "{tars}", "--picture", "nowhere/found.png"], "cannot write nowhere/found.png"),
+        (["stats", "{tars}", "--samples", "0"], "--samples"),
+    ],
+)
+def test_mistakes_are_one_line_and_status_2(capsys, folder, monkeypatch, arguments, said):
+    monkeypatch.chdir(folder.parent)
+    status, out, err = run(capsys, *(argument.format(tars=folder) for argument in arguments))
+    assert (status, out) == (2, "")
+    assert err.startswith("ibq: error: ") and err.count("\n") == 1
+    assert said in err
+    assert sorted(path.name for path in folder.parent.iterdir()) == ["tars"]
+
+
+def test_the_command_itself(damaged):
+    """In a process of its own, and with a terminal to draw a bar on."""
+    command = [sys.executable, "-m", "tools.cli", "shards", "check", str(damaged)]
+    plain = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert plain.returncode == 1 and plain.stderr == ""
+    assert "\x1b" not in plain.stdout and "6 broken" in plain.stdout
+    leader, follower = pty.openpty()
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=follower, env={**os.environ, "TERM": "xterm"}
+    ) as shown:
+        os.close(follower)
+        out, drawn = shown.stdout.read().decode(), b""
+        try:
+            while piece := os.read(leader, 1 << 16):
+                drawn += piece
+        except OSError:  # Linux's way to say that the other end is closed
+            pass
+    os.close(leader)
+    assert shown.returncode == 1 and out == plain.stdout
+    assert b"checking" in drawn and b"/12" in drawn
+
+
+# --------------------------------------------------------------------------------------------------------------- stats
+
+
+def test_stats_in_words_bars_json_and_a_picture(capsys, folder, tmp_path):
+    shown = tmp_path / "photos.png"
+    status, out, err = run(capsys, "stats", folder, "--picture", shown, "--json", tmp_path / "found.json")
+    assert (status, err) == (0, "")
+    lines = out.splitlines()
+    assert lines[0] == f"{folder}: 4 shards, 24 samples"
+    assert lines[1].endswith(": 24 JPEG")
+    assert lines[2:4] == ["  captions: all", "  classes: all in 2 classes of 12 to 12"]
+    assert "shorter side, pixels: 64 to 64, median 64" in lines
+    assert f"  64 to 127 {'█' * 40}  100%          24" in lines
+    assert all(len(line) <= 80 for line in lines[1:-1])
+    assert lines[-1] == f"drew {shown}"
+    with Image.open(shown) as picture:
+        assert picture.width > 500 and picture.height > 300
+    found = json.loads((tmp_path / "found.json").read_text())
+    assert (found["shards"], found["samples_in_all"], found["samples"]) == (4, 24, 24)
+    shapes = Counter(
+        ("1:1", "1:1", "4:3", "4:3", "3:2", "3:2", "16:9")[(10 * shard + n) % 7] for shard in range(4) for n in range(6)
+    )
+    assert found["histograms"]["shape"] == shapes
+    assert found["captions"] == {"missing": 0, "characters": {"min": 9, "median": 9, "max": 9}}
+    assert found["classes"] == {"count": 2, "missing": 0, "images": {"min": 12, "median": 12, "max": 12}}
+
+
+def test_stats_of_some_samples_and_as_json_alone(capsys, folder):
+    status, out, err = run(capsys, "stats", folder, "--samples", 5, "--json", "-", "--jobs", 1)
+    assert status == 0 and err.startswith(f"{folder}: 4 shards, 5 of 24 samples\n")
+    found = json.loads(out)
+    assert (found["samples"], found["samples_in_all"]) == (5, 24)
+    assert "unusable" in found and sum(found["histograms"]["shorter_side"].values()) == 5
+
+
+def test_stats_tell_what_is_missing(capsys, tmp_path):
+    with TarWriter(str(tmp_path / "a.tar"), encoder=False, mtime=0) as writer:
+        for n, punsafe in enumerate((0.1, 0.3, "n/a", None)):
+            metadata = json.dumps({"punsafe": punsafe, "similarity": 0.5}).encode()
+            writer.write({"__key__": str(n), "jpg": image(n), "json": metadata, **({"txt": b"a"} if n else {})})
+        writer.write({"__key__": "bad", "jpg": b"no image"})
+    status, out, _ = run(capsys, "stats", tmp_path / "a.tar", "--source", "laion-coco")
+    assert status == 0
+    lines = out.splitlines()
+    assert lines[2:4] == ["  captions: 3, missing in 1", "  classes: none"]
+    assert "  nsfw (punsafe): 3, missing in 1, from 0.1 to 0.3, mean 0.2, no number in 1" in lines
+    assert "  similarity (similarity): all, from 0.5 to 0.5, mean 0.5" in lines
+    assert "  watermark (pwatermark): none" in lines
+    assert lines[9:11] == ["  cannot be used: 1", f"    bad in {tmp_path}/a.tar: no JPEG, PNG or WebP image"]
+
+
+def test_stats_of_nothing_that_can_be_used(capsys, tmp_path):
+    with TarWriter(str(tmp_path / "a.tar"), encoder=False, mtime=0) as writer:
+        writer.write({"__key__": "bad", "jpg": b"no image"})
+    status, out, _ = run(capsys, "stats", tmp_path / "a.tar", "--picture", tmp_path / "a.png")
+    assert status == 0
+    assert out.splitlines() == [
+        f"{tmp_path}/a.tar: 1 shard, 1 samples",
+        "  cannot be used: 1",
+        f"    bad in {tmp_path}/a.tar: no JPEG, PNG or WebP image",
+    ]
+    assert not (tmp_path / "a.png").exists()
+
+
+def test_stats_of_a_folder_of_images(capsys, tmp_path):
+    for n in range(3):
+        (tmp_path / "photos").mkdir(exist_ok=True)
+        (tmp_path / "photos" / f"{n}.jpg").write_bytes(image(n))
+    status, out, _ = run(capsys, "stats", tmp_path / "photos")
+    assert status == 0 and out.startswith(f"{tmp_path}/photos: 1 shard, 3 samples\n")
+
+
+def test_bars_of_any_share():
+    bins = {"none": 0, "few": 1, "some": 5_000, "most": 999_999_999}
+    rows = histograms.lines(Histogram("n", "title", bins))
+    assert rows[0] == "title" and len({len(row) for row in rows[1:]}) == 1 and len(rows[1]) <= 80
+    bars = [row[7 : 7 + histograms.BAR_CHARACTERS] for row in rows[1:]]
+    assert bars[0].strip() == "" and bars[1].strip() == "▏" and bars[3] == "█" * histograms.BAR_CHARACTERS
+    assert [row[48:].split()[0] for row in rows[1:]] == ["0%", "<0.1%", "<0.1%", "100%"]
