@@ -25,6 +25,7 @@ setup(
         "torchvision",
         "deepspeed>=0.19,<0.20",  # patch releases have broken runs before: widen only after the tests pass
         "webdataset>=1.0.2,<2",
+        "fsspec[http]>=2024.6",
         "lpips>=0.1.4",
         "torch-fidelity>=0.4.0",
         "tensorboard",
@@ -45,7 +46,9 @@ setup(
         # For the generator to come; today `ibq bench` alone uses it, as a peer.
         # NVIDIA's apex has no wheel: PyPI's `apex` is another project.
         "gpu": ["flash-attn>=2.6"],
-        "test": ["pytest>=8", "ruff>=0.12", "setuptools>=77"],
+        "s3": ["s3fs>=2024.6"],
+        "gs": ["gcsfs"],
+        "test": ["pytest>=8", "ruff>=0.12", "setuptools>=77", "s3fs>=2024.6", "moto[server]>=5"],
         "dev": ["pre-commit>=3.5"],
     },
     entry_points={"console_scripts": ["ibq = tools.cli:main"]},

@@ -176,8 +176,9 @@ def _check_samples(file: _Hashed, checked: Checked, decode_images: bool, patienc
     except _Unreadable:
         raise
     except DataError as error:
-        damage = Problem("empty", "no sample: none of its members has a name like KEY.jpg")
-        if isinstance(error.__cause__, tarfile.TarError):
+        if error.__cause__ is None:  # it is a tar
+            damage = Problem("empty", "no sample: none of its members has a name like KEY.jpg")
+        else:
             damage = _find_damage(file.path, file.bytes, stops[-1] if stops else 0, patience)
             damage = damage or Problem("corrupt", str(error.__cause__))
     checked.samples, checked.keys = len(starts), bytes(keys + packer.flush())
@@ -336,7 +337,8 @@ def missing_shards(found: list[Checked], index: Index) -> list[Checked]:
 def _compare(checked: Checked, index: Index, root: str) -> None:
     known = index.table(checked.url, root)
     if known is None:
-        checked.add("index", f"not in the index {index.path}")
+        if checked.status != "broken":  # such as were left out of it
+            checked.add("index", f"not in the index {index.path}")
         return
     differences = []
     if checked.bytes is not None and checked.bytes != known.bytes:

@@ -264,10 +264,10 @@ class _Client:
 
     def run(self, url: str, coroutine: Coroutine[Any, Any, T], seconds: float) -> T:
         """What the coroutine returns. Raises _Again or DataError, also where it takes longer than `seconds`."""
-        future = asyncio.run_coroutine_threadsafe(coroutine, self.loop)
+        future, seconds = asyncio.run_coroutine_threadsafe(coroutine, self.loop), max(seconds, 0.0)
         try:
             # The limit of the whole request, waited for here: it also holds where bytes trickle, or the loop is stuck.
-            return future.result(max(seconds, 0.0))
+            return future.result(seconds)
         except (_Again, DataError):
             raise
         except (concurrent.futures.TimeoutError, asyncio.TimeoutError, TimeoutError):

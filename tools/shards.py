@@ -29,9 +29,7 @@ app = typer.Typer(help="Make WebDataset tars, check them, and count what is in t
 
 Paths = Annotated[
     list[str],
-    typer.Argument(
-        metavar="PATH...", help="Tars, folders of them, patterns in quotes, .txt lists, http, s3 or gs URLs."
-    ),
+    typer.Argument(metavar="PATH", help="Tars, folders of them, patterns in quotes, .txt lists, http, s3 or gs URLs."),
 ]
 Jobs = Annotated[int | None, typer.Option(min=1, metavar="N", help="Processes; without it, one for each core.")]
 Json = Annotated[

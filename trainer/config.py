@@ -240,7 +240,7 @@ def _resolve(path: Path, overrides: list[str]) -> Config:
         if key == "run" and override == "run=":
             raise TrainerError("run= is empty: name a folder")
         try:
-            merged = OmegaConf.merge(merged, OmegaConf.from_dotlist([override]))
+            merged = _changed(merged, key, override)
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise TrainerError(f"{override!r}: {_explain(error, schema)}") from error
     try:
@@ -250,6 +250,17 @@ def _resolve(path: Path, overrides: list[str]) -> Config:
     _check(merged)
     if "engine.config" in seen and config.engine.kind != "deepspeed":
         raise TrainerError(f"engine.config is for engine.kind=deepspeed, not {config.engine.kind}: give that too")
+    return config
+
+
+def _changed(config, key: str, override: str):
+    """The configuration with one change; a number in the key is a place in a list, as in data.sources.0.weight=2."""
+    if not any(part.isdecimal() for part in key.split(".")):
+        return OmegaConf.merge(config, OmegaConf.from_dotlist([override]))
+    try:
+        OmegaConf.update(config, key, OmegaConf.from_dotlist([f"value={override.partition('=')[2]}"]).value)
+    except (IndexError, AttributeError, TypeError, AssertionError) as error:
+        raise TrainerError(f"{override!r}: there is no {key}; count places from 0") from error
     return config
 
 

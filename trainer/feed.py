@@ -123,7 +123,7 @@ def read_audit(run: str | Path) -> Iterator[Delivered]:
     for file in files:
         stop = following[_start_of(file)]
         rank = int(file.stem.rsplit("_", 1)[1])
-        for line in file.read_text(encoding="utf-8").splitlines():
+        for line in file.read_text(encoding="utf-8").split("\n")[:-1]:  # behind the last break is what a kill cut off
             entry = json.loads(line)
             if stop is None or entry["step"] <= stop:
                 for sample in entry["samples"]:

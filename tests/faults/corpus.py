@@ -286,7 +286,7 @@ def scan_bomb() -> bytes:
 
 def good_jpegs() -> list[Kind]:
     def good(name: str, content: bytes, why: str, rgb_hwc=PICTURE, tolerance=JPEG_ROUNDS) -> Kind:
-        return Kind(name, content, Pixels(rgb_hwc, tolerance), why)
+        return Kind(f"JPEG {name}", content, Pixels(rgb_hwc, tolerance), why)
 
     grey = picture(4, 48, 40)[..., 0]
     cmyk = encoded(Image.fromarray(inks(), "CMYK"), "JPEG")
@@ -295,33 +295,44 @@ def good_jpegs() -> list[Kind]:
     pair = encoded(PICTURE, "MPO", quality=95, subsampling=0, save_all=True, append_images=[Image.fromarray(~PICTURE)])
     kinds = [
         good("baseline", PLAIN, "the most common of all"),
-        good("chroma at half resolution", encoded(PICTURE, "JPEG", subsampling=2), "as cameras write it", tolerance=24),
+        good(
+            "with chroma at half resolution",
+            encoded(PICTURE, "JPEG", subsampling=2),
+            "as cameras write it",
+            tolerance=24,
+        ),
         good("progressive", PROGRESSIVE, "as on the web"),
-        good("restart markers", encoded(PICTURE, "JPEG", restart_marker_blocks=3), "as cameras write it"),
-        good("arithmetic coding", ARITHMETIC, "libjpeg-turbo reads it", arithmetic_picture()),
+        good("with restart markers", encoded(PICTURE, "JPEG", restart_marker_blocks=3), "as cameras write it"),
+        good("with arithmetic coding", ARITHMETIC, "libjpeg-turbo reads it", arithmetic_picture()),
         good("arithmetic and progressive", ARITHMETIC_PROGRESSIVE, "libjpeg-turbo reads it", arithmetic_picture()),
-        good("standard Huffman tables left out", motion_jpeg(), "as frames of motion JPEG: the tables are known"),
-        good("grey", encoded(grey, "JPEG"), "grey is red, green and blue alike", np.stack([grey] * 3, -1)),
-        good("stored as RGB", with_segment(as_ycc, 0xEE, b"Adobe\0d\0\0\0\0\0"), "Adobe's marker says: no YCbCr"),
-        good("CMYK", cmyk, "Adobe stores inks inverted; without a profile each takes its part", rgb_of_inks(inks())),
-        good("CMYK without Adobe's marker", without(cmyk, 0xEE), "browsers take it as Adobe's", rgb_of_inks(inks())),
-        good("YCCK", ycck_jpeg(), "Photoshop's way to store CMYK", rgb_of_inks(inks())),
-        good("CMYK with a profile", sheet, "colours are what the profile says", sheet_colors, 4),
-        good("two pictures in one file (MPO)", pair, "the first is the picture; as phones write it"),
-        good("bytes behind the end", PLAIN + b"\0" * 100 + PROGRESSIVE, "as phones append films; viewers ignore it"),
-        good("fill bytes before a marker", PLAIN[:2] + b"\xff" * 3 + PLAIN[2:], "allowed by the standard"),
-        good("damaged EXIF", with_segment(PLAIN, 0xE1, b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\xff"), "it turns nothing"),
-        good("EXIF of no sense", with_segment(PLAIN, 0xE1, b"Exif\0\0" + bytes(range(40))), "it turns nothing"),
-        good("EXIF orientation 9", encoded(PICTURE, "JPEG", exif=exif(9)), "there is no such turn"),
-        good("a comment of 60 kB", with_segment(PLAIN, 0xFE, b"c" * 60_000), "comments do not matter"),
-        good("1 x 1", encoded(np.full((1, 1, 3), 200, np.uint8), "JPEG"), "small, but whole", np.full((1, 1, 3), 200)),
-        good("10000 x 1", encoded(picture(1, 10_000, 1), "JPEG"), "a thread, but whole", picture(1, 10_000, 1), 24),
-        Kind("named .png", PLAIN, Pixels(PICTURE, JPEG_ROUNDS), "what counts is the content", "png"),
-        Kind("named .JPEG", PLAIN, Pixels(PICTURE, JPEG_ROUNDS), "upper case is as good", "JPEG"),
+        good("without the standard's Huffman tables", motion_jpeg(), "as frames of motion JPEG: the tables are known"),
+        good("of grey", encoded(grey, "JPEG"), "grey is red, green and blue alike", np.stack([grey] * 3, -1)),
+        good("of RGB, not YCbCr", with_segment(as_ycc, 0xEE, b"Adobe\0d\0\0\0\0\0"), "Adobe's marker says: no YCbCr"),
+        good("of CMYK", cmyk, "Adobe stores inks inverted; without a profile each takes its part", rgb_of_inks(inks())),
+        good("of CMYK without Adobe's marker", without(cmyk, 0xEE), "browsers take it as Adobe's", rgb_of_inks(inks())),
+        good("of YCCK", ycck_jpeg(), "Photoshop's way to store CMYK", rgb_of_inks(inks())),
+        good("of CMYK with a profile", sheet, "colours are what the profile says", sheet_colors, 4),
+        good("with a second picture (MPO)", pair, "the first is the picture; as phones write it"),
+        good(
+            "with bytes behind its end", PLAIN + b"\0" * 100 + PROGRESSIVE, "as phones append films; viewers ignore it"
+        ),
+        good("with fill bytes before a marker", PLAIN[:2] + b"\xff" * 3 + PLAIN[2:], "allowed by the standard"),
+        good(
+            "with damaged EXIF", with_segment(PLAIN, 0xE1, b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\xff"), "it turns nothing"
+        ),
+        good("with EXIF of no sense", with_segment(PLAIN, 0xE1, b"Exif\0\0" + bytes(range(40))), "it turns nothing"),
+        good("with EXIF orientation 9", encoded(PICTURE, "JPEG", exif=exif(9)), "there is no such turn"),
+        good("with a comment of 60 kB", with_segment(PLAIN, 0xFE, b"c" * 60_000), "comments do not matter"),
+        good(
+            "of 1 x 1", encoded(np.full((1, 1, 3), 200, np.uint8), "JPEG"), "small, but whole", np.full((1, 1, 3), 200)
+        ),
+        good("of 10000 x 1", encoded(picture(1, 10_000, 1), "JPEG"), "a thread, but whole", picture(1, 10_000, 1), 24),
+        Kind("JPEG named .png", PLAIN, Pixels(PICTURE, JPEG_ROUNDS), "what counts is the content", "png"),
+        Kind("JPEG named .JPEG", PLAIN, Pixels(PICTURE, JPEG_ROUNDS), "upper case is as good", "JPEG"),
     ]
     for orientation in range(1, 9):
         jpeg = encoded(as_stored(PICTURE, orientation), "JPEG", exif=exif(orientation))
-        kinds.append(good(f"EXIF orientation {orientation}", jpeg, "shown upright by every viewer"))
+        kinds.append(good(f"with EXIF orientation {orientation}", jpeg, "shown upright by every viewer"))
     return kinds
 
 
@@ -678,6 +689,7 @@ def no_images() -> list[Kind]:
     return [*kinds, Kind("0 bytes", b"", Skipped("empty (0 bytes)"), "nothing was written")]
 
 
+THREADS = ("JPEG of 10000 x 1", "PNG of 1 x 10000")
 IMAGES = [*good_jpegs(), *bad_jpegs(), *undetectable(), *good_pngs(), *bad_pngs(), *webps(), *no_images()]
 
 

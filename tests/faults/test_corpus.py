@@ -107,13 +107,18 @@ def assert_skipped(skipped: Counter[tuple[str, str]], reasons: dict[str, str]) -
 
 
 @pytest.fixture(scope="module")
-def epochs(tmp_path_factory) -> Epochs:
-    """Two epochs of one tar with all images, and good ones g0, g1, ... among them."""
+def all_images(tmp_path_factory) -> Path:
+    """One tar with all images, as k0, k1, ..., and good ones g0, g1, ... among them."""
     path = tmp_path_factory.mktemp("images") / "all.tar"
     samples = [(corpus.good(n), corpus.member(f"k{n}.{kind.suffix}", kind.content)) for n, kind in enumerate(IMAGES)]
     path.write_bytes(corpus.tar(*itertools.chain(*samples)))
+    return path
+
+
+@pytest.fixture(scope="module")
+def epochs(all_images) -> Epochs:
     used = sum(not isinstance(kind.outcome, Skipped) for kind in IMAGES)
-    return read(path, EPOCHS * (len(IMAGES) + used))
+    return read(all_images, EPOCHS * (len(IMAGES) + used))
 
 
 @pytest.mark.parametrize(("number", "kind"), list(enumerate(IMAGES)), ids=[kind.name for kind in IMAGES])
@@ -140,6 +145,17 @@ def test_good_images_among_them_come_once_an_epoch(epochs):
         assert len(epochs.pictures[f"g{number}"]) == EPOCHS
         for found in epochs.pictures[f"g{number}"]:
             assert np.array_equal(found, corpus.picture(number))
+
+
+def test_an_evaluation_leaves_out_the_same(all_images):
+    """And threads, which 256 pixels on their shorter side would make too large; a training crop is no other."""
+    reasons = {f"k{n}": kind.outcome.reason for n, kind in enumerate(IMAGES) if isinstance(kind.outcome, Skipped)}
+    reasons |= {f"k{n}": "too long and thin" for n, kind in enumerate(IMAGES) if kind.name in corpus.THREADS}
+    images = data.evaluation_images(str(all_images), image_size=256)
+    used = [image.key for image in images]
+    assert used == [key for n in range(len(IMAGES)) for key in (f"g{n}", f"k{n}") if key not in reasons]
+    assert [skipped.key for skipped in images.skipped] == sorted(reasons, key=lambda key: int(key[1:]))
+    assert all(reasons[skipped.key] in skipped.reason for skipped in images.skipped)
 
 
 def test_any_flipped_bit_of_a_png_is_noticed_or_does_not_matter():

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 import pytest
+from faults.corpus import TARS, Refused
 from serving import Server
 
 from data import DataError, checking, scan
@@ -116,6 +117,15 @@ def test_each_damage_is_named(whole, tmp_path, name):
     assert (checked.bytes, checked.sha256) == (len(content), hashlib.sha256(content).hexdigest())
     with pytest.raises(DataError):  # so that training does not begin with it either
         scan(str(path))
+
+
+def test_broken_is_just_what_training_refuses(tmp_path):
+    statuses = {}
+    for number, kind in enumerate(TARS):
+        (tmp_path / f"{number}.tar").write_bytes(kind.content)
+        statuses[kind.name, isinstance(kind.outcome, Refused)] = check_shard(str(tmp_path / f"{number}.tar")).status
+    assert [name for (name, refused), status in statuses.items() if refused != (status == "broken")] == []
+    assert {"broken", "flawed", "ok"} == set(statuses.values())
 
 
 def test_samples_before_the_damage_are_counted(whole, tmp_path):

@@ -130,16 +130,15 @@ def bicubic_kernel(distance):
 
 
 def slowly_resized(pixels_hwc, size, kernel):
-    """Each output pixel as the kernel's mean of the input, the kernel as wide as an output pixel where that is wider;
-    rows first, then columns, rounded in between."""
+    """Each output pixel is the kernel's mean of the input, first along rows, then along columns, rounded each time. The
+    kernel is as wide as an output pixel where that is the wider one."""
     for axis, count in ((1, size[0]), (0, size[1])):
         length = pixels_hwc.shape[axis]
         scale = length / count
         centers = (np.arange(count) + 0.5) * scale
         weights = kernel((np.arange(length) + 0.5 - centers[:, None]) / max(scale, 1))
         weights /= weights.sum(1, keepdims=True)
-        mean = np.moveaxis(np.tensordot(weights, pixels_hwc, (1, axis)), 0, axis)
-        pixels_hwc = np.floor(mean + 0.5).clip(0, 255)
+        pixels_hwc = np.floor(np.moveaxis(np.tensordot(weights, pixels_hwc, (1, axis)), 0, axis) + 0.5)
     return pixels_hwc
 
 
@@ -157,12 +156,13 @@ def slow_adm(pixels_hwc, side):
 # The shorter side below the target, between it and its double, at its double, and halved two and three times.
 @pytest.mark.parametrize("size", [(20, 31), (32, 32), (61, 40), (40, 63), (64, 97), (131, 130), (300, 259), (33, 331)])
 def test_adm_center_crop_is_as_it_is_described(make_picture, size):
-    noise = np.random.default_rng(0).integers(-40, 41, (size[1], size[0], 3))
-    image = Image.fromarray((np.asarray(make_picture(1, size)).astype(int) + noise).clip(0, 255).astype(np.uint8))
+    noise = np.random.default_rng(0).integers(-20, 21, (size[1], size[0], 3))
+    image = Image.fromarray((np.asarray(make_picture(1, size)) // 2 + 64 + noise).astype(np.uint8))  # nothing clipped
     ours = np.asarray(resize_and_center_crop(image, 32, resize_named("adm_center_crop"))).astype(int)
-    assert np.abs(ours - slow_adm(np.asarray(image).astype(float), 32)).max() <= 1
-    others = np.asarray(resize_and_center_crop(image, 32, resize_named("pil_antialias"))).astype(int)
-    assert (np.abs(ours - others).max() > 8) == (size != (32, 32))
+    difference = np.abs(ours - slow_adm(np.asarray(image).astype(float), 32))
+    assert difference.max() <= 1 and difference.mean() < 0.3  # Pillow goes along columns first where it is less work
+    other = np.asarray(resize_and_center_crop(image, 32, resize_named("pil_antialias"))).astype(int)
+    assert np.abs(ours - other).mean() > 1 or size == (32, 32)
 
 
 def test_adm_center_crop_of_a_part(make_picture, encode):

@@ -50,6 +50,8 @@ def test_the_commands_are_there():
         ("reconstruct",),
         ("evaluate", "reconstruction"),
         ("shards", "pack"),
+        ("shards", "check"),
+        ("shards", "stats"),
         ("recipes",),
         ("doctor",),
     }

@@ -156,6 +156,8 @@ def test_no_index_is_written_over_broken_tars_unless_they_are_left_out(capsys, d
     assert status == 1 and f"wrote {tmp_path / 'i.safetensors'}: 6 tars, 31 samples" in out
     numbers = [n for n in range(12) if n not in BROKEN]
     assert Index(tmp_path / "i.safetensors").names == [f"train-{n:06d}.tar" for n in numbers]
+    status, out, _ = run(capsys, "check", damaged, "--index", tmp_path / "i.safetensors")
+    assert status == 1 and "  index: " not in out  # which are not in it for a reason
     for shard in BROKEN:
         os.remove(damaged / f"train-{shard:06d}.tar")
     (damaged / "train-000010.tar").unlink()
@@ -187,7 +189,7 @@ def test_patterns_lists_doubled_names_and_remote_tars(capsys, folder, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["check"], "Missing argument 'PATH...'"),
+        (["check"], "Missing argument 'PATH'"),
         (["check", "nowhere"], "no such tar or folder: nowhere"),
         (
             ["check", "{tars}", "--write-index", "i.safetensors"],

@@ -246,3 +246,30 @@ def test_lists_of_two_configurations_are_not_shared(recipe):
 def test_the_generator_cannot_start_before_its_discriminator(recipe):
     message = refused(recipe(), "loss.discriminator.start_step=10", "loss.generator.start_step=5")
     assert "untrained discriminator" in message
+
+
+SOURCES = "data.sources=[{name: a, root: x, weight: 2}, {name: b, root: y, filters: {min_side: 256}}]"
+
+
+def test_sources_are_read_and_changed_by_their_place():
+    config = load_recipe("debug", [SOURCES, "data.sources.0.weight=3", "data.sources.1.filters.min_side=64"])
+    assert [(source.name, source.weight, source.filters.min_side) for source in config.data.sources] == [
+        ("a", 3.0, None),
+        ("b", 1.0, 64),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("data.sources.2.weight=3", "data.sources"),
+        ("data.sources.0.wight=3", "there is no data.sources.0.wight"),
+        ("data.sources.0.weight=heavy", "could not be converted to Float"),
+        ("model.0=3", "there is no model.0"),
+        ("data.sources=[{nam: a}]", "unknown key nam"),
+    ],
+)
+def test_mistakes_in_sources_are_named(change, message):
+    with pytest.raises(TrainerError, match=message) as error:
+        load_recipe("debug", ([] if change.startswith("data.sources=") else [SOURCES]) + [change])
+    assert "\n" not in str(error.value)
