@@ -19,7 +19,7 @@ import numpy as np
 from data import DataError
 from data.index import Index, Table, common_root, key_hash
 from data.parallel import in_processes
-from data.shards import MOST_MEMBER_BYTES, RANGE_BYTES, Span, _Forward, is_image, parse, spans
+from data.shards import MOST_MEMBER_BYTES, RANGE_BYTES, ForwardFile, Span, is_image, parse, spans
 from data.storage import PATIENCE, Patience, is_remote, read, redacted
 from data.transforms import ImageError, decode
 
@@ -140,7 +140,7 @@ class _Unreadable(DataError):
     """The bytes themselves cannot be had; whatever else `spans` raises is about what they say."""
 
 
-class _Hashed(_Forward):
+class _Hashed(ForwardFile):
     """A tar that is read forwards, and the digest of all that was read. Raises _Unreadable."""
 
     def __init__(self, url: str, patience: Patience, name: str):

@@ -16,7 +16,7 @@ from PIL import Image, UnidentifiedImageError
 from data import DataError
 from data.parallel import in_processes
 from data.shards import Limit, Sample, Shard
-from data.sources import Source, _metadata
+from data.sources import Source, metadata_of
 from data.transforms import FORMATS, MAX_PIXELS, ImageError
 
 # Lower borders of a histogram's bins.
@@ -273,7 +273,7 @@ def _count_sample(counted: Counted, source: Source, sample: Sample) -> None:
     counted.bytes += sum(map(len, sample.members.values()))
     picked = source.pick(sample)
     header = _header(picked.image)
-    scores = _metadata(sample) if counted.scores else {}
+    scores = metadata_of(sample) if counted.scores else {}
     counted.formats[header.format] += 1
     counted.sides[min(header.width, header.height)] += 1
     counted.shapes[_nearest_shape(header.width / header.height)] += 1

@@ -146,7 +146,7 @@ class TrainStream:
             if source.samples is None and len(source.shards) < lanes:
                 raise DataError(
                     f"source {source.name}: {len(source.shards)} shards without an index cannot be divided among "
-                    f"data.lanes={lanes}: write one with `ibq shards check PATH --write-index FILE`"
+                    f"data.lanes={lanes}: write one with `ibq shards check PATH --write-index --index FILE`"
                 )
         if state is not None:
             self.steps, lanes_states, totals = resume(state, self.of)

@@ -12,10 +12,10 @@ import re
 import subprocess
 import tarfile
 import zipfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import braceexpand
 import numpy as np
@@ -24,13 +24,14 @@ from webdataset.tariterators import base_plus_ext, group_by_keys
 from data import DataError
 from data.index import Table, key_hash
 from data.storage import Cache, Patience, is_remote, list_tars, read, redacted, scheme_of, size
-from data.transforms import ImageError
+from data.transforms import MAX_BYTES, ImageError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 ZIP_SUFFIX = ".zip"
 LIST_SUFFIX = ".txt"
 PIPE = "pipe:"
 RANGE_BYTES = 8 << 20  # what is fetched at once of a tar whose samples are not known beforehand
+PUSHED_OUT_TIMES = 5  # that a copy may be gone from the cache before it is read
 MOST_MEMBER_BYTES = 1 << 30  # a header that claims more is damaged
 
 
@@ -169,6 +170,27 @@ class Access(NamedTuple):
     patience: Patience = Patience()
     cache: Cache | None = None
 
+    def is_copied(self, url: str) -> bool:
+        """Whether the shard is read from a local copy in the cache."""
+        return self.cache is not None and is_remote(url)
+
+    def read(self, url: str, start: int, stop: int) -> bytes:
+        """The bytes start to stop of a shard. Raises DataError."""
+        if self.is_copied(url):
+            return self.with_copy(url, lambda path: read(path, start, stop))
+        return read(url, start, stop, self.patience)
+
+    def with_copy(self, url: str, action: Callable[[str], Any]) -> Any:
+        """What `action` makes of the path of the local copy; other processes may push the copy out any time."""
+        for _ in range(PUSHED_OUT_TIMES):
+            path = str(self.cache.path(url))
+            try:
+                return action(path)
+            except DataError:
+                if os.path.exists(path):
+                    raise
+        raise DataError(f"the cache {self.cache.folder} is too small for what is read at once: data.cache_gigabytes")
+
 
 class Window:
     """Consecutive samples of a shard: `read(n)` gives the n-th of `len(window)`, whose place in the shard is first + n.
@@ -213,18 +235,16 @@ class TarShard:
     def __len__(self):
         return len(self.table)
 
-    def path(self) -> str:
-        """Where to read: the URL, or its local copy."""
-        return str(self.access.cache.path(self.url)) if self.access.cache and is_remote(self.url) else self.url
-
     def read(self, index: int) -> Sample:
         """One sample alone."""
         return _TarWindow(self, index, 1).read(0)
 
     def windows(self, first: int, stop: int | None, limit: Limit) -> Iterator[Window]:
         """The samples from first to stop (None: to the end), in windows that depend on first, stop and limit only."""
-        if self.table is None and not _is_stream(path := self.path()):
-            self.table = scan(path)
+        if self.table is None and self.access.is_copied(self.url):
+            self.table = self.access.with_copy(self.url, scan)
+        elif self.table is None and not _is_stream(self.url):
+            self.table = scan(self.url)
         if self.table is None:
             assert first == 0 and stop is None
             yield from self._stream(limit)
@@ -241,15 +261,20 @@ class TarShard:
         """Raises DataError unless the tar has the size that its table tells, once in a process."""
         if self._checked or self.url.startswith(PIPE):
             return
-        if (found := size(self.path(), self.access.patience)) != self.table.bytes:
+        found = (
+            self.access.with_copy(self.url, size)
+            if self.access.is_copied(self.url)
+            else size(self.url, self.access.patience)
+        )
+        if found != self.table.bytes:
             raise DataError(
-                f"the shard {self.name} has {found:,} bytes and not the {self.table.bytes:,} that its index tells: {MEND}"
+                f"the shard {self.name} has {found:,} bytes and not the {self.table.bytes:,} its index tells: {MEND}"
             )
         self._checked = True
 
     def _stream(self, limit: Limit) -> Iterator[Window]:
         first, samples, total = 0, [], 0
-        with _Forward(self.path(), self.access.patience, self.name) as file:
+        with ForwardFile(self.url, self.access.patience, self.name) as file:
             for span in spans(file, self.name):
                 samples.append(file.take(span.start, span.stop))
                 total += span.stop - span.start
@@ -263,14 +288,13 @@ class TarShard:
 class _TarWindow(Window):
     def __init__(self, shard: TarShard, first: int, count: int):
         super().__init__(first, count)
-        self.shard, self.content, self.path = shard, None, None
+        self.shard, self.content = shard, None
 
     def fetch(self) -> None:
-        self.path = self.path or self.shard.path()
-        if self.content is None and is_remote(self.path):
+        if self.content is None and is_remote(self.shard.url):
             table = self.shard.table
             start, stop = table.starts_n[self.first], table.stops_n[self.first + self.count - 1]
-            self.content = memoryview(read(self.path, int(start), int(stop), self.shard.access.patience))
+            self.content = memoryview(self.shard.access.read(self.shard.url, int(start), int(stop)))
 
     def read(self, n: int) -> Sample:
         self.fetch()
@@ -280,7 +304,7 @@ class _TarWindow(Window):
             begin = int(table.starts_n[self.first])
             content = self.content[start - begin : stop - begin]
         else:
-            content = read(self.path, start, stop, self.shard.access.patience)
+            content = read(self.shard.url, start, stop)
         sample = parse(content, self.first + n, self.shard.name)
         if key_hash(sample.key) != table.keys_n[self.first + n]:
             raise DataError(f"{_changed(self.shard.name)} (sample {self.first + n} is {sample.key}); {MEND}")
@@ -373,7 +397,7 @@ def spans(file, name: str) -> Iterator[Span]:
                 stop = tar.offset
                 suffixes.append(suffix.lower())
             _check_end(file, tar.offset)
-    except tarfile.TarError as error:
+    except (tarfile.TarError, RecursionError) as error:  # the latter for very many headers in a row
         raise DataError(
             f"the shard {name} is no whole, uncompressed tar ({error}): pack or copy it again, or leave it out"
         ) from error
@@ -431,7 +455,7 @@ def _is_stream(path: str) -> bool:
     return path.startswith(PIPE) or is_remote(path)
 
 
-class _Forward(io.RawIOBase):
+class ForwardFile(io.RawIOBase):
     """A remote tar or a command's output as a file that is read forwards, and keeps what no `take` has passed yet."""
 
     def __init__(self, path: str, patience: Patience, name: str):
@@ -557,7 +581,10 @@ class ZipShard:
         try:
             if self._file is None or self._file[0] != os.getpid():  # a forked process must not share the file's place
                 self._file = os.getpid(), zipfile.ZipFile(self.url)
-            return Sample(key, {suffix.lower(): self._file[1].read(name)})
+            file = self._file[1]
+            if (bytes_of_image := file.getinfo(name).file_size) > MAX_BYTES:
+                raise ImageError(f"{bytes_of_image:,} bytes are more than {MAX_BYTES:,}")
+            return Sample(key, {suffix.lower(): file.read(name)})
         except (zipfile.BadZipFile, zipfile.zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
             raise ImageError(f"damaged or encrypted in the zip file: {error}") from error
         except OSError as error:
@@ -602,7 +629,7 @@ def zip_shard(path: str) -> ZipShard:
     """Raises DataError for what is no zip file, or holds no image."""
     try:
         with zipfile.ZipFile(path) as file:
-            names = sorted(name for name in file.namelist() if is_image(name) and not name.startswith("__MACOSX/"))
+            names = sorted(name for name in file.namelist() if is_image(name) and not _is_hidden(name))
     except zipfile.BadZipFile as error:
         raise DataError(f"{path} is no whole zip file: copy it again") from error
     except OSError as error:
@@ -610,6 +637,10 @@ def zip_shard(path: str) -> ZipShard:
     if not names:
         raise DataError(f"no {', '.join(IMAGE_SUFFIXES)} in {path}: name a zip file of images")
     return ZipShard(path, names)
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith("__MACOSX/") or any(part.startswith(".") for part in name.split("/"))
 
 
 def is_folder_of_images(spec) -> bool:

@@ -58,8 +58,8 @@ class SourceConfig:
 
     name: an entry of the catalogue (`data/sources.yaml`), which then knows where images, captions and scores are in a
         sample, or a new name. root: tars, a folder, a zip file (as `data.train`). weight: its share of the samples,
-        relative to the other sources'. index: file of `ibq shards check --write-index`; None: index.safetensors beside
-        the tars, where there is one.
+        relative to the other sources'. index: a file that `ibq shards check --write-index` wrote;
+        None: index.safetensors beside the tars, where there is one.
     image, caption, class_from: member suffixes (image in order of preference), where the catalogue does not say or is
         wrong; class_from may be `folder`. caption_field: the caption is this field of the member `json`.
     """
@@ -199,7 +199,9 @@ class Source:
         layout, members = self.layout, sample.members
         caption = None
         if layout.caption_field and "json" in members:
-            caption = _metadata(sample).get(layout.caption_field)
+            caption = metadata_of(sample).get(layout.caption_field)
+            caption = caption[0] if isinstance(caption, list) and caption else caption
+            caption = caption if isinstance(caption, str) else None
         if caption is None and layout.caption in members:
             caption = members[layout.caption].decode("utf-8", "replace")
         return Picked(sample.image(layout.image), caption, self._label(members))
@@ -220,7 +222,7 @@ class Source:
             raise Filtered("keys")
         if not (bounds := filters.bounds):
             return
-        metadata = _metadata(sample)
+        metadata = metadata_of(sample)
         for name, bound, sign in bounds:
             value = metadata.get(self.layout.fields[name])
             number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
@@ -228,7 +230,8 @@ class Source:
                 raise Filtered(name)
 
 
-def _metadata(sample: Sample) -> dict:
+def metadata_of(sample: Sample) -> dict:
+    """The member `json`, or nothing. Raises ImageError where it is damaged."""
     try:
         metadata = json.loads(sample.members.get("json", b"{}"))
     except ValueError as error:
@@ -258,12 +261,11 @@ def open_source(
     if not (isinstance(config.weight, (int, float)) and 0 < config.weight < math.inf):
         raise DataError(f"source {config.name}: weight={config.weight} must be positive and finite")
     layout = layout_of(config)
-    shards = open_shards(
-        config, access or Access(), allow_pipes=allow_pipes, class_from_folder=layout.label == "folder"
-    )
+    options = {"class_from_folder": layout.label == "folder", "allow_pipes": allow_pipes, "quarantine": quarantine}
+    shards = open_shards(config, access or Access(), **options)
     if layout.label == "folder":
         layout = layout._replace(label="cls")
-    quarantined = frozenset(n for n, shard in enumerate(shards) if _is_among(shard.url, quarantine))
+    quarantined = frozenset(n for n, shard in enumerate(shards) if is_among(shard.url, quarantine))
     if len(quarantined) == len(shards):
         raise DataError(f"source {config.name}: every shard is in quarantine")
     unknown = [
@@ -285,13 +287,19 @@ def _is_stream(shard: TarShard) -> bool:
     return shard.url.startswith("pipe:") or is_remote(shard.url)
 
 
-def _is_among(url: str, quarantine: frozenset[str]) -> bool:
+def is_among(url: str, quarantine: frozenset[str]) -> bool:
+    """Whether a quarantine list names a shard."""
     url = without_query(url)
     return any(url == part or url.endswith(f"/{part.lstrip('/')}") for part in quarantine)
 
 
 def open_shards(
-    config: SourceConfig, access: Access, *, allow_pipes: bool = False, class_from_folder: bool = False
+    config: SourceConfig,
+    access: Access,
+    *,
+    allow_pipes: bool = False,
+    class_from_folder: bool = False,
+    quarantine: frozenset[str] = frozenset(),
 ) -> list[Shard]:
     """The shards of a root: one for a folder of images or a zip file, or its tars, with what their index tells."""
     root = config.root
@@ -306,13 +314,13 @@ def open_shards(
     if index is not None:
         for shard in shards:
             shard.table = index.table(shard.url, shared)
-        unknown = [shard for shard in shards if shard.table is None]
+        unknown = [shard for shard in shards if shard.table is None and not is_among(shard.url, quarantine)]
         if unknown:
             raise DataError(
                 f"the index {index.path} lacks {len(unknown)} of {len(shards)} shards, first {unknown[0].name}: write "
-                "it again with `ibq shards check --write-index`"
+                "it again with `ibq shards check --write-index --index {index.path}`"
             )
-        if empty := next((shard for shard in shards if not len(shard)), None):
+        if empty := next((shard for shard in shards if shard.table is not None and not len(shard)), None):
             raise DataError(f"the shard {empty.name} holds no sample by its index: leave it out")
     return shards
 

@@ -19,7 +19,7 @@ from data import DataError
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 100_000_000
 MAX_BYTES = 100_000_000
-MAX_SCANNED = 200 * MAX_PIXELS  # pixels of a JPEG times its scans: some 20 seconds of work
+MAX_SCANNED = 200 * MAX_PIXELS  # pixels of a JPEG times its scans: some 15 seconds of work
 BACKGROUND = (255, 255, 255)  # under alpha and palette transparency
 
 # Pillow warns of damaged metadata, which do not matter, and of large images, which MAX_PIXELS refuses; it names none.
@@ -44,6 +44,7 @@ def decode(
 
     EXIF orientation is applied, transparency is composited on white, 16-bit greys are divided by 257, CMYK goes through
     its profile, an animation gives its first frame. The header is checked against MAX_PIXELS before pixels are loaded.
+    Neither JPEG's nor WebP's pixels have a checksum: of damage within them only a missing end is sure to be noticed.
 
     draft_side: lets a JPEG be decoded at 1/2, 1/4 or 1/8 scale, as long as its shorter side keeps this many pixels.
     check_size: called with the stored width and height before pixels are loaded; may raise Filtered.
@@ -118,17 +119,23 @@ ADAM7 = (
 
 
 def _load_png(image: Image.Image, content: bytes) -> None:
-    """Loads the pixels and finds what Pillow passes over: a wrong checksum of the pixel data, rows that are missing (it
-    makes them black), no palette (all is black), and a transparent value of other than 8 bits. Raises ImageError."""
-    chunks = list(_chunks(content))
-    if image.mode == "P" and all(kind != b"PLTE" for kind, _ in chunks):
+    """Loads the pixels, and finds what Pillow passes over: a wrong checksum of the pixel data, rows that are missing
+    (which it makes black), a missing palette (it makes all black). Raises ImageError.
+
+    Pillow compares a transparent value that has not 8 bits with pixels that have; here it is made to fit them.
+    """
+    header, has_palette = None, False
+    for kind, data in _chunks(content):
+        if kind == b"IHDR":
+            header = _PngHeader(*struct.unpack(">IIBBBBB", data))
+        has_palette |= kind == b"PLTE"
+    if image.mode == "P" and not has_palette:
         raise ImageError("its palette is missing")
-    header = _PngHeader(*struct.unpack(">IIBBBBB", next(data for kind, data in chunks if kind == b"IHDR")))
     image.load()
-    last_row = image.crop((0, image.height - 1, *image.size))
-    if header.interlaced or not any(last_row.tobytes()):
+    last_row = image.crop((0, image.height - 1, *image.size)).tobytes()
+    if header.interlaced or not last_row.strip(b"\0"):
         expected = _raw_bytes(header)
-        compressed = b"".join(data for kind, data in chunks if kind == b"IDAT")
+        compressed = b"".join(data for kind, data in _chunks(content) if kind == b"IDAT")
         if len(zlib.decompressobj().decompress(compressed, expected)) < expected:
             raise ImageError("it has fewer rows than its header says")
     transparent = image.info.get("transparency")
@@ -139,9 +146,10 @@ def _load_png(image: Image.Image, content: bytes) -> None:
 
 
 def _chunks(content: bytes) -> Iterator[tuple[bytes, memoryview]]:
-    """(kind, data) of each chunk of a PNG. Raises ImageError for pixel data that are cut off or have changed."""
-    view, start = memoryview(content), 8
-    while start + 8 <= len(content):
+    """(kind, data) of each chunk of a PNG up to its end mark. Raises ImageError for pixel data that are cut off or have
+    changed."""
+    view, start, kind = memoryview(content), 8, b""
+    while start + 8 <= len(content) and kind != b"IEND":
         length, kind = struct.unpack_from(">I4s", content, start)
         stop = start + 8 + length
         if kind == b"IDAT":

@@ -250,6 +250,55 @@ def _write_json(place: str | None, content: str) -> None:
 # -------------------------------------------------------------------------------------------------------- what is shown
 
 
+@app.command()
+def sources(name: Annotated[str | None, typer.Argument(help="One of them: how to get it.")] = None) -> None:
+    """Lists the data sets of the catalogue, or tells how to get one of them.
+
+    Example: ibq shards sources cc12m
+    """
+    from data import DataError, catalogue
+
+    entries = catalogue()
+    if name is None:
+        width = max(map(len, entries))
+        for one, entry in entries.items():
+            typer.echo(f"{one:{width}}  {entry['title']}")
+        return
+    if name not in entries:
+        raise DataError(f"the catalogue has no {name}; it has {', '.join(entries)}")
+    for key in ("title", "home", "license", "images", "bytes"):
+        if key in entries[name]:
+            typer.echo(f"{key:8} {str(entries[name][key]).strip()}")
+    typer.echo(f"\n{entries[name]['how'].strip()}")
+
+
+@app.command()
+def audit(run: Annotated[Path, typer.Argument(help="Folder of a run that was trained with data.audit=true.")]) -> None:
+    """Counts what a run's steps were made of, by source and epoch. Exit status 1 where a sample came twice in an epoch.
+
+    Example: ibq shards audit runs/mine
+    """
+    from trainer.feed import read_audit
+
+    seen: dict[tuple[str, int], Counter] = {}
+    steps = set()
+    for one in read_audit(run):
+        steps.add(one.step)
+        seen.setdefault((one.source, one.epoch), Counter())[one.shard, one.key] += 1
+    total = sum(counts.total() for counts in seen.values())
+    typer.echo(f"{len(steps):,} steps, {total:,} images")
+    for source in sorted({source for source, _ in seen}):
+        of_source = {epoch: counts for (name, epoch), counts in sorted(seen.items()) if name == source}
+        images = sum(counts.total() for counts in of_source.values())
+        typer.echo(f"{source}: {images:,} images, {images / total:.2%} of all")
+        for epoch, counts in of_source.items():
+            twice = [key for key, count in counts.items() if count > 1]
+            more = f", {len(twice):,} of them more than once, first {twice[0][1]} in {twice[0][0]}" if twice else ""
+            typer.echo(f"  epoch {epoch}: {len(counts):,} samples{more}")
+    if any(max(counts.values()) > 1 for counts in seen.values()):
+        raise typer.Exit(1)
+
+
 @contextlib.contextmanager
 def _progress(doing: str) -> Iterator[Callable[..., None]]:
     """A bar, on a terminal. Yields what is to be called with (done, in all, more words).
