@@ -333,15 +333,16 @@ def outcome_of(path: Path) -> str:
 
 
 def tar_with_bad_ones(path: Path, images: int, every: int) -> list[str]:
-    """A tar in which every so manieth image is bad, one after another of all kinds; the bad ones' keys."""
-    bad = itertools.cycle(kind for kind in IMAGES if isinstance(kind.outcome, Skipped))
+    """A tar in which one of so many images is bad, of a kind as different as can be; the bad ones' keys. The others are
+    odd every second time, such as those with EXIF that Pillow warns of."""
+    odd, bad = ([k.content for k in IMAGES if isinstance(k.outcome, outcome)] for outcome in (Pixels, Skipped))
     members, keys = [], []
     for number in range(images):
-        if number % every:
-            members.append(corpus.good(number))
-        else:
-            keys.append(f"bad{number}")
-            members.append(corpus.member(f"bad{number}.jpg", next(bad).content))
+        key, content = f"g{number}", odd[number // 2 % len(odd)] if number % 2 else corpus.pixels(number)
+        if number % every == 0:
+            key, content = f"bad{number}", bad[number * 7 % len(bad)]
+            keys.append(key)
+        members.append(corpus.member(f"{key}.jpg", content))
     path.write_bytes(corpus.tar(*members))
     return keys
 
