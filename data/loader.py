@@ -422,14 +422,14 @@ class EvaluationImages:
                     sample = shard.read(number)
                     key, content = sample.key, sample.image()
                 image = decode(content)
+                if self.image_size is not None:
+                    image = resize_and_center_crop(image, self.image_size, self.resize)
             except ImageError as error:
                 self.skipped.append(Skipped(name, key, str(error)))
                 continue
             except OSError as error:
                 self.skipped.append(Skipped(name, key, error.strerror or str(error)))
                 continue
-            if self.image_size is not None:
-                image = resize_and_center_crop(image, self.image_size, self.resize)
             yield EvaluationImage(key, torch.from_numpy(pixels_chw(image)), index)
 
 

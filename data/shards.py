@@ -8,6 +8,7 @@ import functools
 import glob
 import io
 import os
+import posixpath
 import re
 import subprocess
 import tarfile
@@ -352,16 +353,31 @@ def _changed(name: str) -> str:
 def _members(content: bytes | memoryview, name: str) -> Iterator[dict]:
     """What webdataset's tar reader gives, which would leave out what follows a damaged header without a word."""
     with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
-        while (member := tar.next()) is not None:
+        for member in _entries(tar):
             if is_member(member):
                 yield {"fname": member.name, "data": tar.extractfile(member).read(), "__url__": name}
         if tar.offset != len(content):
             raise tarfile.ReadError(f"damaged at byte {tar.offset:,} of {len(content):,}")
 
 
+def _entries(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
+    """A tar's entries. tarfile by itself reads in a circle where a size is below zero, and raises errors of many kinds
+    where a number is larger than any file."""
+    try:
+        while (member := tar.next()) is not None:
+            tar.members = []  # tarfile keeps every member otherwise
+            if not 0 <= member.size <= MOST_MEMBER_BYTES:
+                raise tarfile.ReadError(f"{member.name} claims {member.size:,} bytes")
+            if member.isreg() and not member.name:
+                raise tarfile.ReadError(f"a member without a name at byte {member.offset:,}")
+            yield member
+    except (OverflowError, ValueError, RecursionError) as error:
+        raise tarfile.ReadError(f"damaged header: {error}") from error
+
+
 def is_member(member: tarfile.TarInfo) -> bool:
-    """Whether webdataset takes an entry of a tar as part of a sample."""
-    named = base_plus_ext(member.name)[0] is not None
+    """Whether an entry of a tar is part of a sample: webdataset's rule, but for macOS' ._ files, which it takes."""
+    named = base_plus_ext(member.name)[0] is not None and not posixpath.basename(member.name).startswith("._")
     return member.isreg() and named and not re.match(r"__[^/]*__($|/)", member.name)
 
 
@@ -383,10 +399,7 @@ def spans(file, name: str) -> Iterator[Span]:
     key, start, stop, suffixes, found = None, 0, 0, [], False
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
-            while (member := tar.next()) is not None:
-                tar.members = []  # tarfile keeps every member otherwise
-                if member.size > MOST_MEMBER_BYTES:
-                    raise tarfile.ReadError(f"{member.name} claims {member.size:,} bytes")
+            for member in _entries(tar):
                 if not is_member(member):
                     continue
                 member_key, suffix = base_plus_ext(member.name)

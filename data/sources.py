@@ -210,7 +210,7 @@ class Source:
         if self.layout.label not in members:
             return None
         text = members[self.layout.label].decode("utf-8", "replace").strip()
-        if not text.isdecimal():
+        if not text.isdecimal() or len(text) > 18:
             raise ImageError(f"the class {text[:40]!r} is no number from 0")
         return int(text)
 
@@ -234,7 +234,7 @@ def metadata_of(sample: Sample) -> dict:
     """The member `json`, or nothing. Raises ImageError where it is damaged."""
     try:
         metadata = json.loads(sample.members.get("json", b"{}"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ImageError(f"its json is damaged: {error}") from error
     if not isinstance(metadata, dict):
         raise ImageError("its json is no mapping")
