@@ -18,6 +18,7 @@ import functools
 import hashlib
 import heapq
 import itertools
+import math
 import random
 import threading
 from collections import Counter
@@ -415,7 +416,7 @@ class Reader:
     def item(self, lanes: list[int]) -> Item:
         """One image from each of `lanes`, which may name a lane several times."""
         side = self.transform.image_size
-        images_nchw = torch.empty(len(lanes), 3, side, side, dtype=torch.uint8)
+        images_nchw = _empty(len(lanes), 3, side, side)
         infos, skipped, filtered = [], [], Counter()
         for image_chw, lane in zip(images_nchw.numpy(), lanes, strict=True):
             infos.append(self._image(lane, image_chw, skipped, filtered))
@@ -470,6 +471,14 @@ class Reader:
                     f"source {source.name}: {left_out:,} samples in a row do not pass its filters, last {key} in "
                     f"{shard}: loosen them"
                 )
+
+
+def _empty(*shape: int) -> torch.Tensor:
+    """uint8; in a loader worker in shared memory at once, where the DataLoader would copy it."""
+    if get_worker_info() is None:
+        return torch.empty(shape, dtype=torch.uint8)
+    storage = torch.UntypedStorage._new_shared(math.prod(shape), device="cpu")
+    return torch.empty(0, dtype=torch.uint8).set_(storage).reshape(shape)
 
 
 @dataclass

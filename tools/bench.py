@@ -1,5 +1,6 @@
 """`ibq bench`: time and memory on this machine, beside the alternatives."""
 
+import contextlib
 import json
 import math
 import os
@@ -182,7 +183,7 @@ def quantizer(
         impls.insert(0, "reference")
     reference_file = None if reference is None else _reference_file(reference)
     if out is not None:
-        _check_out(out)
+        _check_out(out, ".png")
 
     machine = _run("machine", device=device, threads=threads, reference=reference_file)
     if "failed" in machine:
@@ -214,29 +215,78 @@ def quantizer(
             typer.echo(f"picture: {out.with_suffix('.png')}")
 
 
+@app.command("data")
+def data_stream(
+    context: typer.Context,
+    data: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="PATH",
+            help="Local tars: a folder or a pattern in quotes; each row goes over all of them.",
+            show_default="2,048 pictures of scikit-image's photographs, made anew",
+        ),
+    ] = None,
+    workers: Annotated[str, typer.Option(metavar="N,...", help="Loader workers; 0: none.")] = "0,1,2",
+    world: Annotated[int, typer.Option(min=1, metavar="W", help="Ranks that bytes are counted for.")] = 4,
+    image_size: Annotated[int, typer.Option(min=1, help="Side of the images, in pixels.")] = 256,
+    seconds: Annotated[float, typer.Option(help="Least time of a repeat, which goes over all samples anyway.")] = 5.0,
+    repeats: Annotated[int, typer.Option(min=1, help="The fastest counts.")] = 3,
+    memory_batches: Annotated[
+        int, typer.Option(help="Batches of 8 small images, over which the workers' memory is watched; 0 leaves it out.")
+    ] = 10_000,
+    out: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE.md", help="New file for all tables; FILE.json and FILE.png go beside it."),
+    ] = None,
+) -> None:
+    """Images per second, bytes and memory of the training stream.
+
+    Beside it: the bound (decode and resize alone), webdataset, and ranks that decode all and keep each W-th. Every
+    repeat of every row is a fresh process.
+
+    Example: ibq bench data --workers 0,2,4 --out data.md
+    """
+    numbers = list(dict.fromkeys(_numbers("--workers", workers, least=0)))
+    if not 0 < seconds < math.inf:
+        raise _bad("--seconds", f"{seconds} is no number above 0")
+    if memory_batches and memory_batches < 20:
+        raise _bad("--memory-batches", f"{memory_batches} are too few for a slope: 20 at least, or 0 for none")
+    if out is not None:
+        _check_out(out, ".png", ".json")
+    from tools.bench_data import Plan, compare
+
+    plan = Plan(numbers, world, image_size, seconds, repeats, memory_batches)
+    compare(None if data is None else str(data), plan, out, _command(context))
+
+
 def _rows(impls: list[str], shapes: list[Shape], settings: dict) -> Iterator[Row]:
     """Measures one row after the other, and says on stderr at which it is."""
-    from rich.console import Console
-
-    console = Console(stderr=True)
     jobs = list(product(shapes, impls))
     for number, (shape, impl) in enumerate(jobs, start=1):
         if impl in NEED_CUDA and settings["device"] != "cuda":
             yield Row(impl, shape, None, "needs CUDA")
             continue
         doing = f"measuring row {number} of {len(jobs)}: {impl}, {shape}"
-        if console.is_terminal:
-            with console.status(doing):
-                answer = _run("measure", impl=impl, **shape._asdict(), **settings)
-        else:
-            typer.echo(doing, err=True)
+        with _saying(doing):
             answer = _run("measure", impl=impl, **shape._asdict(), **settings)
         failed = answer.pop("failed", None)
         yield Row(impl, shape, None, failed) if failed else Row(impl, shape, answer)
 
 
-def _run(job: str, **arguments) -> dict:
-    """The answer of `tools.bench_quantizer.main` in a fresh process, or why there is none, as ``failed``.
+@contextlib.contextmanager
+def _saying(doing: str) -> Iterator[None]:
+    """A spinner on a terminal, else a line on stderr."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        typer.echo(doing, err=True)
+    with console.status(doing) if console.is_terminal else contextlib.nullcontext():
+        yield
+
+
+def _run(job: str, *, module: str = "bench_quantizer", **arguments) -> dict:
+    """The answer of the module's `main` in a fresh process, or why there is none, as ``failed``.
 
     It imports from where this process does; with ``python -m`` the working directory would come first. Ctrl-C ends it
     without a traceback.
@@ -245,7 +295,7 @@ def _run(job: str, **arguments) -> dict:
 import signal, sys
 signal.signal(signal.SIGINT, signal.SIG_DFL)
 sys.path[:] = {sys.path!r}
-from tools.bench_quantizer import main
+from tools.{module} import main
 main()"""
     command = [sys.executable, "-c", script, job, json.dumps(arguments)]
     done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
@@ -396,7 +446,7 @@ def _revision(reference: Path) -> str:
 
 def _command(context: typer.Context) -> str:
     """The command line, as it would be typed."""
-    words = ["ibq", "bench", "quantizer"]
+    words = ["ibq", "bench", context.info_name]
     for option in context.command.params:
         if context.get_parameter_source(option.name).name == "COMMANDLINE":
             value = context.params[option.name]
@@ -404,13 +454,14 @@ def _command(context: typer.Context) -> str:
     return shlex.join(words)
 
 
-def _numbers(option: str, text: str) -> list[int]:
+def _numbers(option: str, text: str, least: int = 1) -> list[int]:
     try:
         numbers = [int(part) for part in text.split(",")]
     except ValueError:
-        numbers = [0]
-    if min(numbers) < 1:
-        raise _bad(option, f"{text!r} is no list of whole numbers above 0, as in 1024,4096")
+        numbers = [least - 1]
+    if min(numbers) < least:
+        wanted = "above 0, as in 1024,4096" if least else "from 0 on, as in 0,2,4"
+        raise _bad(option, f"{text!r} is no list of whole numbers {wanted}")
     return numbers
 
 
@@ -431,11 +482,11 @@ def _reference_file(checkout: Path) -> str:
     return str(path.resolve())
 
 
-def _check_out(out: Path) -> None:
-    """Before hours of measuring: the files can be written, and nothing is overwritten."""
+def _check_out(out: Path, *beside: str) -> None:
+    """Before hours of measuring: the files can be written, and nothing is overwritten. beside: their suffixes."""
     if out.suffix != ".md":
         raise _bad("--out", f"{out} does not end in .md")
-    for path in (out, out.with_suffix(".png")):
+    for path in (out, *map(out.with_suffix, beside)):
         if path.exists():
             raise _bad("--out", f"{path} is there already: choose another name")
     if not os.access(out.parent, os.W_OK):

@@ -11,12 +11,14 @@ import json
 import math
 import multiprocessing
 import os
+import platform
 import random
 import sys
 import tempfile
 import time
 import traceback
 from collections.abc import Iterator
+from datetime import datetime, timezone
 from importlib import metadata, resources
 from pathlib import Path
 from typing import NamedTuple
@@ -36,44 +38,57 @@ from data.loader import open_sources, transform_of
 from data.parallel import cores, in_processes
 from data.photographs import PHOTOGRAPHS
 from data.shards import IMAGE_SUFFIXES
-from data.storage import bytes_read, is_remote
+from data.storage import bytes_read, is_remote, redacted
 from tools import bench
+from tools.bench_quantizer import machine
 
 BATCH = 32
 SHUFFLED = 1000  # samples that webdataset shuffles, as in its documentation
 WARM_UP_BATCHES = 6  # of each process; a DataLoader reads two ahead
-SCHEMES = {
-    "bound": "decode and resize alone, from memory",
-    "ibq": "the training stream",
-    "webdataset": "webdataset, tars dealt to ranks and workers",
-    "discard": "every rank decodes all and keeps each W-th",
-}
-COLORS = {"bound": "#222222", "ibq": "#4c72b0", "webdataset": "#dd8452", "discard": "#7a7a7a"}
-MEMORY_IMAGE_SIZE, MEMORY_BATCH = 32, 8  # small, so that many batches take little time
-MEMORY_SAMPLINGS = 100
-FLAT_MIB = 0.1  # per 1000 batches, at most
+SCHEMES = ("bound", "ibq", "webdataset", "discard")
+COLORS = {"bound": "#222222", "ibq": "#4c72b0", "webdataset": "#dd8452", "discard": "#9a9a9a"}
+TARS, SAMPLES_OF_TAR = 8, 256  # that are made where none are named
+SMALL_IMAGE, SMALL_BATCH = 32, 8  # where the number of batches matters and not their speed
+LOOKS = 100  # at the workers' memory
+FLAT_MIB = 0.1  # per 1,000 batches, at most
 
 LEGEND = """\
-bound: as many processes decode, resize, crop and flip the same samples, which they hold in memory. of bound: by images
-per second; by processor: the same ratio of processor time per image, main process included, which others that use the
-machine disturb less."""
+bound: as many processes decode, resize, crop and flip the same samples, held in memory, and do nothing else.
+discard: the images that one rank keeps. of bound: images/s beside the bound's; by processor: the same of the processor
+time per image, main process included, which programs beside this one disturb less."""
 LONG_LEGEND = """\
-Each repeat of each row is a fresh process that goes over all samples at least once, after a warm-up; the repeats of one
-number of workers are interleaved, and the fastest counts. Only ratios of one run compare: the machine is as it is.
+Each repeat of each row is a fresh process: it warms up, and then goes over all samples once or more. The repeats of the
+rows of one number of workers take turns; the fastest counts, and all are in the last column. Times of a run compare
+with each other only.
 
 bound: as many processes do the training transform (decode, resize, random crop, flip) and nothing else, on the same
-samples, held in memory. With 0 workers it is one process. of bound: images per second beside it; by processor: the
-ratio of the processor time per image, of all processes, the main one included; others that use the machine disturb it
-less.
+samples, held in memory; one process where there are no workers. ibq: `data.train_batches`. webdataset: as its
+documentation has it, WebDataset with split_by_node, split_by_worker and shuffle(1000), the same transform, batched in
+the workers. discard: the scheme of TencentARC/SEED-Voken, where every one of W ranks reads and decodes all samples and
+keeps each W-th; its images are those that one rank keeps. Images count where they arrive, in the main process; batches
+have 32.
 
-ibq: data.train_batches, images delivered to the main process. webdataset: as its documentation has it: WebDataset with
-split_by_node, split_by_worker and shuffle(1000), the same transform, batched in the workers, WebLoader. discard: the
-scheme of TencentARC/SEED-Voken, where each of W ranks reads and decodes all samples and keeps each W-th; counted are
-those that one rank keeps.
+processor: time that all processes of the row had of the processors, main process included. of bound, by processor: the
+bound's beside it; programs beside this one disturb it less than images per second.
 
-Bytes: what the process read (rchar of /proc/self/io) while W ranks, one after the other and without workers, went over
-one epoch, beside the bytes, headers included, that the delivered samples have in their tars. Where tars have no index,
-their headers are scanned once at the start; that is not counted here but told below."""
+Bytes: what a process read from files (rchar of /proc/self/io), page cache or not, while W ranks went over one epoch in
+it, one after the other and without workers. needed: what the samples that arrived have in their tars, headers included.
+"""
+MEMORY_LEGEND = """\
+Memory: of each loader worker while the stream delivers batches of 8 images of 32 x 32 pixels. resident counts what it
+shares with other processes in full, proportional each one's part of it. The slope is that of a line through all looks
+but the first tenth."""
+
+
+class Plan(NamedTuple):
+    """What is measured. seconds: least time of a repeat; memory_batches: 0 leaves the memory out."""
+
+    workers: list[int]
+    world: int
+    image_size: int
+    seconds: float
+    repeats: int
+    memory_batches: int
 
 
 class Tars(NamedTuple):
@@ -135,40 +150,50 @@ class Bytes(NamedTuple):
     by_storage: int | None
     scanned: int
 
+    @property
+    def ratio(self) -> float:
+        return self.read / self.needed
+
 
 class Memory(NamedTuple):
-    """Of each loader worker, after so many batches: resident and proportional set size, in MiB."""
+    """Of each loader worker, after so many batches, in MiB. proportional: shared pages count in parts."""
 
     batches_n: list[int]
-    rss_mib_nw: list[list[float]]
-    pss_mib_nw: list[list[float]]
+    resident_mib_nw: list[list[float]]
+    proportional_mib_nw: list[list[float]]
 
-    def slopes(self, mib_nw: list[list[float]]) -> list[float]:
-        """MiB per 1000 batches of each worker, least squares, without the first tenth."""
+    @property
+    def slopes(self) -> list[float]:
+        """Of each worker's resident memory: MiB per 1,000 batches, least squares without the first tenth."""
         later = [n for n, batches in enumerate(self.batches_n) if batches > self.batches_n[-1] / 10]
         thousands_n = np.array([self.batches_n[n] for n in later]) / 1000
-        return np.polyfit(thousands_n, np.array([mib_nw[n] for n in later]), 1)[0].tolist()
+        return np.polyfit(thousands_n, np.array([self.resident_mib_nw[n] for n in later]), 1)[0].tolist()
+
+    @property
+    def tenths(self) -> list[int]:
+        """Which looks are at 10 %, 20 % and so on to 100 %."""
+        return [round(len(self.batches_n) * tenth / 10) - 1 for tenth in range(1, 11)]
 
 
 # ------------------------------------------------------------------------------------------------------------- the data
 
 
-def generate(folder: str, tars: int, samples: int) -> dict:
-    """Tars of parts of scikit-image's photographs, scaled to a shorter side of 512 pixels, with captions and an index."""
+def generate(folder: str) -> dict:
+    """Tars with an index: parts of scikit-image's photographs, with a shorter side of 512 pixels, and captions."""
     source = resources.files("skimage") / "data"
     names = itertools.chain(*PHOTOGRAPHS.values())
     photographs = {name: data.decode((source / name).read_bytes()) for name in names}
-    write = functools.partial(_write_tar, folder=Path(folder), photographs=photographs, samples=samples)
-    paths = list(in_processes(write, range(tars), min(cores(), tars)))
+    write = functools.partial(_write_tar, folder=Path(folder), photographs=photographs)
+    paths = list(in_processes(write, range(TARS), min(cores(), TARS)))
     checked = list(check_shards(paths))
     write_index(Path(folder) / INDEX_NAME, paths, [one.table for one in checked], [one.sha256 for one in checked])
     return {}
 
 
-def _write_tar(number: int, folder: Path, photographs: dict[str, Image.Image], samples: int) -> str:
+def _write_tar(number: int, folder: Path, photographs: dict[str, Image.Image]) -> str:
     rng, path = random.Random(number), str(folder / f"photographs-{number:06d}.tar")
     with TarWriter(path, encoder=False, mtime=0) as writer:
-        for sample in range(samples):
+        for sample in range(SAMPLES_OF_TAR):
             name = rng.choice(list(photographs))
             part = _part(photographs[name], rng)
             buffer = io.BytesIO()
@@ -280,12 +305,13 @@ def bound(tars: Tars, workers: int, seconds: float) -> Rate:
             with contextlib.suppress(data.ImageError):
                 transform(content, rng)
         ready.wait()
-        start, processor = time.perf_counter(), time.process_time()
-        while (passed := time.perf_counter() - start) < seconds or not images:
+        start, processor, passed = time.perf_counter(), time.process_time(), 0.0
+        while passed < seconds:
             for content in own:
                 with contextlib.suppress(data.ImageError):
                     transform(content, rng)
                     images += 1
+            passed = time.perf_counter() - start
         rates.put(Rate(images, images / passed, time.process_time() - processor))
 
     if workers == 0:
@@ -320,7 +346,7 @@ def _workers() -> list[int]:
 
 def count_bytes(root: str, scheme: str, world: int) -> dict:
     """A `Bytes`: one epoch of `world` ranks, one after the other, without workers; images are small to save time."""
-    tars = Tars(root, MEMORY_IMAGE_SIZE)
+    tars = Tars(root, SMALL_IMAGE)
     before = _bytes_read()
     shards = _source(tars).shards
     scanned = _bytes_read() - before
@@ -357,19 +383,19 @@ def _bytes_read() -> int:
 
 def watch_memory(root: str, workers: int, batches: int) -> dict:
     """A `Memory` of the training stream."""
-    config = Tars(root, MEMORY_IMAGE_SIZE).config(workers)
+    config = Tars(root, SMALL_IMAGE).config(workers)
     stream = data.train_batches(
-        config, global_batch_size=MEMORY_BATCH, micro_batch_size=MEMORY_BATCH, rank=0, world_size=1, seed=0
+        config, global_batch_size=SMALL_BATCH, micro_batch_size=SMALL_BATCH, rank=0, world_size=1, seed=0
     )
     memory = Memory([], [], [])
-    marks = {math.ceil(batches * n / MEMORY_SAMPLINGS) for n in range(1, MEMORY_SAMPLINGS + 1)}
+    marks = {math.ceil(batches * n / LOOKS) for n in range(1, LOOKS + 1)}
     for number in range(1, batches + 1):
         next(stream)
         if number in marks:
             sizes = [_mebibytes(pid) for pid in _workers()]
             memory.batches_n.append(number)
-            memory.rss_mib_nw.append([size["Rss"] for size in sizes])
-            memory.pss_mib_nw.append([size["Pss"] for size in sizes])
+            memory.resident_mib_nw.append([size["Rss"] for size in sizes])
+            memory.proportional_mib_nw.append([size["Pss"] for size in sizes])
     stream.close()
     return memory._asdict()
 
@@ -377,6 +403,304 @@ def watch_memory(root: str, workers: int, batches: int) -> dict:
 def _mebibytes(pid: int) -> dict[str, float]:
     lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
     return {line.split(":")[0]: int(line.split()[1]) / 1024 for line in lines}
+
+
+# ------------------------------------------------------------------------------------------------------ the comparison
+
+
+def compare(root: str | None, plan: Plan, out: Path | None, command: str) -> None:
+    """Measures all that is planned, prints it, and writes it to `out` and beside it. root: None makes tars."""
+    with contextlib.ExitStack() as stack:
+        about = root
+        if root is None:
+            about = "parts of scikit-image's photographs, shorter side 512 pixels"
+            root = stack.enter_context(tempfile.TemporaryDirectory(prefix="ibq-bench-"))
+            with bench._saying(f"making {TARS * SAMPLES_OF_TAR:,} pictures"):
+                made = _run("generate", folder=root)
+            if "failed" in made:
+                raise DataError(made["failed"])
+        report = Report([_machine(), f"data: {about}: {_size(root)}"], command, plan, [], [], [], [])
+        typer.echo("\n".join([*report.heading, "", bench._line(list(SPEED_HEADINGS), SPEED_WIDTHS)]))
+        for row in _measured(root, plan):
+            report.rows.append(row)
+            typer.echo(bench._line(_speed_cells(row, report.bound(row.workers)), SPEED_WIDTHS).rstrip())
+        typer.echo(f"\n{LEGEND}\n")
+        _count(root, report)
+        typer.echo("\n".join(_lines(_bytes_table(report))))
+        if plan.memory_batches:
+            _watch(root, report)
+            typer.echo("\n" + "\n".join(_lines(_memory_table(report))))
+    typer.echo("\n".join(["", *_notes(report)]))
+    if out is not None:
+        out.write_text(_markdown(report, out.with_suffix(".png").name), encoding="utf-8")
+        out.with_suffix(".json").write_text(json.dumps(report.record(), indent=2) + "\n", encoding="utf-8")
+        _draw(report, out.with_suffix(".png"))
+        typer.echo(f"\ntables: {out}, {out.with_suffix('.json')}\npicture: {out.with_suffix('.png')}")
+
+
+class Report(NamedTuple):
+    """All that was found. memories: one, or none where it was left out; failures: what could not be found, and why."""
+
+    heading: list[str]
+    command: str
+    plan: Plan
+    rows: list[Row]
+    bytes: list[Bytes]
+    memories: list[Memory]
+    failures: list[str]
+
+    def row(self, scheme: str, workers: int) -> Row | None:
+        """None where it was not measured."""
+        return next((row for row in self.rows if row.rates and (row.scheme, row.workers) == (scheme, workers)), None)
+
+    def bound(self, workers: int) -> Row | None:
+        return self.row("bound", workers)
+
+    def record(self) -> dict:
+        """For JSON."""
+        rows = [row._asdict() | {"rates": [rate._asdict() for rate in row.rates]} for row in self.rows]
+        bytes_, memories = ([one._asdict() for one in many] for many in (self.bytes, self.memories))
+        return self._asdict() | {"plan": self.plan._asdict(), "rows": rows, "bytes": bytes_, "memories": memories}
+
+
+def _measured(root: str, plan: Plan) -> Iterator[Row]:
+    """The rows of one number of workers after the other; their repeats take turns, since the machine may change."""
+    number, in_all = 0, len(plan.workers) * plan.repeats * len(SCHEMES)
+    for workers in plan.workers:
+        rows = {scheme: Row(workers, scheme, []) for scheme in SCHEMES}
+        for _, scheme in itertools.product(range(plan.repeats), SCHEMES):
+            number += 1
+            if rows[scheme].reason:
+                continue
+            with bench._saying(f"measuring {number} of {in_all}: {scheme}, {_plural(workers, 'worker')}"):
+                answer = _run("measure", root=root, scheme=scheme, workers=workers, **_of_plan(plan))
+            if "failed" in answer:
+                rows[scheme] = Row(workers, scheme, [], answer["failed"])
+            else:
+                rows[scheme].rates.append(Rate(**answer))
+        yield from rows.values()
+
+
+def _of_plan(plan: Plan) -> dict:
+    return {"image_size": plan.image_size, "world": plan.world, "seconds": plan.seconds}
+
+
+def _count(root: str, report: Report) -> None:
+    """Bytes, into the report."""
+    for scheme in SCHEMES[1:]:
+        with bench._saying(f"counting bytes: {scheme}"):
+            answer = _run("count_bytes", root=root, scheme=scheme, world=report.plan.world)
+        if "failed" in answer:
+            report.failures.append(f"bytes of {scheme} are not counted: {answer['failed']}")
+        else:
+            report.bytes.append(Bytes(**answer))
+
+
+def _watch(root: str, report: Report) -> None:
+    """Memory, into the report."""
+    workers, batches = max(1, *report.plan.workers, 1), report.plan.memory_batches
+    with bench._saying(f"watching the memory of {_plural(workers, 'worker')} over {batches:,} batches"):
+        answer = _run("watch_memory", root=root, workers=workers, batches=batches)
+    if "failed" in answer:
+        report.failures.append(f"memory is not watched: {answer['failed']}")
+    else:
+        report.memories.append(Memory(**answer))
+
+
+_run = functools.partial(bench._run, module="bench_data")
+
+
+# -------------------------------------------------------------------------------------------------------- what is shown
+
+SPEED_HEADINGS = ("scheme", "workers", "images/s", "of bound", "processor ms/image", "by processor", "each repeat")
+SPEED_WIDTHS = [10, 7, 8, 8, 18, 12, 11]
+
+
+class Table(NamedTuple):
+    """For the terminal and for Markdown."""
+
+    headings: tuple[str, ...]
+    rows: list[list[str]]
+
+
+def _speed_cells(row: Row, bound: Row | None) -> list[str]:
+    """Its numbers; where there are none, the reason and nothing more."""
+    names = [row.scheme, str(row.workers)]
+    if not row.rates:
+        return [*names, f"not measured: {row.reason}"]
+    shares = ["-", "-"]
+    if bound is not None:
+        ratios = row.images_per_second / bound.images_per_second, bound.processor_ms / row.processor_ms
+        shares = [f"{ratio:.1%}" for ratio in ratios]
+    repeats = " ".join(f"{rate.images_per_second:.0f}" for rate in row.rates)
+    return [*names, f"{row.images_per_second:.1f}", shares[0], f"{row.processor_ms:.2f}", shares[1], repeats]
+
+
+def _bytes_table(report: Report) -> Table:
+    headings = (f"bytes, W = {report.plan.world}", "images", "read, MB", "needed, MB", "read / needed")
+    rows = [
+        [one.scheme, f"{one.images:,}", f"{one.read / 1e6:.1f}", f"{one.needed / 1e6:.1f}", f"{one.ratio:.3f}"]
+        for one in report.bytes
+    ]
+    return Table(headings, rows)
+
+
+def _memory_table(report: Report) -> Table:
+    headings = ("memory", "batches", "resident, MiB of each worker", "proportional, MiB of each worker")
+    rows = []
+    for memory in report.memories:
+        for tenth, look in enumerate(memory.tenths, start=1):
+            sizes = memory.resident_mib_nw[look], memory.proportional_mib_nw[look]
+            texts = [" ".join(f"{size:.1f}" for size in size_w) for size_w in sizes]
+            rows.append([f"{tenth * 10} %", f"{memory.batches_n[look]:,}", *texts])
+    return Table(headings, rows)
+
+
+def _lines(table: Table) -> list[str]:
+    """For the terminal: names to the left, numbers to the right."""
+    rows = [list(table.headings), *table.rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [
+        "  ".join(
+            [row[0].ljust(widths[0]), *(cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True))]
+        )
+        for row in rows
+    ]
+
+
+def _notes(report: Report) -> list[str]:
+    """What the numbers say."""
+    notes = []
+    for workers in report.plan.workers:
+        rows = {scheme: row for scheme in SCHEMES if (row := report.row(scheme, workers))}
+        if "ibq" not in rows:
+            continue
+        ibq = rows["ibq"].images_per_second
+        parts = [f"{ibq / rows['bound'].images_per_second:.1%} of the bound"] if "bound" in rows else []
+        others = [scheme for scheme in SCHEMES[2:] if scheme in rows]
+        parts += [f"{ibq / rows[scheme].images_per_second:.2f} times {scheme}'s images" for scheme in others]
+        notes.append(f"{_plural(workers, 'worker')}: ibq delivers {', '.join(parts)}")
+    for one in report.bytes:
+        if one.scheme == "ibq":
+            notes.append(
+                f"ibq reads {one.ratio:.3f} of the bytes it needs; {one.by_storage / one.needed:.3f} by its own count"
+            )
+            if one.scanned > one.needed / 100:
+                scanned = f"{one.scanned / 1e6:.1f} MB"
+                notes.append(f"finding the samples of tars that have no index took {scanned} more, once at the start")
+    for memory in report.memories:
+        flat = max(map(abs, memory.slopes)) <= FLAT_MIB
+        slopes = ", ".join(f"{slope:+.3f}" for slope in memory.slopes)
+        notes.append(
+            f"the workers' memory is {'flat' if flat else 'not flat'}: {slopes} MiB per 1,000 batches (resident)"
+        )
+    return [*notes, *report.failures]
+
+
+def _markdown(report: Report, picture: str) -> str:
+    speed = [_speed_cells(row, report.bound(row.workers)) for row in report.rows]
+    parts = [
+        "# The training stream",
+        *report.heading,
+        f"`{report.command}`",
+        _markdown_table(Table(SPEED_HEADINGS, speed)),
+        _markdown_table(_bytes_table(report)),
+        *([_markdown_table(_memory_table(report))] if report.memories else []),
+        "\n".join(f"- {note}" for note in _notes(report)),
+        LONG_LEGEND.rstrip(),
+        *([MEMORY_LEGEND] if report.memories else []),
+        f"![Images per second, bytes, memory]({picture})",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _markdown_table(table: Table) -> str:
+    lines = ["| " + " | ".join(table.headings) + " |", "|" + " --- |" * len(table.headings)]
+    for row in table.rows:
+        cells = [cell.replace("|", "/") for cell in row]
+        lines.append("| " + " | ".join(cells + ["-"] * (len(table.headings) - len(cells))) + " |")
+    return "\n".join(lines)
+
+
+def _draw(report: Report, path: Path) -> None:
+    """Images per second over workers, bytes read beside those needed, and memory over batches."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    widths = [2.2, 1, 1.3] if report.memories else [2.2, 1]
+    figure, axes = pyplot.subplots(
+        1, len(widths), figsize=(4.2 * sum(widths) * 0.75, 4.6), layout="constrained", width_ratios=widths
+    )
+    _draw_speed(axes[0], report)
+    names = [one.scheme for one in report.bytes]
+    bars = axes[1].bar(names, [one.ratio for one in report.bytes], 0.7, color=[COLORS[name] for name in names])
+    axes[1].bar_label(bars, [f"{one.ratio:.2f}" for one in report.bytes], fontsize=8)
+    axes[1].axhline(1, color=COLORS["bound"], linewidth=1, zorder=0)
+    axes[1].set_title(f"bytes read / bytes needed, {report.plan.world} ranks", loc="left", fontsize=10)
+    for memory in report.memories:
+        for worker, mib_n in enumerate(np.array(memory.resident_mib_nw).T):
+            axes[2].plot(memory.batches_n, mib_n, label=f"worker {worker}")
+        axes[2].set_ylim(0, 1.25 * np.max(memory.resident_mib_nw))
+        axes[2].set_title("resident memory, MiB", loc="left", fontsize=10)
+        axes[2].set_xlabel("batches delivered")
+        axes[2].xaxis.set_major_formatter("{x:,.0f}")
+        axes[2].legend(frameon=False, fontsize=8)
+    for axis in axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.suptitle("\n".join(report.heading), fontsize=9)
+    figure.savefig(path, dpi=110)
+    pyplot.close(figure)
+
+
+def _draw_speed(axis, report: Report) -> None:
+    workers, schemes = report.plan.workers, SCHEMES[1:]
+    width = 0.8 / len(schemes)
+    for place, scheme in enumerate(schemes):
+        rows = [report.row(scheme, number) for number in workers]
+        at = [n + (place - (len(schemes) - 1) / 2) * width for n in range(len(workers))]
+        heights = [row.images_per_second if row else math.nan for row in rows]
+        bars = axis.bar(at, heights, width * 0.92, color=COLORS[scheme], label=scheme)
+        axis.bar_label(bars, [f"{row.images_per_second:.0f}" if row else "" for row in rows], fontsize=8)
+    for n, number in enumerate(workers):
+        if bound := report.bound(number):
+            line = axis.hlines(bound.images_per_second, n - 0.45, n + 0.45, color=COLORS["bound"], linewidth=1.5)
+            line.set_label("bound: decode and resize alone" if n == 0 else None)
+            text = {"ha": "left", "va": "bottom", "fontsize": 8, "color": COLORS["bound"]}
+            axis.text(n - 0.45, bound.images_per_second, f"{bound.images_per_second:.0f}", **text)
+    axis.set_xticks(range(len(workers)), [str(number) for number in workers])
+    axis.set_xlabel("loader workers")
+    axis.set_title("images per second. Higher is better", loc="left", fontsize=10)
+    axis.set_ylim(0, axis.get_ylim()[1] * 1.15)
+    axis.legend(frameon=False, fontsize=8, loc="upper left", ncols=2)
+
+
+def _machine() -> str:
+    name = machine("cpu", None, None).name
+    packages = [f"{package} {metadata.version(package)}" for package in ("torch", "pillow", "webdataset")]
+    versions = ", ".join([*packages, f"Python {platform.python_version()}"])
+    return f"{datetime.now(timezone.utc):%Y-%m-%d}: {name}, {_plural(cores(), 'core')}; {versions}"
+
+
+def _size(root: str) -> str:
+    """Of the tars. Raises DataError for what the rows cannot all read."""
+    urls = data.expand(root)
+    if wrong := next((url for url in urls if is_remote(url) or not url.endswith(".tar")), None):
+        raise DataError(f"{redacted(wrong)} is no local tar: copy some tars here, and name them with --data")
+    total = sum(map(os.path.getsize, urls))
+    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
+    available = int(fields["MemAvailable"].split()[0]) * 1024
+    if total > available / 2:
+        raise DataError(
+            f"the tars of --data have {total / 1e9:.1f} GB, and the bound holds them in memory, of which "
+            f"{available / 1e9:.1f} GB are free: name fewer of them"
+        )
+    return f"{_plural(len(urls), 'tar')}, {total / 1e6:,.0f} MB"
+
+
+def _plural(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number or 'no'} {what}s"
 
 
 def main() -> None:
