@@ -329,7 +329,8 @@ def parse(content: bytes | memoryview, index: int, name: str) -> Sample:
     shard has changed since it was scanned or indexed.
     """
     try:
-        samples = list(group_by_keys(_members(content, name)))
+        members = _plain_members(content, name)
+        samples = list(group_by_keys(_members(content, name) if members is None else members))
     except ValueError as error:
         raise ImageError(f"sample {index}: {str(error.args[0]).split(' dict_keys')[0]}") from error
     except tarfile.TarError as error:
@@ -348,6 +349,32 @@ MEND = "copy it again, write the index again, or name the shard in data.quaranti
 
 def _changed(name: str) -> str:
     return f"the shard {name} is damaged, or not the one that was scanned or indexed"
+
+
+def _plain_members(content: bytes | memoryview, name: str) -> list[dict] | None:
+    """The same as `_members` in a tenth of the time, or None where a header is not of the plainest kind, or damaged."""
+    members, at = [], 0
+    while at < len(content):
+        header = bytes(content[at : at + 512])
+        path, size, checksum = header[:100].rstrip(b"\0"), header[124:136], header[148:156]
+        # A regular file without a prefix to its name; octal numbers; not of GNU's older kinds.
+        if len(header) < 512 or header[156:157] != b"0" or header[345] or b"\0" in path or path.endswith(b"/"):
+            return None
+        if (header[100:156] + header[329:345]).translate(None, b"01234567 \0"):
+            return None
+        try:
+            if int(checksum.strip(b"\0 "), 8) != sum(header) - sum(checksum) + 256:
+                return None
+            stop = at + 512 + int(size.strip(b"\0 "), 8)
+            fname = path.decode("utf-8", "strict")
+        except ValueError:
+            return None
+        if stop > len(content) or not path:
+            return None
+        if _is_of_sample(fname):
+            members.append({"fname": fname, "data": bytes(content[at + 512 : stop]), "__url__": name})
+        at = -(-stop // 512) * 512
+    return members if at == len(content) and members else None
 
 
 def _members(content: bytes | memoryview, name: str) -> Iterator[dict]:
@@ -377,8 +404,12 @@ def _entries(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
 
 def is_member(member: tarfile.TarInfo) -> bool:
     """Whether an entry of a tar is part of a sample: webdataset's rule, but for macOS' ._ files, which it takes."""
-    named = base_plus_ext(member.name)[0] is not None and not posixpath.basename(member.name).startswith("._")
-    return member.isreg() and named and not re.match(r"__[^/]*__($|/)", member.name)
+    return member.isreg() and _is_of_sample(member.name)
+
+
+def _is_of_sample(name: str) -> bool:
+    named = base_plus_ext(name)[0] is not None and not posixpath.basename(name).startswith("._")
+    return named and not re.match(r"__[^/]*__($|/)", name)
 
 
 class Span(NamedTuple):

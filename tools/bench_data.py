@@ -38,6 +38,7 @@ from data.loader import open_sources, transform_of
 from data.parallel import cores, in_processes
 from data.photographs import PHOTOGRAPHS
 from data.shards import IMAGE_SUFFIXES
+from data.sources import Source
 from data.storage import bytes_read, is_remote, redacted
 from tools import bench
 from tools.bench_quantizer import machine
@@ -54,30 +55,29 @@ FLAT_MIB = 0.1  # per 1,000 batches, at most
 
 LEGEND = """\
 bound: as many processes decode, resize, crop and flip the same samples, held in memory, and do nothing else.
-discard: the images that one rank keeps. of bound: images/s beside the bound's; by processor: the same of the processor
-time per image, main process included, which programs beside this one disturb less."""
+discard: each of W ranks decodes all samples and keeps each W-th; the images of one rank count.
+processor ms: an image's time on the processors, in all processes together; of bound by ms: the bound's beside it, which
+programs beside this one disturb less than images/s."""
 LONG_LEGEND = """\
 Each repeat of each row is a fresh process: it warms up, and then goes over all samples once or more. The repeats of the
-rows of one number of workers take turns; the fastest counts, and all are in the last column. Times of a run compare
-with each other only.
+rows of one number of workers take turns, and the fastest counts. Times of one run compare with each other only.
 
 bound: as many processes do the training transform (decode, resize, random crop, flip) and nothing else, on the same
 samples, held in memory; one process where there are no workers. ibq: `data.train_batches`. webdataset: as its
-documentation has it, WebDataset with split_by_node, split_by_worker and shuffle(1000), the same transform, batched in
-the workers. discard: the scheme of TencentARC/SEED-Voken, where every one of W ranks reads and decodes all samples and
-keeps each W-th; its images are those that one rank keeps. Images count where they arrive, in the main process; batches
-have 32.
+documentation has it, WebDataset with split_by_node, split_by_worker and shuffle(1000), the same transform, batched by
+32 in the workers. discard: the scheme of TencentARC/SEED-Voken, where each of W ranks reads and decodes all samples and
+keeps each W-th; the images of one rank count. All count where they arrive, in the main process.
 
-processor: time that all processes of the row had of the processors, main process included. of bound, by processor: the
-bound's beside it; programs beside this one disturb it less than images per second.
+processor ms: the time that an image takes on the processors, in all processes together, the main one included. of bound
+by ms: the bound's beside it, which programs beside this one disturb less than images per second.
 
-Bytes: what a process read from files (rchar of /proc/self/io), page cache or not, while W ranks went over one epoch in
-it, one after the other and without workers. needed: what the samples that arrived have in their tars, headers included.
-"""
+One epoch of W ranks, one after the other in one process and without workers. read: from files (rchar of /proc/self/io),
+whether they were in the page cache or not. needed: what the delivered samples have in their tars, headers included.
+distinct: how many of the images are different ones; the ranks of discard shuffle each in an order of its own."""
 MEMORY_LEGEND = """\
-Memory: of each loader worker while the stream delivers batches of 8 images of 32 x 32 pixels. resident counts what it
-shares with other processes in full, proportional each one's part of it. The slope is that of a line through all looks
-but the first tenth."""
+Memory: of each loader worker of ibq, while 8 images of 32 x 32 pixels make a batch. resident: with all that it shares
+with other processes; proportional: with its part of that. The slope is that of a line through 100 looks, without the
+first tenth."""
 
 
 class Plan(NamedTuple):
@@ -145,6 +145,7 @@ class Bytes(NamedTuple):
 
     scheme: str
     images: int
+    distinct: int
     read: int
     needed: int
     by_storage: int | None
@@ -234,13 +235,26 @@ def ibq_batches(tars: Tars, workers: int, rank: int = 0, world: int = 1) -> Iter
 
 
 def webdataset_batches(
-    tars: Tars, workers: int, *, keep: slice = slice(None), endless: bool = True
+    tars: Tars, workers: int, rank: int = 0, world: int = 1, *, endless: bool = True
 ) -> Iterator[list[Delivered]]:
-    """As webdataset's documentation has it. keep: which of the decoded samples are kept."""
-    urls = data.expand(tars.root)
-    if len(urls) < _world() * max(1, workers):
-        raise DataError(f"{len(urls)} tars cannot be dealt to {_world()} ranks x {max(1, workers)} workers")
-    transform, rng = transform_of(tars.config()), random.Random(0)
+    """As webdataset's documentation has it: tars are dealt to ranks and workers."""
+    if len(data.expand(tars.root)) < world * max(1, workers):
+        raise DataError(f"there are fewer tars than {_plural(world, 'rank')} x {_plural(max(1, workers), 'worker')}")
+    return _webdataset(tars, workers, rank, world, slice(None), endless)
+
+
+def discard_batches(
+    tars: Tars, workers: int, rank: int = 0, world: int = 1, *, endless: bool = True
+) -> Iterator[list[Delivered]]:
+    """As TencentARC/SEED-Voken has it: each rank decodes what all of them get, and keeps each W-th."""
+    return _webdataset(tars, workers, 0, 1, slice(rank, None, world), endless)
+
+
+def _webdataset(
+    tars: Tars, workers: int, rank: int, world: int, keep: slice, endless: bool
+) -> Iterator[list[Delivered]]:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))  # where split_by_node looks
+    urls, transform, rng = data.expand(tars.root), transform_of(tars.config()), random.Random(0)
 
     def prepared(sample: dict) -> tuple[str, str, torch.Tensor]:
         content = next(sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample)
@@ -254,11 +268,6 @@ def webdataset_batches(
     batches = samples.slice(keep.start, keep.stop, keep.step).batched(BATCH)
     for names, keys, _ in webdataset.WebLoader(batches, batch_size=None, num_workers=workers):
         yield [Delivered(name, key) for name, key in zip(names, keys, strict=True)]
-
-
-def _world() -> int:
-    """As webdataset sees it."""
-    return int(os.environ.get("WORLD_SIZE", 1))
 
 
 # --------------------------------------------------------------------------------------------------------------- speed
@@ -275,8 +284,7 @@ def measure(root: str, image_size: int, scheme: str, workers: int, world: int, s
     elif scheme == "webdataset":
         batches = webdataset_batches(tars, workers)
     else:
-        batches = webdataset_batches(tars, workers, keep=slice(0, None, world))
-        images_in_pass = math.ceil(images_in_pass / world)
+        batches, images_in_pass = discard_batches(tars, workers, 0, world), math.ceil(images_in_pass / world)
     for _ in range(WARM_UP_BATCHES * max(1, workers)):
         next(batches)
     start, processor, images = time.perf_counter(), _processor_seconds(), 0
@@ -322,7 +330,7 @@ def bound(tars: Tars, workers: int, seconds: float) -> Rate:
     return Rate(*(sum(values) for values in zip(*all_rates, strict=True)))
 
 
-def _source(tars: Tars) -> data.sources.Source:
+def _source(tars: Tars) -> Source:
     """Tars with their tables: from the index, or scanned."""
     return open_sources(tars.config())[0]
 
@@ -357,20 +365,18 @@ def count_bytes(root: str, scheme: str, world: int) -> dict:
     steps = len(size) // (BATCH * world)
     if not steps:
         raise DataError(f"{len(size)} samples are fewer than {world} ranks x {BATCH}: use more, or a smaller --world")
-    before, storage_before, images, needed = _bytes_read(), bytes_read(), 0, 0
+    before, storage_before, delivered = _bytes_read(), bytes_read(), []
     for rank in range(world):
         if scheme == "ibq":
             batches = itertools.islice(ibq_batches(tars, 0, rank, world), steps)
         elif scheme == "webdataset":
-            os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))
-            batches = webdataset_batches(tars, 0, endless=False)
+            batches = webdataset_batches(tars, 0, rank, world, endless=False)
         else:
-            batches = webdataset_batches(tars, 0, keep=slice(rank, None, world), endless=False)
-        for batch in batches:
-            images += len(batch)
-            needed += sum(size[one.tar, key_hash(one.key)] for one in batch)
-    by_storage = bytes_read() - storage_before if scheme == "ibq" else None
-    return Bytes(scheme, images, _bytes_read() - before, needed, by_storage, scanned)._asdict()
+            batches = discard_batches(tars, 0, rank, world, endless=False)
+        delivered += itertools.chain.from_iterable(batches)
+    read, by_storage = _bytes_read() - before, bytes_read() - storage_before if scheme == "ibq" else None
+    needed = sum(size[one.tar, key_hash(one.key)] for one in delivered)
+    return Bytes(scheme, len(delivered), len(set(delivered)), read, needed, by_storage, scanned)._asdict()
 
 
 def _bytes_read() -> int:
@@ -498,7 +504,7 @@ def _count(root: str, report: Report) -> None:
 
 def _watch(root: str, report: Report) -> None:
     """Memory, into the report."""
-    workers, batches = max(1, *report.plan.workers, 1), report.plan.memory_batches
+    workers, batches = max([1, *report.plan.workers]), report.plan.memory_batches
     with bench._saying(f"watching the memory of {_plural(workers, 'worker')} over {batches:,} batches"):
         answer = _run("watch_memory", root=root, workers=workers, batches=batches)
     if "failed" in answer:
@@ -512,8 +518,11 @@ _run = functools.partial(bench._run, module="bench_data")
 
 # -------------------------------------------------------------------------------------------------------- what is shown
 
-SPEED_HEADINGS = ("scheme", "workers", "images/s", "of bound", "processor ms/image", "by processor", "each repeat")
-SPEED_WIDTHS = [10, 7, 8, 8, 18, 12, 11]
+SPEED_HEADINGS = (
+    *("scheme", "workers", "images/s", "of bound", "processor ms", "of bound by ms"),
+    "images/s of each repeat",
+)
+SPEED_WIDTHS = [10, 7, 8, 8, 12, 14, 23]
 
 
 class Table(NamedTuple):
@@ -537,9 +546,16 @@ def _speed_cells(row: Row, bound: Row | None) -> list[str]:
 
 
 def _bytes_table(report: Report) -> Table:
-    headings = (f"bytes, W = {report.plan.world}", "images", "read, MB", "needed, MB", "read / needed")
+    headings = (f"one epoch, W = {report.plan.world}", "images", "distinct", "read, MB", "needed, MB", "read / needed")
     rows = [
-        [one.scheme, f"{one.images:,}", f"{one.read / 1e6:.1f}", f"{one.needed / 1e6:.1f}", f"{one.ratio:.3f}"]
+        [
+            one.scheme,
+            f"{one.images:,}",
+            f"{one.distinct:,}",
+            f"{one.read / 1e6:.1f}",
+            f"{one.needed / 1e6:.1f}",
+            f"{one.ratio:.3f}",
+        ]
         for one in report.bytes
     ]
     return Table(headings, rows)
@@ -578,7 +594,7 @@ def _notes(report: Report) -> list[str]:
         ibq = rows["ibq"].images_per_second
         parts = [f"{ibq / rows['bound'].images_per_second:.1%} of the bound"] if "bound" in rows else []
         others = [scheme for scheme in SCHEMES[2:] if scheme in rows]
-        parts += [f"{ibq / rows[scheme].images_per_second:.2f} times {scheme}'s images" for scheme in others]
+        parts += [f"{ibq / rows[scheme].images_per_second:.2f} times as many images as {scheme}" for scheme in others]
         notes.append(f"{_plural(workers, 'worker')}: ibq delivers {', '.join(parts)}")
     for one in report.bytes:
         if one.scheme == "ibq":
@@ -629,24 +645,13 @@ def _draw(report: Report, path: Path) -> None:
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    widths = [2.2, 1, 1.3] if report.memories else [2.2, 1]
-    figure, axes = pyplot.subplots(
-        1, len(widths), figsize=(4.2 * sum(widths) * 0.75, 4.6), layout="constrained", width_ratios=widths
-    )
+    widths = [7, 3.6, 4] if report.memories else [7, 3.6]
+    size = sum(widths), 4.8
+    figure, axes = pyplot.subplots(1, len(widths), figsize=size, layout="constrained", width_ratios=widths)
     _draw_speed(axes[0], report)
-    names = [one.scheme for one in report.bytes]
-    bars = axes[1].bar(names, [one.ratio for one in report.bytes], 0.7, color=[COLORS[name] for name in names])
-    axes[1].bar_label(bars, [f"{one.ratio:.2f}" for one in report.bytes], fontsize=8)
-    axes[1].axhline(1, color=COLORS["bound"], linewidth=1, zorder=0)
-    axes[1].set_title(f"bytes read / bytes needed, {report.plan.world} ranks", loc="left", fontsize=10)
+    _draw_bytes(axes[1], report)
     for memory in report.memories:
-        for worker, mib_n in enumerate(np.array(memory.resident_mib_nw).T):
-            axes[2].plot(memory.batches_n, mib_n, label=f"worker {worker}")
-        axes[2].set_ylim(0, 1.25 * np.max(memory.resident_mib_nw))
-        axes[2].set_title("resident memory, MiB", loc="left", fontsize=10)
-        axes[2].set_xlabel("batches delivered")
-        axes[2].xaxis.set_major_formatter("{x:,.0f}")
-        axes[2].legend(frameon=False, fontsize=8)
+        _draw_memory(axes[2], memory)
     for axis in axes:
         axis.spines[["top", "right"]].set_visible(False)
     figure.suptitle("\n".join(report.heading), fontsize=9)
@@ -656,31 +661,56 @@ def _draw(report: Report, path: Path) -> None:
 
 def _draw_speed(axis, report: Report) -> None:
     workers, schemes = report.plan.workers, SCHEMES[1:]
+    about = {
+        "webdataset": "webdataset, as documented",
+        "discard": f"discard: decodes all, keeps 1 of {report.plan.world}",
+    }
     width = 0.8 / len(schemes)
     for place, scheme in enumerate(schemes):
         rows = [report.row(scheme, number) for number in workers]
         at = [n + (place - (len(schemes) - 1) / 2) * width for n in range(len(workers))]
         heights = [row.images_per_second if row else math.nan for row in rows]
-        bars = axis.bar(at, heights, width * 0.92, color=COLORS[scheme], label=scheme)
+        bars = axis.bar(at, heights, width * 0.92, color=COLORS[scheme], label=about.get(scheme, scheme))
         axis.bar_label(bars, [f"{row.images_per_second:.0f}" if row else "" for row in rows], fontsize=8)
-    for n, number in enumerate(workers):
-        if bound := report.bound(number):
-            line = axis.hlines(bound.images_per_second, n - 0.45, n + 0.45, color=COLORS["bound"], linewidth=1.5)
-            line.set_label("bound: decode and resize alone" if n == 0 else None)
-            text = {"ha": "left", "va": "bottom", "fontsize": 8, "color": COLORS["bound"]}
-            axis.text(n - 0.45, bound.images_per_second, f"{bound.images_per_second:.0f}", **text)
+    bounds = [(n, row.images_per_second) for n, number in enumerate(workers) if (row := report.bound(number))]
+    if bounds:
+        places, heights = zip(*bounds, strict=True)
+        ends = [n - 0.47 for n in places], [n + 0.47 for n in places]
+        axis.hlines(heights, *ends, color=COLORS["bound"], linewidth=1.5, label="bound: decode and resize alone")
+        for left, height in zip(ends[0], heights, strict=True):
+            axis.text(left, height, f"{height:.0f}", va="bottom", fontsize=8)
     axis.set_xticks(range(len(workers)), [str(number) for number in workers])
     axis.set_xlabel("loader workers")
-    axis.set_title("images per second. Higher is better", loc="left", fontsize=10)
-    axis.set_ylim(0, axis.get_ylim()[1] * 1.15)
+    axis.set_title("images per second that reach training (higher is better)", loc="left", fontsize=10)
+    axis.set_ylim(0, axis.get_ylim()[1] * 1.2)  # room for the legend
     axis.legend(frameon=False, fontsize=8, loc="upper left", ncols=2)
+
+
+def _draw_bytes(axis, report: Report) -> None:
+    names = [one.scheme for one in report.bytes]
+    bars = axis.bar(names, [one.ratio for one in report.bytes], 0.7, color=[COLORS[name] for name in names])
+    axis.bar_label(bars, [f"{one.ratio:.2f}" for one in report.bytes], fontsize=8)
+    axis.axhline(1, color=COLORS["bound"], linewidth=1, linestyle=":")
+    axis.set_title(f"bytes read / needed, {_plural(report.plan.world, 'rank')}", loc="left", fontsize=10)
+
+
+def _draw_memory(axis, memory: Memory) -> None:
+    for worker, mib_n in enumerate(np.array(memory.resident_mib_nw).T):
+        style = {"linewidth": 1} if worker else {"linewidth": 4, "alpha": 0.4}  # so that equal ones are both seen
+        axis.plot(memory.batches_n, mib_n, label=f"worker {worker}", **style)
+    axis.set_ylim(0, 1.3 * np.max(memory.resident_mib_nw))
+    axis.xaxis.set_major_formatter("{x:,.0f}")
+    axis.locator_params(axis="x", nbins=4)
+    axis.set_xlabel("batches delivered")
+    axis.set_title("resident memory of ibq's workers, MiB", loc="left", fontsize=10)
+    axis.legend(frameon=False, fontsize=8, loc="upper right", ncols=4)
 
 
 def _machine() -> str:
     name = machine("cpu", None, None).name
     packages = [f"{package} {metadata.version(package)}" for package in ("torch", "pillow", "webdataset")]
     versions = ", ".join([*packages, f"Python {platform.python_version()}"])
-    return f"{datetime.now(timezone.utc):%Y-%m-%d}: {name}, {_plural(cores(), 'core')}; {versions}"
+    return f"{datetime.now(timezone.utc):%Y-%m-%d}: {name}, {_plural(cores(), 'core')}, load {os.getloadavg()[0]:.1f} before; {versions}"
 
 
 def _size(root: str) -> str:

@@ -1,10 +1,12 @@
 """Every image and every tar of the corpus comes to its stated end: decoded alone, in a stream, in a run."""
 
 import builtins
+import io
 import itertools
 import pickle
 import re
 import signal
+import tarfile
 from collections import Counter, defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -21,6 +23,7 @@ import data
 from data import DataConfig, DataError, ImageError, decode
 from data.checking import check_shards
 from data.index import Index, write_index
+from data.shards import Span, _members, _plain_members, spans
 
 EPOCHS = 2
 HANG_SECONDS = 20
@@ -316,6 +319,35 @@ def test_noise_in_a_tar_is_noticed_or_does_not_matter(tmp_path, no_hang):
         path.write_bytes(damaged)
         outcomes[outcome_of(path)] += 1
     assert outcomes.keys() == {"refused", "skipped", "whole"} and min(outcomes.values()) > 20
+
+
+def slow_members(content: bytes) -> list[dict] | None:
+    try:
+        return list(_members(content, "a.tar"))
+    except tarfile.TarError:
+        return None
+
+
+def test_the_fast_parser_gives_what_tarfile_gives_or_nothing():
+    """Of every sample of every tar of the corpus, and of samples with noise in them."""
+    rng = np.random.default_rng(2)
+    fast = slow = 0
+    for kind in TARS:
+        try:
+            found = list(spans(io.BytesIO(kind.content), "a.tar"))
+        except DataError:
+            found = [Span("", 0, max(1, len(kind.content) // 512) * 512, ())]
+        for span in found:
+            whole = kind.content[span.start : span.stop]
+            for noise in range(10 if len(whole) < 20_000 else 1):
+                content = bytearray(whole)
+                for _ in range(min(noise, len(content))):
+                    content[int(rng.integers(len(content)))] ^= 1 << int(rng.integers(8))
+                plain = _plain_members(bytes(content), "a.tar")
+                if plain is not None:
+                    assert plain == slow_members(bytes(content)), kind.name
+                fast, slow = fast + (plain is not None), slow + (plain is None)
+    assert fast > 300 and slow > 100
 
 
 def outcome_of(path: Path) -> str:
