@@ -11,6 +11,7 @@ from data.loader import (  # noqa: E402
     EvaluationImage,
     EvaluationImages,
     TrainStream,
+    access_of,
     check,
     evaluation_images,
     train_batches,
@@ -19,6 +20,7 @@ from data.pack import PackReport, pack  # noqa: E402
 from data.photographs import cache_folder  # noqa: E402
 from data.shards import Skipped, expand, scan  # noqa: E402
 from data.sources import FilterConfig, SourceConfig, catalogue  # noqa: E402
+from data.storage import redacted  # noqa: E402
 from data.stream import add_totals, merge_states  # noqa: E402
 from data.transforms import ImageError, decode  # noqa: E402
 
@@ -34,6 +36,7 @@ __all__ = [
     "Skipped",
     "SourceConfig",
     "TrainStream",
+    "access_of",
     "add_totals",
     "cache_folder",
     "catalogue",
@@ -43,6 +46,7 @@ __all__ = [
     "expand",
     "merge_states",
     "pack",
+    "redacted",
     "scan",
     "train_batches",
 ]

@@ -20,6 +20,7 @@ from data.sources import Source, metadata_of
 from data.transforms import FORMATS, MAX_PIXELS, ImageError
 
 # Lower borders of a histogram's bins.
+MOST = 1e300  # of a score; JSON knows larger whole numbers, floats do not
 SIDES = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096)  # pixels
 LENGTHS = (10, 20, 40, 80, 160, 320, 640)  # characters
 CLASS_SIZES = (2, 10, 100, 500, 1000, 1500, 10_000, 100_000)  # images
@@ -55,7 +56,7 @@ class Score:
         """One sample's."""
         if value is None:
             self.missing += 1
-        elif isinstance(value, bool) or not isinstance(value, (int, float)) or not math.isfinite(value):
+        elif isinstance(value, bool) or not isinstance(value, (int, float)) or not -MOST < value < MOST:
             self.not_numeric += 1
         else:
             self.numbers += 1

@@ -3,6 +3,7 @@
 import atexit
 import functools
 import logging
+import math
 import os
 import signal
 import threading
@@ -17,8 +18,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from data import DataError
+from data.photographs import cache_folder
 from data.shards import Access, FolderShard, Limit, Shard, Skipped, find_images, folder_shard, is_image
-from data.sources import Source, SourceConfig, check_names, describe, open_source
+from data.sources import Source, SourceConfig, check_names, describe, is_among, open_source
 from data.storage import Cache, Patience
 from data.stream import (
     Deal,
@@ -38,6 +40,7 @@ from data.transforms import ImageError, TrainingTransform, decode, pixels_chw, r
 logger = logging.getLogger(__name__)
 
 SHOWN_SKIPS = 10  # samples that each process names as it leaves them out; all of them are listed in `skipped`
+EVALUATION_CACHE_BYTES = 50 * 10**9
 BUDGET_SAMPLES = 2000  # of a source, over which `max_bad_fraction` is taken
 BUDGET_LEAST = 20  # so many bad ones are never too many
 
@@ -67,7 +70,7 @@ class DataConfig:
     shuffle_megabytes: float = 16.0
     # Shards to pass over, by path, URL or the end of one.
     quarantine: list[str] = field(default_factory=list)
-    # So many samples one after another, or such a part of the latest 2,000 of a source, may be unusable.
+    # So many samples one after another may be unusable, and such a part of a source's latest 2,000 in a process.
     max_bad_in_a_row: int = 100
     max_bad_fraction: float = 0.1
     # `pipe:COMMAND` as a shard runs a shell.
@@ -108,7 +111,6 @@ class TrainStream:
     for bit, at any number of ranks and workers that divides the lanes.
     state: a merged state to resume from: at any such division exactly; at any other division or batch size without
     loss or repeats.
-    progress: called with (tars scanned, tars in all) while tars without an index are scanned.
     Raises DataError, before anything is read for training where the mistake can be seen by then.
     """
 
@@ -122,35 +124,43 @@ class TrainStream:
         world_size: int,
         seed: int,
         state: dict | None = None,
-        progress: Callable[[int, int], None] = lambda done, total: None,
     ):
         _check_numbers(config)
         self.config, self.micro_batch_size = config, micro_batch_size
         self.steps, self.totals, lanes_states = 0, {}, {}
-        lanes, quarantine = config.lanes, frozenset(config.quarantine)
+        lanes, quarantine, before = config.lanes, frozenset(config.quarantine), {}
         if state is not None:
             stream = state.get("stream", {})
-            lanes = lanes or stream.get("lanes")
+            lanes, before = lanes or stream.get("lanes"), stream.get("sources", {})
             quarantine |= frozenset(state.get("quarantine", ()))
         lanes = lanes or default_lanes(global_batch_size, world_size, config.workers)
+        if state is None and lanes % global_batch_size and global_batch_size % lanes:
+            better = max(1, round(lanes / global_batch_size)) * global_batch_size
+            raise DataError(
+                f"data.lanes={lanes} must be a multiple of the global batch size {global_batch_size}, or divide it: "
+                f"use {better}, or leave it out"
+            )
         self.deal = _deal(config, lanes, global_batch_size, rank, world_size)
         if micro_batch_size < 1 or self.deal.share % micro_batch_size:
             raise DataError(
                 f"micro-batch size {micro_batch_size} must divide the {self.deal.share} images of a process and step"
             )
         self.quarantine = sorted(quarantine)
-        self.sources = open_sources(config, quarantine, progress)
+        self.sources = open_sources(config, quarantine, before)
         limit = Limit(config.shuffle_block, int(config.shuffle_megabytes * 1e6))
         self.of = identity(self.sources, seed, lanes, limit)
         for source in self.sources:
-            if source.samples is None and len(source.shards) < lanes:
+            if source.counts is None and len(source.shards) < lanes:
                 raise DataError(
                     f"source {source.name}: {len(source.shards)} shards without an index cannot be divided among "
-                    f"data.lanes={lanes}: write one with `ibq shards check PATH --write-index --index FILE`"
+                    f"data.lanes={lanes}: write one with `ibq shards check PATH --write-index --index FILE`, or start "
+                    f"with at most {len(source.shards)} lanes"
                 )
         if state is not None:
             self.steps, lanes_states, totals = resume(state, self.of)
             self.totals = totals if rank == 0 else {}  # the ranks' are added up
+            # A source that is left out for a while comes back to where it was.
+            self.of["sources"] = {**before, **self.of["sources"]}
         self.lanes = {lane: lanes_states.get(lane, [0, {}]) for lane in self.deal.rank_lanes}
         self.reader = Reader(
             self.sources, transform_of(config), seed, lanes, limit, config.max_bad_in_a_row, dict(self.lanes)
@@ -217,16 +227,16 @@ class TrainStream:
         return item
 
     def _count(self, item: Item) -> None:
-        counts = {source.name: [0, 0, 0] for source in self.sources}
+        counts = {source.name: {"delivered": 0, "skipped": 0} for source in self.sources}
         for info in item.infos:
-            counts[info.source][0] += 1
+            counts[info.source]["delivered"] += 1
         for sample in item.skipped:
-            counts[sample.dataset][1] += 1
-        for (name, _), number in item.filtered.items():
-            counts[name][2] += number
+            counts[sample.dataset]["skipped"] += 1
+        for (name, reason), number in item.filtered.items():
+            counts[name][f"filtered/{reason}"] = number
         self.totals = add_totals([self.totals, counts])
-        for name, (good, bad, _) in counts.items():
-            self.budgets[name].update(good, bad, item.skipped)
+        for name, count in counts.items():
+            self.budgets[name].update(count["delivered"], count["skipped"], item.skipped)
 
     def _show(self, skipped: list[Skipped]) -> None:
         for sample in skipped[: max(0, SHOWN_SKIPS - self.shown)]:
@@ -263,34 +273,56 @@ def train_batches(config: DataConfig, **options) -> TrainStream:
     return TrainStream(config, **options)
 
 
-def check(config: DataConfig) -> None:
-    """Raises DataError for settings or shards that training could not start with."""
+def check(
+    config: DataConfig, train: bool = True, progress: Callable[[int, int], None] = lambda done, total: None
+) -> None:
+    """Raises DataError for settings or shards that training could not start with. train: whether the shards to train
+    on are looked at, too. progress: called with (tars scanned, tars in all)."""
     _check_numbers(config)
     transform_of(config)
-    open_sources(config, frozenset(config.quarantine))
+    if train:
+        open_sources(config, frozenset(config.quarantine), progress=progress)
     if config.val is not None:
-        EvaluationImages(config.val, config.val_image_size or config.image_size, config.resize, (0, 1))
+        side = config.val_image_size or config.image_size
+        evaluation_images(config.val, image_size=side, resize=config.resize, access=access_of(config))
+
+
+def access_of(config: DataConfig) -> Access:
+    """How the remote shards of a `data` section are reached. Raises DataError."""
+    patience = Patience(config.request_seconds, config.retry_seconds)
+    if config.cache is None:
+        return Access(patience)
+    return Access(patience, Cache(Path(config.cache).expanduser(), int(config.cache_gigabytes * 1e9), patience))
 
 
 def open_sources(
     config: DataConfig,
     quarantine: frozenset[str] = frozenset(),
+    before: dict[str, dict] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Source]:
-    """The sources of a `data` section, opened. Raises DataError."""
+    """The sources of a `data` section, opened. before: source -> its identity when the run began. Raises DataError."""
     if config.train is not None and config.sources:
         raise DataError("data.train and data.sources are both given: leave one out")
     configs = config.sources or [SourceConfig(root=config.train)]
     check_names(configs)
-    patience = Patience(config.request_seconds, config.retry_seconds)
-    cache = None
-    if config.cache is not None:
-        cache = Cache(Path(config.cache).expanduser(), int(config.cache_gigabytes * 1e9), patience)
-    access = Access(patience, cache)
-    return [
-        open_source(one, access, allow_pipes=config.allow_pipes, quarantine=quarantine, progress=progress)
+    access = access_of(config)
+    sources = [
+        open_source(
+            one,
+            access,
+            allow_pipes=config.allow_pipes,
+            quarantine=quarantine,
+            before=(before or {}).get(one.name),
+            progress=progress,
+        )
         for one in configs
     ]
+    urls = [shard.url for source in sources for shard in source.shards]
+    for part in sorted(quarantine):
+        if not any(is_among(url, frozenset([part])) for url in urls):
+            logger.warning("data.quarantine names %s, which is none of the shards", part)
+    return sources
 
 
 def _check_numbers(config: DataConfig) -> None:
@@ -298,8 +330,8 @@ def _check_numbers(config: DataConfig) -> None:
         if getattr(config, name) < least:
             raise DataError(f"data.{name}={getattr(config, name)} must be at least {least}")
     for name in ("shuffle_megabytes", "cache_gigabytes", "request_seconds", "retry_seconds"):
-        if not getattr(config, name) > 0:
-            raise DataError(f"data.{name}={getattr(config, name)} must be above 0")
+        if not 0 < getattr(config, name) < math.inf:
+            raise DataError(f"data.{name}={getattr(config, name)} must be above 0 and finite")
     if not 0 <= config.max_bad_fraction <= 1:
         raise DataError(f"data.max_bad_fraction={config.max_bad_fraction} must lie between 0 and 1")
     if config.lanes is not None and config.lanes < 1:
@@ -336,6 +368,7 @@ class _WorkerItems:
                 batch_size=None,
                 collate_fn=_as_is,
                 num_workers=workers,
+                multiprocessing_context="fork",  # for the pipe, and for what is known of the shards
                 worker_init_fn=functools.partial(_start_worker, self.told),
                 generator=torch.Generator(),
             )
@@ -397,11 +430,13 @@ class EvaluationImages:
     `skipped`, anew for each pass.
     """
 
-    def __init__(self, path: str | list[str], image_size: int | None, resize: str, shard: tuple[int, int]):
+    def __init__(
+        self, path: str | list[str], image_size: int | None, resize: str, shard: tuple[int, int], access: Access
+    ):
         if image_size is not None and image_size < 1:
             raise DataError(f"image size {image_size} must be at least 1 pixel")
         self.image_size, self.resize = image_size, resize_named(resize)
-        entries = [(one, index) for one in _evaluation_shards(path) for index in range(len(one))]
+        entries = [(one, index) for one in _evaluation_shards(path, access) for index in range(len(one))]
         first, count = shard
         self.entries = list(enumerate(entries))[first::count]
         self.skipped: list[Skipped] = []
@@ -433,20 +468,31 @@ class EvaluationImages:
             yield EvaluationImage(key, torch.from_numpy(pixels_chw(image)), index)
 
 
-def _evaluation_shards(path: str | list[str]) -> list[Shard]:
+def _evaluation_shards(path: str | list[str], access: Access) -> list[Shard]:
     if isinstance(path, (str, os.PathLike)) and os.path.isfile(path) and is_image(str(path)):
         return [FolderShard(os.path.dirname(path) or ".", [Path(os.path.basename(path))])]
     if isinstance(path, (str, os.PathLike)) and os.path.isdir(path) and find_images(Path(path)):
         return [folder_shard(str(path))]
-    return open_source(SourceConfig(name="evaluation", root=path), scan_all=True).shards
+    if access.cache is None:  # each image is read by its place, so that remote tars need copies or an index
+        access = access._replace(cache=Cache(cache_folder() / "shards", EVALUATION_CACHE_BYTES, access.patience))
+    source = open_source(SourceConfig(name="evaluation", root=path), access, scan_all=True)
+    for shard in source.shards if source.counts is None else []:
+        shard.scan()  # says why it cannot be
+    return source.shards
 
 
 def evaluation_images(
-    path: str | list[str], *, image_size: int | None, resize: str = "pil_antialias", shard: tuple[int, int] = (0, 1)
+    path: str | list[str],
+    *,
+    image_size: int | None,
+    resize: str = "pil_antialias",
+    shard: tuple[int, int] = (0, 1),
+    access: Access | None = None,
 ) -> EvaluationImages:
     """The images of a folder (recursive), an image file, a zip file or tars (as `expand` reads them), in fixed order.
 
     image_size: shorter side and centre crop in pixels by the protocol `resize`; None keeps the original size.
-    shard: (index, count): this part of the set only, image by image in turn.
+    shard: (index, count): this part of the set only, image by image in turn. access: how remote tars are reached;
+    without a cache in it they are copied to `cache_folder()`.
     """
-    return EvaluationImages(path, image_size, resize, shard)
+    return EvaluationImages(path, image_size, resize, shard, access or Access())

@@ -7,6 +7,7 @@ that of a remote one is fetched whole, in one request.
 import functools
 import glob
 import io
+import itertools
 import os
 import posixpath
 import re
@@ -31,6 +32,7 @@ IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 ZIP_SUFFIX = ".zip"
 LIST_SUFFIX = ".txt"
 PIPE = "pipe:"
+MOST_SHARDS = 2_000_000  # of one pattern
 RANGE_BYTES = 8 << 20  # what is fetched at once of a tar whose samples are not known beforehand
 PUSHED_OUT_TIMES = 5  # that a copy may be gone from the cache before it is read
 MOST_MEMBER_BYTES = 1 << 30  # a header that claims more is damaged
@@ -110,27 +112,43 @@ def _remote_tars(url: str) -> list[str]:
     return found
 
 
-def _braced(pattern: str) -> list[str]:
+def _lines(path: str) -> list[str]:
+    """The lines of a list that are no comments."""
     try:
-        return list(braceexpand.braceexpand(pattern))
+        lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
+    except UnicodeDecodeError as error:
+        raise DataError(f"the list {path} is not in UTF-8: save it anew") from error
+    except OSError as error:
+        raise DataError(f"cannot read the list {path}: {error.strerror or error}") from error
+    parts = [line for line in lines if line and not line.startswith("#")]
+    if not parts:
+        raise DataError(f"the list {path} is empty: write one tar, pattern or URL in each line")
+    if nested := next((part for part in parts if part.endswith(LIST_SUFFIX)), None):
+        raise DataError(f"the list {path} names a list, {nested}: write tars, patterns or URLs")
+    return parts
+
+
+def _braced(pattern: str) -> list[str]:
+    name = PIPE + "…" if pattern.startswith(PIPE) else redacted(pattern)
+    try:
+        found = list(itertools.islice(braceexpand.braceexpand(pattern), MOST_SHARDS + 1))
     except ValueError as error:
         raise DataError(
-            f"{redacted(pattern)}: {error}; a brace pattern reads like train-{{000000..000009}}.tar"
+            f"{name}: its braces do not match; a pattern reads like train-{{000000..000009}}.tar"
         ) from error
+    if len(found) > MOST_SHARDS:
+        raise DataError(f"{name} stands for more than {MOST_SHARDS:,} tars: look at its braces")
+    return found
 
 
 def _local_tars(spec: str, allow_pipes: bool) -> list[str]:
     if os.path.isdir(spec):
-        paths = sorted(str(path) for path in Path(spec).glob("*.tar"))
+        paths = sorted(str(path) for path in Path(spec).glob("*.tar") if path.is_file())
         if not paths:
             raise DataError(f"no *.tar in the folder {spec}: pack images with `ibq shards pack FOLDER --out {spec}`")
         return paths
     if os.path.isfile(spec) and spec.endswith(LIST_SUFFIX):
-        lines = [line.strip() for line in Path(spec).read_text(encoding="utf-8").splitlines()]
-        parts = [line for line in lines if line and not line.startswith("#")]
-        if not parts:
-            raise DataError(f"the list {spec} is empty: write one tar, pattern or URL in each line")
-        return expand(parts, allow_pipes=allow_pipes)
+        return expand(_lines(spec), allow_pipes=allow_pipes)
     if os.path.exists(spec):
         return [spec]
     paths = []
@@ -187,9 +205,10 @@ class Access(NamedTuple):
             path = str(self.cache.path(url))
             try:
                 return action(path)
-            except DataError:
+            except DataError as error:
                 if os.path.exists(path):
-                    raise
+                    os.unlink(path)  # so that a mended shard is fetched
+                    raise DataError(str(error).replace(path, redacted(url))) from error
         raise DataError(f"the cache {self.cache.folder} is too small for what is read at once: data.cache_gigabytes")
 
 
@@ -238,27 +257,31 @@ class TarShard:
 
     def read(self, index: int) -> Sample:
         """One sample alone."""
-        return _TarWindow(self, index, 1).read(0)
+        return _TarWindow(self, self.table, index, 1).read(0)
 
     def windows(self, first: int, stop: int | None, limit: Limit) -> Iterator[Window]:
         """The samples from first to stop (None: to the end), in windows that depend on first, stop and limit only."""
-        if self.table is None and self.access.is_copied(self.url):
-            self.table = self.access.with_copy(self.url, scan)
-        elif self.table is None and not _is_stream(self.url):
-            self.table = scan(self.url)
-        if self.table is None:
+        if self.table is None and _is_stream(self.url) and not self.access.is_copied(self.url):
             assert first == 0 and stop is None
             yield from self._stream(limit)
             return
-        stop = len(self.table) if stop is None else stop
-        self.check_size()
+        # What is scanned here is not kept: a run comes to many tars.
+        table = self.scan() if self.table is None else self.table
+        stop = len(table) if stop is None else stop
+        self.check_size(table)
         while first < stop:
-            most = np.searchsorted(self.table.stops_n, self.table.starts_n[first] + limit.bytes, side="right")
+            most = np.searchsorted(table.stops_n, table.starts_n[first] + limit.bytes, side="right")
             count = max(1, min(limit.samples, int(most) - first, stop - first))
-            yield _TarWindow(self, first, count)
+            yield _TarWindow(self, table, first, count)
             first += count
 
-    def check_size(self) -> None:
+    def scan(self) -> Table:
+        """Where its samples lie, from its headers; of a remote tar, from those of a copy. Raises DataError."""
+        if self.url.startswith(PIPE):
+            raise DataError(f"{self.name} can be read forwards only: write its output into a file")
+        return self.access.with_copy(self.url, scan) if self.access.is_copied(self.url) else scan(self.url)
+
+    def check_size(self, table: Table) -> None:
         """Raises DataError unless the tar has the size that its table tells, once in a process."""
         if self._checked or self.url.startswith(PIPE):
             return
@@ -267,39 +290,39 @@ class TarShard:
             if self.access.is_copied(self.url)
             else size(self.url, self.access.patience)
         )
-        if found != self.table.bytes:
+        if found != table.bytes:
             raise DataError(
-                f"the shard {self.name} has {found:,} bytes and not the {self.table.bytes:,} its index tells: {MEND}"
+                f"the shard {self.name} has {found:,} bytes and not the {table.bytes:,} its index tells: {MEND}"
             )
         self._checked = True
 
     def _stream(self, limit: Limit) -> Iterator[Window]:
-        first, samples, total = 0, [], 0
+        first, samples, begin = 0, [], 0
         with ForwardFile(self.url, self.access.patience, self.name) as file:
             for span in spans(file, self.name):
-                samples.append(file.take(span.start, span.stop))
-                total += span.stop - span.start
-                if len(samples) >= limit.samples or total >= limit.bytes:
+                begin = begin if samples else span.start
+                if samples and (len(samples) >= limit.samples or span.stop - begin > limit.bytes):
                     yield _Fetched(self.name, first, samples)
-                    first, samples, total = first + len(samples), [], 0
+                    first, samples, begin = first + len(samples), [], span.start
+                samples.append(file.take(span.start, span.stop))
         if samples:
             yield _Fetched(self.name, first, samples)
 
 
 class _TarWindow(Window):
-    def __init__(self, shard: TarShard, first: int, count: int):
+    def __init__(self, shard: TarShard, table: Table, first: int, count: int):
         super().__init__(first, count)
-        self.shard, self.content = shard, None
+        self.shard, self.table, self.content = shard, table, None
 
     def fetch(self) -> None:
         if self.content is None and is_remote(self.shard.url):
-            table = self.shard.table
+            table = self.table
             start, stop = table.starts_n[self.first], table.stops_n[self.first + self.count - 1]
             self.content = memoryview(self.shard.access.read(self.shard.url, int(start), int(stop)))
 
     def read(self, n: int) -> Sample:
         self.fetch()
-        table = self.shard.table
+        table = self.table
         start, stop = int(table.starts_n[self.first + n]), int(table.stops_n[self.first + n])
         if self.content is not None:
             begin = int(table.starts_n[self.first])
@@ -478,7 +501,7 @@ def scan(path: str) -> Table:
     return _scan(path, stat.st_size, stat.st_mtime_ns)
 
 
-@functools.cache
+@functools.lru_cache(maxsize=512)
 def _scan(path: str, bytes_in_file: int, mtime_ns: int) -> Table:
     try:
         with open(path, "rb") as file:
@@ -569,8 +592,8 @@ class ForwardFile(io.RawIOBase):
 
 @dataclass(eq=False)
 class FolderShard:
-    """The images of a folder and its sub-folders, in sorted order. The key of a sample is its relative path without
-    the suffix; .txt, .cls and .json beside the image belong to it; ``cls`` may come from the top sub-folder."""
+    """The images of a folder and its sub-folders, in sorted order. The key of a sample is its relative path; .txt, .cls
+    and .json beside the image belong to it; ``cls`` may come from the top sub-folder."""
 
     url: str
     images: list[Path]
@@ -598,7 +621,7 @@ class FolderShard:
             raise DataError(f"cannot read {path}: {error.strerror or error}") from error
         if self.classes is not None:
             members["cls"] = str(self.classes[relative.parts[0]]).encode()
-        return Sample(relative.with_suffix("").as_posix(), members)
+        return Sample(relative.as_posix(), members)
 
 
 @dataclass(eq=False)
@@ -621,14 +644,14 @@ class ZipShard:
 
     def read(self, index: int) -> Sample:
         name = self.names[index]
-        key, _, suffix = name.rpartition(".")
+        suffix = name.rpartition(".")[2]
         try:
             if self._file is None or self._file[0] != os.getpid():  # a forked process must not share the file's place
                 self._file = os.getpid(), zipfile.ZipFile(self.url)
             file = self._file[1]
             if (bytes_of_image := file.getinfo(name).file_size) > MAX_BYTES:
                 raise ImageError(f"{bytes_of_image:,} bytes are more than {MAX_BYTES:,}")
-            return Sample(key, {suffix.lower(): file.read(name)})
+            return Sample(name, {suffix.lower(): file.read(name)})
         except (zipfile.BadZipFile, zipfile.zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
             raise ImageError(f"damaged or encrypted in the zip file: {error}") from error
         except OSError as error:

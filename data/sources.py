@@ -1,6 +1,7 @@
 """Data sources: what a recipe names, what the catalogue knows of it, and what of a raw sample is used."""
 
 import functools
+import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
@@ -24,7 +25,6 @@ from data.shards import (
     folder_shard,
     is_folder_of_images,
     is_zip,
-    scan,
     zip_shard,
 )
 from data.storage import is_remote
@@ -61,7 +61,9 @@ class SourceConfig:
         relative to the other sources'. index: a file that `ibq shards check --write-index` wrote;
         None: index.safetensors beside the tars, where there is one.
     image, caption, class_from: member suffixes (image in order of preference), where the catalogue does not say or is
-        wrong; class_from may be `folder`. caption_field: the caption is this field of the member `json`.
+        wrong; class_from may be `folder`. caption_field: the caption is this field of the member `json`. fields: a
+        filter's number (aesthetic, nsfw, watermark, similarity) -> the field of the member `json`. like: the entry of
+        the catalogue to use, for a source with a name of its own.
     """
 
     name: str = "train"
@@ -72,6 +74,8 @@ class SourceConfig:
     caption: str | None = None
     caption_field: str | None = None
     class_from: str | None = None
+    fields: dict[str, str] = field(default_factory=dict)
+    like: str | None = None
     filters: FilterConfig = field(default_factory=FilterConfig)
 
 
@@ -102,14 +106,16 @@ def catalogue() -> dict[str, dict]:
 
 def layout_of(config: SourceConfig) -> Layout:
     """The catalogue's layout for the source's name, with the recipe's changes."""
-    entry = catalogue().get(config.name, {})
+    if config.like is not None and config.like not in catalogue():
+        raise DataError(f"source {config.name}: the catalogue has no {config.like}; it has {', '.join(catalogue())}")
+    entry = catalogue().get(config.like or config.name, {})
     known = entry.get("layout", {})
     return Layout(
         tuple(config.image or known.get("image") or ()),
         config.caption or known.get("caption", "txt"),
         config.caption_field or known.get("caption_field"),
         config.class_from or known.get("class") or "cls",
-        entry.get("fields", {}),
+        {**entry.get("fields", {}), **config.fields},
     )
 
 
@@ -148,11 +154,15 @@ def open_filters(config: FilterConfig, layout: Layout, name: str) -> Filters:
     for number, _, _ in filters.bounds:
         if number not in layout.fields:
             raise DataError(
-                f"source {name}: no JSON field is known for {number}; the catalogue names fields for "
-                f"{', '.join(layout.fields) or 'none'}: leave the filter out"
+                f"source {name}: no JSON field is known for {number}, only for {', '.join(layout.fields) or 'none'}; "
+                f"name it with fields={{{number}: FIELD}}, or leave the filter out"
             )
-    if config.max_aspect_ratio is not None and config.max_aspect_ratio < 1:
-        raise DataError(f"source {name}: max_aspect_ratio={config.max_aspect_ratio} must be at least 1")
+    for key, bound in (("min_side", config.min_side), ("max_aspect_ratio", config.max_aspect_ratio)):
+        if bound is not None and not 1 <= bound < math.inf:
+            raise DataError(f"source {name}: {key}={bound} must be at least 1, and finite")
+    for number, bound, _ in filters.bounds:
+        if not math.isfinite(bound):
+            raise DataError(f"source {name}: the bound of {number}, {bound}, must be finite")
     return filters
 
 
@@ -160,9 +170,11 @@ def _keys(path: str | None) -> frozenset[str] | None:
     if path is None:
         return None
     try:
-        return frozenset(Path(path).read_text(encoding="utf-8").splitlines())
-    except (OSError, UnicodeDecodeError) as error:
-        raise DataError(f"cannot read the list of keys {path}: {error}") from error
+        return frozenset(Path(path).read_text(encoding="utf-8-sig").splitlines())
+    except OSError as error:
+        raise DataError(f"cannot read the list of keys {path}: {error.strerror or error}") from error
+    except UnicodeDecodeError as error:
+        raise DataError(f"the list of keys {path} is not in UTF-8: save it anew") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -174,24 +186,20 @@ class Source:
     shards: list[Shard]
     layout: Layout
     filters: Filters
+    # Samples of each shard, or None where they are not known before all is read.
+    counts: list[int] | None
     quarantined: frozenset[int] = frozenset()
 
-    @property
-    def counts(self) -> list[int] | None:
-        """Samples of each shard, or None where they are not known before all is read. A shard in quarantine of which
-        nothing is known counts as empty."""
-        counts = []
-        for number, shard in enumerate(self.shards):
-            known = not isinstance(shard, TarShard) or shard.table is not None
-            if not known and number not in self.quarantined:
-                return None
-            counts.append(len(shard) if known else 0)
-        return counts
-
-    @property
+    @functools.cached_property
     def samples(self) -> int | None:
-        """How many there are, those in quarantine included, or None where that is not known."""
+        """How many there are, those in quarantine included, or None."""
         return None if self.counts is None else sum(self.counts)
+
+    def identity(self) -> dict:
+        """What must be the same for a place in the source to mean the same sample."""
+        names = [shard.name.rsplit("/", 1)[-1] for shard in self.shards]
+        counts = self.counts if self.counts is None or len(names) <= MOST_SCANNED else digest(self.counts)
+        return {"shards": len(names), "names": digest(names), "samples": self.samples, "counts": counts}
 
     def pick(self, sample: Sample) -> Picked:
         """Raises ImageError for a sample without its image or with a damaged member, Filtered for one to leave out."""
@@ -250,13 +258,15 @@ def open_source(
     *,
     allow_pipes: bool = False,
     quarantine: frozenset[str] = frozenset(),
+    before: dict | None = None,
     scan_all: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Source:
     """Finds a source's shards and what is known of them, without reading any sample.
 
-    quarantine: paths or URLs of shards, or their ends after a /. scan_all: every local tar without an index is scanned,
-    however many there are. progress: called with (tars scanned, tars in all). Raises DataError.
+    quarantine: paths or URLs of shards, or their ends after a /. before: the identity that the source had when the run
+    began; it goes on to divide its shards as it did. scan_all: every tar without an index that is here, or can be
+    copied into the cache, is scanned, however many there are. progress: called with (tars scanned, tars in all). Raises DataError.
     """
     if not (isinstance(config.weight, (int, float)) and 0 < config.weight < math.inf):
         raise DataError(f"source {config.name}: weight={config.weight} must be positive and finite")
@@ -268,19 +278,45 @@ def open_source(
     quarantined = frozenset(n for n, shard in enumerate(shards) if is_among(shard.url, quarantine))
     if len(quarantined) == len(shards):
         raise DataError(f"source {config.name}: every shard is in quarantine")
-    unknown = [
-        shard
-        for n, shard in enumerate(shards)
-        if isinstance(shard, TarShard) and shard.table is None and not _is_stream(shard) and n not in quarantined
-    ]
-    if scan_all or len(unknown) <= MOST_SCANNED:
+    unknown = [n for n, shard in enumerate(shards) if isinstance(shard, TarShard) and shard.table is None]
+    local = [n for n in unknown if not _is_stream(shards[n])]
+    by_shard = before is not None and before["counts"] is None
+    if not by_shard and (scan_all or len(local) <= MOST_SCANNED):
+        copied = [n for n in unknown if scan_all and shards[n].access.is_copied(shards[n].url)]
+        to_scan = [shards[n] for n in local + copied if n not in quarantined]
         with ThreadPoolExecutor(8) as pool:
-            for done, (shard, table) in enumerate(zip(unknown, pool.map(lambda s: scan(s.url), unknown), strict=True)):
+            for done, (shard, table) in enumerate(zip(to_scan, pool.map(TarShard.scan, to_scan), strict=True)):
                 shard.table = table
-                progress(done + 1, len(unknown))
+                progress(done + 1, len(to_scan))
+    counts = None if by_shard else _counts(shards, quarantined, before)
     return Source(
-        config.name, config.weight, shards, layout, open_filters(config.filters, layout, config.name), quarantined
+        config.name,
+        config.weight,
+        shards,
+        layout,
+        open_filters(config.filters, layout, config.name),
+        counts,
+        quarantined,
     )
+
+
+def _counts(shards: list[Shard], quarantined: frozenset[int], before: dict | None) -> list[int] | None:
+    """A shard in quarantine of which nothing is known counts as it did before, or as empty."""
+    counts = []
+    for number, shard in enumerate(shards):
+        if not isinstance(shard, TarShard) or shard.table is not None:
+            counts.append(len(shard))
+        elif number not in quarantined:
+            return None
+        else:
+            known = before is not None and isinstance(before["counts"], list) and len(before["counts"]) == len(shards)
+            counts.append(before["counts"][number] if known else 0)
+    return counts
+
+
+def digest(values: list) -> str:
+    """16 digits that tell lists apart."""
+    return hashlib.blake2b(repr(values).encode(), digest_size=8).hexdigest()
 
 
 def _is_stream(shard: TarShard) -> bool:
@@ -318,7 +354,7 @@ def open_shards(
         if unknown:
             raise DataError(
                 f"the index {index.path} lacks {len(unknown)} of {len(shards)} shards, first {unknown[0].name}: write "
-                "it again with `ibq shards check --write-index --index {index.path}`"
+                f"it again with `ibq shards check --write-index --index {index.path}`"
             )
         if empty := next((shard for shard in shards if shard.table is not None and not len(shard)), None):
             raise DataError(f"the shard {empty.name} holds no sample by its index: leave it out")
@@ -345,6 +381,7 @@ def check_names(configs: list[SourceConfig]) -> None:
 def describe(source: Source) -> str:
     """One line: how much there is."""
     samples = source.samples
-    count = f"{samples:,} samples" if samples is not None else "samples not counted"
+    count = f"{samples:,} samples" if samples is not None else "not counted, since there is no index"
     more = f", {len(source.quarantined)} in quarantine" if source.quarantined else ""
-    return f"{source.name}: {len(source.shards):,} shards, {count}{more}"
+    shards = f"{len(source.shards):,} shard{'s' * (len(source.shards) != 1)}"
+    return f"{source.name}: {shards}, {count}{more}"

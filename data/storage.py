@@ -481,10 +481,7 @@ def _explained(url: str, error: Exception) -> Exception:
         return DataError(f"the certificate of {name} is not trusted here: set SSL_CERT_FILE, or check the address")
     if {"InvalidURL", "NonHttpUrlClientError", "TooManyRedirects", "ParamValidationError", "ValueError"} & {*names}:
         return DataError(f"{name} cannot be read ({names[0]}): check the address")
-    # Of aiohttp, botocore, requests and google-auth.
-    if isinstance(error, OSError) or {"ClientError", "HTTPClientError", "RequestException", "TransportError"} & {
-        *names
-    }:
+    if isinstance(error, OSError) or _MAY_PASS & {*names}:
         words = (_IN_WORDS[kind] for kind in names if kind in _IN_WORDS)
         return _Again(next(words, None) or getattr(error, "strerror", None) or names[0])
     place = traceback.extract_tb(error.__traceback__)[-1]

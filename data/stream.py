@@ -19,10 +19,11 @@ import hashlib
 import heapq
 import itertools
 import math
+import os
 import random
 import threading
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from queue import Queue
 from typing import Any, NamedTuple
@@ -39,7 +40,9 @@ from data.transforms import Filtered, ImageError, TrainingTransform
 
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: its multiples fill 0..2^64 most evenly
 FETCHES = 16  # windows of remote shards that a process fetches at once
-LEAST_PATIENCE = 1000  # samples of a source that may fail its filters in a row, where its size is not known
+LEAST_PATIENCE = 1000  # samples that may fail a source's filters in a row, in a small source
+PATIENCE_UNCOUNTED = 100_000  # and in one whose size is not known
+MOST_LANES = 100_000
 
 
 def seed_of(*parts) -> int:
@@ -237,7 +240,10 @@ def _is_far(shard: TarShard) -> bool:
     return is_remote(shard.url) or shard.url.startswith("pipe:")
 
 
-_fetches = threading.Semaphore(FETCHES)
+@functools.cache
+def _fetches(_process: int) -> threading.Semaphore:
+    """Of each process: a fork must not inherit slots that its parent's threads hold."""
+    return threading.Semaphore(FETCHES)
 
 
 def _ahead(windows: Iterator[_Here]) -> Iterator[_Here]:
@@ -246,7 +252,7 @@ def _ahead(windows: Iterator[_Here]) -> Iterator[_Here]:
 
     def fetch() -> None:
         try:
-            with _fetches:
+            with _fetches(os.getpid()):
                 here = next(windows)
                 here.window.fetch()
             found.put(here)
@@ -291,6 +297,8 @@ class Deal:
                 f"trainer.global_batch_size={self.global_batch_size} is not divisible by {self.world_size} processes: "
                 f"set it to a multiple of {self.world_size}"
             )
+        if self.lanes > MOST_LANES:
+            raise DataError(f"data.lanes={self.lanes} must be at most {MOST_LANES}")
         if self.lanes < self.world_size:
             raise DataError(
                 f"data.lanes={self.lanes} are too few for {self.world_size} processes: start at most {self.lanes}, or "
@@ -411,6 +419,8 @@ class Reader:
         self.mixture = Mixture([source.weight for source in self.sources], self.seed)
         self.orders = [order_of(source, self.seed) for source in self.sources]
         self.cursors: dict[tuple[int, int], Cursor] = {}
+        # A lane meets other samples in every epoch, so that what it passes over tells of the whole source.
+        self.patience = [max(LEAST_PATIENCE, source.samples or PATIENCE_UNCOUNTED) for source in self.sources]
         self.given = {lane: state[0] for lane, state in self.states.items()}
 
     def item(self, lanes: list[int]) -> Item:
@@ -441,7 +451,6 @@ class Reader:
         number = self.mixture.source(lane, self.given[lane])
         source, cursor = self.sources[number], self._cursor(lane, number)
         bad, left_out = 0, 0
-        most_left_out = max(LEAST_PATIENCE, 2 * (source.samples or 0) // self.lanes)
         while True:
             place, sample = cursor.draw()
             shard = source.shards[place.shard].name
@@ -457,16 +466,16 @@ class Reader:
                 return Info(source.name, key, shard, place, picked.caption, picked.label)
             except Filtered as error:
                 filtered[source.name, str(error)] += 1
-                left_out += 1
+                left_out, bad = left_out + 1, 0
             except ImageError as error:
                 skipped.append(Skipped(shard, key, str(error), source.name))
                 bad += 1
-            if bad >= self.most_bad_in_a_row:
+            if bad > self.most_bad_in_a_row:
                 raise DataError(
                     f"source {source.name}: {bad} images in a row cannot be used, last {key} in {shard} "
                     f"({skipped[-1].reason}); `ibq shards check` finds damaged shards, data.quarantine leaves them out"
                 )
-            if left_out >= most_left_out:
+            if left_out >= self.patience[number]:
                 raise DataError(
                     f"source {source.name}: {left_out:,} samples in a row do not pass its filters, last {key} in "
                     f"{shard}: loosen them"
@@ -519,19 +528,15 @@ def identity(sources: list[Source], seed: int, lanes: int, limit: Limit) -> dict
     return {
         "seed": seed,
         "lanes": lanes,
-        "shuffle": list(limit),
-        "sources": {source.name: _identity(source) for source in sources},
+        "shuffle_block": limit.samples,
+        "shuffle_bytes": limit.bytes,
+        "sources": {source.name: source.identity() for source in sources},
     }
 
 
-def _identity(source: Source) -> str:
-    names = [shard.name.rsplit("/", 1)[-1] for shard in source.shards]
-    samples = "samples not counted" if source.counts is None else f"{source.samples} samples"
-    return f"{len(names)} shards, {samples}, {seed_of(names, source.counts):016x}"
-
-
-def make_state(of: dict, deal: Deal, steps: int, lanes: dict[int, list], totals: dict[str, list[int]]) -> dict:
-    """The JSON-able state of this rank behind `steps` steps. totals: source -> images delivered, skipped, filtered."""
+def make_state(of: dict, deal: Deal, steps: int, lanes: dict[int, list], totals: dict[str, dict[str, int]]) -> dict:
+    """The JSON-able state of this rank behind `steps` steps. totals: source -> what (``delivered``, ``skipped``,
+    ``filtered/FILTER``) -> number of samples."""
     return {
         "stream": of,
         "steps": steps,
@@ -560,16 +565,18 @@ def merge_states(states: list[dict]) -> dict:
     return {**first, "lanes": lanes, "totals": totals, "ranks": ranks}
 
 
-def add_totals(many) -> dict[str, list[int]]:
-    """Sums of source -> [images delivered, skipped, filtered]."""
-    total: dict[str, list[int]] = {}
+def add_totals(many: Iterable[dict[str, dict[str, int]]]) -> dict[str, dict[str, int]]:
+    """Sums of source -> what -> number of samples."""
+    total: dict[str, dict[str, int]] = {}
     for totals in many:
         for name, counts in totals.items():
-            total[name] = [a + b for a, b in zip(total.get(name, [0, 0, 0]), counts, strict=True)]
+            of_source = total.setdefault(name, {})
+            for what, count in counts.items():
+                of_source[what] = of_source.get(what, 0) + count
     return total
 
 
-def resume(state: dict, of: dict) -> tuple[int, dict[int, list], dict[str, list[int]]]:
+def resume(state: dict, of: dict) -> tuple[int, dict[int, list], dict[str, dict[str, int]]]:
     """(steps, lanes' states, totals) from a merged state, once it is shown to fit this stream."""
     if not {"stream", "steps", "world_size", "lanes", "totals", "ranks"} <= state.keys():
         raise DataError("the checkpoint's data state is damaged or of another version: resume from another checkpoint")
@@ -582,9 +589,10 @@ def resume(state: dict, of: dict) -> tuple[int, dict[int, list], dict[str, list[
         if name != "sources" and before[name] != value:
             raise DataError(f"cannot resume: {name} was {before[name]} and is now {value}; set it back")
     for name, value in of["sources"].items():
-        if before["sources"].get(name, value) != value:
+        if (then := before["sources"].get(name, value)) != value:
+            told = ["{shards} shards with {samples} samples".format(**one) for one in (then, value)]
             raise DataError(
-                f"cannot resume: source {name} was {before['sources'][name]} and is now {value}; give the same shards, "
-                "or call the changed source by another name, which starts it anew"
+                f"cannot resume: source {name} was {told[0]} and is now {told[1]}, or other ones of that number; give "
+                "the same shards, or call the changed source by another name (in data.sources), which starts it anew"
             )
     return state["steps"], {int(lane): place for lane, place in state["lanes"].items()}, state["totals"]

@@ -219,7 +219,7 @@ def quantizer(
 def data_stream(
     context: typer.Context,
     data: Annotated[
-        Path | None,
+        str | None,
         typer.Option(
             metavar="PATH",
             help="Local tars: a folder or a pattern in quotes; each row goes over all of them.",
@@ -256,7 +256,7 @@ def data_stream(
     from tools.bench_data import Plan, compare
 
     plan = Plan(numbers, world, image_size, seconds, repeats, memory_batches)
-    compare(None if data is None else str(data), plan, out, _command(context))
+    compare(data, plan, out, _command(context))
 
 
 def _rows(impls: list[str], shapes: list[Shape], settings: dict) -> Iterator[Row]:

@@ -15,6 +15,7 @@ import platform
 import random
 import sys
 import tempfile
+import textwrap
 import time
 import traceback
 from collections.abc import Iterator
@@ -238,8 +239,6 @@ def webdataset_batches(
     tars: Tars, workers: int, rank: int = 0, world: int = 1, *, endless: bool = True
 ) -> Iterator[list[Delivered]]:
     """As webdataset's documentation has it: tars are dealt to ranks and workers."""
-    if len(data.expand(tars.root)) < world * max(1, workers):
-        raise DataError(f"there are fewer tars than {_plural(world, 'rank')} x {_plural(max(1, workers), 'worker')}")
     return _webdataset(tars, workers, rank, world, slice(None), endless)
 
 
@@ -255,6 +254,8 @@ def _webdataset(
 ) -> Iterator[list[Delivered]]:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))  # where split_by_node looks
     urls, transform, rng = data.expand(tars.root), transform_of(tars.config()), random.Random(0)
+    if len(urls) < world * max(1, workers):
+        raise DataError(f"there are fewer tars than {_plural(world, 'rank')} x {_plural(max(1, workers), 'worker')}")
 
     def prepared(sample: dict) -> tuple[str, str, torch.Tensor]:
         content = next(sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample)
@@ -363,7 +364,7 @@ def count_bytes(root: str, scheme: str, world: int) -> dict:
         places = zip(shard.table.keys_n, shard.table.stops_n - shard.table.starts_n, strict=True)
         size.update({(shard.name, int(key)): int(count) for key, count in places})
     steps = len(size) // (BATCH * world)
-    if not steps:
+    if not steps and scheme == "ibq":
         raise DataError(f"{len(size)} samples are fewer than {world} ranks x {BATCH}: use more, or a smaller --world")
     before, storage_before, delivered = _bytes_read(), bytes_read(), []
     for rank in range(world):
@@ -436,12 +437,12 @@ def compare(root: str | None, plan: Plan, out: Path | None, command: str) -> Non
         if plan.memory_batches:
             _watch(root, report)
             typer.echo("\n" + "\n".join(_lines(_memory_table(report))))
-    typer.echo("\n".join(["", *_notes(report)]))
+    typer.echo("\n".join(["", *(textwrap.fill(note, 120) for note in _notes(report))]))
     if out is not None:
         out.write_text(_markdown(report, out.with_suffix(".png").name), encoding="utf-8")
         out.with_suffix(".json").write_text(json.dumps(report.record(), indent=2) + "\n", encoding="utf-8")
         _draw(report, out.with_suffix(".png"))
-        typer.echo(f"\ntables: {out}, {out.with_suffix('.json')}\npicture: {out.with_suffix('.png')}")
+        typer.echo(f"\ntables: {out}\nJSON: {out.with_suffix('.json')}\npicture: {out.with_suffix('.png')}")
 
 
 class Report(NamedTuple):
@@ -594,7 +595,7 @@ def _notes(report: Report) -> list[str]:
         ibq = rows["ibq"].images_per_second
         parts = [f"{ibq / rows['bound'].images_per_second:.1%} of the bound"] if "bound" in rows else []
         others = [scheme for scheme in SCHEMES[2:] if scheme in rows]
-        parts += [f"{ibq / rows[scheme].images_per_second:.2f} times as many images as {scheme}" for scheme in others]
+        parts += [f"{ibq / rows[scheme].images_per_second:.2f} times the images of {scheme}" for scheme in others]
         notes.append(f"{_plural(workers, 'worker')}: ibq delivers {', '.join(parts)}")
     for one in report.bytes:
         if one.scheme == "ibq":
@@ -671,7 +672,8 @@ def _draw_speed(axis, report: Report) -> None:
         at = [n + (place - (len(schemes) - 1) / 2) * width for n in range(len(workers))]
         heights = [row.images_per_second if row else math.nan for row in rows]
         bars = axis.bar(at, heights, width * 0.92, color=COLORS[scheme], label=about.get(scheme, scheme))
-        axis.bar_label(bars, [f"{row.images_per_second:.0f}" if row else "" for row in rows], fontsize=8)
+        texts = [f"{row.images_per_second:.0f}" if row else "" for row in rows]
+        axis.bar_label(bars, texts, padding=-11, color="white", fontsize=8)  # above they would meet the bound's line
     bounds = [(n, row.images_per_second) for n, number in enumerate(workers) if (row := report.bound(number))]
     if bounds:
         places, heights = zip(*bounds, strict=True)
@@ -707,10 +709,10 @@ def _draw_memory(axis, memory: Memory) -> None:
 
 
 def _machine() -> str:
-    name = machine("cpu", None, None).name
     packages = [f"{package} {metadata.version(package)}" for package in ("torch", "pillow", "webdataset")]
     versions = ", ".join([*packages, f"Python {platform.python_version()}"])
-    return f"{datetime.now(timezone.utc):%Y-%m-%d}: {name}, {_plural(cores(), 'core')}, load {os.getloadavg()[0]:.1f} before; {versions}"
+    about = f"{machine('cpu', None, None).name}, {_plural(cores(), 'core')}, load {os.getloadavg()[0]:.1f} before"
+    return f"{datetime.now(timezone.utc):%Y-%m-%d}: {about}; {versions}"
 
 
 def _size(root: str) -> str:

@@ -282,7 +282,8 @@ def audit(run: Annotated[Path, typer.Argument(help="Folder of a run that was tra
 
     seen: dict[tuple[str, int], Counter] = {}
     steps = set()
-    for one in read_audit(run):
+    found = read_audit(run)
+    for one in found.delivered:
         steps.add(one.step)
         seen.setdefault((one.source, one.epoch), Counter())[one.shard, one.key] += 1
     total = sum(counts.total() for counts in seen.values())
@@ -294,7 +295,10 @@ def audit(run: Annotated[Path, typer.Argument(help="Folder of a run that was tra
         for epoch, counts in of_source.items():
             twice = [key for key, count in counts.items() if count > 1]
             more = f", {len(twice):,} of them more than once, first {twice[0][1]} in {twice[0][0]}" if twice else ""
-            typer.echo(f"  epoch {epoch}: {len(counts):,} samples{more}")
+            of = f" of {found.samples_of_sources[source]:,}" if found.samples_of_sources.get(source) else ""
+            typer.echo(f"  epoch {epoch}: {len(counts):,}{of} samples{more}")
+    for missing in found.missing_steps:
+        typer.echo(f"steps {missing[0]} to {missing[-1]} were trained without an audit")
     if any(max(counts.values()) > 1 for counts in seen.values()):
         raise typer.Exit(1)
 

@@ -1,6 +1,7 @@
 """The data of each step as the loop takes them, and the account that is kept of them: what was delivered, what was
 skipped and why."""
 
+import itertools
 import json
 from collections.abc import Iterator
 from contextlib import suppress
@@ -32,13 +33,21 @@ class Feed:
         start: steps that were taken before."""
         self.run = run
         failed = None
-        if audit:
-            try:
+        try:
+            if self.world.is_main:
+                _set_aside(run, start)
+        except OSError as error:
+            failed = f"cannot write into {run / 'audit'}: {error.strerror}; mend that"
+        fail_together(failed)
+        try:
+            if audit:
                 (run / "audit").mkdir(exist_ok=True)
                 path = run / "audit" / f"from_{start:08d}_rank_{self.world.rank:05d}.jsonl"
                 self.audit = path.open("w", encoding="utf-8")
-            except OSError as error:
-                failed = f"cannot write into {run / 'audit'}: {error.strerror}; mend that, or leave out data.audit"
+                sizes = {source.name: source.samples for source in self.stream.sources}
+                self.audit.write(json.dumps({"samples_of_sources": sizes}) + "\n")
+        except OSError as error:
+            failed = f"cannot write into {run / 'audit'}: {error.strerror}; mend that, or leave out data.audit"
         fail_together(failed)
 
     def read_ahead(self) -> None:
@@ -52,7 +61,7 @@ class Feed:
         """The micro-batches of step number ``step``, from 1."""
         batches, self.ready = self.ready, []
         for batch in batches:
-            self.skipped += batch.skipped[: MOST_LISTED - len(self.skipped)]
+            self.skipped += batch.skipped
         self.totals = batches[-1].state["totals"]
         if self.audit:
             samples = [
@@ -67,21 +76,23 @@ class Feed:
 
     def report(self, step: int) -> dict[str, float]:
         """Scalars of all ranks' data until now; rank 0 lists what was skipped in ``skipped.jsonl``. All ranks call."""
-        gathered = gather_objects([self.totals, self.skipped])
+        gathered = gather_objects([self.totals, self.skipped[:MOST_LISTED], len(self.skipped[MOST_LISTED:])])
         self.skipped = []
-        if self.world.is_main and any(skipped for _, skipped in gathered):
+        if self.world.is_main and any(skipped for _, skipped, _ in gathered):
             lines = [
                 json.dumps({"step": step, "source": one[3], "shard": one[0], "key": one[1], "reason": one[2]})
-                for _, skipped in gathered
+                for _, skipped, _ in gathered
                 for one in skipped
             ]
+            if more := sum(unlisted for *_, unlisted in gathered):
+                lines.append(json.dumps({"step": step, "more_that_are_not_listed": more}))
             # A full disk is no reason to end the other ranks.
             with suppress(OSError), (self.run / "skipped.jsonl").open("a", encoding="utf-8") as file:
                 file.write("\n".join(lines) + "\n")
         scalars = {}
-        for name, counts in add_totals(totals for totals, _ in gathered).items():
-            for kind, count in zip(("delivered", "skipped", "filtered"), counts, strict=True):
-                scalars[f"data/{kind}/{name}"] = float(count)
+        for name, counts in add_totals(totals for totals, *_ in gathered).items():
+            for what, count in counts.items():
+                scalars[f"data/{name}/{what}"] = float(count)
         return scalars
 
     def stop_together(self, saved: str) -> None:
@@ -91,12 +102,17 @@ class Feed:
 
 def summary(scalars: dict[str, float]) -> list[str]:
     """A line for each source, from the scalars of ``report``."""
-    names = [name.removeprefix("data/delivered/") for name in scalars if name.startswith("data/delivered/")]
-    return [
-        f"data {name}: {scalars[f'data/delivered/{name}']:,.0f} images, {scalars[f'data/skipped/{name}']:,.0f} skipped "
-        f"as unusable, {scalars[f'data/filtered/{name}']:,.0f} filtered out"
-        for name in names
-    ]
+    lines = []
+    for name in [key.split("/")[1] for key in scalars if key.startswith("data/") and key.endswith("/delivered")]:
+        filtered = {
+            key.rsplit("/", 1)[1]: count for key, count in scalars.items() if key.startswith(f"data/{name}/filtered/")
+        }
+        by = f" ({', '.join(f'{filter_}: {count:,.0f}' for filter_, count in filtered.items())})" if filtered else ""
+        lines.append(
+            f"data {name}: {scalars[f'data/{name}/delivered']:,.0f} images, {scalars[f'data/{name}/skipped']:,.0f} "
+            f"skipped as unusable, {sum(filtered.values()):,.0f} filtered out{by}"
+        )
+    return lines
 
 
 # ------------------------------------------------------------------------------------------------------------- audit
@@ -113,21 +129,64 @@ class Delivered(NamedTuple):
     key: str
 
 
-def read_audit(run: str | Path) -> Iterator[Delivered]:
-    """Every sample that counts towards the run's weights. Steps that were taken again after a resume count once."""
+def _set_aside(run: Path, start: int) -> None:
+    """What was written of steps behind ``start`` does not count any more: they are taken again."""
+    for file in (run / "audit").glob("from_*_rank_*.jsonl"):
+        if _start_of(file) >= start:
+            file.rename(file.with_suffix(".superseded"))
+
+
+class Audit(NamedTuple):
+    """delivered: every sample that counts towards the run's weights; samples_of_sources: how many a source has, or
+    None; missing_steps: those that were trained without an audit."""
+
+    delivered: Iterator[Delivered]
+    samples_of_sources: dict[str, int | None]
+    missing_steps: list[range]
+
+
+def read_audit(run: str | Path) -> Audit:
+    """Steps that were taken again after a resume count once. Raises TrainerError."""
     files = sorted((Path(run) / "audit").glob("from_*_rank_*.jsonl"))
     if not files:
         raise TrainerError(f"{run} holds no audit: train with data.audit=true")
     starts = sorted({_start_of(file) for file in files})
     following = dict(zip(starts, [*starts[1:], None], strict=True))
+    sizes: dict[str, int | None] = {}
+    stretches = {}
+    for file in files:
+        first, *steps = (entry for entry in _entries(file))
+        sizes |= first["samples_of_sources"]
+        start, stop = _start_of(file), following[_start_of(file)]
+        taken = [entry["step"] for entry in steps if stop is None or entry["step"] <= stop]
+        stretches[start] = max(stretches.get(start, start), *taken, start)
+    missing, behind = [], 0
+    for start in starts:
+        if start > behind:
+            missing.append(range(behind + 1, start + 1))
+        behind = stretches[start]
+    return Audit(_delivered(files, following), sizes, missing)
+
+
+def _delivered(files: list[Path], following: dict[int, int | None]) -> Iterator[Delivered]:
     for file in files:
         stop = following[_start_of(file)]
         rank = int(file.stem.rsplit("_", 1)[1])
-        for line in file.read_text(encoding="utf-8").split("\n")[:-1]:  # behind the last break is what a kill cut off
-            entry = json.loads(line)
+        for entry in itertools.islice(_entries(file), 1, None):
             if stop is None or entry["step"] <= stop:
                 for sample in entry["samples"]:
                     yield Delivered(entry["step"], rank, *sample)
+
+
+def _entries(file: Path) -> Iterator[dict]:
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.endswith("\n"):
+                return  # a kill cut it off: its step was not saved
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise TrainerError(f"{file} is damaged in line {number}: what was delivered cannot be told") from error
 
 
 def _start_of(file: Path) -> int:

@@ -37,7 +37,7 @@ from trainer.parallel import (
 )
 from trainer.randomness import random_state, restore_random_state, seed_everything
 from trainer.tasks.tokenizer import TokenizerTask
-from trainer.telemetry import Telemetry, metric_lines
+from trainer.telemetry import Telemetry, metric_lines, scanning
 
 PICTURES = 8  # validation images whose reconstructions are shown as training goes
 
@@ -103,7 +103,10 @@ def _train(config: Config, source: Path | None = None, again: bool = False) -> P
         raise TrainerError(
             "data.train must be given: a folder of tars, a tar, or a pattern such as data.train='tars/{00..99}.tar'"
         )
-    data.check(config.data)  # a mistyped path or a damaged tar is found before anything slow starts
+    # A mistyped path or a damaged tar is found before anything slow starts. What a resumed run reads, its checkpoint
+    # knows more of: see TrainStream.
+    with scanning() as progress:
+        data.check(config.data, train=source is None, progress=progress)
     if source and (metrics := Path(config.run) / "metrics.jsonl").is_file():
         metric_lines(metrics)  # damage is found before anything is written
     world = start_world(config.trainer.device, config.trainer.timeout_seconds)
@@ -298,7 +301,7 @@ def _open_telemetry(run: Path, start: int, max_steps: int, world: World) -> Tele
 
 
 class Skips:
-    """Counts the steps that were left out; keeps the keys of their samples in ``skipped.jsonl``.
+    """Counts the steps that were left out; keeps the keys of their samples in ``skipped_steps.jsonl``.
 
     Raises TrainerError once more than ``limit`` of them follow one another, or a run would end in several of them.
     """
@@ -306,7 +309,7 @@ class Skips:
     SHOWN_KEYS = 8
 
     def __init__(self, run: Path, world: World, limit: int):
-        self.file, self.world, self.limit = run / "skipped.jsonl", world, limit
+        self.file, self.world, self.limit = run / "skipped_steps.jsonl", world, limit
         self.number = 0
 
     def update(self, step: int, skipped: list[str], keys: list[str], last: bool = False) -> str | None:
@@ -393,6 +396,7 @@ def _validate(
             image_size=side,
             resize=config.data.resize,
             shard=(world.rank, world.size),
+            access=data.access_of(config.data),
         )
         here = range(world.rank, config.trainer.validation_images, world.size)
         images = (image for _, image in zip(here, images, strict=False))

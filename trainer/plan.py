@@ -8,6 +8,7 @@ looked at has a forked process of its own, so that nothing of this stays in the 
 
 import multiprocessing
 import os
+import re
 import sys
 import traceback
 from collections.abc import Callable
@@ -20,6 +21,7 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
+from data import redacted
 from model_zoo import ModelError
 from model_zoo.ops import CodebookShard
 from model_zoo.perceptual import lpips_on_meta
@@ -210,10 +212,15 @@ def _fork(connection, function: Callable, arguments: tuple) -> None:
 # ------------------------------------------------------------------------------------------------ what is printed
 
 
+def _yaml(config: Config) -> str:
+    return OmegaConf.to_yaml(OmegaConf.structured(config)).rstrip()
+
+
 def report(config: Config, processes: int, plans: list[RankPlan]) -> str:
     """The whole text: recipe, mesh and batch, memory."""
     parts = [
-        OmegaConf.to_yaml(OmegaConf.structured(config)).rstrip(),
+        # Addresses without what may be secret in them.
+        re.sub(r"[a-z][a-z0-9+.-]*://[^\s'\"]+", lambda url: redacted(url[0]), _yaml(config)),
         _aligned(_mesh(config, processes, plans[0])),
         _memory(plans),
         _offloaded(config, plans[0]) + NOT_COUNTED,

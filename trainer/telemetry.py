@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,6 +42,17 @@ def metric_lines(path: Path) -> list[tuple[int, str]]:
                 break
             raise TrainerError(f"{path}, line {number}, is no JSON object with a step: remove that line") from error
     return found
+
+
+@contextmanager
+def scanning():
+    """Gives a function of (tars scanned, tars in all) that shows them on the terminal of the first process."""
+    console = Console(stderr=True)
+    silent = not console.is_terminal or os.environ.get("RANK", "0") != "0"
+    columns = TextColumn("scanning tars"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True, disable=silent) as progress:
+        task = progress.add_task("", total=None)
+        yield lambda done, total: progress.update(task, completed=done, total=total)
 
 
 class Telemetry:

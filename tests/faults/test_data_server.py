@@ -50,7 +50,7 @@ def recipe(server, folder, **changes):
 
 
 @pytest.mark.parametrize(
-    ("fault", "workers"), [({"silent": True}, 2), ({"status": 404}, 0), ({"cut_after_bytes": 9}, 0)]
+    ("fault", "workers"), [({"silent": True}, 2), ({"status": 500}, 0), ({"cut_after_bytes": 9}, 0)]
 )
 def test_all_ranks_stop_together_and_go_on_once_the_server_is_well(launch, folder, tmp_path, fault, workers):
     run = tmp_path / "run"
@@ -78,7 +78,7 @@ def test_all_ranks_stop_together_and_go_on_once_the_server_is_well(launch, folde
         assert ended.status == 0, ended.err
         assert "SECRET" not in ended.out + ended.err
         assert re.search(r"data web: 192 images, 0 skipped as unusable, 0 filtered out", ended.err)
-    delivered = list(read_audit(run))
+    delivered = list(read_audit(run).delivered)
     assert len(delivered) == 24 * 8
     counts = Counter((one.epoch, one.key) for one in delivered)
     assert set(counts.values()) == {1}

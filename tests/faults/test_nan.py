@@ -25,7 +25,7 @@ def assert_finite(run: Path, step: int) -> None:
 
 
 def skipped(run: Path) -> list[dict]:
-    return [json.loads(line) for line in (run / "skipped.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (run / "skipped_steps.jsonl").read_text().splitlines()]
 
 
 @pytest.mark.parametrize("engine", ENGINES)

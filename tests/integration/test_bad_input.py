@@ -74,7 +74,10 @@ TRAIN_MISTAKES = {
     # data
     "no data": (["debug", "data.train=null"], ["data.train must be given"]),
     "missing folder": (["debug", "data.train=nowhere"], ["no such tar or folder: nowhere"]),
-    "empty folder": (["debug", "data.train=empty"], ["no *.tar in the folder empty", "ibq shards pack"]),
+    "empty folder": (
+        ["debug", "data.train=empty"],
+        ["neither jpg, jpeg, png, webp nor tars under empty", "holds images"],
+    ),
     "zero-byte tar": (["debug", "data.train=zero.tar"], ["zero.tar is empty (0 bytes)"]),
     "zero-byte tar to validate on": (["debug", "data.val=zero.tar"], ["zero.tar is empty (0 bytes)"]),
     "empty folder to validate on": (["debug", "data.val=empty"], ["empty", "holds images"]),
@@ -206,8 +209,8 @@ def test_evaluate_options(ibq_here, assert_refused, fingerprint, runs, place, op
 @pytest.mark.parametrize(
     ("folder", "out", "said"),
     [
-        ("empty", "tars", "under empty: name a folder that holds images"),
-        ("texts", "tars", "under texts: name a folder that holds images"),
+        ("empty", "tars", "under empty: name a folder or zip file that holds images"),
+        ("texts", "tars", "under texts: name a folder or zip file that holds images"),
         ("nowhere", "tars", "no such folder: nowhere"),
         ("pictures", "a_file/tars", "cannot write shards"),
         ("pictures", "a_file", "it is a file"),

@@ -1,7 +1,10 @@
 import itertools
 import json
 import logging
+import os
 import random
+import time
+import timeit
 from collections import Counter, defaultdict
 from pathlib import Path
 
@@ -9,7 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from data import DataConfig, DataError, FilterConfig, SourceConfig, merge_states, train_batches
+from data import DataConfig, DataError, FilterConfig, SourceConfig, merge_states, scan, train_batches
+from data.index import Table, write_index
 from data.stream import BySample, ByShard, Deal, Mixture, default_lanes, divides
 
 
@@ -269,7 +273,7 @@ def test_resume_after_any_step_is_bit_identical(mixture):
 
 def test_chain_that_does_not_divide_loses_and_repeats_nothing(mixture):
     state, delivered = None, []
-    for world_size, workers, batch in [(5, 1, 40), (7, 0, 42), (24, 0, 24), (11, 2, 22), (1, 3, 48), (4, 2, 48)]:
+    for world_size, workers, batch in [(3, 1, 24), (5, 1, 40), (7, 0, 42), (24, 0, 24), (11, 2, 22), (4, 2, 48)]:
         steps = Steps(config(None, sources=mixture, lanes=24, workers=workers), world_size, batch=batch, state=state)
         delivered += [info for step in steps.infos(4) for info, _ in step]
         state = steps.state()
@@ -283,7 +287,7 @@ def test_chain_that_does_not_divide_loses_and_repeats_nothing(mixture):
         for epoch in range(done):
             assert len(epochs[name, epoch]) == sum(counts), (name, epoch)
     assert state["totals"] == {
-        name: [count, 0, 0] for name, count in Counter(info.source for info in delivered).items()
+        name: {"delivered": count, "skipped": 0} for name, count in Counter(info.source for info in delivered).items()
     }
 
 
@@ -353,8 +357,8 @@ def test_resume_is_bit_identical_where_samples_are_skipped(tars, path):
         taken += steps.take(11)
         state = steps.state()
     assert taken == expected
-    assert state["totals"]["train"][0] == 8 * 33
-    assert state["totals"]["train"][1] > 10
+    assert state["totals"]["train"]["delivered"] == 8 * 33
+    assert state["totals"]["train"]["skipped"] > 10
 
 
 def test_state_within_a_step_begins_that_step_again(tars):
@@ -371,7 +375,7 @@ def test_bad_images_are_skipped_and_named(tars, caplog):
         batches = list(itertools.islice(Steps(config(tars), batch=4).streams[0], 20))
     assert "2-2" not in {key for batch in batches for key in batch.keys}
     skipped = [skip for batch in batches for skip in batch.skipped]
-    assert len(skipped) == batches[-1].state["totals"]["train"][1] >= 3
+    assert len(skipped) == batches[-1].state["totals"]["train"]["skipped"] >= 3
     assert {(Path(skip.source).name, skip.key) for skip in skipped} == {("train-000002.tar", "2-2")}
     assert "skipped 2-2 in" in caplog.text
     assert all(len(batch.keys) == 4 for batch in batches)
@@ -423,7 +427,7 @@ def test_states_that_do_not_fit_are_errors(tars):
     with pytest.raises(DataError, match="of another version"):
         Steps(config(tars), state={"step": 3})
     (tars / "train-000002.tar").unlink()
-    with pytest.raises(DataError, match="source train was 3 shards, 20 samples"):
+    with pytest.raises(DataError, match="source train was 3 shards with 20 samples and is now 2 shards"):
         Steps(config(tars), state=merged)
 
 
@@ -437,9 +441,9 @@ def test_shards_in_quarantine_are_passed_over_and_the_checkpoint_remembers(tars)
     broken = config(tars, quarantine=["train-000001.tar"])
     with pytest.raises(DataError, match="no whole, uncompressed tar"):
         Steps(config(tars))
-    with pytest.raises(DataError, match="source train was 3 shards"):  # without an index nothing is known of it
-        Steps(broken, state=steps.state())
-    later = Steps(broken)
+    infos = [info for step in Steps(broken).infos(4) for info, _ in step]  # a new run: nothing is known of it
+    assert {info.key.split("-")[0] for info in infos} == {"0", "2"}
+    later = Steps(broken, state=steps.state())  # and in the old one it is passed over
     infos = [info for step in later.infos(4) for info, _ in step]
     assert {info.key.split("-")[0] for info in infos} == {"0", "2"}
     assert later.state()["quarantine"] == ["train-000001.tar"]
@@ -477,9 +481,13 @@ def test_filters_leave_out_and_are_counted_apart(tmp_path, make_tar, make_pictur
     source = SourceConfig(name="laion-aesthetics-v2", root=path, filters=filters)
     steps = Steps(config(None, sources=[source]))
     assert {key for step in steps.take(4) for key, _ in step} == {"k0"}
-    delivered, skipped, filtered = steps.state()["totals"]["laion-aesthetics-v2"]
-    assert (delivered, skipped) == (32, 0)
-    assert filtered >= 7 * 24
+    totals = steps.state()["totals"]["laion-aesthetics-v2"]
+    assert (totals["delivered"], totals["skipped"]) == (32, 0)
+    filtered = {name: count for name, count in totals.items() if name.startswith("filtered/")}
+    assert filtered.keys() == {
+        f"filtered/{name}" for name in ("nsfw", "aesthetic", "min_side", "max_aspect_ratio", "not_keys")
+    }
+    assert min(filtered.values()) > 10
     impossible = SourceConfig(name="x", root=path, filters=FilterConfig(min_side=400))
     with pytest.raises(DataError, match=r"samples in a row do not pass its filters.*loosen"):
         Steps(config(None, sources=[impossible])).take(1)
@@ -506,3 +514,117 @@ def test_sources_that_do_not_fit_are_errors(tars):
             Steps(config(None, sources=sources))
     with pytest.raises(DataError, match="both given"):
         Steps(config(tars, sources=[SourceConfig(root=str(tars))]))
+
+
+def test_bad_ones_with_filtered_ones_between_them_are_not_in_a_row(tmp_path, make_tar, make_picture, encode):
+    samples = [{"__key__": "good", "jpg": encode(make_picture(1))}]
+    samples += [{"__key__": f"bad{n}", "jpg": b"no image"} for n in range(8)]
+    samples += [{"__key__": f"small{n}", "jpg": encode(make_picture(2, (8, 8)))} for n in range(60)]
+    path = make_tar(tmp_path / "a.tar", samples)
+    source = SourceConfig(root=path, filters=FilterConfig(min_side=20))
+    settings = {"sources": [source], "max_bad_in_a_row": 6, "shuffle_block": 100, "lanes": 1}
+    assert {key for step in Steps(config(None, **settings), batch=1).take(6) for key, _ in step} == {"good"}
+
+
+def test_a_source_that_comes_back_must_be_the_same(mixture, tmp_path, make_tar, make_picture, encode):
+    first = Steps(config(None, sources=mixture, lanes=24), batch=24)
+    before = {(i.source, i.place) for step in first.infos(3) for i, _ in step}
+    without = Steps(config(None, sources=mixture[:2], lanes=24), batch=24, state=first.state())
+    without.infos(2)
+    again = Steps(config(None, sources=mixture, lanes=24), batch=24, state=without.state())
+    after = {(i.source, i.place) for step in again.infos(3) for i, _ in step}
+    assert not {one for one in before & after if one[0] == "large"}
+    make_tar(tmp_path / "large" / "00000.tar", [{"__key__": "x", "jpg": encode(make_picture(1))}])
+    with pytest.raises(
+        DataError, match="source large was 2 shards with 65 samples and is now 2 shards with 26 samples"
+    ):
+        Steps(config(None, sources=mixture, lanes=24), batch=24, state=without.state())
+
+
+def test_quarantine_that_matches_nothing_is_said(tars, caplog):
+    with caplog.at_level(logging.WARNING):
+        Steps(config(tars, quarantine=["train-000009.tar"]))
+    assert "data.quarantine names train-000009.tar, which is none of the shards" in caplog.text
+
+
+def test_fields_and_likeness_of_sources_of_ones_own(tmp_path, make_tar, make_picture, encode):
+    samples = [
+        {"__key__": f"k{n}", "jpg": encode(make_picture(n)), "json": json.dumps({"score": n, "punsafe": n}).encode()}
+        for n in range(10)
+    ]
+    path = make_tar(tmp_path / "a.tar", samples)
+    own = SourceConfig(name="own", root=path, fields={"aesthetic": "score"}, filters=FilterConfig(min_aesthetic=6.0))
+    like = SourceConfig(name="like", root=path, like="laion-aesthetics-v2", filters=FilterConfig(max_nsfw=2.0))
+    delivered = [info for step in Steps(config(None, sources=[own, like])).infos(6) for info, _ in step]
+    assert {info.key for info in delivered if info.source == "own"} == {"k6", "k7", "k8", "k9"}
+    assert {info.key for info in delivered if info.source == "like"} == {"k0", "k1", "k2"}
+
+
+@pytest.fixture
+def many(tmp_path, make_tar, make_picture, encode):
+    """260 tars of 3 samples: more than are scanned beforehand."""
+    (tmp_path / "many").mkdir()
+    content = [encode(make_picture(n)) for n in range(5)]
+    for shard in range(260):
+        samples = [{"__key__": f"{shard}-{n}", "jpg": content[(shard + n) % 5]} for n in range(3)]
+        make_tar(tmp_path / "many" / f"{shard:05d}.tar", samples)
+    return tmp_path / "many"
+
+
+def test_many_tars_without_an_index_go_on_by_shard_with_one(many):
+    expected = Steps(config(many, lanes=24, workers=0), batch=24).infos(14)
+    steps = Steps(config(many, lanes=24), world_size=2, batch=24)
+    assert steps.infos(5) == expected[:5]
+    state = steps.state()
+    paths = sorted(map(str, many.glob("*.tar")))
+    write_index(many / "index.safetensors", paths, [scan(path) for path in paths], ["00" * 32] * len(paths))
+    later = Steps(config(many, lanes=24, workers=3), world_size=2, batch=24, state=state)
+    assert later.infos(9) == expected[5:]
+    counts = Counter((info.place.epoch, info.key) for step in expected for info, _ in step)
+    assert set(counts.values()) == {1}
+    # A shard that breaks is passed over, and the mode stays.
+    (many / "00007.tar").write_bytes(b"broken")
+    (many / "index.safetensors").unlink()
+    broken = Steps(config(many, lanes=24, quarantine=[f"0000{n}.tar" for n in range(4, 9)]), batch=24, state=state)
+    assert not {info.key.split("-")[0] for step in broken.infos(30) for info, _ in step} & {"4", "5", "6", "7", "8"}
+
+
+def test_a_million_samples_open_and_resume_in_less_than_two_seconds(tmp_path):
+    """1,000 tars of 1,000 samples by their index; the tars themselves need not be there for that."""
+    paths = [str(tmp_path / f"{shard:05d}.tar") for shard in range(1000)]
+    for path in paths:
+        Path(path).touch()
+        os.truncate(path, 20_490_240)
+    starts = np.arange(1000, dtype=np.int64) * 20_480
+    tables = [Table(20_490_240, starts, starts + 20_480, np.arange(1000, dtype=np.uint64) + n) for n in range(1000)]
+    write_index(tmp_path / "index.safetensors", paths, tables, ["00" * 32] * 1000)
+    began = time.perf_counter()
+    stream = Steps(config(tmp_path, lanes=256), batch=256).streams[0]
+    opened = time.perf_counter() - began
+    assert stream.sources[0].samples == 1_000_000
+    lanes = {str(lane): [4000 * 3, {"train": [3, 56]}] for lane in range(256)}
+    state = {**stream.behind, "lanes": lanes, "steps": 12_000, "totals": {}}
+    began = time.perf_counter()
+    resumed = Steps(config(tmp_path, lanes=256), batch=256, state=state).streams[0]
+    for lane in range(256):
+        resumed.reader._cursor(lane, 0)._next_window()
+    assert opened < 2
+    assert time.perf_counter() - began < 2
+
+
+def test_a_stream_does_not_grow_slower_with_the_number_of_shards(tmp_path, make_tar, make_picture, encode):
+    """5,000 links to one tar, by their index: what a sample costs must not depend on them."""
+    make_tar(tmp_path / "one.tar", [{"__key__": f"k{n}", "jpg": encode(make_picture(n))} for n in range(20)])
+    table = scan(str(tmp_path / "one.tar"))
+    took = {}
+    for shards in (10, 5000):
+        folder = tmp_path / f"{shards}"
+        folder.mkdir()
+        paths = [str(folder / f"{shard:05d}.tar") for shard in range(shards)]
+        for path in paths:
+            os.link(tmp_path / "one.tar", path)
+        write_index(folder / "index.safetensors", paths, [table] * shards, ["00" * 32] * shards)
+        steps = Steps(config(folder, lanes=8), batch=64)
+        steps.take(3)
+        took[shards] = min(timeit.repeat(lambda steps=steps: steps.take(1), number=1, repeat=8))
+    assert took[5000] < 2 * took[10]

@@ -34,7 +34,7 @@ def keys(*numbers) -> list[str]:
 
 
 def lines(run) -> list[dict]:
-    return [json.loads(line) for line in (run / "skipped.jsonl").read_text().splitlines()]
+    return [json.loads(line) for line in (run / "skipped_steps.jsonl").read_text().splitlines()]
 
 
 def test_a_good_step_writes_and_says_nothing(world, tmp_path):
@@ -47,7 +47,7 @@ def test_a_step_that_is_left_out_is_said_and_its_samples_are_kept(world, tmp_pat
     said = skips.update(7, ["discriminator", "generator"], keys(1, 2))
     assert said == (
         "step 7 is left out: loss or gradient of the discriminator and generator is not finite; "
-        "the keys of its samples are in skipped.jsonl"
+        "the keys of its samples are in skipped_steps.jsonl"
     )
     assert "gradient of the generator is not finite" in skips.update(8, ["generator"], keys(3))
     assert lines(tmp_path) == [
@@ -95,6 +95,6 @@ def test_with_a_limit_of_none_the_first_one_ends_the_run(world, tmp_path):
 def test_of_many_keys_the_line_shows_the_first_and_the_file_all(world, tmp_path):
     with pytest.raises(TrainerError) as error:
         Skips(tmp_path, world, limit=0).update(1, ["generator"], keys(*range(20)))
-    expected = f"its samples: {', '.join(keys(*range(8)))} and 12 more, see {tmp_path / 'skipped.jsonl'}. "
+    expected = f"its samples: {', '.join(keys(*range(8)))} and 12 more, see {tmp_path / 'skipped_steps.jsonl'}. "
     assert expected in str(error.value) and "shard-8" not in str(error.value)
     assert lines(tmp_path)[0]["keys_of_ranks"] == [keys(*range(20))]
