@@ -266,7 +266,8 @@ def open_source(
 
     quarantine: paths or URLs of shards, or their ends after a /. before: the identity that the source had when the run
     began; it goes on to divide its shards as it did. scan_all: every tar without an index that is here, or can be
-    copied into the cache, is scanned, however many there are. progress: called with (tars scanned, tars in all). Raises DataError.
+    copied into the cache, is scanned, however many there are. progress: called with (tars scanned, tars in all).
+    Raises DataError.
     """
     if not (isinstance(config.weight, (int, float)) and 0 < config.weight < math.inf):
         raise DataError(f"source {config.name}: weight={config.weight} must be positive and finite")
