@@ -92,6 +92,7 @@ def write_index(path: str | Path, urls: list[str], tables: list[Table], digests:
     unfinished = path.with_name(f".{path.name}.unfinished-{os.getpid()}")
     try:
         save_file(tensors, unfinished)
+        os.chmod(unfinished, 0o666 & ~_umask())  # safetensors lets the owner alone read it
         os.replace(unfinished, path)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
@@ -144,6 +145,12 @@ class Index:
             if folder and url.startswith(folder) and (number := self.number.get(url.removeprefix(folder))) is not None:
                 return number
         return None
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
 
 
 def _mapped(path: Path) -> dict[str, np.ndarray]:

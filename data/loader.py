@@ -14,6 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
@@ -23,6 +24,7 @@ from data.shards import Access, FolderShard, Limit, Shard, Skipped, find_images,
 from data.sources import Source, SourceConfig, check_names, describe, is_among, open_source
 from data.storage import Cache, Patience
 from data.stream import (
+    SLOTS,
     Deal,
     Info,
     Item,
@@ -179,13 +181,16 @@ class TrainStream:
 
     def __next__(self) -> Batch:
         """The next micro-batch. Its state counts what was delivered and never what workers have read ahead."""
-        images, infos, skipped = [], [], []
+        side = self.config.image_size
+        images_bchw = np.empty((self.micro_batch_size, 3, side, side), np.uint8)
+        infos, skipped = [], []
         while (missing := self.micro_batch_size - len(infos)) > 0:
             item, self.rest = self.rest or self._next_item(), None
             if len(item.infos) > missing:
                 self.rest = Item(item.images_nchw[missing:], item.infos[missing:], {}, [], Counter())
                 item = item._replace(images_nchw=item.images_nchw[:missing], infos=item.infos[:missing])
-            images.append(item.images_nchw)
+            # Not by torch, whose many threads would wait for the cores that the workers use.
+            images_bchw[len(infos) : len(infos) + len(item.infos)] = item.images_nchw
             infos += item.infos
             skipped += item.skipped
             self.lanes.update(item.lanes)
@@ -195,7 +200,7 @@ class TrainStream:
         if self.in_step * self.micro_batch_size == self.deal.share:
             self.in_step, self.steps = 0, self.steps + 1
             self.behind = self._state()
-        return Batch(images[0] if len(images) == 1 else torch.cat(images), infos, self.behind, skipped)
+        return Batch(torch.from_numpy(images_bchw), infos, self.behind, skipped)
 
     def close(self) -> None:
         """Ends the workers."""
@@ -361,6 +366,10 @@ class _WorkerItems:
     def __init__(self, items: Items, workers: int):
         self.workers = workers
         self.told, self.tell = os.pipe()  # a byte for each worker tells it to end
+        side = items.reader.transform.image_size
+        shape = workers, SLOTS, items.deal.item, 3, side, side
+        items.shared = torch.empty(shape, dtype=torch.uint8).share_memory_().numpy()
+        self.shared, self.taken = items.shared, 0
         # Its own generator, since a DataLoader draws a seed and would move the global random state.
         self.iterator: Iterator | None = iter(
             DataLoader(
@@ -368,6 +377,7 @@ class _WorkerItems:
                 batch_size=None,
                 collate_fn=_as_is,
                 num_workers=workers,
+                prefetch_factor=SLOTS - 1,
                 multiprocessing_context="fork",  # for the pipe, and for what is known of the shards
                 worker_init_fn=functools.partial(_start_worker, self.told),
                 generator=torch.Generator(),
@@ -377,9 +387,14 @@ class _WorkerItems:
         atexit.register(_close, weakref.ref(self))
 
     def __next__(self) -> Item | DataError:
+        """Its images are to be copied before the next item is asked for."""
         if self.iterator is None:
             raise StopIteration
-        return next(self.iterator)
+        item = next(self.iterator)
+        # A DataLoader asks a worker for its item n + 2 when item n is taken.
+        number, worker = divmod(self.taken, self.workers)
+        self.taken += 1
+        return item if isinstance(item, DataError) else item._replace(images_nchw=self.shared[worker, number % SLOTS])
 
     def close(self) -> None:
         if self.iterator is not None:

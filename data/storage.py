@@ -126,9 +126,12 @@ def read(url: str, start: int, stop: int, patience: Patience = PATIENCE) -> byte
     if is_remote(url):
         content = _patiently(url, patience, lambda seconds_left: _read_once(url, start, stop, seconds_left()))
     else:
-        with _local(url), open(url, "rb") as file:
-            file.seek(start)
-            content = file.read(stop - start)
+        with _local(url):
+            file = os.open(url, os.O_RDONLY)  # no buffer, which would read whole pages on either side
+            try:
+                content = os.pread(file, stop - start, start)
+            finally:
+                os.close(file)
         if len(content) < stop - start:
             raise DataError(_shorter(url, stop))
     _client().count(len(content))

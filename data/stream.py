@@ -18,7 +18,6 @@ import functools
 import hashlib
 import heapq
 import itertools
-import math
 import os
 import random
 import threading
@@ -29,7 +28,6 @@ from queue import Queue
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch.utils.data import IterableDataset, get_worker_info
 
 from data import DataError
@@ -43,6 +41,8 @@ FETCHES = 16  # windows of remote shards that a process fetches at once
 LEAST_PATIENCE = 1000  # samples that may fail a source's filters in a row, in a small source
 PATIENCE_UNCOUNTED = 100_000  # and in one whose size is not known
 MOST_LANES = 100_000
+# Of each worker. It may begin an item when the one before the last was taken, and is copied by then: see _WorkerItems.
+SLOTS = 3
 
 
 def seed_of(*parts) -> int:
@@ -393,10 +393,10 @@ class Info(NamedTuple):
 
 
 class Item(NamedTuple):
-    """What a reader hands over. images: uint8 (n, 3, side, side); lanes: the states that its lanes now have; filtered:
-    (source, filter) -> samples left out."""
+    """What a reader hands over. images_nchw: uint8 (n, 3, side, side), or None: in `Items.shared`; lanes: the states
+    that its lanes now have; filtered: (source, filter) -> samples left out."""
 
-    images_nchw: torch.Tensor
+    images_nchw: np.ndarray | None
     infos: list[Info]
     lanes: dict[int, list]
     skipped: list[Skipped]
@@ -423,12 +423,10 @@ class Reader:
         self.patience = [max(LEAST_PATIENCE, source.samples or PATIENCE_UNCOUNTED) for source in self.sources]
         self.given = {lane: state[0] for lane, state in self.states.items()}
 
-    def item(self, lanes: list[int]) -> Item:
-        """One image from each of `lanes`, which may name a lane several times."""
-        side = self.transform.image_size
-        images_nchw = _empty(len(lanes), 3, side, side)
+    def item(self, lanes: list[int], images_nchw: np.ndarray) -> Item:
+        """One image from each of `lanes`, which may name a lane several times, put into `images_nchw`."""
         infos, skipped, filtered = [], [], Counter()
-        for image_chw, lane in zip(images_nchw.numpy(), lanes, strict=True):
+        for image_chw, lane in zip(images_nchw, lanes, strict=True):
             infos.append(self._image(lane, image_chw, skipped, filtered))
         return Item(images_nchw, infos, {lane: self._state(lane) for lane in set(lanes)}, skipped, filtered)
 
@@ -482,14 +480,6 @@ class Reader:
                 )
 
 
-def _empty(*shape: int) -> torch.Tensor:
-    """uint8; in a loader worker in shared memory at once, where the DataLoader would copy it."""
-    if get_worker_info() is None:
-        return torch.empty(shape, dtype=torch.uint8)
-    storage = torch.UntypedStorage._new_shared(math.prod(shape), device="cpu")
-    return torch.empty(0, dtype=torch.uint8).set_(storage).reshape(shape)
-
-
 @dataclass
 class Items(IterableDataset):
     """A rank's endless items, dealt by turn to the DataLoader's workers.
@@ -500,6 +490,9 @@ class Items(IterableDataset):
     reader: Reader
     deal: Deal
     first_reader: int = 0
+    # uint8 (workers, SLOTS, images of an item, 3, side, side), which the workers write to by turn: fresh shared memory
+    # for each item would cost as much as a tenth of decoding its images.
+    shared: np.ndarray | None = None
 
     def __iter__(self) -> Iterator[Item | DataError]:
         worker = get_worker_info()
@@ -508,14 +501,23 @@ class Items(IterableDataset):
         # Whichever lane gave least is next, the first among equals.
         waiting = [(given[lane], n, lane) for n, lane in enumerate(self.deal.reader_lanes(turn % self.deal.readers))]
         heapq.heapify(waiting)
+        images_of_item, images_of_lane, side = (
+            self.deal.item,
+            self.deal.images_of_lane,
+            self.reader.transform.image_size,
+        )
         try:
-            while True:
+            for number in itertools.count():
                 lanes = []
-                while len(lanes) < self.deal.item:
+                while len(lanes) < images_of_item:
                     count, n, lane = waiting[0]
-                    lanes += [lane] * self.deal.images_of_lane
-                    heapq.heapreplace(waiting, (count + self.deal.images_of_lane, n, lane))
-                yield self.reader.item(lanes)
+                    lanes += [lane] * images_of_lane
+                    heapq.heapreplace(waiting, (count + images_of_lane, n, lane))
+                if worker is None:
+                    yield self.reader.item(lanes, np.empty((images_of_item, 3, side, side), np.uint8))
+                else:
+                    item = self.reader.item(lanes, self.shared[worker.id, number % SLOTS])
+                    yield item._replace(images_nchw=None)  # they are where the other side looks for them
         except DataError as error:
             yield error
 

@@ -306,7 +306,7 @@ def bound(tars: Tars, workers: int, seconds: float) -> Rate:
                 contents.append(shard.read(index).image())
     transform, count = transform_of(tars.config()), max(1, workers)
     context = multiprocessing.get_context("fork")
-    ready, rates = context.Barrier(count), context.SimpleQueue()
+    ready, rates = context.Barrier(count, timeout=600), context.SimpleQueue()
 
     def work(first: int) -> None:
         own, rng, images = contents[first::count], random.Random(first), 0
@@ -323,12 +323,16 @@ def bound(tars: Tars, workers: int, seconds: float) -> Rate:
             passed = time.perf_counter() - start
         rates.put(Rate(images, images / passed, time.process_time() - processor))
 
-    if workers == 0:
-        work(0)
-    for process in [context.Process(target=work, args=(first,)) for first in range(workers)]:
+    processes = [context.Process(target=work, args=(first,)) for first in range(workers)]
+    for process in processes:
         process.start()
-    all_rates = [rates.get() for _ in range(count)]
-    return Rate(*(sum(values) for values in zip(*all_rates, strict=True)))
+    if not workers:
+        work(0)
+    for process in processes:
+        process.join()
+    if any(process.exitcode for process in processes):
+        raise DataError("a process was killed, perhaps for lack of memory")
+    return Rate(*(sum(values) for values in zip(*(rates.get() for _ in range(count)), strict=True)))
 
 
 def _source(tars: Tars) -> Source:
@@ -480,16 +484,13 @@ def _measured(root: str, plan: Plan) -> Iterator[Row]:
             if rows[scheme].reason:
                 continue
             with bench._saying(f"measuring {number} of {in_all}: {scheme}, {_plural(workers, 'worker')}"):
-                answer = _run("measure", root=root, scheme=scheme, workers=workers, **_of_plan(plan))
+                settings = {"image_size": plan.image_size, "world": plan.world, "seconds": plan.seconds}
+                answer = _run("measure", root=root, scheme=scheme, workers=workers, **settings)
             if "failed" in answer:
                 rows[scheme] = Row(workers, scheme, [], answer["failed"])
             else:
                 rows[scheme].rates.append(Rate(**answer))
         yield from rows.values()
-
-
-def _of_plan(plan: Plan) -> dict:
-    return {"image_size": plan.image_size, "world": plan.world, "seconds": plan.seconds}
 
 
 def _count(root: str, report: Report) -> None:
