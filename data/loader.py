@@ -2,6 +2,7 @@
 
 import atexit
 import functools
+import gc
 import logging
 import math
 import os
@@ -419,6 +420,7 @@ def _start_worker(told: int, _: int) -> None:
     # Launchers signal whole process groups. The parent decides when a run ends, and ends its workers.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    gc.freeze()  # what is inherited need not be gone through for garbage
     threading.Thread(target=_end_when_told, args=(told,), daemon=True).start()
 
 

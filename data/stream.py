@@ -459,7 +459,7 @@ class Reader:
                 key = sample.key
                 picked: Picked = source.pick(sample)
                 rng = random.Random(seed_of(self.seed, "augment", source.name, *place))
-                image_chw[:] = self.transform(picked.image, rng, source.filters.check_size)
+                self.transform(picked.image, rng, source.filters.check_size, image_chw)
                 self.given[lane] += 1
                 return Info(source.name, key, shard, place, picked.caption, picked.label)
             except Filtered as error:

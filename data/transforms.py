@@ -361,8 +361,11 @@ class TrainingTransform:
         content: bytes,
         rng: random.Random,
         check_size: Callable[[int, int], None] = lambda width, height: None,
+        out: np.ndarray | None = None,
     ) -> np.ndarray:
-        """uint8 (3, image_size, image_size). check_size: as of `decode`. Raises ImageError, Filtered."""
+        """uint8 (3, image_size, image_size), in `out` where it is given. check_size: as of `decode`.
+
+        Raises ImageError, Filtered; `out` may hold anything then."""
         side, resize = self.image_size, resize_named(self.resize)
         # The smallest crop's shorter side, as a part of the image's: its area at the most extreme aspect ratio.
         smallest = math.sqrt(self.crop_scale[0] * 3 / 4) if self.crop == "random_resized" else 1
@@ -375,8 +378,10 @@ class TrainingTransform:
             image = resize_and_center_crop(image, side, resize)
         if self.flip and rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
-        pixels = pixels_chw(image)
-        return jitter_colors(pixels, rng, self.color_jitter) if self.color_jitter else pixels
+        pixels = pixels_chw(image, out)
+        if self.color_jitter:
+            pixels[:] = jitter_colors(pixels, rng, self.color_jitter)
+        return pixels
 
 
 def jitter_colors(image_chw: np.ndarray, rng: random.Random, strength: float) -> np.ndarray:
@@ -396,6 +401,6 @@ def jitter_colors(image_chw: np.ndarray, rng: random.Random, strength: float) ->
     return np.rint(colors + offset).clip(0, 255).astype(np.uint8).reshape(image_chw.shape)
 
 
-def pixels_chw(image: Image.Image) -> np.ndarray:
-    """RGB image -> uint8 (3, height, width), contiguous and writable."""
-    return np.stack([np.asarray(band) for band in image.split()])  # half again as fast as to transpose
+def pixels_chw(image: Image.Image, out: np.ndarray | None = None) -> np.ndarray:
+    """RGB image -> uint8 (3, height, width), contiguous and writable, in `out` where it is given."""
+    return np.stack([np.asarray(band) for band in image.split()], out=out)  # half again as fast as to transpose
