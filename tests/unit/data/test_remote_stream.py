@@ -10,11 +10,11 @@ import time
 from collections import Counter
 
 import pytest
+from serving import Server, s3
 
 from data import DataConfig, DataError, SourceConfig, scan, train_batches
 from data.index import write_index
 from data.storage import bytes_read
-from tests.serving import Server, s3
 
 NAMES = [f"train-{n:06d}.tar" for n in range(8)]
 PATIENCE = {"request_seconds": 1.0, "retry_seconds": 3.0}
