@@ -45,7 +45,7 @@ setup(
     extras_require={
         # For the generator to come; today `ibq bench` alone uses it, as a peer.
         # NVIDIA's apex has no wheel: PyPI's `apex` is another project.
-        "gpu": ["flash-attn>=2.6"],
+        "gpu": ["flash-attn>=2.6", "liger-kernel>=0.8.5"],
         "s3": ["s3fs>=2024.6"],
         "gs": ["gcsfs"],
         "test": ["pytest>=8", "ruff>=0.12", "setuptools>=77", "s3fs>=2024.6", "moto[server]>=5"],

@@ -1,19 +1,26 @@
-"""Images from WebDataset tars: packing, decoding, the endless training stream and the ordered evaluation stream."""
+"""Images or their tokens from WebDataset tars: packing, decoding, the endless training stream and the ordered
+evaluation stream."""
 
 
 class DataError(Exception):
     """A mistake in the data or in how it is asked for; one line that names the mistake and the mend."""
 
 
+from data.evaluation import (  # noqa: E402
+    EvaluationImage,
+    EvaluationImages,
+    EvaluationToken,
+    EvaluationTokens,
+    evaluation_images,
+    evaluation_tokens,
+)
 from data.loader import (  # noqa: E402
     Batch,
     DataConfig,
-    EvaluationImage,
-    EvaluationImages,
     TrainStream,
     access_of,
     check,
-    evaluation_images,
+    token_header,
     train_batches,
 )
 from data.pack import PackReport, pack  # noqa: E402
@@ -22,6 +29,7 @@ from data.shards import Skipped, expand, scan  # noqa: E402
 from data.sources import FilterConfig, SourceConfig, catalogue  # noqa: E402
 from data.storage import redacted  # noqa: E402
 from data.stream import add_totals, merge_states  # noqa: E402
+from data.tokens import TokenHeader, TokenSpec, pack_codes, unpack_codes  # noqa: E402
 from data.transforms import ImageError, decode  # noqa: E402
 
 __all__ = [
@@ -30,11 +38,15 @@ __all__ = [
     "DataError",
     "EvaluationImage",
     "EvaluationImages",
+    "EvaluationToken",
+    "EvaluationTokens",
     "FilterConfig",
     "ImageError",
     "PackReport",
     "Skipped",
     "SourceConfig",
+    "TokenHeader",
+    "TokenSpec",
     "TrainStream",
     "access_of",
     "add_totals",
@@ -43,10 +55,14 @@ __all__ = [
     "check",
     "decode",
     "evaluation_images",
+    "evaluation_tokens",
     "expand",
     "merge_states",
     "pack",
+    "pack_codes",
     "redacted",
     "scan",
+    "token_header",
     "train_batches",
+    "unpack_codes",
 ]

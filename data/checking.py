@@ -19,8 +19,9 @@ import numpy as np
 from data import DataError
 from data.index import Index, Table, common_root, key_hash
 from data.parallel import in_processes
-from data.shards import MOST_MEMBER_BYTES, RANGE_BYTES, ForwardFile, Span, is_image, parse, spans
+from data.shards import CODES, MOST_MEMBER_BYTES, RANGE_BYTES, ForwardFile, Span, is_content, parse, spans
 from data.storage import PATIENCE, Patience, is_remote, read, redacted
+from data.tokens import unpack_codes
 from data.transforms import ImageError, decode
 
 BLOCK_BYTES = 512  # of a tar: each header is one, and members fill whole ones
@@ -32,7 +33,7 @@ BROKEN = frozenset({"truncated", "corrupt", "empty", "unreadable", "missing"})
 
 class Problem(NamedTuple):
     """kind: truncated, corrupt, empty, unreadable or missing (see BROKEN), or duplicate shard, duplicate key, bad key,
-    no image, undecodable (an image), index (the shard is not as its index tells).
+    no image (and no tokens), undecodable (an image, or codes), index (the shard is not as its index tells).
 
     sample: its number in the shard, from 0; None where the problem is the whole shard's.
     """
@@ -106,8 +107,8 @@ def check_shards(
 ) -> Iterator[Checked]:
     """Each tar as soon as it and those before it are checked, in `jobs` processes.
 
-    index: what the tars are compared with. decode_images: every image is decoded. What one tar alone cannot tell is
-    left to `find_duplicates` and `missing_shards`.
+    index: what the tars are compared with. decode_images: every image is decoded; codes are looked at in any case. What
+    one tar alone cannot tell is left to `find_duplicates` and `missing_shards`.
     """
     root = common_root(urls)
     for checked in in_processes(functools.partial(check_shard, decode_images=decode_images), urls, jobs):
@@ -164,11 +165,11 @@ class _Hashed(ForwardFile):
 
 def _check_samples(file: _Hashed, checked: Checked, decode_images: bool, patience: Patience) -> None:
     starts, stops, hashes = array("q"), array("q"), array("Q")
-    packer, keys, images, damage = zlib.compressobj(1), bytearray(), 0, None
+    packer, keys, usable, damage = zlib.compressobj(1), bytearray(), 0, None
     try:
         for number, span in enumerate(spans(file, checked.name)):
             content = file.take(span.start, span.stop)
-            images += _check_sample(checked, number, span, content, decode_images)
+            usable += _check_sample(checked, number, span, content, decode_images)
             starts.append(span.start)
             stops.append(span.stop)
             hashes.append(key_hash(span.key))
@@ -182,8 +183,8 @@ def _check_samples(file: _Hashed, checked: Checked, decode_images: bool, patienc
             damage = _find_damage(file.path, file.bytes, stops[-1] if stops else 0, patience)
             damage = damage or Problem("corrupt", str(error.__cause__))
     checked.samples, checked.keys = len(starts), bytes(keys + packer.flush())
-    if damage is None and not images:
-        damage = Problem("empty", f"no image in any of its {checked.samples:,} samples")
+    if damage is None and not usable:
+        damage = Problem("empty", f"no image and no tokens in any of its {checked.samples:,} samples")
         checked.drop("no image")  # which said so of each
     if damage is not None:
         checked.add(*damage)
@@ -193,20 +194,24 @@ def _check_samples(file: _Hashed, checked: Checked, decode_images: bool, patienc
 
 
 def _check_sample(checked: Checked, number: int, span: Span, content: bytes, decode_images: bool) -> bool:
-    """Whether there is an image in the sample."""
-    has_image = any(map(is_image, span.suffixes))
+    """Whether there is an image in the sample, or its tokens."""
+    has_content = any(map(is_content, span.suffixes))
     if twice := [suffix for suffix, count in Counter(span.suffixes).items() if count > 1]:
         checked.add("duplicate key", f"{span.key} comes twice in a row, with {', '.join(twice)}", number, span.key)
     elif span.key.startswith("/") or ".." in span.key.split("/"):
         checked.add("bad key", f"{span.key} leads out of its folder", number, span.key)
-    elif not has_image:
+    elif not has_content:
         checked.add("no image", f"{span.key} has {', '.join(span.suffixes)} only", number, span.key)
-    elif decode_images:
+    elif decode_images or CODES in span.suffixes:
         try:
-            decode(parse(content, number, checked.name).image())
+            sample = parse(content, number, checked.name)
+            if CODES in span.suffixes:
+                unpack_codes(sample.members[CODES])
+            else:
+                decode(sample.image())
         except (ImageError, DataError) as error:
             checked.add("undecodable", f"{span.key}: {error}", number, span.key)
-    return has_image
+    return has_content
 
 
 # -------------------------------------------------------------------------------------------------------------- damage

@@ -7,7 +7,7 @@ import itertools
 import math
 from collections import Counter
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -15,8 +15,9 @@ from PIL import Image, UnidentifiedImageError
 
 from data import DataError
 from data.parallel import in_processes
-from data.shards import Limit, Sample, Shard
-from data.sources import Source, metadata_of
+from data.shards import CODES, Limit, Sample, Shard
+from data.sources import TOKENS, Source, metadata_of
+from data.tokens import TokenHeader, unpack_codes
 from data.transforms import FORMATS, MAX_PIXELS, ImageError
 
 # Lower borders of a histogram's bins.
@@ -81,13 +82,15 @@ class Counted:
     """What samples hold.
 
     bytes: of all their members. formats: JPEG, PNG, WEBP -> images. sides: pixels of the shorter side -> images.
-    shapes: place in SHAPES -> images. lengths: characters of the caption -> samples. classes: class -> samples.
-    scores: number that filters know -> Score. unusable: those that training would pass over, the first with reasons.
+    shapes: place in SHAPES -> images. tokens: what codes tell of themselves -> samples. lengths: characters of the
+    caption -> samples. classes: class -> samples. scores: number that filters know -> Score. unusable: those that
+    training would pass over, the first with reasons.
     """
 
     samples: int = 0
     bytes: int = 0
     formats: Counter[str] = field(default_factory=Counter)
+    tokens: Counter[TokenHeader] = field(default_factory=Counter)
     sides: Counter[int] = field(default_factory=Counter)
     shapes: Counter[int] = field(default_factory=Counter)
     lengths: Counter[int] = field(default_factory=Counter)
@@ -134,6 +137,7 @@ class Counted:
             "unusable": self.unusable_samples,
             "unusable_first": self.unusable,
             "formats": dict(self.formats.most_common()),
+            "tokens": [{**header._asdict(), "samples": samples} for header, samples in self.tokens.most_common()],
             "shorter_side": spread_of(self.sides),
             "captions": {"missing": self.missing_captions, "characters": spread_of(self.lengths)},
             "classes": {
@@ -272,12 +276,17 @@ def _samples(shard: Shard, numbers: np.ndarray | None) -> Iterator[Sample | Imag
 
 def _count_sample(counted: Counted, source: Source, sample: Sample) -> None:
     counted.bytes += sum(map(len, sample.members.values()))
-    picked = source.pick(sample)
-    header = _header(picked.image)
+    if CODES in sample.members:
+        picked = replace(source, layout=TOKENS).pick(sample)
+        header, _ = unpack_codes(picked.content)
+        counted.tokens[header] += 1
+    else:
+        picked = source.pick(sample)
+        header = _header(picked.content)
+        counted.formats[header.format] += 1
+        counted.sides[min(header.width, header.height)] += 1
+        counted.shapes[_nearest_shape(header.width / header.height)] += 1
     scores = metadata_of(sample) if counted.scores else {}
-    counted.formats[header.format] += 1
-    counted.sides[min(header.width, header.height)] += 1
-    counted.shapes[_nearest_shape(header.width / header.height)] += 1
     if picked.caption is not None and str(picked.caption).strip():
         counted.lengths[len(str(picked.caption).strip())] += 1
     else:

@@ -1,4 +1,4 @@
-"""What training and evaluation read from: `train_batches` and `evaluation_images`."""
+"""What training reads from: `train_batches`."""
 
 import atexit
 import functools
@@ -20,9 +20,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from data import DataError
-from data.photographs import cache_folder
-from data.shards import Access, FolderShard, Limit, Shard, Skipped, find_images, folder_shard, is_image
-from data.sources import Source, SourceConfig, check_names, describe, is_among, open_source
+from data.evaluation import evaluation_images, evaluation_tokens
+from data.shards import Access, Limit, Skipped
+from data.sources import Source, SourceConfig, check_names, describe, is_among, open_shards, open_source
 from data.storage import Cache, Patience
 from data.stream import (
     SLOTS,
@@ -38,12 +38,13 @@ from data.stream import (
     make_state,
     resume,
 )
-from data.transforms import ImageError, TrainingTransform, decode, pixels_chw, resize_and_center_crop, resize_named
+from data.tokens import TokenHeader, TokenSpec, TokenTransform, check_tokens, first_header
+from data.transforms import TrainingTransform
 
 logger = logging.getLogger(__name__)
 
+CONTENTS = ("images", "tokens")
 SHOWN_SKIPS = 10  # samples that each process names as it leaves them out; all of them are listed in `skipped`
-EVALUATION_CACHE_BYTES = 50 * 10**9
 BUDGET_SAMPLES = 2000  # of a source, over which `max_bad_fraction` is taken
 BUDGET_LEAST = 20  # so many bad ones are never too many
 
@@ -56,6 +57,8 @@ class DataConfig:
     val: Any = None
     # A mixture, in place of `train`: a list of sources with name, root, weight, index, filters (`data.SourceConfig`).
     sources: list[SourceConfig] = field(default_factory=list)
+    # What the samples hold: `images`, or their `tokens` as `ibq tokenize` wrote them.
+    content: str = "images"
     image_size: int = 256
     # Side of validation crops; None: as in training. Convolutional models may be judged at another size.
     val_image_size: int | None = None
@@ -89,14 +92,16 @@ class DataConfig:
 
 
 class Batch(NamedTuple):
-    """One micro-batch of one rank. images_bchw: uint8 (b, 3, image_size, image_size); infos: one for each image.
+    """One micro-batch of one rank.
+
+    values: uint8 (b, 3, image_size, image_size) images, or int32 (b, t) codes; infos: one for each of them.
 
     state: what to resume from (see `merge_states`). After a step's last micro-batch it is the state behind that step;
     after an earlier one, the state before it, so that a step cut short is taken again whole.
     skipped: the samples that were left out on the way to this micro-batch as unusable.
     """
 
-    images_bchw: torch.Tensor
+    values: torch.Tensor
     infos: list[Info]
     state: dict
     skipped: list[Skipped]
@@ -106,6 +111,11 @@ class Batch(NamedTuple):
         """The samples' keys."""
         return [info.key for info in self.infos]
 
+    @property
+    def labels(self) -> list[int | None]:
+        """The samples' classes, None where there is none."""
+        return [info.label for info in self.infos]
+
 
 class TrainStream:
     """A rank's endless micro-batches; each optimiser step takes global_batch_size / (world_size * micro_batch_size).
@@ -113,7 +123,7 @@ class TrainStream:
     The global batch of a step depends on the seed, the sources, `global_batch_size` and the number of lanes only, bit
     for bit, at any number of ranks and workers that divides the lanes.
     state: a merged state to resume from: at any such division exactly; at any other division or batch size without
-    loss or repeats.
+    loss or repeats. tokens: what is expected of token shards, with data.content=tokens.
     Raises DataError, before anything is read for training where the mistake can be seen by then.
     """
 
@@ -127,6 +137,7 @@ class TrainStream:
         world_size: int,
         seed: int,
         state: dict | None = None,
+        tokens: TokenSpec | None = None,
     ):
         _check_numbers(config)
         self.config, self.micro_batch_size = config, micro_batch_size
@@ -165,8 +176,9 @@ class TrainStream:
             # A source that is left out for a while comes back to where it was.
             self.of["sources"] = {**before, **self.of["sources"]}
         self.lanes = {lane: lanes_states.get(lane, [0, {}]) for lane in self.deal.rank_lanes}
+        self.transform = transform_of(config, tokens)
         self.reader = Reader(
-            self.sources, transform_of(config), seed, lanes, limit, config.max_bad_in_a_row, dict(self.lanes)
+            self.sources, self.transform, seed, lanes, limit, config.max_bad_in_a_row, dict(self.lanes)
         )
         first = self.deal.first_reader({lane: place[0] for lane, place in self.lanes.items()})
         items = Items(self.reader, self.deal, first)
@@ -182,16 +194,15 @@ class TrainStream:
 
     def __next__(self) -> Batch:
         """The next micro-batch. Its state counts what was delivered and never what workers have read ahead."""
-        side = self.config.image_size
-        images_bchw = np.empty((self.micro_batch_size, 3, side, side), np.uint8)
+        values = np.empty((self.micro_batch_size, *self.transform.shape), self.transform.dtype)
         infos, skipped = [], []
         while (missing := self.micro_batch_size - len(infos)) > 0:
             item, self.rest = self.rest or self._next_item(), None
             if len(item.infos) > missing:
-                self.rest = Item(item.images_nchw[missing:], item.infos[missing:], {}, [], Counter())
-                item = item._replace(images_nchw=item.images_nchw[:missing], infos=item.infos[:missing])
+                self.rest = Item(item.values[missing:], item.infos[missing:], {}, [], Counter())
+                item = item._replace(values=item.values[:missing], infos=item.infos[:missing])
             # Not by torch, whose many threads would wait for the cores that the workers use.
-            images_bchw[len(infos) : len(infos) + len(item.infos)] = item.images_nchw
+            values[len(infos) : len(infos) + len(item.infos)] = item.values
             infos += item.infos
             skipped += item.skipped
             self.lanes.update(item.lanes)
@@ -201,7 +212,7 @@ class TrainStream:
         if self.in_step * self.micro_batch_size == self.deal.share:
             self.in_step, self.steps = 0, self.steps + 1
             self.behind = self._state()
-        return Batch(torch.from_numpy(images_bchw), infos, self.behind, skipped)
+        return Batch(torch.from_numpy(values), infos, self.behind, skipped)
 
     def close(self) -> None:
         """Ends the workers."""
@@ -280,17 +291,37 @@ def train_batches(config: DataConfig, **options) -> TrainStream:
 
 
 def check(
-    config: DataConfig, train: bool = True, progress: Callable[[int, int], None] = lambda done, total: None
+    config: DataConfig,
+    train: bool = True,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    tokens: TokenSpec | None = None,
 ) -> None:
     """Raises DataError for settings or shards that training could not start with. train: whether the shards to train
-    on are looked at, too. progress: called with (tars scanned, tars in all)."""
+    on are looked at, too. progress: called with (tars scanned, tars in all). tokens: what is expected of token shards,
+    with data.content=tokens; the first sample of each source is compared with it."""
     _check_numbers(config)
-    transform_of(config)
+    transform_of(config, tokens)
     if train:
-        open_sources(config, frozenset(config.quarantine), progress=progress)
-    if config.val is not None:
+        sources = open_sources(config, frozenset(config.quarantine), progress=progress)
+        for source in sources if config.content == "tokens" else []:
+            shards = [shard for n, shard in enumerate(source.shards) if n not in source.quarantined]
+            check_tokens(first_header(shards, f"source {source.name}"), tokens, f"source {source.name}")
+    if config.val is None:
+        return
+    if config.content == "tokens":
+        evaluation_tokens(config.val, tokens, access=access_of(config))
+    else:
         side = config.val_image_size or config.image_size
         evaluation_images(config.val, image_size=side, resize=config.resize, access=access_of(config))
+
+
+def token_header(config: DataConfig) -> TokenHeader:
+    """What the first token sample of the first source tells; nothing more is read. Raises DataError."""
+    (one, *_), access = _configs(config), access_of(config)
+    shards = open_shards(one, access, allow_pipes=config.allow_pipes, quarantine=frozenset(config.quarantine))
+    kept = [shard for shard in shards if not is_among(shard.url, frozenset(config.quarantine))]
+    return first_header(kept, f"source {one.name}")
 
 
 def access_of(config: DataConfig) -> Access:
@@ -308,15 +339,12 @@ def open_sources(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Source]:
     """The sources of a `data` section, opened. before: source -> its identity when the run began. Raises DataError."""
-    if config.train is not None and config.sources:
-        raise DataError("data.train and data.sources are both given: leave one out")
-    configs = config.sources or [SourceConfig(root=config.train)]
-    check_names(configs)
-    access = access_of(config)
+    configs, access = _configs(config), access_of(config)
     sources = [
         open_source(
             one,
             access,
+            content=config.content,
             allow_pipes=config.allow_pipes,
             quarantine=quarantine,
             before=(before or {}).get(one.name),
@@ -329,6 +357,14 @@ def open_sources(
         if not any(is_among(url, frozenset([part])) for url in urls):
             logger.warning("data.quarantine names %s, which is none of the shards", part)
     return sources
+
+
+def _configs(config: DataConfig) -> list[SourceConfig]:
+    if config.train is not None and config.sources:
+        raise DataError("data.train and data.sources are both given: leave one out")
+    configs = config.sources or [SourceConfig(root=config.train)]
+    check_names(configs)
+    return configs
 
 
 def _check_numbers(config: DataConfig) -> None:
@@ -344,8 +380,14 @@ def _check_numbers(config: DataConfig) -> None:
         raise DataError(f"data.lanes={config.lanes} must be at least 1")
 
 
-def transform_of(config: DataConfig) -> TrainingTransform:
+def transform_of(config: DataConfig, tokens: TokenSpec | None = None) -> TrainingTransform | TokenTransform:
     """The training transform of a `data` section. Raises DataError."""
+    if config.content not in CONTENTS:
+        raise DataError(f"unknown data.content {config.content!r}: choose one of {', '.join(CONTENTS)}")
+    if config.content == "tokens":
+        if tokens is None:
+            raise DataError("data.content=tokens is for a run that trains on tokens: set data.content=images")
+        return TokenTransform(tokens)
     return TrainingTransform(
         config.image_size, config.crop, tuple(config.crop_scale), config.resize, config.flip, config.color_jitter
     )
@@ -367,9 +409,9 @@ class _WorkerItems:
     def __init__(self, items: Items, workers: int):
         self.workers = workers
         self.told, self.tell = os.pipe()  # a byte for each worker tells it to end
-        side = items.reader.transform.image_size
-        shape = workers, SLOTS, items.deal.item, 3, side, side
-        items.shared = torch.empty(shape, dtype=torch.uint8).share_memory_().numpy()
+        transform = items.reader.transform
+        values = np.empty((workers, SLOTS, items.deal.item, *transform.shape), transform.dtype)
+        items.shared = torch.from_numpy(values).share_memory_().numpy()
         self.shared, self.taken = items.shared, 0
         # Its own generator, since a DataLoader draws a seed and would move the global random state.
         self.iterator: Iterator | None = iter(
@@ -388,14 +430,14 @@ class _WorkerItems:
         atexit.register(_close, weakref.ref(self))
 
     def __next__(self) -> Item | DataError:
-        """Its images are to be copied before the next item is asked for."""
+        """Its values are to be copied before the next item is asked for."""
         if self.iterator is None:
             raise StopIteration
         item = next(self.iterator)
         # A DataLoader asks a worker for its item n + 2 when item n is taken.
         number, worker = divmod(self.taken, self.workers)
         self.taken += 1
-        return item if isinstance(item, DataError) else item._replace(images_nchw=self.shared[worker, number % SLOTS])
+        return item if isinstance(item, DataError) else item._replace(values=self.shared[worker, number % SLOTS])
 
     def close(self) -> None:
         if self.iterator is not None:
@@ -427,89 +469,3 @@ def _start_worker(told: int, _: int) -> None:
 def _end_when_told(told: int) -> None:
     os.read(told, 1)
     os._exit(0)  # a worker holds nothing that is worth waiting for
-
-
-# ------------------------------------------------------------------------------------------------------- evaluation
-
-
-class EvaluationImage(NamedTuple):
-    """key: the sample's key, or the file's path in its folder; image_chw: uint8 (3, h, w); index: place in the set."""
-
-    key: str
-    image_chw: torch.Tensor
-    index: int
-
-
-class EvaluationImages:
-    """Images in a fixed order, each exactly once over all shards (index, count) of the set.
-
-    len() counts this shard's images, the unreadable ones included; these are left out while iterating and listed in
-    `skipped`, anew for each pass.
-    """
-
-    def __init__(
-        self, path: str | list[str], image_size: int | None, resize: str, shard: tuple[int, int], access: Access
-    ):
-        if image_size is not None and image_size < 1:
-            raise DataError(f"image size {image_size} must be at least 1 pixel")
-        self.image_size, self.resize = image_size, resize_named(resize)
-        entries = [(one, index) for one in _evaluation_shards(path, access) for index in range(len(one))]
-        first, count = shard
-        self.entries = list(enumerate(entries))[first::count]
-        self.skipped: list[Skipped] = []
-
-    def __len__(self):
-        return len(self.entries)
-
-    def __iter__(self) -> Iterator[EvaluationImage]:
-        self.skipped = []
-        for index, (shard, number) in self.entries:
-            key, name = f"sample {number}", shard.name
-            if isinstance(shard, FolderShard):
-                key, name = shard.images[number].as_posix(), f"{shard.url}/{shard.images[number].as_posix()}"
-            try:
-                if isinstance(shard, FolderShard):
-                    content = Path(name).read_bytes()
-                else:
-                    sample = shard.read(number)
-                    key, content = sample.key, sample.image()
-                image = decode(content)
-                if self.image_size is not None:
-                    image = resize_and_center_crop(image, self.image_size, self.resize)
-            except ImageError as error:
-                self.skipped.append(Skipped(name, key, str(error)))
-                continue
-            except OSError as error:
-                self.skipped.append(Skipped(name, key, error.strerror or str(error)))
-                continue
-            yield EvaluationImage(key, torch.from_numpy(pixels_chw(image)), index)
-
-
-def _evaluation_shards(path: str | list[str], access: Access) -> list[Shard]:
-    if isinstance(path, (str, os.PathLike)) and os.path.isfile(path) and is_image(str(path)):
-        return [FolderShard(os.path.dirname(path) or ".", [Path(os.path.basename(path))])]
-    if isinstance(path, (str, os.PathLike)) and os.path.isdir(path) and find_images(Path(path)):
-        return [folder_shard(str(path))]
-    if access.cache is None:  # each image is read by its place, so that remote tars need copies or an index
-        access = access._replace(cache=Cache(cache_folder() / "shards", EVALUATION_CACHE_BYTES, access.patience))
-    source = open_source(SourceConfig(name="evaluation", root=path), access, scan_all=True)
-    for shard in source.shards if source.counts is None else []:
-        shard.scan()  # says why it cannot be
-    return source.shards
-
-
-def evaluation_images(
-    path: str | list[str],
-    *,
-    image_size: int | None,
-    resize: str = "pil_antialias",
-    shard: tuple[int, int] = (0, 1),
-    access: Access | None = None,
-) -> EvaluationImages:
-    """The images of a folder (recursive), an image file, a zip file or tars (as `expand` reads them), in fixed order.
-
-    image_size: shorter side and centre crop in pixels by the protocol `resize`; None keeps the original size.
-    shard: (index, count): this part of the set only, image by image in turn. access: how remote tars are reached;
-    without a cache in it they are copied to `cache_folder()`.
-    """
-    return EvaluationImages(path, image_size, resize, shard, access or Access())

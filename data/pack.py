@@ -10,7 +10,7 @@ import tempfile
 import zipfile
 from collections import defaultdict
 from collections.abc import Callable
-from pathlib import Path, PurePosixPath
+from pathlib import Path, PurePath, PurePosixPath
 from typing import NamedTuple
 
 from PIL import Image
@@ -80,7 +80,7 @@ def pack(
     if not paths:
         raise DataError(f"no {', '.join(IMAGE_SUFFIXES)} under {source}: name a folder or zip file that holds images")
     _check_no_tars(out)
-    keys = _unique_keys(paths)
+    keys = unique_keys(paths)
     classes = _folder_classes(files, paths) if layout == "imagenet" else None
     coco = _read_coco(annotations, paths) if annotations is not None else None
 
@@ -219,8 +219,8 @@ def _is_hidden(path: PurePosixPath) -> bool:
     return any(part.startswith((".", "__MACOSX")) for part in path.parts)
 
 
-def _unique_keys(paths: list[Path]) -> dict[Path, str]:
-    """Keys of letters, digits, - and _ only, short enough for every tar format."""
+def unique_keys(paths: list[PurePath]) -> dict[PurePath, str]:
+    """Each path's key, of letters, digits, - and _ only, short enough for every tar format."""
     keys, taken = {}, set()
     for path in paths:
         stem = path.with_suffix("").as_posix()

@@ -29,6 +29,7 @@ from data.storage import Cache, Patience, is_remote, list_tars, read, redacted, 
 from data.transforms import MAX_BYTES, ImageError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+CODES = "codes"  # suffix of an image's tokens, see data.tokens
 ZIP_SUFFIX = ".zip"
 LIST_SUFFIX = ".txt"
 PIPE = "pipe:"
@@ -60,12 +61,19 @@ class Sample(NamedTuple):
             if suffix in self.members:
                 return self.members[suffix]
         wanted = f" ({', '.join(suffixes)})" if suffixes else ""
+        if CODES in self.members:
+            raise ImageError(f"it holds tokens, no image{wanted}: data.content=tokens reads them")
         raise ImageError(f"no image{wanted} among its members: {', '.join(sorted(self.members)) or 'none'}")
 
 
 def is_image(name: str) -> bool:
     """Whether a file's name or a member's suffix is that of an image."""
     return name.lower().rsplit(".", 1)[-1] in IMAGE_SUFFIXES
+
+
+def is_content(suffix: str) -> bool:
+    """Whether a member's suffix is that of what is trained on: an image, or its tokens."""
+    return suffix == CODES or is_image(suffix)
 
 
 # ---------------------------------------------------------------------------------------------------------- finding
@@ -490,7 +498,7 @@ def _check_end(file, offset: int) -> None:
 def scan(path: str) -> Table:
     """Reads a local tar's headers only: where each sample lies. An unchanged file is scanned once in a process.
 
-    Raises DataError for a tar that is not whole, holds nothing, or holds no image.
+    Raises DataError for a tar that is not whole, holds nothing, or holds neither image nor tokens.
     """
     try:
         stat = os.stat(path)
@@ -508,8 +516,8 @@ def _scan(path: str, bytes_in_file: int, mtime_ns: int) -> Table:
             found = list(spans(file, path))
     except OSError as error:
         raise DataError(f"cannot read the shard {path}: {error.strerror}") from error
-    if not any(is_image(suffix) for span in found for suffix in span.suffixes):
-        raise DataError(f"the shard {path} holds no image ({', '.join(IMAGE_SUFFIXES)}): leave it out")
+    if not any(is_content(suffix) for span in found for suffix in span.suffixes):
+        raise DataError(f"the shard {path} holds no image ({', '.join(IMAGE_SUFFIXES)}) and no tokens: leave it out")
     return Table(
         bytes_in_file,
         np.array([span.start for span in found], np.int64),

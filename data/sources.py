@@ -17,6 +17,7 @@ import yaml
 from data import DataError
 from data.index import INDEX_NAME, Index, common_root, without_query
 from data.shards import (
+    CODES,
     Access,
     Sample,
     Shard,
@@ -90,10 +91,13 @@ class Layout(NamedTuple):
     fields: Mapping[str, str] = MappingProxyType({})
 
 
-class Picked(NamedTuple):
-    """What is used of a raw sample. label: the class, or None."""
+TOKENS = Layout(image=(CODES,))  # as `ibq tokenize` writes them
 
-    image: bytes
+
+class Picked(NamedTuple):
+    """What is used of a raw sample. content: the image, or its tokens; label: the class, or None."""
+
+    content: bytes
     caption: str | None
     label: int | None
 
@@ -158,6 +162,8 @@ def open_filters(config: FilterConfig, layout: Layout, name: str) -> Filters:
                 f"name it with fields={{{number}: FIELD}}, or leave the filter out"
             )
     for key, bound in (("min_side", config.min_side), ("max_aspect_ratio", config.max_aspect_ratio)):
+        if bound is not None and layout is TOKENS:
+            raise DataError(f"source {name}: {key} is for images, and these are tokens: leave it out")
         if bound is not None and not 1 <= bound < math.inf:
             raise DataError(f"source {name}: {key}={bound} must be at least 1, and finite")
     for number, bound, _ in filters.bounds:
@@ -212,15 +218,7 @@ class Source:
             caption = caption if isinstance(caption, str) else None
         if caption is None and layout.caption in members:
             caption = members[layout.caption].decode("utf-8", "replace")
-        return Picked(sample.image(layout.image), caption, self._label(members))
-
-    def _label(self, members: dict[str, bytes]) -> int | None:
-        if self.layout.label not in members:
-            return None
-        text = members[self.layout.label].decode("utf-8", "replace").strip()
-        if not text.isdecimal() or len(text) > 18:
-            raise ImageError(f"the class {text[:40]!r} is no number from 0")
-        return int(text)
+        return Picked(sample.image(layout.image), caption, label_of(members, layout))
 
     def _filter(self, sample: Sample) -> None:
         filters = self.filters
@@ -236,6 +234,16 @@ class Source:
             number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
             if not sign * number >= sign * bound:  # so that what is no number does not pass
                 raise Filtered(name)
+
+
+def label_of(members: dict[str, bytes], layout: Layout) -> int | None:
+    """A sample's class, or None. Raises ImageError where it is no number."""
+    if layout.label not in members:
+        return None
+    text = members[layout.label].decode("utf-8", "replace").strip()
+    if not text.isdecimal() or len(text) > 18:
+        raise ImageError(f"the class {text[:40]!r} is no number from 0")
+    return int(text)
 
 
 def metadata_of(sample: Sample) -> dict:
@@ -256,6 +264,7 @@ def open_source(
     config: SourceConfig,
     access: Access | None = None,
     *,
+    content: str = "images",
     allow_pipes: bool = False,
     quarantine: frozenset[str] = frozenset(),
     before: dict | None = None,
@@ -264,14 +273,15 @@ def open_source(
 ) -> Source:
     """Finds a source's shards and what is known of them, without reading any sample.
 
-    quarantine: paths or URLs of shards, or their ends after a /. before: the identity that the source had when the run
-    began; it goes on to divide its shards as it did. scan_all: every tar without an index that is here, or can be
-    copied into the cache, is scanned, however many there are. progress: called with (tars scanned, tars in all).
+    content: `images` or `tokens`. quarantine: paths or URLs of shards, or their ends after a /. before: the identity
+    that the source had when the run began; it goes on to divide its shards as it did. scan_all: every tar without an
+    index that is here, or can be copied into the cache, is scanned, however many there are. progress: called with (tars
+    scanned, tars in all).
     Raises DataError.
     """
     if not (isinstance(config.weight, (int, float)) and 0 < config.weight < math.inf):
         raise DataError(f"source {config.name}: weight={config.weight} must be positive and finite")
-    layout = layout_of(config)
+    layout = layout_of(config) if content == "images" else TOKENS
     options = {"class_from_folder": layout.label == "folder", "allow_pipes": allow_pipes, "quarantine": quarantine}
     shards = open_shards(config, access or Access(), **options)
     if layout.label == "folder":

@@ -71,7 +71,7 @@ _ADDRESS = re.compile(
 
 def is_remote(url: str) -> bool:
     """Whether `url` has a scheme, as in s3://bucket/a.tar. A local path has none, nor has `pipe:command`."""
-    return re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", url) is not None
+    return "://" in url and re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", url) is not None  # asked for each sample
 
 
 def redacted(url: str) -> str:

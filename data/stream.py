@@ -34,6 +34,7 @@ from data import DataError
 from data.shards import Limit, Sample, Skipped, TarShard, Window
 from data.sources import Picked, Source
 from data.storage import is_remote
+from data.tokens import TokenTransform
 from data.transforms import Filtered, ImageError, TrainingTransform
 
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: its multiples fill 0..2^64 most evenly
@@ -393,10 +394,10 @@ class Info(NamedTuple):
 
 
 class Item(NamedTuple):
-    """What a reader hands over. images_nchw: uint8 (n, 3, side, side), or None: in `Items.shared`; lanes: the states
-    that its lanes now have; filtered: (source, filter) -> samples left out."""
+    """What a reader hands over. values: uint8 (n, 3, side, side) images or int32 (n, t) codes, or None: in
+    `Items.shared`; lanes: the states that its lanes now have; filtered: (source, filter) -> samples left out."""
 
-    images_nchw: np.ndarray | None
+    values: np.ndarray | None
     infos: list[Info]
     lanes: dict[int, list]
     skipped: list[Skipped]
@@ -408,7 +409,7 @@ class Reader:
     """Reads lanes. `states`: lane -> [images given, [part, position] of each source by its name]."""
 
     sources: list[Source]
-    transform: TrainingTransform
+    transform: TrainingTransform | TokenTransform
     seed: int
     lanes: int
     limit: Limit
@@ -423,12 +424,12 @@ class Reader:
         self.patience = [max(LEAST_PATIENCE, source.samples or PATIENCE_UNCOUNTED) for source in self.sources]
         self.given = {lane: state[0] for lane, state in self.states.items()}
 
-    def item(self, lanes: list[int], images_nchw: np.ndarray) -> Item:
-        """One image from each of `lanes`, which may name a lane several times, put into `images_nchw`."""
+    def item(self, lanes: list[int], values: np.ndarray) -> Item:
+        """One sample from each of `lanes`, which may name a lane several times, put into `values`."""
         infos, skipped, filtered = [], [], Counter()
-        for image_chw, lane in zip(images_nchw, lanes, strict=True):
-            infos.append(self._image(lane, image_chw, skipped, filtered))
-        return Item(images_nchw, infos, {lane: self._state(lane) for lane in set(lanes)}, skipped, filtered)
+        for value, lane in zip(values, lanes, strict=True):
+            infos.append(self._sample(lane, value, skipped, filtered))
+        return Item(values, infos, {lane: self._state(lane) for lane in set(lanes)}, skipped, filtered)
 
     def _cursor(self, lane: int, number: int) -> Cursor:
         if (lane, number) not in self.cursors:
@@ -444,8 +445,8 @@ class Reader:
                 places[source.name] = [cursor.number, cursor.position]
         return [self.given[lane], places]
 
-    def _image(self, lane: int, image_chw: np.ndarray, skipped: list[Skipped], filtered: Counter) -> Info:
-        """Fills `image_chw` with the lane's next image."""
+    def _sample(self, lane: int, value: np.ndarray, skipped: list[Skipped], filtered: Counter) -> Info:
+        """Fills `value` with the lane's next image or codes."""
         number = self.mixture.source(lane, self.given[lane])
         source, cursor = self.sources[number], self._cursor(lane, number)
         bad, left_out = 0, 0
@@ -459,9 +460,11 @@ class Reader:
                 key = sample.key
                 picked: Picked = source.pick(sample)
                 rng = random.Random(seed_of(self.seed, "augment", source.name, *place))
-                self.transform(picked.image, rng, source.filters.check_size, image_chw)
+                self.transform(picked.content, rng, source.filters.check_size, value)
                 self.given[lane] += 1
                 return Info(source.name, key, shard, place, picked.caption, picked.label)
+            except DataError as error:
+                raise DataError(f"source {source.name}, {key} in {shard}: {error}") from error
             except Filtered as error:
                 filtered[source.name, str(error)] += 1
                 left_out, bad = left_out + 1, 0
@@ -490,8 +493,8 @@ class Items(IterableDataset):
     reader: Reader
     deal: Deal
     first_reader: int = 0
-    # uint8 (workers, SLOTS, images of an item, 3, side, side), which the workers write to by turn: fresh shared memory
-    # for each item would cost as much as a tenth of decoding its images.
+    # (workers, SLOTS, images of an item, *shape of an image or its codes), which the workers write to by turn: fresh
+    # shared memory for each item would cost as much as a tenth of decoding its images.
     shared: np.ndarray | None = None
 
     def __iter__(self) -> Iterator[Item | DataError]:
@@ -501,11 +504,7 @@ class Items(IterableDataset):
         # Whichever lane gave least is next, the first among equals.
         waiting = [(given[lane], n, lane) for n, lane in enumerate(self.deal.reader_lanes(turn % self.deal.readers))]
         heapq.heapify(waiting)
-        images_of_item, images_of_lane, side = (
-            self.deal.item,
-            self.deal.images_of_lane,
-            self.reader.transform.image_size,
-        )
+        images_of_item, images_of_lane, transform = self.deal.item, self.deal.images_of_lane, self.reader.transform
         try:
             for number in itertools.count():
                 lanes = []
@@ -514,10 +513,10 @@ class Items(IterableDataset):
                     lanes += [lane] * images_of_lane
                     heapq.heapreplace(waiting, (count + images_of_lane, n, lane))
                 if worker is None:
-                    yield self.reader.item(lanes, np.empty((images_of_item, 3, side, side), np.uint8))
+                    yield self.reader.item(lanes, np.empty((images_of_item, *transform.shape), transform.dtype))
                 else:
                     item = self.reader.item(lanes, self.shared[worker.id, number % SLOTS])
-                    yield item._replace(images_nchw=None)  # they are where the other side looks for them
+                    yield item._replace(values=None)  # they are where the other side looks for them
         except DataError as error:
             yield error
 

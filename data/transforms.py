@@ -343,6 +343,13 @@ class TrainingTransform:
     flip: bool
     color_jitter: float = 0.0
 
+    dtype = np.dtype(np.uint8)
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """Of what it gives."""
+        return 3, self.image_size, self.image_size
+
     def __post_init__(self):
         resize_named(self.resize)
         if self.image_size < 1:

@@ -1,21 +1,19 @@
 """The image tokenizer: encoder, quantizer, decoder."""
 
+import hashlib
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
-import yaml
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 from torch import Tensor, nn
 
 from model_zoo import ModelError
 from model_zoo.autoencoder import Decoder, Encoder
 from model_zoo.ops import CodebookShard
-from model_zoo.pieces import PieceFiles, run_of
 from model_zoo.quantizers import Quantized
 from model_zoo.registry import QUANTIZERS
+from model_zoo.runs import load_model
 
 
 @dataclass
@@ -91,6 +89,17 @@ class Tokenizer(nn.Module):
         quantized = self.quantize(self.encode(images_bchw), entropy_temperature)
         return TokenizerOutput(self.decode(quantized.quantized_bdhw), quantized)
 
+    def fingerprint(self) -> str:
+        """16 hex digits that tell tokenizers apart by all that makes codes: names, shapes and fp32 values of encoder and
+        codebook, whatever the decoder."""
+        digest = hashlib.sha256()
+        for name, tensor in sorted(self.state_dict().items()):
+            if name.startswith(("encoder.", "quant_conv.", "quantize.")):
+                values = tensor.detach().float().cpu().contiguous()
+                digest.update(f"{name} {list(values.shape)}\n".encode())
+                digest.update(values.numpy().astype("<f4", copy=False).tobytes())
+        return digest.hexdigest()[:16]
+
     @torch.no_grad()
     def tokenize(self, images_bchw: Tensor) -> Tensor:
         """Images in [-1, 1] -> int64 codes ``(b, h, w)``."""
@@ -105,47 +114,11 @@ class Tokenizer(nn.Module):
 
 
 def load_tokenizer(source: str | Path, weights: str = "ema") -> Tokenizer:
-    """The tokenizer of a run folder, in eval mode on the CPU.
+    """A trained or published tokenizer, in eval mode on the CPU.
 
-    source: a run's folder, whose newest complete checkpoint is taken; or a checkpoint's folder in it. weights: ``ema``
-    or ``raw``.
+    source: a run's folder, whose newest complete checkpoint is taken; a checkpoint's folder in it; or a published
+    ``.ckpt`` (a generator's may hold its tokenizer). weights: ``ema`` or ``raw``; of a published checkpoint without
+    averages ``ema`` are the only ones.
     Raises ModelError where the folder, a checkpoint in it, or the asked weights are missing.
     """
-    if weights not in ("ema", "raw"):
-        raise ModelError(f"weights must be 'ema' or 'raw', not {weights!r}")
-    checkpoint = Path(source)
-    run = run_of(checkpoint)
-    if not (run / "config.yaml").is_file():
-        raise ModelError(f"{run} is no run folder (no config.yaml in it): give the folder that `ibq train` wrote")
-    if checkpoint == run:
-        latest = run / "checkpoints" / "latest"
-        if not latest.is_file():
-            raise ModelError(
-                f"{run} holds no finished checkpoint yet: train on, or lower trainer.checkpoint_every_steps"
-            )
-        checkpoint = latest.parent / latest.read_text(errors="replace").strip()
-        if not checkpoint.is_dir():
-            raise ModelError(
-                f"{latest} names {checkpoint.name}, which does not exist; write another checkpoint's name there"
-            )
-    prefix = "tokenizer_ema/" if weights == "ema" else "tokenizer/"
-    files = PieceFiles(checkpoint)
-    if not files.names(prefix):
-        mend = "; ask for the raw weights (--weights raw)" if files.names("tokenizer/") else ""
-        raise ModelError(f"{checkpoint} holds no {weights} weights of a tokenizer{mend}")
-    try:
-        recipe = OmegaConf.load(run / "config.yaml")["model"]
-        tokenizer = Tokenizer(OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(TokenizerConfig), recipe)))
-    except (OmegaConfBaseException, yaml.YAMLError, KeyError, TypeError, ValueError, OSError) as error:
-        raise ModelError(f"{run / 'config.yaml'} describes no tokenizer ({_first_line(error)})") from error
-    try:
-        tokenizer.load_state_dict(files.tensors(prefix), strict=True)
-    except RuntimeError as error:
-        raise ModelError(
-            f"{checkpoint} does not hold the weights of {run / 'config.yaml'} ({_first_line(error)})"
-        ) from error
-    return tokenizer.eval()
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
+    return load_model(source, weights, "tokenizer", TokenizerConfig, Tokenizer)

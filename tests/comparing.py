@@ -9,7 +9,8 @@ from torch import Tensor
 
 from model_zoo.pieces import PieceFiles
 
-MODELS = ("tokenizer", "tokenizer_ema", "discriminator", "lecam")
+MODELS = ("tokenizer", "tokenizer_ema", "discriminator", "lecam", "generator", "generator_ema")
+OF_SPEED = ("images_per_second", "tokens_per_second", "mfu")
 
 
 class Difference(NamedTuple):
@@ -41,4 +42,4 @@ def differences(expected: Path, actual: Path) -> dict[str, Difference]:
 def read_metrics(run: Path) -> list[dict]:
     """The lines of metrics.jsonl, without the speed, which is never the same twice."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in line.items() if name != "images_per_second"} for line in lines]
+    return [{name: value for name, value in line.items() if name not in OF_SPEED} for line in lines]

@@ -17,7 +17,8 @@ from typing import Annotated, NamedTuple
 import typer
 
 IMPLS = ("dense", "chunked", "triton", "attention")
-NEED_CUDA = ("triton", "attention")
+NEED_CUDA = ("triton", "attention", "liger")
+CROSS_ENTROPY_IMPLS = ("dense", "chunked", "liger")
 DTYPES = ("float32", "bfloat16", "float16")
 REFERENCE_FILE = Path("src/IBQ/modules/vqvae/quantize.py")
 COLORS = {
@@ -115,6 +116,8 @@ COLUMNS = [
 
 
 TERMINAL_COLUMNS = [column for column in SHAPE_COLUMNS + COLUMNS if column.terminal]
+# Of the cross-entropy, which skips nothing.
+CROSS_ENTROPY_COLUMNS = [column for column in TERMINAL_COLUMNS if not column.heading.startswith(("skipped", "sweeps"))]
 
 
 @app.callback()
@@ -213,6 +216,50 @@ def quantizer(
         if any(row.measured for row in rows):
             _draw(rows, machine["name"], out.with_suffix(".png"))
             typer.echo(f"picture: {out.with_suffix('.png')}")
+
+
+@app.command("cross-entropy")
+def cross_entropy(
+    tokens: Annotated[str, typer.Option(metavar="N,...", help="Tokens of a step.")] = "2048",
+    codes: Annotated[str, typer.Option(metavar="K,...", help="Sizes of the vocabulary.")] = "262144",
+    dim: Annotated[str, typer.Option(metavar="D,...", help="Width of the generator.")] = "1024",
+    dtype: Annotated[str, typer.Option(metavar="TYPE,...", help="float32, bfloat16, float16.")] = "float32",
+    impl: Annotated[
+        str, typer.Option(metavar="IMPL,...", help="dense (PyTorch's own), chunked; on CUDA also liger.")
+    ] = "dense,chunked",
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU.", show_default="all cores")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="The fastest counts.")] = 1,
+) -> None:
+    """Time and memory of a generator's loss over all codes, forward and backward.
+
+    Every impl is measured at every shape, each in a fresh process. Extra memory is the peak minus operands and
+    gradients. dense at the default shape needs 7 GB.
+
+    Example: ibq bench cross-entropy --codes 16384,262144
+    """
+    shapes = [
+        Shape(*values)
+        for values in product(
+            _numbers("--tokens", tokens), _numbers("--codes", codes), _numbers("--dim", dim), _names("--dtype", dtype)
+        )
+    ]
+    impls = _names("--impl", impl, CROSS_ENTROPY_IMPLS)
+    if device not in ("auto", "cpu", "cuda"):
+        raise _bad("--device", f"{device!r} is none of auto, cpu, cuda")
+    machine = _run("machine", device=device, threads=threads, reference=None)
+    if "failed" in machine:
+        raise _bad(None, machine["failed"])
+    settings = dict(module="bench_cross_entropy", device=machine["device"], threads=threads, repeats=repeats)
+    widths = dict(zip(TERMINAL_COLUMNS, _widths(impls, shapes), strict=True))
+    widths = [widths[column] for column in CROSS_ENTROPY_COLUMNS]
+    heading = _line([column.terminal for column in CROSS_ENTROPY_COLUMNS], widths)
+    typer.echo(f"{_machine_line(machine)}\n\n{heading}")
+    rows = []
+    for row in _rows(impls, shapes, settings):
+        rows.append(row)
+        typer.echo(_line(_cells(row, CROSS_ENTROPY_COLUMNS), widths))
+    typer.echo("\n".join(["", *_notes(rows)]).rstrip())
 
 
 @app.command("data")
@@ -351,7 +398,7 @@ def _notes(rows: list[Row]) -> list[str]:
     notes = []
     for (impl, shape), row in measured.items():
         for base in ("dense", "reference"):
-            if impl in ("chunked", "triton") and (base, shape) in measured:
+            if impl in ("chunked", "triton", "liger") and (base, shape) in measured:
                 other = measured[base, shape]
                 times = f"{_share(row.seconds / other.seconds)} of {base}'s time"
                 memory = ""
@@ -465,8 +512,8 @@ def _numbers(option: str, text: str, least: int = 1) -> list[int]:
     return numbers
 
 
-def _names(option: str, text: str) -> list[str]:
-    choices = {"--impl": IMPLS, "--dtype": DTYPES}[option]
+def _names(option: str, text: str, impls: tuple[str, ...] = IMPLS) -> list[str]:
+    choices = {"--impl": impls, "--dtype": DTYPES}[option]
     names = text.split(",")
     for name in names:
         if name not in choices:

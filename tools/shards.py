@@ -101,7 +101,7 @@ def pack(
 @app.command()
 def check(
     paths: Paths,
-    decode: Annotated[bool, typer.Option("--decode", help="Decode every image, too.")] = False,
+    decode: Annotated[bool, typer.Option("--decode", help="Decode every image, too; tokens are looked at anyway.")] = False,
     index: Index = None,
     write: Annotated[
         bool, typer.Option("--write-index", help="Write the index, if no tar is broken; do not compare with it.")
@@ -169,7 +169,7 @@ def stats(
     json_file: Json = None,
     jobs: Jobs = None,
 ) -> None:
-    """Counts images, their sizes and shapes, captions, classes and scores, and draws them as bars.
+    """Counts images, their sizes and shapes, tokens, captions, classes and scores, and draws them as bars.
 
     Also of a folder or a zip file of images. Only the headers of images are read; that their pixels are whole is what
     `ibq shards check --decode` finds out.
@@ -373,9 +373,14 @@ def _summary(counted: "Counted", fields: dict[str, str]) -> Iterator[str]:
     """What has no histogram. fields: a score's name -> its field of the samples' json."""
     from data.counting import spread
 
-    if counted.formats:
-        formats = ", ".join(f"{count:,} {name}" for name, count in counted.formats.most_common())
-        yield f"  {_bytes(counted.bytes)}, {_bytes(counted.bytes / counted.samples)} a sample: {formats}"
+    if counted.formats or counted.tokens:
+        kinds = [f"{count:,} {name}" for name, count in counted.formats.most_common()]
+        kinds += [f"{tokens:,} of tokens"] if (tokens := counted.tokens.total()) else []
+        yield f"  {_bytes(counted.bytes)}, {_bytes(counted.bytes / counted.samples)} a sample: {', '.join(kinds)}"
+        for header, count in counted.tokens.most_common():
+            (rows, columns), views = header.grid, f"{header.views} view{'s' * (header.views != 1)}"
+            what = f"{header.vocabulary:,} codes, {rows} x {columns}, {views}"
+            yield f"  tokens of tokenizer {header.tokenizer}: {what}: {count:,}"
         yield f"  captions: {_with_missing(sum(counted.lengths.values()), counted.missing_captions)}"
         images = spread(Counter(counted.classes.values()))
         classes = f" in {len(counted.classes):,} classes of {images.min:,} to {images.max:,}" if images else ""

@@ -5,6 +5,7 @@ import math
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
+from typing import Any
 
 import yaml
 from omegaconf import MISSING, OmegaConf
@@ -12,7 +13,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data import DataConfig
 from model_zoo.losses import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, LossConfig
+from model_zoo.sampler import Sampling
 from model_zoo.tokenizer import TokenizerConfig
+from model_zoo.transformer import TransformerConfig
 from trainer import TrainerError
 
 
@@ -41,12 +44,11 @@ class TrainerConfig:
     precision: str = "bf16"
     # On CUDA, fp32 products by TF32 (10 bits of mantissa), the quantizer's among them: faster, and coarser.
     tf32: bool = False
-    # Of index backpropagation: which of `model_zoo.ops.index_backprop`'s implementations.
-    quantizer_impl: str = "auto"
     device: str = "auto"
     compile: bool = False
-    # Forgets what is inside blocks after the forward and computes it again for the backward.
-    activation_checkpointing: bool = False
+    # Forgets what is inside blocks after the forward and computes it again for the backward. ``selective`` (generators)
+    # keeps what is dear to compute, which is products of matrices and attention.
+    activation_checkpointing: Any = False
     gradient_clip_norm: float | None = None
     log_every_steps: int = 50
     validate_every_steps: int = 5000
@@ -64,22 +66,43 @@ class TrainerConfig:
 
 
 @dataclass
+class TokenizerTrainerConfig(TrainerConfig):
+    """And for tokenizers."""
+
+    # Of index backpropagation: which of `model_zoo.ops.index_backprop`'s implementations.
+    quantizer_impl: str = "auto"
+
+
+@dataclass
 class OptimizerConfig:
-    """Adam for generator and discriminator apart; ``discriminator_lr`` None: the same rate."""
+    """AdamW. ``weight_decay`` is that of matrices; biases and norms have none."""
 
     lr: float = 1e-4
-    discriminator_lr: float | None = None
-    betas: list[float] = field(default_factory=lambda: [0.5, 0.9])
+    betas: list[float] = field(default_factory=lambda: [0.9, 0.95])
     epsilon: float = 1e-8
     weight_decay: float = 0.0
+    # Where it is given, weight decay goes from `weight_decay` to this along a cosine over all steps.
+    final_weight_decay: float | None = None
+
+
+@dataclass
+class TokenizerOptimizerConfig(OptimizerConfig):
+    """Generator and discriminator apart; ``discriminator_lr`` None: the same rate."""
+
+    betas: list[float] = field(default_factory=lambda: [0.5, 0.9])
+    discriminator_lr: float | None = None
 
 
 @dataclass
 class ScheduleConfig:
-    """Learning rate over steps: linear warm-up from 0, then ``constant``, ``multistep``, ``cosine`` or ``linear``."""
+    """Learning rate over steps: linear warm-up, then ``constant``, ``multistep``, ``cosine`` or ``linear``."""
 
     kind: str = "constant"
     warmup_steps: int = 0
+    # The share of the peak that warm-up begins at.
+    warmup_from: float = 0.0
+    # cosine, linear: for such a share of the steps behind warm-up the rate stays at its peak.
+    hold: float = 0.0
     # multistep: at each of these steps the rate is multiplied by ``factor``.
     milestones: list[int] = field(default_factory=list)
     factor: float = 0.1
@@ -89,7 +112,7 @@ class ScheduleConfig:
 
 @dataclass
 class EmaConfig:
-    """Exponential moving average of generator and codebook; decay 0 keeps none."""
+    """Exponential moving average of the trained weights but the discriminator's; decay 0 keeps none."""
 
     decay: float = 0.999
 
@@ -104,30 +127,80 @@ class DiscriminatorConfig:
 
 
 @dataclass
-class Config:
-    """A whole recipe for tokenizer training."""
+class TokenizerSource:
+    """The tokenizer whose codes a generator learns. source: its run folder or published checkpoint, which is needed to
+    tokenize on the fly (data.content=images), for model.embedding=codebook, and for pictures as training goes.
+    fingerprint: of `Tokenizer.fingerprint`; None: that of the token shards, or of the source."""
 
+    source: str | None = None
+    fingerprint: str | None = None
+
+
+@dataclass
+class GeneratorLossConfig:
+    """Cross-entropy of the next code."""
+
+    # Weight of mean(logsumexp(logits)^2), which keeps logits from drifting (PaLM, arXiv 2204.02311).
+    z_weight: float = 0.0
+    # The class is left out with this probability, for guidance (arXiv 2207.12598). 1: there are no classes.
+    label_dropout: float = 0.1
+    # Which of `model_zoo.ops.linear_cross_entropy`'s implementations.
+    impl: str = "auto"
+
+
+@dataclass
+class RunConfig:
+    """What every recipe has. task: ``tokenizer`` or ``generator``."""
+
+    task: str = "tokenizer"
     run: str | None = None
     seed: int = 0
-    # Over how many processes the codebook is spread; these processes follow one another, and their number divides that
-    # of all. 1: every process holds the whole.
-    codebook_parallel: int = 1
     engine: EngineConfig = field(default_factory=EngineConfig)
     trainer: TrainerConfig = field(default_factory=TrainerConfig)
     data: DataConfig = field(default_factory=DataConfig)
-    model: TokenizerConfig = field(default_factory=TokenizerConfig)
-    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
-    loss: LossConfig = field(default_factory=LossConfig)
     optimizer: OptimizerConfig = field(default_factory=OptimizerConfig)
     schedule: ScheduleConfig = field(default_factory=ScheduleConfig)
     ema: EmaConfig = field(default_factory=EmaConfig)
 
 
+@dataclass
+class TokenizerRun(RunConfig):
+    """A whole recipe for tokenizer training."""
+
+    # Over how many processes the codebook is spread; these processes follow one another, and their number divides that
+    # of all. 1: every process holds the whole.
+    codebook_parallel: int = 1
+    trainer: TokenizerTrainerConfig = field(default_factory=TokenizerTrainerConfig)
+    model: TokenizerConfig = field(default_factory=TokenizerConfig)
+    discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
+    loss: LossConfig = field(default_factory=LossConfig)
+    optimizer: TokenizerOptimizerConfig = field(default_factory=TokenizerOptimizerConfig)
+
+
+@dataclass
+class GeneratorRun(RunConfig):
+    """A whole recipe for generator training."""
+
+    task: str = "generator"
+    # Over how many processes the head's rows are spread, as codebook_parallel does it for a codebook.
+    vocabulary_parallel: int = 1
+    data: DataConfig = field(default_factory=lambda: DataConfig(content="tokens"))
+    model: TransformerConfig = field(default_factory=TransformerConfig)
+    tokenizer: TokenizerSource = field(default_factory=TokenizerSource)
+    loss: GeneratorLossConfig = field(default_factory=GeneratorLossConfig)
+    ema: EmaConfig = field(default_factory=lambda: EmaConfig(decay=0.0))
+    # What `ibq sample` does unless it is told otherwise, and the pictures as training goes.
+    sampling: Sampling = field(default_factory=Sampling)
+
+
+TASKS = {"tokenizer": TokenizerRun, "generator": GeneratorRun}
 CHOICES = {
     "engine.kind": ("replicated", "deepspeed", "fsdp2"),
     "trainer.precision": ("fp32", "bf16", "fp16"),
     "trainer.device": ("auto", "cpu", "cuda"),
     "trainer.quantizer_impl": ("auto", "dense", "chunked", "triton"),
+    "trainer.activation_checkpointing": (False, True, "selective"),
+    "loss.impl": ("auto", "dense", "chunked", "liger"),
     "discriminator.norm": ("batch", "group"),
     "schedule.kind": ("constant", "multistep", "cosine", "linear"),
     "loss.quantizer.form": ("reference", "paper"),
@@ -138,6 +211,7 @@ RENAMED = {"trainer.keep_checkpoints": "trainer.keep_last"}  # key of an older v
 MOST_SECONDS = 30 * 86400.0
 AT_LEAST = {
     "codebook_parallel": 1,
+    "vocabulary_parallel": 1,
     "trainer.max_steps": 1,
     "trainer.global_batch_size": 1,
     "trainer.micro_batch_size": 1,
@@ -164,7 +238,10 @@ AT_LEAST = {
     "optimizer.discriminator_lr": 0,
     "optimizer.epsilon": 0,
     "optimizer.weight_decay": 0,
+    "optimizer.final_weight_decay": 0,
     "schedule.warmup_steps": 0,
+    "schedule.warmup_from": 0,
+    "schedule.hold": 0,
     "schedule.factor": 0,
     "schedule.final_ratio": 0,
     "loss.discriminator.start_step": 0,
@@ -179,6 +256,14 @@ AT_LEAST = {
     "loss.quantizer.beta": 0,
     "loss.entropy.weight": 0,
     "loss.entropy.temperature": 1e-6,
+    "loss.z_weight": 0,
+    "loss.label_dropout": 0,
+}
+AT_MOST = {
+    "schedule.warmup_from": 1,
+    "schedule.hold": 1,
+    "loss.label_dropout": 1,
+    "trainer.timeout_seconds": MOST_SECONDS,
 }
 
 
@@ -188,7 +273,7 @@ def recipe_paths() -> dict[str, Path]:
     return {path.stem: path for path in sorted(folder.glob("*/*.yaml"))}
 
 
-def load_recipe(recipe: str, overrides: list[str]) -> Config:
+def load_recipe(recipe: str, overrides: list[str]) -> RunConfig:
     """The recipe of that name, or in that YAML file, with ``key=value`` changes. Raises TrainerError, one line."""
     paths = recipe_paths()
     if recipe in paths:
@@ -202,7 +287,7 @@ def load_recipe(recipe: str, overrides: list[str]) -> Config:
     return _resolve(path, overrides)
 
 
-def load_run_config(run: str | Path, overrides: list[str]) -> Config:
+def load_run_config(run: str | Path, overrides: list[str]) -> RunConfig:
     """The resolved configuration of a run folder, with ``key=value`` changes."""
     path = Path(run) / "config.yaml"
     if not path.is_file():
@@ -210,21 +295,24 @@ def load_run_config(run: str | Path, overrides: list[str]) -> Config:
     return _resolve(path, overrides)
 
 
-def save_config(config: Config, path: Path) -> None:
+def save_config(config: RunConfig, path: Path) -> None:
     """Writes the resolved configuration; a kill in between leaves the former file whole."""
     unfinished = path.with_suffix(".unfinished")
     OmegaConf.save(OmegaConf.structured(config), unfinished)
     unfinished.replace(path)
 
 
-def _resolve(path: Path, overrides: list[str]) -> Config:
-    schema = OmegaConf.structured(Config)
+def _resolve(path: Path, overrides: list[str]) -> RunConfig:
     try:
         from_file = OmegaConf.load(path)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise TrainerError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not OmegaConf.is_dict(from_file):
         raise TrainerError(f"{path} is not a recipe: it must map keys to values")
+    task = from_file.get("task", "tokenizer")
+    if task not in TASKS:
+        raise TrainerError(f"{path}: task={task} is unknown: choose one of {', '.join(TASKS)}")
+    schema = OmegaConf.structured(TASKS[task])
     try:
         merged = OmegaConf.merge(schema, from_file)
     except OmegaConfBaseException as error:
@@ -239,6 +327,8 @@ def _resolve(path: Path, overrides: list[str]) -> Config:
         seen.add(key)
         if key == "run" and override == "run=":
             raise TrainerError("run= is empty: name a folder")
+        if key == "task":
+            raise TrainerError(f"task= cannot be changed: {path.stem} is a recipe for a {task}")
         try:
             merged = _changed(merged, key, override)
         except (OmegaConfBaseException, yaml.YAMLError) as error:
@@ -265,34 +355,42 @@ def _changed(config, key: str, override: str):
 
 
 def _check(config) -> None:
+    leaves = _leaves(config)
     for key, choices in CHOICES.items():
-        value = OmegaConf.select(config, key)
-        if value not in choices:
-            raise TrainerError(f"{key}={value} is unknown: choose one of {', '.join(choices)}")
-    for key in _leaves(config):
+        if key in leaves and (value := OmegaConf.select(config, key)) not in choices:
+            raise TrainerError(f"{key}={value} is unknown: choose one of {', '.join(map(str, choices))}")
+    for key in leaves:
         value = OmegaConf.select(config, key)
         for number in value if OmegaConf.is_list(value) else [value]:
             if isinstance(number, float) and not math.isfinite(number):
                 raise TrainerError(f"{key}={value} must be finite")
     for key, least in AT_LEAST.items():
-        value = OmegaConf.select(config, key)
+        value = OmegaConf.select(config, key) if key in leaves else None
         if value is not None and value < least:
             raise TrainerError(f"{key}={value} must be at least {least}")
-    if config.trainer.timeout_seconds > MOST_SECONDS:
-        raise TrainerError(
-            f"trainer.timeout_seconds={config.trainer.timeout_seconds} must be at most {MOST_SECONDS:.0f}"
-        )
+    for key, most in AT_MOST.items():
+        if key in leaves and (value := OmegaConf.select(config, key)) > most:
+            raise TrainerError(f"{key}={value} must be at most {most:.0f}")
     engine = config.engine
     if engine.kind != "fsdp2" and (engine.offload or engine.shard_over is not None or not engine.reshard):
         raise TrainerError("engine.offload, engine.shard_over and engine.reshard are settings of engine.kind=fsdp2")
     if not 0 <= config.seed < 2**63:
         raise TrainerError(f"seed={config.seed} must lie between 0 and 2^63")
-    if not 0 <= config.loss.lecam.decay < 1:
-        raise TrainerError(f"loss.lecam.decay={config.loss.lecam.decay} must be at least 0 and below 1")
     if config.ema.decay >= 1:
         raise TrainerError(f"ema.decay={config.ema.decay} must be below 1; 0 keeps no average")
     if len(config.optimizer.betas) != 2 or not all(0 <= beta < 1 for beta in config.optimizer.betas):
         raise TrainerError(f"optimizer.betas={config.optimizer.betas} must be two numbers from 0 to below 1")
+    if config.task == "tokenizer":
+        _check_tokenizer(config)
+
+
+def _check_tokenizer(config) -> None:
+    if config.trainer.activation_checkpointing == "selective":
+        raise TrainerError("trainer.activation_checkpointing=selective is for generators: true is what tokenizers have")
+    if config.data.content != "images":
+        raise TrainerError(f"data.content={config.data.content}: a tokenizer learns from images; leave it out")
+    if not 0 <= config.loss.lecam.decay < 1:
+        raise TrainerError(f"loss.lecam.decay={config.loss.lecam.decay} must be at least 0 and below 1")
     if not config.model.channel_multipliers or min(config.model.channel_multipliers) < 1:
         raise TrainerError(
             f"model.channel_multipliers={config.model.channel_multipliers} must name one level or more, each at least 1"

@@ -3,7 +3,7 @@ skipped and why."""
 
 import itertools
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple, TextIO
@@ -19,8 +19,9 @@ class Feed:
     """One rank's stream, read one step ahead: a rank that cannot go on then ends all of them together, after a whole
     step that can be saved."""
 
-    def __init__(self, stream: TrainStream, micro_batches: int, world: World):
-        self.stream, self.micro_batches, self.world = stream, micro_batches, world
+    def __init__(self, stream: TrainStream, micro_batches: int, world: World, check: Callable[[Batch], None]):
+        """check: raises TrainerError for a batch that cannot be trained on."""
+        self.stream, self.micro_batches, self.world, self.check = stream, micro_batches, world, check
         self.ready: list[Batch] = []
         self.failed: str | None = None
         self.skipped: list[Skipped] = []
@@ -54,7 +55,9 @@ class Feed:
         """Gets the next step's micro-batches ready; what goes wrong is kept in ``failed``."""
         try:
             self.ready = [next(self.stream) for _ in range(self.micro_batches)]
-        except DataError as error:
+            for batch in self.ready:
+                self.check(batch)
+        except (DataError, TrainerError) as error:
             self.failed = str(error)
 
     def take(self, step: int) -> list[Batch]:

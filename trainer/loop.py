@@ -1,29 +1,24 @@
 """The training loop: from a recipe to a run folder."""
 
-import itertools
 import json
 import os
 import sys
 import time
-from collections.abc import Iterator
 from contextlib import nullcontext, suppress
 from datetime import datetime
 from pathlib import Path
 
 import torch
-from torchvision.utils import make_grid
 
 import data
-from data import EvaluationImage, evaluation_images, merge_states, train_batches
+from data import merge_states, train_batches
 from model_zoo import ModelError
 from model_zoo.pieces import PieceFiles, run_of
 from trainer import TrainerError
 from trainer.checkpoint import CheckpointError, Checkpoints, checkpoint_folders, find_checkpoint, load_state
-from trainer.config import Config, load_recipe, load_run_config, save_config
+from trainer.config import GeneratorRun, RunConfig, load_recipe, load_run_config, save_config
 from trainer.feed import Feed, summary
 from trainer.guards import LossSpikes, Stopped, StopSignal, Watchdog
-from trainer.metrics.codebook import CodebookUsage
-from trainer.metrics.image import psnr
 from trainer.parallel import (
     World,
     agree,
@@ -33,13 +28,10 @@ from trainer.parallel import (
     mean_over_ranks,
     start_world,
     stop_world,
-    sum_over_ranks,
 )
 from trainer.randomness import random_state, restore_random_state, seed_everything
-from trainer.tasks.tokenizer import TokenizerTask
+from trainer.tasks import Task, make_task
 from trainer.telemetry import Telemetry, metric_lines, scanning
-
-PICTURES = 8  # validation images whose reconstructions are shown as training goes
 
 
 def train(recipe: str, overrides: list[str]) -> Path:
@@ -67,7 +59,7 @@ def resume(source: str | Path, overrides: list[str]) -> Path:
     return _train(config, source)
 
 
-def plan_batch(config: Config, world: World) -> tuple[int, int]:
+def plan_batch(config: RunConfig, world: World) -> tuple[int, int]:
     """(images of a rank's micro-batch, micro-batches of a rank's step), from the global batch."""
     total, micro = config.trainer.global_batch_size, config.trainer.micro_batch_size
     if total % world.size:
@@ -82,7 +74,7 @@ def plan_batch(config: Config, world: World) -> tuple[int, int]:
     return micro, share // micro
 
 
-def open_run(config: Config, resume: bool) -> str:
+def open_run(config: RunConfig, resume: bool) -> str:
     """Writes config.yaml into the run's folder, which it makes for a new run; returns it. Refuses to mix two runs."""
     run = Path(config.run)
     if not resume and ((run / "config.yaml").exists() or (run / "checkpoints").exists()):
@@ -97,7 +89,7 @@ def open_run(config: Config, resume: bool) -> str:
     return str(run)
 
 
-def _train(config: Config, source: Path | None = None, again: bool = False) -> Path:
+def _train(config: RunConfig, source: Path | None = None, again: bool = False) -> Path:
     """source: what to go on from. again: a start that may find its own run folder, with a checkpoint in it or none."""
     if config.data.train is None and not config.data.sources:
         raise TrainerError(
@@ -105,8 +97,12 @@ def _train(config: Config, source: Path | None = None, again: bool = False) -> P
         )
     # A mistyped path or a damaged tar is found before anything slow starts. What a resumed run reads, its checkpoint
     # knows more of: see TrainStream.
+    tokens = None
+    if isinstance(config, GeneratorRun) and config.data.content == "tokens":
+        config.tokenizer.fingerprint = config.tokenizer.fingerprint or data.token_header(config.data).tokenizer
+        tokens = data.TokenSpec(config.tokenizer.fingerprint, config.model.vocabulary, tuple(config.model.grid))
     with scanning() as progress:
-        data.check(config.data, train=source is None, progress=progress)
+        data.check(config.data, train=source is None, progress=progress, tokens=tokens)
     if source and (metrics := Path(config.run) / "metrics.jsonl").is_file():
         metric_lines(metrics)  # damage is found before anything is written
     world = start_world(config.trainer.device, config.trainer.timeout_seconds)
@@ -129,7 +125,7 @@ def _train(config: Config, source: Path | None = None, again: bool = False) -> P
                     sys.stderr.write(f"{done}: nothing is left to do\n")
                 return Path(config.run)
         micro_batch_size, micro_batches = plan_batch(config, world)
-        task = TokenizerTask(config, world, micro_batch_size, micro_batches)
+        task = make_task(config, world, micro_batch_size, micro_batches)
         task.check()
         stream = train_batches(
             config.data,
@@ -139,11 +135,12 @@ def _train(config: Config, source: Path | None = None, again: bool = False) -> P
             world_size=world.size,
             seed=config.seed,
             state=state["data"],
+            tokens=tokens,
         )
         seed_everything(config.seed, start, world)
         if checkpoint:
             _restore(task, world, checkpoint, state)
-        feed = Feed(stream, micro_batches, world)
+        feed = Feed(stream, micro_batches, world, task.check_batch)
         feed.read_ahead()
         feed.stop_together("nothing was trained")
         # Only now that everything is known to fit does anything appear on the disk.
@@ -158,7 +155,7 @@ def _train(config: Config, source: Path | None = None, again: bool = False) -> P
         stop_world()
 
 
-def _is_run_of(config: Config) -> bool:
+def _is_run_of(config: RunConfig) -> bool:
     """Whether the run's folder holds a run with these very settings."""
     return (Path(config.run) / "config.yaml").is_file() and load_run_config(config.run, []) == config
 
@@ -170,7 +167,7 @@ def _state(checkpoint: Path) -> dict:
     return state
 
 
-def _restore(task: TokenizerTask, world: World, checkpoint: Path, state: dict) -> None:
+def _restore(task: Task, world: World, checkpoint: Path, state: dict) -> None:
     """Loads a checkpoint into the task; settings that do not fit it end in one line."""
     failed = None
     try:
@@ -183,9 +180,7 @@ def _restore(task: TokenizerTask, world: World, checkpoint: Path, state: dict) -
     fail_together(failed)
 
 
-def _steps(
-    config: Config, world: World, run: Path, task: TokenizerTask, feed: Feed, start: int, notes: list[str]
-) -> None:
+def _steps(config: RunConfig, world: World, run: Path, task: Task, feed: Feed, start: int, notes: list[str]) -> None:
     settings = config.trainer
     telemetry = _open_telemetry(run, start, settings.max_steps, world)
     say = telemetry.say if telemetry else lambda _: None
@@ -220,8 +215,7 @@ def _steps(
                 watchdog.beat(step)
                 batches = feed.take(step)
                 data_state = batches[-1].state
-                images = [batch.images_bchw.to(world.device, non_blocking=True) for batch in batches]
-                result = task.step(images, step - 1)
+                result = task.step([task.inputs(batch) for batch in batches], step - 1)
                 if step < settings.max_steps:
                     feed.read_ahead()
                 stopping, starving = any_rank(world, stop.wished, feed.failed is not None)
@@ -247,16 +241,21 @@ def _steps(
                 if log_due:
                     logged = _global_scalars(result.scalars, task, world, step) | feed.report(step)
                     seconds = time.perf_counter() - began
-                    logged["images_per_second"] = (step - began_step) * settings.global_batch_size / seconds
+                    logged |= task.speed((step - began_step) * settings.global_batch_size / seconds)
                     if telemetry:
-                        telemetry.alarm(step, task.health.alarm)
+                        telemetry.alarm(step, task.alarm)
                         telemetry.log(step, logged)
                 paused = time.perf_counter()
                 if last:
                     for line in summary(logged):
                         say(line)
                 if validation_due and not stopping and not starving and config.data.val is not None:
-                    _validate(config, world, task, telemetry, run, step, watchdog)
+                    validation = task.validate(watchdog.beat)
+                    if telemetry:
+                        for name, picture_chw in validation.pictures.items():
+                            telemetry.picture(step, name, picture_chw)
+                        if validation.scalars:
+                            telemetry.log(step, validation.scalars)
                 try:
                     if save_now:
                         checkpoint_due = False
@@ -335,9 +334,8 @@ class Skips:
         return f"step {step} is left out: {what}; the keys of its samples are in {self.file.name}"
 
 
-def describe(config: Config, world: World, task: TokenizerTask, run: Path, start: int) -> str:
+def describe(config: RunConfig, world: World, task: Task, run: Path, start: int) -> str:
     """One line: what is about to be trained, on what."""
-    millions = task.parameters / 1e6
     engine = task.generator
     kind = config.engine.kind
     if kind == "deepspeed":
@@ -345,82 +343,17 @@ def describe(config: Config, world: World, task: TokenizerTask, run: Path, start
     if kind == "fsdp2":
         kind += f" over {config.engine.shard_over}" if config.engine.shard_over else ""
         kind += " offload" if config.engine.offload else ""
-    model = config.model
-    sharded = f", codebook over {config.codebook_parallel}" if config.codebook_parallel > 1 else ""
+    what = ", ".join([f"{task.parameters / 1e6:.2f}M parameters", *task.describe()])
     batch = f"{world.size} x {engine.micro_batches} x {engine.micro_batch_size} images a step"
-    rule = model.quantizer + (f" {task.impl()}" if task.tokenizer.quantize.soft_assignment else "")
     return (
-        f"{run}: {millions:.2f}M parameters, {model.codebook_size} codes of {model.code_dim} ({rule}), "
-        f"{world.size} x {world.device.type} ({kind}, {config.trainer.precision}{sharded}), "
-        f"{batch}, steps {start + 1} to {config.trainer.max_steps}"
+        f"{run}: {what}, {world.size} x {world.device.type} ({kind}, {config.trainer.precision}), {batch}, "
+        f"steps {start + 1} to {config.trainer.max_steps}"
     )
 
 
-def _global_scalars(scalars: dict, task: TokenizerTask, world: World, step: int) -> dict[str, float]:
-    """The step's scalars averaged over ranks, and the codebook's health."""
+def _global_scalars(scalars: dict, task: Task, world: World, step: int) -> dict[str, float]:
+    """The step's scalars averaged over ranks, and what else the task tells."""
     names = list(scalars)
     values = torch.stack([torch.as_tensor(scalars[name], dtype=torch.float32, device=world.device) for name in names])
     logged = dict(zip(names, mean_over_ranks(values).tolist(), strict=True))
-    return logged | {f"codebook/{name}": value for name, value in task.read_health(step - 1).items()}
-
-
-def _in_step(images: Iterator[EvaluationImage], side: int, task: TokenizerTask, world: World):
-    """(image, whether it counts): where reconstructing is a collective, ranks that have no more images go on with a
-    grey one until none has any."""
-    grey = EvaluationImage("", torch.full((3, side, side), 127, dtype=torch.uint8), -1)
-    together = task.reconstructs_together
-    for image in itertools.chain(images, itertools.repeat(None)) if together else images:
-        if together and not any_rank(world, image is not None)[0]:
-            return
-        yield image or grey, image is not None
-
-
-@torch.no_grad()
-def _validate(
-    config: Config,
-    world: World,
-    task: TokenizerTask,
-    telemetry: Telemetry | None,
-    run: Path,
-    step: int,
-    watchdog: Watchdog,
-) -> None:
-    """PSNR, L1 and usage of the EMA weights on validation images, each counted once; pictures of the first few."""
-    sums = torch.zeros(3, dtype=torch.float64, device=world.device)
-    usage = CodebookUsage(config.model.codebook_size, world.device)
-    pictures = []
-    side = config.data.val_image_size or config.data.image_size
-    with task.evaluation():
-        images = evaluation_images(
-            config.data.val,
-            image_size=side,
-            resize=config.data.resize,
-            shard=(world.rank, world.size),
-            access=data.access_of(config.data),
-        )
-        here = range(world.rank, config.trainer.validation_images, world.size)
-        images = (image for _, image in zip(here, images, strict=False))
-        for image, counts in _in_step(images, side, task, world):
-            watchdog.beat()
-            original = image.image_chw[None].to(world.device).float() / 127.5 - 1
-            index_bhw, reconstruction = task.reconstruct(original)
-            if not counts:
-                continue
-            usage.update(index_bhw)
-            sums += torch.stack(
-                [
-                    psnr(reconstruction, original)[0].double(),
-                    (reconstruction - original).abs().mean().double(),
-                    sums.new_ones(()),
-                ]
-            )
-            if len(pictures) < PICTURES:
-                pictures.append(torch.cat([original[0], reconstruction[0]], dim=1).cpu())
-    sum_over_ranks(sums)
-    usage = usage.merged()
-    if telemetry and sums[2] > 0:
-        if pictures:
-            grid = make_grid(torch.stack(pictures) / 2 + 0.5, nrow=PICTURES, padding=2, pad_value=1)
-            telemetry.picture(step, "reconstructions", (grid * 255).to(torch.uint8))
-        psnr_mean, l1_mean = (sums[:2] / sums[2]).tolist()
-        telemetry.log(step, {"val/psnr": psnr_mean, "val/l1": l1_mean, "val/usage": usage.usage()})
+    return logged | task.scalars(step - 1)

@@ -18,14 +18,33 @@ def adam(parameters: Iterable[nn.Parameter], lr: float, config: OptimizerConfig,
     """
     parameters = list(parameters)
     settings = dict(lr=lr, **adam_settings(config))
+    groups = decay_groups(parameters, config)
     if apex and parameters[0].is_cuda:
         try:
             from apex.optimizers import FusedAdam
         except ImportError:  # PyPI's `apex` is another project and has no such module
             pass
         else:
-            return FusedAdam(parameters, adam_w_mode=True, **settings)
-    return torch.optim.AdamW(parameters, fused=not parameters[0].is_meta, **settings)
+            return FusedAdam(groups, adam_w_mode=True, **settings)
+    return torch.optim.AdamW(groups, fused=not parameters[0].is_meta, **settings)
+
+
+def decay_groups(parameters: list[nn.Parameter], config: OptimizerConfig) -> list[dict]:
+    """The optimiser's groups: matrices (and kernels) apart from what has one dimension, which weight decay is not for.
+    One group where there is no decay at all."""
+    if not config.weight_decay and config.final_weight_decay is None:
+        return [dict(params=parameters)]
+    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
+    others = [parameter for parameter in parameters if parameter.ndim <= 1]
+    groups = [dict(params=matrices, decays=True), dict(params=others, weight_decay=0.0, decays=False)]
+    return [group for group in groups if group["params"]]
+
+
+def set_weight_decay(groups: list[dict], decay: float) -> None:
+    """Of those of an optimiser's groups that have one."""
+    for group in groups:
+        if group.get("decays"):
+            group["weight_decay"] = decay
 
 
 def adam_settings(config: OptimizerConfig) -> dict:

@@ -93,44 +93,40 @@ def stop_world() -> None:
         dist.destroy_process_group()
 
 
-class CodebookGroups(NamedTuple):
-    """Who shares the codebook with this rank: ``shard`` names its rows (None: all of them), ``replicas`` are the ranks
-    that hold the same ones (None: all ranks)."""
+class RowGroups(NamedTuple):
+    """Who shares the rows of a codebook, or of a generator's head, with this rank: ``shard`` names its own (None: all
+    of them), ``replicas`` are the ranks that hold the same ones (None: all ranks)."""
 
     shard: CodebookShard | None
     replicas: dist.ProcessGroup | None
 
-    @property
-    def is_first_replica(self) -> bool:
-        """Whether this rank's rows are the ones to be written."""
-        return dist.get_rank(self.replicas) == 0
 
+def row_groups(world: World, key: str, parallel: int, rows: int, timeout_seconds: float = 1800.0) -> RowGroups:
+    """Spreads ``rows`` over each ``parallel`` ranks that follow one another; all ranks call it. key: what the recipe
+    calls ``parallel``.
 
-def codebook_groups(world: World, parallel: int, codes: int, timeout_seconds: float = 1800.0) -> CodebookGroups:
-    """Spreads ``codes`` rows over each ``parallel`` ranks that follow one another; all ranks call it.
-
-    Neighbours share a codebook, so that what they tell each other stays within a node where it can.
+    Neighbours share the rows, so that what they tell each other stays within a node where it can.
     """
     if parallel == 1:
-        return CodebookGroups(None, None)
+        return RowGroups(None, None)
     if world.size % parallel:
         raise TrainerError(
-            f"codebook_parallel={parallel} must divide the number of processes, {world.size}: start a multiple of "
-            f"{parallel}, or choose another codebook_parallel"
+            f"{key}={parallel} must divide the number of processes, {world.size}: start a multiple of {parallel}, or "
+            f"choose another {key}"
         )
-    if codes < parallel:
-        raise TrainerError(f"model.codebook_size={codes} cannot be spread over codebook_parallel={parallel} processes")
+    if rows < parallel:
+        raise TrainerError(f"{rows} codes cannot be spread over {key}={parallel} processes")
     groups = {}
     # Every rank makes every group, in the same order.
     for ranks in [range(first, first + parallel) for first in range(0, world.size, parallel)]:
         group = dist.new_group(list(ranks), timeout=_patience(timeout_seconds))
         if world.rank in ranks:
-            groups["shard"] = CodebookShard.even(codes, group)
+            groups["shard"] = CodebookShard.even(rows, group)
     for ranks in [range(first, world.size, parallel) for first in range(parallel)]:
         group = dist.new_group(list(ranks), timeout=_patience(timeout_seconds))
         if world.rank in ranks:
             groups["replicas"] = group
-    return CodebookGroups(**groups)
+    return RowGroups(**groups)
 
 
 def mean_over_ranks(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:

@@ -27,12 +27,12 @@ from model_zoo.ops import CodebookShard
 from model_zoo.perceptual import lpips_on_meta
 from model_zoo.quantizers import base as quantizer_base
 from trainer import TrainerError
-from trainer.config import Config, load_recipe
+from trainer.config import GeneratorRun, RunConfig, load_recipe
 from trainer.engines import Engine
 from trainer.loop import plan_batch
 from trainer.parallel import World
+from trainer.tasks import Task, make_task
 from trainer.tasks import tokenizer as tokenizer_task
-from trainer.tasks.tokenizer import TokenizerTask
 
 # What launchers tell real processes; DeepSpeed would believe it.
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -59,14 +59,15 @@ class Held(NamedTuple):
 
 class RankPlan(NamedTuple):
     """What one rank holds, by network; whether part of the generator's lies in the CPU's memory; and the ranks that it
-    shares networks with (None: there is no such group)."""
+    shares networks with (None: there is no such group). row_shard, row_replicas: of the codebook's or the head's rows.
+    """
 
     rank: int
     networks: dict[str, Held]
     offloads: bool
     fsdp_shard: list[int] | None
-    codebook_shard: list[int] | None
-    codebook_replicas: list[int] | None
+    row_shard: list[int] | None
+    row_replicas: list[int] | None
 
     @property
     def total(self) -> int:
@@ -87,7 +88,7 @@ def dry_run(recipe: str, overrides: list[str], processes: int | None = None) -> 
     sys.stdout.write(report(config, processes, plan_ranks(config, processes)))
 
 
-def plan_ranks(config: Config, processes: int) -> list[RankPlan]:
+def plan_ranks(config: RunConfig, processes: int) -> list[RankPlan]:
     """Of the first rank and the last, between which all others lie: everything here is spread evenly, and where it does
     not divide, first ranks hold more (rows) or the last ones less (ends of flat buffers)."""
     plan_batch(config, World(0, processes, torch.device("cpu")))  # in the caller's process, where it costs nothing
@@ -97,7 +98,7 @@ def plan_ranks(config: Config, processes: int) -> list[RankPlan]:
     return _in_forks([(plan_rank, (config, rank, processes)) for rank in sorted({0, processes - 1})])
 
 
-def plan_rank(config: Config, rank: int, processes: int) -> RankPlan:
+def plan_rank(config: RunConfig, rank: int, processes: int) -> RankPlan:
     """Builds the task as that rank and counts what it holds. Changes this process for good: see `_imagine`."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -105,8 +106,8 @@ def plan_rank(config: Config, rank: int, processes: int) -> RankPlan:
     _imagine(config)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=processes)
     with FakeTensorMode(allow_non_fake_inputs=True):
-        task = TokenizerTask(config, world, *plan_batch(config, world))
-        task.check_sides()
+        task = make_task(config, world, *plan_batch(config, world))
+        task.check_settings()
         return RankPlan(
             rank,
             networks_held(task),
@@ -117,32 +118,34 @@ def plan_rank(config: Config, rank: int, processes: int) -> RankPlan:
         )
 
 
-def networks_held(task: TokenizerTask) -> dict[str, Held]:
+def networks_held(task: Task) -> dict[str, Held]:
     """What this rank holds of each of a task's networks."""
 
     def held(engine: Engine) -> Held:
         averages = task.ema.pieces(engine) if task.ema and engine in task.ema.engines else []
         return Held(*engine.resident_bytes(), sum(piece.values.nbytes for piece in averages))
 
-    networks = {"generator": held(task.generator), "codebook": held(task.codebook)}
-    if task.discriminator:
-        networks["discriminator"] = held(task.discriminator)
-    if task.perceptual:
-        networks["LPIPS, frozen"] = Held(sum(weight.nbytes for weight in task.perceptual.parameters()))
-    return networks
+    networks = {name: held(engine) for name, engine in task.engines().items()}
+    return networks | {name: Held(count) for name, count in task.frozen_bytes().items()}
 
 
 def _ranks(group: dist.ProcessGroup | None) -> list[int] | None:
     return None if group is None else dist.get_process_group_ranks(group)
 
 
-def _imagine(config: Config) -> None:
+def _imagine(config: RunConfig) -> None:
     """Replaces what needs tensors' values, other ranks, a compiler or files by what does without."""
     # Modules are made on the device where they stay; FakeTensors could not take one another's place.
     nn.Module._apply = lambda self, function, recurse=True: self
     quantizer_base.initial_codes = _codes_without_values
     CodebookShard.check = lambda self, codes: None  # asks the other ranks for theirs
-    if config.loss.perceptual.weight > 0:
+    if isinstance(config, GeneratorRun):
+        if config.data.content == "images" or config.model.embedding == "codebook":
+            raise TrainerError(
+                "--dry-run does not count a tokenizer: leave out data.content=images and model.embedding=codebook"
+            )
+        config.tokenizer.source = None  # which is for pictures, and need not be there
+    elif config.loss.perceptual.weight > 0:
         frozen = lpips_on_meta()
         tokenizer_task.Perceptual = lambda vgg16_weights: frozen
     if config.engine.kind == "fsdp2":
@@ -212,11 +215,11 @@ def _fork(connection, function: Callable, arguments: tuple) -> None:
 # ------------------------------------------------------------------------------------------------ what is printed
 
 
-def _yaml(config: Config) -> str:
+def _yaml(config: RunConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config)).rstrip()
 
 
-def report(config: Config, processes: int, plans: list[RankPlan]) -> str:
+def report(config: RunConfig, processes: int, plans: list[RankPlan]) -> str:
     """The whole text: recipe, mesh and batch, memory."""
     parts = [
         # Addresses without what may be secret in them.
@@ -228,7 +231,7 @@ def report(config: Config, processes: int, plans: list[RankPlan]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _mesh(config: Config, processes: int, plan: RankPlan) -> list[list[str]]:
+def _mesh(config: RunConfig, processes: int, plan: RankPlan) -> list[list[str]]:
     micro_batch_size, micro_batches = plan_batch(config, World(0, processes, torch.device("cpu")))
     lines = [
         ["processes", f"{processes} (which of them share a machine is for the launcher to say)"],
@@ -250,14 +253,15 @@ def _mesh(config: Config, processes: int, plan: RankPlan) -> list[list[str]]:
         lines.append(["  shards", _groups(plan.fsdp_shard, processes, step=shards)])
         if shards < processes:
             lines.append(["  replicas", _groups(list(range(0, processes, shards)), processes, step=1)])
-    if plan.codebook_shard is None:
-        lines.append(["codebook", f"1 shard x {processes} replicas"])
-    else:
-        shards = len(plan.codebook_shard)
-        lines.append(["codebook", f"{shards} shards x {len(plan.codebook_replicas)} replicas"])
-        lines.append(["  shards", _groups(plan.codebook_shard, processes, step=shards)])
-        lines.append(["  replicas", _groups(plan.codebook_replicas, processes, step=1)])
-    if config.loss.generator.weight > 0:
+    rows = "head" if isinstance(config, GeneratorRun) else "codebook"
+    if plan.row_shard is not None:
+        shards = len(plan.row_shard)
+        lines.append([rows, f"{shards} shards x {len(plan.row_replicas)} replicas"])
+        lines.append(["  shards", _groups(plan.row_shard, processes, step=shards)])
+        lines.append(["  replicas", _groups(plan.row_replicas, processes, step=1)])
+    elif rows in plan.networks:
+        lines.append([rows, f"1 shard x {processes} replicas"])
+    if "discriminator" in plan.networks:
         lines.append(["discriminator", f"whole on each of {processes}"])
     return lines
 
@@ -318,7 +322,7 @@ def _aligned(rows: list[list[str]], right: bool = False) -> str:
     return "\n".join(lines)
 
 
-def _offloaded(config: Config, plan: RankPlan) -> str:
+def _offloaded(config: RunConfig, plan: RankPlan) -> str:
     """Of engines that keep part of the above in the CPU's memory: which part."""
     if not plan.offloads:
         return ""

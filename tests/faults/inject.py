@@ -135,7 +135,7 @@ def nan(rank: int, step: int, last: int | None = None) -> None:
         result = step_of_task(task, images, done)
         held = {
             f"{network}.{name}": parameter
-            for network, engine in task._engines().items()
+            for network, engine in task.engines().items()
             for name, parameter in engine.parameters.items()
             if not hasattr(parameter, "to_local") and parameter.numel()  # cut neither by FSDP2 nor by ZeRO 3
         }

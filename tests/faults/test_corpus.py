@@ -94,7 +94,7 @@ def read(path: Path, images: int, **changes) -> Epochs:
     )
     pictures, skipped = defaultdict(list), Counter()
     for batch in itertools.islice(stream, images):
-        pictures[batch.keys[0]].append(batch.images_bchw[0].permute(1, 2, 0).numpy())
+        pictures[batch.keys[0]].append(batch.values[0].permute(1, 2, 0).numpy())
         for sample in batch.skipped:
             assert sample.source == str(path)
             skipped[sample.key, sample.reason] += 1

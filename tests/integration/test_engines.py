@@ -194,7 +194,11 @@ def test_cells_are_what_they_are_called(matrix):
     said = "".join(finished.result().err for finished in matrix.finished.values())
     for text in (
         *("1 x cpu (deepspeed zero3, fp32)", "2 x cpu (deepspeed zero2_offload, fp32)", "2 x cpu (fsdp2, bf16)"),
-        *("4 x cpu (deepspeed zero1, fp32, codebook over 2)", "4 x cpu (fsdp2 over 2, fp32)", "2 x cpu (fsdp2 offload"),
+        *(
+            "codebook over 2), 4 x cpu (deepspeed zero1, fp32)",
+            "4 x cpu (fsdp2 over 2, fp32)",
+            "2 x cpu (fsdp2 offload",
+        ),
         *("2 x 2 x 2 images a step", "4 x 2 x 1 images a step"),
     ):
         assert text in said, text

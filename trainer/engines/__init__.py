@@ -7,11 +7,11 @@ from torch import nn
 
 from trainer.config import EngineConfig
 from trainer.engines.base import Engine, MakeOptimizer, Memory, clip_scale
-from trainer.engines.codebook import Codebook
 from trainer.engines.replicated import Replicated
+from trainer.engines.rows import Rows
 from trainer.parallel import World
 
-__all__ = ["Codebook", "Engine", "MakeOptimizer", "Memory", "Replicated", "build_engine", "clip_scale"]
+__all__ = ["Engine", "MakeOptimizer", "Memory", "Replicated", "Rows", "build_engine", "clip_scale"]
 
 
 def build_engine(

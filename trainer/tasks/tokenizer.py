@@ -1,13 +1,16 @@
 """Training a tokenizer: reconstruction, quantizer and adversarial losses, generator and discriminator apart."""
 
-from contextlib import contextmanager, nullcontext
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Callable
+from contextlib import contextmanager
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torchvision.utils import make_grid
 
+import data
+from data import Batch, EvaluationImage
 from model_zoo import ModelError
 from model_zoo.autoencoder import checkpoint_activations
 from model_zoo.discriminator import PatchDiscriminator
@@ -20,28 +23,37 @@ from model_zoo.losses import (
 )
 from model_zoo.ops import fastest_impl
 from model_zoo.perceptual import SMALLEST_SIDE, Perceptual
-from model_zoo.pieces import Piece, PieceFiles, whole
 from model_zoo.tokenizer import Tokenizer, TokenizerOutput
 from trainer import TrainerError
-from trainer.config import Config
+from trainer.config import TokenizerRun
 from trainer.ema import Ema
-from trainer.engines import Codebook, Engine, Replicated, build_engine, clip_scale
-from trainer.metrics.codebook import CodebookHealth, gaussian_distance, moments
-from trainer.optim import MOMENTS, adam
-from trainer.parallel import World, codebook_groups, mean_over_ranks, sum_over_ranks
-from trainer.precision import LossScale, autocast_dtype
-from trainer.schedules import learning_rate_factor, ramp
+from trainer.engines import Engine, Replicated, Rows
+from trainer.metrics.codebook import CodebookHealth, CodebookUsage, gaussian_distance, moments
+from trainer.metrics.image import psnr
+from trainer.parallel import World, mean_over_ranks, row_groups, sum_over_ranks
+from trainer.precision import LossScale
+from trainer.schedules import ramp
+from trainer.tasks.base import Means, Step, Task, Validation
+
+PICTURES = 8  # validation images whose reconstructions are shown as training goes
 
 
-class TokenizerTask:
-    """Owns the models, their engines, the EMA and LeCAM's means: everything that a checkpoint must hold but data."""
+class TokenizerTask(Task):
+    """Owns the models, their engines, the EMA and LeCAM's means."""
 
-    def __init__(self, config: Config, world: World, micro_batch_size: int, micro_batches: int):
+    MODELS: ClassVar = {
+        "generator": ("tokenizer", ""),
+        "codebook": ("tokenizer", "quantize."),
+        "discriminator": ("discriminator", ""),
+    }
+    config: TokenizerRun
+
+    def __init__(self, config: TokenizerRun, world: World, micro_batch_size: int, micro_batches: int):
         self.config = config
         self.world = world
         loss = config.loss
         codes, patience = config.model.codebook_size, config.trainer.timeout_seconds
-        self.groups = codebook_groups(world, config.codebook_parallel, codes, patience)
+        self.groups = row_groups(world, "codebook_parallel", config.codebook_parallel, codes, patience)
         torch.manual_seed(config.seed)  # the same weights on every rank
         self.tokenizer = Tokenizer(config.model, self.groups.shard).to(world.device)
         self.tokenizer.quantize.impl = config.trainer.quantizer_impl
@@ -50,22 +62,15 @@ class TokenizerTask:
             self.perceptual = Perceptual(loss.perceptual.vgg16_weights).to(world.device)
         if config.trainer.activation_checkpointing:
             checkpoint_activations(self.tokenizer)
-        batch = dict(micro_batch_size=micro_batch_size, micro_batches=micro_batches)
-        make_adam = partial(adam, lr=config.optimizer.lr, config=config.optimizer)
+        self.batch = dict(micro_batch_size=micro_batch_size, micro_batches=micro_batches)
         # The codebook has an engine of its own, the rest of the tokenizer the recipe's.
         codes = self.tokenizer.quantize.embedding.weight
         rest = sum(p.numel() for p in self.tokenizer.parameters()) - codes.numel()
         self.parameters = rest + config.model.codebook_size * config.model.code_dim  # before they are spread
-        self.generator = build_engine(
-            config.engine,
-            world,
-            self.tokenizer,
-            make_adam,
-            ignored=[codes],
-            gather_dtype=autocast_dtype(config.trainer.precision),
-            **batch,
+        self.generator = self.build_generator(self.tokenizer, ignored=[codes])
+        self.codebook = Rows(
+            self.tokenizer.quantize, self.make_adam(), config.model.codebook_size, self.groups, **self.batch
         )
-        self.codebook = Codebook(self.tokenizer.quantize, make_adam, config.model.codebook_size, self.groups, **batch)
         self.discriminator = None
         if loss.generator.weight > 0:
             network = PatchDiscriminator(
@@ -74,8 +79,7 @@ class TokenizerTask:
                 norm=config.discriminator.norm,
             ).to(world.device)
             # Small, so replicated under every engine; and hooks of a sharding engine would break its two forwards.
-            make_adam = partial(adam, lr=self.discriminator_lr, config=config.optimizer)
-            self.discriminator = Replicated(network, make_adam, **batch)
+            self.discriminator = Replicated(network, self.make_adam(lr=self.discriminator_lr), **self.batch)
         fp16 = config.trainer.precision == "fp16"
         self.loss_scales = {name: LossScale(fp16) for name in ("generator", "discriminator")}
         self.lecam = Lecam(loss.lecam.decay).to(world.device)
@@ -90,11 +94,6 @@ class TokenizerTask:
         if loss.entropy.weight > 0 and self.tokenizer.quantize.soft_assignment:
             self.entropy_temperature = loss.entropy.temperature
         if config.trainer.compile:
-            if config.engine.kind == "deepspeed" and self.generator.forwards_together:
-                raise TrainerError(
-                    "trainer.compile=true does not go with ZeRO 3, whose hooks gather parameters where the compiler "
-                    "does not look: use engine.kind=fsdp2, or ZeRO 0 to 2"
-                )
             self.tokenizer.compile()
             if self.discriminator:
                 self.discriminator.module.compile()
@@ -105,7 +104,7 @@ class TokenizerTask:
     def check(self) -> None:
         """Raises TrainerError for images that do not divide into tokens or are too small for a network here, and for
         an implementation of the quantizer that cannot be had."""
-        self.check_sides()
+        self.check_settings()
         quantizer, impl = self.tokenizer.quantize, self.config.trainer.quantizer_impl
         if impl != "auto" and not quantizer.soft_assignment:
             raise TrainerError(f"trainer.quantizer_impl={impl} is for ibq: {self.config.model.quantizer} has one only")
@@ -115,7 +114,7 @@ class TokenizerTask:
         except ModelError as error:
             raise TrainerError(f"trainer.quantizer_impl={impl}: {error}") from error
 
-    def check_sides(self) -> None:
+    def check_settings(self) -> None:
         """Raises TrainerError for images that do not divide into tokens or are too small for a network here."""
         data, factor = self.config.data, self.tokenizer.downsampling_factor
         for key, side in (("image_size", data.image_size), ("val_image_size", data.val_image_size)):
@@ -144,7 +143,7 @@ class TokenizerTask:
         optimizer = self.config.optimizer
         return optimizer.lr if optimizer.discriminator_lr is None else optimizer.discriminator_lr
 
-    def step(self, micro_batches: list[Tensor], step: int) -> "Step":
+    def step(self, micro_batches: list[Tensor], step: int) -> Step:
         """One optimiser step of both networks on this rank's uint8 micro-batches ``(b, 3, h, w)``.
 
         The discriminator is updated first, on detached reconstructions; the generator then plays against the updated,
@@ -160,7 +159,7 @@ class TokenizerTask:
         scalars = Means(1 / len(micro_batches))
         bad: list[str] = []
         learned = True
-        factor = learning_rate_factor(config.schedule, step, config.trainer.max_steps)
+        factor = self.learning_rate_factor(step)
         discriminator_on = self.discriminator is not None and step >= loss_config.discriminator.start_step
         generator_start = loss_config.generator.start_step
         if generator_start is None:
@@ -191,7 +190,7 @@ class TokenizerTask:
             average_k = mean_over_ranks(average_k, self.groups.replicas)
         if discriminator_on:
             lr = factor * self.discriminator_lr
-            learned = self._update("discriminator", [self.discriminator], "loss/discriminator", lr, scalars, bad)
+            learned = self.update("discriminator", [self.discriminator], "loss/discriminator", lr, step, scalars, bad)
             if learned:
                 self.lecam.update(*mean_over_ranks(logits_mean))
 
@@ -205,7 +204,7 @@ class TokenizerTask:
             self.health.update(output.quantized.index_bhw, step)
             self.feature_moments = self.feature_moments + moments(output.quantized.features_nd)
         engines = [self.generator, self.codebook]
-        updated = self._update("generator", engines, "loss/total", factor * config.optimizer.lr, scalars, bad)
+        updated = self.update("generator", engines, "loss/total", factor * config.optimizer.lr, step, scalars, bad)
         if updated and self.ema:
             self.ema.update(step)
         if not (learned and updated):
@@ -213,44 +212,21 @@ class TokenizerTask:
                 buffer.copy_(before)
         return Step(scalars.values, bad)
 
-    def _update(
-        self, network: str, engines: list[Engine], loss: str, lr: float, scalars: "Means", bad: list[str]
-    ) -> bool:
-        """Steps a network's engines, clipped by their joint norm; or skips them all where loss or gradient is not
-        finite, and says so in ``bad`` unless it was fp16's scale that was too large. Returns whether it stepped."""
-        loss_scale = self.loss_scales[network]
-        scale = 1 / loss_scale.value
-        norm = scale * torch.stack([engine.grad_norm().float() for engine in engines]).norm()
-        # Of all ranks: one rank's NaN is everyone's. A loss can be no number where its gradient is one.
-        scalars.set(loss, mean_over_ranks(scalars.values[loss].clone()))
-        finite = bool(torch.isfinite(norm + scalars.values[loss]))
-        scalars.set(f"lr/{network}", lr)
-        scalars.set(f"grad_norm/{network}", norm)
-        if loss_scale.needed:
-            scalars.set(f"loss_scale/{network}", loss_scale.value)
-        for engine in engines:
-            if finite:
-                engine.step(lr, scale * clip_scale(norm, self.config.trainer.gradient_clip_norm))
-            else:
-                engine.skip()
-        if not loss_scale.update(finite) and not finite:
-            bad.append(network)
-        return finite
-
-    def read_health(self, step: int) -> dict[str, float]:
-        """The codebook's health after step ``step`` (from 0); all ranks call together."""
+    def scalars(self, step: int) -> dict[str, float]:
+        """The codebook's health."""
         features = sum_over_ranks(self.feature_moments)
         codes = moments(self.tokenizer.quantize.embedding.weight)
         if self.groups.shard:
             codes = sum_over_ranks(codes, self.groups.shard.group)
-        return {**self.health.read(step), "feature_distance": gaussian_distance(features, codes)}
+        health = {**self.health.read(step), "feature_distance": gaussian_distance(features, codes)}
+        return {f"codebook/{name}": value for name, value in health.items()}
 
-    def _autocast(self):
-        dtype = autocast_dtype(self.config.trainer.precision)
-        return torch.autocast(self.world.device.type, dtype=dtype, enabled=dtype is not None)
+    @property
+    def alarm(self) -> str | None:
+        return self.health.alarm
 
     def _generate(self, images_bchw: Tensor) -> TokenizerOutput:
-        with self._autocast():
+        with self.autocast():
             output = self.generator(images_bchw, self.entropy_temperature)
         reconstruction_bchw = output.reconstruction_bchw.float()
         # A tensor of our own: sharding engines hang hooks on their outputs, which the adaptive weight must not set off.
@@ -261,7 +237,7 @@ class TokenizerTask:
         config = self.config.loss
         fake_bchw = output.reconstruction_bchw.detach()
         discriminator = self.discriminator
-        with self._autocast():
+        with self.autocast():
             if self.config.discriminator.norm == "group":
                 logits_real, logits_fake = discriminator(torch.cat([images_bchw, fake_bchw])).chunk(2)
             else:  # BatchNorm: apart, so that the statistics of real and fake never mix
@@ -287,7 +263,7 @@ class TokenizerTask:
         scalars.add("loss/reconstruction", reconstruction)
         likelihood = config.reconstruction.weight * reconstruction
         if self.perceptual:
-            with self._autocast():
+            with self.autocast():
                 perceptual = self.perceptual(reconstruction_bchw, images_bchw).float().mean()
             scalars.add("loss/perceptual", perceptual)
             likelihood = likelihood + config.perceptual.weight * perceptual
@@ -303,7 +279,7 @@ class TokenizerTask:
             loss = loss + config.entropy.weight * entropy.loss
 
         if adversarial > 0:
-            with frozen(self.discriminator.module), self._autocast():
+            with frozen(self.discriminator.module), self.autocast():
                 logits_fake = self.discriminator(reconstruction_bchw).float()
             generator = GENERATOR_LOSSES[config.generator.kind](logits_fake)
             scalars.add("loss/generator", generator)
@@ -333,124 +309,91 @@ class TokenizerTask:
     def _keep_last_hidden(self, _, inputs: tuple[Tensor]) -> None:
         self.last_hidden_bchw = inputs[0].detach()
 
-    @contextmanager
-    def evaluation(self):
-        """The tokenizer in eval mode with EMA weights where there are any; training weights are back afterwards. All
-        ranks enter and leave together."""
-        with self.ema.in_place_of_weights() if self.ema else nullcontext():
-            self.tokenizer.eval()
-            try:
-                yield
-            finally:
-                self.tokenizer.train()
-
     @torch.no_grad()
     def reconstruct(self, images_bchw: Tensor) -> tuple[Tensor, Tensor]:
-        """(codes ``(b, h, w)``, reconstructions in [-1, 1]) of images in [-1, 1]. Where `reconstructs_together` says
-        so, all ranks must call as often as each other."""
+        """(codes ``(b, h, w)``, reconstructions in [-1, 1]) of images in [-1, 1]. Where `forwards_together` says so,
+        all ranks must call as often as each other."""
 
         def both() -> tuple[Tensor, Tensor]:
             index_bhw = self.tokenizer.tokenize(images_bchw)
             return index_bhw, self.tokenizer.detokenize(index_bhw)
 
-        with self._autocast():  # an engine may gather the weights in half precision
+        with self.autocast():  # an engine may gather the weights in half precision
             index_bhw, reconstruction_bchw = self.generator.run(both)
         return index_bhw, reconstruction_bchw.float().clamp(-1, 1)
 
-    @property
-    def reconstructs_together(self) -> bool:
-        """Whether a reconstruction is a collective."""
-        return self.generator.forwards_together or self.groups.shard is not None
-
-    def pieces(self) -> list[Piece]:
-        """This rank's part of a checkpoint's tensors. All ranks' together hold each of them once."""
-        pieces = []
-        for network, engine in self._engines().items():
-            kinds = {"": engine.weights()}
-            if self.ema and engine in self.ema.engines:
-                kinds["_ema"] = self.ema.pieces(engine)
-            for key in MOMENTS:
-                beside = zip(engine.weights(), engine.moments(key), strict=True)
-                kinds[f".{key}"] = [piece._replace(values=values) for piece, values in beside]
-            for kind, of_kind in kinds.items():
-                pieces += [_named(network, kind, piece).share(*engine.replica) for piece in of_kind]
-        return pieces + (self._buffers() if self.world.is_main else [])
-
-    def state(self) -> dict:
-        """The small numbers of a checkpoint."""
-        return {
-            "updates": {network: engine.updates for network, engine in self._engines().items()},
-            "loss_scales": {name: scale.state_dict() for name, scale in self.loss_scales.items()},
-        }
-
     @torch.no_grad()
-    def load(self, files: PieceFiles, state: dict) -> None:
-        """All ranks restore what `pieces` and `state` gave, by whatever number of ranks under whatever engines."""
-        for network, engine in self._engines().items():
-            weights = engine.weights()
-            for piece in weights:
-                files.fill(_named(network, "", piece))
-            if self.ema and engine in self.ema.engines:
-                for piece in self.ema.pieces(engine):
-                    files.fill(_named(network, "_ema", piece))
-            for key in MOMENTS:
-                for piece, values in zip(weights, engine.moments(key), strict=True):
-                    files.fill(_named(network, f".{key}", piece._replace(values=values)))
-            engine.updates = state["updates"][network]
-            engine.publish()
-        for piece in self._buffers():
-            files.fill(piece)
-        for name, scale in self.loss_scales.items():
-            scale.load_state_dict(state["loss_scales"][name])
+    def validate(self, beat: Callable[[], None]) -> Validation:
+        """PSNR, L1 and usage on validation images, each counted once; pictures of the first few."""
+        config, world = self.config, self.world
+        sums = torch.zeros(3, dtype=torch.float64, device=world.device)
+        usage = CodebookUsage(config.model.codebook_size, world.device)
+        pictures = []
+        side = config.data.val_image_size or config.data.image_size
+        grey = EvaluationImage("", torch.full((3, side, side), 127, dtype=torch.uint8), -1)
+        with self.evaluation():
+            images = data.evaluation_images(
+                config.data.val,
+                image_size=side,
+                resize=config.data.resize,
+                shard=(world.rank, world.size),
+                access=data.access_of(config.data),
+            )
+            here = range(world.rank, config.trainer.validation_images, world.size)
+            images = (image for _, image in zip(here, images, strict=False))
+            for image, counts in self.in_step(images, grey):
+                beat()
+                original = image.image_chw[None].to(world.device).float() / 127.5 - 1
+                index_bhw, reconstruction = self.reconstruct(original)
+                if not counts:
+                    continue
+                usage.update(index_bhw)
+                sums += torch.stack(
+                    [
+                        psnr(reconstruction, original)[0].double(),
+                        (reconstruction - original).abs().mean().double(),
+                        sums.new_ones(()),
+                    ]
+                )
+                if len(pictures) < PICTURES:
+                    pictures.append(torch.cat([original[0], reconstruction[0]], dim=1).cpu())
+        sum_over_ranks(sums)
+        usage = usage.merged()
+        if not sums[2] > 0:
+            return Validation({}, {})
+        drawn = {}
+        if pictures:
+            grid = make_grid(torch.stack(pictures) / 2 + 0.5, nrow=PICTURES, padding=2, pad_value=1)
+            drawn["reconstructions"] = (grid * 255).to(torch.uint8)
+        psnr_mean, l1_mean = (sums[:2] / sums[2]).tolist()
+        return Validation({"val/psnr": psnr_mean, "val/l1": l1_mean, "val/usage": usage.usage()}, drawn)
 
-    def _buffers(self) -> list[Piece]:
-        """What is the same on all ranks, or rank 0's to save (BatchNorm's statistics)."""
+    def describe(self) -> list[str]:
+        model = self.config.model
+        rule = model.quantizer + (f" {self.impl()}" if self.tokenizer.quantize.soft_assignment else "")
+        spread = f", codebook over {self.config.codebook_parallel}" if self.config.codebook_parallel > 1 else ""
+        return [f"{model.codebook_size} codes of {model.code_dim} ({rule}{spread})"]
+
+    def inputs(self, batch: Batch) -> Tensor:
+        return batch.values.to(self.world.device, non_blocking=True)
+
+    def frozen_bytes(self) -> dict[str, int]:
+        if not self.perceptual:
+            return {}
+        return {"LPIPS, frozen": sum(weight.nbytes for weight in self.perceptual.parameters())}
+
+    def buffers(self) -> dict[str, Tensor]:
+        """LeCAM's means, the codebook's counts, BatchNorm's statistics."""
         buffers = {f"lecam/{name}": value for name, value in self.lecam.named_buffers()}
         buffers |= {f"codebook_health/{name}": value for name, value in self.health.state_dict().items()}
         if self.discriminator:
             of_module = self.discriminator.module.named_buffers()
             buffers |= {f"discriminator/{name}": value for name, value in of_module}
-        return [whole(name, value) for name, value in buffers.items()]
+        return buffers
 
-    def _engines(self) -> dict[str, Engine]:
+    def engines(self) -> dict[str, Engine]:
         engines = {"generator": self.generator, "codebook": self.codebook, "discriminator": self.discriminator}
         return {name: engine for name, engine in engines.items() if engine}
-
-
-class Step(NamedTuple):
-    """What a step gives: scalars to log, and the networks that were left as they were, for not being finite."""
-
-    scalars: dict[str, Tensor | float]
-    skipped: list[str]
-
-
-# Of each engine: the model it is of, and what its weights' names in that model's state dict begin with.
-MODELS = {
-    "generator": ("tokenizer", ""),
-    "codebook": ("tokenizer", "quantize."),
-    "discriminator": ("discriminator", ""),
-}
-
-
-def _named(network: str, kind: str, piece: Piece) -> Piece:
-    """By its name in a checkpoint: ``tokenizer/encoder.conv_in.weight``, ``tokenizer_ema/...``."""
-    model, prefix = MODELS[network]
-    return piece._replace(name=f"{model}{kind}/{prefix}{piece.name}")
-
-
-class Means:
-    """Scalars of one step; ``add`` averages over micro-batches and keeps them on the device."""
-
-    def __init__(self, share: float):
-        self.share = share
-        self.values: dict[str, Tensor | float] = {}
-
-    def add(self, name: str, value: Tensor | float) -> None:
-        value = value.detach() if isinstance(value, Tensor) else value
-        self.values[name] = self.values.get(name, 0.0) + self.share * value
-
-    def set(self, name: str, value: Tensor | float) -> None:
-        self.values[name] = value
 
 
 @contextmanager

@@ -192,7 +192,8 @@ def test_bad_samples_are_named_in_a_tar_that_can_be_read(tmp_path, make_tar, mak
 
 def test_a_tar_without_any_image_is_broken(tmp_path, make_tar):
     checked = check_shard(make_tar(tmp_path / "a.tar", [{"__key__": str(n), "txt": b"a"} for n in range(3)]))
-    assert [(one.kind, one.message) for one in checked.problems] == [("empty", "no image in any of its 3 samples")]
+    said = [("empty", "no image and no tokens in any of its 3 samples")]
+    assert [(one.kind, one.message) for one in checked.problems] == said
     assert checked.status == "broken" and checked.counts == {"empty": 1}
 
 

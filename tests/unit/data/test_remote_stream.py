@@ -55,7 +55,7 @@ def infos(root, steps, index=None, **options):
     taken = [
         (info.key, info.place, pixels.numpy().tobytes())
         for batch in batches
-        for info, pixels in zip(batch.infos, batch.images_bchw, strict=True)
+        for info, pixels in zip(batch.infos, batch.values, strict=True)
     ]
     return taken, batches[-1].state
 

@@ -52,7 +52,7 @@ class Steps:
                     (info, image.numpy().tobytes())
                     for part in parts
                     for batch in part
-                    for info, image in zip(batch.infos, batch.images_bchw, strict=True)
+                    for info, image in zip(batch.infos, batch.values, strict=True)
                 ]
             )
         return taken

@@ -1,11 +1,22 @@
 import pytest
 import torch
 
-from model_zoo import Tokenizer
+from model_zoo import ModelError, Tokenizer
+from model_zoo.transformer import Transformer
 from trainer import TrainerError
-from trainer.config import CHOICES, Config, load_recipe, load_run_config, recipe_paths, save_config
+from trainer.config import (
+    CHOICES,
+    GeneratorRun,
+    RunConfig,
+    TokenizerRun,
+    load_recipe,
+    load_run_config,
+    recipe_paths,
+    save_config,
+)
 
 SMALLEST = "trainer: {max_steps: 10, global_batch_size: 4}\n"
+OF_GENERATORS = ("trainer.activation_checkpointing", "loss.impl")
 
 
 @pytest.fixture
@@ -21,7 +32,7 @@ def recipe(tmp_path):
 
 
 def refused(recipe: str, *overrides: str) -> str:
-    with pytest.raises(TrainerError) as error:
+    with pytest.raises((TrainerError, ModelError)) as error:
         load_recipe(recipe, list(overrides))
     assert "\n" not in str(error.value)
     return str(error.value)
@@ -30,9 +41,12 @@ def refused(recipe: str, *overrides: str) -> str:
 @pytest.mark.parametrize("name", recipe_paths())
 def test_every_recipe_resolves_to_a_model_that_can_be_built(name):
     config = load_recipe(name, [])
-    assert isinstance(config, Config)
+    assert isinstance(config, RunConfig)
     assert config.trainer.max_steps >= 1 and config.trainer.global_batch_size >= 1
     with torch.device("meta"):
+        if isinstance(config, GeneratorRun):
+            Transformer(config.model)
+            return
         tokenizer = Tokenizer(config.model)
     assert config.data.image_size % tokenizer.downsampling_factor == 0
 
@@ -184,10 +198,44 @@ def test_values_out_of_range_are_refused(recipe, override):
 
 @pytest.mark.parametrize("key", CHOICES)
 def test_bad_choices_list_the_good_ones(recipe, key):
-    message = refused(recipe(), f"{key}=other")
-    assert message == f"{key}=other is unknown: choose one of {', '.join(CHOICES[key])}"
+    task = "generator" if key in OF_GENERATORS else "tokenizer"
+    path = recipe(f"task: {task}\n{SMALLEST}")
+    assert refused(path, f"{key}=other") == f"{key}=other is unknown: choose one of {', '.join(map(str, CHOICES[key]))}"
     for choice in CHOICES[key]:
-        load_recipe(recipe(), [f"{key}={choice}"])
+        load_recipe(path, [f"{key}={choice}"])
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["data.content=tokens"], "data.content=tokens: a tokenizer learns from images"),
+        (["trainer.activation_checkpointing=selective"], "is for generators"),
+        (["vocabulary_parallel=2"], "unknown key vocabulary_parallel"),
+        (["task=generator"], "task= cannot be changed: mine is a recipe for a tokenizer"),
+    ],
+)
+def test_a_tokenizer_has_no_settings_of_generators(recipe, changes, said):
+    assert said in refused(recipe(), *changes)
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (["sampling.top_p=0"], "top_p 0"),
+        (["sampling.guidance=-1"], "guidance -1"),
+        (["loss.label_dropout=1.5"], "loss.label_dropout=1.5 must be at most 1"),
+        (["schedule.hold=2"], "schedule.hold=2.0 must be at most 1"),
+        (["codebook_parallel=2"], "unknown key codebook_parallel"),
+    ],
+)
+def test_mistakes_in_a_generators_recipe(changes, said):
+    assert said in refused("ar_debug", *changes)
+
+
+def test_unknown_tasks_are_refused(recipe):
+    assert "task=painter is unknown: choose one of tokenizer, generator" in refused(
+        recipe(f"task: painter\n{SMALLEST}")
+    )
 
 
 def test_missing_mandatory_values_are_named(recipe):
@@ -240,7 +288,7 @@ def test_resuming_checks_changes_like_training(recipe, tmp_path):
 def test_lists_of_two_configurations_are_not_shared(recipe):
     first, second = (load_recipe(recipe(), []) for _ in range(2))
     first.optimizer.betas[0] = 0.0
-    assert second.optimizer.betas == Config().optimizer.betas == [0.5, 0.9]
+    assert second.optimizer.betas == TokenizerRun().optimizer.betas == [0.5, 0.9]
 
 
 def test_the_generator_cannot_start_before_its_discriminator(recipe):

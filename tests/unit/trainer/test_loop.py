@@ -4,13 +4,13 @@ import pytest
 import torch
 
 from trainer import TrainerError
-from trainer.config import Config, TrainerConfig
+from trainer.config import TokenizerRun, TokenizerTrainerConfig
 from trainer.loop import Skips, plan_batch
 from trainer.parallel import World
 
 
 def planned(total, micro, processes) -> tuple[int, int]:
-    config = Config(trainer=TrainerConfig(max_steps=1, global_batch_size=total, micro_batch_size=micro))
+    config = TokenizerRun(trainer=TokenizerTrainerConfig(max_steps=1, global_batch_size=total, micro_batch_size=micro))
     return plan_batch(config, World(0, processes, torch.device("cpu")))
 
 

@@ -7,7 +7,7 @@ from torch import nn
 
 from trainer.config import OptimizerConfig
 from trainer.engines import Replicated
-from trainer.optim import MOMENTS, adam, adam_settings, get_step, set_step, start_moments
+from trainer.optim import MOMENTS, adam, adam_settings, get_step, set_step, set_weight_decay, start_moments
 
 CONFIG = OptimizerConfig(betas=[0.6, 0.8], epsilon=1e-3, weight_decay=0.1)
 
@@ -70,7 +70,11 @@ def apexs():
 
 
 def of(optimizer) -> list[nn.Parameter]:
-    return optimizer.param_groups[0]["params"]
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
+
+
+def settings(group: dict) -> tuple:
+    return tuple(group[key] for key in ("lr", "betas", "eps", "weight_decay"))
 
 
 def update(optimizer, seed) -> None:
@@ -83,9 +87,23 @@ def update(optimizer, seed) -> None:
 def test_it_is_pytorchs_fused_adamw_with_the_recipes_settings():
     optimizer = torchs()
     assert type(optimizer) is torch.optim.AdamW and optimizer.defaults["fused"] is True
-    (group,) = optimizer.param_groups
-    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.1, (0.6, 0.8), 1e-3, 0.1)
-    assert adam_settings(CONFIG) == {key: group[key] for key in ("betas", "eps", "weight_decay")}
+    matrices, others = optimizer.param_groups
+    assert settings(matrices) == (0.1, (0.6, 0.8), 1e-3, 0.1) and settings(others) == (0.1, (0.6, 0.8), 1e-3, 0.0)
+    assert [parameter.ndim for parameter in matrices["params"] + others["params"]] == [2, 1]
+    assert adam_settings(CONFIG) == {key: matrices[key] for key in ("betas", "eps", "weight_decay")}
+
+
+def test_weight_decay_that_changes_is_that_of_matrices_alone():
+    config = OptimizerConfig(weight_decay=0.0, final_weight_decay=0.08)
+    optimizer = adam(parameters(), 0.1, config)
+    set_weight_decay(optimizer.param_groups, 0.04)
+    assert [group["weight_decay"] for group in optimizer.param_groups] == [0.04, 0.0]
+
+
+def test_without_decay_there_is_one_group():
+    optimizer = adam(parameters(), 0.1, OptimizerConfig())
+    set_weight_decay(optimizer.param_groups, 0.0)
+    assert [len(group["params"]) for group in optimizer.param_groups] == [2]
 
 
 def test_parameters_without_memory_have_an_optimiser_too():
@@ -96,8 +114,10 @@ def test_parameters_without_memory_have_an_optimiser_too():
 def test_apex_is_taken_for_cuda_alone_and_not_where_it_cannot_take_the_parameters():
     optimizer = apexs()
     assert type(optimizer) is FusedAdam
-    (group,) = optimizer.param_groups
-    assert (group["lr"], group["betas"], group["eps"], group["weight_decay"]) == (0.1, (0.6, 0.8), 1e-3, 0.1)
+    assert [settings(group) for group in optimizer.param_groups] == [
+        (0.1, (0.6, 0.8), 1e-3, 0.1),
+        (0.1, (0.6, 0.8), 1e-3, 0.0),
+    ]
     assert type(torchs()) is torch.optim.AdamW
     assert type(adam(parameters(OnGpu), 0.1, CONFIG, apex=False)) is torch.optim.AdamW
 

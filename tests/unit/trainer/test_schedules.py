@@ -2,8 +2,8 @@ import math
 
 import pytest
 
-from trainer.config import ScheduleConfig
-from trainer.schedules import learning_rate_factor, ramp
+from trainer.config import OptimizerConfig, ScheduleConfig
+from trainer.schedules import learning_rate_factor, ramp, weight_decay
 
 
 def factors(steps, max_steps=100, **settings):
@@ -70,3 +70,19 @@ def test_ramp_of_no_length_is_a_switch(ramp_steps):
 def test_ramp_from_step_zero_acts_at_once():
     assert ramp(0, 0, 0) == 1.0
     assert ramp(0, 0, 2) == 0.5
+
+
+def test_the_published_generators_schedule():
+    """Warm-up from 0.005, the peak for 5% of the rest, then linearly to 0.1."""
+    settings = dict(kind="linear", warmup_steps=100, warmup_from=0.005, hold=0.05, final_ratio=0.1)
+    assert factors([0, 50, 100, 1000], max_steps=1000, **settings) == pytest.approx([0.005, 0.5025, 1.0, 0.1])
+    # Of 900 steps behind warm-up 45 are held; half of the other 855 are over at step 572.5.
+    assert factors([145, 146, 572, 573], max_steps=1000, **settings) == pytest.approx(
+        [1.0, 1 - 0.9 / 855, 0.55 + 0.45 / 855, 0.55 - 0.45 / 855]
+    )
+
+
+def test_weight_decay_goes_along_a_cosine():
+    config = OptimizerConfig(weight_decay=0.05, final_weight_decay=0.08)
+    assert [weight_decay(config, step, 100) for step in (0, 50, 100)] == pytest.approx([0.05, 0.065, 0.08])
+    assert weight_decay(OptimizerConfig(weight_decay=0.05), 70, 100) == 0.05

@@ -1,0 +1,151 @@
+"""What evaluation reads from: images or tokens in a fixed order, each exactly once."""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from data import DataError
+from data.photographs import cache_folder
+from data.shards import Access, FolderShard, Sample, Shard, Skipped, find_images, folder_shard, is_image
+from data.sources import TOKENS, SourceConfig, label_of, open_source
+from data.storage import Cache
+from data.tokens import TokenSpec, check_tokens, first_header, unpack_codes
+from data.transforms import ImageError, decode, pixels_chw, resize_and_center_crop, resize_named
+
+CACHE_BYTES = 50 * 10**9
+
+
+class EvaluationImage(NamedTuple):
+    """key: the sample's key, or the file's path in its folder; image_chw: uint8 (3, h, w); index: place in the set."""
+
+    key: str
+    image_chw: torch.Tensor
+    index: int
+
+
+class EvaluationToken(NamedTuple):
+    """key: the sample's key; index_t: int64 (rows * columns,), codes of the first view; label: the class, or None;
+    index: place in the set."""
+
+    key: str
+    index_t: torch.Tensor
+    label: int | None
+    index: int
+
+
+class _InOrder:
+    """Samples in a fixed order, each exactly once over all shards (index, count) of the set.
+
+    len() counts this shard's samples, the unusable ones included; these are left out while iterating and listed in
+    `skipped`, anew for each pass.
+    """
+
+    def __init__(self, path: str | list[str], shard: tuple[int, int], access: Access):
+        self.shards = _shards(path, access)
+        entries = [(one, index) for one in self.shards for index in range(len(one))]
+        first, count = shard
+        self.entries = list(enumerate(entries))[first::count]
+        self.skipped: list[Skipped] = []
+
+    def __len__(self):
+        return len(self.entries)
+
+    def __iter__(self) -> Iterator:
+        self.skipped = []
+        for index, (shard, number) in self.entries:
+            key, name = f"sample {number}", shard.name
+            if isinstance(shard, FolderShard):
+                key, name = shard.images[number].as_posix(), f"{shard.url}/{shard.images[number].as_posix()}"
+            try:
+                if isinstance(shard, FolderShard):
+                    sample = Sample(key, {Path(key).suffix.lower().lstrip("."): Path(name).read_bytes()})
+                else:
+                    sample = shard.read(number)
+                    key = sample.key
+                value = self._value(sample, index)
+            except ImageError as error:
+                self.skipped.append(Skipped(name, key, str(error)))
+                continue
+            except OSError as error:
+                self.skipped.append(Skipped(name, key, error.strerror or str(error)))
+                continue
+            yield value
+
+    def _value(self, sample: Sample, index: int) -> NamedTuple:
+        raise NotImplementedError
+
+
+class EvaluationImages(_InOrder):
+    """`EvaluationImage` by `EvaluationImage`; see `evaluation_images`."""
+
+    def __init__(
+        self, path: str | list[str], image_size: int | None, resize: str, shard: tuple[int, int], access: Access
+    ):
+        if image_size is not None and image_size < 1:
+            raise DataError(f"image size {image_size} must be at least 1 pixel")
+        self.image_size, self.resize = image_size, resize_named(resize)
+        super().__init__(path, shard, access)
+
+    def _value(self, sample: Sample, index: int) -> EvaluationImage:
+        image = decode(sample.image())
+        if self.image_size is not None:
+            image = resize_and_center_crop(image, self.image_size, self.resize)
+        return EvaluationImage(sample.key, torch.from_numpy(pixels_chw(image)), index)
+
+
+class EvaluationTokens(_InOrder):
+    """`EvaluationToken` by `EvaluationToken`; see `evaluation_tokens`."""
+
+    def __init__(self, path: str | list[str], spec: TokenSpec, shard: tuple[int, int], access: Access):
+        super().__init__(path, shard, access)
+        self.spec = spec
+        check_tokens(first_header(self.shards, str(path)), spec, str(path))
+
+    def _value(self, sample: Sample, index: int) -> EvaluationToken:
+        header, index_vhw = unpack_codes(sample.image(TOKENS.image))
+        check_tokens(header, self.spec, sample.key)
+        return EvaluationToken(
+            sample.key, torch.from_numpy(index_vhw[0]).flatten().long(), label_of(sample.members, TOKENS), index
+        )
+
+
+def _shards(path: str | list[str], access: Access) -> list[Shard]:
+    if isinstance(path, (str, os.PathLike)) and os.path.isfile(path) and is_image(str(path)):
+        return [FolderShard(os.path.dirname(path) or ".", [Path(os.path.basename(path))])]
+    if isinstance(path, (str, os.PathLike)) and os.path.isdir(path) and find_images(Path(path)):
+        return [folder_shard(str(path))]
+    if access.cache is None:  # each sample is read by its place, so that remote tars need copies or an index
+        access = access._replace(cache=Cache(cache_folder() / "shards", CACHE_BYTES, access.patience))
+    source = open_source(SourceConfig(name="evaluation", root=path), access, scan_all=True)
+    for shard in source.shards if source.counts is None else []:
+        shard.scan()  # says why it cannot be
+    return source.shards
+
+
+def evaluation_images(
+    path: str | list[str],
+    *,
+    image_size: int | None,
+    resize: str = "pil_antialias",
+    shard: tuple[int, int] = (0, 1),
+    access: Access | None = None,
+) -> EvaluationImages:
+    """The images of a folder (recursive), an image file, a zip file or tars (as `expand` reads them), in fixed order.
+
+    image_size: shorter side and centre crop in pixels by the protocol `resize`; None keeps the original size.
+    shard: (index, count): this part of the set only, image by image in turn. access: how remote tars are reached;
+    without a cache in it they are copied to `cache_folder()`.
+    """
+    return EvaluationImages(path, image_size, resize, shard, access or Access())
+
+
+def evaluation_tokens(
+    path: str | list[str], spec: TokenSpec, *, shard: tuple[int, int] = (0, 1), access: Access | None = None
+) -> EvaluationTokens:
+    """The first view of each token sample of some tars, in fixed order; shard and access as of `evaluation_images`.
+
+    Raises DataError for images, or where the first sample, or while iterating another one, is not of the spec."""
+    return EvaluationTokens(path, spec, shard, access or Access())

@@ -1,0 +1,180 @@
+"""Images as codes: the member `codes` of a token sample, and what training takes from it.
+
+`KEY.codes` is one line of JSON, {"tokenizer": FINGERPRINT, "codes": VOCABULARY, "shape": [views, rows, columns]}, and
+behind it the codes: little-endian, unsigned, in the fewest whole bytes that hold every code of the vocabulary. So each
+sample says whose codes they are.
+"""
+
+import functools
+import json
+import math
+import random
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+
+from data import DataError
+from data.shards import CODES, Limit, Sample, Shard, is_image
+from data.transforms import ImageError
+
+MOST_CODES = 1 << 24
+MOST_HEADER_BYTES = 4096
+
+
+class TokenSpec(NamedTuple):
+    """What a reader expects. tokenizer: its fingerprint, None: any; vocabulary: how many codes; grid: rows, columns."""
+
+    tokenizer: str | None
+    vocabulary: int
+    grid: tuple[int, int]
+
+
+class TokenHeader(NamedTuple):
+    """What a sample tells of its codes. views: crops of the image, each with a grid of (rows, columns)."""
+
+    tokenizer: str
+    vocabulary: int
+    views: int
+    grid: tuple[int, int]
+
+
+def code_bytes(vocabulary: int) -> int:
+    """Bytes of a code: 1 up to 256 codes, 2 up to 65,536, 3 up to 2^24."""
+    return 1 if vocabulary <= 1 << 8 else 2 if vocabulary <= 1 << 16 else 3
+
+
+def pack_codes(index_vhw: np.ndarray, tokenizer: str, vocabulary: int) -> bytes:
+    """Codes (views, rows, columns) of a tokenizer with this fingerprint -> the content of a member `codes`.
+
+    Raises DataError for codes outside the vocabulary, or one of more than 2^24 codes."""
+    if not 1 <= vocabulary <= MOST_CODES:
+        raise DataError(f"{vocabulary:,} codes cannot be packed: at most {MOST_CODES:,}")
+    if index_vhw.ndim != 3 or not index_vhw.size:
+        raise DataError(f"codes of shape {index_vhw.shape} cannot be packed: (views, rows, columns), none of them 0")
+    if not 0 <= index_vhw.min() <= index_vhw.max() < vocabulary:
+        raise DataError(f"codes from {index_vhw.min()} to {index_vhw.max()} do not lie in [0, {vocabulary:,})")
+    views, rows, columns = index_vhw.shape
+    line = json.dumps(
+        {"tokenizer": tokenizer, "codes": vocabulary, "shape": [views, rows, columns]}, separators=(",", ":")
+    )
+    bytes_nb = np.ascontiguousarray(index_vhw, "<u4").reshape(-1, 1).view(np.uint8)
+    return line.encode() + b"\n" + bytes_nb[:, : code_bytes(vocabulary)].tobytes()
+
+
+def unpack_codes(content: bytes) -> tuple[TokenHeader, np.ndarray]:
+    """A member `codes` -> its header and its codes, int32 (views, rows, columns). Raises ImageError for damage."""
+    header, start = _opened(content)
+    index_n = _codes(content, start, header, header.views * math.prod(header.grid))
+    return header, index_n.reshape(header.views, *header.grid)
+
+
+def _opened(content: bytes) -> tuple[TokenHeader, int]:
+    """The header, and where the codes begin. Raises ImageError, also unless the content has the bytes that it tells."""
+    stop = content.find(b"\n", 0, MOST_HEADER_BYTES)
+    if stop < 0:
+        raise ImageError("its codes have no header")
+    header = _header(content[:stop])
+    expected = header.views * math.prod(header.grid) * code_bytes(header.vocabulary)
+    if len(content) - stop - 1 != expected:
+        raise ImageError(f"its codes have {len(content) - stop - 1:,} bytes and not {expected:,}")
+    return header, stop + 1
+
+
+@functools.lru_cache(maxsize=256)  # samples of one set have the same line
+def _header(line: bytes) -> TokenHeader:
+    try:
+        told = json.loads(line)
+        tokenizer, vocabulary, (views, rows, columns) = told["tokenizer"], told["codes"], told["shape"]
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ImageError("the header of its codes is damaged") from error
+    numbers = vocabulary, views, rows, columns
+    if type(tokenizer) is not str or any(type(n) is not int or n < 1 for n in numbers) or vocabulary > MOST_CODES:
+        raise ImageError("the header of its codes is damaged")
+    return TokenHeader(tokenizer, vocabulary, views, (rows, columns))
+
+
+def _codes(content: bytes, start: int, header: TokenHeader, count: int) -> np.ndarray:
+    """`count` codes from byte `start` on, int32. Raises ImageError for one outside the vocabulary."""
+    each = code_bytes(header.vocabulary)
+    if each == 3:
+        bytes_n4 = np.zeros((count, 4), np.uint8)
+        bytes_n4[:, :3] = np.frombuffer(content, np.uint8, 3 * count, start).reshape(count, 3)
+        index_n = bytes_n4.view("<i4")[:, 0]
+    else:
+        index_n = np.frombuffer(content, f"<u{each}", count, start).astype(np.int32)
+    if header.vocabulary < 256**each and (most := index_n.max()) >= header.vocabulary:
+        raise ImageError(f"code {most:,} lies outside the {header.vocabulary:,} of its tokenizer")
+    return index_n
+
+
+@dataclass(frozen=True)
+class TokenTransform:
+    """A member `codes` -> int32 (rows * columns,) of one of its views; the view is drawn from the given generator."""
+
+    spec: TokenSpec
+
+    @functools.cached_property
+    def shape(self) -> tuple[int]:
+        """Of what it gives."""
+        return (math.prod(self.spec.grid),)
+
+    dtype = np.dtype(np.int32)
+
+    def __call__(
+        self,
+        content: bytes,
+        rng: random.Random,
+        check_size: Callable[[int, int], None] = lambda width, height: None,
+        out: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """int32 (rows * columns,), in `out` where it is given. check_size: of no meaning here.
+
+        Raises ImageError for damaged codes, DataError for those of another tokenizer, vocabulary or grid."""
+        header, start = _opened(content)
+        check_tokens(header, self.spec, "the sample")
+        (count,) = self.shape
+        view = int(rng.random() * header.views)
+        index_t = _codes(content, start + view * count * code_bytes(header.vocabulary), header, count)
+        if out is None:
+            return index_t
+        out[:] = index_t
+        return out
+
+
+def check_tokens(header: TokenHeader, spec: TokenSpec, name: str) -> None:
+    """Raises DataError unless the tokens are such as the reader expects. name: of what holds them."""
+    expected = spec if spec.tokenizer is not None else spec._replace(tokenizer=header.tokenizer)
+    if (header.tokenizer, header.vocabulary, header.grid) != expected:
+        raise DataError(
+            f"{name} holds tokens of tokenizer {_described(header.tokenizer, header)}, and not of "
+            f"{_described(spec.tokenizer or 'any', spec)} as this run expects: write token shards with `ibq tokenize` "
+            "and the run's own tokenizer and image size"
+        )
+
+
+def _described(tokenizer: str, tokens: TokenHeader | TokenSpec) -> str:
+    rows, columns = tokens.grid
+    return f"{tokenizer} ({tokens.vocabulary:,} codes, {rows} x {columns})"
+
+
+def first_header(shards: Iterable[Shard], name: str) -> TokenHeader:
+    """The header of the first sample that can be read; damaged ones are passed over. name: of what holds them.
+
+    Raises DataError for images, and where there is no sample."""
+    damage = "there is none"
+    for shard in shards:
+        for window in shard.windows(0, None, Limit(1, 1)):
+            try:
+                return unpack_codes(_codes_of(window.read(0), name))[0]
+            except ImageError as error:
+                damage = str(error)
+    raise DataError(f"{name}: no token sample can be read ({damage}); `ibq shards check` finds damaged shards")
+
+
+def _codes_of(sample: Sample, name: str) -> bytes:
+    if CODES not in sample.members and any(map(is_image, sample.members)):
+        mend = "write token shards with `ibq tokenize`, or train with data.content=images"
+        raise DataError(f"{name} holds images, not tokens: {mend}")
+    return sample.image([CODES])

@@ -1,0 +1,69 @@
+"""Causal attention through one function: flash-attn where it is installed, else PyTorch's own kernels.
+
+Shapes: b sequences, t positions, h heads, d numbers in a head.
+"""
+
+import functools
+import importlib
+import math
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from model_zoo import ModelError
+
+IMPLS = ("auto", "dense", "sdpa", "flash")
+# Modules that give `flash_attn_func`, the best first: release 3 (Hopper), CuTe (Hopper, Blackwell), 2 (Ampere and on).
+FLASH_MODULES = {9: ("flash_attn_interface", "flash_attn.cute", "flash_attn"), 10: ("flash_attn.cute", "flash_attn")}
+
+
+def causal_attention(q_bthd: Tensor, k_bthd: Tensor, v_bthd: Tensor, impl: str = "auto") -> Tensor:
+    """``softmax(q k^T / sqrt(d)) v``, position t over positions 0 to t; ``(b, t, h, d)`` of the operands' dtype.
+
+    impl: ``dense`` (the readable truth), ``sdpa`` (PyTorch's flash or cuDNN kernel on CUDA), ``flash`` (flash-attn 2, 3
+    or CuTe: CUDA, half precision), ``auto`` (flash where it can be had, else sdpa). Raises ModelError.
+    """
+    if impl == "auto":
+        impl = "flash" if _takes(q_bthd) and _flash(_major(q_bthd)) else "sdpa"
+    if impl == "flash":
+        if not _takes(q_bthd):
+            raise ModelError("flash attention is for CUDA and half precision: use impl='sdpa'")
+        if (flash := _flash(_major(q_bthd))) is None:
+            raise ModelError("flash-attn cannot be imported: pip install flash-attn, or use impl='sdpa'")
+        out = flash(q_bthd, k_bthd, v_bthd, causal=True)
+        return out[0] if isinstance(out, tuple) else out
+    if impl == "dense":
+        return _dense(q_bthd, k_bthd, v_bthd)
+    if impl != "sdpa":
+        raise ModelError(f"unknown impl {impl!r} of attention: choose one of {', '.join(IMPLS)}")
+    q, k, v = (x.transpose(1, 2) for x in (q_bthd, k_bthd, v_bthd))
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
+
+
+def _dense(q_bthd: Tensor, k_bthd: Tensor, v_bthd: Tensor) -> Tensor:
+    positions = q_bthd.shape[1]
+    logits_bhts = torch.einsum("bthd,bshd->bhts", q_bthd, k_bthd) / math.sqrt(q_bthd.shape[-1])
+    later_ts = torch.ones(positions, positions, dtype=torch.bool, device=q_bthd.device).triu(1)
+    weights_bhts = logits_bhts.masked_fill(later_ts, -math.inf).softmax(dim=-1)
+    return torch.einsum("bhts,bshd->bthd", weights_bhts, v_bthd)
+
+
+def _takes(q_bthd: Tensor) -> bool:
+    return q_bthd.is_cuda and q_bthd.dtype in (torch.float16, torch.bfloat16)
+
+
+def _major(q_bthd: Tensor) -> int:
+    return torch.cuda.get_device_capability(q_bthd.device)[0]
+
+
+@functools.cache
+def _flash(major: int) -> Callable | None:
+    """flash-attn's function for a GPU of that compute capability, or None where no release of it can be imported."""
+    for name in FLASH_MODULES.get(major, ("flash_attn",)):
+        try:
+            return importlib.import_module(name).flash_attn_func
+        except (ImportError, AttributeError):  # not installed, or built for another torch; `ibq doctor` tells
+            continue
+    return None

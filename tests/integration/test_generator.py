@@ -1,0 +1,170 @@
+"""Whole runs of a generator on token shards: engines, numbers of processes, resuming, learning, mistakes."""
+
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from comparing import differences, read_metrics
+from launching import settings
+from tokens import FINGERPRINT, write_tokens
+
+STEPS = 8
+CHECKPOINT = f"checkpoints/step_{STEPS:08d}"
+TOLERANCE = 1e-5
+MOMENT_TOLERANCE = 1e-3
+# Weight decay that changes, clipping in every step, warm-up, an average: all that is of a step and not of a rank. What
+# is drawn anew on each rank (dropout, left-out classes) is off.
+RECIPE = {
+    "trainer.max_steps": STEPS,
+    "trainer.checkpoint_every_steps": STEPS // 2,
+    "trainer.validate_every_steps": STEPS,
+    "trainer.gradient_clip_norm": 0.2,
+    "optimizer.weight_decay": 0.05,
+    "optimizer.final_weight_decay": 0.5,
+    "schedule.warmup_steps": 4,
+    "schedule.warmup_from": 0.5,
+    "loss.label_dropout": 0,
+    "loss.z_weight": 1e-3,
+    "ema.decay": 0.9,
+}
+DEEPSPEED = {"engine.kind": "deepspeed"}
+RUNS = {
+    "one": (1, {}),
+    "one, cut": (1, {"trainer.micro_batch_size": 2, "trainer.activation_checkpointing": "true"}),
+    "one, selective": (1, {"trainer.activation_checkpointing": "selective", "loss.impl": "dense"}),
+    "one, compiled": (1, {"trainer.compile": "true"}),
+    "two": (2, {}),
+    "two, head": (2, {"vocabulary_parallel": 2}),
+    "zero2": (2, {**DEEPSPEED, "engine.config": "zero2"}),
+    "zero2, head": (2, {**DEEPSPEED, "engine.config": "zero2", "vocabulary_parallel": 2}),
+    "zero3": (2, {**DEEPSPEED, "engine.config": "zero3"}),
+    "zero3, cut": (
+        2,
+        {
+            **DEEPSPEED,
+            "engine.config": "zero3",
+            "trainer.micro_batch_size": 2,
+            "trainer.activation_checkpointing": "true",
+        },
+    ),
+    "fsdp2": (2, {"engine.kind": "fsdp2"}),
+    "fsdp2, head": (2, {"engine.kind": "fsdp2", "vocabulary_parallel": 2}),
+}
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory) -> Path:
+    return write_tokens(tmp_path_factory.mktemp("shards") / "tokens")
+
+
+@pytest.fixture(scope="module")
+def trained(launch, shards, tmp_path_factory):
+    """name -> the finished run's folder. All are begun at once, two at a time."""
+    folder = tmp_path_factory.mktemp("generators")
+    pool = ThreadPoolExecutor(2)
+
+    def train(name: str):
+        processes, changes = RUNS[name]
+        run = folder / name.replace(", ", "_")
+        data = {"data.train": shards, "data.val": shards}
+        arguments = "ar_debug", f"run={run}", *settings({**RECIPE, **data, **changes})
+        run_it = launch.ibq if processes == 1 else launch.torchrun
+        finished = run_it("train", *arguments) if processes == 1 else run_it(*arguments, processes=processes)
+        assert finished.status == 0, finished.err[-4000:]
+        return run
+
+    started = {name: pool.submit(train, name) for name in RUNS}
+    yield lambda name: started[name].result()
+    pool.shutdown(cancel_futures=True)
+
+
+def assert_equal(expected: Path, actual: Path) -> None:
+    found = differences(expected / CHECKPOINT, actual / CHECKPOINT)
+    assert {"generator", "generator_ema", "generator.exp_avg", "generator.exp_avg_sq"} == found.keys()
+    for model, difference in found.items():
+        assert difference.whole < (MOMENT_TOLERANCE if ".exp" in model else TOLERANCE), model
+
+
+@pytest.mark.parametrize("name", [name for name in RUNS if name != "one"])
+def test_every_engine_gives_what_one_process_gives(trained, name):
+    expected, actual = trained("one"), trained(name)
+    assert_equal(expected, actual)
+    lines = [[line for line in read_metrics(run)] for run in (expected, actual)]
+    assert len(lines[0]) == len(lines[1]) == STEPS + 1  # and a validation
+    for line, true_line in zip(*reversed(lines), strict=True):
+        assert line == pytest.approx(true_line, rel=1e-4, abs=1e-6)
+
+
+def test_clipping_decay_and_learning_are_there(trained):
+    lines = read_metrics(trained("one"))
+    steps = [line for line in lines if "loss/total" in line]
+    assert min(line["grad_norm/generator"] for line in steps) > 0.2  # clipped throughout
+    assert steps[-1]["loss/cross_entropy"] < steps[0]["loss/cross_entropy"]
+    assert steps[0]["loss/total"] == pytest.approx(steps[0]["loss/cross_entropy"] + 1e-3 * steps[0]["loss/z"])
+    assert "val/unigram_entropy" in lines[-1] and lines[-1]["val/loss"] > 0
+
+
+@pytest.mark.parametrize(("source", "engine"), [("two, head", "fsdp2"), ("zero3", "one")])
+def test_any_engine_goes_on_from_any_other(trained, launch, shards, tmp_path, source, engine):
+    """From the middle of one run, under another engine on another number of processes, to the same end."""
+    processes, changes = RUNS[engine]
+    middle = trained(source) / f"checkpoints/step_{STEPS // 2:08d}"
+    run = tmp_path / "resumed"
+    run.mkdir()
+    (run / "config.yaml").write_text((trained(source) / "config.yaml").read_text())
+    (run / "checkpoints").mkdir()
+    (run / "checkpoints" / middle.name).symlink_to(middle)
+    (run / "checkpoints" / "latest").write_text(middle.name)
+    overrides = {"engine.kind": "replicated", "vocabulary_parallel": 1, **changes}
+    arguments = [f"{key}={value}" for key, value in overrides.items()]
+    if processes == 1:
+        finished = launch.ibq("resume", run, *arguments)
+    else:
+        finished = launch.torchrun("--resume", run, *arguments, processes=processes)
+    assert finished.status == 0, finished.err
+    assert_equal(trained("one"), run)
+
+
+def test_it_learns_what_the_frequencies_of_codes_do_not_tell(launch, tmp_path):
+    shards = write_tokens(tmp_path / "tokens", count=256, per_shard=64)
+    held_out = write_tokens(tmp_path / "held_out", count=32, seed=1)
+    changes = {
+        **{"data.train": shards, "data.val": held_out, "trainer.max_steps": 150, "trainer.log_every_steps": 50},
+        **{"trainer.validate_every_steps": 150, "trainer.validation_images": 32, "trainer.checkpoint_every_steps": 150},
+        **{"optimizer.epsilon": 1e-8, "optimizer.lr": 3e-3, "trainer.global_batch_size": 16},
+    }
+    finished = launch.ibq("train", "ar_debug", f"run={tmp_path / 'run'}", *settings(changes))
+    assert finished.status == 0, finished.err
+    last = read_metrics(tmp_path / "run")[-1]
+    assert last["val/unigram_entropy"] > 5.3  # of 5.545, that of even frequencies
+    assert last["val/loss"] < 0.6 * last["val/unigram_entropy"]
+
+
+@pytest.mark.parametrize(
+    ("made", "changes", "said"),
+    [
+        ({}, {"tokenizer.fingerprint": "f" * 16}, [FINGERPRINT, "f" * 16]),
+        ({"vocabulary": 128}, {}, ["128 codes", "256 codes"]),
+        ({"grid": (4, 4)}, {}, ["4 x 4", "8 x 8"]),
+        ({"classes": 12}, {}, ["of class 1", "model.classes=10"]),
+        ({"labels": False}, {}, ["has no class", "loss.label_dropout=1"]),
+        ({}, {"data.content": "images"}, ["tokenizer.source=RUN"]),
+        ({}, {"model.embedding": "codebook"}, ["model.embedding", "tokenizer.source=RUN"]),
+        ({}, {"model.head_dim": 6}, ["model.head_dim=6 must be a multiple of 4"]),
+        ({}, {"loss.label_dropout": 2}, ["loss.label_dropout=2.0 must be at most 1"]),
+    ],
+)
+def test_mistakes_are_one_line(ibq_here, assert_refused, tmp_path, made, changes, said):
+    shards = write_tokens(tmp_path / "tokens", **made)
+    run = tmp_path / "run"
+    finished = ibq_here("train", "ar_debug", f"run={run}", *settings({"data.train": shards, **changes}))
+    assert_refused(finished, *said)
+    assert not run.exists()
+
+
+def test_empty_shards_and_images_are_refused(ibq_here, assert_refused, tmp_path):
+    (tmp_path / "empty").mkdir()
+    finished = ibq_here("train", "ar_debug", *settings({"data.train": tmp_path / "empty"}))
+    assert_refused(finished, "empty")
+    finished = ibq_here("train", "ar_debug", *settings({"data.train": "bundled:train"}))
+    assert_refused(finished, "holds images, not tokens", "ibq tokenize")

@@ -1,0 +1,222 @@
+import copy
+import math
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from torch.nn import functional as F
+from torch.utils.flop_counter import FlopCounterMode
+
+from model_zoo import ModelError, Transformer, TransformerConfig, load_generator
+from model_zoo.ops.attention import causal_attention
+from model_zoo.pieces import save_pieces, whole
+from model_zoo.transformer import Now, checkpoint_blocks, flops_per_token, rope_table, rotate
+
+TINY = TransformerConfig(vocabulary=40, classes=5, grid=[3, 4], depth=2, heads=2, head_dim=8, code_dim=6, dropout=0.0)
+
+
+def tiny(seed=0, **changes) -> Transformer:
+    """In eval mode, with weights that all matter: the head begins at zero, and gates begin near it."""
+    torch.manual_seed(seed)
+    transformer = Transformer(replace(TINY, **changes)).eval()
+    with torch.no_grad():
+        for tensor in (*transformer.parameters(), *transformer.buffers()):
+            if tensor is not transformer.rope_tp2:
+                tensor.normal_(std=0.3)
+    return transformer
+
+
+def codes(images=3, count=11, seed=1):
+    return torch.randint(TINY.vocabulary, (images, count), generator=torch.Generator().manual_seed(seed))
+
+
+CLASSES = torch.tensor([0, 3, TINY.classes])
+
+
+@pytest.mark.parametrize("changed", [0, 4, 10])
+def test_a_code_changes_the_logits_behind_it_and_none_before(changed):
+    transformer, index_bt = tiny(), codes()
+    other_bt = index_bt.clone()
+    other_bt[:, changed] = (other_bt[:, changed] + 1) % TINY.vocabulary
+    with torch.no_grad():
+        difference_bt = (transformer(index_bt, CLASSES) - transformer(other_bt, CLASSES)).abs().amax(dim=2)
+    assert difference_bt.shape == (3, 12)
+    assert difference_bt[:, : changed + 1].max() == 0
+    assert difference_bt[:, changed + 1 :].min() > 1e-4
+
+
+def test_the_class_changes_all_logits():
+    transformer = tiny()
+    with torch.no_grad():
+        difference_bt = (transformer(codes(), CLASSES) - transformer(codes(), CLASSES - CLASSES)).abs().amax(dim=2)
+    assert difference_bt[0].max() == 0 and difference_bt[1:].min() > 1e-3
+
+
+def cached_logits(transformer, index_bt, class_b, masked):
+    pasts, tokens = transformer.new_pasts(len(class_b)), transformer.config.tokens
+    logits = []
+    for position in range(tokens):
+        mask_1t = (torch.arange(tokens) <= position)[None] if masked else None
+        now = Now(torch.tensor([position]), position == 0, tokens if masked else position + 1, mask_1t)
+        logits.append(transformer.next_logits(index_bt[:, position - 1] if position else None, class_b, pasts, now))
+    return torch.stack(logits, dim=1)
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@pytest.mark.parametrize("embedding", ["learned", "codebook"])
+@torch.no_grad()
+def test_cached_logits_are_those_of_a_forward(masked, embedding):
+    transformer = tiny(embedding=embedding)
+    expected_btv = transformer(codes(), CLASSES)
+    assert expected_btv.std() > 0.1
+    actual_btv = cached_logits(transformer, codes(), CLASSES, masked)
+    torch.testing.assert_close(actual_btv, expected_btv, rtol=1e-4, atol=1e-4)
+
+
+@torch.no_grad()
+def test_a_forward_of_fewer_codes_gives_the_first_logits():
+    transformer = tiny()
+    logits_btv = transformer(codes(), CLASSES)
+    for count in (0, 5):
+        torch.testing.assert_close(transformer(codes()[:, :count], CLASSES), logits_btv[:, : count + 1])
+    with pytest.raises(ModelError, match="12 codes leave nothing to predict of 12"):
+        transformer(codes(count=12), CLASSES)
+
+
+def test_the_loss_is_the_cross_entropy_of_the_forwards_logits():
+    transformer, index_bt = tiny(), codes(count=12)
+    logits_btv = transformer(index_bt[:, :-1], CLASSES)
+    expected = F.cross_entropy(logits_btv.flatten(0, 1), index_bt.flatten())
+    torch.testing.assert_close(transformer.loss(index_bt, CLASSES, impl="dense").loss, expected)
+
+
+def test_an_untrained_model_finds_all_codes_equally_likely():
+    torch.manual_seed(0)
+    transformer = Transformer(TINY).eval()
+    assert transformer(codes(), CLASSES).abs().max() == 0
+    loss = transformer.loss(codes(count=12), CLASSES, impl="dense").loss
+    assert loss.item() == pytest.approx(math.log(TINY.vocabulary), rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("layers", "hidden", "parameters"),
+    [
+        (16, 2816, 342_994_944),
+        (20, 3584, 649_640_960),
+        (24, 4096, 1_076_103_168),
+        (30, 5120, 2_063_331_840),
+    ],
+)
+def test_published_sizes(layers, hidden, parameters):
+    with torch.device("meta"):
+        transformer = Transformer(TransformerConfig(depth=layers, heads=layers))
+    assert sum(parameter.numel() for parameter in transformer.parameters()) == parameters
+    assert transformer.config.width == 64 * layers and transformer.config.hidden == hidden
+    assert transformer.blocks[0].feed_forward.w1.weight.shape == (hidden, 64 * layers)
+
+
+def test_rotary_embeddings_are_complex_rotations_by_row_and_column():
+    rows, columns, head_dim = 3, 4, 8
+    x_bthd = torch.randn(2, 13, 5, head_dim, generator=torch.Generator().manual_seed(0))
+    rotated_bthd = rotate(x_bthd, rope_table(rows, columns, head_dim))
+    assert rotated_bthd[:, 0].abs().max() == 0  # the class
+    pairs = torch.view_as_complex(x_bthd.unflatten(-1, (-1, 2)).contiguous())
+    for position in range(1, 13):
+        row, column = divmod(position - 1, columns)
+        angles = [row, row / 100, column, column / 100]  # base 10,000, two pairs each
+        turned = pairs[:, position] * torch.exp(1j * torch.tensor(angles))
+        expected = torch.view_as_real(turned).flatten(-2)
+        torch.testing.assert_close(rotated_bthd[:, position], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_attention_of_pytorch_is_the_dense_one():
+    q, k, v = torch.randn(3, 2, 13, 4, 8, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(causal_attention(q, k, v, "sdpa"), causal_attention(q, k, v, "dense"))
+    with pytest.raises(ModelError, match="unknown impl 'fast'"):
+        causal_attention(q, k, v, "fast")
+
+
+@pytest.mark.parametrize("embedding", ["learned", "codebook"])
+def test_flops_are_those_that_pytorch_counts(embedding):
+    # Attention is counted by PyTorch where its kernel is called, which on the CPU is a composite: hence `dense` here.
+    transformer = tiny(embedding=embedding)
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        transformer(codes(), CLASSES)
+    assert counter.get_total_flops() == pytest.approx(
+        flops_per_token(transformer.config) * 3 * transformer.config.tokens, rel=1e-12
+    )
+
+
+@pytest.mark.parametrize("selective", [False, True])
+def test_activation_checkpointing_changes_neither_loss_nor_gradients(selective):
+    plain = tiny().train()
+    checkpointed = copy.deepcopy(plain)
+    checkpoint_blocks(checkpointed, selective)
+    losses = [model.loss(codes(count=12), CLASSES, impl="dense").loss for model in (plain, checkpointed)]
+    for loss in losses:
+        loss.backward()
+    assert losses[0] == losses[1]
+    for parameter, other in zip(plain.parameters(), checkpointed.parameters(), strict=True):
+        assert parameter.grad.abs().sum() > 0
+        torch.testing.assert_close(parameter.grad, other.grad)
+
+
+def test_codebook_embedding_is_a_projection_of_frozen_code_vectors():
+    transformer = tiny(embedding="codebook")
+    embedding = transformer.tok_emb
+    assert embedding.codebook_vd.shape == (40, 6)
+    assert "tok_emb.codebook_vd" in transformer.state_dict()
+    assert "tok_emb.codebook_vd" not in dict(transformer.named_parameters())
+    expected = embedding.codebook_vd[codes()] @ embedding.projection.weight.T + embedding.projection.bias
+    torch.testing.assert_close(embedding(codes()), expected)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"embedding": "random"}, "unknown model.embedding 'random'"),
+        ({"head_dim": 6}, "model.head_dim=6 must be a multiple of 4"),
+        ({"grid": [16]}, r"model.grid=\[16\] must be rows and columns"),
+        ({"grid": [0, 3]}, r"model.grid=\[0, 3\]"),
+        ({"depth": 0}, "model.depth=0 must be at least 1"),
+        ({"vocabulary": 0}, "model.vocabulary=0"),
+        ({"dropout": 1.0}, "model.dropout=1.0"),
+        ({"gate_init": math.inf}, "model.gate_init=inf must be finite"),
+    ],
+)
+def test_configurations_that_make_no_model_are_refused(change, message):
+    with pytest.raises(ModelError, match=message):
+        Transformer(replace(TINY, **change))
+
+
+# ---------------------------------------------------------------------------------------------------------- load_generator
+
+
+@pytest.fixture
+def run(tmp_path):
+    run = tmp_path / "run"
+    folder = run / "checkpoints" / "step_00000010"
+    folder.mkdir(parents=True)
+    models = {"generator": tiny(1, embedding="codebook"), "generator_ema": tiny(2, embedding="codebook")}
+    pieces = [whole(f"{kind}/{name}", value) for kind, m in models.items() for name, value in m.state_dict().items()]
+    save_pieces(folder / "rank_00000.safetensors", pieces)
+    (folder.parent / "latest").write_text("step_00000010\n")
+    OmegaConf.save({"task": "generator", "model": asdict(replace(TINY, embedding="codebook"))}, run / "config.yaml")
+    return run
+
+
+@pytest.mark.parametrize(("weights", "seed"), [("raw", 1), ("ema", 2)])
+def test_load_generator_takes_the_asked_weights(run, weights, seed):
+    loaded, expected = load_generator(run, weights), tiny(seed, embedding="codebook")
+    assert loaded.config == expected.config and not loaded.training
+    assert all(torch.equal(value, loaded.state_dict()[name]) for name, value in expected.state_dict().items())
+    with torch.no_grad():  # with what is in no checkpoint, too
+        assert torch.equal(loaded(codes(), CLASSES), expected(codes(), CLASSES))
+
+
+def test_load_generator_refuses_other_weights(run):
+    OmegaConf.save({"model": asdict(replace(TINY, embedding="codebook", depth=3))}, run / "config.yaml")
+    with pytest.raises(ModelError, match=r"does not hold the weights of .*Missing key.*blocks\.2\.") as error:
+        load_generator(run)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,101 @@
+"""`ibq sample`: images of a generator."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
+
+
+def sample(
+    run: Annotated[Path, typer.Argument(help="A generator's run folder, a checkpoint's in it, or a published .ckpt.")],
+    classes: Annotated[
+        str | None, typer.Option(metavar="1,2,7-9", help="Or 'none', for images of no class.", show_default="all")
+    ] = None,
+    count: Annotated[int, typer.Option(help="Images; the classes take turns.")] = 16,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder of PNGs, FILE.npz or FILE.png.", show_default="RUN/sampled")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Another seed, other images.")] = 0,
+    temperature: Annotated[float | None, typer.Option(help="Above 0.", show_default="the run's")] = None,
+    guidance: Annotated[float | None, typer.Option(help="From 0; 1 is none.", show_default="the run's")] = None,
+    guidance_schedule: Annotated[
+        str | None, typer.Option(help="constant, linear or cosine.", show_default="the run's")
+    ] = None,
+    top_k: Annotated[int | None, typer.Option(help="Likeliest codes; 0: all.", show_default="the run's")] = None,
+    top_p: Annotated[
+        float | None, typer.Option(help="Probability of the likeliest codes.", show_default="the run's")
+    ] = None,
+    batch_size: Annotated[int, typer.Option(help="Images at a time, in each process.")] = 32,
+    tokenizer: Annotated[
+        str | None, typer.Option(metavar="SOURCE", help="Run or .ckpt of it.", show_default="the run's")
+    ] = None,
+    weights: Annotated[str | None, typer.Option(help="ema or raw.", show_default="ema where the run keeps it")] = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
+    compile: Annotated[bool, typer.Option("--compile", help="By torch.compile; pays for many images.")] = False,
+) -> None:
+    """Samples images of a generator. The same command goes on where a former one ended.
+
+    In many processes: torchrun --nproc-per-node 8 -m tools sample RUN --count 50000 --out FILE.npz
+
+    Example: ibq sample runs/generator --classes 207,360-362 --count 32 --guidance 2 --out dogs.png
+    """
+    from trainer.sample import sample
+
+    asked = {
+        "temperature": temperature,
+        "guidance": guidance,
+        "guidance_schedule": guidance_schedule,
+        "top_k": top_k,
+        "top_p": top_p,
+    }
+    with _progress() as on_progress:
+        sampled = sample(
+            run,
+            classes=classes,
+            count=count,
+            out=out,
+            seed=seed,
+            sampling={name: value for name, value in asked.items() if value is not None},
+            batch_size=batch_size,
+            tokenizer=tokenizer,
+            weights=weights,
+            device=device,
+            precision=precision,
+            compile=compile,
+            on_progress=on_progress,
+        )
+    if sampled is None:  # another process tells
+        return
+    if sampled.made:
+        typer.echo(f"{sampled.made:,} images sampled, {sampled.images_per_second:,.2f} images/s")
+    else:
+        typer.echo("everything was there already")
+    typer.echo(f"{sampled.images:,} images: {sampled.out}\nreport: {sampled.report}")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int, float], None]]:
+    """Shows images done and images per second: a bar, or ever again a line where there is no terminal."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+    console, said = Console(), time.monotonic()
+    columns = SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("images sampled", total=None, start=True)
+
+        def tell(done: int, count: int, per_second: float) -> None:
+            nonlocal said
+            speed = f"{per_second:,.2f} images/s"
+            progress.update(task, completed=done, total=count, description=f"images sampled, {speed}")
+            if not console.is_terminal and time.monotonic() - said > LINE_SECONDS:
+                said = time.monotonic()
+                typer.echo(f"{done:,} of {count:,} images, {speed}")
+
+        yield tell

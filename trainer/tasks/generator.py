@@ -1,0 +1,246 @@
+"""Training a generator: the cross-entropy of the next code, from token shards or from images tokenized on the way."""
+
+import math
+from collections.abc import Callable, Iterator
+from typing import ClassVar, NamedTuple
+
+import torch
+from torch import Tensor
+from torchvision.utils import make_grid
+
+import data
+from data import Batch
+from model_zoo import load_tokenizer
+from model_zoo.sampler import Sampler
+from model_zoo.transformer import Transformer, checkpoint_blocks, flops_per_token
+from trainer import TrainerError
+from trainer.config import GeneratorRun
+from trainer.ema import Ema
+from trainer.engines import Engine, Rows
+from trainer.metrics.codebook import CodebookUsage
+from trainer.parallel import World, row_groups, sum_over_ranks
+from trainer.precision import LossScale, autocast_dtype
+from trainer.tasks.base import Means, Step, Task, Validation
+from trainer.throughput import matmul_rate
+
+PICTURES = 8  # that are sampled at each validation, where a tokenizer is known to decode them
+
+
+class Codes(NamedTuple):
+    """A micro-batch: codes ``(b, tokens)``, row by row, and classes ``(b,)``; ``model.classes`` stands for none."""
+
+    index_bt: Tensor
+    class_b: Tensor
+
+
+class GeneratorTask(Task):
+    """Owns the transformer, its engine, or two where the head's rows are spread over ranks, and the EMA."""
+
+    MODELS: ClassVar = {"generator": ("generator", ""), "head": ("generator", "head.")}
+    config: GeneratorRun
+
+    def __init__(self, config: GeneratorRun, world: World, micro_batch_size: int, micro_batches: int):
+        self.config, self.world = config, world
+        vocabulary, patience = config.model.vocabulary, config.trainer.timeout_seconds
+        self.groups = row_groups(world, "vocabulary_parallel", config.vocabulary_parallel, vocabulary, patience)
+        torch.manual_seed(config.seed)  # the same weights on every rank
+        self.transformer = Transformer(config.model, self.groups.shard).to(world.device)
+        self.tokenizer = None
+        if config.tokenizer.source is not None:
+            self.tokenizer = load_tokenizer(config.tokenizer.source).to(world.device).requires_grad_(False)
+            config.tokenizer.fingerprint = config.tokenizer.fingerprint or self.tokenizer.fingerprint()
+            if config.model.embedding == "codebook" and self._fits():
+                self.transformer.tok_emb.codebook_vd.copy_(self.tokenizer.quantize.embedding.weight)
+        if config.trainer.activation_checkpointing:
+            checkpoint_blocks(self.transformer, selective=config.trainer.activation_checkpointing == "selective")
+        self.batch = dict(micro_batch_size=micro_batch_size, micro_batches=micro_batches)
+        head = self.transformer.head
+        self.parameters = sum(p.numel() for p in self.transformer.parameters())
+        if self.groups.shard is None:
+            self.head = None
+            self.generator = self.build_generator(self.transformer, ignored=[])
+        else:
+            self.parameters += vocabulary * config.model.width - head.weight.numel()
+            self.generator = self.build_generator(self.transformer, ignored=[head.weight])
+            self.head = Rows(head, self.make_adam(), vocabulary, self.groups, **self.batch)
+        self.loss_scales = {"generator": LossScale(config.trainer.precision == "fp16")}
+        self.ema = Ema(self.engines().values(), config.ema.decay) if config.ema.decay > 0 else None
+        if config.trainer.compile:
+            for block in self.transformer.blocks:
+                block.compile()
+        self.rate: float | None = None  # of a plain matrix product, which throughput is compared with
+
+    def engines(self) -> dict[str, Engine]:
+        return {"generator": self.generator} | ({"head": self.head} if self.head else {})
+
+    def check_settings(self) -> None:
+        """Raises TrainerError where recipe, tokenizer and images do not fit each other."""
+        config, model = self.config, self.config.model
+        if config.tokenizer.source is None:
+            for key, value, what in (
+                ("data.content", config.data.content == "images", "images are tokenized on the way"),
+                ("model.embedding", model.embedding == "codebook", "its code vectors are the embedding"),
+            ):
+                if value:
+                    raise TrainerError(f"{key}: {what}, by a tokenizer: name it with tokenizer.source=RUN")
+        if self.tokenizer is None:
+            return
+        source, codes = config.tokenizer.source, self.tokenizer.config.codebook_size
+        if codes != model.vocabulary:
+            raise TrainerError(f"model.vocabulary={model.vocabulary}, but the tokenizer {source} has {codes} codes")
+        if not self._fits():
+            raise TrainerError(f"model.code_dim={model.code_dim} is not that of the tokenizer {source}'s codes")
+        if (found := self.tokenizer.fingerprint()) != config.tokenizer.fingerprint:
+            raise TrainerError(
+                f"the tokenizer {source} ({found}) is not the one that made these codes "
+                f"({config.tokenizer.fingerprint}): name that one with tokenizer.source=RUN"
+            )
+        side = config.data.image_size
+        grid = [side // self.tokenizer.downsampling_factor] * 2
+        if config.data.content == "images" and (side % self.tokenizer.downsampling_factor or list(model.grid) != grid):
+            raise TrainerError(f"data.image_size={side} gives {grid} codes with {source}, but model.grid={model.grid}")
+
+    def _fits(self) -> bool:
+        """Whether the tokenizer's code vectors are of the size that an embedding by them asks for."""
+        return self.config.model.embedding != "codebook" or tuple(
+            self.tokenizer.quantize.embedding.weight.shape
+        ) == tuple(self.transformer.tok_emb.codebook_vd.shape)
+
+    def describe(self) -> list[str]:
+        model = self.config.model
+        rows, columns = model.grid
+        spread = f", head over {self.config.vocabulary_parallel}" if self.head else ""
+        return [f"{rows}x{columns} of {model.vocabulary} codes, {model.classes} classes{spread}"]
+
+    def check_batch(self, batch: Batch) -> None:
+        if self.config.loss.label_dropout == 1:
+            return
+        for info in batch.infos:
+            if info.label is None:
+                raise TrainerError(
+                    f"{info.key} in {info.shard} has no class: give one in its .cls, or loss.label_dropout=1 trains "
+                    "without classes"
+                )
+            if info.label >= self.config.model.classes:
+                raise TrainerError(
+                    f"{info.key} in {info.shard} is of class {info.label}: model.classes={self.config.model.classes} "
+                    "must be above it"
+                )
+
+    def inputs(self, batch: Batch) -> Codes:
+        device, classes = self.world.device, self.config.model.classes
+        labels = [classes if info.label is None else info.label for info in batch.infos]
+        values = batch.values.to(device, non_blocking=True)
+        if self.config.data.content == "images":
+            index_bt = self.tokenizer.tokenize(values.float() / 127.5 - 1).flatten(1)
+        else:
+            index_bt = values.long()
+        return Codes(index_bt, torch.tensor(labels, device=device))
+
+    def step(self, micro_batches: list[Codes], step: int) -> Step:
+        """One optimiser step. Each image's class is left out with probability ``loss.label_dropout``."""
+        config, loss = self.config, self.config.loss
+        scalars = Means(1 / len(micro_batches))
+        bad: list[str] = []
+        for i, (index_bt, class_b) in enumerate(micro_batches):
+            dropped_b = torch.rand(len(class_b), device=class_b.device) < loss.label_dropout
+            class_b = class_b.masked_fill(dropped_b, config.model.classes)
+            with self.autocast():
+                out = self.generator.run(self.transformer.loss, index_bt, class_b, loss.z_weight, loss.impl)
+            self.generator.backward(self.loss_scales["generator"].value * out.loss, last=i == len(micro_batches) - 1)
+            scalars.add("loss/total", out.loss)
+            scalars.add("loss/cross_entropy", out.cross_entropy)
+            if loss.z_weight:
+                scalars.add("loss/z", out.z)
+        lr = self.learning_rate_factor(step) * config.optimizer.lr
+        engines = list(self.engines().values())
+        if self.update("generator", engines, "loss/total", lr, step, scalars, bad) and self.ema:
+            self.ema.update(step)
+        return Step(scalars.values, bad)
+
+    @torch.no_grad()
+    def validate(self, beat: Callable[[], None]) -> Validation:
+        """Cross-entropy in nats per code, beside the entropy of the codes' frequencies on the very same images: what a
+        model that knows only these would reach. Pictures, where the tokenizer is known."""
+        config, world = self.config, self.world
+        sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+        usage = CodebookUsage(config.model.vocabulary, world.device)
+        filler = Codes(
+            torch.zeros(1, config.model.tokens, dtype=torch.long, device=world.device),
+            torch.zeros(1, dtype=torch.long, device=world.device),
+        )
+        with self.evaluation():
+            for codes, counts in self.in_step(self._validation_batches(), filler):
+                beat()
+                with self.autocast():
+                    out = self.generator.run(self.transformer.loss, *codes, 0.0, config.loss.impl)
+                if counts:
+                    sums += torch.stack(
+                        [len(codes.class_b) * out.cross_entropy.double(), sums.new_tensor(len(codes.class_b))]
+                    )
+                    usage.update(codes.index_bt)
+            pictures = self._pictures(beat)
+        sum_over_ranks(sums)
+        if not sums[1] > 0:
+            return Validation({}, pictures)
+        scalars = {"val/loss": float(sums[0] / sums[1]), "val/unigram_entropy": math.log(usage.merged().perplexity())}
+        return Validation(scalars, pictures)
+
+    def _validation_batches(self) -> Iterator[Codes]:
+        """This rank's part of the first ``trainer.validation_images``, in micro-batches; one by one where ranks that
+        share a head must bring equally many tokens."""
+        config, world = self.config, self.world
+        spec = data.TokenSpec(config.tokenizer.fingerprint, config.model.vocabulary, tuple(config.model.grid))
+        tokens = data.evaluation_tokens(
+            config.data.val, spec, shard=(world.rank, world.size), access=data.access_of(config.data)
+        )
+        size = 1 if self.groups.shard else self.generator.micro_batch_size
+        here = range(world.rank, config.trainer.validation_images, world.size)
+        batch = []
+        for _, image in zip(here, tokens, strict=False):
+            batch.append(image)
+            if len(batch) == size:
+                yield self._codes(batch)
+                batch = []
+        if batch:
+            yield self._codes(batch)
+
+    def _codes(self, images: list) -> Codes:
+        none = self.config.model.classes
+        labels = [none if image.label is None else image.label for image in images]
+        index_bt = torch.stack([image.index_t for image in images])
+        return Codes(index_bt.to(self.world.device), torch.tensor(labels, device=self.world.device))
+
+    def _pictures(self, beat: Callable[[], None]) -> dict[str, Tensor]:
+        """Samples of some classes, the same ones each time. Where a forward is a collective, all ranks draw them."""
+        if self.tokenizer is None or self.groups.shard or not (self.forwards_together or self.world.is_main):
+            return {}
+        model = self.config.model
+        class_b = torch.arange(PICTURES, device=self.world.device) * max(1, model.classes // PICTURES) % model.classes
+        sampler = Sampler(self.transformer, PICTURES, dtype=autocast_dtype(self.config.trainer.precision), graphs=False)
+        with self.autocast():
+            index_bhw = self.generator.run(sampler.sample, class_b, list(range(PICTURES)), self.config.sampling, beat)
+        images_bchw = self.tokenizer.detokenize(index_bhw).clamp(-1, 1)
+        grid = make_grid(images_bchw / 2 + 0.5, nrow=PICTURES, padding=2, pad_value=1)
+        return {"samples": (grid * 255).to(torch.uint8).cpu()} if self.world.is_main else {}
+
+    def speed(self, images_per_second: float) -> dict[str, float]:
+        """Also tokens per second, and the share of a plain matrix product's rate that they are (MFU): three forwards'
+        operations per token (`flops_per_token`) over what the devices could do, measured at the first call."""
+        model = self.config.model
+        if self.rate is None:
+            self.rate = matmul_rate(self.world.device, autocast_dtype(self.config.trainer.precision) or torch.float32)
+        tokens_per_second = images_per_second * model.tokens
+        mfu = 3 * flops_per_token(model) * tokens_per_second / (self.rate * self.world.size)
+        return {"images_per_second": images_per_second, "tokens_per_second": tokens_per_second, "mfu": mfu}
+
+    def frozen_bytes(self) -> dict[str, int]:
+        if self.tokenizer is None:
+            return {}
+        return {"tokenizer, frozen": sum(weight.nbytes for weight in self.tokenizer.parameters())}
+
+    def buffers(self) -> dict[str, Tensor]:
+        """The codebook that embeds, where one does; it is of the trained weights and of their average."""
+        of_model = {name: b for name, b in self.transformer.named_buffers() if name in self.transformer.state_dict()}
+        kinds = ("generator", "generator_ema") if self.ema else ("generator",)
+        return {f"{kind}/{name}": buffer for kind in kinds for name, buffer in of_model.items()}
