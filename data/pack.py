@@ -102,7 +102,7 @@ def pack(
             return Skipped(files.name(path), keys[path], error.strerror or str(error))
 
     if shuffle:
-        paths.sort(key=lambda path: hashlib.sha256(path.as_posix().encode("utf-8", "surrogateescape")).digest())
+        paths = mixed(paths)
     skipped, samples = [], 0
     place = next(parent for parent in [out, *out.parents] if parent.exists())
     try:
@@ -217,6 +217,11 @@ class _Zip:
 
 def _is_hidden(path: PurePosixPath) -> bool:
     return any(part.startswith((".", "__MACOSX")) for part in path.parts)
+
+
+def mixed(paths: list[PurePath]) -> list[PurePath]:
+    """In an order that mixes folders, by a hash of each path; the same for the same paths."""
+    return sorted(paths, key=lambda path: hashlib.sha256(path.as_posix().encode("utf-8", "surrogateescape")).digest())
 
 
 def unique_keys(paths: list[PurePath]) -> dict[PurePath, str]:

@@ -1,4 +1,4 @@
-"""The photographs in scikit-image's wheel, as tars: `bundled:train` and `bundled:val`."""
+"""The photographs in scikit-image's wheel, as tars: `bundled:train` and `bundled:val`. Each is a class of its own."""
 
 import hashlib
 import itertools
@@ -41,7 +41,7 @@ def _folder() -> Path:
     missing = [name for names in PHOTOGRAPHS.values() for name in names if not (source / name).is_file()]
     if missing:
         raise DataError(f"this scikit-image lacks {', '.join(missing)}: pip install 'scikit-image>=0.22'")
-    content = hashlib.sha256(f"{PHOTOGRAPHS} {PHOTOGRAPH_SIDE} {PHOTOGRAPH_QUALITY}".encode())
+    content = hashlib.sha256(f"{PHOTOGRAPHS} {PHOTOGRAPH_SIDE} {PHOTOGRAPH_QUALITY} classes".encode())
     for name in itertools.chain(*PHOTOGRAPHS.values()):
         content.update((source / name).read_bytes())
     cache = cache_folder()
@@ -54,8 +54,9 @@ def _folder() -> Path:
             for split, names in PHOTOGRAPHS.items():
                 images = Path(scratch) / "images" / split
                 images.mkdir(parents=True)
-                for name in names:
+                for number, name in enumerate(names):
                     (images / name).write_bytes((source / name).read_bytes())
+                    (images / name).with_suffix(".cls").write_text(str(number))
                 packed = Path(scratch) / "packed" / split
                 pack(images, packed, prefix=split, shorter_side=PHOTOGRAPH_SIDE, quality=PHOTOGRAPH_QUALITY)
             try:

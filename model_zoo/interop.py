@@ -7,6 +7,7 @@ inferred from shapes.
 
 import pickle
 import re
+import textwrap
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -59,7 +60,8 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise ModelError(f"{path} holds more than tensors, or is damaged: save its state_dict alone") from error
     except (OSError, EOFError, RuntimeError) as error:
-        raise ModelError(f"{path} cannot be read: {(str(error).splitlines() or [repr(error)])[0]}") from error
+        detail = textwrap.shorten(str(error) or repr(error), 120, placeholder=" ...")
+        raise ModelError(f"{path} cannot be read: {detail}") from error
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ModelError(f"{path} is no published checkpoint: it holds no state_dict of tensors") from error
 

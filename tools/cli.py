@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tools import bench, evaluate, reconstruct, sample, shards
+from tools import bench, evaluate, reconstruct, sample, shards, tokenize
 from tools import doctor as doctor_tool
 
 # Each is the package's one exception for mistakes of the user. They are compared without importing the packages: an
@@ -116,6 +116,7 @@ def doctor() -> None:
 
 app.command()(reconstruct.reconstruct)
 app.command()(sample.sample)
+app.command()(tokenize.tokenize)
 app.add_typer(evaluate.app, name="evaluate")
 app.add_typer(shards.app, name="shards")
 app.add_typer(bench.app, name="bench")

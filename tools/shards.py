@@ -101,7 +101,9 @@ def pack(
 @app.command()
 def check(
     paths: Paths,
-    decode: Annotated[bool, typer.Option("--decode", help="Decode every image, too; tokens are looked at anyway.")] = False,
+    decode: Annotated[
+        bool, typer.Option("--decode", help="Decode every image, too; tokens are looked at anyway.")
+    ] = False,
     index: Index = None,
     write: Annotated[
         bool, typer.Option("--write-index", help="Write the index, if no tar is broken; do not compare with it.")

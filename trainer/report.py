@@ -23,6 +23,8 @@ from trainer import TrainerError
 from trainer.telemetry import metric_lines
 
 SAMPLE_COUNT = 6
+SAMPLED = "sampled.png"  # of a generator's run
+GENERATOR = "generator"  # run of a generator of its codes, in a tokenizer's run folder
 MAX_POINTS = 240  # of a curve; longer ones are averaged down to it
 
 
@@ -81,7 +83,20 @@ CHARTS = [
         {"loss/generator": "generator", "loss/discriminator": "discriminator"},
         only_beside="loss/discriminator",
     ),
+    Chart(
+        "Next code",
+        "Cross-entropy in nats per code. Below the entropy of the codes' frequencies it has learned their order.",
+        {
+            "loss/cross_entropy": "training",
+            "val/loss": "validation",
+            "val/unigram_entropy": "frequencies alone",
+        },
+    ),
     Chart("Speed", "Images per second, over all processes.", {"images_per_second": "images/s"}, from_zero=True),
+    Chart(
+        "Use of the device", "Operations per second, of a plain matrix product's (MFU).", {"mfu": "MFU"}, percent=True
+    ),
+    Chart("Logits", "Mean of logsumexp squared.", {"loss/z": "z"}, detail=True),
     Chart("Total loss", "The weighted sum that is minimised.", {"loss/total": "total"}, detail=True),
     Chart(
         "Discriminator's logits",
@@ -123,16 +138,27 @@ def write_report(run_folder: str | Path) -> Path:
         raise TrainerError(f"{run} is no run folder (no config.yaml in it): give the folder that `ibq train` wrote")
     config = OmegaConf.load(run / "config.yaml")
     curves = read_metrics(run / "metrics.jsonl")
-    evaluation = _read_evaluation(run / "report.json")
-    sections = [
-        _head(run, config, evaluation),
-        _results(run, evaluation),
-        _pictures(run / "report.png", evaluation),
-        _curves(curves),
-        _samples(run / "samples"),
-        _facts(run, config, curves, evaluation),
-        _next_steps(run),
-    ]
+    if OmegaConf.select(config, "task") == "generator":
+        sections = [
+            _generator_head(run, config),
+            _generated(run, curves),
+            _curves(curves),
+            _samples(run / "samples", "Drawn from the same random numbers each time."),
+            _facts(run, config, curves, None),
+            _generator_next_steps(run),
+        ]
+    else:
+        evaluation = _read_evaluation(run / "report.json")
+        sections = [
+            _head(run, config),
+            _results(run, evaluation),
+            _pictures(run / "report.png", evaluation),
+            _its_generator(run / GENERATOR),
+            _curves(curves),
+            _samples(run / "samples", "Held-out pictures above, reconstructions below."),
+            _facts(run, config, curves, evaluation),
+            _next_steps(run),
+        ]
     title = escape(run.resolve().name)
     page = _PAGE.format(title=title, css=_CSS, body="\n".join(section for section in sections if section))
     path = run / "report.html"
@@ -187,7 +213,7 @@ def training_seconds(curves: dict[str, list[Point]], global_batch_size: int) -> 
 # Sections of the page
 
 
-def _head(run: Path, config: DictConfig, evaluation: dict | None) -> str:
+def _head(run: Path, config: DictConfig) -> str:
     codes, size = OmegaConf.select(config, "model.codebook_size"), OmegaConf.select(config, "data.image_size")
     story = "An image tokenizer: it turns pictures into codes, and codes back into pictures."
     multipliers = OmegaConf.select(config, "model.channel_multipliers")
@@ -201,8 +227,60 @@ def _head(run: Path, config: DictConfig, evaluation: dict | None) -> str:
             f"{side * side:,} tokens, each one of {codes:,} codes ({bits:.4g} bits), and back. "
             f"That is {ratio:.0f} times fewer bits than the raw pixels."
         )
+    return _header(run, story)
+
+
+def _header(run: Path, story: str) -> str:
     return (
         f"<header><p class=kicker>ibq training report</p><h1>{escape(run.resolve().name)}</h1><p>{story}</p></header>"
+    )
+
+
+def _generator_head(run: Path, config: DictConfig) -> str:
+    rows, columns = OmegaConf.select(config, "model.grid")
+    codes, classes = OmegaConf.select(config, "model.vocabulary"), OmegaConf.select(config, "model.classes")
+    return _header(
+        run,
+        f"An autoregressive generator: from one of {classes:,} classes it draws the {rows}&times;{columns} = "
+        f"{rows * columns:,} codes of a picture, one after another, each one of {codes:,}. A tokenizer turns them into "
+        "the picture.",
+    )
+
+
+def _generated(run: Path, curves: dict[str, list[Point]]) -> str:
+    """How well the next code is told, and samples."""
+    losses = {name: curves[name][-1].value for name in ("val/loss", "val/unigram_entropy") if curves.get(name)}
+    tiles = ""
+    if len(losses) == 2:
+        loss, unigram = losses["val/loss"], losses["val/unigram_entropy"]
+        tiles = "".join(
+            f"<div class=tile><b>{value:.2f}</b><span>{label}</span></div>"
+            for value, label in ((loss, "nats per code, in validation"), (unigram, "nats by the frequencies of codes"))
+        )
+        tiles = f"<div class=tiles>{tiles}</div>"
+    return f"<section><h2>What it generates</h2>{tiles}{_sampled(run)}</section>"
+
+
+def _sampled(run: Path) -> str:
+    if not (run / SAMPLED).is_file():
+        command = escape(f"ibq sample {shlex.quote(str(run))} --count 16 --out {shlex.quote(str(run / SAMPLED))}")
+        return f"<p>No samples yet. This draws some:</p><pre>{command}</pre>"
+    return (
+        f'<img class=wide src="{_data_uri(run / SAMPLED)}" alt="Samples of the generator, a row for each class">'
+        "<p class=note>A row for each class, the first samples of a seed, not chosen by hand.</p>"
+    )
+
+
+def _its_generator(run: Path) -> str:
+    """Of the generator that was trained on a tokenizer's codes, where `ibq quickstart` has trained one."""
+    if not (run / SAMPLED).is_file():
+        return ""
+    return (
+        "<section><h2>What a generator makes of its codes</h2>"
+        "<p>A small transformer has learned the codes of the training photographs, one class for each, and draws new "
+        "ones. From so few pictures it can do little but recite them; it shows that the way from pictures through "
+        f"codes to generated pictures works.</p>{_sampled(run)}<p><a href='{run.name}/report.html'>Its own report</a></p>"
+        "</section>"
     )
 
 
@@ -304,7 +382,7 @@ def _curves(curves: dict[str, list[Point]]) -> str:
     return f"<section><h2>Training</h2><div class=charts>{''.join(drawn[False])}</div>{more}</section>"
 
 
-def _samples(folder: Path) -> str:
+def _samples(folder: Path, what: str) -> str:
     paths = sorted(path for path in folder.glob("*.png")) if folder.is_dir() else []
     if not paths:
         return ""
@@ -314,15 +392,11 @@ def _samples(folder: Path) -> str:
     for path in chosen:
         digits = "".join(c for c in path.stem if c.isdigit())
         name = f"step {int(digits):,}" if digits else escape(path.stem)
-        alt = f"Held-out pictures above their reconstructions at {name}"
+        alt = f"Pictures at {name}. {what}"
         figures.append(
             f'<figure><figcaption>{name}</figcaption><img class=wide src="{_data_uri(path)}" alt="{alt}"></figure>'
         )
-    return (
-        "<section><h2>How it learned</h2><p class=note>Held-out pictures above, reconstructions below.</p>"
-        + "".join(figures)
-        + "</section>"
-    )
+    return f"<section><h2>How it learned</h2><p class=note>{what}</p>" + "".join(figures) + "</section>"
 
 
 def _facts(run: Path, config: DictConfig, curves: dict[str, list[Point]], evaluation: dict | None) -> str:
@@ -340,6 +414,8 @@ def _facts(run: Path, config: DictConfig, curves: dict[str, list[Point]], evalua
         "codebook": f"{pick('model.codebook_size'):,} codes of {pick('model.code_dim')} dimensions"
         if pick("model.codebook_size")
         else None,
+        "blocks": f"{pick('model.depth')} of {pick('model.heads')} heads" if pick("model.depth") else None,
+        "tokenizer": pick("tokenizer.fingerprint"),
         "parameters": _parameter_count(run),
         "trained on": pick("data.train"),
         "held out": pick("data.val"),
@@ -384,6 +460,27 @@ def _next_steps(run: Path) -> str:
             "images_bchw = tokenizer.detokenize(index_bhw)",
         ),
     ]
+    return _steps(steps)
+
+
+def _generator_next_steps(run: Path) -> str:
+    folder = shlex.quote(str(run))
+    return _steps(
+        [
+            ("Draw more", f"ibq sample {folder} --classes 0,1 --count 64 --out samples"),
+            ("Go on training", f"ibq resume {folder} trainer.max_steps=STEPS"),
+            ("Look at every scalar", f"tensorboard --logdir {folder}/tensorboard"),
+            (
+                "Use it from Python",
+                "import model_zoo\n"
+                f"generator = model_zoo.load_generator({str(run)!r})\n"
+                "logits_btk = generator(index_bt, class_b)      # logits_btk[:, t] predicts code t",
+            ),
+        ]
+    )
+
+
+def _steps(steps: list[tuple[str, str]]) -> str:
     items = "".join(f"<h3>{title}</h3><pre>{escape(command)}</pre>" for title, command in steps)
     return f"<section><h2>Where to go next</h2>{items}</section>"
 
@@ -393,7 +490,8 @@ def _parameter_count(run: Path) -> str | None:
     if not latest.is_file():
         return None
     files = PieceFiles(latest.parent / latest.read_text().strip())
-    count = sum(math.prod(files.shape(name)) for name in files.names("tokenizer/"))
+    names = files.names("tokenizer/") + files.names("generator/")
+    count = sum(math.prod(files.shape(name)) for name in names)
     return f"{count / 1e6:.2f} million" if count else None
 
 

@@ -104,7 +104,7 @@ def sample(
             "settings": {
                 "generator": agree(world, lambda: _fingerprint(generator)),
                 "weights": weights,
-                "tokenizer": decoder.fingerprint(),
+                "tokenizer": agree(world, lambda: _fingerprint(decoder)),  # its decoder too, unlike `fingerprint()`
                 "classes": chosen,
                 "count": count,
                 "seed": seed,
@@ -181,8 +181,8 @@ class _Image(NamedTuple):
 
 
 class Job:
-    """The output, and its parts until it is whole. A part is written aside and renamed, so that one that has its name is
-    whole. A folder's parts are its PNGs; those of a file are chunks in FILE.parts, each a batch."""
+    """The output, and its parts until it is whole: a folder's PNGs, or a file's chunks in FILE.parts, each a batch. A
+    part is written aside and renamed, so that one that has its name is whole."""
 
     def __init__(self, out: Path, classes: list[int], count: int, seed: int, batch_size: int, no_class: int):
         self.out, self.classes, self.count, self.seed, self.batch_size = out, classes, count, seed, batch_size
@@ -353,10 +353,10 @@ def _out(source: Path, out: str | Path | None) -> Path:
     return source.with_name(f"{source.stem}_sampled") if is_published(source) else run_of(source) / "sampled"
 
 
-def _fingerprint(generator: Transformer) -> str:
+def _fingerprint(model: Transformer | Tokenizer) -> str:
     """16 hexadecimal digits of the SHA-256 of names and weights."""
     digest = hashlib.sha256()
-    for name, tensor in sorted(generator.state_dict().items()):
+    for name, tensor in sorted(model.state_dict().items()):
         digest.update(name.encode())
         digest.update(tensor.contiguous().view(torch.uint8).numpy())
     return digest.hexdigest()[:16]

@@ -18,12 +18,15 @@ from trainer import TrainerError
 # What the progress line shows, as far as it is logged.
 SHOWN = {
     "images_per_second": "{:.0f} images/s",
+    "loss/cross_entropy": "loss {:.3f}",
+    "mfu": "MFU {:.0%}",
     "loss/reconstruction": "L1 {:.3f}",
     "loss/perceptual": "LPIPS {:.3f}",
     "loss/generator": "G {:.2f}",
     "loss/discriminator": "D {:.2f}",
     "codebook/usage": "codes {:.0%}",
     "val/psnr": "val {:.2f} dB",
+    "val/loss": "val {:.3f}",
 }
 
 

@@ -121,6 +121,7 @@ class _Chunked(torch.autograd.Function):
             count, rows = len(tokens.hidden_nd), len(weight_vd)
             sums = accumulation_dtype(weight_vd)
             log_sum_n, cross_entropy_n = hidden_nd.new_empty(2, count, dtype=sums)
+            # In the sums' type, as ranks add theirs up.
             grad_hidden_nd = torch.empty_like(tokens.hidden_nd, dtype=sums) if needs_hidden else None
             # beta is 0 in the first chunk, which spares the zeros.
             grad_weight_vd = weight_vd.new_empty(weight_vd.shape, dtype=sums) if needs_weight else None
@@ -257,7 +258,7 @@ def _fused(hidden_nd, weight_vd, target_n, z_weight, dtype) -> LinearCrossEntrop
         lse_square_scale=scale,
         return_z_loss=True,
         accum_dtype=torch.float32,
-        chunk_mem_const=max(1, rows * chunk // (count * dim)),
+        chunk_mem_const=-(-rows * chunk // (count * dim)),
     )
     z = out.z_loss.detach().float() / scale
     return LinearCrossEntropy(out.loss, out.loss.detach() - z_weight * z, z)

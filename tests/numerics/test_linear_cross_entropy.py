@@ -374,8 +374,9 @@ def test_liger_with_one_operand_fixed_and_without_gradients():
         linear_cross_entropy(*operands, target_n, impl="liger").loss.backward()
         (grad,) = (x.grad for x in operands if x.requires_grad)
         assert error(grad, both[f"{name}.grad"]) < 1e-5
-    with torch.no_grad():
+    with torch.no_grad(), Watch() as watch:
         assert not linear_cross_entropy(*operands, target_n, impl="liger").loss.requires_grad
+    assert watch.products == 1
 
 
 def test_liger_is_refused_where_its_numbers_would_not_hold():

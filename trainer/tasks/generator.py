@@ -241,6 +241,9 @@ class GeneratorTask(Task):
 
     def buffers(self) -> dict[str, Tensor]:
         """The codebook that embeds, where one does; it is of the trained weights and of their average."""
-        of_model = {name: b for name, b in self.transformer.named_buffers() if name in self.transformer.state_dict()}
-        kinds = ("generator", "generator_ema") if self.ema else ("generator",)
-        return {f"{kind}/{name}": buffer for kind in kinds for name, buffer in of_model.items()}
+        if self.config.model.embedding != "codebook":
+            return {}
+        codebook_vd = self.transformer.tok_emb.codebook_vd
+        buffers = {"generator/tok_emb.codebook_vd": codebook_vd}
+        # A file holds no tensor twice under one memory.
+        return buffers | ({"generator_ema/tok_emb.codebook_vd": codebook_vd.clone()} if self.ema else {})

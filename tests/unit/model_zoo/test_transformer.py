@@ -139,7 +139,7 @@ def test_attention_of_pytorch_is_the_dense_one():
 
 @pytest.mark.parametrize("embedding", ["learned", "codebook"])
 def test_flops_are_those_that_pytorch_counts(embedding):
-    # Attention is counted by PyTorch where its kernel is called, which on the CPU is a composite: hence `dense` here.
+    # By plain products: PyTorch counts no attention kernel of the CPU.
     transformer = tiny(embedding=embedding)
     with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
         transformer(codes(), CLASSES)
@@ -190,7 +190,7 @@ def test_configurations_that_make_no_model_are_refused(change, message):
         Transformer(replace(TINY, **change))
 
 
-# ---------------------------------------------------------------------------------------------------------- load_generator
+# ------------------------------------------------------------------------------------------------------- load_generator
 
 
 @pytest.fixture

@@ -87,7 +87,7 @@ def test_every_spelling_of_a_small_number_is_a_float(recipe, text):
 
 
 def test_unknown_recipe_suggests_the_nearest_name():
-    assert "'qickstart'; did you mean quickstart?" in refused("qickstart")
+    assert "'qickstart'; did you mean quickstart" in refused("qickstart")
     assert "ibq recipes" in refused("zzzzzz")
 
 

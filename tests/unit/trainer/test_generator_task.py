@@ -1,0 +1,224 @@
+"""One step of generator training, on a tiny model and one process."""
+
+import math
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from torch.nn import functional as F
+
+from data import Batch
+from data.stream import Info, Place
+from model_zoo import Tokenizer, TokenizerConfig
+from model_zoo.pieces import PieceFiles, save_pieces
+from model_zoo.transformer import flops_per_token
+from trainer import TrainerError
+from trainer.config import load_recipe
+from trainer.loop import plan_batch
+from trainer.tasks import generator as task_module
+from trainer.tasks.generator import Codes, GeneratorTask
+
+VOCABULARY, TOKENS = 24, 16
+TINY = ["model.vocabulary=24", "model.grid=[4,4]", "model.depth=1", "model.classes=3", "trainer.device=cpu"]
+
+
+@pytest.fixture
+def build(world):
+    def build(*overrides: str) -> GeneratorTask:
+        keys = [override.partition("=")[0] for override in overrides]
+        tiny = [override for override in TINY if override.partition("=")[0] not in keys]
+        config = load_recipe("ar_debug", [*tiny, *overrides])
+        task = GeneratorTask(config, world, *plan_batch(config, world))
+        task.check()
+        return task
+
+    return build
+
+
+@pytest.fixture
+def tokenizer(monkeypatch) -> Tokenizer:
+    """What every source gives: 16 x 16 pixels to 4 x 4 of 24 codes."""
+    torch.manual_seed(3)
+    shape = dict(channels=16, channel_multipliers=[1], num_res_blocks=1, attention_factors=[], latent_channels=8)
+    made = Tokenizer(TokenizerConfig(codebook_size=VOCABULARY, code_dim=6, patch_size=4, **shape)).eval()
+    monkeypatch.setattr(task_module, "load_tokenizer", lambda source: made)
+    return made
+
+
+def codes(seed: int = 0, count: int = 8) -> Codes:
+    random = torch.Generator().manual_seed(seed)
+    return Codes(torch.randint(VOCABULARY, (count, TOKENS), generator=random), torch.arange(count) % 3)
+
+
+def weights(task: GeneratorTask) -> dict:
+    return {name: value.clone() for name, value in task.transformer.state_dict().items()}
+
+
+def randomize(task: GeneratorTask) -> None:
+    """The head starts at zero, and a model whose logits are zero tells classes by nothing."""
+    random = torch.Generator().manual_seed(5)
+    with torch.no_grad():
+        for parameter in task.transformer.parameters():
+            parameter.copy_(0.2 * torch.randn(parameter.shape, generator=random))
+
+
+def test_the_loss_is_the_cross_entropy_of_each_code_and_the_z_loss(build):
+    task = build("loss.label_dropout=0", "loss.z_weight=0.1")
+    randomize(task)
+    index_bt, class_b = codes()
+    with torch.no_grad():
+        logits_btv = task.transformer(index_bt[:, :-1], class_b)
+    scalars = task.step([codes()], 0).scalars
+    expected = F.cross_entropy(logits_btv.flatten(0, 1), index_bt.flatten())
+    z = logits_btv.logsumexp(-1).square().mean()
+    assert float(scalars["loss/cross_entropy"]) == pytest.approx(float(expected), rel=1e-5)
+    assert float(scalars["loss/z"]) == pytest.approx(float(z), rel=1e-5)
+    assert float(scalars["loss/total"]) == pytest.approx(float(expected + 0.1 * z), rel=1e-5)
+
+
+def test_classes_are_left_out_as_often_as_the_recipe_says(build, monkeypatch):
+    task, seen = build("loss.label_dropout=0.25"), []
+    loss = task.transformer.loss
+    monkeypatch.setattr(
+        task.transformer, "loss", lambda index, class_b, *more: (seen.append(class_b), loss(index, class_b, *more))[1]
+    )
+    torch.manual_seed(0)
+    for step in range(100):
+        task.step([codes()], step)
+    dropped = torch.stack(seen) == 3
+    assert 0.2 < dropped.double().mean() < 0.3
+    assert torch.equal(torch.stack(seen)[~dropped], (torch.arange(8) % 3).expand(100, 8)[~dropped])
+
+
+def test_accumulating_changes_nothing(build):
+    whole, cut = build("loss.label_dropout=0"), build("loss.label_dropout=0", "trainer.micro_batch_size=2")
+    index_bt, class_b = codes()
+    for step in range(3):
+        one = whole.step([codes()], step)
+        many = cut.step([Codes(index_bt[n : n + 2], class_b[n : n + 2]) for n in range(0, 8, 2)], step)
+        assert float(one.scalars["loss/total"]) == pytest.approx(float(many.scalars["loss/total"]), rel=1e-6)
+    for name, value in weights(whole).items():
+        assert torch.allclose(value, weights(cut)[name], atol=1e-6), name
+
+
+def test_a_loss_that_is_no_number_leaves_everything_as_it_was(build):
+    task = build("ema.decay=0.9")
+    task.step([codes()], 0)
+    before, average = weights(task), [value.clone() for value in task.ema.averages]
+    with torch.no_grad():
+        task.transformer.head.weight[0, 0] = math.nan
+    result = task.step([codes()], 1)
+    assert result.skipped == ["generator"]
+    after = weights(task)
+    assert all(torch.equal(value, after[name]) for name, value in before.items() if name != "head.weight")
+    assert all(torch.equal(*pair) for pair in zip(average, task.ema.averages, strict=True))
+    assert task.generator.updates == 1
+
+
+@pytest.mark.usefixtures("tokenizer")
+def test_a_checkpoint_holds_all_that_a_run_goes_on_from(build, tmp_path):
+    overrides = "ema.decay=0.9", "model.embedding=codebook", "model.code_dim=6", "tokenizer.source=any"
+    overrides = (*overrides, "loss.label_dropout=0", "data.image_size=16")
+    task = build(*overrides)
+    task.step([codes(0)], 0)
+    save_pieces(tmp_path / "rank.safetensors", task.pieces())
+    state = task.state()
+    other = build(*overrides, "seed=9")
+    other.transformer.tok_emb.codebook_vd.zero_()
+    other.load(PieceFiles(tmp_path), state)
+    for each in (task, other):
+        each.step([codes(1)], 1)
+    for name, value in weights(task).items():
+        assert torch.equal(value, weights(other)[name]), name
+    assert all(torch.equal(*pair) for pair in zip(task.ema.averages, other.ema.averages, strict=True))
+    assert {"generator/tok_emb.codebook_vd", "generator_ema/tok_emb.codebook_vd"} <= set(PieceFiles(tmp_path).names())
+
+
+def test_the_codebook_is_the_embedding_and_is_not_trained(build, tokenizer):
+    task = build("model.embedding=codebook", "model.code_dim=6", "tokenizer.source=any")
+    codebook = tokenizer.quantize.embedding.weight
+    assert torch.equal(task.transformer.tok_emb.codebook_vd, codebook)
+    assert task.config.tokenizer.fingerprint == tokenizer.fingerprint()
+    randomize(task)
+    task.step([codes()], 0)
+    assert torch.equal(task.transformer.tok_emb.codebook_vd, codebook)
+
+
+@pytest.mark.usefixtures("tokenizer")
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["model.vocabulary=25"], "model.vocabulary=25, but the tokenizer any has 24 codes"),
+        (["model.embedding=codebook"], "model.code_dim=256 is not that of the tokenizer"),
+        ([f"tokenizer.fingerprint={'e' * 16}"], f"is not the one that made these codes ({'e' * 16})"),
+        (["data.content=images", "data.image_size=32"], "data.image_size=32 gives [8, 8] codes"),
+        (["data.content=images", "data.image_size=18"], "data.image_size=18"),
+    ],
+)
+def test_what_does_not_fit_the_tokenizer_is_refused(build, overrides, said):
+    with pytest.raises(TrainerError) as error:
+        build("tokenizer.source=any", *overrides)
+    assert said in str(error.value) and "\n" not in str(error.value)
+
+
+def batch(values: np.ndarray, labels: list[int | None]) -> Batch:
+    infos = [Info("set", f"key{n}", "a.tar", Place(0, 0, n), None, label) for n, label in enumerate(labels)]
+    return Batch(torch.from_numpy(values), infos, {}, [])
+
+
+def test_images_are_tokenized_on_the_way(build, tokenizer):
+    task = build("data.content=images", "data.image_size=16", "tokenizer.source=any")
+    images = np.random.default_rng(0).integers(256, size=(2, 3, 16, 16), dtype=np.uint8)
+    found = task.inputs(batch(images, [2, 0]))
+    expected = tokenizer.tokenize(torch.from_numpy(images).float() / 127.5 - 1)
+    assert torch.equal(found.index_bt, expected.flatten(1)) and found.class_b.tolist() == [2, 0]
+
+
+def test_labels_that_cannot_be_are_refused_unless_there_are_to_be_none(build):
+    values = np.zeros((2, TOKENS), np.int32)
+    task = build()
+    task.check_batch(batch(values, [0, 2]))
+    for labels, said in (([0, None], "key1 in a.tar has no class"), ([3, 0], "key0 in a.tar is of class 3")):
+        with pytest.raises(TrainerError, match=said):
+            task.check_batch(batch(values, labels))
+    without = build("loss.label_dropout=1")
+    without.check_batch(batch(values, [None, None]))
+    assert without.inputs(batch(values, [None, None])).class_b.tolist() == [3, 3]
+
+
+def test_speed_is_told_in_tokens_and_as_a_share_of_a_plain_product(build):
+    task = build()
+    task.rate = 1e9
+    speed = task.speed(10.0)
+    assert speed["tokens_per_second"] == 160
+    assert speed["mfu"] == pytest.approx(3 * flops_per_token(task.config.model) * 160 / 1e9)
+
+
+def test_validation_weighs_every_image_alike(build, monkeypatch):
+    """Eleven images in micro-batches of eight."""
+    task = build("data.val=anything", "trainer.validation_images=11", "ema.decay=0")
+    randomize(task)
+    index_bt, class_b = codes(7, 20)
+    images = [SimpleNamespace(index_t=index_bt[n], label=int(class_b[n])) for n in range(20)]
+    monkeypatch.setattr(task_module.data, "evaluation_tokens", lambda *_, **options: iter(images))
+    found = task.validate(lambda: None)
+    with torch.no_grad():
+        logits_btv = task.transformer.eval()(index_bt[:11, :-1], class_b[:11])
+    expected = F.cross_entropy(logits_btv.flatten(0, 1), index_bt[:11].flatten())
+    share_v = torch.bincount(index_bt[:11].flatten(), minlength=VOCABULARY).double() / (11 * TOKENS)
+    assert found.scalars["val/loss"] == pytest.approx(float(expected), rel=1e-5)
+    assert found.scalars["val/unigram_entropy"] == pytest.approx(float(-torch.xlogy(share_v, share_v).sum()))
+    assert found.pictures == {}
+
+
+@pytest.mark.usefixtures("tokenizer")
+def test_pictures_are_drawn_where_the_tokenizer_is_known(build, monkeypatch):
+    task = build("data.val=anything", "tokenizer.source=any")
+    monkeypatch.setattr(task_module.data, "evaluation_tokens", lambda *_, **options: iter([]))
+    first, second = task.validate(lambda: None), task.validate(lambda: None)
+    assert first.scalars == {}
+    (picture,) = first.pictures.values()
+    assert picture.dtype == torch.uint8 and picture.shape[0] == 3
+    assert torch.equal(picture, second.pictures["samples"])  # the same numbers each time
+    assert task.transformer.training

@@ -1,0 +1,84 @@
+"""`ibq tokenize`: images to token shards."""
+
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
+
+
+def tokenize(
+    run: Annotated[Path, typer.Argument(help="A tokenizer's run folder, a checkpoint's in it, or a published .ckpt.")],
+    images: Annotated[str, typer.Option(help="Folder of images, zip file, tars, pattern or URL, as data.train.")],
+    out: Annotated[Path, typer.Option(help="Folder for the token shards.")],
+    views: Annotated[
+        str, typer.Option(metavar="KIND", help="Of each image: original, flip (and mirrored) or ten-crop.")
+    ] = "original",
+    size: Annotated[
+        int | None, typer.Option(help="Pixels of a view.", show_default="the run's data.image_size")
+    ] = None,
+    weights: Annotated[str, typer.Option(help="ema or raw.")] = "ema",
+    source: Annotated[
+        str, typer.Option(metavar="NAME", help="Entry of data/sources.yaml: where captions and classes are.")
+    ] = "images",
+    samples_per_shard: Annotated[int, typer.Option(help="At most.")] = 10_000,
+    batch_size: Annotated[int, typer.Option(help="Views at a time, in each process.")] = 64,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    workers: Annotated[
+        int | None, typer.Option(help="Threads that decode, in each process.", show_default="a share of the cores")
+    ] = None,
+) -> None:
+    """Writes the codes of images as tars that a generator trains on. The same command goes on where a former one ended.
+
+    In many processes: torchrun --nproc-per-node 8 -m tools tokenize RUN --images PATH --out DIR
+
+    Example: ibq tokenize runs/mine --images imagenet/train --source imagenet --views ten-crop --out tokens/imagenet
+    """
+    from trainer.tokenize import tokenize
+
+    with _progress() as on_progress:
+        done = tokenize(
+            run,
+            images=images,
+            out=out,
+            views=views,
+            image_size=size,
+            weights=weights,
+            source=source,
+            samples_per_shard=samples_per_shard,
+            batch_size=batch_size,
+            device=device,
+            workers=workers,
+            on_progress=on_progress,
+        )
+    if done is None:  # another process tells
+        return
+    if done.skipped:
+        typer.echo(f"{len(done.skipped):,} images skipped (see {out}/skipped.jsonl), the first: {done.skipped[0]}")
+    before = "" if done.made == done.samples else f", {done.samples - done.made:,} of them were there already"
+    typer.echo(f"{done.samples:,} samples of tokenizer {done.tokenizer} in {done.shards:,} tars in {out}{before}")
+
+
+@contextmanager
+def _progress() -> Iterator[Callable[[int, int | None], None]]:
+    """Shows images done: a bar, or ever again a line where there is no terminal."""
+    from rich.console import Console
+    from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
+
+    console, said = Console(), time.monotonic()
+    columns = SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn()
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task("images tokenized", total=None)
+
+        def tell(done: int, total: int | None) -> None:
+            nonlocal said
+            progress.update(task, completed=done, total=total)
+            if not console.is_terminal and time.monotonic() - said > LINE_SECONDS:
+                said = time.monotonic()
+                typer.echo(f"{done:,}{f' of {total:,}' if total else ''} images tokenized")
+
+        yield tell
