@@ -306,6 +306,113 @@ def data_stream(
     compare(data, plan, out, _command(context))
 
 
+RECIPE_HELP = "A generator's recipe; or DEPTHxHEADS, B with other numbers of blocks and of heads of 64."
+PublishedGenerator = Annotated[
+    Path | None,
+    typer.Option(metavar="CHECKOUT", help="Measure the published code too, from a checkout of TencentARC/SEED-Voken."),
+]
+Out = Annotated[
+    Path | None, typer.Option(metavar="FILE.md", help="New file for the full table; FILE.png goes beside it.")
+]
+ProductType = Annotated[
+    str | None, typer.Option(metavar="TYPE", help="Of products: float32 or bfloat16.", show_default="bfloat16 on CUDA")
+]
+
+
+@app.command("sample")
+def sampling(
+    context: typer.Context,
+    recipe: Annotated[
+        str | None,
+        typer.Option(metavar="NAME,...", help=RECIPE_HELP, show_default="6x6; on CUDA ar_b, ar_l, ar_xl, ar_xxl"),
+    ] = None,
+    impl: Annotated[
+        str | None,
+        typer.Option(
+            metavar="IMPL,...",
+            help="uncached, cached, compiled; on CUDA also cached-eager, without graphs.",
+            show_default="all but compiled",
+        ),
+    ] = None,
+    batch_size: Annotated[int | None, typer.Option(min=1, help="Images at once.", show_default="2; on CUDA 64")] = None,
+    guidance: Annotated[float, typer.Option(help="1: none, which halves the work.")] = 2.0,
+    reference: PublishedGenerator = None,
+    out: Out = None,
+    dtype: ProductType = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU.", show_default="all cores")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="The fastest counts.")] = 2,
+) -> None:
+    """Images per second and memory of drawing a generator's codes.
+
+    Every impl of every recipe is measured in a fresh process.
+
+    Example: ibq bench sample --recipe 6x6,12x12 --reference SEED-Voken
+    """
+    from tools.bench_generator import compare_sampling
+
+    compare_sampling(
+        recipe=recipe,
+        impl=impl,
+        batch_size=batch_size,
+        guidance=guidance,
+        dtype=dtype,
+        reference=reference,
+        out=out,
+        device=device,
+        threads=threads,
+        repeats=repeats,
+        command=_command(context),
+    )
+
+
+@app.command("train-ar")
+def training(
+    context: typer.Context,
+    recipe: Annotated[
+        str | None, typer.Option(metavar="NAME,...", help=RECIPE_HELP, show_default="4x4; on CUDA ar_xl, ar_xxl")
+    ] = None,
+    impl: Annotated[
+        str | None,
+        typer.Option(
+            metavar="IMPL,...", help="dense-loss, ibq, compiled, checkpointed, selective.", show_default="all"
+        ),
+    ] = None,
+    vocabulary: Annotated[str, typer.Option(metavar="V,...", help="Codes of it.")] = "16384,262144",
+    micro_batch: Annotated[
+        int | None, typer.Option(min=1, help="Images of a step.", show_default="2; on CUDA 16")
+    ] = None,
+    reference: PublishedGenerator = None,
+    out: Out = None,
+    dtype: ProductType = None,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    threads: Annotated[int | None, typer.Option(min=1, help="Of the CPU.", show_default="all cores")] = None,
+    repeats: Annotated[int, typer.Option(min=1, help="The fastest counts.")] = 3,
+) -> None:
+    """Tokens per second, MFU and memory of a generator's training step.
+
+    Every impl of every recipe is measured in a fresh process. A row that does not fit into memory says so, and the
+    table goes on.
+
+    Example: ibq bench train-ar --recipe 4x4 --vocabulary 262144 --reference SEED-Voken
+    """
+    from tools.bench_generator import compare_training
+
+    compare_training(
+        recipe=recipe,
+        impl=impl,
+        vocabulary=vocabulary,
+        micro_batch=micro_batch,
+        dtype=dtype,
+        reference=reference,
+        out=out,
+        device=device,
+        threads=threads,
+        repeats=repeats,
+        command=_command(context),
+    )
+
+
 def _rows(impls: list[str], shapes: list[Shape], settings: dict) -> Iterator[Row]:
     """Measures one row after the other, and says on stderr at which it is."""
     jobs = list(product(shapes, impls))
@@ -521,11 +628,11 @@ def _names(option: str, text: str, impls: tuple[str, ...] = IMPLS) -> list[str]:
     return names
 
 
-def _reference_file(checkout: Path) -> str:
-    path = checkout / REFERENCE_FILE
+def _reference_file(checkout: Path, file: Path = REFERENCE_FILE) -> str:
+    path = checkout / file
     if not path.is_file():
         mend = "git clone https://github.com/TencentARC/SEED-Voken, and give that folder"
-        raise _bad("--reference", f"{checkout} holds no {REFERENCE_FILE}: {mend}")
+        raise _bad("--reference", f"{checkout} holds no {file}: {mend}")
     return str(path.resolve())
 
 

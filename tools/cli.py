@@ -29,11 +29,12 @@ Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help
 
 @app.command()
 def quickstart(overrides: Overrides = None) -> None:
-    """Trains a small tokenizer on real photographs and judges it.
+    """Trains a small tokenizer on real photographs, then a generator on its codes, and judges the tokenizer.
 
     Packs the photographs first, nothing is downloaded; at the end it says where the pictures and the report are.
+    Settings that begin with `generator.` are the generator's.
 
-    Example: ibq quickstart trainer.max_steps=200
+    Example: ibq quickstart trainer.max_steps=200 generator.trainer.max_steps=50
     """
     from tools.quickstart import quickstart
 

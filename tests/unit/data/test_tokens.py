@@ -201,7 +201,7 @@ def test_damaged_samples_are_skipped_with_their_reasons(tmp_path, make_tar):
     batches = [next(stream) for _ in range(20)]
     assert Counter(batch.keys[0] for batch in batches) == {f"good-{n}": 2 for n in range(10)}
     reasons = {one.key: one.reason for batch in batches for one in batch.skipped}
-    assert len(reasons) == len(DAMAGED) + 2 and "23 bytes and not 24" in reasons.values()
+    assert len(reasons) == len(DAMAGED) + 2 and "its codes have 23 bytes and not 24" in reasons.values()
     assert "'cat' is no number" in reasons["class"] and "no image (codes)" in reasons["none"]
     checked = check_shard(path)
     assert checked.counts == {"undecodable": len(DAMAGED), "no image": 1} and checked.status == "flawed"
@@ -252,19 +252,19 @@ def test_images_and_tokens_are_told_apart(tokens, tars, tmp_path, make_tar):
             mistaken()
     with pytest.raises(DataError, match=said):
         evaluation_tokens(str(tars), SPEC)
-    with pytest.raises(DataError, match="it holds tokens, no image: data.content=tokens reads them"):
+    with pytest.raises(DataError, match=r"it holds tokens, no image: data\.content=tokens reads them"):
         options = dict(global_batch_size=1, micro_batch_size=1, rank=0, world_size=1, seed=0)
         next(train_batches(DataConfig(train=str(tokens), workers=0, max_bad_in_a_row=3), **options))
-    with pytest.raises(DataError, match="data.content=tokens is for a run that trains on tokens"):
+    with pytest.raises(DataError, match=r"data\.content=tokens is for a run that trains on tokens"):
         check(config(tokens))
-    with pytest.raises(DataError, match="unknown data.content 'codes'"):
+    with pytest.raises(DataError, match=r"unknown data\.content 'codes'"):
         check(DataConfig(train=str(tokens), content="codes"), tokens=SPEC)
     empty = tmp_path / "empty"
     empty.mkdir()
     with pytest.raises(DataError, match=r"no \*.tar|neither"):
         token_header(config(empty))
     damaged = make_tar(tmp_path / "damaged.tar", [{"__key__": "a", "codes": GOOD[:-1]}])
-    with pytest.raises(DataError, match="source train: no token sample can be read .*23 bytes and not 24"):
+    with pytest.raises(DataError, match=r"source train: no token sample can be read .*23 bytes and not 24"):
         token_header(config(damaged))
     tall = SourceConfig(root=str(tokens))
     tall.filters.min_side = 8

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from serving import Server
+from tokens import FINGERPRINT, write_tokens
 from webdataset.writer import TarWriter
 
 from data import DataConfig, TrainStream
@@ -321,3 +322,23 @@ def test_bars_of_any_share():
     bars = [row[7 : 7 + histograms.BAR_CHARACTERS] for row in rows[1:]]
     assert bars[0].strip() == "" and bars[1].strip() == "▏" and bars[3] == "█" * histograms.BAR_CHARACTERS
     assert [row[48:].split()[0] for row in rows[1:]] == ["0%", "<0.1%", "<0.1%", "100%"]
+
+
+# -------------------------------------------------------------------------------------------------------------- tokens
+
+
+def test_token_shards_are_checked_indexed_and_counted(capsys, tmp_path):
+    folder = write_tokens(tmp_path / "tokens", count=20, per_shard=8)
+    status, out, err = run(capsys, "check", folder, "--write-index", "--jobs", 1)
+    assert (status, err) == (0, "") and "3 tars, 20 samples" in out and (folder / "index.safetensors").is_file()
+    status, out, _ = run(capsys, "stats", folder, "--json", tmp_path / "stats.json", "--jobs", 1)
+    assert status == 0
+    assert f"  tokens of tokenizer {FINGERPRINT}: 256 codes, 8 x 8, 1 view: 20" in out
+    assert "a sample: 20 of tokens" in out and "  classes: all in 4 classes of 5 to 5" in out
+    told = json.loads((tmp_path / "stats.json").read_text())["tokens"]
+    assert told == [{"tokenizer": FINGERPRINT, "vocabulary": 256, "views": 1, "grid": [8, 8], "samples": 20}]
+    path = folder / "tokens-000001.tar"
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b'"codes":256', b'"codes":100', 1))
+    status, out, _ = run(capsys, "check", path)
+    assert status == 1 and "undecodable: sample 0: 000008: code " in out and "outside the 100 of" in out
