@@ -19,11 +19,13 @@ CACHE_BYTES = 50 * 10**9
 
 
 class EvaluationImage(NamedTuple):
-    """key: the sample's key, or the file's path in its folder; image_chw: uint8 (3, h, w); index: place in the set."""
+    """key: the sample's key, or the file's path in its folder; image_chw: uint8 (3, h, w); index: place in the set;
+    label: the class in its .cls, or None."""
 
     key: str
     image_chw: torch.Tensor
     index: int
+    label: int | None = None
 
 
 class EvaluationToken(NamedTuple):
@@ -93,7 +95,7 @@ class EvaluationImages(_InOrder):
         image = decode(sample.image())
         if self.image_size is not None:
             image = resize_and_center_crop(image, self.image_size, self.resize)
-        return EvaluationImage(sample.key, torch.from_numpy(pixels_chw(image)), index)
+        return EvaluationImage(sample.key, torch.from_numpy(pixels_chw(image)), index, label_of(sample.members, TOKENS))
 
 
 class EvaluationTokens(_InOrder):

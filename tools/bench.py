@@ -374,9 +374,7 @@ def training(
     ] = None,
     impl: Annotated[
         str | None,
-        typer.Option(
-            metavar="IMPL,...", help="dense-loss, ibq, compiled, checkpointed, selective.", show_default="all"
-        ),
+        typer.Option(metavar="IMPL,...", help="dense, ibq, compiled, checkpointed, selective.", show_default="all"),
     ] = None,
     vocabulary: Annotated[str, typer.Option(metavar="V,...", help="Codes of it.")] = "16384,262144",
     micro_batch: Annotated[

@@ -24,7 +24,7 @@ NOT_ON_CPU = {"cached-eager": "without CUDA there are no graphs, and it is the s
 COLORS = {
     "reference": "#7a7a7a",
     "uncached": "#c44e52",
-    "dense-loss": "#c44e52",
+    "dense": "#c44e52",
     "cached": "#4c72b0",
     "ibq": "#4c72b0",
     "cached-eager": "#8fa9d4",
@@ -50,7 +50,7 @@ Extra memory is the peak of the process (on CUDA: of what PyTorch allocates on t
 gradients. CPU s: in all threads; far below threads x time it says that others used the machine.
 
 ibq: as `ibq train` does it, the loss without logits, fused AdamW; compiled: each block by torch.compile; checkpointed,
-selective: each block computes all, or what is cheap, again for the backward; dense-loss: with all logits. reference:
+selective: each block computes all, or what is cheap, again for the backward; dense: with all logits. reference:
 TencentARC/SEED-Voken's own transformer, PyTorch's cross-entropy of its logits, AdamW that is not fused."""
 
 
@@ -84,8 +84,8 @@ TRAIN = Kind(
     unit="tokens",
     per="step",
     did="trains on",
-    impls=("dense-loss", "ibq", "compiled", "checkpointed", "selective"),
-    bases=("dense-loss", "reference"),
+    impls=("dense", "ibq", "compiled", "checkpointed", "selective"),
+    bases=("dense", "reference"),
     legend=TRAIN_LEGEND,
 )
 
@@ -215,7 +215,7 @@ def _compare(
     impls = (["reference"] if reference else []) + [impl for impl in kind.impls if impl in impls]  # bases first
     report = Report(kind, [*heading, f"`{command}`"], [])
     headings = _headings(kind)
-    widths = [max(7, len(text)) for text in headings]
+    widths = [max(6, len(text)) for text in headings]
     widths[:2] = max(map(len, impls)), max(len(shape.recipe) for shape in [*shapes, Shape("recipe", None, 0)])
     typer.echo("\n".join([*heading, "", bench._line(headings, widths)]))
     for row in _rows(kind, impls, shapes, dtype or ("bfloat16" if cuda else "float32"), settings):

@@ -166,7 +166,7 @@ def train(
     def loss() -> Tensor:
         if impl == "reference":
             return published_loss(generator, index_bt, class_b)
-        if impl == "dense-loss":
+        if impl == "dense":
             return F.cross_entropy(generator(index_bt[:, :-1], class_b).flatten(0, 1), index_bt.flatten())
         return generator.loss(index_bt, class_b).loss
 

@@ -1,4 +1,4 @@
-"""`ibq quickstart`: from nothing to a judged tokenizer and a generator, on the photographs that scikit-image carries."""
+"""`ibq quickstart`: from nothing to a judged tokenizer and a generator, on the photographs in scikit-image's wheel."""
 
 from pathlib import Path
 

@@ -119,7 +119,7 @@ def reconstruct_images(
             images_bchw = (levels_bchw.double() / 127.5 - 1).float()
             height, width = images_bchw.shape[-2:]
             pad = metrics.padding(height, width, tokenizer.downsampling_factor)
-            with _full_precision(images_bchw.device.type):
+            with full_precision(images_bchw.device.type):
                 index_bhw = tokenizer.tokenize(F.pad(images_bchw, (pad.left, pad.right, pad.top, pad.bottom)))
                 padded_bchw = tokenizer.detokenize(index_bhw).float()
             reconstruction_bchw = padded_bchw[..., pad.top : pad.top + height, pad.left : pad.left + width]
@@ -441,7 +441,7 @@ def _jsonable(value):
 
 
 @contextlib.contextmanager
-def _full_precision(device_type: str) -> Iterator[None]:
+def full_precision(device_type: str) -> Iterator[None]:
     """fp32 arithmetic without gradients, whatever training around it has switched on (autocast, TF32)."""
     matmul_precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")

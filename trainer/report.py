@@ -279,7 +279,7 @@ def _its_generator(run: Path) -> str:
         "<section><h2>What a generator makes of its codes</h2>"
         "<p>A small transformer has learned the codes of the training photographs, one class for each, and draws new "
         "ones. From so few pictures it can do little but recite them; it shows that the way from pictures through "
-        f"codes to generated pictures works.</p>{_sampled(run)}<p><a href='{run.name}/report.html'>Its own report</a></p>"
+        f"codes to generated pictures works. Its own report is <code>{run.name}/report.html</code>.</p>{_sampled(run)}"
         "</section>"
     )
 

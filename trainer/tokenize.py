@@ -31,7 +31,7 @@ from model_zoo.interop import is_published
 from model_zoo.pieces import run_of
 from model_zoo.runs import find_checkpoint
 from trainer import TrainerError
-from trainer.evaluate import _full_precision, choose_device
+from trainer.evaluate import choose_device, full_precision
 from trainer.parallel import World, agree, fail_together, gather_objects, start_world, stop_world
 
 VIEWS = {"original": 1, "flip": 2, "ten-crop": 10}  # kind -> views of an image
@@ -453,7 +453,7 @@ def _codes_of(tokenizer: Tokenizer, views: list[np.ndarray], batch_size: int, de
         return []
     levels_bchw = torch.from_numpy(np.concatenate(views))
     codes = []
-    with _full_precision(device.type):
+    with full_precision(device.type):
         for part_bchw in levels_bchw.split(batch_size):
             codes.append(tokenizer.tokenize((part_bchw.to(device).double() / 127.5 - 1).float()).cpu())
     return np.split(torch.cat(codes).numpy(), len(views))

@@ -11,6 +11,7 @@ import torch
 
 from model_zoo.discriminator import PatchDiscriminator
 from model_zoo.tokenizer import Tokenizer
+from model_zoo.transformer import Transformer
 from trainer.config import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -25,6 +26,12 @@ CONFIGURATIONS = {
     "zero3, codebook 8": ["engine.config=zero3", "codebook_parallel=8"],
     "fsdp2": ["engine.kind=fsdp2"],
     "hybrid, codebook 8": ["engine.kind=fsdp2", "engine.shard_over=8", "codebook_parallel=8"],
+}
+# Of ar_xxl.
+GENERATORS = {
+    "zero3": ["engine.config=zero3"],
+    "fsdp2": ["engine.kind=fsdp2"],
+    "fsdp2, head 8": ["engine.kind=fsdp2", "vocabulary_parallel=8"],
 }
 # Of `debug` on two processes.
 REAL = [
@@ -61,6 +68,15 @@ def planned(tmp_path_factory) -> dict[str, dict]:
     """Name of a configuration -> rank -> network -> [parameters, gradients, optimizer, EMA], in bytes."""
     answers = plans("ibq_262144", RANKS, list(CONFIGURATIONS.values()), tmp_path_factory.mktemp("planned"))
     return dict(zip(CONFIGURATIONS, answers, strict=True))
+
+
+@pytest.fixture(scope="module")
+def generators_planned(tmp_path_factory) -> dict[str, dict]:
+    """The same of `ar_xxl`."""
+    batch = ["trainer.micro_batch_size=12"]
+    configurations = [[*changes, *batch] for changes in GENERATORS.values()]
+    answers = plans("ar_xxl", RANKS, configurations, tmp_path_factory.mktemp("generators_planned"))
+    return dict(zip(GENERATORS, answers, strict=True))
 
 
 @pytest.fixture(scope="module")
@@ -101,6 +117,22 @@ def test_bytes_are_theory(planned, shapes, name, rank):
     discriminator = 4 * of_discriminator
     assert networks["discriminator"] == pytest.approx([discriminator, discriminator, 2 * discriminator, 0], rel=0.02)
     assert networks["LPIPS, frozen"] == [4 * LPIPS_WEIGHTS, 0, 0, 0]
+
+
+@pytest.mark.parametrize("name", GENERATORS)
+def test_bytes_of_the_largest_generator_are_theory(generators_planned, name):
+    """2.1B parameters, of which no process ever had the values."""
+    with torch.device("meta"):
+        numbers = [p.numel() for p in Transformer(load_recipe("ar_xxl", []).model).parameters()]
+    head = 16_384 * 1_920
+    for rank in (0, RANKS - 1):
+        networks = generators_planned[name][str(rank)]
+        if name == "fsdp2, head 8":
+            assert networks["head"] == pytest.approx([4 * head / 8, 4 * head / 8, 8 * head / 8, 0], rel=0.02)
+            expected = generator_theory("fsdp2", [*numbers, -head])
+        else:
+            expected = generator_theory(name, numbers)
+        assert networks["generator"] == pytest.approx([*expected[:3], 0], rel=0.02)
 
 
 def test_two_real_processes_hold_what_was_said(tmp_path):

@@ -1,5 +1,6 @@
 """Training a generator: the cross-entropy of the next code, from token shards or from images tokenized on the way."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import ClassVar, NamedTuple
@@ -128,14 +129,9 @@ class GeneratorTask(Task):
                 )
 
     def inputs(self, batch: Batch) -> Codes:
-        device, classes = self.world.device, self.config.model.classes
-        labels = [classes if info.label is None else info.label for info in batch.infos]
-        values = batch.values.to(device, non_blocking=True)
         if self.config.data.content == "images":
-            index_bt = self.tokenizer.tokenize(values.float() / 127.5 - 1).flatten(1)
-        else:
-            index_bt = values.long()
-        return Codes(index_bt, torch.tensor(labels, device=device))
+            return self._codes(self._tokenized(batch.values), batch.labels)
+        return self._codes(batch.values.to(self.world.device, non_blocking=True).long(), batch.labels)
 
     def step(self, micro_batches: list[Codes], step: int) -> Step:
         """One optimiser step. Each image's class is left out with probability ``loss.label_dropout``."""
@@ -190,26 +186,31 @@ class GeneratorTask(Task):
         """This rank's part of the first ``trainer.validation_images``, in micro-batches; one by one where ranks that
         share a head must bring equally many tokens."""
         config, world = self.config, self.world
-        spec = data.TokenSpec(config.tokenizer.fingerprint, config.model.vocabulary, tuple(config.model.grid))
-        tokens = data.evaluation_tokens(
-            config.data.val, spec, shard=(world.rank, world.size), access=data.access_of(config.data)
-        )
+        shard, access = (world.rank, world.size), data.access_of(config.data)
+        if config.data.content == "tokens":
+            spec = data.TokenSpec(config.tokenizer.fingerprint, config.model.vocabulary, tuple(config.model.grid))
+            images = data.evaluation_tokens(config.data.val, spec, shard=shard, access=access)
+        else:
+            side, resize = config.data.image_size, config.data.resize
+            images = data.evaluation_images(config.data.val, image_size=side, resize=resize, shard=shard, access=access)
         size = 1 if self.groups.shard else self.generator.micro_batch_size
-        here = range(world.rank, config.trainer.validation_images, world.size)
-        batch = []
-        for _, image in zip(here, tokens, strict=False):
-            batch.append(image)
-            if len(batch) == size:
-                yield self._codes(batch)
-                batch = []
-        if batch:
-            yield self._codes(batch)
+        number = len(range(world.rank, config.trainer.validation_images, world.size))
+        images = itertools.islice(images, number)
+        while batch := list(itertools.islice(images, size)):
+            labels = [image.label for image in batch]
+            if config.data.content == "tokens":
+                yield self._codes(torch.stack([image.index_t for image in batch]).to(world.device), labels)
+            else:
+                yield self._codes(self._tokenized(torch.stack([image.image_chw for image in batch])), labels)
 
-    def _codes(self, images: list) -> Codes:
+    def _tokenized(self, images_bchw: Tensor) -> Tensor:
+        """uint8 pixels -> codes ``(b, tokens)``."""
+        return self.tokenizer.tokenize(images_bchw.to(self.world.device).float() / 127.5 - 1).flatten(1)
+
+    def _codes(self, index_bt: Tensor, labels: list[int | None]) -> Codes:
         none = self.config.model.classes
-        labels = [none if image.label is None else image.label for image in images]
-        index_bt = torch.stack([image.index_t for image in images])
-        return Codes(index_bt.to(self.world.device), torch.tensor(labels, device=self.world.device))
+        labels = [none if label is None else label for label in labels]
+        return Codes(index_bt, torch.tensor(labels, device=self.world.device))
 
     def _pictures(self, beat: Callable[[], None]) -> dict[str, Tensor]:
         """Samples of some classes, the same ones each time. Where a forward is a collective, all ranks draw them."""
