@@ -43,12 +43,14 @@ setup(
         "packaging>=23",
     ],
     extras_require={
-        # For the generator to come; today `ibq bench` alone uses it, as a peer.
-        # NVIDIA's apex has no wheel: PyPI's `apex` is another project.
+        # Attention and loss of generators. NVIDIA's apex has no wheel: PyPI's `apex` is another project.
         "gpu": ["flash-attn>=2.6", "liger-kernel>=0.8.5"],
         "s3": ["s3fs>=2024.6"],
         "gs": ["gcsfs"],
-        "test": ["pytest>=8", "ruff>=0.12", "setuptools>=77", "s3fs>=2024.6", "moto[server]>=5"],
+        "test": [
+            *("pytest>=8", "ruff>=0.12", "setuptools>=77", "s3fs>=2024.6", "moto[server]>=5"),
+            "liger-kernel>=0.8.5",  # in Triton's interpreter
+        ],
         "dev": ["pre-commit>=3.5"],
     },
     entry_points={"console_scripts": ["ibq = tools.cli:main"]},

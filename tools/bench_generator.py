@@ -2,7 +2,7 @@
 
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import asdict
 from functools import partial
 from importlib import metadata
@@ -182,7 +182,7 @@ def _models(names: str) -> dict[str, TransformerConfig]:
 
 def _compare(
     kind: Kind,
-    plan,
+    plan: Callable[[bool], tuple[list[str], list[Shape], dict]],
     *,
     dtype: str | None,
     reference: Path | None,
@@ -216,7 +216,7 @@ def _compare(
     report = Report(kind, [*heading, f"`{command}`"], [])
     headings = _headings(kind)
     widths = [max(6, len(text)) for text in headings]
-    widths[:2] = max(map(len, impls)), max(len(shape.recipe) for shape in [*shapes, Shape("recipe", None, 0)])
+    widths[:2] = max(map(len, impls)), max(map(len, ["recipe", *(shape.recipe for shape in shapes)]))
     typer.echo("\n".join([*heading, "", bench._line(headings, widths)]))
     for row in _rows(kind, impls, shapes, dtype or ("bfloat16" if cuda else "float32"), settings):
         report.rows.append(row)
@@ -295,11 +295,8 @@ class Report(NamedTuple):
         if not row.extra_mib or not other.extra_mib:
             return ""
         ratio = row.extra_mib / other.extra_mib
-        return (
-            f", with {bench._share(ratio)} of its extra memory"
-            if ratio < 1
-            else f", with {ratio:.2f} times its extra memory"
-        )
+        share = f"{bench._share(ratio)} of" if ratio < 1 else f"{ratio:.2f} times"
+        return f", with {share} its extra memory"
 
     def markdown(self, picture: str) -> str:
         table = _markdown_table(Table(tuple(_headings(self.kind)), [self.cells(row) for row in self.rows]))

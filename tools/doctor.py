@@ -246,11 +246,30 @@ def check_apex() -> Iterator[Finding]:
 
 
 def check_flash_attention() -> Iterator[Finding]:
-    if importlib.util.find_spec("flash_attn") is None:
-        mend = "not needed, nothing here uses it yet; torch's own attention serves"
+    """The generator's attention: any release that gives the module of one of these names."""
+    releases = {"flash_attn_interface": "flash-attn-3", "flash_attn": "flash-attn"}
+    found = [name for module, name in releases.items() if importlib.util.find_spec(module) is not None]
+    for name in found:
+        yield Finding(name, OK, _version(name))
+    if not found:
+        mend = "for generators on NVIDIA GPUs: pip install flash-attn; torch's own attention serves"
         yield Finding("flash-attn", OPTIONAL, "not installed", mend)
+
+
+def check_liger() -> Iterator[Finding]:
+    """The generator's loss."""
+    if importlib.util.find_spec("liger_kernel") is None:
+        mend = "for generators on NVIDIA GPUs: pip install liger-kernel; loss.impl=chunked serves"
+        yield Finding("liger-kernel", OPTIONAL, "not installed", mend)
     else:
-        yield Finding("flash-attn", OK, metadata.version("flash-attn"))
+        yield Finding("liger-kernel", OK, _version("liger-kernel"))
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "installed"
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -318,6 +337,7 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     check_deepspeed,
     check_apex,
     check_flash_attention,
+    check_liger,
     check_vgg16,
     check_caches,
 )
