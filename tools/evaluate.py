@@ -5,8 +5,9 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.console import Console
-from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
 from rich.table import Table
+
+from tools.progress import progress
 
 if TYPE_CHECKING:
     from trainer.evaluate import EvaluatedRun
@@ -60,14 +61,8 @@ def judge(run: Path, **options) -> None:
     from trainer.report import write_report
 
     console = Console()
-    columns = SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("pictures evaluated", total=None)
-        evaluated = evaluate_run(
-            run,
-            **options,
-            on_progress=lambda done, total: progress.update(task, completed=done, total=total or None),
-        )
+    with progress("pictures evaluated") as on_progress:
+        evaluated = evaluate_run(run, **options, on_progress=on_progress)
     print_report(evaluated, console)
     if options.get("report_path") is None:
         console.print(f"report: {write_report(run)}", soft_wrap=True, highlight=False)

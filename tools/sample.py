@@ -1,14 +1,11 @@
 """`ibq sample`: images of a generator."""
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
+from tools.progress import progress
 
 
 def sample(
@@ -54,7 +51,7 @@ def sample(
         "top_k": top_k,
         "top_p": top_p,
     }
-    with _progress() as on_progress:
+    with progress("images sampled") as tell:
         sampled = sample(
             run,
             classes=classes,
@@ -68,7 +65,7 @@ def sample(
             device=device,
             precision=precision,
             compile=compile,
-            on_progress=on_progress,
+            on_progress=lambda done, count, per_second: tell(done, count, f"{per_second:,.2f} images/s"),
         )
     if sampled is None:  # another process tells
         return
@@ -77,25 +74,3 @@ def sample(
     else:
         typer.echo("everything was there already")
     typer.echo(f"{sampled.images:,} images: {sampled.out}\nreport: {sampled.report}")
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int, float], None]]:
-    """Shows images done and images per second: a bar, or ever again a line where there is no terminal."""
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-
-    console, said = Console(), time.monotonic()
-    columns = SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("images sampled", total=None, start=True)
-
-        def tell(done: int, count: int, per_second: float) -> None:
-            nonlocal said
-            speed = f"{per_second:,.2f} images/s"
-            progress.update(task, completed=done, total=count, description=f"images sampled, {speed}")
-            if not console.is_terminal and time.monotonic() - said > LINE_SECONDS:
-                said = time.monotonic()
-                typer.echo(f"{done:,} of {count:,} images, {speed}")
-
-        yield tell

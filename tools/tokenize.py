@@ -1,14 +1,11 @@
 """`ibq tokenize`: images to token shards."""
 
-import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-LINE_SECONDS = 10.0  # between lines of progress where there is no terminal
+from tools.progress import progress
 
 
 def tokenize(
@@ -40,7 +37,7 @@ def tokenize(
     """
     from trainer.tokenize import tokenize
 
-    with _progress() as on_progress:
+    with progress("images tokenized") as on_progress:
         done = tokenize(
             run,
             images=images,
@@ -61,24 +58,3 @@ def tokenize(
         typer.echo(f"{len(done.skipped):,} images skipped (see {out}/skipped.jsonl), the first: {done.skipped[0]}")
     before = "" if done.made == done.samples else f", {done.samples - done.made:,} of them were there already"
     typer.echo(f"{done.samples:,} samples of tokenizer {done.tokenizer} in {done.shards:,} tars in {out}{before}")
-
-
-@contextmanager
-def _progress() -> Iterator[Callable[[int, int | None], None]]:
-    """Shows images done: a bar, or ever again a line where there is no terminal."""
-    from rich.console import Console
-    from rich.progress import MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeRemainingColumn
-
-    console, said = Console(), time.monotonic()
-    columns = SpinnerColumn(), TextColumn("{task.description}"), MofNCompleteColumn(), TimeRemainingColumn()
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task("images tokenized", total=None)
-
-        def tell(done: int, total: int | None) -> None:
-            nonlocal said
-            progress.update(task, completed=done, total=total)
-            if not console.is_terminal and time.monotonic() - said > LINE_SECONDS:
-                said = time.monotonic()
-                typer.echo(f"{done:,}{f' of {total:,}' if total else ''} images tokenized")
-
-        yield tell
