@@ -337,7 +337,8 @@ def checkpoint_blocks(transformer: Transformer, selective: bool = False) -> None
     arXiv 1604.06174). selective: products and attention are kept too, and only what is cheap is computed again."""
 
     def policy(_, op, *args, **kwargs):
-        return CheckpointPolicy.MUST_SAVE if op in KEPT else CheckpointPolicy.PREFER_RECOMPUTE
+        of_flash = getattr(op, "namespace", "").startswith("flash_attn")
+        return CheckpointPolicy.MUST_SAVE if op in KEPT or of_flash else CheckpointPolicy.PREFER_RECOMPUTE
 
     options = {"context_fn": partial(create_selective_checkpoint_contexts, policy)} if selective else {}
     for block in transformer.blocks:

@@ -138,7 +138,7 @@ def compare_sampling(
     impls = impl and bench._names("--impl", impl, SAMPLE.impls)
 
     def plan(cuda: bool) -> tuple[list[str], list[Shape], dict]:
-        batch = batch_size or (64 if cuda else 2)
+        batch = batch_size or (64 if cuda else 4)
         models = _models(recipe or ("ar_b,ar_l,ar_xl,ar_xxl" if cuda else "6x6"))
         shapes = [Shape(name, model, batch) for name, model in models.items()]
         usual = ["uncached", "cached-eager", "cached"] if cuda else ["uncached", "cached"]

@@ -7,6 +7,8 @@ BUNDLED = "bundled:train"
 SHOWN_CLASSES = "3,6,7,8,9,11,12,13"
 SAMPLES = 64
 OF_GENERATOR = "generator."
+# Settings of the generator that the tokenizer decides.
+FITTED = "run", "data.train", "data.val", "tokenizer.source", "model.vocabulary", "model.grid", "trainer.device"
 
 
 def quickstart(overrides: list[str]) -> Path:
@@ -19,12 +21,16 @@ def quickstart(overrides: list[str]) -> Path:
     from tools.evaluate import judge
     from tools.sample import sample
     from tools.tokenize import tokenize
+    from trainer import TrainerError
     from trainer.config import load_recipe, load_run_config
     from trainer.loop import train
     from trainer.report import GENERATOR, SAMPLED, write_report
 
     for_generator = [key.removeprefix(OF_GENERATOR) for key in overrides if key.startswith(OF_GENERATOR)]
     load_recipe("ar_quickstart", for_generator)  # a mistake in them is found before minutes have passed
+    for key in (override.partition("=")[0] for override in for_generator):
+        if key in FITTED:
+            raise TrainerError(f"{OF_GENERATOR}{key} cannot be set: it follows from the tokenizer")
     run = train("quickstart", [key for key in overrides if not key.startswith(OF_GENERATOR)])
     config = load_run_config(run, [])
     if config.data.train != BUNDLED:  # pictures of the user's may have no classes, or any number
@@ -32,16 +38,10 @@ def quickstart(overrides: list[str]) -> Path:
         return run
     tokens, side = run / "tokens", config.data.image_size // load_tokenizer(run).downsampling_factor
     tokenize(run, images=BUNDLED, out=tokens, views="ten-crop", device=config.trainer.device)
-    fitting = {
-        "run": run / GENERATOR,
-        "data.train": tokens,
-        "data.val": tokens,
-        "tokenizer.source": run,
-        "model.vocabulary": config.model.codebook_size,
-        "model.grid": [side, side],
-        "trainer.device": config.trainer.device,
-    }
-    generator = train("ar_quickstart", [f"{key}={value}" for key, value in fitting.items()] + for_generator)
+    grid, device = [side, side], config.trainer.device
+    values = run / GENERATOR, tokens, tokens, run, config.model.codebook_size, grid, device
+    fitting = [f"{key}={value}" for key, value in zip(FITTED, values, strict=True)]
+    generator = train("ar_quickstart", fitting + for_generator)
     sample(generator, classes=SHOWN_CLASSES, count=SAMPLES, out=generator / SAMPLED, device=config.trainer.device)
     write_report(generator)
     judge(run)

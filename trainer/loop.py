@@ -157,7 +157,12 @@ def _train(config: RunConfig, source: Path | None = None, again: bool = False) -
 
 def _is_run_of(config: RunConfig) -> bool:
     """Whether the run's folder holds a run with these very settings."""
-    return (Path(config.run) / "config.yaml").is_file() and load_run_config(config.run, []) == config
+    if not (Path(config.run) / "config.yaml").is_file():
+        return False
+    saved = load_run_config(config.run, [])
+    if isinstance(saved, GeneratorRun) and isinstance(config, GeneratorRun) and config.tokenizer.fingerprint is None:
+        saved.tokenizer.fingerprint = None  # which the tokenizer will tell
+    return saved == config
 
 
 def _state(checkpoint: Path) -> dict:
@@ -251,6 +256,8 @@ def _steps(config: RunConfig, world: World, run: Path, task: Task, feed: Feed, s
                         say(line)
                 if validation_due and not stopping and not starving and config.data.val is not None:
                     validation = task.validate(watchdog.beat)
+                    for note in validation.notes:
+                        say(f"step {step}: {note}")
                     if telemetry:
                         for name, picture_chw in validation.pictures.items():
                             telemetry.picture(step, name, picture_chw)

@@ -141,7 +141,7 @@ def write_report(run_folder: str | Path) -> Path:
     if OmegaConf.select(config, "task") == "generator":
         sections = [
             _generator_head(run, config),
-            _generated(run, curves),
+            _generated(run, config, curves),
             _curves(curves),
             _samples(run / "samples", "Drawn from the same random numbers each time."),
             _facts(run, config, curves, None),
@@ -247,15 +247,17 @@ def _generator_head(run: Path, config: DictConfig) -> str:
     )
 
 
-def _generated(run: Path, curves: dict[str, list[Point]]) -> str:
+def _generated(run: Path, config: DictConfig, curves: dict[str, list[Point]]) -> str:
     """How well the next code is told, and samples."""
     losses = {name: curves[name][-1].value for name in ("val/loss", "val/unigram_entropy") if curves.get(name)}
     tiles = ""
     if len(losses) == 2:
         loss, unigram = losses["val/loss"], losses["val/unigram_entropy"]
+        held_out = OmegaConf.select(config, "data.val") != OmegaConf.select(config, "data.train")
+        on = "in validation" if held_out else "on the training pictures"
         tiles = "".join(
             f"<div class=tile><b>{value:.2f}</b><span>{label}</span></div>"
-            for value, label in ((loss, "nats per code, in validation"), (unigram, "nats by the frequencies of codes"))
+            for value, label in ((loss, f"nats per code, {on}"), (unigram, "nats by the frequencies of codes"))
         )
         tiles = f"<div class=tiles>{tiles}</div>"
     return f"<section><h2>What it generates</h2>{tiles}{_sampled(run)}</section>"
@@ -418,7 +420,7 @@ def _facts(run: Path, config: DictConfig, curves: dict[str, list[Point]], evalua
         "tokenizer": pick("tokenizer.fingerprint"),
         "parameters": _parameter_count(run),
         "trained on": pick("data.train"),
-        "held out": pick("data.val"),
+        "held out": pick("data.val") if pick("data.val") != pick("data.train") else None,
         "steps": f"{steps:,.0f} of {pick('trainer.max_steps'):,}" if steps and pick("trainer.max_steps") else None,
         "images a step": batch,
         "time in training steps": _duration(seconds) if seconds else None,

@@ -29,7 +29,7 @@ def causal_attention(q_bthd: Tensor, k_bthd: Tensor, v_bthd: Tensor, impl: str =
         impl = "flash" if _takes(q_bthd) and _flash(_major(q_bthd)) else "sdpa"
     if impl == "flash":
         if not _takes(q_bthd):
-            raise ModelError("flash attention is for CUDA and half precision: use impl='sdpa'")
+            raise ModelError("flash attention is for CUDA, half precision, heads of 8 to 256: use impl='sdpa'")
         if (flash := _flash(_major(q_bthd))) is None:
             raise ModelError("flash-attn cannot be imported: pip install flash-attn, or use impl='sdpa'")
         out = flash(q_bthd, k_bthd, v_bthd, causal=True)
@@ -51,7 +51,8 @@ def _dense(q_bthd: Tensor, k_bthd: Tensor, v_bthd: Tensor) -> Tensor:
 
 
 def _takes(q_bthd: Tensor) -> bool:
-    return q_bthd.is_cuda and q_bthd.dtype in (torch.float16, torch.bfloat16)
+    in_half = q_bthd.dtype in (torch.float16, torch.bfloat16)
+    return q_bthd.is_cuda and in_half and q_bthd.shape[-1] % 8 == 0 and q_bthd.shape[-1] <= 256
 
 
 def _major(q_bthd: Tensor) -> int:

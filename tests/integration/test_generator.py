@@ -125,6 +125,21 @@ def test_any_engine_goes_on_from_any_other(trained, launch, shards, tmp_path, so
     assert_equal(trained("one"), run)
 
 
+def test_a_run_with_dropout_goes_on_as_if_it_had_never_stopped(launch, shards, tmp_path):
+    changes = {
+        **{"data.train": shards, "model.dropout": 0.1, "loss.label_dropout": 0.3, "trainer.max_steps": 6},
+        **{"trainer.checkpoint_every_steps": 3, "trainer.keep_last": 4},
+    }
+    finished = launch.ibq("train", "ar_debug", f"run={tmp_path / 'whole'}", *settings(changes))
+    assert finished.status == 0, finished.err
+    changes["trainer.max_steps"] = 3
+    finished = launch.ibq("train", "ar_debug", f"run={tmp_path / 'cut'}", *settings(changes))
+    assert finished.status == 0, finished.err
+    finished = launch.ibq("resume", tmp_path / "cut", "trainer.max_steps=6")
+    assert finished.status == 0, finished.err
+    assert read_metrics(tmp_path / "cut") == read_metrics(tmp_path / "whole")
+
+
 def test_it_learns_what_the_frequencies_of_codes_do_not_tell(launch, tmp_path):
     shards = write_tokens(tmp_path / "tokens", count=256, per_shard=64)
     held_out = write_tokens(tmp_path / "held_out", count=32, seed=1)

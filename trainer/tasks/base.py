@@ -29,10 +29,11 @@ class Step(NamedTuple):
 
 
 class Validation(NamedTuple):
-    """scalars: the same on all ranks; pictures: by name, uint8 (3, h, w), on rank 0."""
+    """scalars: the same on all ranks; pictures: by name, uint8 (3, h, w), on rank 0; notes: what is to be said."""
 
     scalars: dict[str, float]
     pictures: dict[str, Tensor]
+    notes: list[str]
 
 
 class Task(ABC):

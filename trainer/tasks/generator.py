@@ -11,7 +11,7 @@ from torchvision.utils import make_grid
 
 import data
 from data import Batch
-from model_zoo import load_tokenizer
+from model_zoo import ModelError, load_tokenizer
 from model_zoo.sampler import Sampler
 from model_zoo.transformer import Transformer, checkpoint_blocks, flops_per_token
 from trainer import TrainerError
@@ -19,7 +19,7 @@ from trainer.config import GeneratorRun
 from trainer.ema import Ema
 from trainer.engines import Engine, Rows
 from trainer.metrics.codebook import CodebookUsage
-from trainer.parallel import World, row_groups, sum_over_ranks
+from trainer.parallel import World, fail_together, row_groups, sum_over_ranks
 from trainer.precision import LossScale, autocast_dtype
 from trainer.tasks.base import Means, Step, Task, Validation
 from trainer.throughput import matmul_rate
@@ -107,6 +107,18 @@ class GeneratorTask(Task):
             self.tokenizer.quantize.embedding.weight.shape
         ) == tuple(self.transformer.tok_emb.codebook_vd.shape)
 
+    def check(self) -> None:
+        """Also the classes of validation images, which would otherwise end a run at its first validation."""
+        super().check()
+        wrong = None
+        if self.config.data.val is not None:
+            try:
+                labels = ((image.key, self._wrong_label(image.label)) for image in self._validation_images())
+                wrong = next((f"data.val: {key} {wrong}" for key, wrong in labels if wrong), None)
+            except data.DataError as error:
+                wrong = str(error)
+        fail_together(wrong)
+
     def describe(self) -> list[str]:
         model = self.config.model
         rows, columns = model.grid
@@ -114,19 +126,18 @@ class GeneratorTask(Task):
         return [f"{rows}x{columns} of {model.vocabulary} codes, {model.classes} classes{spread}"]
 
     def check_batch(self, batch: Batch) -> None:
-        if self.config.loss.label_dropout == 1:
-            return
         for info in batch.infos:
-            if info.label is None:
-                raise TrainerError(
-                    f"{info.key} in {info.shard} has no class: give one in its .cls, or loss.label_dropout=1 trains "
-                    "without classes"
-                )
-            if info.label >= self.config.model.classes:
-                raise TrainerError(
-                    f"{info.key} in {info.shard} is of class {info.label}: model.classes={self.config.model.classes} "
-                    "must be above it"
-                )
+            if wrong := self._wrong_label(info.label):
+                raise TrainerError(f"{info.key} in {info.shard} {wrong}")
+
+    def _wrong_label(self, label: int | None) -> str | None:
+        """What is wrong with it, if anything."""
+        classes = self.config.model.classes
+        if self.config.loss.label_dropout == 1:
+            return None
+        if label is None:
+            return "has no class: give one in its .cls, or loss.label_dropout=1 trains without classes"
+        return f"is of class {label}: model.classes={classes} must be above it" if label >= classes else None
 
     def inputs(self, batch: Batch) -> Codes:
         if self.config.data.content == "images":
@@ -175,16 +186,18 @@ class GeneratorTask(Task):
                         [len(codes.class_b) * out.cross_entropy.double(), sums.new_tensor(len(codes.class_b))]
                     )
                     usage.update(codes.index_bt)
-            pictures = self._pictures(beat)
+            try:
+                pictures, notes = self._pictures(beat), []
+            except ModelError as error:  # all ranks that draw them meet it
+                pictures, notes = {}, [f"no pictures were drawn: {error}"]
         sum_over_ranks(sums)
         if not sums[1] > 0:
-            return Validation({}, pictures)
+            return Validation({}, pictures, notes)
         scalars = {"val/loss": float(sums[0] / sums[1]), "val/unigram_entropy": math.log(usage.merged().perplexity())}
-        return Validation(scalars, pictures)
+        return Validation(scalars, pictures, notes)
 
-    def _validation_batches(self) -> Iterator[Codes]:
-        """This rank's part of the first ``trainer.validation_images``, in micro-batches; one by one where ranks that
-        share a head must bring equally many tokens."""
+    def _validation_images(self) -> Iterator[data.EvaluationToken | data.EvaluationImage]:
+        """This rank's part of the first ``trainer.validation_images``."""
         config, world = self.config, self.world
         shard, access = (world.rank, world.size), data.access_of(config.data)
         if config.data.content == "tokens":
@@ -193,13 +206,15 @@ class GeneratorTask(Task):
         else:
             side, resize = config.data.image_size, config.data.resize
             images = data.evaluation_images(config.data.val, image_size=side, resize=resize, shard=shard, access=access)
-        size = 1 if self.groups.shard else self.generator.micro_batch_size
-        number = len(range(world.rank, config.trainer.validation_images, world.size))
-        images = itertools.islice(images, number)
+        return itertools.islice(images, len(range(world.rank, config.trainer.validation_images, world.size)))
+
+    def _validation_batches(self) -> Iterator[Codes]:
+        """Micro-batches of them; one by one where ranks that share a head must bring equally many tokens."""
+        images, size = self._validation_images(), 1 if self.groups.shard else self.generator.micro_batch_size
         while batch := list(itertools.islice(images, size)):
             labels = [image.label for image in batch]
-            if config.data.content == "tokens":
-                yield self._codes(torch.stack([image.index_t for image in batch]).to(world.device), labels)
+            if self.config.data.content == "tokens":
+                yield self._codes(torch.stack([image.index_t for image in batch]).to(self.world.device), labels)
             else:
                 yield self._codes(self._tokenized(torch.stack([image.image_chw for image in batch])), labels)
 
@@ -208,8 +223,8 @@ class GeneratorTask(Task):
         return self.tokenizer.tokenize(images_bchw.to(self.world.device).float() / 127.5 - 1).flatten(1)
 
     def _codes(self, index_bt: Tensor, labels: list[int | None]) -> Codes:
-        none = self.config.model.classes
-        labels = [none if label is None else label for label in labels]
+        none, without = self.config.model.classes, self.config.loss.label_dropout == 1
+        labels = [none if without else label for label in labels]
         return Codes(index_bt, torch.tensor(labels, device=self.world.device))
 
     def _pictures(self, beat: Callable[[], None]) -> dict[str, Tensor]:
@@ -218,6 +233,8 @@ class GeneratorTask(Task):
             return {}
         model = self.config.model
         class_b = torch.arange(PICTURES, device=self.world.device) * max(1, model.classes // PICTURES) % model.classes
+        if self.config.loss.label_dropout == 1:
+            class_b.fill_(model.classes)
         sampler = Sampler(self.transformer, PICTURES, dtype=autocast_dtype(self.config.trainer.precision), graphs=False)
         with self.autocast():
             index_bhw = self.generator.run(sampler.sample, class_b, list(range(PICTURES)), self.config.sampling, beat)

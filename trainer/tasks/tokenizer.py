@@ -360,13 +360,13 @@ class TokenizerTask(Task):
         sum_over_ranks(sums)
         usage = usage.merged()
         if not sums[2] > 0:
-            return Validation({}, {})
+            return Validation({}, {}, [])
         drawn = {}
         if pictures:
             grid = make_grid(torch.stack(pictures) / 2 + 0.5, nrow=PICTURES, padding=2, pad_value=1)
             drawn["reconstructions"] = (grid * 255).to(torch.uint8)
         psnr_mean, l1_mean = (sums[:2] / sums[2]).tolist()
-        return Validation({"val/psnr": psnr_mean, "val/l1": l1_mean, "val/usage": usage.usage()}, drawn)
+        return Validation({"val/psnr": psnr_mean, "val/l1": l1_mean, "val/usage": usage.usage()}, drawn, [])
 
     def describe(self) -> list[str]:
         model = self.config.model

@@ -205,7 +205,7 @@ def test_the_files_hold_the_table_and_bars(sampled):
     assert rows[2][4].startswith("not measured: without CUDA")
     for row in (rows[0], rows[1], rows[3]):
         assert float(row[-2]) == pytest.approx(float(row[4]) / float(rows[1][4]), rel=0.02, abs=0.01)
-        assert float(row[4]) * float(row[5]) == pytest.approx(2, rel=0.1)  # images of a batch
+        assert float(row[4]) * float(row[5]) == pytest.approx(4, rel=0.1)  # images of a batch
     assert "`ibq bench sample --recipe ar_debug --impl cached,uncached,cached-eager" in text
     assert "revision unknown" in text and "PyTorch " in text
 
@@ -239,7 +239,7 @@ def test_a_package_that_is_missing_is_a_reason(monkeypatch, capsys):
 @pytest.mark.parametrize(
     ("cuda", "batch", "impls", "recipes", "dtype"),
     [
-        (False, 2, ["uncached", "cached"], ["6x6"], "float32"),
+        (False, 4, ["uncached", "cached"], ["6x6"], "float32"),
         (True, 64, ["uncached", "cached-eager", "cached"], ["ar_b", "ar_l", "ar_xl", "ar_xxl"], "bfloat16"),
     ],
 )

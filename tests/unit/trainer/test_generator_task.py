@@ -197,11 +197,11 @@ def test_speed_is_told_in_tokens_and_as_a_share_of_a_plain_product(build):
 
 def test_validation_weighs_every_image_alike(build, monkeypatch):
     """Eleven images in micro-batches of eight."""
+    index_bt, class_b = codes(7, 20)
+    images = [SimpleNamespace(key=str(n), index_t=index_bt[n], label=int(class_b[n])) for n in range(20)]
+    monkeypatch.setattr(task_module.data, "evaluation_tokens", lambda *_, **options: iter(images))
     task = build("data.val=anything", "trainer.validation_images=11", "ema.decay=0")
     randomize(task)
-    index_bt, class_b = codes(7, 20)
-    images = [SimpleNamespace(index_t=index_bt[n], label=int(class_b[n])) for n in range(20)]
-    monkeypatch.setattr(task_module.data, "evaluation_tokens", lambda *_, **options: iter(images))
     found = task.validate(lambda: None)
     with torch.no_grad():
         logits_btv = task.transformer.eval()(index_bt[:11, :-1], class_b[:11])
@@ -214,11 +214,50 @@ def test_validation_weighs_every_image_alike(build, monkeypatch):
 
 @pytest.mark.usefixtures("tokenizer")
 def test_pictures_are_drawn_where_the_tokenizer_is_known(build, monkeypatch):
-    task = build("data.val=anything", "tokenizer.source=any")
     monkeypatch.setattr(task_module.data, "evaluation_tokens", lambda *_, **options: iter([]))
+    task = build("data.val=anything", "tokenizer.source=any")
     first, second = task.validate(lambda: None), task.validate(lambda: None)
     assert first.scalars == {}
     (picture,) = first.pictures.values()
     assert picture.dtype == torch.uint8 and picture.shape[0] == 3
     assert torch.equal(picture, second.pictures["samples"])  # the same numbers each time
     assert task.transformer.training
+
+
+@pytest.mark.usefixtures("tokenizer")
+def test_pictures_that_cannot_be_drawn_are_said_and_end_nothing(build, monkeypatch):
+    monkeypatch.setattr(task_module.data, "evaluation_tokens", lambda *_, **options: iter([]))
+    task = build("data.val=anything", "tokenizer.source=any")
+    with torch.no_grad():
+        task.transformer.head.weight.fill_(math.inf)
+    found = task.validate(lambda: None)
+    assert found.pictures == {} and "not finite" in found.notes[0]
+
+
+@pytest.mark.parametrize(("label", "said"), [(3, "data.val: odd is of class 3"), (None, "data.val: odd has no class")])
+def test_classes_of_validation_images_are_checked_before_training(build, monkeypatch, label, said):
+    images = [SimpleNamespace(key="odd", index_t=codes().index_bt[0], label=label)]
+    monkeypatch.setattr(task_module.data, "evaluation_tokens", lambda *_, **options: iter(images))
+    with pytest.raises(TrainerError, match=said):
+        build("data.val=anything")
+    build("data.val=anything", "loss.label_dropout=1")
+
+
+def test_without_classes_validation_uses_none(build, monkeypatch):
+    """Not their rows of the embedding, which were never trained."""
+    images = [SimpleNamespace(key=str(n), index_t=codes().index_bt[n], label=n) for n in range(8)]
+    monkeypatch.setattr(task_module.data, "evaluation_tokens", lambda *_, **options: iter(images))
+    task, seen = build("data.val=anything", "loss.label_dropout=1"), []
+    loss = task.transformer.loss
+    monkeypatch.setattr(
+        task.transformer, "loss", lambda index, class_b, *more: (seen.append(class_b), loss(index, class_b, *more))[1]
+    )
+    task.validate(lambda: None)
+    assert torch.equal(torch.cat(seen), torch.full((8,), 3))
+
+
+def test_measuring_the_device_draws_no_random_number(build):
+    task = build()
+    before = torch.get_rng_state()
+    task.speed(1.0)
+    assert torch.equal(before, torch.get_rng_state())
