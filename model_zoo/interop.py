@@ -8,6 +8,7 @@ inferred from shapes.
 import pickle
 import re
 import textwrap
+import zipfile
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -60,6 +61,8 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
     except pickle.UnpicklingError as error:
         raise ModelError(f"{path} holds more than tensors, or is damaged: save its state_dict alone") from error
     except (OSError, EOFError, RuntimeError) as error:
+        if path.is_file() and not zipfile.is_zipfile(path):
+            raise ModelError(f"{path} is damaged or no checkpoint: download it again") from error
         detail = textwrap.shorten(str(error) or repr(error), 120, placeholder=" ...")
         raise ModelError(f"{path} cannot be read: {detail}") from error
     except (KeyError, TypeError, AttributeError, IndexError) as error:

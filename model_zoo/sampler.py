@@ -9,6 +9,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -73,6 +74,12 @@ def draw(logits_bv: Tensor, uniform_b: Tensor, settings: Sampling) -> Tensor:
     summed_bv = probability_bv.cumsum(dim=1) * (probability_bv > 0)
     chosen_b1 = (summed_bv > uniform_b[:, None] * summed_bv.amax(dim=1, keepdim=True)).int().argmax(dim=1, keepdim=True)
     return (chosen_b1 if code_bv is None else code_bv.gather(1, chosen_b1))[:, 0]
+
+
+def uniform(seed: int, tokens: int) -> Tensor:
+    """An image's random numbers, one for each code: fp64 in [0, 1), of a seed from 0 to below 2^64."""
+    # Not torch's, which on the CPU looks at the lower 32 bits of a seed alone.
+    return torch.from_numpy(np.random.Generator(np.random.Philox(seed)).random(tokens))
 
 
 class State(NamedTuple):
@@ -173,8 +180,7 @@ class Sampler:
         class_n = state.class_n.view(-1, self.batch_size)
         class_n[0, :images] = class_b.to(self.device)
         for uniform_t, seed in zip(state.uniform_bt, seeds, strict=False):
-            generator = torch.Generator().manual_seed(seed)
-            uniform_t.copy_(torch.rand(config.tokens, dtype=torch.float64, generator=generator))
+            uniform_t.copy_(uniform(seed, config.tokens))
         state.finite_b.fill_(True)
         for position in range(config.tokens):
             self._step(position)
@@ -185,7 +191,7 @@ class Sampler:
 
     def _begin(self, settings: Sampling) -> None:
         """Makes room; what was made for other settings is given back before."""
-        self.state, self.graphs, self.settings = None, {}, settings
+        self.state, self.graphs, self.settings = None, {}, None
         config, b, device = self.transformer.config, self.batch_size, self.device
         n = b if settings.guidance == 1 else 2 * b
         self.state = State(
@@ -197,6 +203,7 @@ class Sampler:
             finite_b=torch.ones(b, dtype=torch.bool, device=device),
             pasts=self.transformer.new_pasts(n, self.dtype),
         )
+        self.settings = settings
 
     def _step(self, position: int) -> None:
         tokens = self.transformer.config.tokens

@@ -90,8 +90,8 @@ class Tokenizer(nn.Module):
         return TokenizerOutput(self.decode(quantized.quantized_bdhw), quantized)
 
     def fingerprint(self) -> str:
-        """16 hex digits that tell tokenizers apart by all that makes codes: names, shapes and fp32 values of encoder and
-        codebook, whatever the decoder."""
+        """16 hex digits that tell tokenizers apart by all that makes codes: names, shapes and fp32 values of encoder
+        and codebook, whatever the decoder."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.state_dict().items()):
             if name.startswith(("encoder.", "quant_conv.", "quantize.")):

@@ -1,7 +1,5 @@
 """One row of `ibq bench cross-entropy`, measured in a process of its own."""
 
-import json
-import sys
 import time
 
 import torch
@@ -9,7 +7,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model_zoo.ops import linear_cross_entropy
-from tools.bench_quantizer import Measured, bound_memory, failure, kibibytes, matmul_rate, reset_peak
+from tools.bench_quantizer import Measured, matmul_rate
+from tools.measuring import answer, now, peak_bytes, reset_peak
 
 SWEEPS = 3  # products of all tokens with all codes: the logits, and the gradients of both operands
 
@@ -38,41 +37,32 @@ def measure(
     def normal(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=getattr(torch, dtype), device=device).normal_(generator=generator)
 
-    def now() -> float:
-        if not on_cpu:
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def peak_bytes() -> int:
-        # Not getrusage, whose peak is at first that of the process that started this one.
-        return kibibytes("/proc/self/status", "VmHWM") * 2**10 if on_cpu else torch.cuda.max_memory_allocated()
-
     def operands(tokens: int, codes: int) -> tuple[Tensor, Tensor, Tensor]:
         target_n = torch.randint(codes, (tokens,), device=device, generator=generator)
         return normal(tokens, dim).requires_grad_(), normal(codes, dim).div_(dim**0.5).requires_grad_(), target_n
 
     def run(hidden_nd: Tensor, weight_vd: Tensor, target_n: Tensor) -> tuple[float, float, float]:
         hidden_nd.grad = weight_vd.grad = None
-        start, processor = now(), time.process_time()
+        start, processor = now(device), time.process_time()
         if impl == "dense":
             loss = F.cross_entropy(F.linear(hidden_nd, weight_vd), target_n)
         else:
             loss = linear_cross_entropy(hidden_nd, weight_vd, target_n, impl=impl).loss
-        middle = now()
+        middle = now(device)
         loss.backward()
-        end = now()
+        end = now(device)
         return middle - start, end - middle, time.process_time() - processor
 
-    rate = matmul_rate(normal, now, tokens, dim)
+    rate = matmul_rate(normal, device, tokens, dim)
     run(*operands(64, 600))  # libraries, threads
     measured = hidden_nd, weight_vd, _ = operands(tokens, codes)
     if not on_cpu:
         run(*measured)  # kernels are compiled for the shapes they meet
         hidden_nd.grad = weight_vd.grad = None
-    reset_peak(on_cpu)
-    before = peak_bytes()
+    reset_peak(device)
+    before = peak_bytes(device)
     times = [run(*measured)]
-    in_all = peak_bytes()
+    in_all = peak_bytes(device)
     extra = max(0, in_all - before - hidden_nd.grad.nbytes - weight_vd.grad.nbytes)
     times += [run(*measured) for _ in range(repeats - 1)]
     forward, backward, processor = min(times, key=lambda seconds: seconds[0] + seconds[1])
@@ -80,15 +70,5 @@ def measure(
 
 
 def main() -> None:
-    """``measure`` and its arguments as JSON; the answer is the last line of stdout, JSON too."""
-    arguments = json.loads(sys.argv[2])
-    bound_memory(arguments["device"])
-    try:
-        answer = measure(**arguments)._asdict()
-    except Exception as error:
-        answer = {"failed": failure(error)}
-    print(json.dumps(answer))
-
-
-if __name__ == "__main__":
-    main()
+    """The process of a row."""
+    answer(measure)

@@ -6,8 +6,6 @@ Shapes: b images, t positions, v codes of the vocabulary; n = b, or with guidanc
 """
 
 import importlib.util
-import json
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -19,10 +17,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model_zoo import ModelError
-from model_zoo.sampler import Sampler, Sampling, draw, keep_products_in
+from model_zoo.sampler import Sampler, Sampling, draw, keep_products_in, uniform
 from model_zoo.transformer import Transformer, TransformerConfig, checkpoint_blocks
 from tools import bench_quantizer
-from tools.bench_quantizer import Machine, bound_memory, failure, kibibytes, reset_peak
+from tools.bench_quantizer import Machine
+from tools.measuring import answer, now, peak_bytes, reset_peak
 from trainer.config import OptimizerConfig
 from trainer.optim import adam
 from trainer.throughput import matmul_rate
@@ -105,9 +104,8 @@ def sample_uncached(
     The head is spared all positions but the last, whose logits alone are needed.
     """
     config, device = transformer.config, class_b.device
-    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-    uniforms = [torch.rand(config.tokens, dtype=torch.float64, generator=generator) for generator in generators]
-    uniform_bt, guidance_t = torch.stack(uniforms).to(device), settings.guidance_t(config.tokens).to(device)
+    uniform_bt = torch.stack([uniform(seed, config.tokens) for seed in seeds]).to(device)
+    guidance_t = settings.guidance_t(config.tokens).to(device)
     guided = settings.guidance != 1
     class_n = torch.cat([class_b, torch.full_like(class_b, config.classes)]) if guided else class_b
     index_bt = class_b.new_empty(len(class_b), 0)
@@ -245,42 +243,21 @@ def published_optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer
 
 def _measured(run: Callable, device: str, dtype: str, repeats: int, gradients: int = 0) -> Measured:
     """gradients: bytes that are no extra."""
-    on_cpu = device == "cpu"
-
-    def now() -> float:
-        if not on_cpu:
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def peak_bytes() -> int:
-        # Not getrusage, whose peak is at first that of the process that started this one.
-        return kibibytes("/proc/self/status", "VmHWM") * 2**10 if on_cpu else torch.cuda.max_memory_allocated()
 
     def timed() -> tuple[float, float]:
-        start, processor = now(), time.process_time()
+        start, processor = now(device), time.process_time()
         run()
-        return now() - start, time.process_time() - processor
+        return now(device) - start, time.process_time() - processor
 
     rate = matmul_rate(torch.device(device), getattr(torch, dtype))
-    reset_peak(on_cpu)
-    before = peak_bytes()
+    reset_peak(device)
+    before = peak_bytes(device)
     timed()
     seconds, processor = min(timed() for _ in range(repeats))
-    in_all = peak_bytes()
+    in_all = peak_bytes(device)
     return Measured(seconds, processor, max(0, in_all - before - gradients), in_all, rate)
 
 
 def main() -> None:
-    """``machine``, ``sample`` or ``train``, and its arguments as JSON; the answer is the last line of stdout, JSON."""
-    jobs = {job.__name__: job for job in (machine, sample, train)}
-    job, arguments = jobs[sys.argv[1]], json.loads(sys.argv[2])
-    bound_memory(arguments["device"])
-    try:
-        answer = job(**arguments)._asdict()
-    except Exception as error:
-        answer = {"failed": failure(error)}
-    print(json.dumps(answer))
-
-
-if __name__ == "__main__":
-    main()
+    """The process of a row."""
+    answer(machine, sample, train)

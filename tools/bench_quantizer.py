@@ -3,15 +3,9 @@
 The reference is imported from a checkout of its project; nothing of it is kept here.
 """
 
-import contextlib
-import ctypes
 import importlib.util
-import json
 import platform
-import resource
-import sys
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -25,6 +19,7 @@ from model_zoo import ModelError
 from model_zoo.ops.chunked import ChunkedSweeps
 from model_zoo.ops.dense import index_backprop_dense
 from model_zoo.ops.tiled import Settings, SkipStats, index_backprop_tiled
+from tools.measuring import answer, now, peak_bytes, reset_peak
 
 # A sweep is one product of all tokens with all codes. How many each counted pass makes with what it does not skip:
 # "first" is the logits, of which none is skipped. In Triton dz and dC come from two kernels, and each makes dl anew.
@@ -137,15 +132,6 @@ def measure(
     def normal(*shape: int) -> Tensor:
         return torch.empty(shape, dtype=getattr(torch, dtype), device=device).normal_(generator=generator)
 
-    def now() -> float:
-        if not on_cpu:
-            torch.cuda.synchronize()
-        return time.perf_counter()
-
-    def peak_bytes() -> int:
-        # Not getrusage, whose peak is at first that of the process that started this one.
-        return kibibytes("/proc/self/status", "VmHWM") * 2**10 if on_cpu else torch.cuda.max_memory_allocated()
-
     def operands(tokens: int, codes: int) -> tuple[Tensor, Tensor, nn.Parameter]:
         shape = reference_shape(tokens, dim) if impl == "reference" else (tokens, dim)
         return normal(*shape).mul_(scale).requires_grad_(), normal(*shape), nn.Parameter(normal(codes, dim))
@@ -158,14 +144,14 @@ def measure(
         return index_backprop_loss(impl, z, grad, codebook_kd, temperature, skip, tile)
 
     def run(loss: Loss, stats: SkipStats | None = None) -> tuple[float, float, float]:
-        start, processor = now(), time.process_time()
+        start, processor = now(device), time.process_time()
         value = loss.of(stats)
-        middle = now()
+        middle = now(device)
         value.backward()
-        end = now()
+        end = now(device)
         return middle - start, end - middle, time.process_time() - processor
 
-    rate = matmul_rate(normal, now, tokens, dim)
+    rate = matmul_rate(normal, device, tokens, dim)
     run(loss(*operands(64, 600)))  # libraries, threads
     z, grad, codebook_kd = operands(tokens, codes)
     measured = loss(z, grad, codebook_kd)
@@ -174,14 +160,14 @@ def measure(
         run(measured, stats)  # kernels are compiled for the shapes they meet
         stats = None  # on CUDA counting waits for the device
         z.grad = codebook_kd.grad = None
-    reset_peak(on_cpu)
-    before = peak_bytes()
+    reset_peak(device)
+    before = peak_bytes(device)
     times = []
     for number in range(repeats):
         z.grad = codebook_kd.grad = None
         times.append(run(measured, stats))
         if number == 0:
-            in_all = peak_bytes()
+            in_all = peak_bytes(device)
             extra = max(0, in_all - before - z.grad.nbytes - codebook_kd.grad.nbytes)
     forward, backward, processor = min(times, key=lambda seconds: seconds[0] + seconds[1])
 
@@ -280,66 +266,18 @@ def reference_class(path: str) -> type[nn.Module]:
     return getattr(module, REFERENCE_CLASS)
 
 
-def matmul_rate(normal: Callable[..., Tensor], now: Callable[[], float], tokens: int, dim: int) -> float:
+def matmul_rate(normal: Callable[..., Tensor], device: str, tokens: int, dim: int) -> float:
     """Operations per second of the best of ten products of the tokens with 4096 codes."""
     left, right = normal(tokens, dim), normal(4096, dim)
     out = left @ right.T
     best = float("inf")
     for _ in range(10):
-        start = now()
+        start = now(device)
         torch.mm(left, right.T, out=out)
-        best = min(best, now() - start)
+        best = min(best, now(device) - start)
     return 2 * tokens * 4096 * dim / best
 
 
-def reset_peak(on_cpu: bool) -> None:
-    """From here on the peak counts from what is in use; where the system does not let us, from the peak so far."""
-    if not on_cpu:
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed would be used again and not be seen
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
-
-
-def bound_memory(device: str) -> None:
-    """A row that is too large fails in this process, and the machine stays usable."""
-    with contextlib.suppress(OSError):  # /proc may be read-only
-        Path("/proc/self/oom_score_adj").write_text("1000")
-    if device == "cpu":
-        available = kibibytes("/proc/meminfo", "MemAvailable") * 2**10
-        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-        limit = available if hard == resource.RLIM_INFINITY else min(available, hard)
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
-
-
-def kibibytes(path: str, name: str) -> int:
-    """The value of a line ``name: 1234 kB``."""
-    return next(int(line.split()[1]) for line in Path(path).read_text().splitlines() if line.startswith(f"{name}:"))
-
-
-def failure(error: Exception) -> str:
-    """Why there are no numbers, in a few words. What is unexpected is told in full on stderr."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of GPU memory"
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        return "out of memory"
-    if isinstance(error, ModelError):
-        return str(error)
-    traceback.print_exception(error)
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-
-
 def main() -> None:
-    """``machine`` or ``measure``, and its arguments as JSON; the answer is the last line of stdout, JSON too."""
-    job, arguments = {"machine": machine, "measure": measure}[sys.argv[1]], json.loads(sys.argv[2])
-    bound_memory(arguments["device"])
-    try:
-        answer = job(**arguments)._asdict()
-    except Exception as error:
-        answer = {"failed": failure(error)}
-    print(json.dumps(answer))
-
-
-if __name__ == "__main__":
-    main()
+    """The process of a row."""
+    answer(machine, measure)

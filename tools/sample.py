@@ -8,30 +8,34 @@ import typer
 from tools.progress import progress
 
 
+def counted(number: int, what: str) -> str:
+    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+
+
 def sample(
     run: Annotated[Path, typer.Argument(help="A generator's run folder, a checkpoint's in it, or a published .ckpt.")],
     classes: Annotated[
-        str | None, typer.Option(metavar="1,2,7-9", help="Or 'none', for images of no class.", show_default="all")
+        str | None, typer.Option(metavar="1,2,7-9", help="Or 'none', for images of no class.  [default: all]")
     ] = None,
     count: Annotated[int, typer.Option(help="Images; the classes take turns.")] = 16,
     out: Annotated[
-        Path | None, typer.Option(help="Folder of PNGs, FILE.npz or FILE.png.", show_default="RUN/sampled")
+        Path | None, typer.Option(help="Folder of PNGs, FILE.npz or FILE.png.  [default: RUN/sampled]")
     ] = None,
     seed: Annotated[int, typer.Option(help="Another seed, other images.")] = 0,
-    temperature: Annotated[float | None, typer.Option(help="Above 0.", show_default="the run's")] = None,
-    guidance: Annotated[float | None, typer.Option(help="From 0; 1 is none.", show_default="the run's")] = None,
+    temperature: Annotated[float | None, typer.Option(help="Above 0.  [default: the run's]")] = None,
+    guidance: Annotated[float | None, typer.Option(help="From 0; 1 is none.  [default: the run's]")] = None,
     guidance_schedule: Annotated[
-        str | None, typer.Option(help="constant, linear or cosine.", show_default="the run's")
+        str | None, typer.Option(help="constant, linear or cosine.  [default: the run's]")
     ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Likeliest codes; 0: all.", show_default="the run's")] = None,
+    top_k: Annotated[int | None, typer.Option(help="Likeliest codes; 0: all.  [default: the run's]")] = None,
     top_p: Annotated[
-        float | None, typer.Option(help="Probability of the likeliest codes.", show_default="the run's")
+        float | None, typer.Option(help="Probability of the likeliest codes.  [default: the run's]")
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Images at a time, in each process.")] = 32,
     tokenizer: Annotated[
-        str | None, typer.Option(metavar="SOURCE", help="Run or .ckpt of it.", show_default="the run's")
+        str | None, typer.Option(metavar="SOURCE", help="Run or .ckpt of it.  [default: the run's]")
     ] = None,
-    weights: Annotated[str | None, typer.Option(help="ema or raw.", show_default="ema where the run keeps it")] = None,
+    weights: Annotated[str | None, typer.Option(help="ema or raw.  [default: ema where the run keeps it]")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
     compile: Annotated[bool, typer.Option("--compile", help="By torch.compile; pays for many images.")] = False,
@@ -70,7 +74,7 @@ def sample(
     if sampled is None:  # another process tells
         return
     if sampled.made:
-        typer.echo(f"{sampled.made:,} images sampled, {sampled.images_per_second:,.2f} images/s")
+        typer.echo(f"{counted(sampled.made, 'image')} sampled, {sampled.images_per_second:,.2f} images/s")
     else:
         typer.echo("everything was there already")
-    typer.echo(f"{sampled.images:,} images: {sampled.out}\nreport: {sampled.report}")
+    typer.echo(f"{counted(sampled.images, 'image')}: {sampled.out}\nreport: {sampled.report}")

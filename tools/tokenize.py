@@ -6,6 +6,7 @@ from typing import Annotated
 import typer
 
 from tools.progress import progress
+from tools.sample import counted
 
 
 def tokenize(
@@ -15,9 +16,7 @@ def tokenize(
     views: Annotated[
         str, typer.Option(metavar="KIND", help="Of each image: original, flip (and mirrored) or ten-crop.")
     ] = "original",
-    size: Annotated[
-        int | None, typer.Option(help="Pixels of a view.", show_default="the run's data.image_size")
-    ] = None,
+    size: Annotated[int | None, typer.Option(help="Pixels of a view.  [default: the run's data.image_size]")] = None,
     weights: Annotated[str, typer.Option(help="ema or raw.")] = "ema",
     source: Annotated[
         str, typer.Option(metavar="NAME", help="Entry of data/sources.yaml: where captions and classes are.")
@@ -26,7 +25,7 @@ def tokenize(
     batch_size: Annotated[int, typer.Option(help="Views at a time, in each process.")] = 64,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
     workers: Annotated[
-        int | None, typer.Option(help="Threads that decode, in each process.", show_default="a share of the cores")
+        int | None, typer.Option(help="Threads that decode, in each process.  [default: a share of the cores]")
     ] = None,
 ) -> None:
     """Writes the codes of images as tars that a generator trains on. The same command goes on where a former one ended.
@@ -55,6 +54,9 @@ def tokenize(
     if done is None:  # another process tells
         return
     if done.skipped:
-        typer.echo(f"{len(done.skipped):,} images skipped (see {out}/skipped.jsonl), the first: {done.skipped[0]}")
+        typer.echo(
+            f"{counted(len(done.skipped), 'image')} skipped (see {out}/skipped.jsonl), the first: {done.skipped[0]}"
+        )
     before = "" if done.made == done.samples else f", {done.samples - done.made:,} of them were there already"
-    typer.echo(f"{done.samples:,} samples of tokenizer {done.tokenizer} in {done.shards:,} tars in {out}{before}")
+    tars = counted(done.shards, "tar")
+    typer.echo(f"{counted(done.samples, 'sample')} of tokenizer {done.tokenizer} in {tars} in {out}{before}")

@@ -259,7 +259,7 @@ def _generated(run: Path, config: DictConfig, curves: dict[str, list[Point]]) ->
             f"<div class=tile><b>{value:.2f}</b><span>{label}</span></div>"
             for value, label in ((loss, f"nats per code, {on}"), (unigram, "nats by the frequencies of codes"))
         )
-        tiles = f"<div class=tiles>{tiles}</div>"
+        tiles = f"<div class=tiles>{tiles}</div><br>"
     return f"<section><h2>What it generates</h2>{tiles}{_sampled(run)}</section>"
 
 

@@ -8,7 +8,6 @@ import math
 import os
 import platform
 import re
-import shutil
 import time
 import zipfile
 from collections.abc import Callable, Iterator
@@ -32,9 +31,12 @@ from trainer.parallel import World, agree, fail_together, gather_objects, start_
 from trainer.precision import autocast_dtype
 
 SEEDS = "the first 63 bits of SHA-256 of 'SEED CLASS NTH', NTH the image's number among those of its class, from 0"
+MOST_IMAGES = 10_000_000  # of one job
 GRID_IMAGES = 1024  # most of one picture, which is held in memory
+COUNT_SECONDS = 5.0  # at least, between looks at what all processes have made
 WAIT_SECONDS = 7 * 86400.0  # of a process for the slowest
 MANIFEST = "sample.json"
+NO_FOLDERS = (".jpg", ".jpeg", ".webp", ".gif", ".tar", ".zip")  # of whose names nobody means one
 
 
 class Sampled(NamedTuple):
@@ -75,6 +77,8 @@ def sample(
     """
     if count < 1:
         raise TrainerError(f"--count {count} must be at least 1")
+    if count > MOST_IMAGES:
+        raise TrainerError(f"--count {count} is too large: at most {MOST_IMAGES:,}, in several jobs of other --seed")
     if batch_size < 1:
         raise TrainerError(f"--batch-size {batch_size} must be at least 1")
     if not 0 <= seed < 2**63:
@@ -152,6 +156,7 @@ def _make_chunks(job: "Job", world: World, sampler: Sampler, tokenizer: Tokenize
     missing = job.missing()
     fail_together(None)  # before any rank writes, all have looked
     before, began, made, failure = job.images_done(missing), time.monotonic(), 0, None
+    counted = began
     try:
         for chunk in missing:
             if chunk % world.size != world.rank:
@@ -164,9 +169,10 @@ def _make_chunks(job: "Job", world: World, sampler: Sampler, tokenizer: Tokenize
             levels_bchw = ((images_bchw.float().clamp(-1, 1) + 1) / 2 * 255).round().to(torch.uint8)
             job.write(chunk, levels_bchw.permute(0, 2, 3, 1).cpu().numpy())
             made += len(images)
-            if world.is_main:
+            if world.is_main and (world.size == 1 or time.monotonic() > counted + COUNT_SECONDS):
                 done = job.images_done(job.missing()) if world.size > 1 else before + made
-                on_progress(done, job.count, (done - before) / (time.monotonic() - began))
+                counted = time.monotonic()
+                on_progress(done, job.count, (done - before) / (counted - began))
     except (TrainerError, ModelError) as error:
         failure = str(error)
     fail_together(failure)
@@ -174,10 +180,8 @@ def _make_chunks(job: "Job", world: World, sampler: Sampler, tokenizer: Tokenize
 
 
 class _Image(NamedTuple):
-    number: int
     label: int
     seed: int
-    name: str
 
 
 class Job:
@@ -187,21 +191,25 @@ class Job:
     def __init__(self, out: Path, classes: list[int], count: int, seed: int, batch_size: int, no_class: int):
         self.out, self.classes, self.count, self.seed, self.batch_size = out, classes, count, seed, batch_size
         self.no_class = no_class
-        self.kind = out.suffix if out.suffix in (".npz", ".png") and not out.is_dir() else "folder"
+        self.kind = out.suffix.lower() if out.suffix.lower() in (".npz", ".png") else "folder"
         self.is_folder = self.kind == "folder"
         self.parts = out if self.is_folder else out.with_name(f"{out.name}.parts")
-        self.report = out / MANIFEST if self.is_folder else out.with_suffix(".json")
+        self.report = out / MANIFEST if self.is_folder else out.with_name(f"{out.name}.json")
         self.chunks = math.ceil(count / batch_size)
 
     def images(self, chunk: int) -> list[_Image]:
         """Of one chunk, in order."""
         images = []
-        for number in range(chunk * self.batch_size, min((chunk + 1) * self.batch_size, self.count)):
-            nth, place = divmod(number, len(self.classes))
-            label = self.classes[place]
-            name = f"{number:06d}_class_{'none' if label == self.no_class else f'{label:04d}'}.png"
-            images.append(_Image(number, label, seed_of(self.seed, label, nth), name))
+        for number in self._numbers(chunk):
+            label = self._label(number)
+            images.append(_Image(label, seed_of(self.seed, label, number // len(self.classes))))
         return images
+
+    def _numbers(self, chunk: int) -> range:
+        return range(chunk * self.batch_size, min((chunk + 1) * self.batch_size, self.count))
+
+    def _label(self, number: int) -> int:
+        return self.classes[number % len(self.classes)]
 
     def missing(self) -> list[int]:
         """Chunks of which not all is there. Raises TrainerError."""
@@ -211,10 +219,13 @@ class Job:
 
     def images_done(self, missing: list[int]) -> int:
         """Without those of the missing chunks."""
-        return self.count - sum(min(self.batch_size, self.count - chunk * self.batch_size) for chunk in missing)
+        return self.count - sum(len(self._numbers(chunk)) for chunk in missing)
 
     def _names(self, chunk: int) -> list[str]:
-        return [image.name for image in self.images(chunk)] if self.is_folder else [f"chunk_{chunk:06d}.npy"]
+        if not self.is_folder:
+            return [f"chunk_{chunk:06d}.npy"]
+        labels = [(number, self._label(number)) for number in self._numbers(chunk)]
+        return [f"{n:06d}_class_{'none' if label == self.no_class else f'{label:04d}'}.png" for n, label in labels]
 
     def begin(self, manifest: dict) -> bool:
         """Makes room, or finds what a former job left; whether that is all. Raises TrainerError where other things lie
@@ -224,15 +235,22 @@ class Job:
                 f"one picture holds up to {GRID_IMAGES} images, not {self.count}: name a folder or FILE.npz"
             )
         with _writing(self.out):
-            former = _read(self.parts / MANIFEST) or _read(self.report)
+            self._check_name()
+            finished, begun = _read(self.report), _read(self.parts / MANIFEST)
+            former = finished or begun
             if former is None and self.out.exists() and not (self.is_folder and not any(self.out.iterdir())):
                 raise TrainerError(f"{self.out} exists, and not by `ibq sample`: name another place with --out")
             if former is not None:
                 _compare(self.out, former["settings"], manifest["settings"])
                 if former["finished"] and self.out.exists() and not (self.is_folder and self.missing()):
-                    shutil.rmtree(self.out.with_name(f"{self.out.name}.parts"), ignore_errors=True)
+                    self._remove_parts()
                     return True
             self.parts.mkdir(parents=True, exist_ok=True)
+            ours = {_unfinished(self.parts / MANIFEST).name}
+            if begun is None and not self.is_folder and not {*os.listdir(self.parts)} <= ours:
+                raise TrainerError(
+                    f"{self.parts} is in the way, and not by `ibq sample`: name another place with --out"
+                )
             _write_json(self.parts / MANIFEST, {**manifest, "finished": None})
         return False
 
@@ -257,8 +275,29 @@ class Job:
                 with _whole(self.out) as file:
                     self._write_npz(file) if self.kind == ".npz" else self._grid().save(file, "PNG")
             _write_json(self.report, report)
-            if not self.is_folder:
-                shutil.rmtree(self.parts)
+            self._remove_parts()
+
+    def _check_name(self) -> None:
+        """Raises TrainerError where the output is of no kind that this writes, or of another than what is there."""
+        if self.out.suffix.lower() in NO_FOLDERS:
+            raise TrainerError(f"{self.out} cannot be written: name a folder, FILE.npz or FILE.png with --out")
+        if self.is_folder:
+            if self.out.is_file():
+                raise TrainerError(f"{self.out} is a file: name a folder, FILE.npz or FILE.png with --out")
+        elif self.out.is_dir():
+            raise TrainerError(f"{self.out} is a folder: name a file, or a folder without {self.kind}, with --out")
+
+    def _remove_parts(self) -> None:
+        """What this made of them, the manifest last; a folder's are the output itself."""
+        if self.is_folder or _read(self.parts / MANIFEST) is None:
+            return
+        for name in os.listdir(self.parts):
+            if re.fullmatch(r"chunk_\d+\.npy|\.chunk_\d+\.npy\.unfinished", name):
+                (self.parts / name).unlink()
+        for path in (_unfinished(self.parts / MANIFEST), self.parts / MANIFEST):
+            path.unlink(missing_ok=True)
+        if not os.listdir(self.parts):
+            self.parts.rmdir()
 
     def _arrays(self) -> Iterator[np.ndarray]:
         return (np.load(self.parts / name) for chunk in range(self.chunks) for name in self._names(chunk))
@@ -378,10 +417,13 @@ def _writing(out: Path) -> Iterator[None]:
 @contextlib.contextmanager
 def _whole(path: Path) -> Iterator:
     """A file to write that gets its name when it is whole."""
-    unfinished = path.with_name(f".{path.name}.unfinished")
-    with unfinished.open("wb") as file:
+    with _unfinished(path).open("wb") as file:
         yield file
-    unfinished.replace(path)
+    _unfinished(path).replace(path)
+
+
+def _unfinished(path: Path) -> Path:
+    return path.with_name(f".{path.name}.unfinished")
 
 
 def _write_json(path: Path, content: dict) -> None:
@@ -407,4 +449,13 @@ def _compare(out: Path, former: dict, now: dict) -> None:
         if former.get(key) != value:
             before, after = (json.dumps(settings.get(key)) for settings in (former, now))
             what = f"{key} {before}, now {after}" if len(before + after) < 60 else f"other {key}"
-            raise TrainerError(f"{out} holds samples of other settings ({what}): name another place with --out")
+            again = f"give {_option(key, former.get(key))} again to go on, or name another place with --out"
+            raise TrainerError(f"{out} holds samples of other settings ({what}): {again}")
+
+
+def _option(key: str, value) -> str:
+    """What to type, or in words, for this setting."""
+    if key == "generator":
+        return "the same weights of the generator"
+    option = f"--{key.replace('_', '-')}"
+    return f"the same {option}" if value is None or key in ("classes", "tokenizer") else f"{option} {value}"

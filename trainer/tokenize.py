@@ -23,7 +23,7 @@ from data.checking import check_shards
 from data.index import INDEX_NAME, Index, write_index
 from data.pack import mixed, unique_keys
 from data.parallel import cores
-from data.shards import FolderShard, Limit, Shard, TarShard, Window
+from data.shards import CODES, FolderShard, Limit, Shard, TarShard, Window, is_image
 from data.sources import Source, digest, open_source
 from data.transforms import pixels_chw, resize_and_center_crop, resize_named
 from model_zoo import ModelError, Tokenizer, load_tokenizer
@@ -77,11 +77,14 @@ def tokenize(
     batch_size: views at a time. workers: threads that decode. on_progress: hears of samples done, and of how many
     (None: not known). Raises TrainerError, one clear line.
     """
-    for option, number in (("--samples-per-shard", samples_per_shard), ("--batch-size", batch_size)):
-        if number < 1:
+    for option, number in (
+        ("--samples-per-shard", samples_per_shard),
+        ("--batch-size", batch_size),
+        ("--size", image_size),
+        ("--workers", workers),
+    ):
+        if number is not None and number < 1:
             raise TrainerError(f"{option} {number} must be at least 1")
-    if workers is not None and workers < 1:
-        raise TrainerError(f"--workers {workers} must be at least 1")
     if views not in VIEWS:
         raise TrainerError(f"--views {views} is unknown: choose one of {', '.join(VIEWS)}")
     if device not in ("auto", "cpu", "cuda"):
@@ -148,13 +151,15 @@ def _open_job(
 ) -> _Job:
     tokenizer = load_tokenizer(checkpoint, weights)
     config = _data_config(checkpoint)
-    side, factor = image_size or config.image_size, tokenizer.downsampling_factor
+    side, factor = config.image_size if image_size is None else image_size, tokenizer.downsampling_factor
     if side < 1 or side % factor:
         better = max(1, round(side / factor)) * factor
         raise TrainerError(f"--size {side} is not a multiple of the tokenizer's factor {factor}: take {better}")
     if source != "images" and source not in catalogue():
         raise TrainerError(f"--source {source}: the catalogue has {', '.join(catalogue())}")
     opened = open_source(SourceConfig(name=source, root=images), scan_all=True)
+    if _holds_tokens(opened.shards[0]):
+        raise TrainerError(f"--images {images}: these are tokens already, name images")
     keys = _arrange_files(opened.shards[0])
     settings = {
         "tokenizer": tokenizer.fingerprint(),
@@ -168,6 +173,17 @@ def _open_job(
     }
     views_of = functools.partial(image_views, kind=views, side=side, resize=config.resize)
     return _Job(tokenizer, opened, out, settings, views_of, keys)
+
+
+def _holds_tokens(shard: Shard) -> bool:
+    """By its first sample; of a remote tar without an index, that is not looked at."""
+    if not isinstance(shard, TarShard) or not shard.table:
+        return False
+    try:
+        members = shard.read(0).members
+    except ImageError:
+        return False
+    return CODES in members and not any(map(is_image, members))
 
 
 def _data_config(checkpoint: Path) -> DataConfig:
@@ -242,24 +258,47 @@ def _begin(out: Path, settings: dict, units: int) -> list[int]:
         if out.exists() and not out.is_dir():
             raise TrainerError(f"{out} is a file: name a folder with --out")
         out.mkdir(parents=True, exist_ok=True)
-        if manifest.exists():
-            _compare(manifest, settings)
-        elif any(out.glob("*.tar")):
+        former = _former(manifest)
+        if former is None and any(out.glob("*.tar")):
             raise TrainerError(f"{out} holds tars, and not by `ibq tokenize`: name another folder with --out")
+        if any(out.glob("tokens-*.tar")):
+            _compare(out, former, settings)
+        elif former is not None:  # a job that made none binds nobody
+            for path in (out / SKIPPED, *out.glob(".skipped-*.jsonl")):
+                path.unlink(missing_ok=True)
         _write(manifest, json.dumps(settings, indent=1) + "\n")
     return [number for number in range(units) if not _tar(out, number).exists()]
 
 
-def _compare(manifest: Path, now: dict) -> None:
+def _former(manifest: Path) -> dict | None:
+    """The settings of the job that began there; None where none did. Raises TrainerError."""
     try:
         former = json.loads(manifest.read_bytes())
-        differing = [name for name, value in now.items() if former.get(name) != value]
-    except (ValueError, AttributeError) as error:
-        raise TrainerError(f"{manifest} is damaged: name another folder with --out") from error
-    for name in differing:
-        before, after = (json.dumps(settings.get(name)) for settings in (former, now))
-        what = f"{name} {before}, now {after}" if len(before + after) < 80 else f"other {name}"
-        raise TrainerError(f"{manifest.parent} holds tokens of other settings ({what}): name another with --out")
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        former = None
+    if not isinstance(former, dict) or not {"tokenizer", "views", "input"} <= former.keys():
+        raise TrainerError(f"{manifest} is damaged, or not by `ibq tokenize`: name another folder with --out")
+    return former
+
+
+def _compare(out: Path, former: dict, now: dict) -> None:
+    for name, value in now.items():
+        if former.get(name) != value:
+            before, after = (json.dumps(settings.get(name)) for settings in (former, now))
+            what = f"{name} {before}, now {after}" if len(before + after) < 80 else f"other {name}"
+            again = f"give {_again(name, former)} again to go on, or name another place with --out"
+            raise TrainerError(f"{out} holds tokens of other settings ({what}): {again}")
+
+
+def _again(name: str, former: dict) -> str:
+    """What to give for this setting of a former job."""
+    if name in ("views", "source", "samples_per_shard"):
+        return f"--{name.replace('_', '-')} {former.get(name)}"
+    if name in ("grid", "image_size"):
+        return f"--size {former.get('image_size')}"
+    return "the same --images" if name == "input" else "the same tokenizer and --weights"
 
 
 def _finish(out: Path, images: str) -> tuple[int, int, list[str]]:

@@ -158,13 +158,14 @@ def test_the_other_kind_is_told(write):
 def test_files_that_are_no_checkpoint_are_refused(tmp_path, write):
     assert "does not exist" in refused(load_tokenizer, tmp_path / "nowhere.ckpt")
     path = tmp_path / "bad.ckpt"
-    path.write_bytes(b"no zip file")
-    assert "bad.ckpt" in refused(load_generator, path)
+    for content in (b"no zip file", b""):
+        path.write_bytes(content)
+        assert "bad.ckpt is damaged or no checkpoint: download it again" in refused(load_generator, path)
     torch.save([torch.zeros(3)], path)
     assert "holds no state_dict" in refused(load_generator, path)
     torch.save({"state_dict": {}, "hyper_parameters": TOKENIZER}, path)
     assert "holds more than tensors" in refused(load_generator, path)
     whole = write(behind("transformer.", generator()))
     whole.write_bytes(whole.read_bytes()[:-100])
-    refused(load_generator, whole)
+    assert "is damaged or no checkpoint: download it again" in refused(load_generator, whole)
     assert "'ema' or 'raw', not 'best'" in refused(load_generator, whole, "best")

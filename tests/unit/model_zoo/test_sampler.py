@@ -3,6 +3,7 @@
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 
@@ -46,9 +47,10 @@ def test_an_image_does_not_depend_on_the_others(settings):
 
 
 def test_seed_and_class_make_the_image():
-    codes = sampled(Sampler(tiny(), 4), [(0, 1), (0, 2), (1, 1), (0, 1)])
+    codes = sampled(Sampler(tiny(), 5), [(0, 1), (0, 2), (1, 1), (0, 1), (0, 1 + 2**32)])
     assert torch.equal(codes[0], codes[3])
     assert not torch.equal(codes[0], codes[1]) and not torch.equal(codes[0], codes[2])
+    assert not torch.equal(codes[0], codes[4])  # all bits of a seed count
 
 
 def test_settings_may_change_between_batches():
@@ -71,8 +73,7 @@ def test_codes_are_drawn_with_the_probabilities_of_the_forward():
         logits_bv = unconditional_bv + strength * (conditional_bv - unconditional_bv)
         summed_bv = (logits_bv.double() / 0.7).softmax(dim=1).cumsum(dim=1)
         for image, (_, seed) in enumerate(IMAGES):
-            generator = torch.Generator().manual_seed(seed)
-            uniform = torch.rand(72, dtype=torch.float64, generator=generator)[position]
+            uniform = np.random.Generator(np.random.Philox(seed)).random(72)[position]
             code = codes_bt[image, position]
             assert (summed_bv[image, code - 1] if code else 0) - 1e-5 <= uniform <= summed_bv[image, code] + 1e-5
 
@@ -227,6 +228,15 @@ def test_batches_that_cannot_be_are_refused():
         Sampler(tiny(), 0)
     with pytest.raises(ModelError, match="eval mode"):
         sampled(Sampler(tiny().train(), 2), IMAGES[:2])
+
+
+def test_settings_that_found_no_room_are_tried_again(monkeypatch):
+    sampler = Sampler(tiny(), 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(sampler.transformer, "new_pasts", lambda *_: (_ for _ in ()).throw(MemoryError))
+        with pytest.raises(MemoryError):
+            sampled(sampler, IMAGES[:2])
+    assert torch.equal(sampled(sampler, IMAGES[:2]), sampled(Sampler(tiny(), 2), IMAGES[:2]))
 
 
 def test_logits_that_are_not_finite_are_told():

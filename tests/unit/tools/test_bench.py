@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from model_zoo import ModelError
-from tools import bench, bench_quantizer, cli
+from tools import bench, bench_quantizer, cli, measuring
 
 ROOT = Path(__file__).resolve().parents[3]
 # The interface of the published quantizer, and a stand-in's few lines.
@@ -141,7 +141,7 @@ def test_a_process_that_dies_is_a_reason(monkeypatch, status, said):
     ],
 )
 def test_what_a_row_says_of_errors(capsys, error, said):
-    assert bench_quantizer.failure(error) == said
+    assert measuring.failure(error) == said
     assert ("Error" in capsys.readouterr().err) == isinstance(error, ZeroDivisionError)
 
 

@@ -96,11 +96,11 @@ def test_npz(run, tmp_path):
     assert [done for done, _, _ in heard] == [3, 6, 7] and {count for _, count, _ in heard} == {7}
     assert sampled.images == sampled.made == 7 and sampled.images_per_second > 0
     report = json.loads(sampled.report.read_text())
-    assert sampled.report == tmp_path / "new" / "x.json"
+    assert sampled.report == tmp_path / "new" / "x.npz.json"
     assert report["settings"]["seed"] == 0 and report["settings"]["weights"] == "raw"
     assert report["checkpoint"] == "step_00000004" and report["images_per_class"] == {"1": 4, "4": 3}
     assert report["finished"]["images_made"] == 7 and report["finished"]["images_per_second"] > 0
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["x.json", "x.npz"]
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["x.npz", "x.npz.json"]
 
 
 def test_folder(run, tmp_path):
@@ -174,7 +174,9 @@ def test_a_job_that_is_done_says_so_and_other_settings_are_refused(run, tmp_path
         assert sample(run, **options).made == 4
         before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
         assert sample(run, **options).made == 0
-        with pytest.raises(TrainerError, match=r"other settings \(temperature 1.0, now 0.5\): name another"):
+        with pytest.raises(
+            TrainerError, match=r"other settings \(temperature 1.0, now 0.5\): give --temperature 1.0 again to go on"
+        ):
             sample(run, **options, sampling={"temperature": 0.5})
         assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
@@ -232,7 +234,7 @@ def test_any_number_of_processes_makes_the_same_images_and_goes_on_after_a_kill(
     two = launch.finish(torchrun(launch, 2, *common, "--out", tmp_path / "two.npz"))
     assert two.status == 0, two.err
     assert two.out.count("images sampled") == 1
-    assert json.loads((tmp_path / "two.json").read_text())["finished"]["processes"] == 2
+    assert json.loads((tmp_path / "two.npz.json").read_text())["finished"]["processes"] == 2
     assert load(tmp_path / "one.npz")["arr_0"].tobytes() == load(tmp_path / "two.npz")["arr_0"].tobytes()
 
     many = run, "--count", 3000, "--batch-size", 1, "--device", "cpu", "--out", tmp_path / "killed.npz"
@@ -246,7 +248,7 @@ def test_any_number_of_processes_makes_the_same_images_and_goes_on_after_a_kill(
     left = len(list(parts.glob("chunk_*.npy")))
     assert 5 <= left < 3000
     assert launch.ibq("sample", *many).status == 0
-    report = json.loads((tmp_path / "killed.json").read_text())
+    report = json.loads((tmp_path / "killed.npz.json").read_text())
     assert report["finished"]["images_made"] == 3000 - left
     assert load(tmp_path / "killed.npz")["arr_0"].shape == (3000, 8, 12, 3)
 
@@ -263,6 +265,7 @@ def test_any_number_of_processes_makes_the_same_images_and_goes_on_after_a_kill(
         (["--classes", "0-99999999999"], "is no class"),
         (["--classes", ""], "is no class"),
         (["--count", "0"], "--count 0 must be at least 1"),
+        (["--count", "99999999999999"], "--count 99999999999999 is too large: at most 10,000,000"),
         (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
         (["--guidance", "-1"], "guidance -1.0 must be at least 0"),
         (["--top-p", "0"], "top_p 0.0 must be above 0"),
@@ -280,6 +283,8 @@ def test_any_number_of_processes_makes_the_same_images_and_goes_on_after_a_kill(
         (["--out", "/dev/null/x"], "cannot write /dev/null/x"),
         (["--out", "/dev/null"], "cannot write /dev/null: Not a directory"),
         (["--out", "x.png", "--count", "2000"], "one picture holds up to 1024 images"),
+        (["--out", "x.jpg"], "x.jpg cannot be written: name a folder, FILE.npz or FILE.png"),
+        (["--out", "x.TAR"], "x.TAR cannot be written"),
         (["--count", "many"], "--count"),
     ],
 )
@@ -323,18 +328,68 @@ def test_runs_that_do_not_fit_are_refused(run, tmp_path):
 
 def test_what_lies_in_the_way_stays(run, tmp_path):
     (tmp_path / "x.npz").write_text("mine")
-    (tmp_path / "y.json").write_text('{"mine": 1}')
+    (tmp_path / "y.npz.json").write_text('{"mine": 1}')
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "z.npz.parts").mkdir()
+    (tmp_path / "z.npz.parts" / "chunk_000000.npy").write_text("mine")
+    (tmp_path / "folder.png").mkdir()
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "000000_class_0000.png").write_text("mine")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for name, message in (
         ("x.npz", "exists, and not by"),
         ("y.npz", "is in the way"),
+        ("z.npz", r"z\.npz\.parts is in the way"),
+        ("file", "is a file: name a folder"),
+        ("folder.png", r"is a folder: name a file, or a folder without \.png"),
         ("folder", "exists, and not by"),
     ):
         with pytest.raises(TrainerError, match=message):
             sample(run, count=1, out=tmp_path / name)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("out", ["x.npz", "folder"])
+def test_only_its_own_parts_are_removed(run, tmp_path, out):
+    options = {"count": 3, "batch_size": 2, "out": tmp_path / out}
+    theirs = tmp_path / f"{out}.parts" / "mine.txt"
+    chunk = theirs.with_name("chunk_000009.npy")
+
+    def put(*_):
+        theirs.parent.mkdir(exist_ok=True)
+        theirs.write_text("mine")
+
+    sample(run, **options, on_progress=put)
+    assert [path.name for path in theirs.parent.iterdir()] == ["mine.txt"]
+    chunk.write_text("mine")  # no manifest beside it
+    assert sample(run, **options).made == 0
+    assert sorted(path.name for path in theirs.parent.iterdir()) == ["chunk_000009.npy", "mine.txt"]
+
+
+def test_outputs_of_one_name_have_reports_of_their_own(run, tmp_path):
+    (tmp_path / "x.json").write_text("mine")
+    for name in ("x.npz", "x.png", "X.PNG"):
+        sampled = sample(run, count=2, seed=len(name), out=tmp_path / name)
+        assert sampled.out.is_file() and sampled.report == tmp_path / f"{name}.json"
+    assert (tmp_path / "x.json").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 3}, "batch_size 2, now 3): give --batch-size 2 again to go on, or name another place"),
+        ({"classes": "1"}, "give the same --classes again"),
+        ({"weights": "raw", "tokenizer": "other"}, "give the same --tokenizer again"),
+    ],
+)
+def test_the_setting_to_go_on_with_is_named(run, tmp_path, monkeypatch, changes, message):
+    monkeypatch.chdir(tmp_path)
+    write_tokenizer_run(tmp_path / "other", tokenizer_of(1))
+    options = {"count": 3, "batch_size": 2}
+    sample(run, **options)
+    with pytest.raises(TrainerError) as error:
+        sample(run, **{**options, **changes})
+    assert message in str(error.value)
 
 
 def test_a_full_disk_is_told_and_what_was_made_stays(run, tmp_path, monkeypatch):

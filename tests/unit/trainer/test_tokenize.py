@@ -251,7 +251,7 @@ def test_two_processes_write_the_same_files_as_one(run, tars, flipped, tmp_path)
     finished = launch.finish(launch.start(*launcher, *arguments, "--device", "cpu"))
     assert finished.status == 0, finished.err
     assert f"14 samples of tokenizer {flipped.tokenizer} in 6 tars in {tmp_path / 'out'}" in finished.out
-    assert finished.out.count("1 images skipped") == 1
+    assert finished.out.count("1 image skipped") == 1
     assert files(tmp_path / "out") == files(flipped.out)
 
 
@@ -272,10 +272,10 @@ def test_a_mistake_ends_all_processes_with_a_line(run, tars, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"views": "flip"}, 'other settings (views "original", now "flip")'),
+        ({"views": "flip"}, 'other settings (views "original", now "flip"): give --views original again to go on'),
         ({"weights": "raw"}, "other settings (tokenizer "),
-        ({"image_size": 40}, "other settings (grid [4, 4], now [5, 5])"),
-        ({"samples_per_shard": 4}, "other settings (samples_per_shard 3, now 4)"),
+        ({"image_size": 40}, "other settings (grid [4, 4], now [5, 5]): give --size 32 again"),
+        ({"samples_per_shard": 4}, "other settings (samples_per_shard 3, now 4): give --samples-per-shard 3 again"),
         ({"images": "bundled:val"}, "other settings (other input"),
     ],
 )
@@ -301,12 +301,16 @@ def test_bad_input_gets_one_line(capsys, run, tars, tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.png").write_bytes(b"no picture")
     (tmp_path / "file").write_text("")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "tokens.json").write_text("{}")
     (tmp_path / "damaged").mkdir()
     (tmp_path / "damaged" / "tokens.json").write_text("[")
     out = tmp_path / "out"
     for changes, message in [
         ({"run": tmp_path / "empty"}, "is no run folder"),
         ({"size": 30}, "--size 30 is not a multiple of the tokenizer's factor 8: take 32"),
+        ({"size": 0}, "--size 0 must be at least 1"),
+        ({"size": -8}, "--size -8 must be at least 1"),
         ({"views": "twice"}, "--views twice is unknown: choose one of original, flip, ten-crop"),
         ({"weights": "old"}, "weights must be 'ema' or 'raw'"),
         ({"device": "tpu"}, "--device tpu is unknown"),
@@ -318,6 +322,7 @@ def test_bad_input_gets_one_line(capsys, run, tars, tmp_path):
         ({"images": tmp_path / "bad"}, "none of the 1 images in"),
         ({"out": tmp_path / "file"}, "is a file: name a folder with --out"),
         ({"out": tmp_path / "damaged"}, "tokens.json is damaged"),
+        ({"out": tmp_path / "theirs"}, "tokens.json is damaged, or not by `ibq tokenize`"),
         ({"out": "/dev/null/out"}, "cannot write /dev/null/out"),
         ({"out": tars}, "holds tars, and not by `ibq tokenize`"),
     ]:
@@ -327,6 +332,21 @@ def test_bad_input_gets_one_line(capsys, run, tars, tmp_path):
         lines = [line for line in err.splitlines() if line]
         assert status == 2 and len(lines) == 1 and message in lines[0], (changes, err)
         shutil.rmtree(out, ignore_errors=True)
+
+
+def test_a_mistake_does_not_bind_the_folder(run, tars, tmp_path):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.png").write_bytes(b"no picture")
+    with pytest.raises(TrainerError, match="none of the 1 images"):
+        go(run, tmp_path / "bad", tmp_path / "out", views="flip")
+    done = go(run, tars, tmp_path / "out")
+    assert done.samples == 14 and len(done.skipped) == 1 and "0-4" in done.skipped[0]
+
+
+def test_tokens_are_not_tokenized(run, flipped, tmp_path):
+    with pytest.raises(TrainerError, match=r"--images .*: these are tokens already, name images"):
+        go(run, flipped.out, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_another_run_is_named(capsys, run, tars, tmp_path):
