@@ -27,6 +27,7 @@ from model_zoo.sampler import keep_products_in
 from trainer import TrainerError
 from trainer.config import GeneratorRun, load_run_config
 from trainer.evaluate import choose_device
+from trainer.jobs import check_same, writing
 from trainer.parallel import World, agree, fail_together, gather_objects, start_world, stop_world
 from trainer.precision import autocast_dtype
 
@@ -213,7 +214,7 @@ class Job:
 
     def missing(self) -> list[int]:
         """Chunks of which not all is there. Raises TrainerError."""
-        with _writing(self.out):
+        with writing(self.out):
             there = set(os.listdir(self.parts))
         return [chunk for chunk in range(self.chunks) if not there.issuperset(self._names(chunk))]
 
@@ -234,14 +235,14 @@ class Job:
             raise TrainerError(
                 f"one picture holds up to {GRID_IMAGES} images, not {self.count}: name a folder or FILE.npz"
             )
-        with _writing(self.out):
+        with writing(self.out):
             self._check_name()
             finished, begun = _read(self.report), _read(self.parts / MANIFEST)
             former = finished or begun
             if former is None and self.out.exists() and not (self.is_folder and not any(self.out.iterdir())):
                 raise TrainerError(f"{self.out} exists, and not by `ibq sample`: name another place with --out")
             if former is not None:
-                _compare(self.out, former["settings"], manifest["settings"])
+                check_same(self.out, "samples", former["settings"], manifest["settings"], _again)
                 if former["finished"] and self.out.exists() and not (self.is_folder and self.missing()):
                     self._remove_parts()
                     return True
@@ -256,7 +257,7 @@ class Job:
 
     def write(self, chunk: int, images_bhwc: np.ndarray) -> None:
         """Raises TrainerError."""
-        with _writing(self.out):
+        with writing(self.out):
             for name, image_hwc in zip(
                 self._names(chunk), images_bhwc if self.is_folder else [images_bhwc], strict=True
             ):
@@ -270,7 +271,7 @@ class Job:
         """Puts the chunks together, writes the report, and removes the chunks. Raises TrainerError."""
         counts = np.bincount(np.arange(self.count) % len(self.classes))
         report["images_per_class"] = dict(zip(map(str, self.classes), counts.tolist(), strict=False))
-        with _writing(self.out):
+        with writing(self.out):
             if not self.is_folder:
                 with _whole(self.out) as file:
                     self._write_npz(file) if self.kind == ".npz" else self._grid().save(file, "PNG")
@@ -405,16 +406,6 @@ def _fingerprint(model: Transformer | Tokenizer) -> str:
 
 
 @contextlib.contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        raise TrainerError(
-            f"cannot write {out}: {error.strerror or error}; mend that, or choose another place with --out"
-        ) from error
-
-
-@contextlib.contextmanager
 def _whole(path: Path) -> Iterator:
     """A file to write that gets its name when it is whole."""
     with _unfinished(path).open("wb") as file:
@@ -444,17 +435,9 @@ def _read(path: Path) -> dict | None:
     return content
 
 
-def _compare(out: Path, former: dict, now: dict) -> None:
-    for key, value in now.items():
-        if former.get(key) != value:
-            before, after = (json.dumps(settings.get(key)) for settings in (former, now))
-            what = f"{key} {before}, now {after}" if len(before + after) < 60 else f"other {key}"
-            again = f"give {_option(key, former.get(key))} again to go on, or name another place with --out"
-            raise TrainerError(f"{out} holds samples of other settings ({what}): {again}")
-
-
-def _option(key: str, value) -> str:
-    """What to type, or in words, for this setting."""
+def _again(key: str, former: dict) -> str:
+    """What to type, or in words, for this setting of a former job."""
+    value = former.get(key)
     if key == "generator":
         return "the same weights of the generator"
     option = f"--{key.replace('_', '-')}"

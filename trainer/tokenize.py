@@ -32,6 +32,7 @@ from model_zoo.pieces import run_of
 from model_zoo.runs import find_checkpoint
 from trainer import TrainerError
 from trainer.evaluate import choose_device, full_precision
+from trainer.jobs import check_same, writing
 from trainer.parallel import World, agree, fail_together, gather_objects, start_world, stop_world
 
 VIEWS = {"original": 1, "flip": 2, "ten-crop": 10}  # kind -> views of an image
@@ -236,15 +237,6 @@ def _unfinished(path: Path) -> Path:
     return path.with_name(f".{path.name}.unfinished")
 
 
-@contextlib.contextmanager
-def _writing(out: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as error:
-        reason = error.strerror or error
-        raise TrainerError(f"cannot write {out}: {reason}; mend that, or choose another place with --out") from error
-
-
 def _write(path: Path, content: str) -> None:
     """The file appears when it is whole."""
     _unfinished(path).write_text(content, encoding="utf-8")
@@ -254,7 +246,7 @@ def _write(path: Path, content: str) -> None:
 def _begin(out: Path, settings: dict, units: int) -> list[int]:
     """Makes the folder, or finds what a former job left: numbers of the units that are missing. Raises TrainerError."""
     manifest = out / MANIFEST
-    with _writing(out):
+    with writing(out):
         if out.exists() and not out.is_dir():
             raise TrainerError(f"{out} is a file: name a folder with --out")
         out.mkdir(parents=True, exist_ok=True)
@@ -262,7 +254,7 @@ def _begin(out: Path, settings: dict, units: int) -> list[int]:
         if former is None and any(out.glob("*.tar")):
             raise TrainerError(f"{out} holds tars, and not by `ibq tokenize`: name another folder with --out")
         if any(out.glob("tokens-*.tar")):
-            _compare(out, former, settings)
+            check_same(out, "tokens", former, settings, _again)
         elif former is not None:  # a job that made none binds nobody
             for path in (out / SKIPPED, *out.glob(".skipped-*.jsonl")):
                 path.unlink(missing_ok=True)
@@ -283,15 +275,6 @@ def _former(manifest: Path) -> dict | None:
     return former
 
 
-def _compare(out: Path, former: dict, now: dict) -> None:
-    for name, value in now.items():
-        if former.get(name) != value:
-            before, after = (json.dumps(settings.get(name)) for settings in (former, now))
-            what = f"{name} {before}, now {after}" if len(before + after) < 80 else f"other {name}"
-            again = f"give {_again(name, former)} again to go on, or name another place with --out"
-            raise TrainerError(f"{out} holds tokens of other settings ({what}): {again}")
-
-
 def _again(name: str, former: dict) -> str:
     """What to give for this setting of a former job."""
     if name in ("views", "source", "samples_per_shard"):
@@ -303,7 +286,7 @@ def _again(name: str, former: dict) -> str:
 
 def _finish(out: Path, images: str) -> tuple[int, int, list[str]]:
     """Collects what was left out, checks the tars and writes their index. Shards, samples, what was left out."""
-    with _writing(out):
+    with writing(out):
         skipped = _collect_skipped(out)
     urls = sorted(str(path) for path in out.glob("tokens-*.tar"))
     if not urls:
@@ -404,7 +387,7 @@ def _tokenize_unit(
     # Batches end with the unit, and so depend on it alone: any number of processes gives the same codes.
     samples_of_batch = max(1, batch_size // VIEWS[job.settings["views"]])
     skipped, written = [], 0
-    with _writing(job.out), contextlib.ExitStack() as stack:
+    with writing(job.out), contextlib.ExitStack() as stack:
         file = stack.enter_context(open(_unfinished(path), "wb"))
         stack.callback(_unfinished(path).unlink, missing_ok=True)  # where it is not whole
         with TarWriter(file, encoder=False, mtime=0) as tar:
