@@ -145,18 +145,21 @@ class TokenTransform:
 
 def check_tokens(header: TokenHeader, spec: TokenSpec, name: str) -> None:
     """Raises DataError unless the tokens are such as the reader expects. name: of what holds them."""
-    expected = spec if spec.tokenizer is not None else spec._replace(tokenizer=header.tokenizer)
-    if (header.tokenizer, header.vocabulary, header.grid) != expected:
+    if spec.tokenizer not in (None, header.tokenizer):
         raise DataError(
-            f"{name} holds tokens of tokenizer {_described(header.tokenizer, header)}, and not of "
-            f"{_described(spec.tokenizer or 'any', spec)} as this run expects: write token shards with `ibq tokenize` "
-            "and the run's own tokenizer and image size"
+            f"{name} holds tokens of tokenizer {header.tokenizer}, and this run expects those of {spec.tokenizer}: "
+            "write token shards with `ibq tokenize` and the run's own tokenizer"
+        )
+    if (header.vocabulary, header.grid) != spec[1:]:
+        raise DataError(
+            f"{name} holds {_described(header)} an image, and this run expects {_described(spec)}: set "
+            "model.vocabulary and model.grid to what is there, or write other token shards with `ibq tokenize`"
         )
 
 
-def _described(tokenizer: str, tokens: TokenHeader | TokenSpec) -> str:
+def _described(tokens: TokenHeader | TokenSpec) -> str:
     rows, columns = tokens.grid
-    return f"{tokenizer} ({tokens.vocabulary:,} codes, {rows} x {columns})"
+    return f"{rows} x {columns} of {tokens.vocabulary:,} codes"
 
 
 def first_header(shards: Iterable[Shard], name: str) -> TokenHeader:

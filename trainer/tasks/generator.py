@@ -78,12 +78,12 @@ class GeneratorTask(Task):
         """Raises TrainerError where recipe, tokenizer and images do not fit each other."""
         config, model = self.config, self.config.model
         if config.tokenizer.source is None:
-            for key, value, what in (
-                ("data.content", config.data.content == "images", "images are tokenized on the way"),
-                ("model.embedding", model.embedding == "codebook", "its code vectors are the embedding"),
+            for setting, needs in (
+                ("data.content=images", config.data.content == "images"),
+                ("model.embedding=codebook", model.embedding == "codebook"),
             ):
-                if value:
-                    raise TrainerError(f"{key}: {what}, by a tokenizer: name it with tokenizer.source=RUN")
+                if needs:
+                    raise TrainerError(f"{setting} needs a tokenizer: name it with tokenizer.source=RUN")
         if self.tokenizer is None:
             return
         source, codes = config.tokenizer.source, self.tokenizer.config.codebook_size
