@@ -1,6 +1,13 @@
 """Names that recipes use -> classes. A new quantizer is one file, one line here, one recipe, one test."""
 
 from model_zoo.quantizers.ibq import IndexBackpropQuantizer
+from model_zoo.quantizers.lfq import LookupFreeQuantizer
+from model_zoo.quantizers.soft_vq import SoftVectorQuantizer
 from model_zoo.quantizers.vq import VectorQuantizer
 
-QUANTIZERS = {"ibq": IndexBackpropQuantizer, "vq": VectorQuantizer}
+QUANTIZERS = {
+    "ibq": IndexBackpropQuantizer,
+    "vq": VectorQuantizer,
+    "soft_vq": SoftVectorQuantizer,
+    "lfq": LookupFreeQuantizer,
+}

@@ -1,5 +1,5 @@
 """Quantizers: features in, discrete codes out."""
 
-from model_zoo.quantizers.base import Quantized, Quantizer
+from model_zoo.quantizers.base import CodebookQuantizer, Quantized, Quantizer
 
-__all__ = ["Quantized", "Quantizer"]
+__all__ = ["CodebookQuantizer", "Quantized", "Quantizer"]

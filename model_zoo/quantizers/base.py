@@ -16,9 +16,10 @@ class Quantized(NamedTuple):
 
     quantized_bdhw: code vectors, differentiable towards encoder and codebook as the quantizer defines.
     index_bhw: int64 codes.
-    double_quantization: |z_q - z|^2 with the gradient-carrying z_q (paper eq. 12, first term); None for VQ.
+    double_quantization: |z_q - z|^2 with the gradient-carrying z_q (paper eq. 12, first term); None where the
+        assignment is not soft.
     commitment: |z - sg[C[i]]|^2, moves the features to their codes.
-    codebook: |sg[z] - C[i]|^2, moves the codes to their features.
+    codebook: |sg[z] - C[i]|^2, moves the codes to their features; None where there is no codebook to move.
     sample_entropy, average_probability_k: see `model_zoo.ops.IndexBackprop`; None where not asked for.
     features_nd: the features that were quantized, without gradient.
     shard: the quantizer's; average_probability_k then holds this rank's codes alone.
@@ -28,7 +29,7 @@ class Quantized(NamedTuple):
     index_bhw: Tensor
     double_quantization: Tensor | None
     commitment: Tensor
-    codebook: Tensor
+    codebook: Tensor | None
     sample_entropy: Tensor | None = None
     average_probability_k: Tensor | None = None
     features_nd: Tensor | None = None
@@ -36,25 +37,19 @@ class Quantized(NamedTuple):
 
 
 class Quantizer(nn.Module):
-    """A codebook and the rule that picks its codes. Always computes in fp32, whatever autocast says around it:
+    """The rule that picks codes, and what it learns from. Always computes in fp32, whatever autocast says around it:
     in bf16 near ties flip and half of a large codebook dies.
 
-    shard: the rows of the codebook that are here; None for all of them. With a shard all ranks of its group must make
-    the quantizer and call `forward`, `tokenize` and `lookup` together, each with its own tokens (or with none).
+    A quantizer is made with ``(codebook_size, code_dim, init_std, shard)``; see `CodebookQuantizer`.
     """
 
-    # Whether the gradient comes through a soft assignment: only then are there entropies, and a double quantization
-    # term (with a straight-through z_q it would have no gradient towards the codes).
+    # Whether the gradient comes through a soft assignment: only then is there a double quantization term (with a
+    # straight-through z_q it would have no gradient towards the codes).
     soft_assignment: bool = False
-
-    def __init__(self, codebook_size: int, code_dim: int, init_std: float = 1.0, shard: CodebookShard | None = None):
-        super().__init__()
-        self.shard = shard
-        start, stop = (0, codebook_size) if shard is None else (shard.start, shard.stop)
-        if shard is not None:
-            shard.check(codebook_size)
-        rows_kd = initial_codes(start, stop, codebook_size, code_dim, init_std)
-        self.embedding = nn.Embedding.from_pretrained(rows_kd, freeze=False)
+    has_entropy: bool = False
+    # Of index backpropagation, for quantizers that have a choice; see `model_zoo.ops.index_backprop`.
+    impl: str | None = None
+    shard: CodebookShard | None = None
 
     def assign(self, z_nd: Tensor, entropy_temperature: float | None) -> IndexBackprop:
         """Picks a code for each fp32 token ``z_nd``."""
@@ -63,6 +58,13 @@ class Quantizer(nn.Module):
     def nearest(self, z_nd: Tensor) -> Tensor:
         """int64 codes ``(n,)`` of fp32 tokens, without gradients."""
         raise NotImplementedError
+
+    def vectors(self, index_n: Tensor) -> Tensor:
+        """int64 codes ``(n,)`` -> code vectors ``(n, d)``."""
+        raise NotImplementedError
+
+    def anneal(self, progress: float) -> None:  # noqa: B027 (most have nothing to anneal)
+        """Told before each training step how far training is, from 0 to 1."""
 
     def forward(self, z_bdhw: Tensor, entropy_temperature: float | None = None) -> Quantized:
         """Quantizes a feature map; ``entropy_temperature`` asks for the entropy terms, where the quantizer has any."""
@@ -81,7 +83,7 @@ class Quantizer(nn.Module):
                 index_bhw=out.index_n.view(b, h, w),
                 double_quantization=(out.quantized_nd - z_nd).square().mean() if self.soft_assignment else None,
                 commitment=(z_nd - out.code_nd.detach()).square().mean(),
-                codebook=(z_nd.detach() - out.code_nd).square().mean(),
+                codebook=(z_nd.detach() - out.code_nd).square().mean() if out.code_nd.requires_grad else None,
                 sample_entropy=out.sample_entropy,
                 average_probability_k=out.average_probability_k,
                 features_nd=z_nd.detach(),
@@ -98,8 +100,27 @@ class Quantizer(nn.Module):
     def lookup(self, index_bhw: Tensor) -> Tensor:
         """Codes ``(b, h, w)`` -> code vectors ``(b, d, h, w)``."""
         b, h, w = index_bhw.shape
-        code_nd = lookup_code(index_bhw.flatten(), self.embedding.weight, self.shard)
-        return rearrange(code_nd, "(b h w) d -> b d h w", b=b, h=h, w=w)
+        return rearrange(self.vectors(index_bhw.flatten()), "(b h w) d -> b d h w", b=b, h=h, w=w)
+
+
+class CodebookQuantizer(Quantizer):
+    """A quantizer that learns its codes.
+
+    shard: the rows of the codebook that are here; None for all of them. With a shard all ranks of its group must make
+    the quantizer and call `forward`, `tokenize` and `lookup` together, each with its own tokens (or with none).
+    """
+
+    def __init__(self, codebook_size: int, code_dim: int, init_std: float = 1.0, shard: CodebookShard | None = None):
+        super().__init__()
+        self.shard = shard
+        start, stop = (0, codebook_size) if shard is None else (shard.start, shard.stop)
+        if shard is not None:
+            shard.check(codebook_size)
+        rows_kd = initial_codes(start, stop, codebook_size, code_dim, init_std)
+        self.embedding = nn.Embedding.from_pretrained(rows_kd, freeze=False)
+
+    def vectors(self, index_n: Tensor) -> Tensor:
+        return lookup_code(index_n, self.embedding.weight, self.shard)
 
 
 def initial_codes(start: int, stop: int, codebook_size: int, code_dim: int, std: float) -> Tensor:

@@ -3,14 +3,15 @@
 from torch import Tensor
 
 from model_zoo.ops import IndexBackprop, index_backprop, nearest_code
-from model_zoo.quantizers.base import Quantizer
+from model_zoo.quantizers.base import CodebookQuantizer
 
 
-class IndexBackpropQuantizer(Quantizer):
+class IndexBackpropQuantizer(CodebookQuantizer):
     """Picks the code with the largest dot product; the gradient reaches every code through the softmax (eq. 5-8)."""
 
     soft_assignment = True
-    impl = "auto"  # of index backpropagation; see `model_zoo.ops.index_backprop`
+    has_entropy = True
+    impl = "auto"
 
     def assign(self, z_nd: Tensor, entropy_temperature: float | None) -> IndexBackprop:
         return index_backprop(

@@ -1,17 +1,17 @@
-"""VQ: nearest neighbour with a straight-through gradient (van den Oord et al. 2017; VQGAN), the baseline."""
+"""VQ: nearest neighbour with a straight-through gradient (van den Oord et al. 2017; VQGAN), a baseline."""
 
 from torch import Tensor
 
-from model_zoo.ops import IndexBackprop, lookup_code, nearest_code
-from model_zoo.quantizers.base import Quantizer
+from model_zoo.ops import IndexBackprop, nearest_code
+from model_zoo.quantizers.base import CodebookQuantizer
 
 
-class VectorQuantizer(Quantizer):
+class VectorQuantizer(CodebookQuantizer):
     """Picks the code at the smallest Euclidean distance; only chosen codes ever get a gradient."""
 
     def assign(self, z_nd: Tensor, entropy_temperature: float | None) -> IndexBackprop:
         index_n = self.nearest(z_nd)
-        code_nd = lookup_code(index_n, self.embedding.weight, self.shard)
+        code_nd = self.vectors(index_n)
         # Straight through: the decoder sees the code, the encoder gets the decoder's gradient unchanged.
         return IndexBackprop(z_nd + (code_nd - z_nd).detach(), index_n, None, None, code_nd)
 

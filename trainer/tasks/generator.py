@@ -51,7 +51,8 @@ class GeneratorTask(Task):
             self.tokenizer = load_tokenizer(config.tokenizer.source).to(world.device).requires_grad_(False)
             config.tokenizer.fingerprint = config.tokenizer.fingerprint or self.tokenizer.fingerprint()
             if config.model.embedding == "codebook" and self._fits():
-                self.transformer.tok_emb.codebook_vd.copy_(self.tokenizer.quantize.embedding.weight)
+                codes_v = torch.arange(config.model.vocabulary, device=world.device)
+                self.transformer.tok_emb.codebook_vd.copy_(self.tokenizer.quantize.vectors(codes_v))
         if config.trainer.activation_checkpointing:
             checkpoint_blocks(self.transformer, selective=config.trainer.activation_checkpointing == "selective")
         self.batch = dict(micro_batch_size=micro_batch_size, micro_batches=micro_batches)
@@ -103,9 +104,8 @@ class GeneratorTask(Task):
 
     def _fits(self) -> bool:
         """Whether the tokenizer's code vectors are of the size that an embedding by them asks for."""
-        return self.config.model.embedding != "codebook" or tuple(
-            self.tokenizer.quantize.embedding.weight.shape
-        ) == tuple(self.transformer.tok_emb.codebook_vd.shape)
+        codes = self.tokenizer.config.codebook_size, self.tokenizer.config.code_dim
+        return self.config.model.embedding != "codebook" or codes == tuple(self.transformer.tok_emb.codebook_vd.shape)
 
     def check(self) -> None:
         """Also the classes of validation images, which would otherwise end a run at its first validation."""

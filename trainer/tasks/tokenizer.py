@@ -56,21 +56,25 @@ class TokenizerTask(Task):
         self.groups = row_groups(world, "codebook_parallel", config.codebook_parallel, codes, patience)
         torch.manual_seed(config.seed)  # the same weights on every rank
         self.tokenizer = Tokenizer(config.model, self.groups.shard).to(world.device)
-        self.tokenizer.quantize.impl = config.trainer.quantizer_impl
+        quantizer = self.tokenizer.quantize
+        if quantizer.impl is not None:
+            quantizer.impl = config.trainer.quantizer_impl
         self.perceptual = None
         if loss.perceptual.weight > 0:
-            self.perceptual = Perceptual(loss.perceptual.vgg16_weights).to(world.device)
+            self.perceptual = _perceptual(loss.perceptual.vgg16_weights).to(world.device)
         if config.trainer.activation_checkpointing:
             checkpoint_activations(self.tokenizer)
         self.batch = dict(micro_batch_size=micro_batch_size, micro_batches=micro_batches)
-        # The codebook has an engine of its own, the rest of the tokenizer the recipe's.
-        codes = self.tokenizer.quantize.embedding.weight
-        rest = sum(p.numel() for p in self.tokenizer.parameters()) - codes.numel()
-        self.parameters = rest + config.model.codebook_size * config.model.code_dim  # before they are spread
-        self.generator = self.build_generator(self.tokenizer, ignored=[codes])
-        self.codebook = Rows(
-            self.tokenizer.quantize, self.make_adam(), config.model.codebook_size, self.groups, **self.batch
-        )
+        # The codebook, where there is one, has an engine of its own, the rest of the tokenizer the recipe's.
+        codebook = list(quantizer.parameters())
+        rest = sum(p.numel() for p in self.tokenizer.parameters()) - sum(p.numel() for p in codebook)
+        # Before they are spread.
+        self.parameters = rest + (config.model.codebook_size * config.model.code_dim if codebook else 0)
+        self.generator = self.build_generator(self.tokenizer, ignored=codebook)
+        self.codebook = None
+        if codebook:
+            self.codebook = Rows(quantizer, self.make_adam(), config.model.codebook_size, self.groups, **self.batch)
+        self.trained = [engine for engine in (self.generator, self.codebook) if engine]
         self.discriminator = None
         if loss.generator.weight > 0:
             network = PatchDiscriminator(
@@ -83,15 +87,14 @@ class TokenizerTask(Task):
         fp16 = config.trainer.precision == "fp16"
         self.loss_scales = {name: LossScale(fp16) for name in ("generator", "discriminator")}
         self.lecam = Lecam(loss.lecam.decay).to(world.device)
-        self.ema = Ema((self.generator, self.codebook), config.ema.decay) if config.ema.decay > 0 else None
+        self.ema = Ema(self.trained, config.ema.decay) if config.ema.decay > 0 else None
         tokens = (config.data.image_size // self.tokenizer.downsampling_factor) ** 2
         self.health = CodebookHealth(
             config.model.codebook_size, max(1, tokens) * config.trainer.global_batch_size, world.device
         )
         self.feature_moments: Tensor | None = None  # of this rank's features in the last step
-        # The quantizer that has no soft assignment (VQ) has no entropy; asking for it would log zeros.
-        self.entropy_temperature = None
-        if loss.entropy.weight > 0 and self.tokenizer.quantize.soft_assignment:
+        self.entropy_temperature = None  # a quantizer without entropies is not asked for them
+        if loss.entropy.weight > 0 and quantizer.has_entropy:
             self.entropy_temperature = loss.entropy.temperature
         if config.trainer.compile:
             self.tokenizer.compile()
@@ -106,11 +109,11 @@ class TokenizerTask(Task):
         an implementation of the quantizer that cannot be had."""
         self.check_settings()
         quantizer, impl = self.tokenizer.quantize, self.config.trainer.quantizer_impl
-        if impl != "auto" and not quantizer.soft_assignment:
+        if impl != "auto" and quantizer.impl is None:
             raise TrainerError(f"trainer.quantizer_impl={impl} is for ibq: {self.config.model.quantizer} has one only")
         try:  # whether it is there and takes this codebook: a token tells
             with torch.no_grad():
-                quantizer.assign(quantizer.embedding.weight.new_zeros(1, self.config.model.code_dim), None)
+                quantizer.assign(torch.zeros(1, self.config.model.code_dim, device=self.world.device), None)
         except ModelError as error:
             raise TrainerError(f"trainer.quantizer_impl={impl}: {error}") from error
 
@@ -124,7 +127,7 @@ class TokenizerTask(Task):
             "the discriminator (fewer discriminator.layers need less)": (
                 self.discriminator.module.smallest_side if self.discriminator else 0
             ),
-            "LPIPS (loss.perceptual.weight=0 does without)": SMALLEST_SIDE if self.perceptual else 0,
+            "LPIPS (loss.perceptual.weight=0 does without)": SMALLEST_SIDE["vgg"] if self.perceptual else 0,
         }
         for network, side in least.items():
             if data.image_size < side:
@@ -166,6 +169,7 @@ class TokenizerTask(Task):
             generator_start = loss_config.discriminator.start_step
         adversarial = loss_config.generator.weight * ramp(step, generator_start, loss_config.generator.ramp_steps)
         single = len(micro_batches) == 1
+        self.tokenizer.quantize.anneal(step / config.trainer.max_steps)
         micro_batches = [images_bchw.float() / 127.5 - 1 for images_bchw in micro_batches]
 
         # BatchNorm's statistics take in what every forward sees, also that of a step that is left out.
@@ -203,8 +207,7 @@ class TokenizerTask(Task):
             self.generator.backward(self.loss_scales["generator"].value * loss, last=i == len(micro_batches) - 1)
             self.health.update(output.quantized.index_bhw, step)
             self.feature_moments = self.feature_moments + moments(output.quantized.features_nd)
-        engines = [self.generator, self.codebook]
-        updated = self.update("generator", engines, "loss/total", factor * config.optimizer.lr, step, scalars, bad)
+        updated = self.update("generator", self.trained, "loss/total", factor * config.optimizer.lr, step, scalars, bad)
         if updated and self.ema:
             self.ema.update(step)
         if not (learned and updated):
@@ -214,11 +217,12 @@ class TokenizerTask(Task):
 
     def scalars(self, step: int) -> dict[str, float]:
         """The codebook's health."""
-        features = sum_over_ranks(self.feature_moments)
-        codes = moments(self.tokenizer.quantize.embedding.weight)
-        if self.groups.shard:
-            codes = sum_over_ranks(codes, self.groups.shard.group)
-        health = {**self.health.read(step), "feature_distance": gaussian_distance(features, codes)}
+        health = self.health.read(step)
+        if self.codebook:
+            codes = moments(self.tokenizer.quantize.embedding.weight)
+            if self.groups.shard:
+                codes = sum_over_ranks(codes, self.groups.shard.group)
+            health["feature_distance"] = gaussian_distance(sum_over_ranks(self.feature_moments), codes)
         return {f"codebook/{name}": value for name, value in health.items()}
 
     @property
@@ -370,7 +374,7 @@ class TokenizerTask(Task):
 
     def describe(self) -> list[str]:
         model = self.config.model
-        rule = model.quantizer + (f" {self.impl()}" if self.tokenizer.quantize.soft_assignment else "")
+        rule = model.quantizer + (f" {self.impl()}" if self.tokenizer.quantize.impl else "")
         spread = f", codebook over {self.config.codebook_parallel}" if self.config.codebook_parallel > 1 else ""
         return [f"{model.codebook_size} codes of {model.code_dim} ({rule}{spread})"]
 

@@ -4,7 +4,7 @@ import torch
 from model_zoo.quantizers import Quantizer
 from model_zoo.registry import QUANTIZERS
 
-BOTH = sorted(QUANTIZERS)
+BOTH = ["ibq", "vq"]  # the others have files of their own
 
 
 def make(name, codes=37, dim=8, init_std=1.0, seed=0) -> Quantizer:
