@@ -56,8 +56,7 @@ class LookupFreeQuantizer(Quantizer):
 def joint_probability(logit_nd: Tensor) -> Tensor:
     """Logits of d coins -> probabilities ``(n, 2^d)`` of their 2^d outcomes, coin 0 the lowest bit of an outcome."""
     probability_nk = logit_nd.new_ones(len(logit_nd), 1)
-    for up_n1 in logit_nd.split(1, dim=1):
-        probability_nk = torch.cat(
-            [probability_nk * torch.sigmoid(-up_n1), probability_nk * torch.sigmoid(up_n1)], dim=1
-        )
+    for up_n in logit_nd.unbind(dim=1):
+        down_nk = probability_nk * torch.sigmoid(-up_n)[:, None]
+        probability_nk = torch.cat([down_nk, probability_nk * torch.sigmoid(up_n)[:, None]], dim=1)
     return probability_nk
