@@ -15,7 +15,7 @@ setup(
         include=["trainer", "trainer.*", "model_zoo", "model_zoo.*", "data", "data.*", "tools", "tools.*", "ds_configs"]
     ),
     package_data={
-        "model_zoo": ["recipes/**/*.yaml"],
+        "model_zoo": ["recipes/**/*.yaml", "published.yaml"],
         "data": ["sources.yaml"],
         "ds_configs": ["*.json"],
         "tools": ["*.sbatch"],
@@ -47,6 +47,7 @@ setup(
         "gpu": ["flash-attn>=2.6", "liger-kernel>=0.8.5"],
         "s3": ["s3fs>=2024.6"],
         "gs": ["gcsfs"],
+        "hub": ["huggingface_hub>=0.24"],  # models by their name on the hub
         "test": [
             *("pytest>=8", "ruff>=0.12", "setuptools>=77", "s3fs>=2024.6", "moto[server]>=5"),
             "liger-kernel>=0.8.5",  # in Triton's interpreter

@@ -1,7 +1,10 @@
 """What evaluation reads from: images or tokens in a fixed order, each exactly once."""
 
+import itertools
 import os
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -16,6 +19,7 @@ from data.tokens import TokenSpec, check_tokens, first_header, unpack_codes
 from data.transforms import ImageError, decode, pixels_chw, resize_and_center_crop, resize_named
 
 CACHE_BYTES = 50 * 10**9
+AHEAD = 4  # samples for each thread that are decoded, or about to be, before they are asked for
 
 
 class EvaluationImage(NamedTuple):
@@ -45,11 +49,12 @@ class _InOrder:
     `skipped`, anew for each pass.
     """
 
-    def __init__(self, path: str | list[str], shard: tuple[int, int], access: Access):
+    def __init__(self, path: str | list[str], shard: tuple[int, int], access: Access, block: int = 1, threads: int = 0):
         self.shards = _shards(path, access)
         entries = [(one, index) for one in self.shards for index in range(len(one))]
         first, count = shard
-        self.entries = list(enumerate(entries))[first::count]
+        self.entries = [(index, *entry) for index, entry in enumerate(entries) if index // block % count == first]
+        self.threads = threads
         self.skipped: list[Skipped] = []
 
     def __len__(self):
@@ -57,24 +62,43 @@ class _InOrder:
 
     def __iter__(self) -> Iterator:
         self.skipped = []
-        for index, (shard, number) in self.entries:
-            key, name = f"sample {number}", shard.name
+        for value in self._ahead() if self.threads else itertools.starmap(self._read, self.entries):
+            if isinstance(value, Skipped):
+                self.skipped.append(value)
+            else:
+                yield value
+
+    def _ahead(self) -> Iterator:
+        """As without threads: in order, an error in its place."""
+        entries, waiting = iter(self.entries), deque()
+        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
+        try:
+            for entry in itertools.islice(entries, AHEAD * self.threads):
+                waiting.append(pool.submit(self._read, *entry))
+            while waiting:
+                value = waiting.popleft().result()
+                for entry in itertools.islice(entries, 1):
+                    waiting.append(pool.submit(self._read, *entry))
+                yield value
+        finally:
+            pool.shutdown(cancel_futures=True)
+
+    def _read(self, index: int, shard: Shard, number: int) -> NamedTuple:
+        """One sample's value, or why it is skipped."""
+        key, name = f"sample {number}", shard.name
+        if isinstance(shard, FolderShard):
+            key, name = shard.images[number].as_posix(), f"{shard.url}/{shard.images[number].as_posix()}"
+        try:
             if isinstance(shard, FolderShard):
-                key, name = shard.images[number].as_posix(), f"{shard.url}/{shard.images[number].as_posix()}"
-            try:
-                if isinstance(shard, FolderShard):
-                    sample = Sample(key, {Path(key).suffix.lower().lstrip("."): Path(name).read_bytes()})
-                else:
-                    sample = shard.read(number)
-                    key = sample.key
-                value = self._value(sample, index)
-            except ImageError as error:
-                self.skipped.append(Skipped(name, key, str(error)))
-                continue
-            except OSError as error:
-                self.skipped.append(Skipped(name, key, error.strerror or str(error)))
-                continue
-            yield value
+                sample = Sample(key, {Path(key).suffix.lower().lstrip("."): Path(name).read_bytes()})
+            else:
+                sample = shard.read(number)
+                key = sample.key
+            return self._value(sample, index)
+        except ImageError as error:
+            return Skipped(name, key, str(error))
+        except OSError as error:
+            return Skipped(name, key, error.strerror or str(error))
 
     def _value(self, sample: Sample, index: int) -> NamedTuple:
         raise NotImplementedError
@@ -84,12 +108,19 @@ class EvaluationImages(_InOrder):
     """`EvaluationImage` by `EvaluationImage`; see `evaluation_images`."""
 
     def __init__(
-        self, path: str | list[str], image_size: int | None, resize: str, shard: tuple[int, int], access: Access
+        self,
+        path: str | list[str],
+        image_size: int | None,
+        resize: str,
+        shard: tuple[int, int],
+        access: Access,
+        block: int = 1,
+        threads: int = 0,
     ):
         if image_size is not None and image_size < 1:
             raise DataError(f"image size {image_size} must be at least 1 pixel")
         self.image_size, self.resize = image_size, resize_named(resize)
-        super().__init__(path, shard, access)
+        super().__init__(path, shard, access, block, threads)
 
     def _value(self, sample: Sample, index: int) -> EvaluationImage:
         image = decode(sample.image())
@@ -134,14 +165,16 @@ def evaluation_images(
     resize: str = "pil_antialias",
     shard: tuple[int, int] = (0, 1),
     access: Access | None = None,
+    block: int = 1,
+    threads: int = 0,
 ) -> EvaluationImages:
     """The images of a folder (recursive), an image file, a zip file or tars (as `expand` reads them), in fixed order.
 
     image_size: shorter side and centre crop in pixels by the protocol `resize`; None keeps the original size.
-    shard: (index, count): this part of the set only, image by image in turn. access: how remote tars are reached;
-    without a cache in it they are copied to `cache_folder()`.
+    shard: (index, count): this part of the set only, `block` images in turn. access: how remote tars are reached;
+    without a cache in it they are copied to `cache_folder()`. threads: decode ahead, AHEAD images each; 0: when asked.
     """
-    return EvaluationImages(path, image_size, resize, shard, access or Access())
+    return EvaluationImages(path, image_size, resize, shard, access or Access(), block, threads)
 
 
 def evaluation_tokens(

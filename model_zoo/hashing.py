@@ -1,7 +1,11 @@
-"""Hashes of files."""
+"""Hashes of files and of weights."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
+
+import torch
+from torch import Tensor
 
 
 def sha256_of(path: Path) -> str:
@@ -11,3 +15,12 @@ def sha256_of(path: Path) -> str:
         while chunk := file.read(1 << 20):
             digest.update(chunk)
     return digest.hexdigest()
+
+
+def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:
+    """16 hexadecimal digits of the SHA-256 of names and weights on the CPU."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(name.encode())
+        digest.update(tensor.contiguous().view(torch.uint8).numpy())
+    return digest.hexdigest()[:16]

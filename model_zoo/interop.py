@@ -1,8 +1,10 @@
-"""Published checkpoints (PyTorch Lightning's ``.ckpt``) of tokenizers and generators, read without their code.
+"""Published checkpoints (PyTorch Lightning's ``.ckpt``) of tokenizers and generators, read and laid out without their
+code.
 
-A generator's names begin with ``transformer.``; a tokenizer's are ours, alone in the file or, in that of a generator,
-behind ``first_stage_model.``. Averages lie behind ``model_ema.``, their names without dots. The configuration is
-inferred from shapes.
+A generator's keys begin with ``transformer.``; a tokenizer's are our names, alone in the file or, in that of a
+generator, behind ``first_stage_model.``. What was trained beside a tokenizer lies behind ``loss.``. Averages of
+parameters lie behind ``model_ema.``, their names without dots. The configuration is inferred from shapes. Every key is
+accounted for: read, left out for a reason, or refused.
 """
 
 import pickle
@@ -11,51 +13,143 @@ import textwrap
 import zipfile
 from collections.abc import Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from model_zoo import ModelError
+from model_zoo.discriminator import PatchDiscriminator
+from model_zoo.weights import Average, Weights, check_names
 
-TOKENIZER_PARTS = ("encoder.", "decoder.", "quantize.embedding.", "quant_conv.", "post_quant_conv.")
-NO_WEIGHTS = {"freqs_cis"}  # of a published generator: what is computed, as we do
+FIRST_STAGE, EMA = "first_stage_model.", "model_ema."
+HOMES = (  # keys -> the kind of model, and which field of `Part`; our name is what the group matches
+    (r"((?:encoder|decoder|quantize\.embedding|quant_conv|post_quant_conv)\..+)", "tokenizer", "model"),
+    (r"loss\.discriminator\.(.+)", "tokenizer", "discriminator"),
+    (r"transformer\.(.+)", "generator", "model"),
+)
+LEFT_OUT = (  # keys that are not read -> why not
+    (r"(first_stage_model\.)?loss\.perceptual_loss\..+", "LPIPS's network, frozen and no part of the model"),
+    (r"first_stage_model\.loss\.discriminator\..+", "untrained: a generator's training loads no discriminator"),
+    (r"(first_stage_model\.)?colorize", "colours for maps of segments"),
+    (r"(transformer\.)?(freqs_cis|causal_mask)", "computed anew"),
+    (r"transformer\.blocks\.\d+\.attention\.kv_cache\.[kv]_cache", "left by sampling"),
+)
+OTHER_ENTRIES = "training's state, beside state_dict"
+OUR_ENTRY = "ibq"  # beside state_dict, of files that were written here: configurations by kind
+STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")  # of a discriminator: no parameters
+DEFAULT_AVERAGE = Average(0.999)  # of published training
 HEAD_DIM, GRID = 64, (16, 16)  # of all published generators, and to be seen in no shape
 
 
+class Part(NamedTuple):
+    """What a published file holds of one model, by our names. Averages are of parameters only, and there may be none;
+    a tokenizer alone has a discriminator."""
+
+    model: dict[str, Tensor]
+    model_ema: dict[str, Tensor]
+    discriminator: dict[str, Tensor]
+    discriminator_ema: dict[str, Tensor]
+
+
+class Published(NamedTuple):
+    """A published file, every key in its place.
+
+    keys: how many the state dict has. parts: by kind. left_out: why -> which keys. described: configurations by kind,
+    of files that were written here.
+    """
+
+    path: Path
+    keys: int
+    parts: dict[str, Part]
+    left_out: dict[str, list[str]]
+    average: Average | None
+    step: int | None
+    described: dict[str, dict]
+
+
 def is_published(source: Path) -> bool:
-    """Whether it is to be read by `read_published`; else it is a run's folder or a checkpoint's in it."""
+    """Whether it is to be read by `read_published`."""
     return source.suffix == ".ckpt" and not source.is_dir()
 
 
-def read_published(path: Path, kind: str, weights: str) -> tuple[dict, dict[str, Tensor]]:
-    """Fields of `TokenizerConfig` or `TransformerConfig` and the state dict, memory-mapped, of a published checkpoint.
+def read_published(path: Path, kind: str, weights: str) -> Weights:
+    """One model of a published file, memory-mapped.
 
     kind: ``tokenizer`` or ``generator``. weights: ``ema`` are the averages where the file holds any, else its only
     weights; or ``raw``. Raises ModelError.
     """
-    state = _state_dict(path)
-    tokenizer = _behind(state, "first_stage_model.") or state
-    tokenizer_names = [name for name in tokenizer if name.startswith(TOKENIZER_PARTS)]
-    generator_names = [name for name in state if name.startswith("transformer.")]
-    if not (tokenizer_names if kind == "tokenizer" else generator_names):
-        others = {"tokenizer": generator_names, "generator": tokenizer_names}[kind]
-        other = "generator" if kind == "tokenizer" else "tokenizer"
-        raise ModelError(f"{path} holds no {kind}" + (f": it is a {other}'s checkpoint" if others else ""))
+    published = open_published(path)
+    if kind not in published.parts:
+        others = "".join(f": it is a {other}'s checkpoint" for other in published.parts)
+        raise ModelError(f"{path} holds no {kind}{others}")
+    part = published.parts[kind]
+    tensors = part.model_ema if weights == "ema" and part.model_ema else part.model
+    if missing := [name for name in part.model if name not in tensors]:
+        raise ModelError(f"{path} holds no average of {missing[0]}, but of others: ask for the raw weights")
+    infer = {"tokenizer": _tokenizer_config, "generator": _generator_config}[kind]
     try:
-        if kind == "tokenizer":
-            tensors = _chosen(path, tokenizer, tokenizer_names, weights)
-            return _tokenizer_shape(tensors), tensors
-        tensors = _behind(_chosen(path, state, generator_names, weights), "transformer.")
-        tensors = {name: tensor for name, tensor in tensors.items() if name not in NO_WEIGHTS}
-        return _generator_shape(tensors), tensors
-    except (KeyError, ValueError) as error:
-        raise ModelError(f"{path} is no published {kind}: it lacks {error.args[0]}") from error
+        config = published.described.get(kind) or infer(tensors)
+    except ValueError as error:
+        raise ModelError(f"{path} is no published {kind}: it {error}") from error
+    if part.discriminator:
+        _check_discriminator(path, part.discriminator)
+    held = "ema" if tensors is part.model_ema else "raw"
+    return Weights(
+        config,
+        tensors,
+        part.discriminator or None,
+        f"{path} ({held} weights)",
+        f"a published {kind}",
+        held,
+        part.discriminator_ema or None,
+        published.average,
+        published.step,
+    )
 
 
-def _state_dict(path: Path) -> dict[str, Tensor]:
+def open_published(path: Path) -> Published:
+    """Reads no values. Raises ModelError for a damaged file, and for keys that are no part of a published model."""
+    checkpoint = _load(path)
+    state = checkpoint["state_dict"]
+    others = [str(entry) for entry in checkpoint if entry not in ("state_dict", OUR_ENTRY)]
+    left_out = {OTHER_ENTRIES: others} if others else {}
+    first_stage = FIRST_STAGE if any(key.startswith(FIRST_STAGE) for key in state) else ""
+    dotless = {key.replace(".", ""): key for key in state if not _is_average(key)}
+    parts, averaging, unknown = {}, {}, []
+    for key, tensor in state.items():
+        prefix, is_average, name = key.rpartition(EMA) if _is_average(key) else ("", "", key)
+        if is_average and name in Average._fields and tensor.numel() == 1:
+            averaging[name] = tensor.item()
+            continue
+        of = dotless.get(prefix.replace(".", "") + name) if is_average else key
+        if of and (why := _why_left_out(of)):
+            left_out.setdefault(why, []).append(key)
+        elif of and (home := _home(of, first_stage)):
+            kind, field, name = home
+            part = parts.setdefault(kind, Part({}, {}, {}, {}))
+            getattr(part, f"{field}_ema" if is_average else field)[name] = tensor
+        else:
+            unknown.append(f"{key} of shape {list(tensor.shape)}")
+    if unknown:
+        more = f" (and {len(unknown) - 1} more such)" if len(unknown) > 1 else ""
+        raise ModelError(
+            f"{path} holds {unknown[0]}{more}, which no published tokenizer or generator has: take it out of its "
+            "state_dict if it is no part of the model"
+        )
+    average = Average(**averaging) if "decay" in averaging else None
+    step, described = checkpoint.get("global_step"), checkpoint.get(OUR_ENTRY)
+    described = described if isinstance(described, dict) else {}
+    return Published(path, len(state), parts, left_out, average, step, described)
+
+
+def _load(path: Path) -> dict:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["state_dict"]
-        return {str(name): value for name, value in state.items() if isinstance(value, Tensor)}
+        checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        state = {str(name): value for name, value in checkpoint["state_dict"].items()}
+        if wrong := [name for name, value in state.items() if not isinstance(value, Tensor)]:
+            raise ModelError(f"{path} is no published checkpoint: {wrong[0]} in its state_dict is no tensor")
+        return {**checkpoint, "state_dict": state}
     except FileNotFoundError as error:
         raise ModelError(f"{path} does not exist") from error
     except pickle.UnpicklingError as error:
@@ -69,26 +163,29 @@ def _state_dict(path: Path) -> dict[str, Tensor]:
         raise ModelError(f"{path} is no published checkpoint: it holds no state_dict of tensors") from error
 
 
-def _behind(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    return {name.removeprefix(prefix): tensor for name, tensor in state.items() if name.startswith(prefix)}
+def _is_average(key: str) -> bool:
+    return key.startswith((EMA, FIRST_STAGE + EMA))
 
 
-def _chosen(path: Path, state: dict[str, Tensor], names: list[str], weights: str) -> dict[str, Tensor]:
-    dotless = {name: "model_ema." + name.replace(".", "") for name in names}
-    if weights == "raw" or not any(name in state for name in dotless.values()):
-        return {name: state[name] for name in names}
-    # What is no parameter has no average.
-    missing = [name for name in names if dotless[name] not in state and not name.endswith(tuple(NO_WEIGHTS))]
-    if missing:
-        raise ModelError(f"{path} holds no average of {missing[0]}, but of others: ask for the raw weights")
-    return {name: state[dotless[name]] for name in names if dotless[name] in state}
+def _why_left_out(key: str) -> str | None:
+    return next((why for pattern, why in LEFT_OUT if re.fullmatch(pattern, key)), None)
 
 
-def _tokenizer_shape(tensors: dict[str, Tensor]) -> dict:
-    channels = tensors["encoder.conv_in.weight"].shape[0]
+def _home(key: str, first_stage: str) -> tuple[str, str, str] | None:
+    """(kind of model, field of `Part`, our name) of a key; first_stage: what tokenizers' keys begin with."""
+    for pattern, kind, field in HOMES:
+        if match := re.fullmatch((re.escape(first_stage) if kind == "tokenizer" else "") + pattern, key):
+            return kind, field, match[1]
+    return None
+
+
+def _tokenizer_config(tensors: dict[str, Tensor]) -> dict:
+    channels = _shape(tensors, "encoder.conv_in.weight", 4)[0]
     levels = _count(tensors, r"encoder\.down\.(\d+)\.")
-    widths = [tensors[f"encoder.down.{level}.block.0.conv1.weight"].shape[0] for level in range(levels)]
-    codebook_size, code_dim = tensors["quantize.embedding.weight"].shape
+    widths = [_shape(tensors, f"encoder.down.{level}.block.0.conv1.weight", 4)[0] for level in range(levels)]
+    if odd := [width for width in widths if width % channels]:
+        raise ValueError(f"has a level of {odd[0]} channels, no multiple of the {channels} of encoder.conv_in.weight")
+    codebook_size, code_dim = _shape(tensors, "quantize.embedding.weight", 2)
     return {
         "codebook_size": codebook_size,
         "code_dim": code_dim,
@@ -96,15 +193,17 @@ def _tokenizer_shape(tensors: dict[str, Tensor]) -> dict:
         "channel_multipliers": [width // channels for width in widths],
         "num_res_blocks": _count(tensors, r"encoder\.down\.0\.block\.(\d+)\."),
         "attention_factors": [2**i for i in range(levels) if _count(tensors, rf"encoder\.down\.{i}\.attn\.(\d+)\.")],
-        "latent_channels": tensors["encoder.conv_out.weight"].shape[0],
+        "latent_channels": _shape(tensors, "encoder.conv_out.weight", 4)[0],
     }
 
 
-def _generator_shape(tensors: dict[str, Tensor]) -> dict:
-    vocabulary, width = tensors["tok_emb.weight"].shape
+def _generator_config(tensors: dict[str, Tensor]) -> dict:
+    vocabulary, width = _shape(tensors, "tok_emb.weight", 2)
+    if width % HEAD_DIM:
+        raise ValueError(f"has tok_emb.weight of width {width}, no multiple of a head's {HEAD_DIM}")
     return {
         "vocabulary": vocabulary,
-        "classes": tensors["class_emb.embedding_table.weight"].shape[0] - 1,
+        "classes": _shape(tensors, "class_emb.embedding_table.weight", 2)[0] - 1,
         "grid": list(GRID),
         "depth": _count(tensors, r"blocks\.(\d+)\."),
         "heads": width // HEAD_DIM,
@@ -112,6 +211,68 @@ def _generator_shape(tensors: dict[str, Tensor]) -> dict:
     }
 
 
+def _shape(tensors: dict[str, Tensor], name: str, dimensions: int) -> tuple[int, ...]:
+    if name not in tensors:
+        raise ValueError(f"lacks {name}")
+    shape = tuple(tensors[name].shape)
+    if len(shape) != dimensions or 0 in shape:
+        raise ValueError(f"holds {name} of shape {list(shape)}, expected {dimensions} dimensions")
+    return shape
+
+
 def _count(names: Iterable[str], pattern: str) -> int:
     """One more than the largest number in names that match; 0 where none does."""
     return 1 + max((int(match[1]) for name in names if (match := re.match(pattern, name))), default=-1)
+
+
+def _check_discriminator(path: Path, tensors: dict[str, Tensor]) -> None:
+    try:
+        channels = _shape(tensors, "main.0.weight", 4)[0]
+    except ValueError as error:
+        raise ModelError(f"{path}: its discriminator {error}") from error
+    layers = _count(tensors, r"main\.(\d+)\.") // 3 - 1  # numbered: two of the first, three of each layer, the last
+    with torch.device("meta"):
+        expected = PatchDiscriminator(channels=channels, layers=max(layers, 1))
+    check_names(tensors, expected.state_dict(), f"{path}: its discriminator")
+
+
+# ------------------------------------------------------------------------------------------------------- laying it out
+
+
+def published_state(kind: str, raw: Weights, ema: Weights | None = None) -> dict[str, Tensor]:
+    """The state dict of a published checkpoint: the raw weights under their names, what was trained beside them, and
+    averages where there are any. Raises ModelError for a model that the published code cannot build."""
+    if wrong := _foreign(kind, raw.config):
+        raise ModelError(f"{raw.origin}: the published layout has no place for {wrong}; export to safetensors instead")
+    state = {("transformer." if kind == "generator" else "") + name: tensor for name, tensor in raw.tensors.items()}
+    averages = {name: ema.tensors[name] for name in raw.tensors} if ema else {}
+    if raw.discriminator and is_publishable(raw.discriminator):
+        state |= {f"loss.discriminator.{name}": tensor for name, tensor in raw.discriminator.items()}
+        # The published code averages the discriminator too, and uses that nowhere: its own weights will do.
+        of_parameters = {n: t for n, t in raw.discriminator.items() if not n.endswith(STATISTICS)}
+        averages |= {f"loss.discriminator.{n}": t for n, t in (raw.discriminator_ema or of_parameters).items()}
+    if ema:
+        state |= {EMA + name.replace(".", ""): tensor for name, tensor in averages.items()}
+        decay, updates = raw.average or DEFAULT_AVERAGE
+        state |= {f"{EMA}decay": torch.tensor(decay), f"{EMA}num_updates": torch.tensor(updates, dtype=torch.int)}
+    return state
+
+
+def is_publishable(discriminator: dict[str, Tensor]) -> bool:
+    """Whether the published code can build it: with BatchNorm."""
+    return any(name.endswith(STATISTICS) for name in discriminator)
+
+
+def _foreign(kind: str, config: dict) -> str | None:
+    """What the published code cannot build, if anything."""
+    if kind == "generator":
+        (rows, columns), embedding = config.get("grid", GRID), config.get("embedding", "learned")
+        if rows != columns:
+            return f"model.grid=[{rows},{columns}], which is no square"
+        return None if embedding == "learned" else f"model.embedding={embedding}"
+    for key, published in (("quantizer", ("ibq", "vq")), ("patch_size", (1,)), ("local", (False,))):
+        if (value := config.get(key, published[0])) not in published:
+            return f"model.{key}={str(value).lower()}"
+    channels = config["channels"]
+    narrow = [channels * multiplier for multiplier in (1, *config["channel_multipliers"])]
+    return next((f"{width} channels, no multiple of its norms' 32 groups" for width in narrow if width % 32), None)

@@ -1,4 +1,4 @@
-"""LPIPS (arXiv 1801.03924) on VGG16, as a frozen loss."""
+"""LPIPS (arXiv 1801.03924) on VGG16 or AlexNet: a frozen training loss, and a measure."""
 
 import warnings
 from pathlib import Path
@@ -7,31 +7,33 @@ import torch
 from torch import nn
 
 from model_zoo import ModelError
-from model_zoo.hashing import sha256_of
+from model_zoo.metric_weights import checked_weights, frozen
 
-VGG16_FILE = "vgg16-397923af.pth"
-VGG16_URL = f"https://download.pytorch.org/models/{VGG16_FILE}"
-SMALLEST_SIDE = 16  # pixels; VGG16 halves four times
-VGG16_SHA256 = "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0"
+TRUNKS = {"vgg": "vgg16", "alex": "alexnet"}  # the lpips package's name -> key of WEIGHTS_FILES
+# Pixels: VGG16 halves four times; AlexNet's strides of 4, 2 and 2 have windows of 11, 3 and 3.
+SMALLEST_SIDE = {"vgg": 16, "alex": 31}
 
 
 class Perceptual(nn.Module):
     """LPIPS distance of image pairs, by the `lpips` package (version 0.1 heads, which its wheel carries).
 
-    The VGG16 trunk is torchvision's ImageNet weights, a file that the user supplies; nothing is downloaded.
+    The trunk is torchvision's ImageNet weights, a file that the user supplies; nothing is downloaded.
     The weights are held as non-persistent buffers: they follow `.to(...)`, but no optimizer sees them and no checkpoint
     holds them. The module stays in evaluation mode.
 
     Args:
-        vgg16_weights: path of `vgg16-397923af.pth`; None looks where torch.hub keeps its downloads.
+        weights: path of the trunk's file; None looks where `model_zoo.metric_weights` says.
+        net: the trunk, ``vgg`` or ``alex``.
 
     Raises:
-        ModelError: the file is missing or has another hash; in `forward`, shapes that differ or sides under 16 pixels.
+        ModelError: the file is missing or has another hash; in `forward`, shapes that differ or sides under
+            `SMALLEST_SIDE[net]` pixels.
     """
 
-    def __init__(self, vgg16_weights: str | None = None):
+    def __init__(self, weights: str | None = None, net: str = "vgg"):
         super().__init__()
-        self.lpips = _frozen(_load_lpips(_checked_vgg16_file(vgg16_weights)))
+        self.net = net
+        self.lpips = frozen(_load_lpips(net, checked_weights(TRUNKS[net], weights)))
         self.eval()
 
     def train(self, mode: bool = True) -> "Perceptual":
@@ -42,67 +44,38 @@ class Perceptual(nn.Module):
         """Two batches of RGB images (b, 3, h, w) in [-1, 1] -> the LPIPS of each pair, (b,)."""
         if x_bchw.shape != y_bchw.shape:
             raise ModelError(f"LPIPS compares images of one shape, got {(*x_bchw.shape,)} and {(*y_bchw.shape,)}")
-        if min(x_bchw.shape[2:]) < SMALLEST_SIDE:
+        if min(x_bchw.shape[2:]) < SMALLEST_SIDE[self.net]:
             raise ModelError(
-                f"images of {x_bchw.shape[2]} x {x_bchw.shape[3]} are too small for LPIPS: use sides of at least"
-                f" {SMALLEST_SIDE} pixels, or train without it (loss.perceptual.weight=0)"
+                f"images of {x_bchw.shape[2]} x {x_bchw.shape[3]} are too small for LPIPS ({self.net}): use sides of at"
+                f" least {SMALLEST_SIDE[self.net]} pixels"
             )
         return self.lpips(x_bchw, y_bchw).flatten()
 
 
-def _checked_vgg16_file(vgg16_weights: str | None) -> Path:
-    """The path of the VGG16 weights, once the file there is known to be the published one."""
-    if vgg16_weights is None:
-        path = Path(torch.hub.get_dir()) / "checkpoints" / VGG16_FILE
-    else:
-        path = Path(vgg16_weights).expanduser()
-    if not path.is_file():
-        raise ModelError(
-            f"LPIPS needs torchvision's VGG16 weights, {VGG16_FILE}, and there is no such file at {path}:"
-            f" put it there ({VGG16_URL}), or do without LPIPS by loss.perceptual.weight=0"
-        )
-    digest = sha256_of(path)
-    if digest != VGG16_SHA256:
-        raise ModelError(
-            f"{path} is not the published {VGG16_FILE}: its sha256 is {digest}, not {VGG16_SHA256};"
-            f" fetch it again ({VGG16_URL}), or do without LPIPS by loss.perceptual.weight=0"
-        )
-    return path
-
-
-def lpips_on_meta() -> nn.Module:
-    """The lpips package's LPIPS(VGG) without values, on the meta device: to be filled, or to count its weights."""
+def lpips_on_meta(net: str = "vgg") -> nn.Module:
+    """The lpips package's LPIPS without values, on the meta device: to be filled, or to count its weights."""
     # Imported here: it brings in plotting and image libraries that runs without LPIPS need not wait for.
     import lpips
 
-    # On the meta device the whole of VGG16 costs neither memory nor the time of a random initialisation.
+    # On the meta device the whole trunk costs neither memory nor the time of a random initialisation.
     with torch.device("meta"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
-        return lpips.LPIPS(net="vgg", version="0.1", pretrained=False, pnet_rand=True, verbose=False)
+        return lpips.LPIPS(net=net, version="0.1", pretrained=False, pnet_rand=True, verbose=False)
 
 
-def _load_lpips(vgg16_file: Path) -> nn.Module:
-    """The lpips package's LPIPS(VGG) with every parameter taken from `vgg16_file` and the package's own heads."""
+def _load_lpips(net: str, trunk_file: Path) -> nn.Module:
+    """The lpips package's LPIPS with every parameter taken from `trunk_file` and the package's own heads."""
     import lpips
 
-    model = lpips_on_meta()
-    vgg16 = torch.load(vgg16_file, map_location="cpu", weights_only=True)
+    model = lpips_on_meta(net)
+    published = torch.load(trunk_file, map_location="cpu", weights_only=True)
     # "slice3.10.weight" is torchvision's "features.10.weight": lpips cuts the trunk in slices but keeps the numbers.
-    trunk = {name: vgg16["features." + name.split(".", 1)[1]] for name in model.net.state_dict()}
+    trunk = {name: published["features." + name.split(".", 1)[1]] for name in model.net.state_dict()}
     model.net.load_state_dict(trunk, strict=True, assign=True)
 
-    heads_file = Path(lpips.__file__).parent / "weights" / "v0.1" / "vgg.pth"
+    heads_file = Path(lpips.__file__).parent / "weights" / "v0.1" / f"{net}.pth"
     heads = torch.load(heads_file, map_location="cpu", weights_only=True)
     model.lins.load_state_dict(
         {name.removeprefix("lin"): head for name, head in heads.items()}, strict=True, assign=True
     )
-    return model
-
-
-def _frozen(model: nn.Module) -> nn.Module:
-    """`model` with all its parameters and buffers turned into non-persistent buffers."""
-    for module in model.modules():
-        for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:
-            delattr(module, name)
-            module.register_buffer(name, tensor.detach(), persistent=False)
     return model

@@ -7,6 +7,7 @@ all, nor by how many processes.
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -47,7 +48,15 @@ def save_pieces(file: Path, pieces: Iterable[Piece]) -> None:
     if len(tensors) < len(pieces):
         raise ValueError("a file holds one piece of a tensor")
     layout = {piece.name: [piece.start, list(piece.shape)] for piece in pieces}
-    save_file(tensors, file, metadata={"pieces": json.dumps(layout)})
+    save_tensors(file, tensors, {"pieces": json.dumps(layout)})
+
+
+def save_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Writes safetensors that others may read, as the umask has it: the library's are their owner's alone."""
+    save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata)
+    mask = os.umask(0o077)
+    os.umask(mask)
+    file.chmod(0o666 & ~mask)
 
 
 def run_of(source: Path) -> Path:

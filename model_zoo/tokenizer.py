@@ -116,9 +116,8 @@ class Tokenizer(nn.Module):
 def load_tokenizer(source: str | Path, weights: str = "ema") -> Tokenizer:
     """A trained or published tokenizer, in eval mode on the CPU.
 
-    source: a run's folder, whose newest complete checkpoint is taken; a checkpoint's folder in it; or a published
-    ``.ckpt`` (a generator's may hold its tokenizer). weights: ``ema`` or ``raw``; of a published checkpoint without
-    averages ``ema`` are the only ones.
-    Raises ModelError where the folder, a checkpoint in it, or the asked weights are missing.
+    source, weights: see `model_zoo.runs.read_weights`: a run, a published ``.ckpt`` or an export (a generator's may
+    hold its tokenizer), or a name on the model hub.
+    Raises ModelError where the source, a checkpoint in it, or the asked weights are missing.
     """
     return load_model(source, weights, "tokenizer", TokenizerConfig, Tokenizer)

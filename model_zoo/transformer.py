@@ -364,10 +364,9 @@ def _check(config: TransformerConfig) -> None:
 def load_generator(source: str | Path, weights: str = "ema") -> Transformer:
     """A trained or published generator, in eval mode on the CPU, in fp32.
 
-    source: a run's folder, whose newest complete checkpoint is taken; a checkpoint's folder in it; or a published
-    ``.ckpt``, whose images are taken to have 16 x 16 codes. weights: ``ema`` or ``raw``; of a published checkpoint
-    without averages ``ema`` are the only ones.
-    Raises ModelError where the folder, a checkpoint in it, or the asked weights are missing.
+    source, weights: see `model_zoo.runs.read_weights`: a run, a published ``.ckpt``, whose images are taken to have
+    16 x 16 codes, an export, or a name on the model hub.
+    Raises ModelError where the source, a checkpoint in it, or the asked weights are missing.
     """
 
     def build(config: TransformerConfig) -> Transformer:

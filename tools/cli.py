@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from tools import bench, evaluate, reconstruct, sample, shards, tokenize
+from tools import ablate, bench, checkpoint, evaluate, reconstruct, sample, shards, tokenize
 from tools import doctor as doctor_tool
 
 # Each is the package's one exception for mistakes of the user. They are compared without importing the packages: an
@@ -118,7 +118,9 @@ def doctor() -> None:
 app.command()(reconstruct.reconstruct)
 app.command()(sample.sample)
 app.command()(tokenize.tokenize)
+app.command()(ablate.ablate)
 app.add_typer(evaluate.app, name="evaluate")
+app.add_typer(checkpoint.app, name="checkpoint")
 app.add_typer(shards.app, name="shards")
 app.add_typer(bench.app, name="bench")
 

@@ -3,7 +3,6 @@
 Nothing heavy is imported before a check asks for it: `tools.cli` calls `shadowed_packages` on every start.
 """
 
-import hashlib
 import importlib.util
 import os
 import platform
@@ -275,20 +274,20 @@ def _version(package: str) -> str:
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
-def check_vgg16() -> Iterator[Finding]:
-    """The weights that LPIPS needs, where `model_zoo.perceptual` looks for them."""
-    import torch
+def check_weights_files() -> Iterator[Finding]:
+    """The weights of the networks that judge pictures, where `model_zoo.metric_weights` looks for them."""
+    from model_zoo.metric_weights import WEIGHTS_FILES, WEIGHTS_FOLDER, file_sha256, weights_path
 
-    from model_zoo.perceptual import VGG16_FILE, VGG16_SHA256, VGG16_URL
-
-    path = Path(torch.hub.get_dir(), "checkpoints", VGG16_FILE)
-    if not path.is_file():
-        mend = f"needed by recipes with LPIPS: put {VGG16_URL} there, or set loss.perceptual.weight=0"
-        yield Finding("VGG16 for LPIPS", OPTIONAL, f"no {path}", mend)
-    elif hashlib.sha256(path.read_bytes()).hexdigest() != VGG16_SHA256:
-        yield Finding("VGG16 for LPIPS", PROBLEM, f"{path} is damaged or another file", f"fetch {VGG16_URL} again")
-    else:
-        yield Finding("VGG16 for LPIPS", OK, str(path))
+    for key, wanted in WEIGHTS_FILES.items():
+        name, path = f"{key} weights", weights_path(key)
+        if not path.is_file():
+            mend = f"for {wanted.purpose}: put {wanted.url} there, or name its folder by {WEIGHTS_FOLDER}"
+            yield Finding(name, OPTIONAL, f"no {path}", mend)
+        elif file_sha256(path) != wanted.sha256:
+            mend = f"for {wanted.purpose}: fetch {wanted.url} again"
+            yield Finding(name, PROBLEM, f"{path} is damaged or another file", mend)
+        else:
+            yield Finding(name, OK, f"{path}, for {wanted.purpose}")
 
 
 def check_caches() -> Iterator[Finding]:
@@ -338,7 +337,7 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     check_apex,
     check_flash_attention,
     check_liger,
-    check_vgg16,
+    check_weights_files,
     check_caches,
 )
 

@@ -7,14 +7,20 @@ import typer
 
 
 def reconstruct(
-    run: Annotated[Path, typer.Argument(help="A run's folder.")],
-    images: Annotated[str, typer.Option(help="Folder of images, image, tar or tars.")],
+    run: Annotated[
+        Path, typer.Argument(help="A run's folder, a checkpoint's in it, a published .ckpt, or an export's folder.")
+    ],
+    images: Annotated[str, typer.Option(help="Folder of images, image, tar or tars, zip file.")],
     out: Annotated[Path, typer.Option(help="Folder for the pictures.")],
     size: Annotated[
         str | None,
         typer.Option(
             help="Pixels of the crop, or 'original'.", show_default="the run's data.val_image_size, or image_size"
         ),
+    ] = None,
+    resize: Annotated[
+        str | None,
+        typer.Option(help="cv2_bilinear, pil_antialias or adm_center_crop.", show_default="the run's data.resize"),
     ] = None,
     weights: Annotated[str, typer.Option(help="ema or raw.")] = "ema",
     batch_size: Annotated[int, typer.Option(help="Pictures at a time; with --size original always 1.")] = 16,
@@ -27,7 +33,14 @@ def reconstruct(
     from trainer.evaluate import write_reconstructions
 
     written = write_reconstructions(
-        run, images=images, out=out, image_size=size, weights=weights, batch_size=batch_size, device=device
+        run,
+        images=images,
+        out=out,
+        image_size=size,
+        resize=resize,
+        weights=weights,
+        batch_size=batch_size,
+        device=device,
     )
     if written.skipped:
         typer.echo(f"{len(written.skipped)} pictures skipped (unreadable), the first: {written.skipped[0]}")

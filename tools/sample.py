@@ -13,7 +13,7 @@ def counted(number: int, what: str) -> str:
 
 
 def sample(
-    run: Annotated[Path, typer.Argument(help="A generator's run folder, a checkpoint's in it, or a published .ckpt.")],
+    run: Annotated[Path, typer.Argument(help="A generator's run, a checkpoint in it, a .ckpt, export or hub name.")],
     classes: Annotated[
         str | None, typer.Option(metavar="1,2,7-9", help="Or 'none', for images of no class.  [default: all]")
     ] = None,
@@ -33,7 +33,7 @@ def sample(
     ] = None,
     batch_size: Annotated[int, typer.Option(help="Images at a time, in each process.")] = 32,
     tokenizer: Annotated[
-        str | None, typer.Option(metavar="SOURCE", help="Run or .ckpt of it.  [default: the run's]")
+        str | None, typer.Option(metavar="SOURCE", help="Its run, .ckpt, export or hub name.  [default: the run's]")
     ] = None,
     weights: Annotated[str | None, typer.Option(help="ema or raw.  [default: ema where the run keeps it]")] = None,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",

@@ -10,7 +10,7 @@ from tools.sample import counted
 
 
 def tokenize(
-    run: Annotated[Path, typer.Argument(help="A tokenizer's run folder, a checkpoint's in it, or a published .ckpt.")],
+    run: Annotated[Path, typer.Argument(help="A tokenizer's run, a checkpoint in it, a .ckpt, export or hub name.")],
     images: Annotated[str, typer.Option(help="Folder of images, zip file, tars, pattern or URL, as data.train.")],
     out: Annotated[Path, typer.Option(help="Folder for the token shards.")],
     views: Annotated[

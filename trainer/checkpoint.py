@@ -146,14 +146,7 @@ class _Writing(threading.Thread):
 def write_part(file: Path, pieces: list[Piece]) -> None:
     """One rank's pieces, on the disk when it returns."""
     save_pieces(file, pieces)
-    file.chmod(0o666 & ~_umask())  # safetensors gives it to its owner alone
     _sync(file)
-
-
-def _umask() -> int:
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask
 
 
 def step_of(folder: Path) -> int:

@@ -2,13 +2,14 @@
 
 import difflib
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from importlib import resources
 from pathlib import Path
 from typing import Any
 
 import yaml
-from omegaconf import MISSING, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data import DataConfig
@@ -127,6 +128,21 @@ class DiscriminatorConfig:
 
 
 @dataclass
+class StartConfig:
+    """Weights that training begins from, and nothing else of what they come from (docs/finetuning.md).
+
+    source: whatever `model_zoo.runs.read_weights` takes; None: from scratch. weights: its ``ema`` or ``raw`` ones.
+    discriminator: whether to take the one trained beside them, where it has the recipe's shape. freeze: what stays as
+    it is: ``encoder`` (encoder and codebook, so the codes stay valid) or ``decoder``.
+    """
+
+    source: str | None = None
+    weights: str = "ema"
+    discriminator: bool = True
+    freeze: str | None = None
+
+
+@dataclass
 class TokenizerSource:
     """The tokenizer whose codes a generator learns. source: its run folder or published checkpoint, which is needed to
     tokenize on the fly (data.content=images), for model.embedding=codebook, and for pictures as training goes.
@@ -170,6 +186,7 @@ class TokenizerRun(RunConfig):
     # Over how many processes the codebook is spread; these processes follow one another, and their number divides that
     # of all. 1: every process holds the whole.
     codebook_parallel: int = 1
+    start: StartConfig = field(default_factory=StartConfig)
     trainer: TokenizerTrainerConfig = field(default_factory=TokenizerTrainerConfig)
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
@@ -194,11 +211,15 @@ class GeneratorRun(RunConfig):
 
 
 TASKS = {"tokenizer": TokenizerRun, "generator": GeneratorRun}
+EVALUATION = "evaluation"  # the folder of the recipes that measure and do not train
+ABLATIONS = "ablations"
 CHOICES = {
     "engine.kind": ("replicated", "deepspeed", "fsdp2"),
     "trainer.precision": ("fp32", "bf16", "fp16"),
     "trainer.device": ("auto", "cpu", "cuda"),
     "trainer.quantizer_impl": ("auto", "dense", "chunked", "triton"),
+    "start.weights": ("ema", "raw"),
+    "start.freeze": (None, "encoder", "decoder"),
     "trainer.activation_checkpointing": (False, True, "selective"),
     "loss.impl": ("auto", "dense", "chunked", "liger"),
     "discriminator.norm": ("batch", "group"),
@@ -267,24 +288,33 @@ AT_MOST = {
 }
 
 
-def recipe_paths() -> dict[str, Path]:
-    """Name -> file of every recipe that comes with the package."""
+def recipe_paths(kinds: Iterable[str] = TASKS) -> dict[str, Path]:
+    """Name -> file of every recipe of those kinds that comes with the package."""
     folder = Path(str(resources.files("model_zoo"))) / "recipes"
-    return {path.stem: path for path in sorted(folder.glob("*/*.yaml"))}
+    return {path.stem: path for kind in kinds for path in sorted((folder / kind).glob("*.yaml"))}
+
+
+def find_recipe(recipe: str, kinds: Iterable[str] = TASKS) -> Path:
+    """The file of the recipe of that name, or that YAML file. Raises TrainerError, one line."""
+    paths = recipe_paths(kinds)
+    if recipe in paths:
+        return paths[recipe]
+    if recipe.endswith((".yaml", ".yml")):
+        if not Path(recipe).is_file():
+            raise TrainerError(f"recipe file {recipe} does not exist")
+        return Path(recipe)
+    if recipe in recipe_paths([EVALUATION]):
+        raise TrainerError(f"{recipe} trains nothing: give it to `ibq evaluate reconstruction RUN --recipe {recipe}`")
+    if recipe in recipe_paths([ABLATIONS]):
+        raise TrainerError(f"{recipe} is a table of several trainings: `ibq ablate {recipe}`")
+    if recipe in recipe_paths():
+        raise TrainerError(f"{recipe} is a recipe for training; here it is one of {', '.join(paths)}")
+    raise TrainerError(f"unknown recipe {recipe!r}{_closest(recipe, paths)}; `ibq recipes` lists them")
 
 
 def load_recipe(recipe: str, overrides: list[str]) -> RunConfig:
     """The recipe of that name, or in that YAML file, with ``key=value`` changes. Raises TrainerError, one line."""
-    paths = recipe_paths()
-    if recipe in paths:
-        path = paths[recipe]
-    elif recipe.endswith((".yaml", ".yml")):
-        path = Path(recipe)
-        if not path.is_file():
-            raise TrainerError(f"recipe file {recipe} does not exist")
-    else:
-        raise TrainerError(f"unknown recipe {recipe!r}{_closest(recipe, paths)}; `ibq recipes` lists them")
-    return _resolve(path, overrides)
+    return _resolve(find_recipe(recipe), overrides)
 
 
 def load_run_config(run: str | Path, overrides: list[str]) -> RunConfig:
@@ -302,13 +332,19 @@ def save_config(config: RunConfig, path: Path) -> None:
     unfinished.replace(path)
 
 
-def _resolve(path: Path, overrides: list[str]) -> RunConfig:
+def read_recipe(path: Path) -> DictConfig:
+    """What a recipe's file says, not checked against any keys. Raises TrainerError."""
     try:
         from_file = OmegaConf.load(path)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
         raise TrainerError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
     if not OmegaConf.is_dict(from_file):
         raise TrainerError(f"{path} is not a recipe: it must map keys to values")
+    return from_file
+
+
+def _resolve(path: Path, overrides: list[str]) -> RunConfig:
+    from_file = read_recipe(path)
     task = from_file.get("task", "tokenizer")
     if task not in TASKS:
         raise TrainerError(f"{path}: task={task} is unknown: choose one of {', '.join(TASKS)}")
@@ -316,7 +352,7 @@ def _resolve(path: Path, overrides: list[str]) -> RunConfig:
     try:
         merged = OmegaConf.merge(schema, from_file)
     except OmegaConfBaseException as error:
-        raise TrainerError(f"{path}: {_explain(error, schema)}") from error
+        raise TrainerError(f"{path}: {explain(error, schema)}") from error
     seen = set()
     for override in overrides:
         key, equals, _ = override.partition("=")
@@ -332,11 +368,11 @@ def _resolve(path: Path, overrides: list[str]) -> RunConfig:
         try:
             merged = _changed(merged, key, override)
         except (OmegaConfBaseException, yaml.YAMLError) as error:
-            raise TrainerError(f"{override!r}: {_explain(error, schema)}") from error
+            raise TrainerError(f"{override!r}: {explain(error, schema)}") from error
     try:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise TrainerError(f"{path}: {_explain(error, schema)}") from error
+        raise TrainerError(f"{path}: {explain(error, schema)}") from error
     _check(merged)
     if "engine.config" in seen and config.engine.kind != "deepspeed":
         raise TrainerError(f"engine.config is for engine.kind=deepspeed, not {config.engine.kind}: give that too")
@@ -358,7 +394,8 @@ def _check(config) -> None:
     leaves = _leaves(config)
     for key, choices in CHOICES.items():
         if key in leaves and (value := OmegaConf.select(config, key)) not in choices:
-            raise TrainerError(f"{key}={value} is unknown: choose one of {', '.join(map(str, choices))}")
+            known = ", ".join("null" if choice is None else str(choice) for choice in choices)
+            raise TrainerError(f"{key}={value} is unknown: choose one of {known}")
     for key in leaves:
         value = OmegaConf.select(config, key)
         for number in value if OmegaConf.is_list(value) else [value]:
@@ -395,6 +432,11 @@ def _check_tokenizer(config) -> None:
         raise TrainerError(
             f"model.channel_multipliers={config.model.channel_multipliers} must name one level or more, each at least 1"
         )
+    if config.start.freeze and config.start.source is None:
+        raise TrainerError(
+            f"start.freeze={config.start.freeze} would keep random weights as they are: name trained ones with "
+            "start.source=SOURCE"
+        )
     first = config.loss.generator.start_step
     if first is not None and first < config.loss.discriminator.start_step:
         raise TrainerError(
@@ -403,7 +445,7 @@ def _check_tokenizer(config) -> None:
         )
 
 
-def _explain(error: Exception, schema) -> str:
+def explain(error: Exception, schema) -> str:
     """OmegaConf's many-line message -> one line in the user's terms, with the nearest key for a mistyped one."""
     message = str(error).splitlines()[0]
     key = getattr(error, "full_key", None)

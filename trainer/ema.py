@@ -23,6 +23,11 @@ class Ema:
         self.averages = [values.float().clone() for values in self.weights]
 
     @torch.no_grad()
+    def begin(self) -> None:
+        """The average of nothing but the weights as they are now, where they were loaded after it was built."""
+        torch._foreach_copy_(self.averages, self.weights)
+
+    @torch.no_grad()
     def update(self, step: int) -> None:
         """Call once after optimiser step ``step`` (from 0). Early steps use a smaller decay, (2 + step) / (11 + step),
         as in the published training, so that a short run's average is not its random start."""

@@ -11,13 +11,13 @@ SHOWN = 60  # characters of a setting's two values
 
 
 @contextlib.contextmanager
-def writing(out: Path) -> Iterator[None]:
-    """What the system refuses becomes a TrainerError of one line."""
+def writing(out: Path, option: str = "--out") -> Iterator[None]:
+    """What the system refuses becomes a TrainerError of one line; `option` chooses another place."""
     try:
         yield
     except OSError as error:
         raise TrainerError(
-            f"cannot write {out}: {error.strerror or error}; mend that, or choose another place with --out"
+            f"cannot write {out}: {error.strerror or error}; mend that, or choose another place with {option}"
         ) from error
 
 

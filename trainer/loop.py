@@ -30,6 +30,7 @@ from trainer.parallel import (
     stop_world,
 )
 from trainer.randomness import random_state, restore_random_state, seed_everything
+from trainer.start import save_start
 from trainer.tasks import Task, make_task
 from trainer.telemetry import Telemetry, metric_lines, scanning
 
@@ -52,6 +53,8 @@ def resume(source: str | Path, overrides: list[str]) -> Path:
     returns the run's folder."""
     if any(override.startswith("run=") for override in overrides):
         raise TrainerError("run= cannot be changed by resuming: name the run's folder alone")
+    if any(override.startswith("start.") for override in overrides):
+        raise TrainerError("start. cannot be changed by resuming: `ibq train RECIPE start.source=RUN` begins anew")
     source = Path(source)
     run = run_of(source)
     config = load_run_config(run, overrides)
@@ -109,6 +112,7 @@ def _train(config: RunConfig, source: Path | None = None, again: bool = False) -
     torch.set_float32_matmul_precision("high" if config.trainer.tf32 else "highest")
     try:
         start, checkpoint, notes, state, stream = 0, None, [], {"data": None}, None
+        began_from = None
         # Rank 0 alone looks: another node's view of a shared disk may be older, and all must go the same way.
         if again and not agree(world, lambda: _is_run_of(config)):
             source = None
@@ -127,6 +131,8 @@ def _train(config: RunConfig, source: Path | None = None, again: bool = False) -
         micro_batch_size, micro_batches = plan_batch(config, world)
         task = make_task(config, world, micro_batch_size, micro_batches)
         task.check()
+        if not checkpoint:
+            began_from = task.begin()
         stream = train_batches(
             config.data,
             global_batch_size=config.trainer.global_batch_size,
@@ -147,7 +153,10 @@ def _train(config: RunConfig, source: Path | None = None, again: bool = False) -
         run = Path(agree(world, lambda: open_run(config, source is not None)))
         if source and not checkpoint and world.is_main:
             (run / "metrics.jsonl").unlink(missing_ok=True)  # begun anew, so are its lines
-        _steps(config, world, run, task, feed, start, notes)
+        if began_from:
+            notes.append(str(began_from))
+            agree(world, lambda: save_start(run, began_from))
+        _steps(config, world, run, task, feed, start, notes, validate_first=began_from is not None)
         return run
     finally:
         if stream is not None:
@@ -185,7 +194,16 @@ def _restore(task: Task, world: World, checkpoint: Path, state: dict) -> None:
     fail_together(failed)
 
 
-def _steps(config: RunConfig, world: World, run: Path, task: Task, feed: Feed, start: int, notes: list[str]) -> None:
+def _steps(
+    config: RunConfig,
+    world: World,
+    run: Path,
+    task: Task,
+    feed: Feed,
+    start: int,
+    notes: list[str],
+    validate_first: bool,
+) -> None:
     settings = config.trainer
     telemetry = _open_telemetry(run, start, settings.max_steps, world)
     say = telemetry.say if telemetry else lambda _: None
@@ -212,10 +230,22 @@ def _steps(config: RunConfig, world: World, run: Path, task: Task, feed: Feed, s
         }
         checkpoints.save(step, state, task.pieces() + random_state(world))
 
+    def validate(step: int) -> None:
+        validation = task.validate(watchdog.beat)
+        for note in validation.notes:
+            say(f"step {step}: {note}")
+        if telemetry:
+            for name, picture_chw in validation.pictures.items():
+                telemetry.picture(step, name, picture_chw)
+            if validation.scalars:
+                telemetry.log(step, validation.scalars)
+
     with telemetry or nullcontext(), StopSignal() as stop, Watchdog(*world[:2], settings.timeout_seconds) as watchdog:
-        began, began_step, step = time.perf_counter(), start, start
-        checkpoint_due = False
+        step, checkpoint_due = start, False
         try:
+            if validate_first and config.data.val is not None:
+                validate(step)
+            began, began_step = time.perf_counter(), start
             for step in range(start + 1, settings.max_steps + 1):
                 watchdog.beat(step)
                 batches = feed.take(step)
@@ -255,14 +285,7 @@ def _steps(config: RunConfig, world: World, run: Path, task: Task, feed: Feed, s
                     for line in summary(logged):
                         say(line)
                 if validation_due and not stopping and not starving and config.data.val is not None:
-                    validation = task.validate(watchdog.beat)
-                    for note in validation.notes:
-                        say(f"step {step}: {note}")
-                    if telemetry:
-                        for name, picture_chw in validation.pictures.items():
-                            telemetry.picture(step, name, picture_chw)
-                        if validation.scalars:
-                            telemetry.log(step, validation.scalars)
+                    validate(step)
                 try:
                     if save_now:
                         checkpoint_due = False

@@ -1,6 +1,8 @@
 """Processes: who we are among them, the device, and the few collectives that training needs."""
 
+import itertools
 import os
+from collections.abc import Callable
 from datetime import timedelta
 from typing import NamedTuple
 
@@ -8,6 +10,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from data import DataError
+from model_zoo import ModelError
 from model_zoo.ops import CodebookShard
 from trainer import TrainerError
 
@@ -72,14 +76,19 @@ def _check_restarts() -> None:
         )
 
 
+_meetings = itertools.count()
+
+
 def _meet(backend: str, patience: timedelta) -> None:
     """Joins the process group. In torchrun's own store, which outlives the processes, those that it starts again meet
-    under the number of their attempt: they would find the addresses of the dead there, and call them in vain."""
+    under the number of their attempt, and of their meeting, where they have met and parted before: they would find the
+    addresses of the dead there, and call them in vain."""
     where = {}
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
         store, where["rank"], where["world_size"] = next(dist.rendezvous("env://", timeout=patience))
         store.set_timeout(patience)
-        where["store"] = dist.PrefixStore(f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}", store)
+        attempt = f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}_meeting_{next(_meetings)}"
+        where["store"] = dist.PrefixStore(attempt, store)
     dist.init_process_group(backend, timeout=patience, **where)
 
 
@@ -165,6 +174,25 @@ def fail_together(message: str | None) -> None:
     for found in gather_objects(message):
         if found is not None:
             raise TrainerError(found)
+
+
+def plainly(action: Callable):
+    """What the action gives; its mistakes are TrainerErrors, which all ranks can be told of."""
+    try:
+        return action()
+    except (DataError, ModelError) as error:
+        raise TrainerError(str(error)) from error
+
+
+def on_all(action: Callable):
+    """What the action gives on this rank, unless it fails on any: then the first rank's mistake, on every rank."""
+    result = message = None
+    try:
+        result = plainly(action)
+    except TrainerError as error:
+        message = str(error)
+    fail_together(message)
+    return result
 
 
 def agree(world: World, action):

@@ -1,6 +1,8 @@
-"""Half precision: what a forward computes in, and the loss scale that fp16 needs."""
+"""What a forward computes in, the loss scale that fp16 needs, and full precision for measuring."""
 
+import contextlib
 import math
+from collections.abc import Iterator
 
 import torch
 
@@ -45,3 +47,19 @@ class LossScale:
         """Takes what `state_dict` gave, of a run in any precision."""
         if self.needed and state["value"] > 1 and math.isfinite(state["value"]):
             self.value, self.good_steps = float(state["value"]), int(state["good_steps"])
+
+
+@contextlib.contextmanager
+def full_precision(device_type: str) -> Iterator[None]:
+    """fp32 arithmetic without gradients, whatever training around it has switched on (autocast, TF32)."""
+    matmul_precision = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with (
+            torch.no_grad(),
+            torch.autocast(device_type, enabled=False),
+            torch.backends.cudnn.flags(enabled=True, allow_tf32=False),
+        ):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(matmul_precision)

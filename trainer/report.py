@@ -20,6 +20,8 @@ from PIL import Image
 
 from model_zoo.pieces import PieceFiles
 from trainer import TrainerError
+from trainer.published import MEASURES, format_measured
+from trainer.start import read_start
 from trainer.telemetry import metric_lines
 
 SAMPLE_COUNT = 6
@@ -128,7 +130,7 @@ class Point(NamedTuple):
 
 
 def write_report(run_folder: str | Path) -> Path:
-    """Writes RUN/report.html from config.yaml, metrics.jsonl, samples/, report.json and report.png; returns its path.
+    """Writes RUN/report.html from config.yaml, metrics.jsonl, samples/, report.json and its pictures; returns its path.
 
     Only config.yaml must be there: what was not logged or not evaluated yet is left out, and said to be.
     Raises TrainerError with one line where the folder is no run, a file is damaged or the page cannot be written.
@@ -152,7 +154,8 @@ def write_report(run_folder: str | Path) -> Path:
         sections = [
             _head(run, config),
             _results(run, evaluation),
-            _pictures(run / "report.png", evaluation),
+            _start(run),
+            _pictures(run, evaluation),
             _its_generator(run / GENERATOR),
             _curves(curves),
             _samples(run / "samples", "Held-out pictures above, reconstructions below."),
@@ -317,12 +320,11 @@ def _results(run: Path, evaluation: dict | None) -> str:
         (f"{ours - mean:+.1f} dB" if math.isfinite(ours - mean) else "none", "above the mean colour"),
         (f"{evaluation['usage']:.0%}", f"of {evaluation['codebook_size']:,} codes used"),
     ]
-    rows = [
-        ("PSNR, dB", _db_text(ours, ""), _db_text(palette, ""), _db_text(mean, "")),
-        ("SSIM", f"{evaluation['ssim']:.3f}", "", ""),
-        ("L1 on [-1, 1]", f"{evaluation['l1']:.3f}", "", ""),
-        ("codebook usage", f"{evaluation['usage']:.1%}", "", ""),
-        ("perplexity", f"{evaluation['perplexity']:,.0f}", "", ""),
+    rows = [("PSNR (dB)", _db_text(ours, ""), _db_text(palette, ""), _db_text(mean, ""))]
+    rows += [
+        (measure.title, format_measured(key, evaluation[key]), "", "")
+        for key, measure in MEASURES.items()
+        if key != "psnr" and evaluation.get(key) is not None
     ]
     body = "".join(
         f"<tr><th scope=row>{name}</th>" + "".join(f"<td>{value}</td>" for value in values) + "</tr>"
@@ -339,6 +341,11 @@ def _results(run: Path, evaluation: dict | None) -> str:
             f"These few tokens for {evaluation['codebook_size']:,} codes make it a small test: the palette has room "
             "for nearly every patch's own colour, and codes may be idle by chance."
         )
+    notes += [f"Warning: {escape(warning)}." for warning in evaluation.get("warnings", [])]
+    notes += [
+        f"{MEASURES[key].title} was not measured: {escape(reason)}."
+        for key, reason in evaluation.get("not_measured", {}).items()
+    ]
     if evaluation["infinite_psnr_count"]:
         notes.append(f"{_count(evaluation['infinite_psnr_count'], 'picture')} came back exact and left out of PSNR.")
     if evaluation["skipped"]:
@@ -355,19 +362,65 @@ def _results(run: Path, evaluation: dict | None) -> str:
     )
 
 
+def _start(run: Path) -> str:
+    """Of a run that began from other weights: which, and what validation found then and now."""
+    if (account := read_start(run)) is None:
+        return ""
+    kept = {
+        None: "Nothing was frozen.",
+        "encoder": "The encoder and the codebook are frozen: the codes, and generators trained on them, stay valid.",
+        "decoder": "The decoder is frozen.",
+    }[account["freeze"]]
+    told = (
+        f"<p>From {escape(account['origin'])}, fingerprint <code>{escape(account['fingerprint'])}</code>. {kept} "
+        f"Discriminator: {escape(account['discriminator'])}.</p>"
+    )
+    if "validation" not in account:
+        return f"<section><h2>What it started from</h2>{told}<p>Without data.val it was not validated.</p></section>"
+    start, now = account["validation"]["start"], account["validation"]["now"]
+    rows = "".join(
+        f"<tr><th scope=row>{name}</th><td>{form.format(now[key])}</td><td>{form.format(start[key])}</td></tr>"
+        for name, key, form in (
+            ("PSNR, dB", "psnr", "{:.2f}"),
+            ("L1 on [-1, 1]", "l1", "{:.4f}"),
+            ("codebook usage", "usage", "{:.1%}"),
+        )
+    )
+    return (
+        f"<section><h2>What it started from</h2>{told}<div class=scroll><table><thead><tr><td></td>"
+        f"<th scope=col>now, step {now['step']:,}</th><th scope=col>at the start</th></tr></thead>"
+        f"<tbody>{rows}</tbody></table></div>"
+        "<p class=note>As validated while it trained, in the precision of training.</p></section>"
+    )
+
+
 def _crop(evaluation: dict) -> str:
     size, resize = evaluation["manifest"]["image_size"], escape(evaluation["manifest"]["resize"])
     return ", original size" if size == "original" else f", centre crop {size}&times;{size} ({resize})"
 
 
-def _pictures(path: Path, evaluation: dict | None) -> str:
-    if not path.is_file() or evaluation is None:
+def _pictures(run: Path, evaluation: dict | None) -> str:
+    if evaluation is None:
         return ""
-    alt = "Examples: each picture's original, the palette's drawing of it, and the tokenizer's reconstruction"
-    return (
-        f'<section><h2>Pictures</h2><img class=wide src="{_data_uri(path)}" alt="{alt}">'
-        "<p class=note>The first pictures of the set, not chosen by hand.</p></section>"
+    shown = {}
+    for name, file in evaluation["manifest"].get("pictures", {"first": "report.png"}).items():
+        if (run / file).is_file():
+            alt = f"{name.capitalize()} pictures: each one's original, the palette's drawing of it, and the tokenizer's"
+            shown[name] = f'<img class=wide src="{_data_uri(run / file)}" alt="{alt} reconstruction">'
+    first = shown.pop("first", "")
+    if first:
+        first += "<p class=note>The first pictures of the set, not chosen by hand.</p>"
+    if not first and not shown:
+        return ""
+    chosen = "by LPIPS" if _has_lpips(evaluation) else "by PSNR"
+    more = "".join(
+        f"<details><summary>The {name} ones, {chosen}</summary>{picture}</details>" for name, picture in shown.items()
     )
+    return f"<section><h2>Pictures</h2>{first}{more}</section>"
+
+
+def _has_lpips(evaluation: dict) -> bool:
+    return any(evaluation.get(key) is not None for key in ("lpips_vgg", "lpips_alex"))
 
 
 def _curves(curves: dict[str, list[Point]]) -> str:
@@ -501,7 +554,8 @@ def _evaluated(evaluation: dict | None) -> str | None:
     if evaluation is None:
         return None
     manifest = evaluation["manifest"]
-    return f"{manifest['checkpoint']}, {manifest['weights']} weights, on {manifest['device']}"
+    device = manifest.get("environment", manifest)["device"]  # reports of former versions have it outside
+    return f"{manifest['checkpoint']}, {manifest['weights']} weights, on {device}"
 
 
 def _hardware() -> str:

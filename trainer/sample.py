@@ -19,10 +19,11 @@ import numpy as np
 import torch
 from PIL import Image
 
-from model_zoo import ModelError, Sampler, Sampling, Tokenizer, Transformer, load_generator, load_tokenizer
-from model_zoo.interop import is_published
+from model_zoo import ModelError, Sampler, Sampling, Tokenizer, load_generator, load_tokenizer
+from model_zoo.hashing import fingerprint_of
+from model_zoo.hub import is_hub_name
 from model_zoo.pieces import run_of
-from model_zoo.runs import find_checkpoint
+from model_zoo.runs import find_checkpoint, stands_alone
 from model_zoo.sampler import keep_products_in
 from trainer import TrainerError
 from trainer.config import GeneratorRun, load_run_config
@@ -92,7 +93,7 @@ def sample(
     world = start_world(device, WAIT_SECONDS)
     try:
         checkpoint = Path(agree(world, lambda: _find(Path(source))))  # of one step, should training still go on
-        recipe = None if is_published(checkpoint) else _recipe(checkpoint)
+        recipe = None if stands_alone(checkpoint) else _recipe(checkpoint)
         settings = Sampling(**{**(asdict(recipe.sampling) if recipe else {}), **(sampling or {})})
         if weights is None:
             weights = "raw" if recipe and not recipe.ema.decay else "ema"
@@ -107,9 +108,10 @@ def sample(
         chosen = _classes(classes, generator.config.classes, recipe)
         manifest = {
             "settings": {
-                "generator": agree(world, lambda: _fingerprint(generator)),
+                "generator": agree(world, lambda: fingerprint_of(generator.state_dict())),
                 "weights": weights,
-                "tokenizer": agree(world, lambda: _fingerprint(decoder)),  # its decoder too, unlike `fingerprint()`
+                # Its decoder too, unlike `Tokenizer.fingerprint`.
+                "tokenizer": agree(world, lambda: fingerprint_of(decoder.state_dict())),
                 "classes": chosen,
                 "count": count,
                 "seed": seed,
@@ -390,16 +392,9 @@ def _classes(text: str | None, classes: int, recipe: GeneratorRun | None) -> lis
 def _out(source: Path, out: str | Path | None) -> Path:
     if out is not None:
         return Path(out)
-    return source.with_name(f"{source.stem}_sampled") if is_published(source) else run_of(source) / "sampled"
-
-
-def _fingerprint(model: Transformer | Tokenizer) -> str:
-    """16 hexadecimal digits of the SHA-256 of names and weights."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(model.state_dict().items()):
-        digest.update(name.encode())
-        digest.update(tensor.contiguous().view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+    if is_hub_name(source):
+        return Path(f"{source.name}_sampled")
+    return source.with_name(f"{source.stem}_sampled") if stands_alone(source) else run_of(source) / "sampled"
 
 
 # ----------------------------------------------------------------------------------------------------------- the files

@@ -18,7 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from PIL import Image
 from webdataset.writer import TarWriter
 
-from data import DataConfig, DataError, ImageError, Skipped, SourceConfig, catalogue, decode, pack_codes
+from data import DataConfig, ImageError, Skipped, SourceConfig, catalogue, decode, pack_codes
 from data.checking import check_shards
 from data.index import INDEX_NAME, Index, write_index
 from data.pack import mixed, unique_keys
@@ -26,14 +26,14 @@ from data.parallel import cores
 from data.shards import CODES, FolderShard, Limit, Shard, TarShard, Window, is_image
 from data.sources import Source, digest, open_source
 from data.transforms import pixels_chw, resize_and_center_crop, resize_named
-from model_zoo import ModelError, Tokenizer, load_tokenizer
-from model_zoo.interop import is_published
+from model_zoo import Tokenizer, load_tokenizer
 from model_zoo.pieces import run_of
-from model_zoo.runs import find_checkpoint
+from model_zoo.runs import find_checkpoint, stands_alone
 from trainer import TrainerError
-from trainer.evaluate import choose_device, full_precision
+from trainer.evaluate import choose_device
 from trainer.jobs import check_same, writing
-from trainer.parallel import World, agree, fail_together, gather_objects, start_world, stop_world
+from trainer.parallel import World, agree, gather_objects, on_all, plainly, start_world, stop_world
+from trainer.precision import full_precision
 
 VIEWS = {"original": 1, "flip": 2, "ten-crop": 10}  # kind -> views of an image
 MANIFEST = "tokens.json"
@@ -94,8 +94,8 @@ def tokenize(
     world = start_world(device, WAIT_SECONDS)
     try:
         # Of one step, should training still go on.
-        checkpoint = Path(agree(world, lambda: _plainly(lambda: str(find_checkpoint(Path(run))))))
-        job = _on_all(lambda: _open_job(checkpoint, images, Path(out), views, image_size, weights, source))
+        checkpoint = Path(agree(world, lambda: plainly(lambda: str(find_checkpoint(Path(run))))))
+        job = on_all(lambda: _open_job(checkpoint, images, Path(out), views, image_size, weights, source))
         units = _units(job.source, samples_per_shard)
         settings = {**job.settings, "samples_per_shard": samples_per_shard}
         missing = agree(world, lambda: _begin(job.out, settings, len(units)))
@@ -104,25 +104,6 @@ def tokenize(
         return Tokenized(job.out, *finished[:2], made, settings["tokenizer"], finished[2]) if world.is_main else None
     finally:
         stop_world()
-
-
-def _plainly(action: Callable):
-    """What the action gives; its mistakes are TrainerErrors, which all ranks are told of."""
-    try:
-        return action()
-    except (DataError, ModelError) as error:
-        raise TrainerError(str(error)) from error
-
-
-def _on_all(action: Callable):
-    """What the action gives on this rank, unless it fails on any."""
-    result = message = None
-    try:
-        result = _plainly(action)
-    except TrainerError as error:
-        message = str(error)
-    fail_together(message)
-    return result
 
 
 # -------------------------------------------------------------------------------------------------------------- the job
@@ -189,7 +170,7 @@ def _holds_tokens(shard: Shard) -> bool:
 
 def _data_config(checkpoint: Path) -> DataConfig:
     """The run's `data` section; the defaults for a published checkpoint, which has none."""
-    if is_published(checkpoint):
+    if stands_alone(checkpoint):
         return DataConfig()
     path = run_of(checkpoint) / "config.yaml"
     try:
@@ -292,13 +273,13 @@ def _finish(out: Path, images: str) -> tuple[int, int, list[str]]:
     if not urls:
         raise TrainerError(f"none of the {len(skipped):,} images in {images} can be read: {skipped[0]}")
     place = out / INDEX_NAME
-    if (index := _plainly(lambda: Index(place)) if place.exists() else None) and _is_of(index, urls):
+    if (index := plainly(lambda: Index(place)) if place.exists() else None) and _is_of(index, urls):
         return len(urls), int(index.first[-1]), skipped
-    found = _plainly(lambda: list(check_shards(urls, jobs=min(cores(), len(urls)))))
+    found = plainly(lambda: list(check_shards(urls, jobs=min(cores(), len(urls)))))
     if bad := next((checked for checked in found if checked.table is None), None):
         raise TrainerError(f"{bad.name} is damaged ({bad.problems[0].message}): remove it and start again")
     digests = [checked.sha256 for checked in found]
-    _plainly(lambda: write_index(place, urls, [checked.table for checked in found], digests))
+    plainly(lambda: write_index(place, urls, [checked.table for checked in found], digests))
     return len(urls), sum(checked.samples for checked in found), skipped
 
 
@@ -354,7 +335,7 @@ def _tokenize_units(
 
             mine = missing[turn + world.rank : turn + world.rank + 1]  # one, or in the last turn perhaps none
             work = functools.partial(_tokenize_unit, job, world, units, batch_size, pool, tell)
-            counts = _on_all(lambda work=work, mine=mine: [work(number) for number in mine])
+            counts = on_all(lambda work=work, mine=mine: [work(number) for number in mine])
             of_ranks = [count for of_rank in gather_objects(counts) for count in of_rank]
             done += sum(looked_at for looked_at, _ in of_ranks)
             made += sum(written for _, written in of_ranks)

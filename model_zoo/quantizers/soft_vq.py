@@ -34,10 +34,14 @@ class SoftVectorQuantizer(CodebookQuantizer):
         self.temperature.fill_(self.LAST_TEMPERATURE + falling * (self.FIRST_TEMPERATURE - self.LAST_TEMPERATURE))
 
     def assign(self, z_nd: Tensor, entropy_temperature: float | None) -> IndexBackprop:
-        index_n, codes_11kd = self.nearest(z_nd), self.embedding.weight[None, None]
+        index_n = self.nearest(z_nd)
+        code_nd = self.vectors(index_n)
+        if not self.training:
+            return IndexBackprop(code_nd, index_n, None, None, code_nd)
+        codes_11kd = self.embedding.weight[None, None]
         queries_11nd = (z_nd / self.temperature)[None, None]
         soft_11nd = F.scaled_dot_product_attention(queries_11nd, codes_11kd, codes_11kd, scale=1.0)
-        return IndexBackprop(soft_11nd[0, 0], index_n, None, None, self.vectors(index_n))
+        return IndexBackprop(soft_11nd[0, 0], index_n, None, None, code_nd)
 
     def nearest(self, z_nd: Tensor) -> Tensor:
         return nearest_code(z_nd, self.embedding.weight)

@@ -20,16 +20,18 @@ class Replicated(Engine):
     def __init__(
         self,
         module: nn.Module,
-        make_optimizer: MakeOptimizer,
+        make_optimizer: MakeOptimizer | None,
         ignored: Iterable[nn.Parameter] = (),
         replicas: dist.ProcessGroup | None = None,
         **batch,
     ):
-        """replicas: the ranks that hold the same parameters; None: all."""
+        """make_optimizer: None for parameters that are frozen, whose `weights` alone are asked for. replicas: the ranks
+        that hold the same parameters; None: all."""
         super().__init__(module, **batch)
         self.parameters = trained_parameters(module, ignored)
-        self.optimizer = make_optimizer(self.parameters.values())
-        start_moments(self.optimizer, self.parameters.values())
+        if make_optimizer:
+            self.optimizer = make_optimizer(self.parameters.values())
+            start_moments(self.optimizer, self.parameters.values())
         self.replicas = replicas
         self.replica = dist.get_rank(replicas), dist.get_world_size(replicas)
 

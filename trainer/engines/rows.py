@@ -19,7 +19,7 @@ class Rows(Replicated):
     rows: how many there are in all.
     """
 
-    def __init__(self, module: nn.Module, make_optimizer: MakeOptimizer, rows: int, groups: RowGroups, **batch):
+    def __init__(self, module: nn.Module, make_optimizer: MakeOptimizer | None, rows: int, groups: RowGroups, **batch):
         super().__init__(module, make_optimizer, replicas=groups.replicas, **batch)
         self.rows, self.shard = rows, groups.shard
 

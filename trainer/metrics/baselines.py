@@ -2,11 +2,13 @@
 
 * mean colour: each image is replaced by its mean colour;
 * palette: as many colours as the codebook has codes, found by k-means, one colour for each token's patch. It spends the
-  same bits per token as the tokenizer, and it is fitted to the very pictures it is judged on, which favours it.
+  same bits per token as the tokenizer, and it is fitted to the very pictures it is judged on, which favours it: to all
+  of their patches, or where those are many to as many of each picture, drawn at random.
 
 Both round their colours to the nearest level (the `paper` protocol's truncation would only weaken them).
 """
 
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -16,6 +18,11 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trainer.metrics.image import padding
+
+# The palette is fitted to about 64 patches a colour, at least 2^16 and at most 2^20: more of them change its PSNR by
+# hundredths of a dB and take minutes.
+FITTED_PER_COLOR, LEAST_FITTED, MOST_FITTED = 64, 2**16, 2**20
+QUERIED_PATCHES = 2**20  # at a time
 
 
 def fit_palette(color_n3: np.ndarray, weight_n: np.ndarray, color_count: int, *, seed: int = 0) -> np.ndarray:
@@ -58,51 +65,87 @@ def _distinct(color_n3: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.stack([code_u >> 16, code_u >> 8 & 255, code_u & 255], axis=1), inverse_n
 
 
+class Patches(NamedTuple):
+    """Patches of the image at that place of the set: sums of levels over a patch's own pixels (padding apart), (n, 3),
+    and how many pixels these are, (n,)."""
+
+    place: int
+    sum_n3: np.ndarray
+    pixel_count_n: np.ndarray
+
+
 class _ImageSums(NamedTuple):
     """All that the error of an image drawn in flat patches depends on: sum (x - c)^2 = sum x^2 - 2 c sum x + n c^2."""
 
-    patch_sum_n3: np.ndarray  # sums of levels over a patch's own pixels (padding apart)
-    pixel_count_n: np.ndarray
+    patches: Patches
     square_sum: int
 
 
 class ColorBaselines:
-    """Collects images and tells the PSNR of their mean colours and of a palette; keeps 4 numbers a patch, no pixels."""
+    """Collects images and tells the PSNR of their mean colours and of a palette; keeps 3 numbers a patch, no pixels.
 
-    def __init__(self, patch_size: int, color_count: int, *, seed: int = 0):
+    image_count: of the whole set, of which other processes may have their part. The palette depends on the set and on
+    the seed, not on who has what.
+    """
+
+    def __init__(self, patch_size: int, color_count: int, *, image_count: int, seed: int = 0):
         self.patch_size, self.color_count, self.seed = patch_size, color_count, seed
+        fitted = min(max(FITTED_PER_COLOR * color_count, LEAST_FITTED), MOST_FITTED)
+        self.fitted_per_image = max(1, fitted // max(1, image_count))
         self._images: list[_ImageSums] = []
+        self._pixel_counts: dict[tuple[int, int], np.ndarray] = {}  # those of equally large images are the same
 
-    def update(self, levels_bchw: Tensor) -> None:
-        """Takes uint8 images. Sides that no patch divides are padded like the tokenizer's, the padding not counted."""
-        self._images.extend(self._patch_sums(levels_chw) for levels_chw in levels_bchw)
+    def update(self, levels_bchw: Tensor, places: Sequence[int]) -> None:
+        """Takes uint8 images of one size, and their places in the set. Sides that no patch divides are padded like the
+        tokenizer's, the padding not counted."""
+        self._images.extend(self._sums(levels_bchw, places))
 
     def mean_color_psnr(self) -> list[float]:
         """dB, an image each, in the order of the updates; infinite for an image of one colour."""
-        return [_psnr(image, np.rint(_mean_color(image))) for image in self._images]
+        return [_psnr(image, np.rint(_mean_color(image.patches))) for image in self._images]
 
-    def fit(self) -> np.ndarray:
-        """The palette (k, 3), uint8, fitted to the patches of all images, each weighted by its pixels."""
-        color_n3 = np.concatenate([_patch_colors(image) for image in self._images])
-        weight_n = np.concatenate([image.pixel_count_n for image in self._images])
+    def fitted(self) -> list[Patches]:
+        """Of each image the patches that the palette is to be fitted to, drawn by seed and place."""
+        chosen = []
+        for patches, _ in self._images:
+            count = len(patches.pixel_count_n)
+            if count > self.fitted_per_image:
+                random = np.random.default_rng((self.seed, patches.place))
+                which = random.choice(count, self.fitted_per_image, replace=False)
+                patches = Patches(patches.place, patches.sum_n3[which], patches.pixel_count_n[which])
+            chosen.append(patches)
+        return chosen
+
+    def fit(self, fitted: Iterable[Patches]) -> np.ndarray:
+        """The palette (k, 3), uint8, of what `fitted` gave of all images, each patch weighted by its pixels."""
+        fitted = sorted(fitted, key=lambda patches: patches.place)
+        color_n3 = np.concatenate([_colors(patches) for patches in fitted])
+        weight_n = np.concatenate([patches.pixel_count_n for patches in fitted])
         return fit_palette(color_n3, weight_n, self.color_count, seed=self.seed)
 
     def palette_psnr(self, palette_k3: np.ndarray) -> list[float]:
         """dB, an image each, in the order of the updates, each patch drawn in the palette's nearest colour."""
-        tree = cKDTree(palette_k3)
-        # The nearest to a patch's mean is also the colour of least squared error over its pixels.
-        return [_psnr(image, palette_k3[tree.query(_patch_colors(image))[1]]) for image in self._images]
+        tree, found = cKDTree(palette_k3), []
+        patch_count = max((len(image.patches.pixel_count_n) for image in self._images), default=1)
+        images_at_once = max(1, QUERIED_PATCHES // patch_count)
+        for first in range(0, len(self._images), images_at_once):
+            images = self._images[first : first + images_at_once]
+            # The nearest to a patch's mean is also the colour of least squared error over its pixels.
+            _, nearest_n = tree.query(np.concatenate([_colors(image.patches) for image in images]), workers=-1)
+            ends = np.cumsum([len(image.patches.pixel_count_n) for image in images])
+            found += [_psnr(*pair) for pair in zip(images, np.split(palette_k3[nearest_n], ends[:-1]), strict=True)]
+        return found
 
     def draw_mean_color(self, levels_chw: Tensor) -> Tensor:
         """The image in its mean colour, uint8 (3, h, w)."""
-        color = np.rint(_mean_color(self._patch_sums(levels_chw))).astype(np.uint8)
+        color = np.rint(_mean_color(self._sums(levels_chw[None], [0])[0].patches)).astype(np.uint8)
         return torch.from_numpy(color)[:, None, None].expand(levels_chw.shape).contiguous()
 
     def draw_palette(self, levels_chw: Tensor, palette_k3: np.ndarray) -> Tensor:
         """The image with each patch in the palette's nearest colour, uint8 (3, h, w)."""
         height, width = levels_chw.shape[-2:]
         pad = padding(height, width, self.patch_size)
-        nearest_n = cKDTree(palette_k3).query(_patch_colors(self._patch_sums(levels_chw)))[1]
+        nearest_n = cKDTree(palette_k3).query(_colors(self._sums(levels_chw[None], [0])[0].patches))[1]
         patches = palette_k3[nearest_n].reshape(
             (height + pad.top + pad.bottom) // self.patch_size, (width + pad.left + pad.right) // self.patch_size, 3
         )
@@ -110,26 +153,38 @@ class ColorBaselines:
         drawn_hwc = drawn_hwc[pad.top : pad.top + height, pad.left : pad.left + width]
         return torch.from_numpy(drawn_hwc.transpose(2, 0, 1).copy())
 
-    def _patch_sums(self, levels_chw: Tensor) -> _ImageSums:
-        levels = levels_chw.double()  # whole numbers, exact
-        pad = padding(*levels.shape[-2:], self.patch_size)
-        planes = F.pad(torch.cat([levels, torch.ones_like(levels[:1])]), (pad.left, pad.right, pad.top, pad.bottom))
-        sums_n4 = F.avg_pool2d(planes, self.patch_size, divisor_override=1).flatten(1).T.cpu().numpy().astype(np.int32)
-        return _ImageSums(sums_n4[:, :3], sums_n4[:, 3], int(levels.square().sum()))
+    def _sums(self, levels_bchw: Tensor, places: Sequence[int]) -> list[_ImageSums]:
+        levels_bchw = levels_bchw.double()  # whole numbers, exact
+        size = tuple(levels_bchw.shape[-2:])
+        if size not in self._pixel_counts:
+            self._pixel_counts[size] = self._patch_sums(torch.ones_like(levels_bchw[:1, :1]))[0, :, 0]
+        squares_b = levels_bchw.square().sum(dim=(1, 2, 3)).tolist()
+        return [
+            _ImageSums(Patches(place, sum_n3, self._pixel_counts[size]), int(square))
+            for place, sum_n3, square in zip(places, self._patch_sums(levels_bchw), squares_b, strict=True)
+        ]
+
+    def _patch_sums(self, values_bchw: Tensor) -> np.ndarray:
+        """(b, n, c) of whole numbers from 0 to 255, in the smallest type that holds such sums."""
+        pad = padding(*values_bchw.shape[-2:], self.patch_size)
+        padded_bchw = F.pad(values_bchw, (pad.left, pad.right, pad.top, pad.bottom))
+        sums_bcn = F.avg_pool2d(padded_bchw, self.patch_size, divisor_override=1).flatten(2)
+        return sums_bcn.transpose(1, 2).cpu().numpy().astype(np.min_scalar_type(255 * self.patch_size**2))
 
 
-def _patch_colors(image: _ImageSums) -> np.ndarray:
-    return image.patch_sum_n3 / image.pixel_count_n[:, None]
+def _colors(patches: Patches) -> np.ndarray:
+    return patches.sum_n3 / patches.pixel_count_n[:, None].astype(np.float64)
 
 
-def _mean_color(image: _ImageSums) -> np.ndarray:
-    return image.patch_sum_n3.sum(axis=0, dtype=np.int64) / image.pixel_count_n.sum()
+def _mean_color(patches: Patches) -> np.ndarray:
+    return patches.sum_n3.sum(axis=0, dtype=np.int64) / patches.pixel_count_n.sum(dtype=np.int64)
 
 
 def _psnr(image: _ImageSums, color: np.ndarray) -> float:
     """dB of the image with its patches drawn in whole-level colours, (n, 3) or one for all (3,)."""
-    color = color.astype(np.int64)
-    error = image.square_sum + (image.pixel_count_n[:, None] * color**2 - 2 * color * image.patch_sum_n3).sum()
+    color, sum_n3 = color.astype(np.int64), image.patches.sum_n3.astype(np.int64)
+    pixel_count_n = image.patches.pixel_count_n.astype(np.int64)
+    error = image.square_sum + (pixel_count_n[:, None] * color**2 - 2 * color * sum_n3).sum()
     if error == 0:
         return float("inf")
-    return float(-10 * np.log10(error / (3 * image.pixel_count_n.sum() * 255**2)))
+    return float(-10 * np.log10(error / (3 * pixel_count_n.sum() * 255**2)))

@@ -1,5 +1,8 @@
 """How much of a codebook is used, and how evenly."""
 
+import math
+
+import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -45,6 +48,17 @@ class CodebookUsage:
 
     def reset(self) -> None:
         self.counts_k.zero_()
+
+
+USAGE_WINDOW_TOKENS = 65_536
+
+
+def window_usage(index_n: np.ndarray, codebook_size: int, window_tokens: int = USAGE_WINDOW_TOKENS) -> float | None:
+    """Distinct codes / codebook size in each whole window of consecutive tokens, mean over the windows; None without
+    one. LlamaGen's usage (arXiv 2406.06525): that of a set grows with the set, this does not."""
+    count = len(index_n) // window_tokens
+    windows = np.asarray(index_n)[: count * window_tokens].reshape(count, window_tokens)
+    return math.fsum(len(np.unique(window)) for window in windows) / (count * codebook_size) if count else None
 
 
 class CodebookHealth:

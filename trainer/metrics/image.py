@@ -11,7 +11,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 SSIM_WINDOW = 7
 
@@ -27,8 +26,8 @@ def to_levels(images_bchw: Tensor) -> Tensor:
 
 def psnr(x_bchw: Tensor, y_bchw: Tensor) -> Tensor:
     """Peak signal-to-noise ratio in dB of float images in [-1, 1]; (b,) float64, infinite where both are identical."""
-    error_bchw = to_levels(x_bchw).double() / 255 - to_levels(y_bchw).double() / 255
-    return -10 * torch.log10(error_bchw.square().mean(dim=(1, 2, 3)))
+    error_bchw = to_levels(x_bchw).int() - to_levels(y_bchw).int()
+    return -10 * torch.log10(error_bchw.square().sum(dim=(1, 2, 3)).double() / (error_bchw[0].numel() * 255**2))
 
 
 def ssim(x_bchw: Tensor, y_bchw: Tensor) -> Tensor:
@@ -39,22 +38,28 @@ def ssim(x_bchw: Tensor, y_bchw: Tensor) -> Tensor:
     if min(x_bchw.shape[-2:]) < SSIM_WINDOW:
         height, width = x_bchw.shape[-2:]
         raise ValueError(f"SSIM needs images of at least {SSIM_WINDOW}x{SSIM_WINDOW} pixels, not {width}x{height}")
-    # float64, because the variances are differences of nearly equal numbers.
-    x, y = to_levels(x_bchw).double() / 255, to_levels(y_bchw).double() / 255
+    # One at a time: what it takes then stays in a CPU's cache, which makes it three times as fast.
+    pairs = zip(to_levels(x_bchw).float(), to_levels(y_bchw).float(), strict=True)
+    return torch.stack([_ssim_of_levels(x_chw, y_chw) for x_chw, y_chw in pairs])
 
-    def window_mean(values: Tensor) -> Tensor:  # without padding, so the border of 3 pixels is dropped
-        return F.avg_pool2d(values, SSIM_WINDOW, stride=1)
 
-    sample = SSIM_WINDOW**2 / (SSIM_WINDOW**2 - 1)
-    mean_x, mean_y = window_mean(x), window_mean(y)
-    variance_x = sample * (window_mean(x * x) - mean_x * mean_x)
-    variance_y = sample * (window_mean(y * y) - mean_y * mean_y)
-    covariance = sample * (window_mean(x * y) - mean_x * mean_y)
-    c1, c2 = 0.01**2, 0.03**2
-    similarity = ((2 * mean_x * mean_y + c1) * (2 * covariance + c2)) / (
-        (mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2)
-    )
-    return similarity.mean(dim=(1, 2, 3))
+def _ssim_of_levels(x_chw: Tensor, y_chw: Tensor) -> Tensor:
+    count = SSIM_WINDOW**2
+    mean_x, mean_y = _window_sum(x_chw) / count, _window_sum(y_chw) / count
+    means, squares = mean_x * mean_y, mean_x.square() + mean_y.square()
+    covariance = (_window_sum(x_chw * y_chw) / count - means) * (count / (count - 1))
+    variances = (_window_sum(x_chw.square() + y_chw.square()) / count - squares) * (count / (count - 1))  # of both
+    c1, c2 = (0.01 * 255) ** 2, (0.03 * 255) ** 2
+    return ((2 * means + c1) * (2 * covariance + c2) / ((squares + c1) * (variances + c2))).mean()
+
+
+def _window_sum(values_chw: Tensor) -> Tensor:
+    """Over windows of 7x7, without padding, so that the border of 3 pixels is dropped; float64, because the variances
+    are differences of nearly equal numbers. Its float32 sums of levels' products are exact: 2 x 49 x 255^2 < 2^24."""
+    for dim in (-2, -1):  # shifted pictures added up: on CPUs much faster than pooling
+        length = values_chw.shape[dim] - SSIM_WINDOW + 1
+        values_chw = sum(values_chw.narrow(dim, shift, length) for shift in range(SSIM_WINDOW))
+    return values_chw.double()
 
 
 def l1(x_bchw: Tensor, y_bchw: Tensor) -> Tensor:

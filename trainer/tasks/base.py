@@ -19,6 +19,7 @@ from trainer.optim import MOMENTS, adam, set_weight_decay
 from trainer.parallel import RowGroups, World, any_rank, mean_over_ranks
 from trainer.precision import LossScale, autocast_dtype
 from trainer.schedules import learning_rate_factor, weight_decay
+from trainer.start import Start
 
 
 class Step(NamedTuple):
@@ -103,6 +104,14 @@ class Task(ABC):
     def frozen_bytes(self) -> dict[str, int]:
         """Of networks that are not trained."""
         return {}
+
+    def held_parts(self) -> dict[str, Engine]:
+        """Of the models, what a recipe freezes: engines without an optimiser, by name."""
+        return {}
+
+    def begin(self) -> Start | None:
+        """Before a new run's first step: loads the weights that it starts from, if any; all ranks call together."""
+        return None
 
     def buffers(self) -> dict[str, Tensor]:
         """What is not trained and belongs into checkpoints, by its name there; the same on all ranks, or rank 0's."""
@@ -209,6 +218,9 @@ class Task(ABC):
                 kinds[f".{key}"] = [piece._replace(values=values) for piece, values in beside]
             for kind, of_kind in kinds.items():
                 pieces += [self._named(network, kind, piece).share(*engine.replica) for piece in of_kind]
+        for network, part in self.held_parts().items():
+            for kind in ("", "_ema") if self.ema else ("",):  # what never moves is its own average
+                pieces += [self._named(network, kind, piece).share(*part.replica) for piece in part.weights()]
         return pieces + (self._buffer_pieces() if self.world.is_main else [])
 
     def state(self) -> dict:
@@ -234,10 +246,27 @@ class Task(ABC):
             # All engines of a model step together, however many they were when the checkpoint was written.
             engine.updates = state["updates"].get(network, state["updates"]["generator"])
             engine.publish()
+        for network, part in self.held_parts().items():
+            for piece in part.weights():
+                files.fill(self._named(network, "", piece))
         for piece in self._buffer_pieces():
             files.fill(piece)
         for name, scale in self.loss_scales.items():
             scale.load_state_dict(state["loss_scales"][name])
+
+    @torch.no_grad()
+    def fill(self, model: str, tensors: dict[str, Tensor]) -> None:
+        """Writes whole tensors, by the names of that model's state dict, to wherever its weights lie; averages begin
+        there. All ranks call together."""
+        for network, engine in (self.engines() | self.held_parts()).items():
+            of, prefix = self.MODELS[network]
+            if of == model:
+                for piece in engine.weights():
+                    values = tensors[f"{prefix}{piece.name}"].reshape(-1)
+                    piece.values.copy_(values[piece.start : piece.start + len(piece.values)])
+                engine.publish()
+        if self.ema:
+            self.ema.begin()
 
     def _buffer_pieces(self) -> list[Piece]:
         return [whole(name, value) for name, value in self.buffers().items()]

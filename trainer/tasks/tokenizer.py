@@ -23,18 +23,23 @@ from model_zoo.losses import (
 )
 from model_zoo.ops import fastest_impl
 from model_zoo.perceptual import SMALLEST_SIDE, Perceptual
+from model_zoo.quantizers import Quantized
 from model_zoo.tokenizer import Tokenizer, TokenizerOutput
+from model_zoo.weights import Weights, check_names
 from trainer import TrainerError
 from trainer.config import TokenizerRun
 from trainer.ema import Ema
 from trainer.engines import Engine, Replicated, Rows
 from trainer.metrics.codebook import CodebookHealth, CodebookUsage, gaussian_distance, moments
 from trainer.metrics.image import psnr
-from trainer.parallel import World, mean_over_ranks, row_groups, sum_over_ranks
+from trainer.parallel import World, fail_together, mean_over_ranks, row_groups, sum_over_ranks
 from trainer.precision import LossScale
 from trainer.schedules import ramp
+from trainer.start import Start, load_start
 from trainer.tasks.base import Means, Step, Task, Validation
 
+# What start.freeze keeps as it is -> what the names of its parameters begin with.
+FROZEN = {"encoder": ("encoder.", "quant_conv.", "quantize."), "decoder": ("decoder.", "post_quant_conv.")}
 PICTURES = 8  # validation images whose reconstructions are shown as training goes
 
 
@@ -44,6 +49,7 @@ class TokenizerTask(Task):
     MODELS: ClassVar = {
         "generator": ("tokenizer", ""),
         "codebook": ("tokenizer", "quantize."),
+        "held": ("tokenizer", ""),
         "discriminator": ("discriminator", ""),
     }
     config: TokenizerRun
@@ -61,7 +67,10 @@ class TokenizerTask(Task):
             quantizer.impl = config.trainer.quantizer_impl
         self.perceptual = None
         if loss.perceptual.weight > 0:
-            self.perceptual = _perceptual(loss.perceptual.vgg16_weights).to(world.device)
+            try:
+                self.perceptual = Perceptual(loss.perceptual.vgg16_weights).to(world.device)
+            except ModelError as error:
+                raise ModelError(f"{error}; loss.perceptual.weight=0 does without") from error
         if config.trainer.activation_checkpointing:
             checkpoint_activations(self.tokenizer)
         self.batch = dict(micro_batch_size=micro_batch_size, micro_batches=micro_batches)
@@ -70,11 +79,20 @@ class TokenizerTask(Task):
         rest = sum(p.numel() for p in self.tokenizer.parameters()) - sum(p.numel() for p in codebook)
         # Before they are spread.
         self.parameters = rest + (config.model.codebook_size * config.model.code_dim if codebook else 0)
-        self.generator = self.build_generator(self.tokenizer, ignored=codebook)
+        # What is frozen is no sharding engine's. It lies whole on every rank (the codebook by rows), without optimiser.
+        names = FROZEN.get(config.start.freeze, ())
+        held = [p.requires_grad_(False) for name, p in self.tokenizer.named_parameters() if name.startswith(names)]
+        self.codes_frozen = config.start.freeze == "encoder"
+        self.generator = self.build_generator(self.tokenizer, ignored=[*codebook, *held])
         self.codebook = None
         if codebook:
-            self.codebook = Rows(quantizer, self.make_adam(), config.model.codebook_size, self.groups, **self.batch)
-        self.trained = [engine for engine in (self.generator, self.codebook) if engine]
+            adam = None if self.codes_frozen else self.make_adam()
+            self.codebook = Rows(quantizer, adam, config.model.codebook_size, self.groups, **self.batch)
+        self.held = None
+        if held:
+            learning = [p for p in self.tokenizer.parameters() if p.requires_grad]
+            self.held = Replicated(self.tokenizer, None, [*codebook, *learning], **self.batch)
+        self.trained = [self.generator] + ([self.codebook] if self.codebook and not self.codes_frozen else [])
         self.discriminator = None
         if loss.generator.weight > 0:
             network = PatchDiscriminator(
@@ -94,10 +112,11 @@ class TokenizerTask(Task):
         )
         self.feature_moments: Tensor | None = None  # of this rank's features in the last step
         self.entropy_temperature = None  # a quantizer without entropies is not asked for them
-        if loss.entropy.weight > 0 and quantizer.has_entropy:
+        if loss.entropy.weight > 0 and quantizer.has_entropy and not self.codes_frozen:
             self.entropy_temperature = loss.entropy.temperature
         if config.trainer.compile:
-            self.tokenizer.compile()
+            for module in (self.tokenizer.encoder, self.tokenizer.decoder) if self.codes_frozen else (self.tokenizer,):
+                module.compile()
             if self.discriminator:
                 self.discriminator.module.compile()
         self.last_hidden_bchw: Tensor | None = None  # what the last layer was last given
@@ -227,14 +246,28 @@ class TokenizerTask(Task):
 
     @property
     def alarm(self) -> str | None:
-        return self.health.alarm
+        return None if self.codes_frozen else self.health.alarm  # few codes then mean narrow data
 
     def _generate(self, images_bchw: Tensor) -> TokenizerOutput:
         with self.autocast():
-            output = self.generator(images_bchw, self.entropy_temperature)
+            if self.codes_frozen:
+                output = self.generator.run(self._from_frozen_codes, images_bchw)
+            else:
+                output = self.generator(images_bchw, self.entropy_temperature)
         reconstruction_bchw = output.reconstruction_bchw.float()
         # A tensor of our own: sharding engines hang hooks on their outputs, which the adaptive weight must not set off.
         return output._replace(reconstruction_bchw=reconstruction_bchw.view_as(reconstruction_bchw))
+
+    def _from_frozen_codes(self, images_bchw: Tensor) -> TokenizerOutput:
+        """The tokenizer's forward with a graph that begins at the code vectors; they are those of inference."""
+        with torch.no_grad():
+            features_bdhw = self.tokenizer.encode(images_bchw).float()
+            index_bhw = self.tokenizer.quantize.tokenize(features_bdhw)
+            codes_bdhw = self.tokenizer.quantize.lookup(index_bhw)
+            distance = F.mse_loss(features_bdhw, codes_bdhw)
+        features_nd = features_bdhw.movedim(1, -1).flatten(0, 2)
+        quantized = Quantized(codes_bdhw, index_bhw, None, distance, None, features_nd=features_nd)
+        return TokenizerOutput(self.tokenizer.decode(codes_bdhw), quantized)
 
     def _discriminator_backward(self, images_bchw: Tensor, output: TokenizerOutput, last: bool, scalars) -> Tensor:
         """Adds one micro-batch's discriminator gradient; returns the mean logits (real, fake)."""
@@ -276,7 +309,8 @@ class TokenizerTask(Task):
         for name in ("double_quantization", "commitment", "codebook", "sample_entropy"):
             if getattr(quantized, name) is not None:
                 scalars.add(f"loss/{name}", getattr(quantized, name))
-        loss = loss + config.quantizer.weight * quantizer_loss(quantized, config.quantizer)
+        if not self.codes_frozen:
+            loss = loss + config.quantizer.weight * quantizer_loss(quantized, config.quantizer)
         if self.entropy_temperature is not None:
             entropy = entropy_penalty(quantized, average_k, config.entropy)
             scalars.add("loss/average_entropy", entropy.average_entropy)
@@ -373,18 +407,50 @@ class TokenizerTask(Task):
         return Validation({"val/psnr": psnr_mean, "val/l1": l1_mean, "val/usage": usage.usage()}, drawn, [])
 
     def describe(self) -> list[str]:
-        model = self.config.model
-        rule = model.quantizer + (f" {self.impl()}" if self.tokenizer.quantize.impl else "")
+        model, start = self.config.model, self.config.start
+        learns = self.tokenizer.quantize.impl and not self.codes_frozen
+        rule = model.quantizer + (f" {self.impl()}" if learns else "")
         spread = f", codebook over {self.config.codebook_parallel}" if self.config.codebook_parallel > 1 else ""
-        return [f"{model.codebook_size} codes of {model.code_dim} ({rule}{spread})"]
+        begun = [f"begun from {start.source} ({start.weights})"] if start.source else []
+        frozen = [f"{start.freeze} frozen"] if start.freeze else []
+        return [f"{model.codebook_size} codes of {model.code_dim} ({rule}{spread})", *begun, *frozen]
+
+    def begin(self) -> Start | None:
+        if self.config.start.source is None:
+            return None
+        failed = None
+        try:
+            weights, fingerprint = load_start(self.config)
+        except TrainerError as error:
+            failed = str(error)
+        fail_together(failed)
+        self.fill("tokenizer", weights.tensors)
+        return Start(weights.origin, fingerprint, self.config.start.freeze, self._begin_discriminator(weights))
+
+    def _begin_discriminator(self, weights: Weights) -> str:
+        """Takes the source's discriminator, if it can be had; says whether, and why not."""
+        if not self.discriminator:
+            return "none"
+        network = self.discriminator.module
+        if not self.config.start.discriminator:
+            return "anew (start.discriminator=false)"
+        if weights.discriminator is None:
+            return "anew (the source has none)"
+        try:
+            check_names(weights.discriminator, network.state_dict(), "the source's")
+        except ModelError as error:
+            return f"anew ({error})"
+        network.load_state_dict(weights.discriminator)
+        return "the source's"
 
     def inputs(self, batch: Batch) -> Tensor:
         return batch.values.to(self.world.device, non_blocking=True)
 
     def frozen_bytes(self) -> dict[str, int]:
-        if not self.perceptual:
-            return {}
-        return {"LPIPS, frozen": sum(weight.nbytes for weight in self.perceptual.parameters())}
+        sizes = {"LPIPS, frozen": sum(p.nbytes for p in self.perceptual.parameters())} if self.perceptual else {}
+        if held := [piece for part in self.held_parts().values() for piece in part.weights()]:
+            sizes[f"{self.config.start.freeze}, frozen"] = sum(piece.values.nbytes for piece in held)
+        return sizes
 
     def buffers(self) -> dict[str, Tensor]:
         """LeCAM's means, the codebook's counts, BatchNorm's statistics."""
@@ -396,8 +462,13 @@ class TokenizerTask(Task):
         return buffers
 
     def engines(self) -> dict[str, Engine]:
-        engines = {"generator": self.generator, "codebook": self.codebook, "discriminator": self.discriminator}
+        codebook = None if self.codes_frozen else self.codebook
+        engines = {"generator": self.generator, "codebook": codebook, "discriminator": self.discriminator}
         return {name: engine for name, engine in engines.items() if engine}
+
+    def held_parts(self) -> dict[str, Engine]:
+        parts = {"held": self.held, "codebook": self.codebook if self.codes_frozen else None}
+        return {name: part for name, part in parts.items() if part}
 
 
 @contextmanager

@@ -1,9 +1,13 @@
-"""Published checkpoints, made here of our own models by renaming."""
+"""Published checkpoints: made here of our own models by renaming, and as the published code names and computes them."""
 
+import json
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
+from golden import make_published
+from golden.make_published import CLASSES, CODES, POSITIONS, classes, codes, images, weight_of
 
 from model_zoo import (
     ModelError,
@@ -14,6 +18,9 @@ from model_zoo import (
     load_generator,
     load_tokenizer,
 )
+from model_zoo.discriminator import PatchDiscriminator
+from model_zoo.interop import open_published, published_state, read_published
+from model_zoo.runs import read_weights
 
 TOKENIZER = TokenizerConfig(
     codebook_size=32,
@@ -37,6 +44,11 @@ def generator(seed=0) -> Transformer:
     return Transformer(GENERATOR)
 
 
+def discriminator() -> PatchDiscriminator:
+    torch.manual_seed(9)
+    return PatchDiscriminator(channels=4, layers=1)
+
+
 def behind(prefix, model) -> dict:
     return {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
 
@@ -48,7 +60,7 @@ def averages(prefix, model, names="") -> dict:
 
 
 TRAINED_BESIDE = {
-    "loss.discriminator.main.0.weight": torch.zeros(3),
+    **behind("loss.discriminator.", discriminator()),
     "loss.perceptual_loss.net.slice1.0.bias": torch.zeros(3),
 }
 
@@ -87,7 +99,8 @@ def test_a_published_tokenizers_configuration_is_inferred(write, changes):
 @pytest.mark.parametrize("prefix", ["", "first_stage_model."])
 @pytest.mark.parametrize(("weights", "seed"), [("raw", 1), ("ema", 2)])
 def test_a_published_tokenizers_averages(write, prefix, weights, seed):
-    path = write(behind(prefix, tokenizer(1)), averages(prefix, tokenizer(2)), TRAINED_BESIDE)
+    beside = {prefix + name: tensor for name, tensor in TRAINED_BESIDE.items()}
+    path = write(behind(prefix, tokenizer(1)), averages(prefix, tokenizer(2)), beside)
     assert_same(load_tokenizer(str(path), weights), tokenizer(seed))
 
 
@@ -126,15 +139,14 @@ def refused(load, path, *arguments) -> str:
 def test_missing_and_unexpected_tensors_are_told(write):
     state = behind("transformer.", generator())
     more = {**state, "transformer.blocks.1.attention.bias": torch.zeros(3)}
-    assert "Unexpected key(s)" in refused(load_generator, write(more))
-    assert "blocks.1.attention.bias" in refused(load_generator, write(more))
+    assert "holds blocks.1.attention.bias, which is not expected" in refused(load_generator, write(more))
     del state["transformer.blocks.1.attention.wo.weight"]
-    assert "blocks.1.attention.wo.weight" in refused(load_generator, write(state))
+    assert "lacks blocks.1.attention.wo.weight of shape [128, 128]" in refused(load_generator, write(state))
     del state["transformer.tok_emb.weight"]
     assert "lacks tok_emb.weight" in refused(load_generator, write(state))
     state = behind("", tokenizer())
     del state["decoder.mid.block_1.norm1.weight"]
-    assert "decoder.mid.block_1.norm1.weight" in refused(load_tokenizer, write(state))
+    assert "lacks decoder.mid.block_1.norm1.weight of shape [32]" in refused(load_tokenizer, write(state))
     del state["encoder.conv_in.weight"]
     assert "lacks encoder.conv_in.weight" in refused(load_tokenizer, write(state))
 
@@ -169,3 +181,140 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path, write):
     whole.write_bytes(whole.read_bytes()[:-100])
     assert "is damaged or no checkpoint: download it again" in refused(load_generator, whole)
     assert "'ema' or 'raw', not 'best'" in refused(load_generator, whole, "best")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("decoder.mid.block_1.norm1.weight", (31,), "of shape [31], expected [32]"),
+        ("quantize.embedding.weight", (32,), "of shape [32], expected 2 dimensions"),
+        ("encoder.conv_in.weight", (17, 3, 3, 3), "16 channels, no multiple of the 17 of encoder.conv_in.weight"),
+        ("loss.discriminator.main.2.weight", (8, 4, 3, 3), "of shape [8, 4, 3, 3], expected [8, 4, 4, 4]"),
+        ("loss.discriminator.main.0.weight", (3,), "of shape [3], expected 4 dimensions"),
+    ],
+)
+def test_tensors_of_another_shape_are_told(write, name, shape, message):
+    state = {**behind("", tokenizer()), **TRAINED_BESIDE, name: torch.zeros(shape)}
+    assert message in refused(load_tokenizer, write(state))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "loss.logvar",
+        "quantize.used",
+        "model_ema.encoderconv_out",
+        "module.encoder.conv_in.weight",
+        "encoder",
+        "ema.decay",
+    ],
+)
+def test_keys_that_no_published_model_has_are_told(write, name):
+    path = write(behind("", tokenizer()), averages("", tokenizer()), {name: torch.zeros(2, 3)})
+    assert f"holds {name} of shape [2, 3], which no published tokenizer or generator has" in refused(
+        load_tokenizer, path
+    )
+
+
+def test_what_is_no_tensor_is_told(write):
+    message = refused(load_tokenizer, write(behind("", tokenizer()), {"encoder.scale": 3.0}))
+    assert "encoder.scale in its state_dict is no tensor" in message
+
+
+# -------------------------------------------------------------------------------------------- the published code itself
+
+
+GOLDEN = dict(np.load(make_published.FILE))
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory):
+    """Files with the published code's keys: a tokenizer's and a generator's. What is not read of them is left small."""
+    folder = tmp_path_factory.mktemp("published")
+    for kind in ("tokenizer", "generator"):
+        shapes = json.loads(str(GOLDEN[f"{kind}_keys"]))
+        state = {n: torch.zeros(1) if "perceptual" in n else weight_of(n, tuple(s)) for n, s in shapes.items()}
+        torch.save({"state_dict": state, "global_step": 5, "optimizer_states": [{}]}, folder / f"{kind}.ckpt")
+    return folder
+
+
+def assert_close(ours: torch.Tensor, name: str):
+    torch.testing.assert_close(ours, torch.tensor(GOLDEN[name]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", ["raw", "ema"])
+@torch.no_grad()
+def test_a_tokenizer_computes_what_the_published_code_computes(golden, weights):
+    ours = load_tokenizer(golden / "tokenizer.ckpt", weights)
+    assert_close(ours.encode(images()), f"{weights}_features")
+    index_bhw = ours.tokenize(images())
+    assert index_bhw.tolist() == GOLDEN[f"{weights}_index"].tolist()
+    assert_close(ours.detokenize(index_bhw), f"{weights}_reconstruction")
+
+
+@torch.no_grad()
+def test_a_generator_computes_what_the_published_code_computes(golden):
+    ours = load_generator(golden / "generator.ckpt")
+    assert (ours.config.classes, ours.config.vocabulary) == (CLASSES, CODES)
+    assert_close(ours(codes(), classes())[:, POSITIONS], "logits")
+
+
+def test_every_key_of_the_published_code_is_accounted_for(golden):
+    published = open_published(golden / "tokenizer.ckpt")
+    part, left_out = published.parts["tokenizer"], dict(published.left_out)
+    assert left_out.pop("training's state, beside state_dict") == ["global_step", "optimizer_states"]
+    (perceptual,) = left_out.values()
+    assert all(name.startswith("loss.perceptual_loss.") for name in perceptual)
+    averaging = 2  # decay and num_updates
+    assert (
+        published.keys
+        == sum(map(len, part)) + len(perceptual) + averaging
+        == len(json.loads(str(GOLDEN["tokenizer_keys"])))
+    )
+    assert part.model_ema.keys() == part.model.keys() and part.discriminator_ema.keys() < part.discriminator.keys()
+    assert published.average == (pytest.approx(0.999), -1) and published.step == 5
+
+    published = open_published(golden / "generator.ckpt")
+    parts, left_out = published.parts, published.left_out
+    assert published.keys == sum(len(g) for p in parts.values() for g in p) + sum(map(len, left_out.values())) - 2
+    assert not parts["tokenizer"].discriminator and any("untrained" in why for why in left_out)
+
+
+def test_laying_out_what_was_read_gives_the_published_codes_keys_and_bits(golden):
+    source = golden / "tokenizer.ckpt"
+    state = torch.load(source, weights_only=True)["state_dict"]
+    raw, ema = (read_published(source, "tokenizer", weights) for weights in ("raw", "ema"))
+    again = published_state("tokenizer", raw, ema)
+    assert again.keys() == {name for name in state if "perceptual" not in name}
+    assert all(torch.equal(again[name], state[name]) and again[name].dtype == state[name].dtype for name in again)
+
+    source = golden / "generator.ckpt"
+    state = torch.load(source, weights_only=True)["state_dict"]
+    again = published_state("generator", read_published(source, "generator", "raw"))
+    assert again.keys() == {name for name in state if name.startswith("transformer.")}
+    assert all(torch.equal(again[name], state[name]) for name in again)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"patch_size": 2}, "model.patch_size=2"),
+        ({"local": True}, "model.local=true"),
+        ({"quantizer": "lfq"}, "model.quantizer=lfq"),
+        ({"channels": 16}, "16 channels"),
+    ],
+)
+def test_tokenizers_that_the_published_code_cannot_build_are_not_laid_out(golden, change, named):
+    raw = read_weights(golden / "tokenizer.ckpt", "tokenizer", "raw")
+    with pytest.raises(ModelError, match=f"the published layout has no place for {named}.*safetensors") as error:
+        published_state("tokenizer", raw._replace(config=raw.config | change))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"), [({"embedding": "codebook"}, "model.embedding=codebook"), ({"grid": [4, 8]}, "no square")]
+)
+def test_generators_that_the_published_code_cannot_build_are_not_laid_out(golden, change, named):
+    raw = read_weights(golden / "generator.ckpt", "generator", "raw")
+    with pytest.raises(ModelError, match=named):
+        published_state("generator", raw._replace(config=raw.config | change))

@@ -6,52 +6,78 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from model_zoo import ModelError, perceptual
-from model_zoo.perceptual import VGG16_FILE, VGG16_SHA256, Perceptual
+from model_zoo import ModelError
+from model_zoo.metric_weights import WEIGHTS_FILES
+from model_zoo.perceptual import SMALLEST_SIDE, TRUNKS, Perceptual
 
-WIDTHS = [64, 64, "pool", 128, 128, "pool", 256, 256, 256, "pool", 512, 512, 512, "pool", 512, 512, 512]
+# torchvision's layers: convolutions as (width, kernel, stride, padding), each with a ReLU, and max-pools as (kernel,).
+# A trunk's features are those of the convolutions before its pools (VGG16), or of every convolution (AlexNet).
+LAYERS = {
+    "vgg": [
+        *[(64, 3, 1, 1)] * 2, (2,), *[(128, 3, 1, 1)] * 2, (2,), *[(256, 3, 1, 1)] * 3, (2,),
+        *[(512, 3, 1, 1)] * 3, (2,), *[(512, 3, 1, 1)] * 3,
+    ],
+    "alex": [(64, 11, 4, 2), (3,), (192, 5, 1, 2), (3,), (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1)],
+}  # fmt: skip
+FEATURES_AFTER = {"vgg": (1, 4, 8, 12, 16), "alex": (0, 2, 4, 5, 6)}
 
 
 @pytest.fixture(scope="module")
-def vgg16_file(tmp_path_factory) -> Path:
-    """A file like torchvision's, its trunk random, its classifier cut down to one tensor."""
+def trunk_files(tmp_path_factory) -> dict[str, Path]:
+    """Files like torchvision's, the trunks random, the classifiers cut down to one tensor."""
     generator = torch.Generator().manual_seed(0)
-    state, index, in_channels = {"classifier.0.weight": torch.zeros(1)}, 0, 3
-    for width in WIDTHS:
-        if width == "pool":
-            index += 1
-            continue
-        weight = torch.empty(width, in_channels, 3, 3).normal_(std=(2 / (9 * in_channels)) ** 0.5, generator=generator)
-        state[f"features.{index}.weight"] = weight
-        state[f"features.{index}.bias"] = torch.empty(width).normal_(std=0.1, generator=generator)
-        index, in_channels = index + 2, width
-    path = tmp_path_factory.mktemp("vgg16") / VGG16_FILE
-    torch.save(state, path)
-    return path
+    files = {}
+    for net, layers in LAYERS.items():
+        state, index, in_channels = {"classifier.0.weight": torch.zeros(1)}, 0, 3
+        for width, *window in layers:
+            if not window:
+                index += 1
+                continue
+            weight = torch.empty(width, in_channels, window[0], window[0])
+            weight.normal_(std=(2 / (window[0] ** 2 * in_channels)) ** 0.5, generator=generator)
+            state[f"features.{index}.weight"] = weight
+            state[f"features.{index}.bias"] = torch.empty(width).normal_(std=0.1, generator=generator)
+            index, in_channels = index + 2, width
+        files[net] = tmp_path_factory.mktemp(net) / WEIGHTS_FILES[TRUNKS[net]].file
+        torch.save(state, files[net])
+    return files
 
 
-@pytest.fixture(scope="module")
-def loss(vgg16_file) -> Perceptual:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(perceptual, "VGG16_SHA256", hashlib.sha256(vgg16_file.read_bytes()).hexdigest())
-        return Perceptual(str(vgg16_file))
+@pytest.fixture
+def published(trunk_files, monkeypatch):
+    """The files made here pass for the published ones."""
+    for net, file in trunk_files.items():
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        monkeypatch.setitem(WEIGHTS_FILES, TRUNKS[net], WEIGHTS_FILES[TRUNKS[net]]._replace(sha256=digest))
 
 
-def lpips_by_hand(vgg16_file: Path, x_bchw: torch.Tensor, y_bchw: torch.Tensor) -> torch.Tensor:
-    state = torch.load(vgg16_file, weights_only=True)
-    heads_file = Path(lpips.__file__).parent / "weights/v0.1/vgg.pth"
-    heads = list(torch.load(heads_file, map_location="cpu", weights_only=True).values())
+@pytest.fixture(params=["vgg", "alex"])
+def net(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def loss(trunk_files, published, net) -> Perceptual:
+    return Perceptual(str(trunk_files[net]), net)
+
+
+def lpips_by_hand(net: str, trunk_file: Path, x_bchw: torch.Tensor, y_bchw: torch.Tensor) -> torch.Tensor:
+    """In float64."""
+    state = {name: tensor.double() for name, tensor in torch.load(trunk_file, weights_only=True).items()}
+    heads_file = Path(lpips.__file__).parent / f"weights/v0.1/{net}.pth"
+    heads = [head.double() for head in torch.load(heads_file, map_location="cpu", weights_only=True).values()]
     shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
 
     def features(images_bchw):
-        hidden, index = (images_bchw - shift.view(3, 1, 1)) / scale.view(3, 1, 1), 0
-        for width in [*WIDTHS, "pool"]:
-            if width == "pool":
-                yield hidden / hidden.norm(dim=1, keepdim=True)
-                hidden, index = F.max_pool2d(hidden, 2), index + 1
+        hidden, index = (images_bchw.double() - shift.view(3, 1, 1)) / scale.view(3, 1, 1), 0
+        for number, (width, *window) in enumerate(LAYERS[net]):
+            if not window:  # then the "width" is the pool's kernel
+                hidden, index = F.max_pool2d(hidden, width, stride=2), index + 1
             else:
                 weight, bias = state[f"features.{index}.weight"], state[f"features.{index}.bias"]
-                hidden, index = F.conv2d(hidden, weight, bias, padding=1).relu(), index + 2
+                hidden, index = F.conv2d(hidden, weight, bias, stride=window[1], padding=window[2]).relu(), index + 2
+            if number in FEATURES_AFTER[net]:
+                yield hidden / hidden.norm(dim=1, keepdim=True).clamp(min=1e-10)
 
     return sum(
         F.conv2d((a - b).square(), head).mean(dim=(1, 2, 3))
@@ -59,14 +85,15 @@ def lpips_by_hand(vgg16_file: Path, x_bchw: torch.Tensor, y_bchw: torch.Tensor) 
     )
 
 
-def test_value_of_each_pair_equals_the_definition(loss, vgg16_file):
+def test_value_of_each_pair_equals_the_definition(loss, net, trunk_files):
     torch.manual_seed(0)
     x_bchw, y_bchw = torch.rand(2, 3, 3, 32, 48) * 2 - 1
     y_bchw[1] = x_bchw[1]
     value_b = loss(x_bchw, y_bchw)
     assert value_b.shape == (3,)
     assert value_b[0] > 0 and value_b[1] == 0
-    torch.testing.assert_close(value_b, lpips_by_hand(vgg16_file, x_bchw, y_bchw), rtol=1e-4, atol=1e-6)
+    wanted_b = lpips_by_hand(net, trunk_files[net], x_bchw, y_bchw)
+    torch.testing.assert_close(value_b.double(), wanted_b, rtol=1e-4, atol=1e-6)
 
 
 def test_frozen_and_out_of_checkpoints(loss):
@@ -76,8 +103,7 @@ def test_frozen_and_out_of_checkpoints(loss):
     parent.load_state_dict(torch.nn.ModuleDict({"other": torch.nn.Linear(2, 2)}).state_dict(), strict=True)
     parent.train()
     assert not any(module.training for module in loss.modules())
-    assert loss.to(torch.float64)(*torch.rand(2, 1, 3, 16, 16, dtype=torch.float64)).dtype == torch.float64
-    loss.to(torch.float32)
+    assert loss.to(torch.float64)(*torch.rand(2, 1, 3, 32, 32, dtype=torch.float64)).dtype == torch.float64
 
 
 def test_gradient_reaches_the_image(loss):
@@ -87,45 +113,38 @@ def test_gradient_reaches_the_image(loss):
     assert y_bchw.grad.isfinite().all() and y_bchw.grad.abs().sum() > 0
 
 
-def test_construction_is_silent_and_draws_no_random_numbers(vgg16_file, monkeypatch, capfd, recwarn):
-    monkeypatch.setattr(perceptual, "VGG16_SHA256", hashlib.sha256(vgg16_file.read_bytes()).hexdigest())
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(vgg16_file.parent / "hub"))
-    cached = vgg16_file.parent / "hub" / "checkpoints" / VGG16_FILE
-    cached.parent.mkdir(parents=True)
-    cached.symlink_to(vgg16_file)
+def test_construction_is_silent_and_draws_no_random_numbers(trunk_files, published, net, capfd, recwarn):
     state = torch.get_rng_state()
-    Perceptual()
+    Perceptual(str(trunk_files[net]), net)
     assert torch.equal(torch.get_rng_state(), state)
     assert capfd.readouterr() == ("", "")
     assert not recwarn.list
 
 
-def test_missing_file_names_file_place_and_way_out(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.hub, "get_dir", lambda: str(tmp_path))
-    place = tmp_path / "checkpoints" / VGG16_FILE
-    with pytest.raises(ModelError) as error:
-        Perceptual()
-    for part in (f"no such file at {place}", VGG16_FILE, "loss.perceptual.weight=0"):
-        assert part in str(error.value)
-    assert "\n" not in str(error.value)
-    with pytest.raises(ModelError, match=r"no such file at .*mine\.pth"):
-        Perceptual(str(tmp_path / "mine.pth"))
+def test_a_trunk_with_other_layers_is_refused(tmp_path, trunk_files, net, monkeypatch):
+    state = torch.load(trunk_files[net], weights_only=True)
+    state["features.0.weight"] = state["features.0.weight"][:32]
+    torch.save(state, tmp_path / "other.pth")
+    digest = hashlib.sha256((tmp_path / "other.pth").read_bytes()).hexdigest()
+    monkeypatch.setitem(WEIGHTS_FILES, TRUNKS[net], WEIGHTS_FILES[TRUNKS[net]]._replace(sha256=digest))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        Perceptual(str(tmp_path / "other.pth"), net)
 
 
-def test_wrong_hash_names_file_and_hash(vgg16_file):
-    with pytest.raises(ModelError) as error:
-        Perceptual(str(vgg16_file))
-    for part in (str(vgg16_file), hashlib.sha256(vgg16_file.read_bytes()).hexdigest(), VGG16_SHA256):
-        assert part in str(error.value)
-    assert "\n" not in str(error.value)
+def test_the_file_is_that_of_the_trunk(trunk_files, published):
+    with pytest.raises(ModelError, match="not the published alexnet"):
+        Perceptual(str(trunk_files["vgg"]), "alex")
 
 
-def test_expected_hash_is_the_one_in_the_file_name():
-    assert f"vgg16-{VGG16_SHA256[:8]}.pth" == VGG16_FILE
+def test_the_smallest_side_is_the_least_that_the_trunk_takes(loss, net):
+    side = SMALLEST_SIDE[net]
+    assert loss(*torch.rand(2, 1, 3, side, side)).isfinite().all()
+    with pytest.raises(RuntimeError):  # the trunk itself, without our own check
+        loss.lpips(*torch.rand(2, 1, 3, side - 1, side - 1))
 
 
-def test_bad_images(loss):
+def test_bad_images(loss, net):
     with pytest.raises(ModelError, match="one shape"):
         loss(torch.zeros(1, 3, 32, 32), torch.zeros(2, 3, 32, 32))
-    with pytest.raises(ModelError, match="at least 16 pixels"):
+    with pytest.raises(ModelError, match=f"at least {SMALLEST_SIDE[net]} pixels"):
         loss(torch.zeros(1, 3, 8, 32), torch.zeros(1, 3, 8, 32))

@@ -21,7 +21,7 @@ def tokens(z_bdhw):
     return z_bdhw.detach().double().permute(0, 2, 3, 1).reshape(-1, z_bdhw.shape[1]).requires_grad_()
 
 
-@pytest.mark.parametrize("progress", [0.0, 0.5, 0.97])
+@pytest.mark.parametrize("progress", [0.0, 0.5, 0.8])
 def test_training_sees_the_mixture_and_all_codes_get_gradients(progress):
     quantizer, z_bdhw = make(), features()
     quantizer.anneal(progress)
@@ -35,7 +35,7 @@ def test_training_sees_the_mixture_and_all_codes_get_gradients(progress):
     torch.testing.assert_close(got_nd.double(), mixture_nd, rtol=1e-4, atol=1e-5)
     (got_nd * weight_nd).sum().backward()
     moved = (quantizer.embedding.weight.grad.abs().sum(dim=1) > 0).sum()
-    assert moved == 37 if progress < 0.9 else moved > 5
+    assert moved == 37 if progress < 0.7 else moved > 5
     scale = codes_kd.grad.abs().max().item()
     torch.testing.assert_close(quantizer.embedding.weight.grad.double(), codes_kd.grad, rtol=1e-4, atol=1e-5 * scale)
     got_grad_nd = z_bdhw.grad.double().permute(0, 2, 3, 1).reshape(-1, 8)
@@ -48,6 +48,9 @@ def test_inference_is_hard():
     quantizer, z_bdhw = make(), features()
     expected_n = (tokens(z_bdhw) @ quantizer.embedding.weight.double().T).argmax(dim=1)
     assert torch.equal(quantizer.tokenize(z_bdhw).flatten(), expected_n)
+    in_evaluation = quantizer.eval()(z_bdhw)
+    assert torch.equal(in_evaluation.quantized_bdhw, quantizer.lookup(in_evaluation.index_bhw))
+    quantizer.train()
     quantized = quantizer(z_bdhw)
     assert torch.equal(quantized.index_bhw.flatten(), expected_n)
     codes_bdhw = quantizer.lookup(quantized.index_bhw)

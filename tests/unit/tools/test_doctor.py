@@ -1,5 +1,6 @@
 """The checks of `ibq doctor`, each on a machine made up for it."""
 
+import hashlib
 import os
 import time
 from importlib import metadata
@@ -8,6 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from model_zoo.metric_weights import WEIGHTS_FILES
 from tools import doctor
 from tools.doctor import OK, OPTIONAL, PROBLEM, Finding
 
@@ -88,18 +90,21 @@ def test_cuda_devices(monkeypatch, native, status):
     assert findings["bf16"].status == status
 
 
-def test_vgg16_weights(tmp_path, monkeypatch):
-    monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    file = tmp_path / "hub" / "checkpoints" / "vgg16-397923af.pth"
-    [finding] = doctor.check_vgg16()
-    assert finding.status == OPTIONAL
-    assert str(file) in finding.found
-    assert "loss.perceptual.weight=0" in finding.mend
+def test_weights_files(tmp_path, monkeypatch):
+    monkeypatch.setenv("IBQ_WEIGHTS", str(tmp_path))
+    missing = {finding.name: finding for finding in doctor.check_weights_files()}
+    assert list(missing) == ["vgg16 weights", "alexnet weights", "inception weights"]
+    for key, finding in zip(WEIGHTS_FILES, missing.values(), strict=True):
+        assert finding.status == OPTIONAL
+        assert str(tmp_path / WEIGHTS_FILES[key].file) in finding.found
+        for part in (WEIGHTS_FILES[key].purpose, WEIGHTS_FILES[key].url, "IBQ_WEIGHTS"):
+            assert part in finding.mend
 
-    file.parent.mkdir(parents=True)
-    file.write_bytes(b"half a download")
-    [finding] = doctor.check_vgg16()
-    assert finding.status == PROBLEM
+    for key in ("vgg16", "inception"):
+        (tmp_path / WEIGHTS_FILES[key].file).write_bytes(b"half a download")
+    digest = hashlib.sha256(b"half a download").hexdigest()
+    monkeypatch.setitem(WEIGHTS_FILES, "inception", WEIGHTS_FILES["inception"]._replace(sha256=digest))
+    assert [finding.status for finding in doctor.check_weights_files()] == [PROBLEM, OPTIONAL, OK]
 
 
 def test_a_lock_left_by_a_killed_build_is_a_problem(tmp_path):

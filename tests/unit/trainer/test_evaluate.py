@@ -1,8 +1,5 @@
 import json
-import math
-from types import SimpleNamespace
 
-import numpy as np
 import pytest
 import skimage.data
 import torch
@@ -11,159 +8,21 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import model_zoo
-from data import EvaluationImage
+from data import DataError
+from model_zoo import ModelError
 from model_zoo.pieces import save_pieces, whole
 from tools.evaluate import app
 from trainer import TrainerError
-from trainer.evaluate import (
-    Example,
-    evaluate_reconstruction,
-    evaluate_run,
-    pair,
-    reconstruct_images,
-    side_by_side,
-    write_reconstructions,
-)
+from trainer.evaluate import evaluate_run, write_reconstructions
 
 
-class GreyTokenizer:
-    """Each patch's mean grey as one of 16 codes; notes the shape of each batch and checks that fp32 comes in."""
-
-    downsampling_factor = 4
-    config = SimpleNamespace(codebook_size=16)
-
-    def __init__(self):
-        self.shapes = []
-
-    def tokenize(self, images_bchw):
-        assert images_bchw.dtype == torch.float32 and images_bchw.abs().max() <= 1
-        assert not torch.is_grad_enabled()
-        self.shapes.append(tuple(images_bchw.shape))
-        grey_bhw = torch.nn.functional.avg_pool2d(images_bchw, 4).mean(dim=1)
-        return ((grey_bhw + 1) / 2 * 16).long().clamp(0, 15)
-
-    def detokenize(self, index_bhw):
-        grey_bhw = (index_bhw.float() + 0.5) / 8 - 1
-        return grey_bhw[:, None].expand(-1, 3, -1, -1).repeat_interleave(4, 2).repeat_interleave(4, 3)
-
-
-class ExactTokenizer(GreyTokenizer):
-    """Gives the pictures back as they came."""
-
-    def tokenize(self, images_bchw):
-        self.images_bchw = images_bchw
-        return super().tokenize(images_bchw)
-
-    def detokenize(self, index_bhw):
-        return self.images_bchw
-
-
-def photographs(*sizes):
-    """Real photographs cut to (height, width)."""
-    whole = [skimage.data.astronaut(), skimage.data.coffee(), skimage.data.chelsea(), skimage.data.rocket()]
-    return [
-        EvaluationImage(
-            f"{i}.png", torch.from_numpy(whole[i % 4][40 : 40 + h, 150 : 150 + w].copy()).permute(2, 0, 1), i
-        )
-        for i, (h, w) in enumerate(sizes)
-    ]
-
-
-def evaluate(tokenizer, images, **options):
-    return evaluate_reconstruction(tokenizer, images, **{"batch_size": 2, "device": "cpu", **options})
-
-
-def test_means_are_over_images_whatever_the_batches():
-    images = photographs(*[(32, 32)] * 5)
-    tokenizer = GreyTokenizer()
-    report = evaluate(tokenizer, images)
-    assert tokenizer.shapes == [(2, 3, 32, 32), (2, 3, 32, 32), (1, 3, 32, 32)]
-    alone = [evaluate(GreyTokenizer(), [image]) for image in images]
-    for measure in ("psnr", "ssim", "l1"):
-        assert getattr(report, measure) == pytest.approx(np.mean([getattr(one, measure) for one in alone]), rel=1e-6)
-    assert [score.psnr for score in report.images] == pytest.approx([one.psnr for one in alone])
-    assert report.image_count == 5 and report.token_count == 5 * 64
-    assert report.codebook_size == 16 and report.protocol == "paper"
-    assert 0 < report.usage <= 1 and 1 < report.perplexity <= 16
-    # 16 fitted colours, one for each patch, must beat 16 fixed greys and one colour for each picture.
-    assert report.baseline_palette_psnr > max(report.psnr, report.baseline_mean_color_psnr) + 0.5
-
-
-def test_mixed_sizes_are_padded_with_mid_grey_and_cut_back():
-    images = photographs((33, 47), (32, 32), (32, 32), (33, 47))
-    tokenizer = GreyTokenizer()
-    reconstructions = list(reconstruct_images(tokenizer, images, batch_size=8, device="cpu"))
-    assert tokenizer.shapes == [(1, 3, 36, 48), (2, 3, 32, 32), (1, 3, 36, 48)]
-    assert [r.reconstruction_bchw.shape[-2:] for r in reconstructions] == [(33, 47), (32, 32), (33, 47)]
-    assert [key for r in reconstructions for key in r.keys] == ["0.png", "1.png", "2.png", "3.png"]
-    # 33 rows: 1 padded above, 2 below; 47 columns: none at the left, 1 at the right.
-    tokenizer = ExactTokenizer()
-    (only,) = reconstruct_images(tokenizer, images[:1], batch_size=8, device="cpu")
-    assert torch.equal(only.reconstruction_bchw, only.images_bchw)
-    padded = tokenizer.images_bchw[0]
-    assert (padded[:, [0, 34, 35]] == 0).all() and (padded[:, :, 47] == 0).all()
-    assert torch.equal(padded[:, 1:34, :47], only.images_bchw[0])
-    # Padded tokens count.
-    assert evaluate(GreyTokenizer(), images[:1]).token_count == 9 * 12
-
-
-def test_exact_pictures_are_counted_apart_and_json_has_no_infinity():
-    report = evaluate(ExactTokenizer(), photographs((32, 32), (32, 32)))
-    assert report.psnr == math.inf and report.infinite_psnr_count == 2
-    assert report.ssim == pytest.approx(1) and report.l1 == 0
-    as_json = json.loads(json.dumps(report.to_json(), allow_nan=False))
-    assert as_json["psnr"] is None and as_json["images"][0]["psnr"] is None
-    assert as_json["baseline_palette_psnr"] == report.baseline_palette_psnr
-
-
-def test_training_precision_does_not_leak_in():
-    class Convolution(GreyTokenizer):
-        def detokenize(self, index_bhw):
-            image = super().detokenize(index_bhw)
-            self.dtype = torch.nn.functional.conv2d(image, torch.eye(3)[:, :, None, None]).dtype
-            return image
-
-    tokenizer = Convolution()
-    torch.set_float32_matmul_precision("high")
-    try:
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            evaluate(tokenizer, photographs((32, 32)))
-        assert torch.get_float32_matmul_precision() == "high"
-    finally:
-        torch.set_float32_matmul_precision("highest")
-    assert tokenizer.dtype == torch.float32
-
-
-def test_no_picture_is_one_clear_line_and_tiny_ones_are_skipped():
-    with pytest.raises(TrainerError, match="no picture to evaluate"):
-        evaluate(GreyTokenizer(), [])
-    heard = []
-    images = photographs((6, 32), (32, 32))
-    report = evaluate(GreyTokenizer(), images, on_progress=lambda *numbers: heard.append(numbers))
-    assert heard == [(1, 2)]
-    assert "0.png: smaller" in report.skipped[0] and report.image_count == 1
-
-
-def test_examples_are_the_first_pictures_and_the_sheet_shows_them():
-    report = evaluate(GreyTokenizer(), photographs(*[(32, 32)] * 10), batch_size=4)
-    assert [example.key for example in report.examples] == [f"{i}.png" for i in range(8)]
-    assert torch.equal(
-        report.examples[5].palette_chw[:, :4, :4], report.examples[5].palette_chw[:, :1, :1].expand(3, 4, 4)
-    )
-    sheet = side_by_side(report.examples, columns=4, cell=64)
-    assert sheet.size == (12 + 4 * 76, 12 + 2 * (3 * (36 + 64) + 36 + 12))
-    assert side_by_side(report.examples[:5], columns=4, cell=64).width == 12 + 3 * 76  # bands of 3 and 2, not 4 and 1
-    pixels = np.asarray(sheet)
-    original = report.examples[1].original_chw.permute(1, 2, 0).numpy()
-    # Second column, first row, each pixel a square of 2x2.
-    assert np.array_equal(pixels[48:112:2, 88:152:2], original) and np.array_equal(pixels[49:112:2, 89:152:2], original)
-
-
-def test_pair_has_the_pictures_own_size():
-    picture = torch.randint(0, 256, (3, 300, 400), dtype=torch.uint8)
-    sheet = pair(Example("x.png", math.inf, picture, 255 - picture))
-    assert sheet.size == (2 * 400 + 36, 300 + 54)
-    assert np.array_equal(np.asarray(sheet)[36:336, 424:824], 255 - picture.permute(1, 2, 0).numpy())
+@pytest.fixture(scope="module", autouse=True)
+def no_weights(tmp_path_factory):
+    """No weights files, whatever this machine has; and what the commands set is taken back."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        patch.setenv("IBQ_WEIGHTS", str(tmp_path_factory.mktemp("weights")))
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -202,10 +61,20 @@ def test_a_run_is_evaluated_on_its_own_validation_data(run, tmp_path):
     manifest = written["manifest"]
     assert manifest["weights"] == "ema" and manifest["image_size"] == 32 and manifest["checkpoint"] == "step_00000003"
     assert manifest["resize"] == "pil_antialias"
-    with Image.open(evaluated.picture_path) as sheet:
-        assert sheet.width > 600
+    assert manifest["step"] == 3 and len(manifest["fingerprint"]) == 16 and manifest["processes"] == 1
+    assert manifest["environment"]["torch"] in torch.__version__ and manifest["weights_files"] == {}
+    assert set(written["not_measured"]) == {"rfid", "lpips_vgg", "lpips_alex"}
+    assert manifest["pictures"] == {"first": "report.png", "worst": "report_worst.png", "best": "report_best.png"}
+    for name in manifest["pictures"].values():
+        with Image.open(run / name) as sheet:
+            assert sheet.width > 600
+    markdown = (run / "report.md").read_text()
+    assert f"| PSNR (dB) | {written['psnr']:.2f} |" in markdown and "IBQ, 16,384 codes" in markdown
+    assert "number of pictures: 3, published: 50,000" in markdown and "size: 32, published: 256" in markdown
+    assert not [path for path in run.iterdir() if "unfinished" in path.name]
     raw = evaluate_run(run, weights="raw", report_path=tmp_path / "raw.json", device="cpu")
     assert raw.report.psnr != evaluated.report.psnr
+    assert raw.manifest["fingerprint"] != manifest["fingerprint"] and "weights: raw" in raw.differences[-1]
     assert (tmp_path / "raw.json").is_file() and (tmp_path / "raw.png").is_file()
 
 
@@ -221,14 +90,21 @@ def test_original_size_goes_one_picture_at_a_time(run, tmp_path):
         ({"image_size": "big"}, "--size big"),
         ({"image_size": "0"}, "--size 0"),
         ({"report_path": "report.txt"}, "must end in .json"),
+        ({"image_size": "5"}, "--size 5 is neither"),
+        ({"resize": "bicubic"}, "--resize bicubic is unknown: choose one of pil_antialias, cv2_bilinear"),
+        ({"measures": "all"}, "rFID, gFID, Inception score, precision and recall needs weights-inception"),
+        ({"measures": "psnr,fid"}, "'fid' is unknown"),
+        ({"recipe": "eval_imagnet"}, "unknown recipe 'eval_imagnet'; did you mean eval_imagenet"),
+        ({"recipe": "ibq_16384"}, "ibq_16384 is a recipe for training; those for --recipe are eval_coco_zero_shot"),
+        ({"images": "/nowhere/at/all"}, "/nowhere/at/all"),
         ({"device": "tpu"}, "--device tpu is unknown"),
-        ({"device": "cuda:99"}, "--device cuda:99: this machine has"),
+        ({"device": "cuda:99"}, "--device cuda:99 is unknown"),
         ({"batch_size": 0}, "batch size must be at least 1"),
         ({"report_path": "/dev/null/report.json"}, "cannot write /dev/null/report.json"),
     ],
 )
 def test_mistakes_are_named_in_one_line(run, options, message):
-    with pytest.raises(TrainerError) as error:
+    with pytest.raises((TrainerError, ModelError, DataError)) as error:
         evaluate_run(run, **{"device": "cpu", **options})
     assert message in str(error.value) and "\n" not in str(error.value)
 
@@ -262,3 +138,48 @@ def test_reconstruct_writes_each_picture_and_an_overview(run, tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "file.png")
     with pytest.raises(TrainerError, match="cannot write"):
         write_reconstructions(run, images=photos, out=tmp_path / "file.png", device="cpu")
+
+
+def test_a_recipe_gives_the_conditions_and_options_win(run, tmp_path):
+    options = {"recipe": "eval_coco_zero_shot", "measures": "psnr", "device": "cpu"}
+    evaluated = evaluate_run(run, image_size=32, report_path=tmp_path / "coco.json", **options)
+    assert evaluated.manifest["image_size"] == 32 and evaluated.manifest["resize"] == "pil_antialias"
+    assert evaluated.warnings == ["not the published set: 3 of 5,000 images"]
+    assert evaluated.differences == ["number of pictures: 3, published: 5,000", "size: 32, published: 256"]
+    assert [row[0] for row in evaluated.comparison[1:]] == [
+        "measured here", "IBQ pretrained, 16,384 codes", "IBQ pretrained, 262,144 codes"
+    ]  # fmt: skip
+    assert evaluated.comparison[0] == ["model", "rFID", "PSNR (dB)", "SSIM"] and evaluated.comparison[1][1] == "-"
+    original = evaluate_run(
+        run, recipe="eval_original_resolution", measures="psnr", report_path=tmp_path / "o.json", device="cpu"
+    )
+    assert original.manifest["image_size"] == "original" and original.report.token_count == 3 * 7 * 10
+
+
+def test_one_checkpoint_and_a_published_one_have_reports_of_their_own(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    evaluated = evaluate_run(run / "checkpoints" / "step_00000003", device="cpu")
+    assert evaluated.json_path.name == "tiny_step_00000003_reconstruction.json" and evaluated.json_path.is_file()
+    published = tmp_path / "published.ckpt"
+    tokenizer = model_zoo.Tokenizer(model_zoo.TokenizerConfig(codebook_size=32, code_dim=8, channels=32,
+        channel_multipliers=[1, 1], num_res_blocks=1, attention_factors=[], latent_channels=8))  # fmt: skip
+    torch.save({"state_dict": tokenizer.state_dict()}, published)
+    with pytest.raises(TrainerError, match=r"is no run with a data\.val: say which pictures with --images PATH"):
+        evaluate_run(published, device="cpu")
+    photos = OmegaConf.load(run / "config.yaml").data.val
+    evaluated = evaluate_run(published, images=f"{photos}/coffee.png", device="cpu")
+    assert evaluated.json_path.name == "published_reconstruction.json" and evaluated.report.image_count == 1
+    assert (evaluated.manifest["image_size"], evaluated.manifest["resize"]) == (256, "cv2_bilinear")
+    assert evaluated.manifest["step"] is None and evaluated.manifest["held_out"] is False
+
+
+def test_grey_and_transparent_pictures_follow_the_rules_of_decoding(run, tmp_path):
+    grey = torch.arange(64 * 64, dtype=torch.uint8).reshape(64, 64).numpy()
+    Image.fromarray(grey).save(tmp_path / "a_grey.png")
+    Image.fromarray(grey).convert("RGB").save(tmp_path / "b_same_in_rgb.png")
+    Image.new("RGBA", (64, 64), (200, 0, 0, 0)).save(tmp_path / "c_transparent.png")
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "d_white.png")
+    (tmp_path / "out").mkdir()
+    report = evaluate_run(run, images=str(tmp_path), report_path=tmp_path / "out/r.json", device="cpu").report
+    scores = [score[1:] for score in report.images]
+    assert scores[0] == scores[1] and scores[2] == scores[3] and scores[0] != scores[2]

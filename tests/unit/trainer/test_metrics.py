@@ -137,10 +137,10 @@ def test_counts_of_two_ranks_merge(tmp_path):
 
 
 def test_palette_with_room_for_every_colour_is_exact():
-    baselines = metrics.ColorBaselines(patch_size=1, color_count=4096)
+    baselines = metrics.ColorBaselines(patch_size=1, color_count=4096, image_count=4)
     levels = photographs(16)
-    baselines.update(levels)
-    palette = baselines.fit()
+    baselines.update(levels, range(4))
+    palette = baselines.fit(baselines.fitted())
     assert len(palette) == len(levels.permute(0, 2, 3, 1).reshape(-1, 3).unique(dim=0))
     assert baselines.palette_psnr(palette) == [math.inf] * 4
     assert torch.equal(baselines.draw_palette(levels[2], palette), levels[2])
@@ -149,9 +149,9 @@ def test_palette_with_room_for_every_colour_is_exact():
 @pytest.mark.parametrize("height, width", [(64, 64), (37, 61)])
 def test_baseline_psnr_is_that_of_the_drawn_pictures(height, width):
     levels = photographs()[:, :, :height, :width]
-    baselines = metrics.ColorBaselines(patch_size=8, color_count=20)
-    baselines.update(levels)
-    palette = baselines.fit()
+    baselines = metrics.ColorBaselines(patch_size=8, color_count=20, image_count=4)
+    baselines.update(levels, range(4))
+    palette = baselines.fit(baselines.fitted())
     mean_psnr, palette_psnr = baselines.mean_color_psnr(), baselines.palette_psnr(palette)
     for i, picture in enumerate(levels):
         for drawn, psnr in [
@@ -179,3 +179,39 @@ def test_palette_is_seeded_and_as_good_as_scipy():
 
     scipy_palette, _ = kmeans2(color, 64, minit="++", iter=50, seed=1)
     assert cost(palette.astype(float)) < 1.05 * cost(scipy_palette)
+
+
+def test_a_large_set_is_fitted_by_a_part_of_each_image_whoever_has_it(monkeypatch):
+    monkeypatch.setattr("trainer.metrics.baselines.LEAST_FITTED", 100)
+    levels = photographs(64)
+
+    def baselines(*places, image_count=4):
+        part = metrics.ColorBaselines(patch_size=2, color_count=16, image_count=image_count)
+        for place in places:
+            part.update(levels[place : place + 1], [place])
+        return part
+
+    whole, first, second = baselines(0, 1, 2, 3), baselines(1, 2), baselines(0, 3)
+    assert [len(patches.sum_n3) for patches in whole.fitted()] == [256] * 4  # of 1,024: 64 a colour, over 4 images
+    palette = whole.fit(whole.fitted())
+    assert np.array_equal(palette, whole.fit(first.fitted() + second.fitted()))
+    apart = dict(zip((1, 2, 0, 3), first.palette_psnr(palette) + second.palette_psnr(palette), strict=True))
+    assert whole.palette_psnr(palette) == [apart[place] for place in range(4)]
+    everything = baselines(0, 1, 2, 3, image_count=1)  # all patches of each
+
+    def error(palette_k3):
+        return np.mean([10 ** (-psnr / 10) for psnr in whole.palette_psnr(palette_k3)])
+
+    assert error(palette) < 1.1 * error(everything.fit(everything.fitted()))
+
+
+@pytest.mark.parametrize("count", [0, 99, 100, 350])
+def test_window_usage_counts_whole_windows_only(count):
+    index = np.random.default_rng(count).integers(0, 60, count)
+    shares, start = [], 0
+    while start + 100 <= count:
+        shares.append(len(set(index[start : start + 100].tolist())) / 60)
+        start += 100
+    usage = metrics.window_usage(index, 60, window_tokens=100)
+    assert usage is None if count < 100 else usage == pytest.approx(np.mean(shares))
+    assert metrics.USAGE_WINDOW_TOKENS == 65536

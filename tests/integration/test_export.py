@@ -1,0 +1,29 @@
+"""Models out of runs of real processes."""
+
+import pytest
+import torch
+from launching import settings
+
+import model_zoo
+
+
+@pytest.mark.parametrize("weights", ["ema", "raw"])
+def test_a_codebook_spread_over_two_processes_is_exported_whole(sharded, weights):
+    run, out = sharded
+    trained, exported = (model_zoo.load_tokenizer(source, weights) for source in (run, out))
+    assert exported.config == trained.config
+    assert exported.state_dict()["quantize.embedding.weight"].shape == (256, 16)
+    for name, tensor in trained.state_dict().items():
+        assert torch.equal(exported.state_dict()[name], tensor)
+
+
+@pytest.fixture(scope="module")
+def sharded(launch, tmp_path_factory):
+    """A run of two processes that hold half of the codebook each, and what was exported of it."""
+    folder = tmp_path_factory.mktemp("sharded")
+    changes = {"codebook_parallel": 2, "trainer.max_steps": 2, "trainer.checkpoint_every_steps": 2}
+    trained = launch.torchrun("debug", f"run={folder / 'run'}", *settings(changes))
+    assert trained.status == 0, trained.err
+    exported = launch.ibq("checkpoint", "export", folder / "run", "--out", folder / "out")
+    assert exported.status == 0, exported.err
+    return folder / "run", folder / "out"

@@ -1,0 +1,213 @@
+"""Runs that start from another run's weights, with all of them or a part frozen, under every kind of engine."""
+
+import json
+import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import NamedTuple
+
+import pytest
+import torch
+from comparing import difference, differences, read_metrics
+from launching import settings
+
+from model_zoo import load_tokenizer
+from model_zoo.pieces import PieceFiles
+
+STEPS = 4
+TOLERANCE = 1e-5  # of all weights together
+MOMENT_TOLERANCE = 1e-3  # of Adam's moments, in which rounding is a larger part
+FROZEN = {
+    None: (),
+    "encoder": ("encoder.", "quant_conv.", "quantize."),
+    "decoder": ("decoder.", "post_quant_conv."),
+}
+ENGINES = {
+    "replicated": {"engine.kind": "replicated"},
+    **{name: {"engine.kind": "deepspeed", "engine.config": name} for name in ("zero0", "zero1", "zero2", "zero3")},
+    "fsdp2": {"engine.kind": "fsdp2"},
+}
+# Weight decay and clipping are on, so that whatever moved what is frozen would be seen.
+CHANGES = {
+    "seed": 3,
+    "trainer.max_steps": STEPS,
+    "trainer.checkpoint_every_steps": 2,
+    "optimizer.weight_decay": 0.1,
+    "optimizer.lr": 1e-3,
+    "trainer.gradient_clip_norm": 1.0,
+}
+
+
+class Cell(NamedTuple):
+    """So many processes under an engine; what is frozen; other changes."""
+
+    processes: int
+    engine: str
+    freeze: str | None
+    codebook_parallel: int = 1
+    adaptive: bool = False
+
+    @property
+    def name(self) -> str:
+        return "_".join(map(str, self))
+
+    def arguments(self, folder: Path, source: Path) -> list[str]:
+        changes = {
+            **CHANGES,
+            **ENGINES[self.engine],
+            "start.source": source,
+            "start.freeze": self.freeze or "null",
+            "codebook_parallel": self.codebook_parallel,
+            "loss.generator.adaptive": str(self.adaptive).lower(),
+        }
+        return ["debug", f"run={folder / self.name}", *settings(changes)]
+
+
+TRUTHS = [Cell(1, "replicated", freeze, 1, adaptive) for freeze in FROZEN for adaptive in (False, True)]
+CELLS = [
+    *(Cell(2, engine, "encoder") for engine in ENGINES),
+    *(Cell(2, engine, "encoder", 2, True) for engine in ("replicated", "zero2", "zero3", "fsdp2")),
+    *(Cell(2, engine, "decoder", 2, True) for engine in ("replicated", "zero2", "fsdp2")),
+    *(Cell(2, engine, "decoder") for engine in ("zero1", "zero3")),
+    *(Cell(2, engine, None, 2) for engine in ("replicated", "zero3", "fsdp2")),
+]
+
+
+class FineTuned:
+    """All cells, trained one after another in the same processes, from the run of the fixture ``runs``."""
+
+    def __init__(self, launch, folder: Path, source: Path):
+        self.launch, self.folder, self.source = launch, folder, source
+        self.pool = ThreadPoolExecutor(1)
+        self.finished: dict[int, Future] = {
+            processes: self.pool.submit(self._train, processes, cells) for processes, cells in ((1, TRUTHS), (2, CELLS))
+        }
+
+    def _train(self, processes: int, cells: list[Cell]):
+        arguments = self.folder / f"cells_of_{processes}.json"
+        arguments.write_text(json.dumps([cell.arguments(self.folder, self.source) for cell in cells]))
+        several = Path(__file__).with_name("several.py")
+        launcher = "-m", "torch.distributed.run", "--nproc-per-node", processes, "--standalone", several, arguments
+        process = self.launch.start_python(*launcher, PYTHONPATH=str(several.parents[2]))
+        return self.launch.finish(process, timeout_seconds=600)
+
+    def __getitem__(self, cell: Cell) -> Path:
+        """The run's folder."""
+        finished = self.finished[cell.processes].result()
+        assert f"{self.folder / cell.name} ended with status 0" in finished.out, finished.err[-5000:]
+        return self.folder / cell.name
+
+    def checkpoint(self, cell: Cell, step: int = STEPS) -> Path:
+        return self[cell] / f"checkpoints/step_{step:08d}"
+
+
+@pytest.fixture(scope="module")
+def tuned(launch, runs, tmp_path_factory):
+    tuned = FineTuned(launch, tmp_path_factory.mktemp("tuned"), runs["one"])
+    yield tuned
+    tuned.pool.shutdown(cancel_futures=True)
+
+
+@pytest.fixture(scope="module")
+def source(runs) -> dict[str, torch.Tensor]:
+    """The weights that all cells start from."""
+    return PieceFiles(runs["one"] / "checkpoints/step_00000020").tensors("tokenizer_ema/")
+
+
+@pytest.mark.parametrize("cell", [*TRUTHS, *CELLS], ids=lambda cell: cell.name)
+def test_what_is_frozen_stays_bit_for_bit_and_the_rest_learns(tuned, source, cell):
+    files = PieceFiles(tuned.checkpoint(cell))
+    for weights in ("tokenizer/", "tokenizer_ema/"):
+        found = files.tensors(weights)
+        assert found.keys() == source.keys()
+        for name, tensor in found.items():
+            if name.startswith(FROZEN[cell.freeze]):
+                assert torch.equal(tensor, source[name]), name
+            elif not name.endswith(".k.bias"):  # of attention: it shifts all logits of a query alike
+                assert not torch.equal(tensor, source[name]), name
+    moments = {name.split("/")[1] for name in files.names("tokenizer.exp_avg/")}
+    assert moments == {name for name in source if not name.startswith(FROZEN[cell.freeze])}
+
+
+@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
+def test_a_cell_equals_one_process(tuned, cell):
+    truth = Cell(1, "replicated", cell.freeze, 1, cell.adaptive)
+    for model, found in differences(tuned.checkpoint(truth), tuned.checkpoint(cell)).items():
+        assert found.whole < (MOMENT_TOLERANCE if ".exp_avg" in model else TOLERANCE), model
+    lines, expected = read_metrics(tuned[cell]), read_metrics(tuned[truth])
+    assert [line["step"] for line in lines] == [0, *range(1, STEPS + 1), STEPS]
+    for line, true_line in zip(lines, expected, strict=True):
+        assert line == pytest.approx(true_line, rel=1e-4, abs=1e-6)
+
+
+@pytest.mark.parametrize("freeze", [None, "encoder"])
+def test_held_out_photographs_come_back_better_than_at_the_start(tuned, runs, freeze):
+    validated = [line for line in read_metrics(tuned[Cell(1, "replicated", freeze)]) if "val/psnr" in line]
+    before = [line for line in read_metrics(runs["one"]) if "val/psnr" in line][-1]
+    start, now = validated
+    # What the source run found of its averages at its end is what the new run finds before its first step.
+    assert {**start, "step": 20} == pytest.approx(before, rel=1e-6)
+    assert now["val/psnr"] > start["val/psnr"] + 0.1 and now["val/l1"] < start["val/l1"]
+    if freeze == "encoder":
+        assert now["val/usage"] == start["val/usage"]
+
+
+def test_the_fingerprint_stays_with_a_frozen_encoder_and_only_then(tuned, runs):
+    before = load_tokenizer(runs["one"]).fingerprint()
+    for freeze in FROZEN:
+        run = tuned[Cell(1, "replicated", freeze)]
+        assert json.loads((run / "start.json").read_text())["fingerprint"] == before
+        for weights in ("ema", "raw"):
+            assert (load_tokenizer(run, weights).fingerprint() == before) == (freeze == "encoder")
+
+
+@pytest.mark.parametrize("freeze", FROZEN)
+def test_resumed_equals_unbroken_under_another_engine_without_the_source(tuned, launch, tmp_path, freeze):
+    """One process's run, stopped at step 2, goes on as two of ZeRO 2, though its source is gone."""
+    cell = Cell(1, "replicated", freeze)
+    run = shutil.copytree(tuned[cell], tmp_path / "run")
+    shutil.rmtree(run / "checkpoints/step_00000004")
+    (run / "checkpoints/latest").write_text("step_00000002")
+    config = run / "config.yaml"
+    config.write_text(config.read_text().replace(str(tuned.source), str(tmp_path / "gone")))
+    engine = "engine.kind=deepspeed", "engine.config=zero2", f"codebook_parallel={1 if freeze else 2}"
+    finished = launch.torchrun("--resume", run, *engine)
+    assert finished.status == 0, finished.err
+    assert "steps 3 to 4" in finished.err
+    for model, found in differences(tuned.checkpoint(cell), run / "checkpoints/step_00000004").items():
+        assert found.whole < (MOMENT_TOLERANCE if ".exp_avg" in model else TOLERANCE), model
+    expected = read_metrics(tuned[cell])
+    for line, true_line in zip(read_metrics(run), expected, strict=True):
+        assert line == pytest.approx(true_line, rel=1e-4, abs=1e-6)
+
+
+def test_resumed_equals_unbroken_bit_for_bit(tuned, launch, tmp_path):
+    cell = Cell(1, "replicated", "encoder")
+    run = shutil.copytree(tuned[cell], tmp_path / "run")
+    shutil.rmtree(run / "checkpoints/step_00000004")
+    (run / "checkpoints/latest").write_text("step_00000002")
+    finished = launch.ibq("resume", run)
+    assert finished.status == 0, finished.err
+    file = "checkpoints/step_00000004/rank_00000.safetensors"
+    assert (run / file).read_bytes() == (tuned[cell] / file).read_bytes()
+    assert read_metrics(run) == read_metrics(tuned[cell])
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("start.source=nowhere", "start.source=nowhere"),
+        ("model.code_dim=8", "model.code_dim is 16 there and 8 here; give model.code_dim=16"),
+        ("start.freeze=quantizer", "choose one of null, encoder, decoder"),
+        ("start.weights=best", "choose one of ema, raw"),
+    ],
+)
+def test_a_bad_start_ends_in_one_line_and_leaves_nothing(ibq_here, assert_refused, runs, tmp_path, change, said):
+    source = [] if change.startswith("start.source") else [f"start.source={runs['one']}"]
+    assert_refused(ibq_here("train", "debug", f"run={tmp_path / 'run'}", *settings(), *source, change), said)
+    assert not (tmp_path / "run").exists()
+
+
+def test_training_moves_weights_by_far_more_than_the_tolerance(tuned, source):
+    trained = PieceFiles(tuned.checkpoint(Cell(1, "replicated", None))).tensors("tokenizer/")
+    assert difference(source, trained).whole > 50 * TOLERANCE

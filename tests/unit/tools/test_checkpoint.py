@@ -1,0 +1,73 @@
+"""`ibq checkpoint` from the command line."""
+
+import json
+
+import pytest
+import torch
+
+from model_zoo import Tokenizer, TokenizerConfig, load_tokenizer
+from tools.cli import main
+
+TINY = TokenizerConfig(
+    codebook_size=8,
+    code_dim=4,
+    channels=32,
+    channel_multipliers=[1],
+    num_res_blocks=1,
+    attention_factors=[],
+    latent_channels=4,
+)
+
+
+@pytest.fixture
+def published(tmp_path):
+    torch.manual_seed(0)
+    path = tmp_path / "tiny.ckpt"
+    torch.save({"state_dict": Tokenizer(TINY).state_dict(), "global_step": 12}, path)
+    return path
+
+
+def ibq(capsys, *arguments) -> tuple[int, str, str]:
+    with pytest.raises(SystemExit) as ended:
+        main(["checkpoint", *map(str, arguments)])
+    said = capsys.readouterr()
+    return ended.value.code or 0, said.out, said.err
+
+
+def test_in_out_and_information(published, tmp_path, capsys):
+    status, out, _ = ibq(capsys, "import", published, "--out", tmp_path / "in")
+    assert status == 0 and f"keys: {len(load_tokenizer(published).state_dict())}: " in out
+    assert "left out: 1 (global_step)" in out and f"written: {tmp_path / 'in'}" in out
+    status, _, _ = ibq(capsys, "export", tmp_path / "in", "--layout", "published", "--out", tmp_path / "out.ckpt")
+    assert status == 0
+    status, out, _ = ibq(capsys, "info", tmp_path / "out.ckpt", "--json")
+    found = json.loads(out)
+    assert status == 0 and found["layout"] == "published"
+    assert found["models"][0]["fingerprint"] == load_tokenizer(published).fingerprint()
+    assert found["models"][0]["step"] == 12 and found["models"][0]["config"]["code_dim"] == 4
+    status, out, _ = ibq(capsys, "info", tmp_path / "in")
+    assert status == 0 and "verified: every file's sha256" in out and f"made of: {published}" in out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["import", "{published}", "--out", "{folder}"], "is there already"),
+        (["import", "{folder}/none.ckpt", "--out", "{folder}/new"], "none.ckpt does not exist"),
+        (["export", "{published}", "--layout", "published", "--out", "{folder}/new"], "must end in .ckpt"),
+        (["export", "{published}", "--weights", "ema", "--out", "{folder}/new"], "holds no ema weights"),
+        (["info", "{folder}"], "is no run folder"),
+    ],
+)
+def test_mistakes_are_one_line(published, tmp_path, capsys, arguments, message):
+    filled = [argument.format(published=published, folder=tmp_path) for argument in arguments]
+    status, out, err = ibq(capsys, *filled)
+    assert status == 2 and not out
+    assert err.startswith("ibq: error: ") and message in err and err.count("\n") == 1
+    assert [path.name for path in tmp_path.iterdir()] == ["tiny.ckpt"]
+
+
+@pytest.mark.parametrize("command", ["import", "export", "info"])
+def test_each_has_help_with_an_example(capsys, command):
+    status, out, _ = ibq(capsys, command, "--help")
+    assert status == 0 and f"Example: ibq checkpoint {command} " in " ".join(out.split())

@@ -1,0 +1,74 @@
+"""`ibq ablate`: a table of comparisons by one command."""
+
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def ablate(
+    table: Annotated[str, typer.Argument(metavar="TABLE", help="A table's name (see `ibq recipes`) or a .yaml file.")],
+    overrides: Annotated[
+        list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that replace the table's in all rows.")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="Folder for runs and table.  [default: runs/TABLE]")] = None,
+    seeds: Annotated[str, typer.Option(metavar="0,1,2", help="Each row is trained with each.")] = "0",
+    rows: Annotated[str | None, typer.Option(metavar="NAME;NAME", help="These rows only.")] = None,
+    launch: Annotated[
+        str,
+        typer.Option(
+            help="What starts training and judging, such as 'torchrun --nproc-per-node 8'.", show_default="this Python"
+        ),
+    ] = sys.executable,
+    judge: Annotated[str, typer.Option(help="Options of `ibq evaluate reconstruction`, in quotes.")] = "",
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Print the commands, for a scheduler; run none.")] = False,
+) -> None:
+    """Trains every row of a table, judges each alike, and draws figures and curves beside the published ones.
+
+    The same command goes on where a former one ended; runs that are there are not trained again.
+
+    Example: ibq ablate quantizers data.train=imagenet/train data.val=imagenet/val --launch 'torchrun --nproc-per-node 8'
+    """
+    from trainer import TrainerError
+    from trainer.ablation import cells_of, is_begun, is_judged, is_trained, load_ablation, note_judged, write_table
+    from trainer.config import load_recipe
+    from trainer.jobs import writing
+
+    ablation = load_ablation(table)
+    out = out or Path("runs") / Path(table).stem
+    try:
+        numbers = [int(seed) for seed in seeds.split(",")]
+    except ValueError as error:
+        raise TrainerError(f"--seeds {seeds} are no whole numbers such as 0,1,2") from error
+    named = [row.strip() for row in rows.split(";")] if rows else []
+    cells = cells_of(ablation, named, numbers, overrides or [], out)
+    for cell in cells:
+        load_recipe(ablation.recipe, cell.overrides)  # a mistake is found before anything is trained
+    if not dry_run:
+        with writing(out):
+            out.mkdir(parents=True, exist_ok=True)
+    for number, cell in enumerate(cells, start=1):
+        commands = []
+        if not is_trained(ablation, cell):
+            resumed = ["--resume", str(cell.run)] if is_begun(cell) else [ablation.recipe, *cell.overrides]
+            commands.append([*shlex.split(launch), "-m", "trainer", *resumed])
+        if commands or not is_judged(cell, judge):
+            commands.append(
+                [*shlex.split(launch), "-m", "tools", "evaluate", "reconstruction", str(cell.run), *shlex.split(judge)]
+            )
+        for command in commands:
+            typer.echo(shlex.join(command) if dry_run else f"[{number}/{len(cells)}] {shlex.join(command)}")
+            if not dry_run and (status := subprocess.run(command, check=False).returncode):
+                raise TrainerError(f"row {cell.row!r}, seed {cell.seed}, ended with status {status}: see above")
+        if commands and not dry_run:
+            with writing(out):
+                note_judged(cell, judge)
+                write_table(ablation, cells, out)  # of what is there so far
+    if not dry_run:
+        with writing(out):
+            written = write_table(ablation, cells, out)
+        typer.echo(written[1].read_text())
+        typer.echo("\n".join(map(str, written)))
