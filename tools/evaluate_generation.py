@@ -34,23 +34,24 @@ def generation(
     cache: Annotated[
         str | None, typer.Option(metavar="DIR", help="Where features are kept, or 'none'.  [default: in ibq's cache]")
     ] = None,
-    run: Annotated[
+    # Not --run, which torchrun takes for an abbreviation of an option of its own.
+    generator: Annotated[
         Path | None, typer.Option(help="Instead of --samples: a generator's run to sample at several settings.")
     ] = None,
     sweep: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="NAME=VALUE,VALUE", help="With --run: guidance, temperature, top_k, top_p ...; repeat it."
+            metavar="NAME=VALUE,VALUE", help="With --generator: guidance, temperature, top_k, top_p ...; repeat it."
         ),
     ] = None,
-    count: Annotated[int, typer.Option(help="With --run: images of each setting.")] = 50_000,
+    count: Annotated[int, typer.Option(help="With --generator: images of each setting.")] = 50_000,
     out: Annotated[
-        Path | None, typer.Option(help="With --run: folder for samples, sweep.json, sweep.md and sweep.png.")
+        Path | None, typer.Option(help="With --generator: folder for samples, sweep.json, sweep.md and sweep.png.")
     ] = None,
-    classes: Annotated[str | None, typer.Option(help="With --run, as of `ibq sample`.")] = None,
-    tokenizer: Annotated[str | None, typer.Option(help="With --run, as of `ibq sample`.")] = None,
-    precision: Annotated[str, typer.Option(help="With --run, as of `ibq sample`.")] = "fp32",
-    sample_batch_size: Annotated[int, typer.Option(help="With --run: images sampled at a time.")] = 32,
+    classes: Annotated[str | None, typer.Option(help="With --generator, as of `ibq sample`.")] = None,
+    tokenizer: Annotated[str | None, typer.Option(help="With --generator, as of `ibq sample`.")] = None,
+    precision: Annotated[str, typer.Option(help="With --generator, as of `ibq sample`.")] = "fp32",
+    sample_batch_size: Annotated[int, typer.Option(help="With --generator: images sampled at a time.")] = 32,
 ) -> None:
     """gFID, Inception score, precision and recall of samples, by ADM's protocol, beside the published figures.
 
@@ -58,15 +59,15 @@ def generation(
 
     Example: ibq evaluate generation --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz
 
-    Several settings: ibq evaluate generation --run runs/generator --sweep guidance=1.5,2,2.5 --sweep temperature=1,1.1
+    Several settings: ibq evaluate generation --generator runs/generator --sweep guidance=1.5,2,2.5 --sweep temperature=1,1.1
     --reference VIRTUAL_imagenet256_labeled.npz --count 10000 --out sweeps/generator
     """
-    if (samples is None) == (run is None):
-        raise typer.BadParameter("give either --samples, or --run with --sweep and --out")
+    if (samples is None) == (generator is None):
+        raise typer.BadParameter("give either --samples, or --generator with --sweep and --out")
     scoring = {"metrics": metrics, "seed": seed, "batch_size": batch_size, "device": device, "cache": cache}
     if samples is not None:
         if sweep or out:
-            raise typer.BadParameter("--sweep and --out are for --run; the report of --samples goes to --report")
+            raise typer.BadParameter("--sweep and --out are for --generator; the report of --samples goes to --report")
         from trainer.generation import evaluate_generation
 
         with progress("done") as tell:
@@ -75,7 +76,7 @@ def generation(
             print_report(evaluated)
         return
     if not sweep or out is None or report is not None:
-        raise typer.BadParameter("--run needs --sweep NAME=VALUE,VALUE and --out DIR, where the reports go")
+        raise typer.BadParameter("--generator needs --sweep NAME=VALUE,VALUE and --out DIR, where the reports go")
     from trainer.sweep import sweep as judge
 
     sampling = {
@@ -86,7 +87,9 @@ def generation(
         "device": device,
     }
     with progress("done") as tell:
-        swept = judge(run, reference, sweep, count=count, out=out, sampling=sampling, scoring=scoring, on_progress=tell)
+        swept = judge(
+            generator, reference, sweep, count=count, out=out, sampling=sampling, scoring=scoring, on_progress=tell
+        )
     if swept is not None:
         print_sweep(swept)
 

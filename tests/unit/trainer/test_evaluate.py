@@ -95,7 +95,7 @@ def test_original_size_goes_one_picture_at_a_time(run, tmp_path):
         ({"measures": "all"}, "rFID, gFID, Inception score, precision and recall needs weights-inception"),
         ({"measures": "psnr,fid"}, "'fid' is unknown"),
         ({"recipe": "eval_imagnet"}, "unknown recipe 'eval_imagnet'; did you mean eval_imagenet"),
-        ({"recipe": "ibq_16384"}, "ibq_16384 is a recipe for training; those for --recipe are eval_coco_zero_shot"),
+        ({"recipe": "ibq_16384"}, "ibq_16384 is a recipe for training; here it is one of eval_coco_zero_shot"),
         ({"images": "/nowhere/at/all"}, "/nowhere/at/all"),
         ({"device": "tpu"}, "--device tpu is unknown"),
         ({"device": "cuda:99"}, "--device cuda:99 is unknown"),

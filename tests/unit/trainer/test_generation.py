@@ -57,16 +57,16 @@ def write_folder(path: Path, images: np.ndarray) -> Path:
 
 @pytest.fixture
 def samples(tmp_path) -> Path:
-    return write_npz(tmp_path / "samples.npz", pictures(24))
+    return write_npz(tmp_path / "samples.npz", pictures(12))
 
 
 @pytest.fixture
 def reference(tmp_path) -> Path:
-    return write_npz(tmp_path / "reference.npz", pictures(30, seed=1))
+    return write_npz(tmp_path / "reference.npz", pictures(10, seed=1))
 
 
 def evaluate(samples, reference, **options):
-    return evaluate_generation(samples, reference, **{"device": "cpu", "batch_size": 8, **options}).report
+    return evaluate_generation(samples, reference, **{"device": "cpu", "batch_size": 4, **options}).report
 
 
 def features_by_torch_fidelity(weights: Path, images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
@@ -80,8 +80,8 @@ def features_by_torch_fidelity(weights: Path, images: np.ndarray) -> tuple[torch
 
 
 def frechet_distance_by_hand(x_nd: torch.Tensor, y_md: torch.Tensor) -> float:
-    """Of few pictures: with centred features X and Y over the roots of n - 1 and m - 1, covariances are X^T X and Y^T Y,
-    and the trace of the root of their product is the sum of the singular values of X Y^T, of n x m numbers."""
+    """Of few pictures: with centred features X and Y over the roots of n - 1 and m - 1, covariances are X^T X and
+    Y^T Y, and the trace of the root of their product is the sum of the singular values of X Y^T, of n x m numbers."""
     x_nd, y_md = x_nd.double().numpy(), y_md.double().numpy()
     shift_d = x_nd.mean(axis=0) - y_md.mean(axis=0)
     x_nd, y_md = ((f - f.mean(axis=0)) / np.sqrt(len(f) - 1) for f in (x_nd, y_md))
@@ -92,29 +92,29 @@ def frechet_distance_by_hand(x_nd: torch.Tensor, y_md: torch.Tensor) -> float:
 def test_all_figures_are_those_of_torch_fidelitys_features(samples, reference, weights, tmp_path):
     heard = []
     evaluated = evaluate_generation(
-        samples, reference, device="cpu", batch_size=8, seed=3, on_progress=lambda *progress: heard.append(progress)
+        samples, reference, device="cpu", batch_size=4, seed=3, on_progress=lambda *progress: heard.append(progress)
     )
     report = evaluated.report
-    pool_nd, logits_nk = features_by_torch_fidelity(weights, pictures(24))
-    reference_nd, _ = features_by_torch_fidelity(weights, pictures(30, seed=1))
+    pool_nd, logits_nk = features_by_torch_fidelity(weights, pictures(12))
+    reference_nd, _ = features_by_torch_fidelity(weights, pictures(10, seed=1))
     assert report.gfid == pytest.approx(frechet_distance_by_hand(pool_nd, reference_nd), rel=1e-6)
-    theirs = isc_features_to_metric(logits_nk[np.random.default_rng(3).permutation(24)], splits=10, shuffle=False)
+    theirs = isc_features_to_metric(logits_nk[np.random.default_rng(3).permutation(12)], splits=10, shuffle=False)
     assert report.inception_score == pytest.approx(theirs["inception_score_mean"], rel=1e-5)
     assert report.inception_score_std == pytest.approx(theirs["inception_score_std"], rel=1e-3)
     theirs = prc_features_to_metric(
-        pool_nd, reference_nd, prc_neighborhood=3, prc_batch_size=8, save_cpu_ram=False, verbose=False
+        pool_nd, reference_nd, prc_neighborhood=3, prc_batch_size=4, save_cpu_ram=False, verbose=False
     )
     assert (report.precision, report.recall) == pytest.approx((theirs["precision"], theirs["recall"]))
 
     assert evaluated.json_path == tmp_path / "samples_generation.json"
     told = json.loads(evaluated.json_path.read_text())
     assert told["gfid"] == report.gfid and told["protocol"] == "adm" and told["not_measured"] == {}
-    assert (told["sample_count"], told["reference_count"]) == (24, 30)
-    assert told["reference_statistics"] == "computed from the 30 pictures of reference.npz"
+    assert (told["sample_count"], told["reference_count"]) == (12, 10)
+    assert told["reference_statistics"] == "computed from the 10 pictures of reference.npz"
     assert len(told["warnings"]) == 2 and all("only" in warning for warning in told["warnings"])
     manifest = told["manifest"]
     assert manifest["seed"] == 3 and "permutation" in manifest["order"]
-    assert manifest["samples"]["path"] == str(samples) and manifest["reference"]["count"] == 30
+    assert manifest["samples"]["path"] == str(samples) and manifest["reference"]["count"] == 10
     assert manifest["weights_files"]["inception"]["sha256"] == WEIGHTS_FILES["inception"].sha256
     assert manifest["environment"]["torch"] == torch.__version__
     text = evaluated.markdown_path.read_text()
@@ -125,17 +125,17 @@ def test_all_figures_are_those_of_torch_fidelitys_features(samples, reference, w
     ):
         assert part in text
     assert {what for _, _, what in heard} == {"samples", "reference pictures", "blocks of precision and recall"}
-    assert heard[2] == (24, 24, "samples")
+    assert heard[2] == (12, 12, "samples")
 
 
 def test_fid_takes_the_statistics_that_the_reference_stores_and_not_its_pictures(samples, tmp_path, monkeypatch):
     mean_d, root_dd = np.linspace(0, 1, 2048), np.diag(np.linspace(0.5, 1, 2048))
     stored = {"mu": mean_d, "sigma": root_dd, "mu_s": np.zeros(3), "sigma_s": np.eye(3)}
-    reference = write_npz(tmp_path / "reference.npz", pictures(30, seed=1), **stored)
+    reference = write_npz(tmp_path / "reference.npz", pictures(10, seed=1), **stored)
     given = []
     monkeypatch.setattr("trainer.generation.frechet_distance", lambda *moments: given.append(moments) or 1.5)
     report = evaluate(samples, reference)
-    assert report.gfid == 1.5 and 0 <= report.precision <= 1 and report.reference_count == 30
+    assert report.gfid == 1.5 and 0 <= report.precision <= 1 and report.reference_count == 10
     assert report.reference_statistics == "mu and sigma stored in reference.npz"
     [(_, _, other_mean_d, other_covariance_dd)] = given
     np.testing.assert_array_equal(other_mean_d, mean_d)
@@ -151,8 +151,8 @@ def test_fid_takes_the_statistics_that_the_reference_stores_and_not_its_pictures
 
 
 def test_a_folder_and_an_npz_of_the_same_pictures_have_the_same_figures(samples, reference, tmp_path):
-    in_order = pictures(24)
-    folder = write_folder(tmp_path / "folder", np.concatenate([in_order[:12], in_order[12:]]))
+    in_order = pictures(12)
+    folder = write_folder(tmp_path / "folder", in_order)
     by_name = np.concatenate([in_order[::2], in_order[1::2]])  # part_0 comes before part_1
     of_npz = evaluate(write_npz(tmp_path / "sorted.npz", by_name), reference, metrics="is,pr")
     of_folder = evaluate(folder, reference, metrics="is,pr")
@@ -162,20 +162,25 @@ def test_a_folder_and_an_npz_of_the_same_pictures_have_the_same_figures(samples,
 
 
 def test_the_shuffle_mends_an_order_by_class_and_its_seed_is_told(reference, tmp_path):
-    mixed = write_npz(tmp_path / "mixed.npz", pictures(24), classes=np.arange(24) % 4)
+    mixed = write_npz(tmp_path / "mixed.npz", pictures(12), classes=np.arange(12) % 4)
     scores = {seed: evaluate(mixed, reference, metrics="is", seed=seed).inception_score for seed in (0, 1)}
     assert scores[0] != scores[1]
     assert evaluate(mixed, reference, metrics="is", seed=1).inception_score == scores[1]
 
 
+@pytest.fixture
+def few(tmp_path) -> Path:
+    return write_npz(tmp_path / "few.npz", pictures(4))
+
+
 def make(pictures, cache, world) -> tuple[np.ndarray, bool]:
-    made = FeatureMaker(world, 8, cache).make(pictures, lambda *progress: None)
+    made = FeatureMaker(world, 4, cache).make(pictures, lambda *progress: None)
     return made.features.pool_nd.numpy(), made.was_kept
 
 
-def test_features_are_kept_for_the_same_content_and_weights_alone(samples, reference, tmp_path, world, weights):
+def test_features_are_kept_for_the_same_content_and_weights_alone(few, tmp_path, world, weights):
     cache = tmp_path / "kept"
-    own = NpzPictures(Npz(samples))
+    own = NpzPictures(Npz(few))
     first_nd, was_kept = make(own, cache, world)
     assert not was_kept
     again_nd, was_kept = make(own, cache, world)
@@ -183,20 +188,19 @@ def test_features_are_kept_for_the_same_content_and_weights_alone(samples, refer
     assert not make(own, None, world)[1]
 
     # Other content under the same name, other pictures, a pixel that changed.
-    changed = pictures(24)
-    changed[5, 0, 0, 0] ^= 1
-    write_npz(samples, changed)
-    other_nd, was_kept = make(NpzPictures(Npz(samples)), cache, world)
-    assert not was_kept and not np.array_equal(first_nd[5], other_nd[5]) and np.array_equal(first_nd[6], other_nd[6])
-    assert not make(NpzPictures(Npz(reference)), cache, world)[1]
+    changed = pictures(4)
+    changed[2, 0, 0, 0] ^= 1
+    write_npz(few, changed)
+    other_nd, was_kept = make(NpzPictures(Npz(few)), cache, world)
+    assert not was_kept and not np.array_equal(first_nd[2], other_nd[2]) and np.array_equal(first_nd[3], other_nd[3])
 
     # Other weights.
-    write_npz(samples, pictures(24))
-    assert make(NpzPictures(Npz(samples)), cache, world)[1]
+    write_npz(few, pictures(4))
+    assert make(NpzPictures(Npz(few)), cache, world)[1]
     (tmp_path / "other").mkdir()
     os.environ["IBQ_WEIGHTS"] = str(tmp_path / "other")  # the fixture takes it back
     pass_for_published("inception", write_inception(tmp_path / "other", seed=1))
-    other_nd, was_kept = make(NpzPictures(Npz(samples)), cache, world)
+    other_nd, was_kept = make(NpzPictures(Npz(few)), cache, world)
     assert not was_kept and not np.allclose(first_nd, other_nd)
 
 
@@ -226,8 +230,8 @@ def of_another(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [cut_off, flip_a_bit, of_another])
-def test_a_damaged_cache_is_made_anew(samples, tmp_path, world, damage):
-    own, cache = NpzPictures(Npz(samples)), tmp_path / "kept"
+def test_a_damaged_cache_is_made_anew(few, tmp_path, world, damage):
+    own, cache = NpzPictures(Npz(few)), tmp_path / "kept"
     first_nd, _ = make(own, cache, world)
     [file] = cache.iterdir()
     damage(file)
@@ -249,24 +253,23 @@ def test_a_place_that_is_there_twice_is_found(world):
         _gathered(world, [0, 1, 1], torch.zeros(3, 3056))
 
 
-@pytest.mark.parametrize("processes", [2, 3])
-def test_many_processes_have_the_figures_of_one(samples, tmp_path, weights, processes):
-    """In three, one batch of the samples falls to each, and of the two batches of the folder none to the last."""
-    folder = write_folder(tmp_path / "folder", pictures(14, seed=1))
+def test_three_processes_have_the_figures_of_one(samples, tmp_path, weights):
+    """One batch of the samples falls to each, and of the two batches of the folder none to the last."""
+    folder = write_folder(tmp_path / "folder", pictures(7, seed=1))
     alone = evaluate(samples, folder, metrics="is,pr", cache="none")
     launch = Launch(tmp_path / "cache")
-    launcher = "torch.distributed.run", "--nproc-per-node", processes, "--standalone", ROOT / "tests" / "judged.py"
+    launcher = "torch.distributed.run", "--nproc-per-node", 3, "--standalone", ROOT / "tests" / "judged.py"
     arguments = "evaluate", "generation", "--samples", samples, "--reference", folder, "--metrics", "is,pr"
-    options = "--batch-size", 8, "--device", "cpu", "--report", tmp_path / "many.json"
+    options = "--batch-size", 4, "--device", "cpu", "--report", tmp_path / "many.json"
     finished = launch.finish(
         launch.start(*launcher, *arguments, *options, IBQ_WEIGHTS=str(weights), PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
     )
     assert finished.status == 0, finished.err
-    assert finished.out.count("24 samples (protocol: adm)") == 1
+    assert finished.out.count("12 samples (protocol: adm)") == 1
     together = json.loads((tmp_path / "many.json").read_text())
     for name in ("inception_score", "inception_score_std", "precision", "recall"):
         assert together[name] == pytest.approx(getattr(alone, name), rel=1e-6)
-    assert together["manifest"]["processes"] == processes
+    assert together["manifest"]["processes"] == 3
     # What they kept is whole and in order: a process alone finds it.
     assert evaluate(samples, folder, metrics="is,pr").manifest["seconds"]["samples"] < 2
 
@@ -323,7 +326,7 @@ def test_mistakes_of_the_user_are_one_line(samples, reference, tmp_path, assert_
         (samples, reference, "--report", tmp_path / "x.txt"): "ends in .json",
         (samples, reference, "--report", samples / "x.json"): "cannot write",
         (samples, reference, "--device", "tpu"): "--device tpu is unknown",
-        (samples, reference, "--sweep", "guidance=1"): "are for --run",
+        (samples, reference, "--sweep", "guidance=1"): "are for --generator",
     }.items():
         assert said in assert_refused_by("evaluate", "generation", "--samples", first, "--reference", second, *more)
     assert not list(tmp_path.glob("*_generation.*"))
