@@ -70,8 +70,8 @@ def checked_weights(key: str, path: str | Path | None = None) -> Path:
     wanted, place = WEIGHTS_FILES[key], weights_path(key, path)
     if not place.is_file():
         raise ModelError(
-            f"{wanted.purpose} needs {wanted.file}, and there is no such file at {place}: put it there ({wanted.url}), "
-            f"or name its folder by {WEIGHTS_FOLDER}"
+            f"no such file at {place}: {wanted.file}, for {wanted.purpose}, must be put there ({wanted.url}), or its "
+            f"folder named by {WEIGHTS_FOLDER}"
         )
     try:
         found = file_sha256(place)

@@ -59,8 +59,8 @@ def generation(
 
     Example: ibq evaluate generation --samples samples.npz --reference VIRTUAL_imagenet256_labeled.npz
 
-    Several settings: ibq evaluate generation --generator runs/generator --sweep guidance=1.5,2,2.5 --sweep temperature=1,1.1
-    --reference VIRTUAL_imagenet256_labeled.npz --count 10000 --out sweeps/generator
+    Several settings: ibq evaluate generation --generator runs/generator --sweep guidance=1.5,2,2.5
+    --sweep temperature=1,1.1 --reference VIRTUAL_imagenet256_labeled.npz --count 10000 --out sweeps/generator
     """
     if (samples is None) == (generator is None):
         raise typer.BadParameter("give either --samples, or --generator with --sweep and --out")

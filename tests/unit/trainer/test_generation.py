@@ -12,11 +12,12 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
+from data.npz import Npz
 from model_zoo.metric_weights import WEIGHTS_FILES
 from tools import cli
 from trainer import TrainerError
 from trainer.features import FeatureMaker, FolderPictures, NpzPictures, _gathered
-from trainer.generation import Npz, evaluate_generation
+from trainer.generation import evaluate_generation
 
 
 @pytest.fixture(scope="module")

@@ -138,8 +138,9 @@ def test_two_processes_have_the_figures_of_one(run, reference, tmp_path, weights
     options = "--count", 10, "--metrics", "is,pr", "--batch-size", 5, "--sample-batch-size", 5, "--device", "cpu"
     finished = launch.finish(
         launch.start(
-            *launcher, "evaluate", "generation", "--generator", run, "--sweep", "guidance=1,2", "--reference", reference,
-            "--out", tmp_path / "out", *options, IBQ_WEIGHTS=str(weights), PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}",
+            *launcher, "evaluate", "generation", "--generator", run, "--sweep", "guidance=1,2",
+            "--reference", reference, "--out", tmp_path / "out", *options,
+            IBQ_WEIGHTS=str(weights), PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}",
         )
     )  # fmt: skip
     assert finished.status == 0, finished.err
