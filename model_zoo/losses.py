@@ -147,8 +147,8 @@ def quantizer_loss(quantized: Quantized, config: QuantizerLoss) -> Tensor:
 
     ``paper``: codebook + beta x commitment (arXiv 2412.02692 eq. 12; van den Oord et al. eq. 3).
     ``reference``: commitment + beta x codebook, what the released IBQ code computes and its checkpoints learned from
-    (VQGAN's code has the same slip). Where the quantizer has a double quantization term, it is added; where it learns no
-    codebook, that term is left out.
+    (VQGAN's code has the same slip). Where the quantizer has a double quantization term, it is added; where it learns
+    no codebook, that term is left out.
     """
     codebook = 0.0 if quantized.codebook is None else quantized.codebook
     if config.form == "paper":

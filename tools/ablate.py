@@ -30,7 +30,7 @@ def ablate(
 
     The same command goes on where a former one ended; runs that are there are not trained again.
 
-    Example: ibq ablate quantizers data.train=imagenet/train data.val=imagenet/val --launch 'torchrun --nproc-per-node 8'
+    Example: ibq ablate quantizers data.train=tars data.val=imagenet/val --launch 'torchrun --nproc-per-node 8'
     """
     from trainer import TrainerError
     from trainer.ablation import cells_of, is_begun, is_judged, is_trained, load_ablation, note_judged, write_table

@@ -1,5 +1,5 @@
-"""Tables of comparisons: a recipe trained in several variants and seeds, each judged alike; figures and curves beside the
-published ones."""
+"""Tables of comparisons: a recipe trained in several variants and by several seeds, each judged alike, its figures and
+curves beside the published ones."""
 
 import json
 import math

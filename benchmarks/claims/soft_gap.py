@@ -18,7 +18,7 @@ from trainer.config import load_run_config
 from trainer.metrics import psnr
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
 
 class Gap(NamedTuple):

@@ -18,7 +18,7 @@ from data import evaluation_images
 from trainer.config import load_run_config
 
 matplotlib.use("Agg")
-from matplotlib import pyplot  # noqa: E402
+from matplotlib import pyplot
 
 POINTS = 2000  # of each kind, drawn by a fixed seed
 

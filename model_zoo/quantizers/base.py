@@ -63,7 +63,7 @@ class Quantizer(nn.Module):
         """int64 codes ``(n,)`` -> code vectors ``(n, d)``."""
         raise NotImplementedError
 
-    def anneal(self, progress: float) -> None:  # noqa: B027 (most have nothing to anneal)
+    def anneal(self, progress: float) -> None:
         """Told before each training step how far training is, from 0 to 1."""
 
     def forward(self, z_bdhw: Tensor, entropy_temperature: float | None = None) -> Quantized:

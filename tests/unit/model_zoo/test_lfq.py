@@ -90,7 +90,7 @@ def test_the_gradient_goes_straight_through_and_the_losses_move_features_alone()
 
 
 def test_what_makes_no_lookup_free_codebook_is_refused():
-    with pytest.raises(ModelError, match="model.codebook_size=131072 model.code_dim=17"):
+    with pytest.raises(ModelError, match=r"model\.codebook_size=131072 model\.code_dim=17"):
         LookupFreeQuantizer(100_000, 18)
     with pytest.raises(ModelError, match="codebook_parallel=1"):
         LookupFreeQuantizer(16, 4, 1.0, CodebookShard(0, 8, None))

@@ -102,7 +102,7 @@ def test_settings_that_the_command_decides_and_unknown_rows_are_refused(tmp_path
         cells_of(ablation, [], [0], ["seed=3"], tmp_path)
     with pytest.raises(TrainerError, match="no row 'IBQ': choose among As it is; Slow, 1"):
         cells_of(ablation, ["IBQ"], [0], [], tmp_path)
-    with pytest.raises(TrainerError, match="unknown recipe 'depht'; did you mean 'depth'|unknown recipe 'depht'"):
+    with pytest.raises(TrainerError, match="unknown recipe 'depht'"):
         load_ablation("depht")
 
 
