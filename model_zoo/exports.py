@@ -19,7 +19,7 @@ from torch import Tensor
 from model_zoo import ModelError
 from model_zoo.hashing import sha256_of
 from model_zoo.pieces import save_tensors
-from model_zoo.weights import Average, Weights
+from model_zoo.weights import KINDS, SETS, Average, Weights
 
 MODEL, RAW, CONFIG, CARD = "model.safetensors", "raw.safetensors", "config.yaml", "README.md"
 DISCRIMINATOR, DISCRIMINATOR_EMA = "discriminator.safetensors", "discriminator_ema.safetensors"
@@ -79,6 +79,11 @@ def read_about(folder: Path) -> dict:
         wanted = {"kind": str, "weights": str, "model": dict, "sha256": dict}
         if wrong := [key for key, of in wanted.items() if not isinstance(about.get(key), of)]:
             raise ValueError(f"it lacks {wrong[0]}")
+        for key, choices in {"kind": KINDS, "weights": SETS}.items():
+            if about[key] not in choices:
+                raise ValueError(f"{key}: {about[key]} is none of {', '.join(choices)}")
+        if not isinstance(about.get("step"), int | None):
+            raise ValueError(f"step: {about['step']} is no whole number")
         if about.get("average"):
             Average(**about["average"])
         return about

@@ -35,6 +35,8 @@ LEFT_OUT = (  # keys that are not read -> why not
     (r"(transformer\.)?(freqs_cis|causal_mask)", "computed anew"),
     (r"transformer\.blocks\.\d+\.attention\.kv_cache\.[kv]_cache", "left by sampling"),
 )
+# What a file begins with in the format of before torch 1.6.
+OLD_FORMAT = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=torch.serialization.DEFAULT_PROTOCOL)
 OTHER_ENTRIES = "training's state, beside state_dict"
 OUR_ENTRY = "ibq"  # beside state_dict, of files that were written here: configurations by kind
 STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")  # of a discriminator: no parameters
@@ -116,7 +118,7 @@ def open_published(path: Path) -> Published:
     left_out = {OTHER_ENTRIES: others} if others else {}
     first_stage = FIRST_STAGE if any(key.startswith(FIRST_STAGE) for key in state) else ""
     dotless = {key.replace(".", ""): key for key in state if not _is_average(key)}
-    parts, averaging, unknown = {}, {}, []
+    parts, averaging, unknown, orphans = {}, {}, [], []  # orphans: what averages are of, without dots
     for key, tensor in state.items():
         prefix, is_average, name = key.rpartition(EMA) if _is_average(key) else ("", "", key)
         if is_average and name in Average._fields and tensor.numel() == 1:
@@ -131,6 +133,10 @@ def open_published(path: Path) -> Published:
             getattr(part, f"{field}_ema" if is_average else field)[name] = tensor
         else:
             unknown.append(f"{key} of shape {list(tensor.shape)}")
+            orphans += [prefix.replace(".", "") + name] if is_average else []
+    if orphans and (lacking := _lacking(path, orphans, parts, first_stage)):
+        more = f" (and {len(lacking) - 1} more such)" if len(lacking) > 1 else ""
+        raise ModelError(f"{path} lacks {lacking[0]}{more}, of which it holds an average: download or save it again")
     if unknown:
         more = f" (and {len(unknown) - 1} more such)" if len(unknown) > 1 else ""
         raise ModelError(
@@ -139,7 +145,7 @@ def open_published(path: Path) -> Published:
         )
     average = Average(**averaging) if "decay" in averaging else None
     step, described = checkpoint.get("global_step"), checkpoint.get(OUR_ENTRY)
-    described = described if isinstance(described, dict) else {}
+    step, described = step if type(step) is int else None, described if isinstance(described, dict) else {}
     return Published(path, len(state), parts, left_out, average, step, described)
 
 
@@ -155,12 +161,43 @@ def _load(path: Path) -> dict:
     except pickle.UnpicklingError as error:
         raise ModelError(f"{path} holds more than tensors, or is damaged: save its state_dict alone") from error
     except (OSError, EOFError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and _is_old_format(path):
+            raise ModelError(
+                f"{path} is in torch's old format, and only the zip format is read: save it anew with a current torch, "
+                "torch.save(torch.load(FILE), FILE)"
+            ) from error
         if path.is_file() and not zipfile.is_zipfile(path):
             raise ModelError(f"{path} is damaged or no checkpoint: download it again") from error
         detail = textwrap.shorten(str(error) or repr(error), 120, placeholder=" ...")
         raise ModelError(f"{path} cannot be read: {detail}") from error
     except (KeyError, TypeError, AttributeError, IndexError) as error:
         raise ModelError(f"{path} is no published checkpoint: it holds no state_dict of tensors") from error
+
+
+def _is_old_format(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(len(OLD_FORMAT)) == OLD_FORMAT
+
+
+def _lacking(path: Path, orphans: list[str], parts: dict[str, Part], first_stage: str) -> list[str]:
+    """Those keys that the models of the file have by their sizes, and that only averages are of."""
+    from model_zoo.tokenizer import Tokenizer, TokenizerConfig  # these two import this module
+    from model_zoo.transformer import Transformer, TransformerConfig
+
+    keys = []
+    for kind, part in parts.items():
+        try:
+            with torch.device("meta"):
+                if kind == "generator":
+                    model, prefix = Transformer(TransformerConfig(**_generator_config(part.model))), "transformer."
+                else:
+                    model, prefix = Tokenizer(TokenizerConfig(**_tokenizer_config(part.model))), first_stage
+                beside = PatchDiscriminator(layers=_discriminator_layers(part.discriminator))
+        except ValueError as error:
+            raise ModelError(f"{path} is no published {kind}: it {error}") from error
+        keys += [prefix + name for name in model.state_dict()]
+        keys += [f"loss.discriminator.{name}" for name in beside.state_dict() if part.discriminator]
+    return [key for key in keys if key.replace(".", "") in orphans]
 
 
 def _is_average(key: str) -> bool:
@@ -230,10 +267,14 @@ def _check_discriminator(path: Path, tensors: dict[str, Tensor]) -> None:
         channels = _shape(tensors, "main.0.weight", 4)[0]
     except ValueError as error:
         raise ModelError(f"{path}: its discriminator {error}") from error
-    layers = _count(tensors, r"main\.(\d+)\.") // 3 - 1  # numbered: two of the first, three of each layer, the last
     with torch.device("meta"):
-        expected = PatchDiscriminator(channels=channels, layers=max(layers, 1))
+        expected = PatchDiscriminator(channels=channels, layers=_discriminator_layers(tensors))
     check_names(tensors, expected.state_dict(), f"{path}: its discriminator")
+
+
+def _discriminator_layers(tensors: dict[str, Tensor]) -> int:
+    # Numbered: two of the first, three of each layer, the last.
+    return max(_count(tensors, r"main\.(\d+)\.") // 3 - 1, 1)
 
 
 # ------------------------------------------------------------------------------------------------------- laying it out

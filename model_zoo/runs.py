@@ -14,9 +14,8 @@ from model_zoo.exports import held_by_export, is_export, read_export
 from model_zoo.hub import download, is_hub_name
 from model_zoo.interop import is_published, open_published, read_published
 from model_zoo.pieces import PieceFiles, run_of
-from model_zoo.weights import Average, Weights, check_names
+from model_zoo.weights import KINDS, SETS, Average, Weights, check_names
 
-KINDS = ("tokenizer", "generator")  # of models that runs train; checkpoints name their pieces after them
 Model = TypeVar("Model", bound=nn.Module)
 
 
@@ -52,7 +51,7 @@ def read_weights(source: str | Path, kind: str, weights: str = "ema") -> Weights
     checkpoint or an export without averages ``ema`` are the only ones.
     Raises ModelError where the source, a checkpoint in it, or the asked weights are missing.
     """
-    if weights not in ("ema", "raw"):
+    if weights not in SETS:
         raise ModelError(f"weights must be 'ema' or 'raw', not {weights!r}")
     source = find_checkpoint(Path(source))
     if is_published(source):

@@ -1,6 +1,7 @@
 """The image tokenizer: encoder, quantizer, decoder."""
 
 import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
@@ -57,6 +58,10 @@ class Tokenizer(nn.Module):
             raise ModelError(f"unknown model.quantizer {config.quantizer!r}: choose one of {', '.join(QUANTIZERS)}")
         if config.codebook_size < 2 or config.code_dim < 1:
             raise ModelError("model.codebook_size must be at least 2 and model.code_dim at least 1")
+        for name in ("channels", "channel_multipliers", "num_res_blocks", "latent_channels", "patch_size"):
+            sizes = getattr(config, name)
+            if min(sizes if isinstance(sizes, Sequence) else [sizes], default=0) < 1:
+                raise ModelError(f"model.{name}={sizes} must be at least 1")
         self.config = config
         self.downsampling_factor = config.patch_size * 2 ** (len(config.channel_multipliers) - 1)
         shape = dict(

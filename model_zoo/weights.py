@@ -7,6 +7,9 @@ from torch import Tensor
 
 from model_zoo import ModelError
 
+KINDS = ("tokenizer", "generator")  # of models that runs train; checkpoints name their pieces after them
+SETS = ("ema", "raw")  # of weights: averages, and those that were trained
+
 
 class Average(NamedTuple):
     """How an average of weights is taken: as published checkpoints say it."""

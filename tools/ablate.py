@@ -1,6 +1,7 @@
 """`ibq ablate`: a table of comparisons by one command."""
 
 import shlex
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -33,7 +34,16 @@ def ablate(
     Example: ibq ablate quantizers data.train=tars data.val=imagenet/val --launch 'torchrun --nproc-per-node 8'
     """
     from trainer import TrainerError
-    from trainer.ablation import cells_of, is_begun, is_judged, is_trained, load_ablation, note_judged, write_table
+    from trainer.ablation import (
+        cells_of,
+        is_begun,
+        is_judged,
+        is_trained,
+        load_ablation,
+        note_judged,
+        seeds_there,
+        write_table,
+    )
     from trainer.config import load_recipe
     from trainer.jobs import writing
 
@@ -43,10 +53,17 @@ def ablate(
         numbers = [int(seed) for seed in seeds.split(",")]
     except ValueError as error:
         raise TrainerError(f"--seeds {seeds} are no whole numbers such as 0,1,2") from error
-    named = [row.strip() for row in rows.split(";")] if rows else []
+    launcher, options = _words("--launch", launch), _words("--judge", judge)
+    if not launcher or not shutil.which(launcher[0]):
+        raise TrainerError(f"--launch {launch!r}: there is no such command; leave it out for this Python")
+    named = [row.strip() for row in rows.split(";")] if rows else None
     cells = cells_of(ablation, named, numbers, overrides or [], out)
+    # A mistake is found before anything is trained; the table is of all that is there, whichever rows are asked for.
     for cell in cells:
-        load_recipe(ablation.recipe, cell.overrides)  # a mistake is found before anything is trained
+        load_recipe(ablation.recipe, cell.overrides)
+    table_cells = cells_of(ablation, None, sorted({*numbers, *seeds_there(out)}), overrides or [], out)
+    for cell in table_cells:
+        is_trained(ablation, cell)
     if not dry_run:
         with writing(out):
             out.mkdir(parents=True, exist_ok=True)
@@ -54,11 +71,10 @@ def ablate(
         commands = []
         if not is_trained(ablation, cell):
             resumed = ["--resume", str(cell.run)] if is_begun(cell) else [ablation.recipe, *cell.overrides]
-            commands.append([*shlex.split(launch), "-m", "trainer", *resumed])
+            commands.append([*launcher, "-m", "trainer", *resumed])
         if commands or not is_judged(cell, judge):
-            commands.append(
-                [*shlex.split(launch), "-m", "tools", "evaluate", "reconstruction", str(cell.run), *shlex.split(judge)]
-            )
+            report = ["--report", str(cell.report)]
+            commands.append([*launcher, "-m", "tools", "evaluate", "reconstruction", str(cell.run), *report, *options])
         for command in commands:
             typer.echo(shlex.join(command) if dry_run else f"[{number}/{len(cells)}] {shlex.join(command)}")
             if not dry_run and (status := subprocess.run(command, check=False).returncode):
@@ -66,9 +82,18 @@ def ablate(
         if commands and not dry_run:
             with writing(out):
                 note_judged(cell, judge)
-                write_table(ablation, cells, out)  # of what is there so far
     if not dry_run:
         with writing(out):
-            written = write_table(ablation, cells, out)
+            written = write_table(ablation, [cell for cell in table_cells if is_judged(cell, judge)], out)
         typer.echo(written[1].read_text())
         typer.echo("\n".join(map(str, written)))
+
+
+def _words(option: str, text: str) -> list[str]:
+    """As a shell cuts them. Raises TrainerError."""
+    from trainer import TrainerError
+
+    try:
+        return shlex.split(text)
+    except ValueError as error:
+        raise TrainerError(f"{option} {text!r}: {error}") from error

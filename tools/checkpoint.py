@@ -25,7 +25,7 @@ Wanted = Annotated[str, typer.Option(help="all, ema or raw: averages, those that
 @app.command("import")
 def import_command(
     file: Annotated[str, typer.Argument(metavar="FILE.ckpt", help="A published checkpoint, or its name on the hub.")],
-    out: Annotated[Path, typer.Option(help="A new folder.")],
+    out: Annotated[Path, typer.Option(help="A new folder, or an empty one.")],
     weights: Wanted = "all",
 ) -> None:
     """Writes a published checkpoint as a folder of safetensors with its configuration, and accounts for every key.
@@ -42,7 +42,7 @@ def import_command(
 @app.command("export")
 def export_command(
     source: Annotated[str, typer.Argument(help=SOURCE)],
-    out: Annotated[Path, typer.Option(help="A new folder; or, of the published layout, a FILE.ckpt.")],
+    out: Annotated[Path, typer.Option(help="A new folder, or an empty one; of the published layout a new FILE.ckpt.")],
     layout: Annotated[
         Layout, typer.Option(help="Of the published code: one .ckpt that it reads.")
     ] = Layout.safetensors,

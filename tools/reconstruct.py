@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from tools.progress import progress
+
 
 def reconstruct(
     run: Annotated[
@@ -32,16 +34,18 @@ def reconstruct(
     """
     from trainer.evaluate import write_reconstructions
 
-    written = write_reconstructions(
-        run,
-        images=images,
-        out=out,
-        image_size=size,
-        resize=resize,
-        weights=weights,
-        batch_size=batch_size,
-        device=device,
-    )
+    with progress("pictures reconstructed") as tell:
+        written = write_reconstructions(
+            run,
+            images=images,
+            out=out,
+            image_size=size,
+            resize=resize,
+            weights=weights,
+            batch_size=batch_size,
+            device=device,
+            on_progress=tell,
+        )
     if written.skipped:
         typer.echo(f"{len(written.skipped)} pictures skipped (unreadable), the first: {written.skipped[0]}")
     typer.echo(f"{written.image_count} pictures in {out}, the first of them together in {written.overview_path}")

@@ -9,14 +9,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from model_zoo import ModelError
 from model_zoo.runs import find_checkpoint
 from trainer import TrainerError
-from trainer.config import ABLATIONS, find_recipe, load_recipe, load_run_config
+from trainer.config import ABLATIONS, explain, find_recipe, load_recipe, load_run_config, read_recipe
 from trainer.jobs import check_same
 from trainer.telemetry import metric_lines
 
@@ -25,7 +24,7 @@ CURVES = {
     "val/usage": "usage, held-out",
     "val/psnr": "PSNR, held-out (dB)",
 }
-JUDGED = "judged_with.txt"  # in a run's folder: the options that its report was made with
+JUDGED = "ablation.txt"  # beside a report: the options that it was made with
 
 
 @dataclass
@@ -58,16 +57,17 @@ class Cell(NamedTuple):
 
     @property
     def report(self) -> Path:
-        return self.run / "report.json"
+        """Of its own, which no other evaluation of the run writes over."""
+        return self.run / "ablation.json"
 
 
 def load_ablation(name: str) -> Ablation:
     """The table of that name, or in that YAML file. Raises TrainerError, one line."""
-    path = find_recipe(name, [ABLATIONS])
+    path, schema = find_recipe(name, [ABLATIONS]), OmegaConf.structured(Ablation)
     try:
-        ablation = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(Ablation), OmegaConf.load(path)))
-    except (OmegaConfBaseException, yaml.YAMLError, ValueError, OSError) as error:
-        raise TrainerError(f"{path} is no table: {' '.join(str(error).split())}") from error
+        ablation = OmegaConf.to_object(OmegaConf.merge(schema, read_recipe(path)))
+    except OmegaConfBaseException as error:
+        raise TrainerError(f"{path}: {explain(error, schema)}") from error
     if not ablation.rows:
         raise TrainerError(f"{path} has no rows")
     if ablation.recipe.endswith((".yaml", ".yml")):
@@ -75,23 +75,36 @@ def load_ablation(name: str) -> Ablation:
     return ablation
 
 
-def cells_of(ablation: Ablation, rows: list[str], seeds: list[int], overrides: list[str], out: Path) -> list[Cell]:
-    """Every run of the rows (none named: all). The command's overrides win over the table's. Raises TrainerError."""
-    for row in rows:
+def cells_of(
+    ablation: Ablation, rows: list[str] | None, seeds: list[int], overrides: list[str], out: Path
+) -> list[Cell]:
+    """Every run of the rows (None: all). The command's overrides win over the table's. Raises TrainerError."""
+    for row in rows or ():
         if row not in ablation.rows:
             raise TrainerError(f"the table has no row {row!r}: choose among {'; '.join(ablation.rows)}")
     for override in overrides:
         if override.partition("=")[0] in ("run", "seed"):
             raise TrainerError(f"{override} cannot be set: --out and --seeds decide")
+    for what, chosen in (("--seeds", seeds), ("--rows", rows or [])):
+        if len(set(chosen)) < len(chosen):
+            raise TrainerError(f"{what} names one twice: {', '.join(map(str, chosen))}")
+    folders = {row: re.sub(r"[^\w.]+", "_", row.lower()).strip("_.") for row in ablation.rows}
+    if len(set(folders.values()) - {""}) < len(folders):
+        raise TrainerError(f"two rows of the table would have one folder: rename one of {'; '.join(folders)}")
     cells = []
     for row in rows or ablation.rows:
         chosen = {
             setting.partition("=")[0]: setting for setting in [*ablation.set, *ablation.rows[row].set, *overrides]
         }
         for seed in seeds:
-            run = out / re.sub(r"[^a-z0-9.]+", "_", row.lower()).strip("_") / f"seed_{seed}"
+            run = out / folders[row] / f"seed_{seed}"
             cells.append(Cell(row, seed, [*chosen.values(), f"seed={seed}", f"run={run}"], run))
     return cells
+
+
+def seeds_there(out: Path) -> list[int]:
+    """Of runs that former commands left in the table's folder."""
+    return sorted({int(run.name.removeprefix("seed_")) for run in out.glob("*/seed_*") if run.name[5:].isdecimal()})
 
 
 def is_trained(ablation: Ablation, cell: Cell) -> bool:
@@ -153,11 +166,9 @@ class Figure(NamedTuple):
 
 
 def figures(ablation: Ablation, cells: list[Cell]) -> dict[str, dict[str, Figure]]:
-    """Row -> name -> its figure, of those that are judged already."""
+    """Row -> name -> its figure over the cells, which are judged."""
     found: dict[str, dict[str, list[float]]] = {}
     for cell in cells:
-        if not cell.report.is_file():
-            continue
         report = json.loads(cell.report.read_text())
         for name in ablation.figures:
             if isinstance(report.get(name), int | float):
@@ -172,14 +183,20 @@ def figures(ablation: Ablation, cells: list[Cell]) -> dict[str, dict[str, Figure
 
 
 def write_table(ablation: Ablation, cells: list[Cell], out: Path) -> list[Path]:
-    """table.json, table.md and curves.png of what is there; returns their paths."""
+    """table.json, table.md and curves.png of cells that are judged; returns their paths."""
     measured = figures(ablation, cells)
     tree = {row: {name: figure._asdict() for name, figure in named.items()} for row, named in measured.items()}
-    written = [out / "table.json", out / "table.md", out / "curves.png"]
-    written[0].write_text(json.dumps({"title": ablation.title, "rows": tree}, indent=1) + "\n")
-    written[1].write_text(markdown(ablation, measured))
-    draw_curves(ablation, cells, written[2])
-    return written
+    as_json = json.dumps({"title": ablation.title, "rows": tree}, indent=1) + "\n"
+    makers = {
+        "table.json": lambda path: path.write_text(as_json),
+        "table.md": lambda path: path.write_text(markdown(ablation, measured)),
+        "curves.png": lambda path: draw_curves(ablation, cells, path),
+    }
+    for name, make in makers.items():
+        unfinished = out / f".unfinished_{name}"
+        make(unfinished)
+        unfinished.replace(out / name)
+    return [out / name for name in makers]
 
 
 def markdown(ablation: Ablation, measured: dict[str, dict[str, Figure]]) -> str:

@@ -10,13 +10,13 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-import model_zoo
 from data import DataConfig, EvaluationImages, evaluation_images
 from data.parallel import cores
 from data.transforms import RESIZES
+from model_zoo import Tokenizer, TokenizerConfig, load_tokenizer
 from model_zoo.hashing import fingerprint_of
 from model_zoo.pieces import run_of
-from model_zoo.runs import find_checkpoint, stands_alone
+from model_zoo.runs import as_model, find_checkpoint, read_weights, stands_alone
 from trainer import TrainerError, metrics
 from trainer.jobs import writing
 from trainer.manifest import environment, image_list_hash, weights_files
@@ -36,6 +36,7 @@ from trainer.reconstruction import (
     Networks,
     ReconstructionReport,
     evaluate_reconstruction,
+    first_reason,
     load_networks,
     reconstruct_images,
     tell_skipped,
@@ -100,16 +101,19 @@ def evaluate_run(
     world = start_world(device, WAIT_SECONDS)
     try:
         checkpoint = Path(agree(world, lambda: plainly(lambda: str(find_checkpoint(Path(source))))))
-        json_path = agree(world, lambda: _make_room(Path(source), checkpoint, report_path))
+        json_path = Path(report_path) if report_path is not None else default_report(Path(source), checkpoint)
+        agree(world, lambda: make_room(json_path))
 
-        def prepare() -> tuple[model_zoo.Tokenizer, str, ImageSource, Networks]:
-            tokenizer = model_zoo.load_tokenizer(checkpoint, weights=weights)
+        def prepare() -> tuple[Tokenizer, str, str, ImageSource, Networks]:
+            found = read_weights(checkpoint, "tokenizer", weights)
+            tokenizer = as_model(found, "tokenizer", TokenizerConfig, Tokenizer)
             fingerprint = fingerprint_of(tokenizer.state_dict()) if world.is_main else ""
             opened = open_images(checkpoint, images, image_size, resize, world, batch_size)
             count = sum(len(shard) for shard in opened.images.shards)
-            return tokenizer, fingerprint, opened, load_networks(measures or "auto", opened.image_size, count)
+            networks = load_networks(measures or "auto", opened.image_size, count)
+            return tokenizer, found.weights, fingerprint, opened, networks
 
-        tokenizer, fingerprint, opened, networks = on_all(prepare)
+        tokenizer, held_weights, fingerprint, opened, networks = on_all(prepare)
         for module in (tokenizer, networks.inception, *networks.lpips.values()):
             if module is not None:
                 module.to(world.device)
@@ -133,7 +137,7 @@ def evaluate_run(
             "checkpoint_path": str(checkpoint),
             "step": _step(checkpoint),
             "fingerprint": fingerprint,  # of all weights, unlike `Tokenizer.fingerprint`
-            "weights": weights,
+            "weights": held_weights,  # not those asked for: a file without averages gives its only ones
             "start": read_start(run_of(checkpoint)),
             "recipe": recipe,
             "images": opened.path,
@@ -164,16 +168,15 @@ def evaluate_run(
         stop_world()
 
 
-def _make_room(source: Path, checkpoint: Path, report_path: str | Path | None) -> Path:
-    """Where FILE.json is to be; its folder is there then."""
-    path = default_report(source, checkpoint) if report_path is None else Path(report_path)
-    if path.suffix != ".json":
-        raise TrainerError(f"the report {path} must end in .json")
-    with writing(path, "--report"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.is_dir():
-            raise TrainerError(f"the report {path} is a folder: name a file with --report")
-    return path
+def make_room(json_path: Path) -> None:
+    """Makes the report's folder and tries to write there, before any work. Raises TrainerError."""
+    if json_path.suffix != ".json" or json_path.is_dir():
+        raise TrainerError(f"--report {json_path}: name a file that ends in .json")
+    with writing(json_path, "--report"):
+        json_path.parent.mkdir(parents=True, exist_ok=True)
+        trial = json_path.with_name(f".unfinished_{json_path.name}")
+        trial.touch()
+        trial.unlink(missing_ok=True)  # another process may evaluate to the same place
 
 
 def default_report(source: Path, checkpoint: Path) -> Path:
@@ -236,6 +239,7 @@ def write_reconstructions(
     weights: str = "ema",
     batch_size: int = 16,
     device: str = "auto",
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> WrittenReconstructions:
     """Writes OUT/<place>_<name>.png, each picture beside its reconstruction, and OUT/overview.png of the first ones.
 
@@ -246,27 +250,31 @@ def write_reconstructions(
         raise TrainerError(f"the batch size must be at least 1, not {batch_size}")
     device = choose_device(device)
     checkpoint = find_checkpoint(Path(source))
-    tokenizer = model_zoo.load_tokenizer(checkpoint, weights=weights).to(device)
+    tokenizer = load_tokenizer(checkpoint, weights=weights).to(device)
     opened = open_images(checkpoint, images, image_size, resize, World(0, 1, device), batch_size)
     examples: list[Example] = []
     image_count = 0
-    with writing(out):
-        out.mkdir(parents=True, exist_ok=True)
     for batch in reconstruct_images(tokenizer, opened.images, batch_size=opened.batch_size, device=device):
         psnr = metrics.psnr(batch.images_bchw, batch.reconstruction_bchw).tolist()
         original_bchw = metrics.to_levels(batch.images_bchw).cpu()
         reconstruction_bchw = metrics.to_levels(batch.reconstruction_bchw).cpu()
         for example in map(Example, batch.keys, psnr, original_bchw, reconstruction_bchw):
             with writing(out):  # the place keeps pictures of one name in several folders apart
+                out.mkdir(parents=True, exist_ok=True)
                 pair(example).save(out / f"{image_count:05d}_{Path(example.key).stem}.png")
             image_count += 1
             if len(examples) < EXAMPLE_COUNT:
                 examples.append(example)
+        on_progress(image_count, len(opened.images))
+    skipped = tell_skipped(opened.images)
     if not examples:
-        raise TrainerError(f"no readable picture in {images}: give a folder, a tar or an image file that holds some")
+        raise TrainerError(
+            f"no readable picture in {images}{first_reason(skipped)}: give a folder, a tar or an image file that holds "
+            "some"
+        )
     with writing(out):
         side_by_side(examples).save(out / "overview.png")
-    return WrittenReconstructions(image_count, out / "overview.png", tell_skipped(opened.images))
+    return WrittenReconstructions(image_count, out / "overview.png", skipped)
 
 
 class ImageSource(NamedTuple):

@@ -43,6 +43,7 @@ from trainer import TrainerError
 from trainer.checkpoint import damage
 from trainer.jobs import writing
 from trainer.parallel import start_world, stop_world
+from trainer.published import crop_of
 
 MODELS = {"generator": (TransformerConfig, Transformer), "tokenizer": (TokenizerConfig, Tokenizer)}
 # Of the fields of `Part`, in order.
@@ -188,9 +189,9 @@ def export_published(source: str | Path, out: str | Path, weights: str = "all") 
 def info(source: str | Path) -> Info:
     """What a source holds, after its hashes were compared. Raises TrainerError or ModelError, also for damage."""
     checkpoint = find_checkpoint(Path(source))
-    made_of = sha256 = None
+    made_of = None
     if is_published(checkpoint):
-        layout, verified, sha256 = "published", None, sha256_of(checkpoint)
+        layout, verified, wrong = "published", None, None
     elif is_export(checkpoint):
         layout, verified, wrong = "export", "every file's sha256, by config.yaml", damaged_file(checkpoint)
         made_of = read_about(checkpoint).get("source")
@@ -200,16 +201,19 @@ def info(source: str | Path) -> Info:
             wrong = damage(checkpoint, start_world("cpu"))
         finally:
             stop_world()
-    if layout != "published" and wrong:
+    if wrong:
         raise TrainerError(f"{checkpoint} is damaged: {wrong}; copy or make it again")
     models = []
     for kind, sets in held(checkpoint).items():
         found = read_weights(checkpoint, kind, sets[0])
         made = _made(found, kind)
+        for other in sets[1:]:
+            _made(read_weights(checkpoint, kind, other), kind)
         parameters, discriminator = count_parameters(made), found.discriminator is not None
         models.append(Held(kind, sets, found.step, parameters, _fingerprint(made), discriminator, asdict(made.config)))
     if not models:
         raise TrainerError(f"{checkpoint} holds neither a tokenizer nor a generator")
+    sha256 = sha256_of(checkpoint) if layout == "published" else None  # after it was found to be there, and whole
     return Info(str(source), str(checkpoint), layout, models, verified, sha256, made_of)
 
 
@@ -347,27 +351,32 @@ def _card(model: Model, made: Tokenizer | Transformer, about: dict, name: str) -
         "",
         *(f"- {key}: {value}" for key, value in sizes.items()),
         "",
-        *_figures(model.place),
+        *_figures(model.place, made),
         "Licence: to be stated by whoever passes this on; so are the data that it learned from.",
         "",
     ]
     return "\n".join(lines)
 
 
-def _figures(checkpoint: Path) -> list[str]:
-    """Of the run's report.json, where there is one."""
+def _figures(checkpoint: Path, made: Tokenizer | Transformer) -> list[str]:
+    """Of the run's report.json, where there is one of these very weights."""
     path = run_of(checkpoint) / "report.json"
     if stands_alone(checkpoint) or not path.is_file():
         return []
     try:
         report = json.loads(path.read_text())
+        manifest = report.get("manifest", {})
+        if manifest.get("fingerprint") != fingerprint_of(made.state_dict()):  # of another step, or the other set
+            return []
+        names = manifest["images"] if isinstance(manifest["images"], list) else [manifest["images"]]
+        images = f"{report['image_count']:,} images of {', '.join(names)}, {crop_of(manifest)}"
         rows = [f"| {name} | {report[key]:.4g} |" for key, name in FIGURES.items() if report.get(key) is not None]
-    except (OSError, ValueError, TypeError, AttributeError) as error:
+    except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise TrainerError(f"{path} is damaged: evaluate again, or remove it") from error
     if not rows:
         return []
     return [
-        f"Measured by `ibq evaluate` on {report.get('image_count', '?')} images:",
+        f"Measured by `ibq evaluate` on {images}:",
         "",
         "| | |",
         "|---|---|",

@@ -14,7 +14,7 @@ from data import DataError, cache_folder
 from data.npz import FORM, IMAGES, Npz
 from model_zoo.inception import FEATURES, InceptionFeatures
 from trainer import TrainerError
-from trainer.evaluate import choose_device
+from trainer.evaluate import choose_device, make_room
 from trainer.features import PROTOCOL, FeatureMaker, FolderPictures, Made, NpzPictures, Pictures
 from trainer.jobs import writing
 from trainer.manifest import environment, weights_files
@@ -22,7 +22,7 @@ from trainer.metrics.distribution import GaussianMoments, frechet_distance, ince
 from trainer.parallel import agree, on_all, plainly, start_world, stop_world
 from trainer.published import Measure, markdown_table, published_rows, seconds_line
 from trainer.reconstruction import Clock
-from trainer.sample import MANIFEST
+from trainer.sample import MANIFEST, bytes_of
 
 METRICS = {"fid": ("gfid",), "is": ("inception_score",), "pr": ("precision", "recall")}
 MEASURES = {  # by key of the report and of published.yaml
@@ -103,22 +103,16 @@ def evaluate_generation(
     folder for features, or "none"; default one in `cache_folder()`. on_progress: hears of how many are done, of how
     many, and of what. Raises TrainerError, one line.
     """
-    wanted = _metrics(metrics)
-    if batch_size < 1:
-        raise TrainerError(f"--batch-size {batch_size} must be at least 1")
-    if seed < 0:
-        raise TrainerError(f"--seed {seed} must be at least 0")
-    choose_device(device)
+    _check_options(metrics, seed, batch_size, device)
     world = start_world(device, WAIT_SECONDS)
     clock = Clock(world.device)
     try:
-        json_path = agree(world, lambda: _make_room(Path(samples), report_path))
+        json_path = Path(report_path) if report_path is not None else _default_report(Path(samples))
+        agree(world, lambda: make_room(json_path))
         weights = agree(world, lambda: plainly(lambda: weights_files(["inception"])))
         pictures, against = on_all(lambda: (open_samples(Path(samples)), open_reference(Path(reference))))
-        reasons = _impossible(pictures, against)
-        if metrics is not None and (refused := [metric for metric in wanted if metric in reasons]):
-            raise TrainerError(f"--metrics {refused[0]}: {reasons[refused[0]]}")
-        measured = [metric for metric in wanted if metric not in reasons]
+        reasons = _impossible(metrics, pictures.count, against)
+        measured = [metric for metric in _wanted(metrics) if metric not in reasons]
         maker = FeatureMaker(world, batch_size, _cache(cache))
         with clock.part("samples"):
             sampled = maker.make(pictures, lambda *progress: on_progress(*progress, "samples"))
@@ -131,7 +125,7 @@ def evaluate_generation(
             with clock.part("measures"):
                 figures = _figures(measured, sampled, referred, against.statistics, seed, world.device, on_progress)
             manifest = {
-                "samples": {**_account(pictures, sampled), "sampling": _sampling(pictures.path)},
+                "samples": {**_account(pictures, sampled), "sampling": _sampling(pictures.path, sampled.content)},
                 "reference": _account(against.pictures, referred) if referred else {"path": str(against.path)},
                 "order": ORDER,
                 "seed": seed,
@@ -207,7 +201,33 @@ def _statistics(features_nd: Tensor) -> Statistics:
 # -------------------------------------------------------------------------------------------------------- what is asked
 
 
-def _metrics(text: str | None) -> list[str]:
+def check_generation(
+    reference: str | Path,
+    count: int,
+    *,
+    metrics: str | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    device: str = "auto",
+) -> None:
+    """Raises what `evaluate_generation`, asked the same, would raise of ``count`` samples that are still to be made."""
+    _check_options(metrics, seed, batch_size, device)
+    if count < 2:
+        raise TrainerError(f"--count {count}: at least 2 samples are needed, and 50,000 for published figures")
+    weights_files(["inception"])
+    _impossible(metrics, count, open_reference(Path(reference)))
+
+
+def _check_options(metrics: str | None, seed: int, batch_size: int, device: str) -> None:
+    _wanted(metrics)
+    if batch_size < 1:
+        raise TrainerError(f"--batch-size {batch_size} must be at least 1")
+    if seed < 0:
+        raise TrainerError(f"--seed {seed} must be at least 0")
+    choose_device(device)
+
+
+def _wanted(text: str | None) -> list[str]:
     names = list(METRICS) if text is None else [name.strip() for name in text.split(",")]
     for name in names:
         if name not in METRICS:
@@ -270,18 +290,20 @@ def _numbers(npz: Npz, name: str) -> np.ndarray:
     return values
 
 
-def _impossible(pictures: Pictures, against: Reference) -> dict[str, str]:
-    """Of METRICS, what cannot be measured, and why."""
+def _impossible(metrics: str | None, count: int, against: Reference) -> dict[str, str]:
+    """Of METRICS, what cannot be measured on ``count`` samples, and why. Raises TrainerError where it was asked for."""
     reasons = {}
-    if pictures.count < SPLITS:
-        reasons["is"] = f"{SPLITS} splits need at least {SPLITS} samples, not {pictures.count}"
+    if count < SPLITS:
+        reasons["is"] = f"{SPLITS} splits need at least {SPLITS} samples, not {count}"
     if against.pictures is None:
         reasons["pr"] = f"{against.path} holds statistics alone, and neighbours need pictures"
-    elif min(pictures.count, against.pictures.count) <= NEIGHBOURS:
+    elif min(count, against.pictures.count) <= NEIGHBOURS:
         reasons["pr"] = (
-            f"{NEIGHBOURS} neighbours need more than {NEIGHBOURS} pictures, not {pictures.count} samples and "
+            f"{NEIGHBOURS} neighbours need more than {NEIGHBOURS} pictures, not {count} samples and "
             f"{against.pictures.count} of the reference"
         )
+    if metrics is not None and (refused := [metric for metric in _wanted(metrics) if metric in reasons]):
+        raise TrainerError(f"--metrics {refused[0]}: {reasons[refused[0]]}")
     return reasons
 
 
@@ -293,11 +315,15 @@ def _account(pictures: Pictures, made: Made) -> dict:
     return {"path": str(pictures.path), "sha256": made.content, **size}
 
 
-def _sampling(samples: Path) -> dict | None:
-    """What `ibq sample` told of them, without the list of classes; None where it did not make them."""
+def _sampling(samples: Path, sha256: str) -> dict | None:
+    """What `ibq sample` told of them, without the list of classes; None where it did not make these very ones, or told
+    nothing to know them by. sha256: of the .npz."""
     told = samples / MANIFEST if samples.is_dir() else samples.with_name(f"{samples.name}.json")
     try:
         account = json.loads(told.read_bytes())
+        made = account["finished"]
+        if made["bytes"] != bytes_of(samples) or (samples.is_file() and made["sha256"] != sha256):
+            return None
         settings = {name: value for name, value in account["settings"].items() if name != "classes"}
         return {"source": account["source"], "checkpoint": account["checkpoint"], **settings}
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
@@ -337,16 +363,9 @@ def _comparison(report: GenerationReport) -> list[list[str]]:
     return table
 
 
-def _make_room(samples: Path, report_path: str | Path | None) -> Path:
-    """Where FILE.json is to be; its folder is there then."""
+def _default_report(samples: Path) -> Path:
     place = samples.resolve()
-    name = place.name if place.is_dir() else place.stem
-    path = place.with_name(f"{name}_generation.json") if report_path is None else Path(report_path)
-    if path.suffix != ".json" or path.is_dir():
-        raise TrainerError(f"--report {path}: name a file that ends in .json")
-    with writing(path, "--report"):
-        path.parent.mkdir(parents=True, exist_ok=True)
-    return path
+    return place.with_name(f"{place.name if place.is_dir() else place.stem}_generation.json")
 
 
 def _write(evaluated: EvaluatedGeneration) -> None:

@@ -291,7 +291,7 @@ def evaluate_reconstruction(
     count = sum(gather_objects(len(judge.places)))
     if not count:
         raise TrainerError(
-            f"no picture to evaluate ({len(skipped)} unreadable or tiny): give a folder, a tar or an image file"
+            f"no picture to evaluate{first_reason(skipped)}: give a folder, a tar or an image file that holds some"
         )
     if count < 2 and "rfid" in networks.required:
         raise TrainerError("rFID needs at least 2 readable pictures, not 1: leave it out of --metrics")
@@ -429,6 +429,11 @@ def tell_skipped(images: Iterable[EvaluationImage]) -> list[str]:
         f"{skipped.source}{'' if skipped.source.endswith(skipped.key) else f', {skipped.key}'}: {skipped.reason}"
         for skipped in getattr(images, "skipped", [])
     ]
+
+
+def first_reason(skipped: list[str]) -> str:
+    """Where all pictures were left out, in brackets: how many, and why the first. Empty where there was none."""
+    return f" ({len(skipped)} skipped, the first: {skipped[0]})" if skipped else ""
 
 
 def _jsonable(value):

@@ -19,8 +19,9 @@ import numpy as np
 import torch
 from PIL import Image
 
+from data.shards import find_images
 from model_zoo import ModelError, Sampler, Sampling, Tokenizer, load_generator, load_tokenizer
-from model_zoo.hashing import fingerprint_of
+from model_zoo.hashing import fingerprint_of, sha256_of
 from model_zoo.hub import is_hub_name
 from model_zoo.pieces import run_of
 from model_zoo.runs import find_checkpoint, stands_alone
@@ -154,6 +155,11 @@ def seed_of(seed: int, label: int, nth: int) -> int:
     return int.from_bytes(hashlib.sha256(f"{seed} {label} {nth}".encode()).digest()[:8], "big") >> 1
 
 
+def bytes_of(out: Path) -> int:
+    """The size of an output: of the file, or of all images in the folder."""
+    return sum((out / image).stat().st_size for image in find_images(out)) if out.is_dir() else out.stat().st_size
+
+
 def _make_chunks(job: "Job", world: World, sampler: Sampler, tokenizer: Tokenizer, settings: Sampling, on_progress):
     """Samples this rank's part of what is not there yet; how many images all ranks made."""
     missing = job.missing()
@@ -277,6 +283,10 @@ class Job:
             if not self.is_folder:
                 with _whole(self.out) as file:
                     self._write_npz(file) if self.kind == ".npz" else self._grid().save(file, "PNG")
+            # By these an evaluation knows that the report is of what lies there.
+            report["finished"]["bytes"] = bytes_of(self.out)
+            if self.kind == ".npz":
+                report["finished"]["sha256"] = sha256_of(self.out)
             _write_json(self.report, report)
             self._remove_parts()
 

@@ -9,12 +9,13 @@ from typing import NamedTuple
 
 from model_zoo import ModelError, Sampling
 from trainer import TrainerError
-from trainer.generation import MEASURES, GenerationReport, evaluate_generation, in_words
+from trainer.generation import MEASURES, GenerationReport, check_generation, evaluate_generation, in_words
 from trainer.jobs import writing
 from trainer.published import markdown_table
-from trainer.sample import sample
+from trainer.sample import NO_FOLDERS, sample
 
 ACROSS = "guidance"  # what the chart runs over where it is swept
+FILES = (*NO_FOLDERS, ".npz", ".png", ".json", ".md")  # names of no folders
 
 
 class Judged(NamedTuple):
@@ -53,8 +54,9 @@ def sweep(
     ModelError, one line.
     """
     grid, out = settings_grid(asked), Path(out)
-    if out.suffix:
-        raise TrainerError(f"--out {out}: name a folder")
+    if out.is_file() or out.suffix.lower() in FILES:
+        raise TrainerError(f"--out {out}: name a folder, not a file")
+    check_generation(reference, count, **{name: value for name, value in scoring.items() if name != "cache"})
     judged: list[Judged] = []
     swept = None
     for number, settings in enumerate(grid, 1):
@@ -135,8 +137,8 @@ def _write(judged: list[Judged], out: Path) -> Sweep:
 
 
 def draw(judged: list[Judged], path: Path) -> None:
-    """gFID and Inception score over the guidance, or what else was swept first, a line for each combination of the
-    rest."""
+    """gFID and Inception score, or without them what was measured, over the guidance, or what else was swept first; a
+    line for each combination of the rest."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -148,7 +150,8 @@ def draw(judged: list[Judged], path: Path) -> None:
     for one in judged:
         rest = {name: value for name, value in one.settings.items() if name != across}
         lines.setdefault(in_one(rest), []).append(one)
-    shown = [name for name in ("gfid", "inception_score") if getattr(judged[0].report, name) is not None]
+    measured = [name for name in MEASURES if getattr(judged[0].report, name) is not None]
+    shown = [name for name in measured if name in ("gfid", "inception_score")] or measured
     figure, axes = pyplot.subplots(1, len(shown), figsize=(5.2 * len(shown), 4), layout="constrained", squeeze=False)
     for axis, name in zip(axes.flat, shown, strict=True):
         for label, ones in lines.items():

@@ -16,10 +16,10 @@ def all_started(runs):
 
 @pytest.fixture
 def copy_of(runs, tmp_path):
-    """`copy_of(name, step)`: a copy of a run; with a step, as if it had been killed after that checkpoint."""
+    """`copy_of(of, step)`: a copy of a run; with a step, as if it had been killed after that checkpoint."""
 
-    def copy(name: str, step: int | None = None) -> Path:
-        run = shutil.copytree(runs[name], tmp_path / "run")
+    def copy(of: str, step: int | None = None, name: str = "run") -> Path:
+        run = shutil.copytree(runs[of], tmp_path / name)
         if step is not None:
             checkpoints = run / "checkpoints"
             for later in checkpoints.glob("step_*"):
@@ -92,11 +92,15 @@ def test_deepspeed_resumed_equals_unbroken(runs, launch, copy_of):
 
 
 def test_replicated_goes_on_with_another_number_of_processes(runs, launch, copy_of):
-    run = copy_of("stopped")
-    finished = launch.torchrun("--resume", run, "trainer.max_steps=15")
-    assert finished.status == 0, finished.err
+    # Two steps, for with each more a token may tie between two codes on some processor (docs/LOG.md).
+    alone, run = copy_of("stopped", name="alone"), copy_of("stopped")
+    for finished in (
+        launch.ibq("resume", alone, "trainer.max_steps=12"),
+        launch.torchrun("--resume", run, "trainer.max_steps=12"),
+    ):
+        assert finished.status == 0, finished.err
     assert "2 x cpu" in finished.err
-    for file, difference in differences(*(r / "checkpoints/step_00000015" for r in (runs["one"], run))).items():
+    for file, difference in differences(*(r / "checkpoints/step_00000012" for r in (alone, run))).items():
         assert difference.whole < 1e-5, file
 
 

@@ -23,6 +23,7 @@ from model_zoo.registry import QUANTIZERS
 RANKS = 4
 DIM = 24
 TILE = (16, 32)
+SPREADABLE = ["ibq", "vq"]  # of the quantizers
 # name: tokens and codes of each rank, dtype, temperature
 CASES = {
     "2": ([40, 40], [200, 200], torch.float64, 0.05),
@@ -153,10 +154,10 @@ def quantizers(group):
     """Forward, tokens, lookup and initial codes of a sharded quantizer; the second rank has no tokens to look up."""
     rank = dist.get_rank(group)
     found = {}
-    for name, quantizer_class in QUANTIZERS.items():
+    for name in SPREADABLE:
         torch.manual_seed(3)
         shard = CodebookShard.even(INITIAL_BLOCK + 13, group)
-        quantizer = quantizer_class(INITIAL_BLOCK + 13, 8, 1.0, shard)
+        quantizer = QUANTIZERS[name](INITIAL_BLOCK + 13, 8, 1.0, shard)
         z_bdhw = torch.randn(2, 8, 2, 3, generator=torch.Generator().manual_seed(rank)).requires_grad_()
         out = quantizer(z_bdhw, 0.5 if quantizer.soft_assignment else None)
         loss = out.commitment + 0.25 * out.codebook + out.quantized_bdhw.sum()
@@ -277,7 +278,7 @@ def test_codes_beyond_the_codebook_and_shards_that_end_before_it(ranks):
         assert of_shards.endswith("are not the codebook's 50 codes, one after the other")
 
 
-@pytest.mark.parametrize("name", sorted(QUANTIZERS))
+@pytest.mark.parametrize("name", SPREADABLE)
 def test_sharded_quantizers_equal_the_whole_one(ranks, name):
     first, second = (ranks[rank]["quantizers"][name] for rank in range(2))
     torch.manual_seed(3)

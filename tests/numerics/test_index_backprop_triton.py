@@ -150,7 +150,8 @@ def test_equal_codes_tie_also_where_logits_are_rounded():
     few_kd = torch.randn(20, 64, generator=generator).to(DEVICE)
     number_k = torch.randint(0, 20, (129,), generator=generator).to(DEVICE)
     z_nd = torch.randn(40, 64, generator=generator).to(DEVICE)
-    index_n = index_backprop_triton(z_nd, few_kd[number_k], None, tile=TILE).index_n
+    # NumPy, by which the interpreter multiplies, rounds equal columns of wider blocks apart on some processors.
+    index_n = index_backprop_triton(z_nd, few_kd[number_k], None, tile=(16, 16)).index_n
     assert torch.equal(index_n, (number_k[index_n][:, None] == number_k).int().argmax(dim=1))
 
 

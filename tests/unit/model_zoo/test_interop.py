@@ -159,6 +159,28 @@ def test_averages_of_some_tensors_only_are_refused(write):
     load_tokenizer(path, "raw")
 
 
+@pytest.mark.parametrize("prefix", ["", "first_stage_model."])
+@pytest.mark.parametrize("lost", ["decoder.conv_out.bias", "encoder.conv_in.weight"])
+def test_a_tensor_that_only_an_average_is_of_is_told(write, prefix, lost):
+    state = behind(prefix, tokenizer(1))
+    del state[prefix + lost]
+    message = refused(load_tokenizer, write(state, averages(prefix, tokenizer(2))))
+    assert f"lacks {prefix + lost if lost.startswith('decoder') else lost}" in message and "take it out" not in message
+
+
+def test_a_generators_and_a_discriminators_tensor_that_only_an_average_is_of_is_told(write):
+    state = behind("transformer.", generator(1))
+    del state["transformer.blocks.2.attention.wo.weight"]
+    path = write(state, averages("", generator(2), "transformer."))
+    assert "lacks transformer.blocks.2.attention.wo.weight, of which it holds an average" in refused(
+        load_generator, path
+    )
+    lost = "loss.discriminator.main.0.weight"
+    averaged = averages("", tokenizer(2)) | {f"model_ema.{lost.replace('.', '')}": torch.zeros(4, 3, 4, 4)}
+    path = write(behind("", tokenizer(1)), {n: t for n, t in TRAINED_BESIDE.items() if n != lost}, averaged)
+    assert f"lacks {lost}, of which it holds an average" in refused(load_tokenizer, path)
+
+
 def test_the_other_kind_is_told(write):
     path = write(behind("transformer.", generator()))
     assert "holds no tokenizer: it is a generator's checkpoint" in refused(load_tokenizer, path)
@@ -173,6 +195,8 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path, write):
     for content in (b"no zip file", b""):
         path.write_bytes(content)
         assert "bad.ckpt is damaged or no checkpoint: download it again" in refused(load_generator, path)
+    torch.save({"state_dict": tokenizer().state_dict()}, path, _use_new_zipfile_serialization=False)
+    assert "old format, and only the zip format is read: save it anew" in refused(load_tokenizer, path)
     torch.save([torch.zeros(3)], path)
     assert "holds no state_dict" in refused(load_generator, path)
     torch.save({"state_dict": {}, "hyper_parameters": TOKENIZER}, path)

@@ -128,6 +128,22 @@ def test_codebooks_that_cannot_be_are_refused(change):
         tiny(**change)
 
 
+@pytest.mark.parametrize(
+    ("name", "size"),
+    [
+        ("channels", 0),
+        ("channel_multipliers", []),
+        ("channel_multipliers", [1, -1]),
+        ("num_res_blocks", 0),
+        ("latent_channels", -3),
+        ("patch_size", 0),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(name, size):
+    with pytest.raises(ModelError, match=rf"model\.{name}=.* must be at least 1"):
+        tiny(**{name: size})
+
+
 def write_checkpoint(folder, **models):
     """As two ranks would: each holds a share of every tensor of every model."""
     folder.mkdir(parents=True, exist_ok=True)

@@ -49,6 +49,14 @@ def test_in_out_and_information(published, tmp_path, capsys):
     assert status == 0 and "verified: every file's sha256" in out and f"made of: {published}" in out
 
 
+def test_a_step_that_is_no_number_is_unknown(published, tmp_path, capsys):
+    torch.save({**torch.load(published), "global_step": "abc"}, published)
+    status, out, _ = ibq(capsys, "info", published)
+    assert status == 0 and "step: unknown" in out
+    status, _, _ = ibq(capsys, "import", published, "--out", tmp_path / "in")
+    assert status == 0 and "step: null" in (tmp_path / "in" / "config.yaml").read_text()
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
@@ -57,6 +65,7 @@ def test_in_out_and_information(published, tmp_path, capsys):
         (["export", "{published}", "--layout", "published", "--out", "{folder}/new"], "must end in .ckpt"),
         (["export", "{published}", "--weights", "ema", "--out", "{folder}/new"], "holds no ema weights"),
         (["info", "{folder}"], "is no run folder"),
+        (["info", "{folder}/none.ckpt"], "none.ckpt does not exist"),
     ],
 )
 def test_mistakes_are_one_line(published, tmp_path, capsys, arguments, message):

@@ -89,10 +89,10 @@ def test_original_size_goes_one_picture_at_a_time(run, tmp_path):
     [
         ({"image_size": "big"}, "--size big"),
         ({"image_size": "0"}, "--size 0"),
-        ({"report_path": "report.txt"}, "must end in .json"),
+        ({"report_path": "report.txt"}, "--report report.txt: name a file that ends in .json"),
         ({"image_size": "5"}, "--size 5 is neither"),
         ({"resize": "bicubic"}, "--resize bicubic is unknown: choose one of pil_antialias, cv2_bilinear"),
-        ({"measures": "all"}, "rFID, gFID, Inception score, precision and recall needs weights-inception"),
+        ({"measures": "all"}, "for rFID, gFID, Inception score, precision and recall, must be put there"),
         ({"measures": "psnr,fid"}, "'fid' is unknown"),
         ({"recipe": "eval_imagnet"}, "unknown recipe 'eval_imagnet'; did you mean eval_imagenet"),
         ({"recipe": "ibq_16384"}, "ibq_16384 is a recipe for training; here it is one of eval_coco_zero_shot"),
@@ -101,12 +101,22 @@ def test_original_size_goes_one_picture_at_a_time(run, tmp_path):
         ({"device": "cuda:99"}, "--device cuda:99 is unknown"),
         ({"batch_size": 0}, "batch size must be at least 1"),
         ({"report_path": "/dev/null/report.json"}, "cannot write /dev/null/report.json"),
+        ({"image_size": "99999"}, "(4 skipped, the first: "),
     ],
 )
 def test_mistakes_are_named_in_one_line(run, options, message):
     with pytest.raises((TrainerError, ModelError, DataError)) as error:
         evaluate_run(run, **{"device": "cpu", **options})
     assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_report_that_cannot_be_written_is_found_before_any_work(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.evaluate.read_weights", lambda *_: pytest.fail("the work began"))
+    with pytest.raises(TrainerError, match=r"cannot write /proc/report\.json: .*--report"):
+        evaluate_run(run, report_path="/proc/report.json", device="cpu")  # no new files there
+    with pytest.raises(TrainerError, match="name a file that ends in"):
+        (tmp_path / "folder.json").mkdir()
+        evaluate_run(run, report_path=tmp_path / "folder.json", device="cpu")
 
 
 def test_a_run_without_validation_data_asks_for_images(run, tmp_path):
@@ -130,7 +140,16 @@ def test_the_command_prints_the_table_and_the_files(run, tmp_path):
 
 def test_reconstruct_writes_each_picture_and_an_overview(run, tmp_path):
     photos = OmegaConf.load(run / "config.yaml").data.val
-    written = write_reconstructions(run, images=photos, out=tmp_path / "out", image_size="original", device="cpu")
+    heard = []
+    written = write_reconstructions(
+        run,
+        images=photos,
+        out=tmp_path / "out",
+        image_size="original",
+        device="cpu",
+        on_progress=lambda *numbers: heard.append(numbers),
+    )
+    assert heard == [(1, 4), (2, 4), (3, 4)]  # one of them is broken
     assert written.image_count == 3 and len(written.skipped) == 1
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
     assert names == ["00000_astronaut.png", "00001_chelsea.png", "00002_coffee.png", "overview.png"]
@@ -138,6 +157,9 @@ def test_reconstruct_writes_each_picture_and_an_overview(run, tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "file.png")
     with pytest.raises(TrainerError, match="cannot write"):
         write_reconstructions(run, images=photos, out=tmp_path / "file.png", device="cpu")
+    with pytest.raises(TrainerError, match=r"no readable picture in .* \(1 skipped, the first: .*broken\.png: no JPEG"):
+        write_reconstructions(run, images=f"{photos}/broken.png", out=tmp_path / "none", device="cpu")
+    assert not (tmp_path / "none").exists()
 
 
 def test_a_recipe_gives_the_conditions_and_options_win(run, tmp_path):
@@ -171,6 +193,9 @@ def test_one_checkpoint_and_a_published_one_have_reports_of_their_own(run, tmp_p
     assert evaluated.json_path.name == "published_reconstruction.json" and evaluated.report.image_count == 1
     assert (evaluated.manifest["image_size"], evaluated.manifest["resize"]) == (256, "cv2_bilinear")
     assert evaluated.manifest["step"] is None and evaluated.manifest["held_out"] is False
+    # It has no averages: what was used is told, not what was asked for.
+    assert evaluated.manifest["weights"] == "raw" and evaluated.differences[-1] == "weights: raw, published: ema"
+    assert ", raw weights, " in evaluated.markdown_path.read_text()
 
 
 def test_grey_and_transparent_pictures_follow_the_rules_of_decoding(run, tmp_path):

@@ -17,7 +17,7 @@ from model_zoo import (
     load_tokenizer,
 )
 from model_zoo.discriminator import PatchDiscriminator
-from model_zoo.hashing import sha256_of
+from model_zoo.hashing import fingerprint_of, sha256_of
 from model_zoo.pieces import save_pieces, whole
 from model_zoo.runs import read_weights
 from trainer import TrainerError
@@ -69,8 +69,15 @@ def write_run(run, config, **models):
 def run(tmp_path):
     models = {"tokenizer": tokenizer(1), "tokenizer_ema": tokenizer(2), "discriminator": discriminator()}
     run = write_run(tmp_path / "run", {"ema": {"decay": 0.99}}, **models)
-    (run / "report.json").write_text(json.dumps({"psnr": 21.234, "rfid": None, "image_count": 7}))
+    write_report(run, tokenizer(2))
     return run
+
+
+def write_report(run, evaluated, **conditions):
+    manifest = {"images": "flowers.tar", "image_size": 64, "resize": "cv2_bilinear"}
+    manifest |= {"fingerprint": fingerprint_of(evaluated.state_dict()), **conditions}
+    report = {"psnr": 21.234, "rfid": None, "image_count": 7, "manifest": manifest}
+    (run / "report.json").write_text(json.dumps(report))
 
 
 @pytest.fixture
@@ -118,7 +125,7 @@ def test_the_model_card_says_what_how_and_how_good(run, tmp_path):
     card = (tmp_path / "out" / "README.md").read_text()
     for said in (
         'tokenizer = model_zoo.load_tokenizer("out")',
-        "on 7 images",
+        "on 7 images of flowers.tar, 64 x 64 (cv2_bilinear):",
         "| PSNR, dB | 21.23 |",
         f"made of: {run}, step 10",
         "Licence: to be stated",
@@ -126,6 +133,19 @@ def test_the_model_card_says_what_how_and_how_good(run, tmp_path):
     ):
         assert said in card
     assert "rFID" not in card
+
+
+def test_the_model_card_has_figures_of_the_very_weights_alone(run, tmp_path):
+    export(run, tmp_path / "raw", "raw")  # the report is of averages
+    assert "PSNR" not in (tmp_path / "raw" / "README.md").read_text()
+    write_report(run, tokenizer(1), images=["a.tar", "b.tar"], image_size="original")
+    export(run, tmp_path / "ema", "ema")
+    assert "PSNR" not in (tmp_path / "ema" / "README.md").read_text()
+    export(run, tmp_path / "again", "raw")
+    assert "on 7 images of a.tar, b.tar, original size:" in (tmp_path / "again" / "README.md").read_text()
+    (run / "report.json").write_text(json.dumps({"psnr": 21.234}))
+    export(run, tmp_path / "nameless")
+    assert "PSNR" not in (tmp_path / "nameless" / "README.md").read_text()
 
 
 @pytest.mark.parametrize(("weights", "seed"), [("ema", 2), ("raw", 1)])
@@ -279,6 +299,14 @@ def test_a_truncated_file_of_an_export_is_told(run, tmp_path, name):
         ("kind: [", "describes no exported model"),
         ("kind: tokenizer", "it lacks weights"),
         ("7", "describes no exported model"),
+        ("{kind: foo, weights: raw, sha256: {}, model: {}}", "kind: foo is none of tokenizer, generator"),
+        ("{kind: tokenizer, weights: foo, sha256: {}, model: {}}", "weights: foo is none of ema, raw"),
+        ("{kind: tokenizer, weights: raw, sha256: {}, model: {}, step: abc}", "step: abc is no whole number"),
+        ("{kind: tokenizer, weights: raw, sha256: {}, model: {}, step: [1]}", "step: [1] is no whole number"),
+        (
+            "{kind: tokenizer, weights: raw, sha256: {}, model: {channel_multipliers: [-1]}}",
+            "model.channel_multipliers=[-1] must be at least 1",
+        ),
         ("{kind: tokenizer, weights: raw, sha256: {}, model: {codes: 7}}", "describes no tokenizer"),
         ("{kind: tokenizer, weights: raw, sha256: {}, model: {code_dim: 9}}", "does not hold the weights of"),
     ],
@@ -309,6 +337,17 @@ def test_info_of_a_run_is_verified(run):
     part.write_bytes(content)
     with pytest.raises(TrainerError, match=r"is damaged: rank_00001\.safetensors is not what was written"):
         info(run)
+
+
+@pytest.mark.parametrize("weights", ["raw", "ema"])
+def test_info_checks_every_set_of_weights(run, tmp_path, weights):
+    bad = tokenizer(1, latent_channels=5)
+    models = {"tokenizer": tokenizer(1), "tokenizer_ema": tokenizer(2)}
+    models["tokenizer" if weights == "raw" else "tokenizer_ema"] = bad
+    mixed = write_run(tmp_path / "mixed", {}, **models)
+    OmegaConf.save({"model": asdict(TOKENIZER)}, mixed / "config.yaml")
+    with pytest.raises(ModelError, match=rf"\({weights} weights\) does not hold the weights of"):
+        info(mixed)
 
 
 def test_info_of_a_generators_export_and_published_file(generator_run, tmp_path):

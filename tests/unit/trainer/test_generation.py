@@ -1,3 +1,4 @@
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -17,7 +18,7 @@ from model_zoo.metric_weights import WEIGHTS_FILES
 from tools import cli
 from trainer import TrainerError
 from trainer.features import FeatureMaker, FolderPictures, NpzPictures, _gathered
-from trainer.generation import evaluate_generation
+from trainer.generation import _sampling, evaluate_generation
 
 
 @pytest.fixture(scope="module")
@@ -326,11 +327,30 @@ def test_mistakes_of_the_user_are_one_line(samples, reference, tmp_path, assert_
         (samples, reference, "--seed", -1): "--seed -1",
         (samples, reference, "--report", tmp_path / "x.txt"): "ends in .json",
         (samples, reference, "--report", samples / "x.json"): "cannot write",
+        (samples, reference, "--report", "/proc/x.json"): "cannot write /proc/x.json",
         (samples, reference, "--device", "tpu"): "--device tpu is unknown",
         (samples, reference, "--sweep", "guidance=1"): "are for --generator",
     }.items():
         assert said in assert_refused_by("evaluate", "generation", "--samples", first, "--reference", second, *more)
     assert not list(tmp_path.glob("*_generation.*"))
+
+
+def test_a_report_of_sampling_is_believed_of_the_very_samples_only(samples, tmp_path):
+    def told(path, content="", **finished):
+        manifest = tmp_path / "samples.npz.json" if path == samples else path / "sample.json"
+        account = {"settings": {"seed": 3, "classes": [1]}, "source": "run", "checkpoint": "step_1"}
+        manifest.write_text(json.dumps({**account, "finished": finished}))
+        return _sampling(path, content)
+
+    size, sha256 = samples.stat().st_size, hashlib.sha256(samples.read_bytes()).hexdigest()
+    believed = {"source": "run", "checkpoint": "step_1", "seed": 3}
+    assert told(samples, sha256, bytes=size, sha256=sha256) == believed
+    assert told(samples, "0" * 64, bytes=size, sha256=sha256) is None  # overwritten since
+    assert told(samples, sha256, bytes=size + 1, sha256=sha256) is None
+    assert told(samples, sha256, images_made=12) is None  # of an older version
+    folder = write_folder(tmp_path / "folder", pictures(3))
+    size = sum(path.stat().st_size for path in folder.rglob("*.png"))
+    assert told(folder, bytes=size) == believed and told(folder, bytes=size - 1) is None
 
 
 def test_what_few_pictures_do_not_allow_is_left_out_with_the_reason(reference, tmp_path, monkeypatch):

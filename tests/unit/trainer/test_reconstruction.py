@@ -135,8 +135,10 @@ def test_training_precision_does_not_leak_in(evaluate):
 
 
 def test_no_picture_is_one_clear_line_and_tiny_ones_are_skipped(evaluate):
-    with pytest.raises(TrainerError, match="no picture to evaluate"):
+    with pytest.raises(TrainerError, match="no picture to evaluate: give"):
         evaluate(GreyTokenizer(), [])
+    with pytest.raises(TrainerError, match=r"no picture to evaluate \(1 skipped, the first: 0\.png: smaller than"):
+        evaluate(GreyTokenizer(), photographs((6, 32)))
     heard = []
     images = photographs((6, 32), (32, 32))
     report = evaluate(GreyTokenizer(), images, on_progress=lambda *numbers: heard.append(numbers))
@@ -297,7 +299,7 @@ def test_auto_measures_what_is_there_and_says_what_is_not(weights, tmp_path, mon
 @pytest.mark.parametrize(
     "asked, size, count, message",
     [
-        ("all", 256, 10, "needs vgg16-397923af.pth, and there is no such file"),
+        ("all", 256, 10, "vgg16-397923af.pth, for "),
         ("rfid", 256, 1, "rFID cannot be measured: fewer than 2 pictures"),
         ("psnr,lpips_vgg", 8, 10, "LPIPS (VGG) cannot be measured: pictures of 8 pixels are too small, it takes 16"),
         ("psnr,fid", 256, 10, "'fid' is unknown: choose auto, all, or of rfid, lpips_vgg"),

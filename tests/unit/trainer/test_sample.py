@@ -1,3 +1,4 @@
+import hashlib
 import json
 import signal
 import time
@@ -99,6 +100,9 @@ def test_npz(run, tmp_path):
     assert sampled.report == tmp_path / "new" / "x.npz.json"
     assert report["settings"]["seed"] == 0 and report["settings"]["weights"] == "raw"
     assert report["checkpoint"] == "step_00000004" and report["images_per_class"] == {"1": 4, "4": 3}
+    content = (tmp_path / "new" / "x.npz").read_bytes()
+    assert report["finished"]["bytes"] == len(content)
+    assert report["finished"]["sha256"] == hashlib.sha256(content).hexdigest()
     assert report["finished"]["images_made"] == 7 and report["finished"]["images_per_second"] > 0
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["x.npz", "x.npz.json"]
 
@@ -108,6 +112,8 @@ def test_folder(run, tmp_path):
     names = ["000000_class_0001.png", "000001_class_0004.png", "000002_class_0001.png"]
     assert sorted(path.name for path in (run / "sampled").iterdir()) == [*names, "sample.json"]
     sample(run, classes="1,4", count=3, batch_size=2, out=tmp_path / "x.npz")
+    finished = json.loads((run / "sampled" / "sample.json").read_text())["finished"]
+    assert finished["bytes"] == sum((run / "sampled" / name).stat().st_size for name in names)
     pictures = np.stack([np.array(Image.open(run / "sampled" / name)) for name in names])
     assert np.array_equal(pictures, load(tmp_path / "x.npz")["arr_0"])
 

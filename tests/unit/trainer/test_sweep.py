@@ -10,7 +10,8 @@ from PIL import Image
 
 import trainer.features
 import trainer.sample
-from model_zoo import Tokenizer, TokenizerConfig, Transformer, TransformerConfig
+from data import DataError
+from model_zoo import ModelError, Tokenizer, TokenizerConfig, Transformer, TransformerConfig
 from model_zoo.metric_weights import WEIGHTS_FILES
 from model_zoo.pieces import save_pieces, whole
 from tools import cli
@@ -172,6 +173,33 @@ def test_settings_that_cannot_be_are_refused_before_anything_is_sampled(asked, s
     with pytest.raises(TrainerError, match=said):
         swept(tmp_path / "nothing", tmp_path / "nothing", tmp_path / "out", asked)
     assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_judged_is_refused_before_anything_is_sampled(run, reference, tmp_path, monkeypatch):
+    def refused(said, reference=reference, out=tmp_path / "out", count=10, **scoring):
+        with pytest.raises((TrainerError, ModelError, DataError), match=said):
+            sweep(run, reference, ["guidance=1"], count=count, out=out, sampling={"device": "cpu"}, scoring=scoring)
+
+    monkeypatch.setattr("trainer.sweep.sample", lambda *_, **__: pytest.fail("it sampled"))
+    refused("no such file or folder", reference=tmp_path / "nowhere.npz")
+    refused("--metrics rfid is unknown", metrics="rfid")
+    refused("--metrics is: 10 splits need at least 10 samples, not 9", metrics="is", count=9)
+    refused("--count 1: at least 2 samples", count=1)
+    refused("--batch-size 0", batch_size=0)
+    for out in (reference, tmp_path / "out.npz", tmp_path / "out.JPG"):
+        refused("name a folder, not a file", out=out)
+    monkeypatch.setenv("IBQ_WEIGHTS", str(tmp_path))
+    refused("weights-inception")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_may_have_a_dot_and_precision_alone_a_chart(run, reference, tmp_path):
+    done = sweep(
+        run, reference, ["guidance=1"], count=5, out=tmp_path / "sw1.5",
+        sampling={"batch_size": 5, "device": "cpu"},
+        scoring={"metrics": "pr", "batch_size": 5, "device": "cpu", "cache": "none"},
+    )  # fmt: skip
+    assert done.chart_path == tmp_path / "sw1.5" / "sweep.png" and done.chart_path.is_file()
 
 
 def test_what_belongs_together_is_said(run, reference, capfd):
