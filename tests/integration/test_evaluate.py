@@ -85,7 +85,7 @@ def test_processes_without_pictures_and_original_sizes(evaluate, pictures, tmp_p
 @pytest.mark.parametrize("processes", [1, 2])
 def test_mistakes_end_all_processes_in_one_line(evaluate, pictures, tmp_path, processes):
     for arguments, message in (
-        (("--metrics", "all"), "weights-inception-2015-12-05-6726825d.pth, which"),
+        (("--metrics", "all"), "weights-inception-2015-12-05-6726825d.pth, for rFID"),
         (("--resize", "bicubic"), "--resize bicubic is unknown"),
     ):
         finished, report = evaluate(processes, pictures, *arguments, folder=tmp_path)
