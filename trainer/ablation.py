@@ -1,8 +1,10 @@
 """Tables of comparisons: a recipe trained in several variants and by several seeds, each judged alike, its figures and
 curves beside the published ones."""
 
+import functools
 import json
 import math
+import operator
 import re
 import statistics
 from dataclasses import dataclass, field
@@ -15,7 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 from model_zoo import ModelError
 from model_zoo.runs import find_checkpoint
 from trainer import TrainerError
-from trainer.config import ABLATIONS, explain, find_recipe, load_recipe, load_run_config, read_recipe
+from trainer.config import ABLATIONS, RunConfig, explain, find_recipe, leaves, load_recipe, load_run_config, read_recipe
 from trainer.jobs import check_same
 from trainer.telemetry import metric_lines
 
@@ -112,7 +114,7 @@ def is_trained(ablation: Ablation, cell: Cell) -> bool:
     if not (cell.run / "config.yaml").is_file():
         return False
     asked, found = load_recipe(ablation.recipe, cell.overrides), load_run_config(cell.run, [])
-    check_same(cell.run, "a run", _leaves(found), _leaves(asked), lambda key, former: f"{key}={former.get(key)}")
+    check_same(cell.run, "a run", _settings(found), _settings(asked), lambda key, former: f"{key}={former.get(key)}")
     return _step(cell.run) == asked.trainer.max_steps
 
 
@@ -143,18 +145,11 @@ def _step(run: Path) -> int:
         return 0
 
 
-def _leaves(config) -> dict:
-    flat = {}
-
-    def walk(value, name: str) -> None:
-        if isinstance(value, dict):
-            for key, inner in value.items():
-                walk(inner, f"{name}.{key}" if name else key)
-        else:
-            flat[name] = value
-
-    walk(OmegaConf.to_container(OmegaConf.structured(config)), "")
-    return flat
+def _settings(config: RunConfig) -> dict:
+    """By dotted key."""
+    node = OmegaConf.structured(config)
+    plain = OmegaConf.to_container(node)
+    return {key: functools.reduce(operator.getitem, key.split("."), plain) for key in leaves(node)}
 
 
 class Figure(NamedTuple):

@@ -391,22 +391,22 @@ def _changed(config, key: str, override: str):
 
 
 def _check(config) -> None:
-    leaves = _leaves(config)
+    keys = leaves(config)
     for key, choices in CHOICES.items():
-        if key in leaves and (value := OmegaConf.select(config, key)) not in choices:
+        if key in keys and (value := OmegaConf.select(config, key)) not in choices:
             known = ", ".join("null" if choice is None else str(choice) for choice in choices)
             raise TrainerError(f"{key}={value} is unknown: choose one of {known}")
-    for key in leaves:
+    for key in keys:
         value = OmegaConf.select(config, key)
         for number in value if OmegaConf.is_list(value) else [value]:
             if isinstance(number, float) and not math.isfinite(number):
                 raise TrainerError(f"{key}={value} must be finite")
     for key, least in AT_LEAST.items():
-        value = OmegaConf.select(config, key) if key in leaves else None
+        value = OmegaConf.select(config, key) if key in keys else None
         if value is not None and value < least:
             raise TrainerError(f"{key}={value} must be at least {least}")
     for key, most in AT_MOST.items():
-        if key in leaves and (value := OmegaConf.select(config, key)) > most:
+        if key in keys and (value := OmegaConf.select(config, key)) > most:
             raise TrainerError(f"{key}={value} must be at most {most:.0f}")
     engine = config.engine
     if engine.kind != "fsdp2" and (engine.offload or engine.shard_over is not None or not engine.reshard):
@@ -452,17 +452,18 @@ def explain(error: Exception, schema) -> str:
     if "not in" in message and key:
         if str(key) in RENAMED:
             return f"{key} is called {RENAMED[str(key)]} now"
-        return f"unknown key {key}{_closest(str(key), _leaves(schema))}"
+        return f"unknown key {key}{_closest(str(key), leaves(schema))}"
     if "missing mandatory value" in message.lower():
         return f"{key} must be given"
     return f"{key}: {message}" if key and str(key) not in message else message
 
 
-def _leaves(node, prefix: str = "") -> list[str]:
+def leaves(node, prefix: str = "") -> list[str]:
+    """Dotted keys of all that a configuration says."""
     keys = []
     for key in node:
         child = None if OmegaConf.is_missing(node, key) else node[key]
-        keys += _leaves(child, f"{prefix}{key}.") if OmegaConf.is_dict(child) else [f"{prefix}{key}"]
+        keys += leaves(child, f"{prefix}{key}.") if OmegaConf.is_dict(child) else [f"{prefix}{key}"]
     return keys
 
 
