@@ -34,6 +34,9 @@ class TokenizerConfig:
     patch_size: int = 1
     # Layer norm per position and no attention: codes depend on their neighbourhood alone. For small models.
     local: bool = False
+    # Where codes begin. "features": among the features of the first step's images (`CodebookQuantizer.place_among`);
+    # "normal", as published: anywhere, normal(0, codebook_init_std^2), which models without a first step have too.
+    codebook_init: str = "features"
     codebook_init_std: float = 1.0
 
 

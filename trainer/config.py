@@ -218,6 +218,7 @@ CHOICES = {
     "trainer.precision": ("fp32", "bf16", "fp16"),
     "trainer.device": ("auto", "cpu", "cuda"),
     "trainer.quantizer_impl": ("auto", "dense", "chunked", "triton"),
+    "model.codebook_init": ("features", "normal"),
     "start.weights": ("ema", "raw"),
     "start.freeze": (None, "encoder", "decoder"),
     "trainer.activation_checkpointing": (False, True, "selective"),

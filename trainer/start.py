@@ -16,7 +16,7 @@ from trainer.jobs import writing
 from trainer.telemetry import metric_lines
 
 FILE = "start.json"  # in a run's folder
-NO_SHAPE = ("codebook_init_std",)  # fields of a model's configuration that its weights do not depend on
+NO_SHAPE = ("codebook_init", "codebook_init_std")  # fields of a model's configuration that its weights do not depend on
 
 
 class Start(NamedTuple):

@@ -113,6 +113,9 @@ class Task(ABC):
         """Before a new run's first step: loads the weights that it starts from, if any; all ranks call together."""
         return None
 
+    def fit(self, micro_batches: list) -> None:  # noqa: B027 (most tasks need none)
+        """Before a new run's first step, with this rank's share of it: fits what is to begin near the data."""
+
     def buffers(self) -> dict[str, Tensor]:
         """What is not trained and belongs into checkpoints, by its name there; the same on all ranks, or rank 0's."""
         return {}

@@ -5,6 +5,7 @@ from contextlib import contextmanager
 from typing import ClassVar
 
 import torch
+import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torchvision.utils import make_grid
@@ -426,6 +427,33 @@ class TokenizerTask(Task):
         fail_together(failed)
         self.fill("tokenizer", weights.tensors)
         return Start(weights.origin, fingerprint, self.config.start.freeze, self._begin_discriminator(weights))
+
+    @torch.no_grad()
+    def fit(self, micro_batches: list[Tensor]) -> None:
+        """``model.codebook_init=features``: the last bias of the encoder takes away the features' mean, then the codes
+        are placed among the features. Both are those of the whole global batch."""
+        model, quantizer = self.config.model, self.tokenizer.quantize
+        if model.codebook_init != "features" or not self.codebook or self.config.start.source:
+            return
+        sums = torch.zeros(model.code_dim + 1, model.code_dim + 1, dtype=torch.float64, device=self.world.device)
+        for images_bchw in micro_batches:
+            with self.autocast():
+                z_bdhw = self.generator.run(self.tokenizer.encode, images_bchw.float() / 127.5 - 1)
+            z_nd = z_bdhw.movedim(1, -1).flatten(0, 2).double()
+            z_nd = F.pad(z_nd, (0, 1), value=1.0)
+            sums += z_nd.T @ z_nd
+        sum_over_ranks(sums)
+        mean_d = sums[-1, :-1] / sums[-1, -1]
+        covariance_dd = sums[:-1, :-1] / sums[-1, -1] - mean_d.outer(mean_d)
+        for piece in self.generator.weights():
+            if piece.name == "quant_conv.bias":
+                piece.values.sub_(mean_d[piece.start : piece.start + len(piece.values)])
+        quantizer.place_among(covariance_dd)
+        # Processors may differ in the last bits, copies of a code must not.
+        dist.broadcast(quantizer.embedding.weight.data, group=self.groups.replicas, group_src=0)
+        self.generator.publish()
+        if self.ema:
+            self.ema.begin()
 
     def _begin_discriminator(self, weights: Weights) -> str:
         """Takes the source's discriminator, if it can be had; says whether, and why not."""

@@ -21,6 +21,7 @@ from model_zoo.losses import (
 )
 from model_zoo.ops import average_entropy
 from model_zoo.pieces import PieceFiles, save_pieces
+from model_zoo.registry import QUANTIZERS
 from trainer.config import (
     DiscriminatorConfig,
     EmaConfig,
@@ -472,6 +473,56 @@ def test_bf16_keeps_weights_and_gradients_in_fp32_and_stays_near_fp32(build):
         assert all(p.dtype == torch.float32 for p in task.tokenizer.parameters())
     fp32, bf16 = (float(steps[precision]["loss/reconstruction"]) for precision in ("fp32", "bf16"))
     assert fp32 != bf16 and bf16 == pytest.approx(fp32, rel=0.02)
+
+
+def features(task, images_bchw):
+    with torch.no_grad():
+        return task.tokenizer.encode(as_float(images_bchw)).movedim(1, -1).flatten(0, 2).double()
+
+
+def test_a_new_run_begins_with_centred_features_and_codes_among_them(build):
+    task, batch = build(), images()
+    before = features(task, batch)
+    task.fit([batch])
+    after = features(task, batch)
+    torch.testing.assert_close(after, before - before.mean(dim=0), atol=1e-6, rtol=0)
+    codes_kd = task.tokenizer.quantize.embedding.weight.detach().double()
+    length = after.square().sum(dim=1).mean().sqrt()
+    torch.testing.assert_close(codes_kd.norm(dim=1), length.expand(24), atol=0, rtol=1e-5)
+    assert equal(averages(task), weights(task.tokenizer))
+
+
+def test_codes_point_where_features_do():
+    quantizer = QUANTIZERS["ibq"](4096, 8)
+    basis_dd = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
+    variance = torch.tensor([8.0, 4, 2, 1, 0.5, 0, 0, 0], dtype=torch.float64)
+    quantizer.place_among((basis_dd * variance) @ basis_dd.T)
+    along = (quantizer.embedding.weight.detach().double() @ basis_dd).square().mean(dim=0)
+    assert along.sum().item() == pytest.approx(variance.sum().item(), rel=1e-5)
+    assert along.tolist() == sorted(along.tolist(), reverse=True)[:5] + along[5:].tolist()
+    assert 0 < along[5:].max() < 0.01 * along[4]
+
+
+def test_features_that_do_not_vary_leave_the_codes():
+    quantizer = QUANTIZERS["ibq"](24, 6)
+    before = quantizer.embedding.weight.detach().clone()
+    quantizer.place_among(torch.zeros(6, 6, dtype=torch.float64))
+    assert torch.equal(quantizer.embedding.weight, before)
+
+
+def test_the_start_does_not_depend_on_how_the_batch_is_cut(build):
+    batch, whole, cut = images(), build(), build(trainer__micro_batch_size=2)
+    whole.fit([batch])
+    cut.fit(list(batch.split(2)))
+    for name, value in weights(whole.tokenizer).items():
+        torch.testing.assert_close(weights(cut.tokenizer)[name], value, atol=2e-6, rtol=0)
+
+
+def test_codebook_init_normal_leaves_the_start_as_published(build):
+    task = build(model__codebook_init="normal")
+    before = {name: value.clone() for name, value in weights(task.tokenizer).items()}
+    task.fit([images()])
+    assert equal(weights(task.tokenizer), before)
 
 
 def test_same_seed_same_start_and_another_seed_another(build):

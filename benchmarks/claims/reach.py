@@ -1,0 +1,97 @@
+"""Claim (a): how many codes some runs use as more and more tokens are evaluated, beside what as many tokens could reach.
+
+    python benchmarks/claims/reach.py VQ=claims/usage/vq/seed_* IBQ=claims/usage/ibq/seed_* --images TARS --out reach.png
+
+Pictures are taken at 256 x 256, those of ``--images`` in their order. The bound is what n tokens of K equally likely
+codes are expected to touch: 1 - (1 - 1/K)^n.
+"""
+
+import argparse
+import glob
+import json
+from pathlib import Path
+
+import matplotlib
+import numpy as np
+import torch
+
+import model_zoo
+from data import evaluation_images
+from trainer.config import load_run_config
+from trainer.metrics.codebook import CodebookUsage
+
+matplotlib.use("Agg")
+from matplotlib import pyplot
+
+
+@torch.no_grad()
+def reach(run: Path, paths: list[str], size: int) -> dict:
+    """tokens and usage after every eighth picture and after each path, the codebook's size, and the final perplexity."""
+    config = load_run_config(run, [])
+    tokenizer = model_zoo.load_tokenizer(run)
+    usage = CodebookUsage(tokenizer.config.codebook_size)
+    tokens, used, ends, waiting = [0], [0.0], {}, []
+
+    def count() -> None:
+        if waiting:
+            usage.update(tokenizer.tokenize(torch.stack(waiting).float() / 127.5 - 1))
+            waiting.clear()
+            tokens.append(usage.token_count())
+            used.append(usage.usage())
+
+    for path in paths:
+        for image in evaluation_images(path, image_size=size, resize=config.data.resize):
+            waiting.append(image.image_chw)
+            if len(waiting) == 8:
+                count()
+        count()
+        ends[path] = {"tokens": tokens[-1], "usage": used[-1], "perplexity": usage.perplexity()}
+    share = usage.counts_k.max().item() / usage.token_count()
+    return {
+        "run": str(run), "codebook_size": len(usage.counts_k), "tokens": tokens, "usage": used, "after": ends,
+        "most_frequent_code": share,
+    }  # fmt: skip
+
+
+def bound(tokens: np.ndarray, codes: int) -> np.ndarray:
+    return -np.expm1(tokens * np.log1p(-1 / codes))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="NAME=RUN", help="RUN may be a pattern: all its seeds are drawn")
+    parser.add_argument("--images", required=True, nargs="+", help="one after another, held-out ones first")
+    parser.add_argument("--size", type=int, default=256)
+    parser.add_argument("--out", type=Path, default=Path("reach.png"))
+    arguments = parser.parse_args()
+    figure, axes = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
+    found, most = [], 0
+    for number, (name, _, pattern) in enumerate(pair.partition("=") for pair in arguments.runs):
+        runs = sorted(glob.glob(pattern))
+        if not runs:
+            parser.error(f"no run is at {pattern}")
+        for run in runs:
+            one = reach(Path(run), arguments.images, arguments.size) | {"name": name}
+            found.append(one)
+            for path, end in one["after"].items():
+                limit = bound(np.array(end["tokens"]), one["codebook_size"])
+                print(
+                    f"{run}, up to {path}: {end['tokens']:,} tokens use {end['usage']:.1%} of {one['codebook_size']:,} "
+                    f"codes, {end['usage'] / limit:.1%} of what they could reach ({limit:.1%}); "
+                    f"perplexity {end['perplexity']:,.0f}",
+                    flush=True,
+                )
+            axes.plot(one["tokens"], one["usage"], color=f"C{number}", label=name if run == runs[0] else None)
+            most = max(most, one["tokens"][-1])
+            at = np.geomspace(64, most, 200)
+    axes.plot(at, bound(at, found[0]["codebook_size"]), "k--", linewidth=1, label="codes equally likely")
+    axes.set(xlabel="tokens evaluated", ylabel="codes used at least once", xlim=(0, most), ylim=(0, 1.02))
+    axes.set_title(f"{found[0]['codebook_size']:,} codes: used as more is looked at")
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(arguments.out, dpi=110)
+    arguments.out.with_suffix(".json").write_text(json.dumps(found) + "\n")
+
+
+if __name__ == "__main__":
+    main()
