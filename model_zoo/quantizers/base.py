@@ -11,6 +11,9 @@ from model_zoo.ops import CodebookShard, IndexBackprop, lookup_code
 
 INITIAL_BLOCK = 2**14  # codes drawn at a time
 FLOOR = 1e-3  # of the features' mean variance
+# Of the features' root mean square. Shorter codes let a token weigh more of them, longer ones learn to reconstruct
+# sooner (docs/LOG.md, 2026-11-27).
+LENGTH = 0.5
 
 
 class Quantized(NamedTuple):
@@ -127,7 +130,7 @@ class CodebookQuantizer(Quantizer):
     @torch.no_grad()
     def place_among(self, covariance_dd: Tensor) -> None:
         """Gives the codes, whose directions are random until now, those of features of mean 0 and this covariance, and
-        one length for all, the features' root mean square: a code that is shorter than its neighbours, or that points
+        one length for all, half the features' root mean square: a code that is shorter than its neighbours, or that points
         where no feature does, has the largest dot product with none. (Ours; the idea is the data-dependent start of
         Salimans and Kingma, arXiv 1602.07868.)
 
@@ -140,7 +143,7 @@ class CodebookQuantizer(Quantizer):
         spread = (variance.clamp(min=0) + FLOOR * variance.mean()).sqrt()
         root_dd = ((direction_dd * spread) @ direction_dd.T).float()
         for rows_kd in self.embedding.weight.split(INITIAL_BLOCK):
-            rows_kd.copy_(F.normalize(rows_kd @ root_dd, dim=1) * variance.sum().sqrt())
+            rows_kd.copy_(F.normalize(rows_kd @ root_dd, dim=1) * LENGTH * variance.sum().sqrt())
 
 
 def initial_codes(start: int, stop: int, codebook_size: int, code_dim: int, std: float) -> Tensor:

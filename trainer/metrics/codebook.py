@@ -105,7 +105,7 @@ class CodebookHealth:
             if usage < self.COLLAPSED_SHARE * best or usage < self.COLLAPSED_USAGE:
                 self.alarm = (
                     f"codebook usage is {usage:.1%} (best so far {best:.1%}) over the last {self.window_steps} steps: "
-                    "it collapses; lower optimizer.lr or model.codebook_init_std, or (ibq) raise loss.entropy.weight"
+                    "it collapses; lower optimizer.lr, or (ibq) raise trainer.global_batch_size or loss.entropy.weight"
                 )
         return {
             "usage": usage,
