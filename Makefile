@@ -1,6 +1,8 @@
 # Everything happens in .venv. `make PYTHON=python3.12 test` chooses the interpreter that creates it.
 
 PYTHON ?= python3
+# Test files that run side by side; many start two processes themselves.
+JOBS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed-test
 
@@ -25,7 +27,7 @@ quickstart: install  ## install, then train and judge a small tokenizer on real 
 	$(BIN)/ibq quickstart
 
 test: install  ## install, then run the tests
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
 
 lint: install  ## check style and formatting
 	$(BIN)/ruff check .
