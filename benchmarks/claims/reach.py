@@ -1,6 +1,6 @@
-"""Claim (a): how many codes some runs use as more and more tokens are evaluated, beside what as many tokens could reach.
+"""Claim (a): how many codes some runs use as more tokens are evaluated, beside what as many tokens could reach.
 
-    python benchmarks/claims/reach.py VQ=claims/usage/vq/seed_* IBQ=claims/usage/ibq/seed_* --images TARS --out reach.png
+    python benchmarks/claims/reach.py VQ='claims/usage/vq/seed_*' IBQ='claims/usage/ibq/seed_*' --images TARS
 
 Pictures are taken at 256 x 256, those of ``--images`` in their order. The bound is what n tokens of K equally likely
 codes are expected to touch: 1 - (1 - 1/K)^n.
@@ -22,11 +22,12 @@ from trainer.metrics.codebook import CodebookUsage
 
 matplotlib.use("Agg")
 from matplotlib import pyplot
+from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
 
 @torch.no_grad()
 def reach(run: Path, paths: list[str], size: int) -> dict:
-    """tokens and usage after every eighth picture and after each path, the codebook's size, and the final perplexity."""
+    """Tokens and usage after every eighth picture; after each path perplexity, too; the commonest code's share."""
     config = load_run_config(run, [])
     tokenizer = model_zoo.load_tokenizer(run)
     usage = CodebookUsage(tokenizer.config.codebook_size)
@@ -48,9 +49,13 @@ def reach(run: Path, paths: list[str], size: int) -> dict:
         ends[path] = {"tokens": tokens[-1], "usage": used[-1], "perplexity": usage.perplexity()}
     share = usage.counts_k.max().item() / usage.token_count()
     return {
-        "run": str(run), "codebook_size": len(usage.counts_k), "tokens": tokens, "usage": used, "after": ends,
+        "run": str(run),
+        "codebook_size": len(usage.counts_k),
+        "tokens": tokens,
+        "usage": used,
+        "after": ends,
         "most_frequent_code": share,
-    }  # fmt: skip
+    }
 
 
 def bound(tokens: np.ndarray, codes: int) -> np.ndarray:
@@ -64,9 +69,8 @@ def main() -> None:
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--out", type=Path, default=Path("reach.png"))
     arguments = parser.parse_args()
-    figure, axes = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
-    found, most = [], 0
-    for number, (name, _, pattern) in enumerate(pair.partition("=") for pair in arguments.runs):
+    found = []
+    for name, _, pattern in (pair.partition("=") for pair in arguments.runs):
         runs = sorted(glob.glob(pattern))
         if not runs:
             parser.error(f"no run is at {pattern}")
@@ -81,16 +85,28 @@ def main() -> None:
                     f"perplexity {end['perplexity']:,.0f}",
                     flush=True,
                 )
-            axes.plot(one["tokens"], one["usage"], color=f"C{number}", label=name if run == runs[0] else None)
-            most = max(most, one["tokens"][-1])
-            at = np.geomspace(64, most, 200)
-    axes.plot(at, bound(at, found[0]["codebook_size"]), "k--", linewidth=1, label="codes equally likely")
-    axes.set(xlabel="tokens evaluated", ylabel="codes used at least once", xlim=(0, most), ylim=(0, 1.02))
-    axes.set_title(f"{found[0]['codebook_size']:,} codes: used as more is looked at")
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(arguments.out, dpi=110)
+    draw(found, arguments.out)
     arguments.out.with_suffix(".json").write_text(json.dumps(found) + "\n")
+
+
+def draw(found: list[dict], path: Path) -> None:
+    figure, axes = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
+    names = list(dict.fromkeys(one["name"] for one in found))
+    for one in found:
+        color = f"C{names.index(one['name'])}"
+        axes.plot(one["tokens"], one["usage"], color=color, label=one["name"])
+    codes, most = found[0]["codebook_size"], max(one["tokens"][-1] for one in found)
+    at = np.geomspace(64, most, 200)
+    axes.plot(at, bound(at, codes), "k--", linewidth=1, label="codes equally likely")
+    axes.set(xlabel="tokens evaluated", ylabel="codes used at least once", xlim=(0, most), ylim=(0, 1.02))
+    axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    axes.yaxis.set_major_formatter(PercentFormatter(1.0))
+    axes.set_title(f"{codes:,} codes: used as more is looked at")
+    axes.grid(alpha=0.3)
+    handles, labels = axes.get_legend_handles_labels()
+    by_name = dict(zip(labels, handles, strict=True))  # one entry for all seeds
+    axes.legend(by_name.values(), by_name.keys(), loc="center right")
+    figure.savefig(path, dpi=110)
 
 
 if __name__ == "__main__":

@@ -130,9 +130,9 @@ class CodebookQuantizer(Quantizer):
     @torch.no_grad()
     def place_among(self, covariance_dd: Tensor) -> None:
         """Gives the codes, whose directions are random until now, those of features of mean 0 and this covariance, and
-        one length for all, half the features' root mean square: a code that is shorter than its neighbours, or that points
-        where no feature does, has the largest dot product with none. (Ours; the idea is the data-dependent start of
-        Salimans and Kingma, arXiv 1602.07868.)
+        one length for all, half the features' root mean square: a code that is shorter than its neighbours, or that
+        points where no feature does, has the largest dot product with none. (Ours; the idea is the data-dependent start
+        of Salimans and Kingma, arXiv 1602.07868.)
 
         covariance_dd: fp64, of all ranks' features. Features that do not vary leave the codes as they are.
         """
