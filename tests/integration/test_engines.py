@@ -213,3 +213,24 @@ def test_training_moves_the_weights_by_far_more_than_the_tolerance(matrix, launc
     for model, difference in differences(start / "checkpoints/step_00000001", trained).items():
         if model in ("tokenizer", "tokenizer_ema", "discriminator"):
             assert difference.whole > 50 * TOLERANCE, model
+
+
+@pytest.mark.parametrize("engine", ["replicated", "zero3", "fsdp2"])
+def test_codes_among_the_features_begin_where_one_process_has_them(launch, tmp_path, engine):
+    """A step at a rate of 0 shows the start: of two processes, a spread codebook, and batches in parts."""
+    changes = {"trainer.max_steps": 1, "trainer.checkpoint_every_steps": 1, "optimizer.lr": 0}
+    changes["model.codebook_init"] = "features"
+    one, two, normal = (tmp_path / name for name in ("one", "two", "normal"))
+    spread = {**changes, **ENGINES[engine], **SHARDED, "trainer.micro_batch_size": 2}
+    for finished in (
+        launch.ibq("train", "debug", f"run={one}", *settings(changes)),
+        launch.ibq("train", "debug", f"run={normal}", *settings({**changes, "model.codebook_init": "normal"})),
+        launch.torchrun("debug", f"run={two}", *settings(spread)),
+    ):
+        assert finished.status == 0, finished.err
+    found, moved = (
+        differences(one / "checkpoints/step_00000001", r / "checkpoints/step_00000001") for r in (two, normal)
+    )
+    for model in ("tokenizer", "tokenizer_ema"):
+        assert found[model].whole < 1e-6, model
+        assert moved[model].whole > 0.01, model
