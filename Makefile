@@ -1,8 +1,9 @@
 # Everything happens in .venv. `make PYTHON=python3.12 test` chooses the interpreter that creates it.
 
 PYTHON ?= python3
-# Test files that run side by side; many start two processes themselves.
-JOBS ?= 2
+# Test files that run side by side. Many start two processes themselves, and a few count bytes or seconds that a full
+# machine changes: JOBS=2 is for quick looks.
+JOBS ?= 0
 BIN := .venv/bin
 STAMP := .venv/.installed-test
 
