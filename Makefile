@@ -1,9 +1,6 @@
 # Everything happens in .venv. `make PYTHON=python3.12 test` chooses the interpreter that creates it.
 
 PYTHON ?= python3
-# Test files that run side by side. Many start two processes themselves, and a few count bytes or seconds that a full
-# machine changes: JOBS=2 is for quick looks.
-JOBS ?= 0
 BIN := .venv/bin
 STAMP := .venv/.installed-test
 
@@ -28,7 +25,7 @@ quickstart: install  ## install, then train and judge a small tokenizer on real 
 	$(BIN)/ibq quickstart
 
 test: install  ## install, then run the tests
-	$(BIN)/python -m pytest --numprocesses $(JOBS) --dist loadfile
+	$(BIN)/python -m pytest
 
 lint: install  ## check style and formatting
 	$(BIN)/ruff check .

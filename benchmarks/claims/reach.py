@@ -59,6 +59,7 @@ def reach(run: Path, paths: list[str], size: int) -> dict:
 
 
 def bound(tokens: np.ndarray, codes: int) -> np.ndarray:
+    """The share of equally likely codes that so many tokens are expected to touch."""
     return -np.expm1(tokens * np.log1p(-1 / codes))
 
 

@@ -445,6 +445,11 @@ class TokenizerTask(Task):
         sum_over_ranks(sums)
         mean_d = sums[-1, :-1] / sums[-1, -1]
         covariance_dd = sums[:-1, :-1] / sums[-1, -1] - mean_d.outer(mean_d)
+        if not covariance_dd.isfinite().all():  # the same on all ranks
+            raise TrainerError(
+                "features of the first step's images are not finite "
+                f"(trainer.precision={self.config.trainer.precision}): use bf16 or fp32, or model.codebook_init=normal"
+            )
         for piece in self.generator.weights():
             if piece.name == "quant_conv.bias":
                 piece.values.sub_(mean_d[piece.start : piece.start + len(piece.values)])

@@ -22,6 +22,7 @@ from model_zoo.losses import (
 from model_zoo.ops import average_entropy
 from model_zoo.pieces import PieceFiles, save_pieces
 from model_zoo.registry import QUANTIZERS
+from trainer import TrainerError
 from trainer.config import (
     DiscriminatorConfig,
     EmaConfig,
@@ -508,6 +509,16 @@ def test_features_that_do_not_vary_leave_the_codes():
     before = quantizer.embedding.weight.detach().clone()
     quantizer.place_among(torch.zeros(6, 6, dtype=torch.float64))
     assert torch.equal(quantizer.embedding.weight, before)
+
+
+def test_features_that_are_not_finite_end_in_a_line_before_anything_moves(build):
+    task = build()
+    with torch.no_grad():
+        task.tokenizer.quant_conv.weight[0, 0] = torch.inf
+    before = weights(task.tokenizer)
+    with pytest.raises(TrainerError, match="not finite"):
+        task.fit([images()])
+    assert equal(weights(task.tokenizer), before)
 
 
 def test_the_start_does_not_depend_on_how_the_batch_is_cut(build):
