@@ -1,6 +1,7 @@
 # Everything happens in .venv. `make PYTHON=python3.12 test` chooses the interpreter that creates it.
 
 PYTHON ?= python3
+JOBS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed-test
 
@@ -24,8 +25,8 @@ $(STAMP): setup.py
 quickstart: install  ## install, then train and judge a small tokenizer on real photographs (minutes, CPU is enough)
 	$(BIN)/ibq quickstart
 
-test: install  ## install, then run the tests
-	$(BIN)/python -m pytest
+test: install  ## install, then run the tests (JOBS=2 files at a time)
+	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 lint: install  ## check style and formatting
 	$(BIN)/ruff check .

@@ -49,7 +49,7 @@ setup(
         "gs": ["gcsfs"],
         "hub": ["huggingface_hub>=0.24"],  # models by their name on the hub
         "test": [
-            *("pytest>=8", "ruff>=0.12", "setuptools>=77", "s3fs>=2024.6", "moto[server]>=5"),
+            *("pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "setuptools>=77", "s3fs>=2024.6", "moto[server]>=5"),
             "liger-kernel>=0.8.5",  # in Triton's interpreter
         ],
         "dev": ["pre-commit>=3.5"],

@@ -37,7 +37,7 @@ class TokenizerConfig:
     # Where codes begin. "features": among the features of the first step's images (`CodebookQuantizer.place_among`);
     # "normal", as published: anywhere, normal(0, codebook_init_std^2), which models without a first step have too.
     codebook_init: str = "features"
-    codebook_init_std: float = 1.0
+    codebook_init_std: float = 1.0  # of "normal"
 
 
 class TokenizerOutput(NamedTuple):

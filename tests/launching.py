@@ -1,5 +1,6 @@
 """What tests of whole runs share: the recipe `debug` in real processes of one thread each, by `ibq` or torchrun."""
 
+import json
 import os
 import signal
 import subprocess
@@ -55,6 +56,14 @@ class Launch:
         """`torchrun --nproc-per-node PROCESSES -m trainer ARGUMENTS` on a free port."""
         launcher = "torch.distributed.run", "--nproc-per-node", processes, "--standalone", "-m", "trainer"
         return self.finish(self.start(*launcher, *arguments))
+
+    def several(self, runs: list[list[str]], arguments: Path, *, processes: int, timeout_seconds: float) -> Finished:
+        """Trains runs, each by its arguments of `python -m trainer`, one after another in the same processes; writes
+        `arguments`. What it says: `FOLDER ended with status STATUS` for each."""
+        arguments.write_text(json.dumps(runs))
+        several = Path(__file__).with_name("integration") / "several.py"
+        launcher = "-m", "torch.distributed.run", "--nproc-per-node", processes, "--standalone", several, arguments
+        return self.finish(self.start_python(*launcher, PYTHONPATH=str(ROOT)), timeout_seconds)
 
     def start(self, module: str, *arguments, **environment) -> subprocess.Popen:
         """`python -m MODULE ARGUMENTS`, not waited for."""

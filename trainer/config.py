@@ -230,6 +230,8 @@ CHOICES = {
     "loss.discriminator.kind": tuple(DISCRIMINATOR_LOSSES),
 }
 RENAMED = {"trainer.keep_checkpoints": "trainer.keep_last"}  # key of an older version -> its name now
+# What runs did before there were these keys, by task.
+FORMER = {"tokenizer": {"model": {"codebook_init": "normal"}}}
 MOST_SECONDS = 30 * 86400.0
 AT_LEAST = {
     "codebook_parallel": 1,
@@ -253,7 +255,7 @@ AT_LEAST = {
     "model.latent_channels": 1,
     "model.num_res_blocks": 1,
     "model.patch_size": 1,
-    "model.codebook_init_std": 0,
+    "model.codebook_init_std": 1e-12,
     "discriminator.channels": 1,
     "discriminator.layers": 1,
     "optimizer.lr": 0,
@@ -323,7 +325,7 @@ def load_run_config(run: str | Path, overrides: list[str]) -> RunConfig:
     path = Path(run) / "config.yaml"
     if not path.is_file():
         raise TrainerError(f"{run} is no run folder (no config.yaml in it): give the folder that `ibq train` wrote")
-    return _resolve(path, overrides)
+    return _resolve(path, overrides, FORMER)
 
 
 def save_config(config: RunConfig, path: Path) -> None:
@@ -344,14 +346,15 @@ def read_recipe(path: Path) -> DictConfig:
     return from_file
 
 
-def _resolve(path: Path, overrides: list[str]) -> RunConfig:
+def _resolve(path: Path, overrides: list[str], defaults: dict | None = None) -> RunConfig:
+    """defaults: by task, what keys are that neither the file nor an override names, where the schema's is not it."""
     from_file = read_recipe(path)
     task = from_file.get("task", "tokenizer")
     if task not in TASKS:
         raise TrainerError(f"{path}: task={task} is unknown: choose one of {', '.join(TASKS)}")
     schema = OmegaConf.structured(TASKS[task])
     try:
-        merged = OmegaConf.merge(schema, from_file)
+        merged = OmegaConf.merge(schema, (defaults or {}).get(task, {}), from_file)
     except OmegaConfBaseException as error:
         raise TrainerError(f"{path}: {explain(error, schema)}") from error
     seen = set()
@@ -433,6 +436,9 @@ def _check_tokenizer(config) -> None:
         raise TrainerError(
             f"model.channel_multipliers={config.model.channel_multipliers} must name one level or more, each at least 1"
         )
+    model = config.model
+    if model.codebook_init == "features" and model.code_dim < 2 and model.quantizer != "lfq":
+        raise TrainerError("model.codebook_init=features needs a model.code_dim of 2 or more: use normal")
     if config.start.freeze and config.start.source is None:
         raise TrainerError(
             f"start.freeze={config.start.freeze} would keep random weights as they are: name trained ones with "

@@ -150,7 +150,7 @@ def _train(config: RunConfig, source: Path | None = None, again: bool = False) -
         feed.read_ahead()
         feed.stop_together("nothing was trained")
         if not checkpoint:
-            task.fit([task.inputs(batch) for batch in feed.ready])
+            task.fit(map(task.inputs, feed.ready))
         # Only now that everything is known to fit does anything appear on the disk.
         run = Path(agree(world, lambda: open_run(config, source is not None)))
         if source and not checkpoint and world.is_main:

@@ -134,11 +134,10 @@ class CodebookQuantizer(Quantizer):
         points where no feature does, has the largest dot product with none. (Ours; the idea is the data-dependent start
         of Salimans and Kingma, arXiv 1602.07868.)
 
-        covariance_dd: fp64, of all ranks' features. Features that do not vary leave the codes as they are.
+        covariance_dd: fp64, of all ranks' features, which must vary, in two dimensions or more: in one of them there
+        are but two codes of one length.
         """
         variance, direction_dd = torch.linalg.eigh(covariance_dd)
-        if not variance.sum() > 0:
-            return
         # A part in every direction: features of few images span few dimensions.
         spread = (variance.clamp(min=0) + FLOOR * variance.mean()).sqrt()
         root_dd = ((direction_dd * spread) @ direction_dd.T).float()

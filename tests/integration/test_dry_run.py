@@ -20,7 +20,6 @@ LPIPS_WEIGHTS = 14_714_688 + 1472  # VGG16's convolutions, LPIPS's heads
 
 # Configuration of ibq_262144 -> what it stands for.
 CONFIGURATIONS = {
-    "zero0": ["engine.config=zero0"],
     "zero1": ["engine.config=zero1"],
     "zero2, codebook 8": ["engine.config=zero2", "codebook_parallel=8"],
     "zero3, codebook 8": ["engine.config=zero3", "codebook_parallel=8"],
@@ -96,7 +95,6 @@ def generator_theory(name: str, numbers: list[int]) -> list[float]:
     # DeepSpeed leaves parameters of at most stage3_param_persistence_threshold elements whole.
     small = 4 * sum(number for number in numbers if number <= 10_000)
     return {
-        "zero0": [whole, whole, 2 * whole, whole],
         "zero1": [whole + part, whole, 2 * part, part],
         "zero2": [whole + part, part, 2 * part, part],
         "zero3": [part + part + small, part, 2 * part, part],

@@ -48,6 +48,18 @@ def test_resumed_equals_unbroken_bit_for_bit(runs, launch, copy_of):
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
+def test_codes_are_placed_among_the_features_once_alone(ibq_here, debug_settings, tmp_path):
+    """A resumed run does not place them anew."""
+    changes = {"trainer.max_steps": 2, "trainer.checkpoint_every_steps": 1, "model.codebook_init": "features"}
+    unbroken, run = tmp_path / "unbroken", tmp_path / "run"
+    for folder, steps in ((unbroken, 2), (run, 1)):
+        arguments = debug_settings({**changes, "trainer.max_steps": steps})
+        assert ibq_here("train", "debug", f"run={folder}", *arguments).status == 0
+    assert ibq_here("resume", run, "trainer.max_steps=2").status == 0
+    files = [r / "checkpoints/step_00000002/rank_00000.safetensors" for r in (unbroken, run)]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_a_killed_run_goes_on_from_its_newest_checkpoint(runs, launch, debug_settings, tmp_path):
     run = tmp_path / "run"
     arguments = debug_settings({"trainer.max_steps": 1000, "trainer.checkpoint_every_steps": 7})
@@ -114,8 +126,6 @@ CHAIN = [
     (2, "deepspeed zero3", 1),
     (2, "fsdp2", 2),
     (1, "deepspeed zero1", 1),
-    (2, "deepspeed zero3_offload", 1),
-    (1, "replicated", 1),
 ]
 
 

@@ -1,7 +1,7 @@
 """What the training loop and checkpoints ask of a task, whatever it trains."""
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from typing import Any, ClassVar, NamedTuple
@@ -113,8 +113,9 @@ class Task(ABC):
         """Before a new run's first step: loads the weights that it starts from, if any; all ranks call together."""
         return None
 
-    def fit(self, micro_batches: list) -> None:  # noqa: B027 (most tasks need none)
-        """Before a new run's first step, with this rank's share of it: fits what is to begin near the data."""
+    def fit(self, micro_batches: Iterable) -> None:  # noqa: B027 (most tasks need none)
+        """Before a new run's first step, with this rank's share of it as `inputs` makes it: fits what is to begin near
+        the data."""
 
     def buffers(self) -> dict[str, Tensor]:
         """What is not trained and belongs into checkpoints, by its name there; the same on all ranks, or rank 0's."""

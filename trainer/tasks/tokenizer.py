@@ -1,6 +1,6 @@
 """Training a tokenizer: reconstruction, quantizer and adversarial losses, generator and discriminator apart."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from contextlib import contextmanager
 from typing import ClassVar
 
@@ -41,6 +41,7 @@ from trainer.tasks.base import Means, Step, Task, Validation
 
 # What start.freeze keeps as it is -> what the names of its parameters begin with.
 FROZEN = {"encoder": ("encoder.", "quant_conv.", "quantize."), "decoder": ("decoder.", "post_quant_conv.")}
+ROUNDING = 1e-12  # of the squared mean: features in fp32 that vary by less do not vary
 PICTURES = 8  # validation images whose reconstructions are shown as training goes
 
 
@@ -429,7 +430,7 @@ class TokenizerTask(Task):
         return Start(weights.origin, fingerprint, self.config.start.freeze, self._begin_discriminator(weights))
 
     @torch.no_grad()
-    def fit(self, micro_batches: list[Tensor]) -> None:
+    def fit(self, micro_batches: Iterable[Tensor]) -> None:
         """``model.codebook_init=features``: the last bias of the encoder takes away the features' mean, then the codes
         are placed among the features. Both are those of the whole global batch."""
         model, quantizer = self.config.model, self.tokenizer.quantize
@@ -447,13 +448,14 @@ class TokenizerTask(Task):
         covariance_dd = sums[:-1, :-1] / sums[-1, -1] - mean_d.outer(mean_d)
         if not covariance_dd.isfinite().all():  # the same on all ranks
             raise TrainerError(
-                "features of the first step's images are not finite "
-                f"(trainer.precision={self.config.trainer.precision}): use bf16 or fp32, or model.codebook_init=normal"
+                "features of the first step's images are not finite: use model.codebook_init=normal, or under "
+                "trainer.precision=fp16 another precision"
             )
         for piece in self.generator.weights():
-            if piece.name == "quant_conv.bias":
-                piece.values.sub_(mean_d[piece.start : piece.start + len(piece.values)])
-        quantizer.place_among(covariance_dd)
+            if piece.name == "quant_conv.bias":  # in CPU memory where the engine offloads
+                piece.values.sub_(mean_d[piece.start : piece.start + len(piece.values)].to(piece.values))
+        if covariance_dd.trace() > ROUNDING * mean_d.square().sum():
+            quantizer.place_among(covariance_dd)
         # Processors may differ in the last bits, copies of a code must not.
         dist.broadcast(quantizer.embedding.weight.data, group=self.groups.replicas, group_src=0)
         self.generator.publish()

@@ -287,6 +287,19 @@ def test_resuming_checks_changes_like_training(recipe, tmp_path):
             load_run_config(tmp_path, [override])
 
 
+def test_a_run_of_before_codes_began_among_the_features_is_one_of_normal(recipe, tmp_path):
+    save_config(load_recipe(recipe(), []), tmp_path / "config.yaml")
+    assert load_run_config(tmp_path, []).model.codebook_init == "features"
+    text = (tmp_path / "config.yaml").read_text()
+    (tmp_path / "config.yaml").write_text(text.replace("  codebook_init: features\n", ""))
+    assert load_run_config(tmp_path, []).model.codebook_init == "normal"
+
+
+def test_codes_of_one_dimension_cannot_have_one_length(recipe):
+    assert "model.code_dim of 2 or more" in refused(recipe(), "model.code_dim=1")
+    load_recipe(recipe(), ["model.code_dim=1", "model.codebook_init=normal"])
+
+
 def test_lists_of_two_configurations_are_not_shared(recipe):
     first, second = (load_recipe(recipe(), []) for _ in range(2))
     first.optimizer.betas[0] = 0.0
