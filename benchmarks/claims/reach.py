@@ -3,12 +3,14 @@
     python benchmarks/claims/reach.py VQ='claims/usage/vq/seed_*' IBQ='claims/usage/ibq/seed_*' --images TARS
 
 Pictures are taken at 256 x 256, those of ``--images`` in their order. The bound is what n tokens of K equally likely
-codes are expected to touch: 1 - (1 - 1/K)^n.
+codes are expected to touch: 1 - (1 - 1/K)^n. Said beside it: what n tokens drawn at random from all the pictures are
+expected to touch, for codes are never equally likely, and tokens of one picture are alike.
 """
 
 import argparse
 import glob
 import json
+import math
 from pathlib import Path
 
 import matplotlib
@@ -47,15 +49,26 @@ def reach(run: Path, paths: list[str], size: int) -> dict:
                 count()
         count()
         ends[path] = {"tokens": tokens[-1], "usage": used[-1], "perplexity": usage.perplexity()}
-    share = usage.counts_k.max().item() / usage.token_count()
+    for end in ends.values():
+        end["drawn_from_all"] = rarefied(usage.counts_k, end["tokens"])
     return {
         "run": str(run),
         "codebook_size": len(usage.counts_k),
         "tokens": tokens,
         "usage": used,
         "after": ends,
-        "most_frequent_code": share,
+        "most_frequent_code": usage.counts_k.max().item() / usage.token_count(),
     }
+
+
+def rarefied(counts_k: torch.Tensor, tokens: int) -> float:
+    """The share of codes that so many of the counted tokens are expected to touch, drawn without putting them back:
+    1 - C(N - c, n) / C(N, n) of each code (Hurlbert 1971)."""
+    c_k, total = counts_k.double(), float(counts_k.sum())
+    left_k = total - c_k - tokens  # below 0: the code cannot be missed
+    log_missed_k = torch.lgamma(total - c_k + 1) - torch.lgamma(left_k.clamp(min=0) + 1)
+    log_missed_k += math.lgamma(total - tokens + 1) - math.lgamma(total + 1)
+    return 1 - torch.where(left_k < 0, 0.0, log_missed_k.exp()).mean().item()
 
 
 def bound(tokens: np.ndarray, codes: int) -> np.ndarray:
@@ -82,8 +95,8 @@ def main() -> None:
                 limit = bound(np.array(end["tokens"]), one["codebook_size"])
                 print(
                     f"{run}, up to {path}: {end['tokens']:,} tokens use {end['usage']:.1%} of {one['codebook_size']:,} "
-                    f"codes, {end['usage'] / limit:.1%} of what they could reach ({limit:.1%}); "
-                    f"perplexity {end['perplexity']:,.0f}",
+                    f"codes, {end['usage'] / limit:.1%} of what they could reach ({limit:.1%}); as many drawn from "
+                    f"all use {end['drawn_from_all']:.1%}; perplexity {end['perplexity']:,.0f}",
                     flush=True,
                 )
     draw(found, arguments.out)
