@@ -241,17 +241,18 @@ def draw_curves(ablation: Ablation, cells: list[Cell], path: Path) -> None:
         for panel, name in zip(panels, CURVES, strict=True):
             points = [(line["step"], line[name]) for line in lines if math.isfinite(line.get(name, math.nan))]
             if points:
-                label = None if cell.row in named and panel is panels[0] else cell.row
-                panel.plot(*zip(*points, strict=True), color=colors[cell.row], alpha=0.8, lw=1.3, label=label)
-        named.add(cell.row)
+                label = None if cell.row in named else cell.row
+                named.add(cell.row)
+                style = {"marker": "o", "ms": 4} if len(points) == 1 else {"lw": 1.3}
+                panel.plot(*zip(*points, strict=True), color=colors[cell.row], alpha=0.8, label=label, **style)
     for panel, (name, title) in zip(panels, CURVES.items(), strict=True):
         panel.set(title=title, xlabel="step")
         panel.grid(alpha=0.3)
         if name.endswith("usage"):
             panel.set_ylim(0, 1.02)
             panel.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
-    if panels[0].has_data():
-        panels[0].legend(fontsize=8)
+    if named:
+        figure.legend(loc="outside lower center", ncols=5, fontsize=8)
     figure.suptitle(ablation.title)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
