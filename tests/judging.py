@@ -1,6 +1,7 @@
-"""What tests of measures share: an Inception file with random weights that passes for the published one."""
+"""What tests of measures share: an Inception file with random weights that passes for the published one; one thread."""
 
 import hashlib
+from contextlib import contextmanager
 from pathlib import Path
 from unittest.mock import patch
 
@@ -8,6 +9,17 @@ import torch
 from torch_fidelity import feature_extractor_inceptionv3
 
 from model_zoo.metric_weights import WEIGHTS_FILES
+
+
+@contextmanager
+def one_thread():
+    """With more threads convolutions add up in another order, and round otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def write_inception(folder: Path, seed: int = 0) -> Path:

@@ -4,7 +4,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from judging import pass_for_published, write_inception
+from judging import one_thread, pass_for_published, write_inception
 from launching import ROOT, Launch
 from PIL import Image
 
@@ -133,7 +133,8 @@ def test_a_sweep_that_was_cut_off_goes_on(run, reference, tmp_path, monkeypatch)
 
 
 def test_two_processes_have_the_figures_of_one(run, reference, tmp_path, weights):
-    alone = json.loads(swept(run, reference, tmp_path / "alone", ["guidance=1,2"]).json_path.read_text())
+    with one_thread():  # as each of the two
+        alone = json.loads(swept(run, reference, tmp_path / "alone", ["guidance=1,2"]).json_path.read_text())
     launch = Launch(tmp_path / "another_cache")
     launcher = "torch.distributed.run", "--nproc-per-node", 2, "--standalone", ROOT / "tests" / "judged.py"
     options = "--count", 10, "--metrics", "is,pr", "--batch-size", 5, "--sample-batch-size", 5, "--device", "cpu"
