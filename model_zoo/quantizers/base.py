@@ -11,9 +11,11 @@ from model_zoo.ops import CodebookShard, IndexBackprop, lookup_code
 
 INITIAL_BLOCK = 2**14  # codes drawn at a time
 FLOOR = 1e-3  # of the features' mean variance
-# Of the features' root mean square. Shorter codes let a token weigh more of them, longer ones learn to reconstruct
-# sooner (docs/LOG.md, 2026-11-27).
-LENGTH = 0.5
+# How long codes among the features are, where the assignment is softmax(z C^T): features and codes draw each other to
+# one length, and its square decides how sharp the assignment becomes. Longer codes leave more of them unused, shorter
+# ones learn to reconstruct later, below 0.9 hardly (docs/LOG.md, 2026-11-27).
+LENGTH = 1.25
+RELATIVE_LENGTH = 0.5  # of the features' root mean square, where the assignment is by distance
 
 
 class Quantized(NamedTuple):
@@ -130,9 +132,9 @@ class CodebookQuantizer(Quantizer):
     @torch.no_grad()
     def place_among(self, covariance_dd: Tensor) -> None:
         """Gives the codes, whose directions are random until now, those of features of mean 0 and this covariance, and
-        one length for all, half the features' root mean square: a code that is shorter than its neighbours, or that
-        points where no feature does, has the largest dot product with none. (Ours; the idea is the data-dependent start
-        of Salimans and Kingma, arXiv 1602.07868.)
+        one length for all: a code that is shorter than its neighbours, or that points where no feature does, has the
+        largest dot product with none. (Ours; the idea is the data-dependent start of Salimans and Kingma, arXiv
+        1602.07868.)
 
         covariance_dd: fp64, of all ranks' features, which must vary, in two dimensions or more: in one of them there
         are but two codes of one length.
@@ -141,8 +143,9 @@ class CodebookQuantizer(Quantizer):
         # A part in every direction: features of few images span few dimensions.
         spread = (variance.clamp(min=0) + FLOOR * variance.mean()).sqrt()
         root_dd = ((direction_dd * spread) @ direction_dd.T).float()
+        length = LENGTH if self.soft_assignment else RELATIVE_LENGTH * variance.sum().sqrt()
         for rows_kd in self.embedding.weight.split(INITIAL_BLOCK):
-            rows_kd.copy_(F.normalize(rows_kd @ root_dd, dim=1) * LENGTH * variance.sum().sqrt())
+            rows_kd.copy_(F.normalize(rows_kd @ root_dd, dim=1) * length)
 
 
 def initial_codes(start: int, stop: int, codebook_size: int, code_dim: int, std: float) -> Tensor:

@@ -481,14 +481,15 @@ def features(task, images_bchw):
         return task.tokenizer.encode(as_float(images_bchw)).movedim(1, -1).flatten(0, 2).double()
 
 
-def test_a_new_run_begins_with_centred_features_and_codes_among_them(build):
-    task, batch = build(), images()
+@pytest.mark.parametrize("quantizer", ["ibq", "soft_vq", "vq"])
+def test_a_new_run_begins_with_centred_features_and_codes_among_them(build, quantizer):
+    task, batch = build(model__quantizer=quantizer), images()
     before = features(task, batch)
     task.fit([batch])
     after = features(task, batch)
     torch.testing.assert_close(after, before - before.mean(dim=0), atol=1e-6, rtol=0)
     codes_kd = task.tokenizer.quantize.embedding.weight.detach().double()
-    length = after.square().sum(dim=1).mean().sqrt() / 2
+    length = after.square().sum(dim=1).mean().sqrt() / 2 if quantizer == "vq" else torch.tensor(1.25).double()
     torch.testing.assert_close(codes_kd.norm(dim=1), length.expand(24), atol=0, rtol=1e-5)
     assert equal(averages(task), weights(task.tokenizer))
 
@@ -499,7 +500,7 @@ def test_codes_point_where_features_do():
     variance = torch.tensor([8.0, 4, 2, 1, 0.5, 0, 0, 0], dtype=torch.float64)
     quantizer.place_among((basis_dd * variance) @ basis_dd.T)
     along = (quantizer.embedding.weight.detach().double() @ basis_dd).square().mean(dim=0)
-    assert along.sum().item() == pytest.approx(variance.sum().item() / 4, rel=1e-5)
+    assert along.sum().item() == pytest.approx(1.25**2, rel=1e-5)
     assert along.tolist() == sorted(along.tolist(), reverse=True)[:5] + along[5:].tolist()
     assert 0 < along[5:].max() < 0.01 * along[4]
 
