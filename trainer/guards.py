@@ -118,9 +118,10 @@ class Watchdog:
 
 
 class LossSpikes:
-    """Says when the loss jumps: above FACTOR times the median of the last WINDOW steps, once there are enough."""
+    """Says when the loss jumps: above FACTOR times the median of the last WINDOW steps, once there are enough, and
+    DEVIATIONS times as far from it as half of them are: the entropy penalty may bring the median near 0."""
 
-    FACTOR, WINDOW, ENOUGH = 2.0, 128, 32
+    FACTOR, DEVIATIONS, WINDOW, ENOUGH = 2.0, 6.0, 128, 32
 
     def __init__(self):
         self.losses: deque[float] = deque(maxlen=self.WINDOW)
@@ -130,8 +131,11 @@ class LossSpikes:
         """Takes the loss of a step; returns what to say where a jump begins."""
         if not math.isfinite(loss):  # of a step that was left out
             return None
-        usual = statistics.median(self.losses) if len(self.losses) >= self.ENOUGH else None
-        was_high, self.high = self.high, usual is not None and loss > self.FACTOR * abs(usual) and loss > usual
+        was_high, self.high = self.high, False
+        if len(self.losses) >= self.ENOUGH:
+            usual = statistics.median(self.losses)
+            deviation = statistics.median(abs(other - usual) for other in self.losses)
+            self.high = loss > self.FACTOR * abs(usual) and loss - usual > self.DEVIATIONS * deviation
         self.losses.append(loss)
         if self.high and not was_high:
             return f"the loss jumps to {loss:.4g} from about {usual:.4g}: if it stays there, lower optimizer.lr"

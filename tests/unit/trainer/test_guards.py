@@ -194,3 +194,9 @@ def test_around_and_below_zero_a_jump_goes_up():
     assert spikes.update(-3.0) is None
     assert spikes.update(1.9) is None
     assert spikes.update(2.1) is not None
+
+
+def test_where_the_median_is_near_zero_a_wandering_loss_is_no_jump():
+    spikes = spikes_after([0.04, -0.06, 0.1, 0.02, 0.15] * 10)
+    assert spikes.update(0.3) is None
+    assert spikes.update(0.5) is not None
