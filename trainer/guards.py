@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 from collections import deque
+from itertools import pairwise
 
 STOPPED = 75  # exit status after SIGTERM: a checkpoint was written (EX_TEMPFAIL: try again)
 HUNG = 124  # exit status of the watchdog (as of timeout(1))
@@ -118,10 +119,12 @@ class Watchdog:
 
 
 class LossSpikes:
-    """Says when the loss jumps: above FACTOR times the median of the last WINDOW steps, once there are enough, and
-    DEVIATIONS times as far from it as half of them are: the entropy penalty may bring the median near 0."""
+    """Says when the loss jumps, once there are enough steps: when it rises above the median of the last WINDOW steps by
+    more than that median's size, and by more than STEPS times what it usually moves from step to step. (The entropy
+    penalty may bring the median near 0, where any step would be large beside it.)
+    """
 
-    FACTOR, DEVIATIONS, WINDOW, ENOUGH = 2.0, 6.0, 128, 32
+    STEPS, WINDOW, ENOUGH = 6.0, 128, 32
 
     def __init__(self):
         self.losses: deque[float] = deque(maxlen=self.WINDOW)
@@ -134,8 +137,8 @@ class LossSpikes:
         was_high, self.high = self.high, False
         if len(self.losses) >= self.ENOUGH:
             usual = statistics.median(self.losses)
-            deviation = statistics.median(abs(other - usual) for other in self.losses)
-            self.high = loss > self.FACTOR * abs(usual) and loss - usual > self.DEVIATIONS * deviation
+            moves = statistics.median(abs(after - before) for before, after in pairwise(self.losses))
+            self.high = loss - usual > max(abs(usual), self.STEPS * moves)
         self.losses.append(loss)
         if self.high and not was_high:
             return f"the loss jumps to {loss:.4g} from about {usual:.4g}: if it stays there, lower optimizer.lr"

@@ -12,8 +12,8 @@ from model_zoo.ops import CodebookShard, IndexBackprop, lookup_code
 INITIAL_BLOCK = 2**14  # codes drawn at a time
 FLOOR = 1e-3  # of the features' mean variance
 # How long codes among the features are, where the assignment is softmax(z C^T): features and codes draw each other to
-# one length, and its square decides how sharp the assignment becomes. Longer codes leave more of them unused, shorter
-# ones learn to reconstruct later, below 0.9 hardly (docs/LOG.md, 2026-11-27).
+# one length, and its square decides how sharp the assignment becomes. Longer codes leave more of them unused; of 0.46
+# narrow ones did not learn to reconstruct (docs/LOG.md, 2026-11-27).
 LENGTH = 1.25
 RELATIVE_LENGTH = 0.5  # of the features' root mean square, where the assignment is by distance
 
@@ -132,8 +132,8 @@ class CodebookQuantizer(Quantizer):
     @torch.no_grad()
     def place_among(self, covariance_dd: Tensor) -> None:
         """Gives the codes, whose directions are random until now, those of features of mean 0 and this covariance, and
-        one length for all: a code that is shorter than its neighbours, or that points where no feature does, has the
-        largest dot product with none. (Ours; the idea is the data-dependent start of Salimans and Kingma, arXiv
+        one length for all, however long the features are: a code that is shorter than its neighbours, or that points
+        where no feature does, has the largest dot product with none. (Ours; the idea is the data-dependent start of Salimans and Kingma, arXiv
         1602.07868.)
 
         covariance_dd: fp64, of all ranks' features, which must vary, in two dimensions or more: in one of them there

@@ -188,15 +188,20 @@ def test_losses_that_fall_or_wander_are_no_jump():
     spikes_after([1.0 + 0.5 * (-1) ** step for step in range(300)])
 
 
+def test_a_jump_out_of_a_falling_loss_is_told():
+    spikes = spikes_after([10.0 * 0.98**step for step in range(60)])  # from 10 to 3, the median is 5.5
+    assert spikes.update(10.5) is None and spikes.update(11.5) is not None
+
+
 def test_around_and_below_zero_a_jump_goes_up():
     """An entropy term may make the total negative."""
     spikes = spikes_after([-1.0] * 40)
     assert spikes.update(-3.0) is None
-    assert spikes.update(1.9) is None
-    assert spikes.update(2.1) is not None
+    assert spikes.update(-0.1) is None
+    assert spikes.update(0.1) is not None
 
 
 def test_where_the_median_is_near_zero_a_wandering_loss_is_no_jump():
     spikes = spikes_after([0.04, -0.06, 0.1, 0.02, 0.15] * 10)
-    assert spikes.update(0.3) is None
-    assert spikes.update(0.5) is not None
+    assert spikes.update(0.6) is None
+    assert spikes.update(0.8) is not None
