@@ -50,7 +50,7 @@ class Quantizer(nn.Module):
     A quantizer is made with ``(codebook_size, code_dim, init_std, shard)``; see `CodebookQuantizer`.
     """
 
-    # Whether the gradient comes through a soft assignment: only then is there a double quantization term (with a
+    # Whether the gradient comes through softmax(z C^T): only then is there a double quantization term (with a
     # straight-through z_q it would have no gradient towards the codes).
     soft_assignment: bool = False
     has_entropy: bool = False
@@ -132,9 +132,9 @@ class CodebookQuantizer(Quantizer):
     @torch.no_grad()
     def place_among(self, covariance_dd: Tensor) -> None:
         """Gives the codes, whose directions are random until now, those of features of mean 0 and this covariance, and
-        one length for all, however long the features are: a code that is shorter than its neighbours, or that points
-        where no feature does, has the largest dot product with none. (Ours; the idea is the data-dependent start of Salimans and Kingma, arXiv
-        1602.07868.)
+        one length for all: a code that is shorter than its neighbours, or that points where no feature does, has the
+        largest dot product with none. How long the features are does not change it, but where the assignment is by
+        distance. (Ours; the idea is the data-dependent start of Salimans and Kingma, arXiv 1602.07868.)
 
         covariance_dd: fp64, of all ranks' features, which must vary, in two dimensions or more: in one of them there
         are but two codes of one length.
