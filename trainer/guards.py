@@ -119,27 +119,28 @@ class Watchdog:
 
 
 class LossSpikes:
-    """Says when the loss jumps, once there are enough steps: when it rises above the median of the last WINDOW steps by
-    more than that median's size, and by more than STEPS times what it usually moves from step to step. (The entropy
-    penalty may bring the median near 0, where any step would be large beside it.)
+    """Says when the loss jumps, once there are enough steps: when for PATIENCE steps it is above the median of the last
+    WINDOW by more than that median's size, and by more than STEPS times what it usually moves from step to step. (The
+    entropy penalty may bring the median near 0, where any step is large beside it; and one hard batch is no jump.)
     """
 
-    STEPS, WINDOW, ENOUGH = 6.0, 128, 32
+    STEPS, PATIENCE, WINDOW, ENOUGH = 6.0, 3, 128, 32
 
     def __init__(self):
         self.losses: deque[float] = deque(maxlen=self.WINDOW)
-        self.high = False
+        self.high = 0  # for so many steps
 
     def update(self, loss: float) -> str | None:
         """Takes the loss of a step; returns what to say where a jump begins."""
         if not math.isfinite(loss):  # of a step that was left out
             return None
-        was_high, self.high = self.high, False
+        usual = high = None
         if len(self.losses) >= self.ENOUGH:
             usual = statistics.median(self.losses)
             moves = statistics.median(abs(after - before) for before, after in pairwise(self.losses))
-            self.high = loss - usual > max(abs(usual), self.STEPS * moves)
+            high = loss - usual > max(abs(usual), self.STEPS * moves)
+        self.high = self.high + 1 if high else 0
         self.losses.append(loss)
-        if self.high and not was_high:
-            return f"the loss jumps to {loss:.4g} from about {usual:.4g}: if it stays there, lower optimizer.lr"
+        if self.high == self.PATIENCE:
+            return f"the loss has jumped to {loss:.4g} from about {usual:.4g}: if it stays there, lower optimizer.lr"
         return None

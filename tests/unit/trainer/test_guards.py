@@ -159,28 +159,41 @@ def spikes_after(losses) -> LossSpikes:
     return spikes
 
 
-def test_a_jump_is_told_once_where_it_begins():
+def told(spikes, loss) -> bool:
+    """Whether a loss that stays so is told, at its last step of PATIENCE."""
+    said = [spikes.update(loss) for _ in range(LossSpikes.PATIENCE)]
+    assert said[:-1] == [None] * (LossSpikes.PATIENCE - 1)
+    return said[-1] is not None
+
+
+def test_a_jump_that_stays_is_told_once():
     spikes = spikes_after([1.0, 1.2, 0.8] * 20)
-    assert spikes.update(1.99) is None
-    told = spikes.update(2.5)
-    assert told == "the loss jumps to 2.5 from about 1: if it stays there, lower optimizer.lr"
+    assert not told(spikes, 1.99)
+    assert [spikes.update(2.5), spikes.update(2.5)] == [None, None]
+    assert spikes.update(2.6) == "the loss has jumped to 2.6 from about 1: if it stays there, lower optimizer.lr"
     assert spikes.update(2.6) is None  # it is still the same jump
     assert spikes.update(1.0) is None
-    assert spikes.update(2.6) is not None  # another
+    assert told(spikes, 2.6)  # another
+
+
+def test_one_hard_batch_is_no_jump():
+    spikes = spikes_after([1.0] * 40)
+    for _ in range(5):
+        assert [spikes.update(loss) for loss in (9.0, 9.0, 1.0)] == [None] * 3
 
 
 def test_no_jump_is_told_before_enough_is_known():
     spikes = spikes_after([1.0] * (LossSpikes.ENOUGH - 1))
     assert spikes.update(100.0) is None
-    assert spikes.update(100.0) is not None
+    assert told(spikes, 100.0)
 
 
 def test_a_loss_that_stays_higher_becomes_the_usual_one():
     spikes = spikes_after([1.0] * LossSpikes.WINDOW)
-    assert spikes.update(3.0) is not None
+    assert told(spikes, 3.0)
     for _ in range(LossSpikes.WINDOW):
         assert spikes.update(3.0) is None
-    assert spikes.update(5.9) is None and spikes.update(6.1) is not None
+    assert not told(spikes, 5.9) and told(spikes, 6.1)
 
 
 def test_losses_that_fall_or_wander_are_no_jump():
@@ -190,18 +203,18 @@ def test_losses_that_fall_or_wander_are_no_jump():
 
 def test_a_jump_out_of_a_falling_loss_is_told():
     spikes = spikes_after([10.0 * 0.98**step for step in range(60)])  # from 10 to 3, the median is 5.5
-    assert spikes.update(10.5) is None and spikes.update(11.5) is not None
+    assert not told(spikes, 10.5) and told(spikes, 12.5)
 
 
 def test_around_and_below_zero_a_jump_goes_up():
     """An entropy term may make the total negative."""
     spikes = spikes_after([-1.0] * 40)
-    assert spikes.update(-3.0) is None
-    assert spikes.update(-0.1) is None
-    assert spikes.update(0.1) is not None
+    assert not told(spikes, -3.0)
+    assert not told(spikes, -0.1)
+    assert told(spikes, 0.1)
 
 
 def test_where_the_median_is_near_zero_a_wandering_loss_is_no_jump():
     spikes = spikes_after([0.04, -0.06, 0.1, 0.02, 0.15] * 10)
-    assert spikes.update(0.6) is None
-    assert spikes.update(0.8) is not None
+    assert not told(spikes, 0.5)
+    assert told(spikes, 0.9)
