@@ -359,7 +359,7 @@ def _card(model: Model, made: Tokenizer | Transformer, about: dict, name: str) -
 
 
 def _figures(checkpoint: Path, made: Tokenizer | Transformer) -> list[str]:
-    """Of the run's report.json, where there is one of these very weights."""
+    """Of the run's report.json, where there is one of these very weights; where it is of others, that is said."""
     path = run_of(checkpoint) / "report.json"
     if stands_alone(checkpoint) or not path.is_file():
         return []
@@ -367,7 +367,7 @@ def _figures(checkpoint: Path, made: Tokenizer | Transformer) -> list[str]:
         report = json.loads(path.read_text())
         manifest = report.get("manifest", {})
         if manifest.get("fingerprint") != fingerprint_of(made.state_dict()):  # of another step, or the other set
-            return []
+            return ["Not measured: the run's report.json is of other weights. `ibq evaluate` measures these.", ""]
         names = manifest["images"] if isinstance(manifest["images"], list) else [manifest["images"]]
         images = f"{report['image_count']:,} images of {', '.join(names)}, {crop_of(manifest)}"
         rows = [f"| {name} | {report[key]:.4g} |" for key, name in FIGURES.items() if report.get(key) is not None]
