@@ -1,0 +1,52 @@
+"""Curves of any runs, by name, as `ibq ablate` draws those of a table, and what their last validations say.
+
+python benchmarks/claims/curves.py VQ='claims/long/vq/seed_*' IBQ='claims/long/ibq/seed_*' --out curves.png
+"""
+
+import argparse
+import glob
+import json
+import statistics
+from pathlib import Path
+
+from trainer.ablation import Ablation, Cell, Row, draw_curves
+from trainer.telemetry import metric_lines
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="NAME=RUNS", help="a name and the folders of its seeds, a pattern")
+    parser.add_argument("--title", default="")
+    parser.add_argument("--out", type=Path, default=Path("curves.png"))
+    arguments = parser.parse_args()
+    cells = []
+    for named in arguments.runs:
+        name, _, pattern = named.partition("=")
+        runs = [Path(run) for run in sorted(glob.glob(pattern)) if (Path(run) / "metrics.jsonl").is_file()]
+        if not runs:
+            parser.error(f"{named}: no run there; write NAME=RUNS, a name and the folders of its runs")
+        cells += [Cell(name, seed, [], run) for seed, run in enumerate(runs)]
+    rows = {cell.row: Row() for cell in cells}
+    draw_curves(Ablation("", arguments.title, rows=rows), cells, arguments.out)
+    for row in rows:
+        last = [validations(cell.run)[-1] for cell in cells if cell.row == row]
+        print(f"{row}: {said(last, 'val/psnr')} dB, usage {said(last, 'val/usage', 100)}% after {steps(last)} steps")
+
+
+def validations(run: Path) -> list[dict]:
+    lines = [json.loads(line) for _, line in metric_lines(run / "metrics.jsonl")]
+    return [line for line in lines if "val/psnr" in line]
+
+
+def said(lines: list[dict], name: str, factor: float = 1) -> str:
+    values = [factor * line[name] for line in lines]
+    spread = f" ± {statistics.stdev(values):.2f}" if len(values) > 1 else ""
+    return f"{statistics.fmean(values):.2f}{spread} ({', '.join(f'{value:.2f}' for value in values)})"
+
+
+def steps(lines: list[dict]) -> str:
+    return " or ".join(map(str, sorted({line["step"] for line in lines})))
+
+
+if __name__ == "__main__":
+    main()
