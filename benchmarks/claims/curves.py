@@ -22,9 +22,9 @@ def main() -> None:
     cells = []
     for named in arguments.runs:
         name, _, pattern = named.partition("=")
-        runs = [Path(run) for run in sorted(glob.glob(pattern)) if (Path(run) / "metrics.jsonl").is_file()]
+        runs = [run for run in map(Path, sorted(glob.glob(pattern))) if validations(run)]
         if not runs:
-            parser.error(f"{named}: no run there; write NAME=RUNS, a name and the folders of its runs")
+            parser.error(f"{named}: no validated run there; write NAME=RUNS, a name and the folders of its runs")
         cells += [Cell(name, seed, [], run) for seed, run in enumerate(runs)]
     rows = {cell.row: Row() for cell in cells}
     draw_curves(Ablation("", arguments.title, rows=rows), cells, arguments.out)
@@ -34,7 +34,8 @@ def main() -> None:
 
 
 def validations(run: Path) -> list[dict]:
-    lines = [json.loads(line) for _, line in metric_lines(run / "metrics.jsonl")]
+    log = run / "metrics.jsonl"
+    lines = [json.loads(line) for _, line in metric_lines(log)] if log.is_file() else []
     return [line for line in lines if "val/psnr" in line]
 
 
