@@ -1,0 +1,55 @@
+"""Claim (a): how much of the reconstruction's gradient comes through IBQ's softmax to the features.
+
+    python benchmarks/claims/gradient.py RUN [RUN ...] --images PATH
+
+For the gradient g of L1 towards the code vectors, as VQ hands it on, and s, what IBQ makes of it through
+softmax(z C^T): |s| / |g|, the cosine of the two, and the softmax's entropy beside that of codes equally likely. Of the
+weights as trained, not their averages; of the first 32 pictures.
+"""
+
+import argparse
+import math
+from itertools import islice
+from pathlib import Path
+
+import torch
+
+import model_zoo
+from data import evaluation_images
+from trainer.config import load_run_config
+
+PICTURES = 32
+
+
+def said(run: Path, images: str) -> str:
+    data = load_run_config(run, []).data
+    pictures = islice(evaluation_images(images, image_size=data.image_size, resize=data.resize), PICTURES)
+    images_bchw = torch.stack([picture.image_chw for picture in pictures]).float() / 127.5 - 1
+    tokenizer = model_zoo.load_tokenizer(run, "raw")
+    with torch.no_grad():
+        z_bdhw = tokenizer.encode(images_bchw)
+    z_bdhw.requires_grad_()
+    quantized_bdhw = tokenizer.quantize.train()(z_bdhw).quantized_bdhw
+    code_bdhw = quantized_bdhw.detach().requires_grad_()
+    (straight,) = torch.autograd.grad((tokenizer.decode(code_bdhw) - images_bchw).abs().mean(), code_bdhw)
+    (through,) = torch.autograd.grad(quantized_bdhw, z_bdhw, straight)
+    cosine = (straight * through).sum() / (straight.norm() * through.norm())
+    codes_kd = tokenizer.quantize.embedding.weight.detach()
+    entropy = torch.distributions.Categorical(logits=z_bdhw.detach().movedim(1, -1) @ codes_kd.T).entropy().mean()
+    return (
+        f"{run}: through the softmax {through.norm() / straight.norm():.1%} of the gradient, cosine {cosine:.2f}; "
+        f"entropy {entropy:.2f} of {math.log(len(codes_kd)):.2f} nats"
+    )
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("--images", required=True)
+    arguments = parser.parse_args()
+    for run in arguments.runs:
+        print(said(run, arguments.images), flush=True)
+
+
+if __name__ == "__main__":
+    main()
