@@ -19,12 +19,16 @@ def main() -> None:
     parser.add_argument("--title", default="")
     parser.add_argument("--out", type=Path, default=Path("curves.png"))
     arguments = parser.parse_args()
+    if not arguments.out.absolute().parent.is_dir():
+        parser.error(f"--out {arguments.out}: no such folder")
     cells = []
     for named in arguments.runs:
         name, _, pattern = named.partition("=")
         runs = [run for run in map(Path, sorted(glob.glob(pattern))) if validations(run)]
         if not runs:
             parser.error(f"{named}: no validated run there; write NAME=RUNS, a name and the folders of its runs")
+        if any(cell.row == name for cell in cells):
+            parser.error(f"{name} is there twice: one pattern for each name")
         cells += [Cell(name, seed, [], run) for seed, run in enumerate(runs)]
     rows = {cell.row: Row() for cell in cells}
     draw_curves(Ablation("", arguments.title, rows=rows), cells, arguments.out)

@@ -1,13 +1,14 @@
 """Claim (a): how much of the reconstruction's gradient comes through IBQ's softmax to the features.
 
-    python benchmarks/claims/gradient.py RUN [RUN ...] --images PATH
+    python benchmarks/claims/gradient.py 'claims/usage/ibq/seed_*' --images PATH
 
 For the gradient g of L1 towards the code vectors, as VQ hands it on, and s, what IBQ makes of it through
-softmax(z C^T): |s| / |g|, the cosine of the two, and the softmax's entropy beside that of codes equally likely. Of the
-weights as trained, not their averages; of the first 32 pictures.
+softmax(z C^T): |s| / |g| over all tokens together, the cosine of the two, and the softmax's entropy beside that of
+codes equally likely. Of the weights as trained, not their averages; of the first 32 pictures.
 """
 
 import argparse
+import glob
 import math
 from itertools import islice
 from pathlib import Path
@@ -15,7 +16,10 @@ from pathlib import Path
 import torch
 
 import model_zoo
-from data import evaluation_images
+from data import DataError, evaluation_images
+from model_zoo import ModelError
+from model_zoo.quantizers.ibq import IndexBackpropQuantizer
+from trainer import TrainerError
 from trainer.config import load_run_config
 
 PICTURES = 32
@@ -26,6 +30,8 @@ def said(run: Path, images: str) -> str:
     pictures = islice(evaluation_images(images, image_size=data.image_size, resize=data.resize), PICTURES)
     images_bchw = torch.stack([picture.image_chw for picture in pictures]).float() / 127.5 - 1
     tokenizer = model_zoo.load_tokenizer(run, "raw")
+    if not isinstance(tokenizer.quantize, IndexBackpropQuantizer):
+        raise ModelError(f"{run}: this is for runs of ibq, not of {tokenizer.config.quantizer}")
     with torch.no_grad():
         z_bdhw = tokenizer.encode(images_bchw)
     z_bdhw.requires_grad_()
@@ -44,11 +50,15 @@ def said(run: Path, images: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", type=Path)
+    parser.add_argument("runs", nargs="+", help="run folders, or patterns of them")
     parser.add_argument("--images", required=True)
     arguments = parser.parse_args()
-    for run in arguments.runs:
-        print(said(run, arguments.images), flush=True)
+    try:
+        for pattern in arguments.runs:
+            for run in sorted(glob.glob(pattern)) or [pattern]:
+                print(said(Path(run), arguments.images), flush=True)
+    except (DataError, ModelError, TrainerError) as error:
+        parser.error(str(error))
 
 
 if __name__ == "__main__":

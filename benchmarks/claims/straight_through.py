@@ -1,11 +1,11 @@
 """Trains IBQ with VQ's straight-through gradient added: what the reconstruction says of a code vector goes on to its
-feature unchanged, besides through softmax(z C^T). For claim (a): is it the weak gradient through the softmax that keeps
-IBQ's PSNR from being ahead? An experiment, not a method of this project.
+feature unchanged, besides through softmax(z C^T). For claim (a); an experiment, not a method of this project.
 
     python benchmarks/claims/straight_through.py benchmarks/claims/small.yaml data.train=TARS data.val=TARS \
         trainer.max_steps=400 seed=0 run=claims/straight_through/seed_0
 
-Arguments are those of `python -m trainer`.
+Arguments are those of `python -m trainer`. The run says model.quantizer=ibq_straight_through, which only this script
+knows: `--resume RUN` with it, too.
 """
 
 import sys
@@ -18,14 +18,21 @@ from model_zoo.registry import QUANTIZERS
 from trainer.__main__ import main
 
 
-class StraightThrough(IndexBackpropQuantizer):
+class StraightThroughQuantizer(IndexBackpropQuantizer):
     def forward(self, z_bdhw: Tensor, entropy_temperature: float | None = None) -> Quantized:
         out = super().forward(z_bdhw, entropy_temperature)
+        if not self.training:
+            return out
         z_bdhw = z_bdhw.float()
         # The values stay; the double quantization term keeps the gradient that it has.
         return out._replace(quantized_bdhw=out.quantized_bdhw + (z_bdhw - z_bdhw.detach()))
 
 
 if __name__ == "__main__":
-    QUANTIZERS["ibq"] = StraightThrough
-    sys.exit(main(sys.argv[1:]))
+    arguments = sys.argv[1:]
+    if not arguments or arguments[0] in ("-h", "--help"):
+        print(__doc__)
+        sys.exit(0 if arguments else 2)
+    QUANTIZERS["ibq_straight_through"] = StraightThroughQuantizer
+    named = [] if arguments[0] == "--resume" else ["model.quantizer=ibq_straight_through"]
+    sys.exit(main([*arguments, *named]))
