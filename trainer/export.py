@@ -367,7 +367,10 @@ def _figures(checkpoint: Path, made: Tokenizer | Transformer) -> list[str]:
         report = json.loads(path.read_text())
         manifest = report.get("manifest", {})
         if manifest.get("fingerprint") != fingerprint_of(made.state_dict()):  # of another step, or the other set
-            return ["Not measured: the run's report.json is of other weights. `ibq evaluate` measures these.", ""]
+            return [
+                "Not measured: the run's report.json names other weights, or none. `ibq evaluate` measures these.",
+                "",
+            ]
         names = manifest["images"] if isinstance(manifest["images"], list) else [manifest["images"]]
         images = f"{report['image_count']:,} images of {', '.join(names)}, {crop_of(manifest)}"
         rows = [f"| {name} | {report[key]:.4g} |" for key, name in FIGURES.items() if report.get(key) is not None]
