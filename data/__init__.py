@@ -1,36 +1,32 @@
 """Images or their tokens from WebDataset tars: packing, decoding, the endless training stream and the ordered
 evaluation stream."""
 
+from importlib import import_module
 
-class DataError(Exception):
-    """A mistake in the data or in how it is asked for; one line that names the mistake and the mend."""
+from data.errors import DataError
 
-
-from data.evaluation import (  # noqa: E402
-    EvaluationImage,
-    EvaluationImages,
-    EvaluationToken,
-    EvaluationTokens,
-    evaluation_images,
-    evaluation_tokens,
-)
-from data.loader import (  # noqa: E402
-    Batch,
-    DataConfig,
-    TrainStream,
-    access_of,
-    check,
-    token_header,
-    train_batches,
-)
-from data.pack import PackReport, pack  # noqa: E402
-from data.photographs import cache_folder  # noqa: E402
-from data.shards import Skipped, expand, scan  # noqa: E402
-from data.sources import FilterConfig, SourceConfig, catalogue  # noqa: E402
-from data.storage import redacted  # noqa: E402
-from data.stream import add_totals, merge_states  # noqa: E402
-from data.tokens import TokenHeader, TokenSpec, pack_codes, unpack_codes  # noqa: E402
-from data.transforms import ImageError, decode  # noqa: E402
+# Where each public name is defined. A name is imported when it is first used, so that importing one part of the
+# package does not import all of it.
+_DEFINED_IN = {
+    "data.evaluation": (
+        "EvaluationImage",
+        "EvaluationImages",
+        "EvaluationToken",
+        "EvaluationTokens",
+        "evaluation_images",
+        "evaluation_tokens",
+    ),
+    "data.loader": ("Batch", "DataConfig", "TrainStream", "access_of", "check", "token_header", "train_batches"),
+    "data.prep.pack": ("PackReport", "pack"),
+    "data.prep.photographs": ("cache_folder",),
+    "data.shards": ("Skipped", "expand", "scan"),
+    "data.sources": ("FilterConfig", "SourceConfig", "catalogue"),
+    "data.storage": ("redacted",),
+    "data.stream": ("add_totals", "merge_states"),
+    "data.tokens": ("TokenHeader", "TokenSpec", "pack_codes", "unpack_codes"),
+    "data.transforms": ("ImageError", "decode"),
+}
+_MODULE_OF = {name: module for module, names in _DEFINED_IN.items() for name in names}
 
 __all__ = [
     "Batch",
@@ -66,3 +62,15 @@ __all__ = [
     "train_batches",
     "unpack_codes",
 ]
+
+
+def __getattr__(name: str):
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

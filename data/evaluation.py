@@ -10,8 +10,8 @@ from typing import NamedTuple
 
 import torch
 
-from data import DataError
-from data.photographs import cache_folder
+from data.errors import DataError
+from data.prep.photographs import cache_folder
 from data.shards import Access, FolderShard, Sample, Shard, Skipped, find_images, folder_shard, is_image
 from data.sources import TOKENS, SourceConfig, label_of, open_source
 from data.storage import Cache

@@ -25,7 +25,7 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
-from data import DataError
+from data.errors import DataError
 from data.storage import is_remote, redacted
 
 INDEX_NAME = "index.safetensors"

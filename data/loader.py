@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from data import DataError
+from data.errors import DataError
 from data.evaluation import evaluation_images, evaluation_tokens
 from data.shards import Access, Limit, Skipped
 from data.sources import Source, SourceConfig, check_names, describe, is_among, open_shards, open_source

@@ -10,7 +10,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import DataError
+from data.errors import DataError
 
 IMAGES = "arr_0"
 FORM = "uint8 of shape (n, height, width, 3)"

@@ -8,7 +8,7 @@ from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
-from data import DataError
+from data.errors import DataError
 
 WAITING = 64  # results of threads that wait in memory, at most
 

@@ -23,7 +23,7 @@ import braceexpand
 import numpy as np
 from webdataset.tariterators import base_plus_ext, group_by_keys
 
-from data import DataError
+from data.errors import DataError
 from data.index import Table, key_hash
 from data.storage import Cache, Patience, is_remote, list_tars, read, redacted, scheme_of, size
 from data.transforms import MAX_BYTES, ImageError
@@ -99,7 +99,7 @@ def expand(spec: str | Iterable[str], *, allow_pipes: bool = False) -> list[str]
             raise DataError("no data named: the list of tars is empty")
         return paths
     if spec.startswith("bundled:"):
-        from data.photographs import photographs  # which packs them, with all that this takes
+        from data.prep.photographs import photographs  # which packs them, with all that this takes
 
         return expand(photographs(spec))
     if spec.startswith(PIPE):

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 
 import yaml
 
-from data import DataError
+from data.errors import DataError
 from data.index import INDEX_NAME, Index, common_root, without_query
 from data.shards import (
     CODES,

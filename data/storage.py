@@ -24,7 +24,7 @@ from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import fsspec
 
-from data import DataError
+from data.errors import DataError
 
 logger = logging.getLogger(__name__)
 

@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from torch.utils.data import IterableDataset, get_worker_info
 
-from data import DataError
+from data.errors import DataError
 from data.shards import Limit, Sample, Skipped, TarShard, Window
 from data.sources import Picked, Source
 from data.storage import is_remote

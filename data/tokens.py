@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data import DataError
+from data.errors import DataError
 from data.shards import CODES, Limit, Sample, Shard, is_image
 from data.transforms import ImageError
 

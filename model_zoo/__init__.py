@@ -4,15 +4,18 @@ Names carry shapes: b batch, c channels, h and w height and width, n tokens, k c
 (``z_nd`` is tokens x code dimension).
 """
 
+from importlib import import_module
 
-class ModelError(Exception):
-    """The user asked a model for something that it cannot do. The message is one line and names the mend."""
+from model_zoo.errors import ModelError
 
-
-from model_zoo import ops  # noqa: E402  (ModelError must exist first)
-from model_zoo.sampler import Sampler, Sampling  # noqa: E402
-from model_zoo.tokenizer import Tokenizer, TokenizerConfig, load_tokenizer  # noqa: E402
-from model_zoo.transformer import Transformer, TransformerConfig, load_generator  # noqa: E402
+# Where each public name is defined. A name is imported when it is first used, so that importing one part of the
+# package does not import all of it.
+_DEFINED_IN = {
+    "model_zoo.sampler": ("Sampler", "Sampling"),
+    "model_zoo.tokenizer": ("Tokenizer", "TokenizerConfig", "load_tokenizer"),
+    "model_zoo.transformer": ("Transformer", "TransformerConfig", "load_generator"),
+}
+_MODULE_OF = {name: module for module, names in _DEFINED_IN.items() for name in names}
 
 __all__ = [
     "ModelError",
@@ -26,3 +29,17 @@ __all__ = [
     "load_tokenizer",
     "ops",
 ]
+
+
+def __getattr__(name: str):
+    if name == "ops":
+        return import_module("model_zoo.ops")
+    if name not in _MODULE_OF:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = getattr(import_module(_MODULE_OF[name]), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from model_zoo import ModelError
+from model_zoo.errors import ModelError
 
 
 def group_norm(channels: int, eps: float = 1e-6) -> nn.GroupNorm:

@@ -3,8 +3,8 @@
 import torch
 from torch import nn
 
-from model_zoo import ModelError
 from model_zoo.autoencoder import group_norm
+from model_zoo.errors import ModelError
 
 NORMS = {"batch": nn.BatchNorm2d, "group": lambda channels: group_norm(channels, eps=1e-5)}
 

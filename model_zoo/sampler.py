@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model_zoo import ModelError
+from model_zoo.errors import ModelError
 from model_zoo.transformer import Head, Now, Past, Transformer
 
 # Share of the guidance over the way through an image, x from 0 at the first code to 1 at the last.

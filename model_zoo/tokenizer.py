@@ -9,12 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from model_zoo import ModelError
 from model_zoo.autoencoder import Decoder, Encoder
+from model_zoo.errors import ModelError
+from model_zoo.io.load import load_model
 from model_zoo.ops import CodebookShard
 from model_zoo.quantizers import Quantized
-from model_zoo.registry import QUANTIZERS
-from model_zoo.runs import load_model
+from model_zoo.quantizers.registry import QUANTIZERS
 
 
 @dataclass
@@ -124,7 +124,7 @@ class Tokenizer(nn.Module):
 def load_tokenizer(source: str | Path, weights: str = "ema") -> Tokenizer:
     """A trained or published tokenizer, in eval mode on the CPU.
 
-    source, weights: see `model_zoo.runs.read_weights`: a run, a published ``.ckpt`` or an export (a generator's may
+    source, weights: see `model_zoo.io.load.read_weights`: a run, a published ``.ckpt`` or an export (a generator's may
     hold its tokenizer), or a name on the model hub.
     Raises ModelError where the source, a checkpoint in it, or the asked weights are missing.
     """

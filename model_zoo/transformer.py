@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from model_zoo import ModelError
+from model_zoo.errors import ModelError
+from model_zoo.io.load import load_model
 from model_zoo.ops import CodebookShard, LinearCrossEntropy, linear_cross_entropy
 from model_zoo.ops.attention import causal_attention
-from model_zoo.runs import load_model
 
 EMBEDDINGS = ("learned", "codebook")
 
@@ -364,7 +364,7 @@ def _check(config: TransformerConfig) -> None:
 def load_generator(source: str | Path, weights: str = "ema") -> Transformer:
     """A trained or published generator, in eval mode on the CPU, in fp32.
 
-    source, weights: see `model_zoo.runs.read_weights`: a run, a published ``.ckpt``, whose images are taken to have
+    source, weights: see `model_zoo.io.load.read_weights`: a run, a published ``.ckpt``, whose images are taken to have
     16 x 16 codes, an export, or a name on the model hub.
     Raises ModelError where the source, a checkpoint in it, or the asked weights are missing.
     """

@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from model_zoo.pieces import PieceFiles
+from model_zoo.io.sharded_tensors import PieceFiles
 
 MODELS = ("tokenizer", "tokenizer_ema", "discriminator", "lecam", "generator", "generator_ema")
 OF_SPEED = ("images_per_second", "tokens_per_second", "mfu")

@@ -10,7 +10,7 @@ import torch
 import torchvision
 from judging import pass_for_published, write_inception
 
-from model_zoo.metric_weights import WEIGHTS_FILES, weights_path
+from model_zoo.eval_nets.weights import WEIGHTS_FILES, weights_path
 
 TRUNKS = {"vgg16": "vgg16", "alexnet": "alexnet"}  # key of WEIGHTS_FILES -> torchvision's model
 

@@ -8,7 +8,7 @@ from unittest.mock import patch
 import torch
 from torch_fidelity import feature_extractor_inceptionv3
 
-from model_zoo.metric_weights import WEIGHTS_FILES
+from model_zoo.eval_nets.weights import WEIGHTS_FILES
 
 
 @contextmanager

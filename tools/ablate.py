@@ -34,7 +34,8 @@ def ablate(
     Example: ibq ablate quantizers data.train=tars data.val=imagenet/val --launch 'torchrun --nproc-per-node 8'
     """
     from trainer import TrainerError
-    from trainer.ablation import (
+    from trainer.config import load_recipe
+    from trainer.jobs.ablation import (
         cells_of,
         is_begun,
         is_judged,
@@ -44,8 +45,7 @@ def ablate(
         seeds_there,
         write_table,
     )
-    from trainer.config import load_recipe
-    from trainer.jobs import writing
+    from trainer.jobs.resumable import writing
 
     ablation = load_ablation(table)
     out = out or Path("runs") / Path(table).stem

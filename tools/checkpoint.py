@@ -34,7 +34,7 @@ def import_command(
 
     Example: ibq checkpoint import IBQ-AR-B.ckpt --out models/ar_b
     """
-    from trainer.export import import_published
+    from trainer.jobs.export import import_published
 
     _tell(import_published(file, out, weights))
 
@@ -54,7 +54,7 @@ def export_command(
 
     For the published code: ibq checkpoint export runs/mine --layout published --out mine.ckpt
     """
-    from trainer.export import export, export_published
+    from trainer.jobs.export import export, export_published
 
     _tell((export if layout is Layout.safetensors else export_published)(source, out, weights))
 
@@ -68,7 +68,7 @@ def info_command(
 
     Example: ibq checkpoint info runs/mine/checkpoints/step_00001000 --json
     """
-    from trainer.export import info
+    from trainer.jobs.export import info
 
     found = info(source)
     if json:

@@ -6,8 +6,9 @@ from typing import Annotated
 
 import typer
 
-from tools import ablate, bench, checkpoint, evaluate, reconstruct, sample, shards, tokenize
+from tools import ablate, checkpoint, evaluate, reconstruct, sample, shards, tokenize
 from tools import doctor as doctor_tool
+from tools.bench import command as bench
 
 # Each is the package's one exception for mistakes of the user. They are compared without importing the packages: an
 # exception whose package was never imported cannot have been raised.
@@ -63,7 +64,7 @@ def train_command(
     What 64 processes would hold, found out here: ibq train ibq_262144 --dry-run --processes 64 engine.config=zero3
     """
     if dry_run:
-        from trainer.plan import dry_run as plan
+        from trainer.dry_run import dry_run as plan
 
         return plan(recipe, overrides or [], processes)
     if processes is not None:
@@ -143,7 +144,7 @@ def main(arguments: list[str] | None = None) -> None:
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     except Exception as error:
-        guards = sys.modules.get("trainer.guards")
+        guards = sys.modules.get("trainer.watchdog")
         if guards and isinstance(error, guards.Stopped):
             sys.stderr.write(f"ibq: {error}\n")
             sys.exit(guards.STOPPED)

@@ -275,8 +275,8 @@ def _version(package: str) -> str:
 
 
 def check_weights_files() -> Iterator[Finding]:
-    """The weights of the networks that judge pictures, where `model_zoo.metric_weights` looks for them."""
-    from model_zoo.metric_weights import WEIGHTS_FILES, WEIGHTS_FOLDER, file_sha256, weights_path
+    """The weights of the networks that judge pictures, where `model_zoo.eval_nets.weights` looks for them."""
+    from model_zoo.eval_nets.weights import WEIGHTS_FILES, WEIGHTS_FOLDER, file_sha256, weights_path
 
     for key, wanted in WEIGHTS_FILES.items():
         name, path = f"{key} weights", weights_path(key)

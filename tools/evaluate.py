@@ -11,7 +11,7 @@ from tools import evaluate_generation
 from tools.progress import progress
 
 if TYPE_CHECKING:
-    from trainer.evaluate import EvaluatedRun
+    from trainer.evaluation.run import EvaluatedRun
 
 app = typer.Typer(no_args_is_help=True, help="Measure a trained tokenizer.")
 
@@ -93,10 +93,10 @@ def reconstruction(
 
 
 def judge(run: Path, **options) -> None:
-    """Evaluates a tokenizer with a progress bar (options as of `trainer.evaluate.evaluate_run`), writes the run's
+    """Evaluates a tokenizer with a progress bar (options as of `trainer.evaluation.run.evaluate_run`), writes the run's
     report.html anew where the numbers went into the run's report, and prints the tables."""
-    from trainer.evaluate import RUN_REPORT, evaluate_run
-    from trainer.report import write_report
+    from trainer.evaluation.run import RUN_REPORT, evaluate_run
+    from trainer.reports.report import write_report
 
     console = Console()
     with progress("pictures evaluated") as on_progress:
@@ -110,7 +110,7 @@ def judge(run: Path, **options) -> None:
 
 def print_report(evaluated: "EvaluatedRun", console: Console) -> None:
     """Figures beside baselines and published ones, warnings, what was left out, and where the files are."""
-    from trainer.published import MEASURES, crop_of, figure_rows, seconds_line
+    from trainer.evaluation.reference_results import MEASURES, crop_of, figure_rows, seconds_line
 
     def say(text: str) -> None:
         console.print(text, soft_wrap=True, highlight=False, markup=False)

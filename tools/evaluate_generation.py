@@ -11,8 +11,8 @@ from rich.table import Table
 from tools.progress import progress
 
 if TYPE_CHECKING:
-    from trainer.generation import EvaluatedGeneration
-    from trainer.sweep import Sweep
+    from trainer.evaluation.generation import EvaluatedGeneration
+    from trainer.evaluation.sweep import Sweep
 
 
 def generation(
@@ -68,7 +68,7 @@ def generation(
     if samples is not None:
         if sweep or out:
             raise typer.BadParameter("--sweep and --out are for --generator; the report of --samples goes to --report")
-        from trainer.generation import evaluate_generation
+        from trainer.evaluation.generation import evaluate_generation
 
         with progress("done") as tell:
             evaluated = evaluate_generation(samples, reference, report_path=report, on_progress=tell, **scoring)
@@ -77,7 +77,7 @@ def generation(
         return
     if not sweep or out is None or report is not None:
         raise typer.BadParameter("--generator needs --sweep NAME=VALUE,VALUE and --out DIR, where the reports go")
-    from trainer.sweep import sweep as judge
+    from trainer.evaluation.sweep import sweep as judge
 
     sampling = {
         "classes": classes,

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from data.counting import Histogram
+    from data.prep.stats import Histogram
 
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 BAR_CHARACTERS = 40

@@ -32,7 +32,7 @@ def reconstruct(
 
     Example: ibq reconstruct runs/quickstart --images my_photos --out pictures
     """
-    from trainer.evaluate import write_reconstructions
+    from trainer.evaluation.run import write_reconstructions
 
     with progress("pictures reconstructed") as tell:
         written = write_reconstructions(

@@ -46,7 +46,7 @@ def sample(
 
     Example: ibq sample runs/generator --classes 207,360-362 --count 32 --guidance 2 --out dogs.png
     """
-    from trainer.sample import sample
+    from trainer.jobs.sample import sample
 
     asked = {
         "temperature": temperature,

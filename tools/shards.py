@@ -17,8 +17,8 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from tools import histograms
 
 if TYPE_CHECKING:
-    from data.checking import Checked
-    from data.counting import Counted, Score
+    from data.prep.check import Checked
+    from data.prep.stats import Counted, Score
 
 NAMED = 10  # images of a list
 NAMED_OF_KIND = 3  # problems of one kind in one tar
@@ -122,9 +122,9 @@ def check(
     Tars in a store: ibq shards check s3://bucket/photos --write-index --index photos.safetensors
     """
     import data
-    from data.checking import check_shards, find_duplicates, missing_shards
     from data.index import Index, write_index
     from data.parallel import cores
+    from data.prep.check import check_shards, find_duplicates, missing_shards
 
     if misplaced := next((path for path in paths if path.endswith(".safetensors")), None):
         raise data.DataError(f"{misplaced} is no tar: an index is named as --index {misplaced}")
@@ -179,8 +179,8 @@ def stats(
     Example: ibq shards stats shards/photos --picture photos.png
     """
     import data
-    from data.counting import count
     from data.parallel import cores
+    from data.prep.stats import count
     from data.sources import open_source
 
     if source is not None and source not in data.catalogue():
@@ -280,7 +280,7 @@ def audit(run: Annotated[Path, typer.Argument(help="Folder of a run that was tra
 
     Example: ibq shards audit runs/mine
     """
-    from trainer.feed import read_audit
+    from trainer.prefetch import read_audit
 
     seen: dict[tuple[str, int], Counter] = {}
     steps = set()
@@ -373,7 +373,7 @@ def _title(paths: list[str], shards: int, samples: int | None, counted: "Counted
 
 def _summary(counted: "Counted", fields: dict[str, str]) -> Iterator[str]:
     """What has no histogram. fields: a score's name -> its field of the samples' json."""
-    from data.counting import spread
+    from data.prep.stats import spread
 
     if counted.formats or counted.tokens:
         kinds = [f"{count:,} {name}" for name, count in counted.formats.most_common()]

@@ -34,7 +34,7 @@ def tokenize(
 
     Example: ibq tokenize runs/mine --images imagenet/train --source imagenet --views ten-crop --out tokens/imagenet
     """
-    from trainer.tokenize import tokenize
+    from trainer.jobs.tokenize import tokenize
 
     with progress("images tokenized") as on_progress:
         done = tokenize(

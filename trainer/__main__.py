@@ -6,7 +6,7 @@ import sys
 from data import DataError
 from model_zoo import ModelError
 from trainer import TrainerError
-from trainer.guards import STOPPED, Stopped
+from trainer.watchdog import STOPPED, Stopped
 
 USAGE = """usage: python -m trainer RECIPE [KEY=VALUE]...
        python -m trainer --resume RUN_OR_CHECKPOINT [KEY=VALUE]...
@@ -28,7 +28,7 @@ def main(arguments: list[str]) -> int:
         from trainer.loop import resume, train
 
         if "--dry-run" in arguments:
-            from trainer.plan import dry_run
+            from trainer.dry_run import dry_run
 
             dry_run(*_dry_run_arguments(arguments))
         elif arguments[0] == "--resume":

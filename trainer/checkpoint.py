@@ -12,8 +12,8 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from model_zoo.hashing import sha256_of
-from model_zoo.pieces import Piece, run_of, save_pieces
+from model_zoo.io.hashing import sha256_of
+from model_zoo.io.sharded_tensors import Piece, run_of, save_pieces
 from trainer import TrainerError
 from trainer.parallel import World, agree, any_rank, gather_objects
 

@@ -131,7 +131,7 @@ class DiscriminatorConfig:
 class StartConfig:
     """Weights that training begins from, and nothing else of what they come from (docs/finetuning.md).
 
-    source: whatever `model_zoo.runs.read_weights` takes; None: from scratch. weights: its ``ema`` or ``raw`` ones.
+    source: whatever `model_zoo.io.load.read_weights` takes; None: from scratch. weights: its ``ema`` or ``raw`` ones.
     discriminator: whether to take the one trained beside them, where it has the recipe's shape. freeze: what stays as
     it is: ``encoder`` (encoder and codebook, so the codes stay valid) or ``decoder``.
     """

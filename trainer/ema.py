@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from model_zoo.pieces import Piece
+from model_zoo.io.sharded_tensors import Piece
 from trainer.engines.base import Engine
 
 

@@ -13,12 +13,11 @@ import torch
 import data
 from data import merge_states, train_batches
 from model_zoo import ModelError
-from model_zoo.pieces import PieceFiles, run_of
+from model_zoo.io.sharded_tensors import PieceFiles, run_of
 from trainer import TrainerError
 from trainer.checkpoint import CheckpointError, Checkpoints, checkpoint_folders, find_checkpoint, load_state
 from trainer.config import GeneratorRun, RunConfig, load_recipe, load_run_config, save_config
-from trainer.feed import Feed, summary
-from trainer.guards import LossSpikes, Stopped, StopSignal, Watchdog
+from trainer.init_from import save_start
 from trainer.parallel import (
     World,
     agree,
@@ -29,10 +28,11 @@ from trainer.parallel import (
     start_world,
     stop_world,
 )
+from trainer.prefetch import Feed, summary
 from trainer.randomness import random_state, restore_random_state, seed_everything
-from trainer.start import save_start
 from trainer.tasks import Task, make_task
 from trainer.telemetry import Telemetry, metric_lines, scanning
+from trainer.watchdog import LossSpikes, Stopped, StopSignal, Watchdog
 
 
 def train(recipe: str, overrides: list[str]) -> Path:

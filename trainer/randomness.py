@@ -2,7 +2,7 @@
 
 import torch
 
-from model_zoo.pieces import Piece, PieceFiles, whole
+from model_zoo.io.sharded_tensors import Piece, PieceFiles, whole
 from trainer.parallel import World
 
 

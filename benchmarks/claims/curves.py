@@ -9,7 +9,7 @@ import json
 import statistics
 from pathlib import Path
 
-from trainer.ablation import Ablation, Cell, Row, draw_curves
+from trainer.jobs.ablation import Ablation, Cell, Row, draw_curves
 from trainer.telemetry import metric_lines
 
 

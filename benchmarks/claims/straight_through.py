@@ -14,7 +14,7 @@ from torch import Tensor
 
 from model_zoo.quantizers.base import Quantized
 from model_zoo.quantizers.ibq import IndexBackpropQuantizer
-from model_zoo.registry import QUANTIZERS
+from model_zoo.quantizers.registry import QUANTIZERS
 from trainer.__main__ import main
 
 

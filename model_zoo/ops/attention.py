@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model_zoo import ModelError
+from model_zoo.errors import ModelError
 
 IMPLS = ("auto", "dense", "sdpa", "flash")
 # Modules that give `flash_attn_func`, the best first: release 3 (Hopper), CuTe (Hopper, Blackwell), 2 (Ampere and on).

@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.nn import functional as F
 
-from model_zoo import ModelError
+from model_zoo.errors import ModelError
 
 # PyTorch 2.14 has new names for these two and warns of the old ones.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)

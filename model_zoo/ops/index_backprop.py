@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import torch
 from torch import Tensor
 
-from model_zoo import ModelError
+from model_zoo.errors import ModelError
 from model_zoo.ops.codebook_parallel import CodebookShard, exchange, sum_over_shards
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
-from model_zoo import ModelError
+from model_zoo.errors import ModelError
 from model_zoo.ops.codebook_parallel import CodebookShard, Exchange
 from model_zoo.ops.tiled import accumulation_dtype
 

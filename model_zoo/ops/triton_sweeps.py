@@ -18,7 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from model_zoo import ModelError
+from model_zoo.errors import ModelError
 from model_zoo.ops.tiled import Assignment, EntropyGradient, HardGradient, Rows, SoftGradient, Sweeps
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)

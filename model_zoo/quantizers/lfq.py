@@ -4,7 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model_zoo import ModelError
+from model_zoo.errors import ModelError
 from model_zoo.ops import CodebookShard, IndexBackprop
 from model_zoo.quantizers.base import Quantizer
 

@@ -24,9 +24,9 @@ os.environ["DS_ACCELERATOR"] = "cpu"
 
 import trainer.checkpoint as checkpoint
 from trainer.__main__ import main
-from trainer.guards import Watchdog
 from trainer.parallel import gather_objects
 from trainer.tasks.tokenizer import TokenizerTask
+from trainer.watchdog import Watchdog
 
 RANK = int(os.environ.get("RANK", 0))
 

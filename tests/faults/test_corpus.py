@@ -21,8 +21,8 @@ from torchvision.transforms import v2
 
 import data
 from data import DataConfig, DataError, ImageError, decode
-from data.checking import check_shards
 from data.index import Index, write_index
+from data.prep.check import check_shards
 from data.shards import Span, _members, _plain_members, spans
 
 EPOCHS = 2

@@ -15,7 +15,7 @@ from webdataset.writer import TarWriter
 from data import scan
 from data.index import write_index
 from trainer.checkpoint import checkpoint_folders
-from trainer.feed import read_audit
+from trainer.prefetch import read_audit
 
 SHARDS, SAMPLES = 8, 12
 

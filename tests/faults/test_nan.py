@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from faults.ranks import assert_resumed, latest, loss_lines, newest_step
 
-from model_zoo.pieces import PieceFiles
+from model_zoo.io.sharded_tensors import PieceFiles
 
 ENGINES = {
     "replicated": {},

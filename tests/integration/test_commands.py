@@ -11,7 +11,7 @@ import torch
 from comparing import read_metrics
 from PIL import Image
 
-from model_zoo.pieces import PieceFiles
+from model_zoo.io.sharded_tensors import PieceFiles
 
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 

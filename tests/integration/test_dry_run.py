@@ -43,7 +43,7 @@ REAL = [
 PLAN = """
 import json, sys
 from trainer.config import load_recipe
-from trainer.plan import plan_ranks
+from trainer.dry_run import plan_ranks
 recipe, processes, configurations = json.loads(sys.argv[1])
 plans = [plan_ranks(load_recipe(recipe, overrides), processes) for overrides in configurations]
 print(json.dumps([{plan.rank: plan.networks for plan in of_ranks} for of_ranks in plans]))

@@ -12,7 +12,7 @@ from comparing import difference, differences, read_metrics
 from launching import settings
 
 from model_zoo import load_tokenizer
-from model_zoo.pieces import PieceFiles
+from model_zoo.io.sharded_tensors import PieceFiles
 
 STEPS = 4
 TOLERANCE = 1e-5  # of all weights together

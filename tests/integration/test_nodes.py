@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from launching import ROOT, Finished, Launch, settings
 
-from model_zoo.pieces import PieceFiles
+from model_zoo.io.sharded_tensors import PieceFiles
 
 SEED = 8  # with this one the losses of one process and of two stay within 1e-5 of one another for 20 steps
 PORT = 29400  # of the first node, which is nobody else's machine

@@ -18,7 +18,7 @@ from model_zoo.ops.chunked import ChunkedSweeps
 from model_zoo.ops.dense import index_backprop_dense
 from model_zoo.ops.tiled import Settings, index_backprop_tiled
 from model_zoo.quantizers.base import INITIAL_BLOCK
-from model_zoo.registry import QUANTIZERS
+from model_zoo.quantizers.registry import QUANTIZERS
 
 RANKS = 4
 DIM = 24

@@ -15,7 +15,7 @@ from model_zoo.ops import average_entropy, fastest_impl, index_backprop, nearest
 from model_zoo.ops.chunked import ChunkedSweeps
 from model_zoo.ops.dense import index_backprop_dense
 from model_zoo.ops.tiled import Settings, SkipStats, index_backprop_tiled
-from model_zoo.registry import QUANTIZERS
+from model_zoo.quantizers.registry import QUANTIZERS
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "index_backprop.json"
 OUTPUTS = ["quantized_nd", "code_nd", "sample_entropy", "average_probability_k"]
@@ -354,7 +354,7 @@ def test_vq_losses_are_the_same_through_either_implementation(monkeypatch):
 
 MEMORY = """
 import resource, torch
-from model_zoo.registry import QUANTIZERS
+from model_zoo.quantizers.registry import QUANTIZERS
 
 def step(tokens, codes):
     quantizer = QUANTIZERS["ibq"](codes, 128, 1.0)

@@ -7,8 +7,8 @@ from torch import nn
 
 from trainer.config import EngineConfig
 from trainer.engines.base import Engine, MakeOptimizer, Memory, clip_scale
-from trainer.engines.replicated import Replicated
-from trainer.engines.rows import Rows
+from trainer.engines.ddp import Replicated
+from trainer.engines.row_sharded import Rows
 from trainer.parallel import World
 
 __all__ = ["Engine", "MakeOptimizer", "Memory", "Replicated", "Rows", "build_engine", "clip_scale"]

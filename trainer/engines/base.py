@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from model_zoo.pieces import Piece
+from model_zoo.io.sharded_tensors import Piece
 from trainer.optim import get_step, set_step
 
 MakeOptimizer = Callable[..., Optimizer]  # of parameters; apex=False: see `trainer.optim.adam`

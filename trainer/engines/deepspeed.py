@@ -18,7 +18,7 @@ from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.utils import combine_grad_norm_groups
 from torch import Tensor, nn
 
-from model_zoo.pieces import Piece
+from model_zoo.io.sharded_tensors import Piece
 from trainer import TrainerError
 from trainer.engines.base import Engine, MakeOptimizer, Memory, Root, stored_bytes, trained_parameters
 from trainer.optim import start_moments

@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from model_zoo.pieces import Piece
+from model_zoo.io.sharded_tensors import Piece
 from trainer import TrainerError
 from trainer.config import EngineConfig
 from trainer.engines.base import Engine, MakeOptimizer, Memory, Root, stored_bytes, trained_parameters

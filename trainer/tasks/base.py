@@ -10,16 +10,16 @@ import torch
 from torch import Tensor, nn
 
 from data import Batch
-from model_zoo.pieces import Piece, PieceFiles, whole
+from model_zoo.io.sharded_tensors import Piece, PieceFiles, whole
 from trainer import TrainerError
 from trainer.config import RunConfig
 from trainer.ema import Ema
 from trainer.engines import Engine, build_engine, clip_scale
+from trainer.init_from import Start
 from trainer.optim import MOMENTS, adam, set_weight_decay
 from trainer.parallel import RowGroups, World, any_rank, mean_over_ranks
 from trainer.precision import LossScale, autocast_dtype
 from trainer.schedules import learning_rate_factor, weight_decay
-from trainer.start import Start
 
 
 class Step(NamedTuple):

@@ -15,6 +15,8 @@ from data import Batch, EvaluationImage
 from model_zoo import ModelError
 from model_zoo.autoencoder import checkpoint_activations
 from model_zoo.discriminator import PatchDiscriminator
+from model_zoo.eval_nets.lpips import SMALLEST_SIDE, Perceptual
+from model_zoo.io.weights import Weights, check_names
 from model_zoo.losses import (
     DISCRIMINATOR_LOSSES,
     GENERATOR_LOSSES,
@@ -23,20 +25,18 @@ from model_zoo.losses import (
     quantizer_loss,
 )
 from model_zoo.ops import fastest_impl
-from model_zoo.perceptual import SMALLEST_SIDE, Perceptual
 from model_zoo.quantizers import Quantized
 from model_zoo.tokenizer import Tokenizer, TokenizerOutput
-from model_zoo.weights import Weights, check_names
 from trainer import TrainerError
 from trainer.config import TokenizerRun
 from trainer.ema import Ema
 from trainer.engines import Engine, Replicated, Rows
+from trainer.init_from import Start, load_start
 from trainer.metrics.codebook import CodebookHealth, CodebookUsage, gaussian_distance, moments
 from trainer.metrics.image import psnr
 from trainer.parallel import World, fail_together, mean_over_ranks, row_groups, sum_over_ranks
 from trainer.precision import LossScale
 from trainer.schedules import ramp
-from trainer.start import Start, load_start
 from trainer.tasks.base import Means, Step, Task, Validation
 
 # What start.freeze keeps as it is -> what the names of its parameters begin with.

@@ -9,7 +9,7 @@ from PIL import Image
 
 import data
 from data import DataError, expand, scan
-from data.photographs import PHOTOGRAPHS
+from data.prep.photographs import PHOTOGRAPHS
 from data.shards import TarShard
 
 

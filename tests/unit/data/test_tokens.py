@@ -24,8 +24,8 @@ from data import (
     train_batches,
     unpack_codes,
 )
-from data.checking import check_shard
-from data.counting import count
+from data.prep.check import check_shard
+from data.prep.stats import count
 from data.sources import open_source
 from data.tokens import TokenTransform
 

@@ -14,7 +14,7 @@ from model_zoo.losses import (
 )
 from model_zoo.ops import index_backprop
 from model_zoo.quantizers import Quantized
-from model_zoo.registry import QUANTIZERS
+from model_zoo.quantizers.registry import QUANTIZERS
 
 
 def logits(seed=0):

@@ -5,8 +5,8 @@ import torch
 from omegaconf import OmegaConf
 
 from model_zoo import ModelError, Tokenizer, TokenizerConfig, load_tokenizer
-from model_zoo.pieces import save_pieces, whole
-from model_zoo.registry import QUANTIZERS
+from model_zoo.io.sharded_tensors import save_pieces, whole
+from model_zoo.quantizers.registry import QUANTIZERS
 
 TINY = TokenizerConfig(
     codebook_size=32,

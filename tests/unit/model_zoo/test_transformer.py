@@ -9,8 +9,8 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from model_zoo import ModelError, Transformer, TransformerConfig, load_generator
+from model_zoo.io.sharded_tensors import save_pieces, whole
 from model_zoo.ops.attention import causal_attention
-from model_zoo.pieces import save_pieces, whole
 from model_zoo.transformer import Now, checkpoint_blocks, flops_per_token, rope_table, rotate
 
 TINY = TransformerConfig(vocabulary=40, classes=5, grid=[3, 4], depth=2, heads=2, head_dim=8, code_dim=6, dropout=0.0)

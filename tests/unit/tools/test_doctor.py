@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from model_zoo.metric_weights import WEIGHTS_FILES
+from model_zoo.eval_nets.weights import WEIGHTS_FILES
 from tools import doctor
 from tools.doctor import OK, OPTIONAL, PROBLEM, Finding
 

@@ -18,8 +18,8 @@ from tokens import FINGERPRINT, write_tokens
 from webdataset.writer import TarWriter
 
 from data import DataConfig, TrainStream
-from data.counting import Histogram
 from data.index import Index
+from data.prep.stats import Histogram
 from tools import cli, histograms
 
 ROOT = Path(__file__).resolve().parents[3]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from model_zoo.pieces import PieceFiles, whole
+from model_zoo.io.sharded_tensors import PieceFiles, whole
 from trainer import TrainerError, checkpoint
 from trainer.checkpoint import (
     CheckpointError,

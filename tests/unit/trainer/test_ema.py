@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from model_zoo.pieces import whole
+from model_zoo.io.sharded_tensors import whole
 from trainer.config import OptimizerConfig
 from trainer.ema import Ema
 from trainer.engines import Replicated

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from data import Batch
 from data.stream import Info, Place
 from model_zoo import Tokenizer, TokenizerConfig
-from model_zoo.pieces import PieceFiles, save_pieces
+from model_zoo.io.sharded_tensors import PieceFiles, save_pieces
 from model_zoo.transformer import flops_per_token
 from trainer import TrainerError
 from trainer.config import load_recipe

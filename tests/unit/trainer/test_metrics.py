@@ -182,7 +182,7 @@ def test_palette_is_seeded_and_as_good_as_scipy():
 
 
 def test_a_large_set_is_fitted_by_a_part_of_each_image_whoever_has_it(monkeypatch):
-    monkeypatch.setattr("trainer.metrics.baselines.LEAST_FITTED", 100)
+    monkeypatch.setattr("trainer.evaluation.baselines.LEAST_FITTED", 100)
     levels = photographs(64)
 
     def baselines(*places, image_count=4):

@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from model_zoo.pieces import PieceFiles, save_pieces
+from model_zoo.io.sharded_tensors import PieceFiles, save_pieces
 from trainer.parallel import World
 from trainer.randomness import random_state, restore_random_state, seed_everything
 

@@ -10,6 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from model_zoo import ModelError, TokenizerConfig
+from model_zoo.io.sharded_tensors import PieceFiles, save_pieces
 from model_zoo.losses import (
     EntropyLoss,
     GeneratorLoss,
@@ -20,8 +21,7 @@ from model_zoo.losses import (
     ReconstructionLoss,
 )
 from model_zoo.ops import average_entropy
-from model_zoo.pieces import PieceFiles, save_pieces
-from model_zoo.registry import QUANTIZERS
+from model_zoo.quantizers.registry import QUANTIZERS
 from trainer import TrainerError
 from trainer.config import (
     DiscriminatorConfig,

@@ -1,0 +1,364 @@
+"""What is wrong with tars: each is read once, from its start to its end."""
+
+import functools
+import hashlib
+import itertools
+import math
+import re
+import tarfile
+import zlib
+from array import array
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from data.errors import DataError
+from data.index import Index, Table, common_root, key_hash
+from data.parallel import in_processes
+from data.shards import CODES, MOST_MEMBER_BYTES, RANGE_BYTES, ForwardFile, Span, is_content, parse, spans
+from data.storage import PATIENCE, Patience, is_remote, read, redacted
+from data.tokens import unpack_codes
+from data.transforms import ImageError, decode
+
+BLOCK_BYTES = 512  # of a tar: each header is one, and members fill whole ones
+NAMED_SAMPLES = 1000  # of a kind of problem in a shard; more are only counted
+NAMED_DUPLICATES = 5
+# A shard with one of these cannot be read as it should; with any other problem it can, but for some samples.
+BROKEN = frozenset({"truncated", "corrupt", "empty", "unreadable", "missing"})
+
+
+class Problem(NamedTuple):
+    """kind: truncated, corrupt, empty, unreadable or missing (see BROKEN), or duplicate shard, duplicate key, bad key,
+    no image (and no tokens), undecodable (an image, or codes), index (the shard is not as its index tells).
+
+    sample: its number in the shard, from 0; None where the problem is the whole shard's.
+    """
+
+    kind: str
+    message: str
+    sample: int | None = None
+    key: str | None = None
+
+
+@dataclass
+class Checked:
+    """What was found in a shard. None: not known, since the shard cannot be read.
+
+    samples: those that are whole, before the first damage. table: where they lie; None where the shard is broken.
+    keys: of all samples, each with NUL behind it, compressed. counts: problems by kind. problems: the first of each.
+    """
+
+    url: str
+    bytes: int | None = None
+    sha256: str | None = None
+    samples: int = 0
+    table: Table | None = None
+    keys: bytes = b""
+    counts: Counter[str] = field(default_factory=Counter)
+    problems: list[Problem] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        """What messages call it."""
+        return redacted(self.url)
+
+    @property
+    def status(self) -> str:
+        """`broken`, `flawed` (it can be read, but something is wrong) or `ok`."""
+        return "broken" if BROKEN & self.counts.keys() else "flawed" if self.problems else "ok"
+
+    def key(self, sample: int) -> str:
+        """A sample's key."""
+        return zlib.decompress(self.keys).split(b"\0")[sample].decode("utf-8", "surrogateescape")
+
+    def add(self, kind: str, message: str, sample: int | None = None, key: str | None = None) -> None:
+        """Notes a problem."""
+        self.counts[kind] += 1
+        if self.counts[kind] <= NAMED_SAMPLES:
+            self.problems.append(Problem(kind, message, sample, key))
+
+    def drop(self, kind: str) -> None:
+        """Forgets the problems of a kind."""
+        del self.counts[kind]
+        self.problems = [problem for problem in self.problems if problem.kind != kind]
+
+    def record(self) -> dict:
+        """For JSON: shard, status, samples, bytes, sha256, counts, problems; None is left out of a problem."""
+        problems = [
+            {name: value for name, value in problem._asdict().items() if value is not None} for problem in self.problems
+        ]
+        return {
+            "shard": self.name,
+            "status": self.status,
+            "samples": self.samples,
+            "bytes": self.bytes,
+            "sha256": self.sha256,
+            "counts": dict(self.counts),
+            "problems": problems,
+        }
+
+
+def check_shards(
+    urls: list[str], *, index: Index | None = None, decode_images: bool = False, jobs: int = 1
+) -> Iterator[Checked]:
+    """Each tar as soon as it and those before it are checked, in `jobs` processes.
+
+    index: what the tars are compared with. decode_images: every image is decoded; codes are looked at in any case. What
+    one tar alone cannot tell is left to `find_duplicates` and `missing_shards`.
+    """
+    root = common_root(urls)
+    for checked in in_processes(functools.partial(check_shard, decode_images=decode_images), urls, jobs):
+        if index is not None:
+            _compare(checked, index, root)
+        yield checked
+
+
+def check_shard(url: str, decode_images: bool = False, patience: Patience = PATIENCE) -> Checked:
+    """Reads a tar once: its samples, its digest, its problems."""
+    checked = Checked(url)
+    try:
+        with _Hashed(url, patience, checked.name) as file:
+            checked.bytes = file.bytes
+            if file.bytes:
+                _check_samples(file, checked, decode_images, patience)
+            else:
+                checked.add("empty", "0 bytes")
+            file.finish()
+            checked.sha256 = file.sha256.hexdigest()
+    except DataError as error:
+        checked.add("unreadable", str(error))
+    return checked
+
+
+# ---------------------------------------------------------------------------------------------------------- one shard
+
+
+class _Unreadable(DataError):
+    """The bytes themselves cannot be had; whatever else `spans` raises is about what they say."""
+
+
+class _Hashed(ForwardFile):
+    """A tar that is read forwards, and the digest of all that was read. Raises _Unreadable."""
+
+    def __init__(self, url: str, patience: Patience, name: str):
+        super().__init__(url, patience, name)
+        self.sha256 = hashlib.sha256()
+
+    def _fill(self, stop: int) -> None:
+        had = len(self.content)
+        try:
+            super()._fill(stop)
+        except DataError as error:
+            raise _Unreadable(str(error)) from error
+        with memoryview(self.content)[had:] as new:
+            self.sha256.update(new)
+
+    def finish(self) -> None:
+        """Reads what nobody has asked for."""
+        while (end := self.begin + len(self.content)) < self.bytes:
+            self.take(end, min(end + RANGE_BYTES, self.bytes))
+
+
+def _check_samples(file: _Hashed, checked: Checked, decode_images: bool, patience: Patience) -> None:
+    starts, stops, hashes = array("q"), array("q"), array("Q")
+    packer, keys, usable, damage = zlib.compressobj(1), bytearray(), 0, None
+    try:
+        for number, span in enumerate(spans(file, checked.name)):
+            content = file.take(span.start, span.stop)
+            usable += _check_sample(checked, number, span, content, decode_images)
+            starts.append(span.start)
+            stops.append(span.stop)
+            hashes.append(key_hash(span.key))
+            keys += packer.compress(span.key.encode("utf-8", "surrogateescape") + b"\0")
+    except _Unreadable:
+        raise
+    except DataError as error:
+        if error.__cause__ is None:  # it is a tar
+            damage = Problem("empty", "no sample: none of its members has a name like KEY.jpg")
+        else:
+            damage = _find_damage(file.path, file.bytes, stops[-1] if stops else 0, patience)
+            damage = damage or Problem("corrupt", str(error.__cause__))
+    checked.samples, checked.keys = len(starts), bytes(keys + packer.flush())
+    if damage is None and not usable:
+        damage = Problem("empty", f"no image and no tokens in any of its {checked.samples:,} samples")
+        checked.drop("no image")  # which said so of each
+    if damage is not None:
+        checked.add(*damage)
+    else:
+        arrays = [np.array(starts, np.int64), np.array(stops, np.int64), np.array(hashes, np.uint64)]
+        checked.table = Table(file.bytes, *arrays)
+
+
+def _check_sample(checked: Checked, number: int, span: Span, content: bytes, decode_images: bool) -> bool:
+    """Whether there is an image in the sample, or its tokens."""
+    has_content = any(map(is_content, span.suffixes))
+    if twice := [suffix for suffix, count in Counter(span.suffixes).items() if count > 1]:
+        checked.add("duplicate key", f"{span.key} comes twice in a row, with {', '.join(twice)}", number, span.key)
+    elif span.key.startswith("/") or ".." in span.key.split("/"):
+        checked.add("bad key", f"{span.key} leads out of its folder", number, span.key)
+    elif not has_content:
+        checked.add("no image", f"{span.key} has {', '.join(span.suffixes)} only", number, span.key)
+    elif decode_images or CODES in span.suffixes:
+        try:
+            sample = parse(content, number, checked.name)
+            if CODES in span.suffixes:
+                unpack_codes(sample.members[CODES])
+            else:
+                decode(sample.image())
+        except (ImageError, DataError) as error:
+            checked.add("undecodable", f"{span.key}: {error}", number, span.key)
+    return has_content
+
+
+# -------------------------------------------------------------------------------------------------------------- damage
+
+# Of what precedes the header of a member with a long name, or a time that is no whole number.
+LONG_HEADERS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
+FILES_BY_START = {
+    b"\x1f\x8b": "it is compressed with gzip: unpack it",
+    b"BZh": "it is compressed with bzip2: unpack it",
+    b"\xfd7zXZ": "it is compressed with xz: unpack it",
+    b"\x28\xb5\x2f\xfd": "it is compressed with zstd: unpack it",
+    b"PK\x03\x04": "it is a zip file: unpack it, and pack what is in it",
+    b"version https://git-lfs": "it is a Git LFS pointer: `git lfs pull` gets the file",
+    b"<": "it is a web page, such as a server's error message: download it again",
+}
+
+
+def _find_damage(url: str, bytes_in_tar: int, at: int, patience: Patience) -> Problem | None:
+    """Where a tar breaks that `spans` refuses. at: behind its last whole sample, where a header is due.
+
+    Looks at a few headers only; tarfile itself does not tell what it stopped at.
+    """
+    while at < bytes_in_tar:
+        block = read(url, at, min(at + BLOCK_BYTES, bytes_in_tar), patience)
+        if not block.strip(b"\0"):
+            return _find_behind_zeros(url, bytes_in_tar, at, patience)
+        try:
+            member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+        except tarfile.HeaderError as error:
+            known = [what for start, what in FILES_BY_START.items() if at == 0 and block.startswith(start)]
+            if known:
+                return Problem("corrupt", f"no tar: {known[0]}")
+            if len(block) < BLOCK_BYTES:
+                return Problem("truncated", f"ends at byte {bytes_in_tar:,}, inside a header")
+            no_tar = ", or it is no tar" if at == 0 else ""
+            return Problem("corrupt", f"the header at byte {at:,} is damaged ({error}){no_tar}")
+        if not 0 <= member.size <= MOST_MEMBER_BYTES:
+            return Problem("corrupt", f"the header at byte {at:,} is damaged (it claims {member.size:,} bytes)")
+        has_content = not (member.isdir() or member.issym() or member.islnk() or member.isdev())
+        content_bytes = member.size if has_content else 0
+        stop = at + BLOCK_BYTES * (1 + math.ceil(content_bytes / BLOCK_BYTES))
+        if stop > bytes_in_tar:
+            lies = f"{member.name} ({content_bytes:,} bytes from byte {at + BLOCK_BYTES:,} on)"
+            inside = "a header" if member.type in LONG_HEADERS else lies
+            return Problem("truncated", f"ends at byte {bytes_in_tar:,}, inside {inside}")
+        at = stop
+    return Problem("truncated", f"ends at byte {bytes_in_tar:,}, between two members, without an end mark")
+
+
+def _find_behind_zeros(url: str, bytes_in_tar: int, at: int, patience: Patience) -> Problem | None:
+    """What comes behind zero blocks, which are a tar's end."""
+    data = None
+    for start in range(at, bytes_in_tar, RANGE_BYTES):
+        piece = read(url, start, min(start + RANGE_BYTES, bytes_in_tar), patience)
+        if data is None and (rest := piece.lstrip(b"\0")):
+            data = start + (len(piece) - len(rest)) // BLOCK_BYTES * BLOCK_BYTES
+        for match in re.finditer(b"ustar", piece):  # stands in each header at byte 257
+            header = match.start() - 257
+            if header >= 0 and header % BLOCK_BYTES == 0 and _is_header(piece[header : header + BLOCK_BYTES]):
+                what = f"{data - at:,} zero bytes at byte {at:,}, but more members from byte {start + header:,} on"
+                return Problem("corrupt", f"{what}: zeroed by a disk or a copy, or several tars in one file")
+    if data is None:
+        return None
+    if data - at == BLOCK_BYTES:  # a tar's end has two blocks
+        return Problem("corrupt", f"the header at byte {at:,} is zeroed")
+    return Problem("corrupt", f"{bytes_in_tar - data:,} bytes of something else behind its end at byte {at:,}")
+
+
+def _is_header(block: bytes) -> bool:
+    try:
+        tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        return False
+    return True
+
+
+# ---------------------------------------------------------------------------------------------------------- all shards
+
+
+def find_duplicates(found: list[Checked]) -> None:
+    """Notes shards with the same bytes as an earlier one, and keys that an earlier sample has.
+
+    Keys are compared by their hashes, of 64 bits. Those of copies and of broken shards are not looked at.
+    """
+    first_with: dict[str, Checked] = {}
+    looked_at = []
+    for checked in found:
+        first = first_with.setdefault(checked.sha256, checked) if checked.bytes and checked.sha256 else checked
+        if first is not checked:
+            checked.add("duplicate shard", f"the same bytes as {first.name}")
+        elif checked.table is not None:
+            looked_at.append(checked)
+    firsts = np.cumsum([0, *(checked.samples for checked in looked_at)])
+    keys = np.concatenate([np.zeros(0, np.uint64), *(checked.table.keys_n for checked in looked_at)])
+    order = np.argsort(keys, kind="stable")
+    ordered = keys[order]
+    again = np.flatnonzero(ordered[1:] == ordered[:-1]) + 1
+    before, again = order[np.searchsorted(ordered, ordered[again])], order[again]
+    by_place = np.argsort(again)
+    before, again = before[by_place], again[by_place]
+    borders = np.searchsorted(again, firsts)
+    for checked, first, (start, stop) in zip(looked_at, firsts, itertools.pairwise(borders), strict=False):
+        for number in range(start, min(stop, start + NAMED_DUPLICATES)):
+            sample, key = int(again[number] - first), checked.key(int(again[number] - first))
+            other = int(np.searchsorted(firsts, before[number], side="right")) - 1
+            of = "" if looked_at[other] is checked else f" of {looked_at[other].name}"
+            message = f"{key} is also the key of sample {before[number] - firsts[other]}{of}"
+            checked.add("duplicate key", message, sample, key)
+        if (more := int(stop - start) - NAMED_DUPLICATES) > 0:
+            checked.counts["duplicate key"] += more
+
+
+def missing_shards(found: list[Checked], index: Index) -> list[Checked]:
+    """The tars of an index of local tars that are nowhere any more."""
+    root = common_root([checked.url for checked in found])
+    folders = [folder for folder in (f"{index.path.absolute().parent}/", index.root, root) if folder]
+    if any(map(is_remote, folders)):
+        return []
+    there = {index.find(checked.url, root) for checked in found}
+    missing = []
+    for number, name in enumerate(index.names):
+        if number not in there and not any(Path(folder, name).exists() for folder in folders):
+            missing.append(Checked(index.root + name))
+            missing[-1].add("missing", f"in the index {index.path}, but not there")
+    return missing
+
+
+def _compare(checked: Checked, index: Index, root: str) -> None:
+    known = index.table(checked.url, root)
+    if known is None:
+        if checked.status != "broken":  # such as were left out of it
+            checked.add("index", f"not in the index {index.path}")
+        return
+    differences = []
+    if checked.bytes is not None and checked.bytes != known.bytes:
+        differences.append(f"{checked.bytes:,} bytes and not {known.bytes:,}")
+    if checked.table is not None:
+        if len(checked.table) != len(known):
+            differences.append(f"{len(checked.table):,} samples and not {len(known):,}")
+        elif not np.array_equal(checked.table.keys_n, known.keys_n):
+            differences.append("other keys")
+        elif not (
+            np.array_equal(checked.table.starts_n, known.starts_n)
+            and np.array_equal(checked.table.stops_n, known.stops_n)
+        ):
+            differences.append("samples at other places")
+    if checked.sha256 not in (None, index.sha256(checked.url, root)):
+        differences.append("other content (SHA-256)")
+    if differences:
+        checked.add("index", f"not as in the index {index.path}: {', '.join(differences)}")

@@ -1,0 +1,314 @@
+"""Folders and zip files of images to WebDataset tars."""
+
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+import tempfile
+import zipfile
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path, PurePath, PurePosixPath
+from typing import NamedTuple
+
+from PIL import Image
+from webdataset.writer import ShardWriter
+
+from data.errors import DataError
+from data.parallel import in_threads
+from data.shards import IMAGE_SUFFIXES, Skipped, find_images, is_image, is_zip
+from data.transforms import MAX_BYTES, ImageError, decode
+
+LAYOUTS = ("folder", "imagenet", "coco")
+SPLITS = {"train", "val", "test"}
+
+
+class PackReport(NamedTuple):
+    """What `pack` wrote: the tars' paths, the count of images in them, and the images that it left out.
+
+    without_caption: images that no annotation is of; they are packed. without_image: what annotations are of that is
+    not there: file names, or ids where the annotations give no name.
+    """
+
+    shards: list[str]
+    samples: int
+    skipped: list[Skipped]
+    without_caption: list[str]
+    without_image: list[str]
+
+
+def pack(
+    source: str | Path,
+    out: str | Path,
+    *,
+    layout: str = "folder",
+    annotations: str | Path | None = None,
+    prefix: str = "train",
+    max_samples_per_shard: int = 10_000,
+    max_bytes_per_shard: int = 1_000_000_000,
+    shorter_side: int | None = None,
+    quality: int = 95,
+    shuffle: bool = True,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> PackReport:
+    """Writes every jpg, png and webp of a folder or zip file (hidden files left aside) to WebDataset tars in `out`.
+
+    A sample is the image (its own bytes, unless it is resized), `.txt` and `.cls`, and `.json` with key, width and
+    height in pixels (as displayed) and the source's relative path. The same images always give the same bytes, and
+    those of a zip file with one folder in it the same as that folder. Images that cannot be decoded whole are left out
+    and reported. On an error nothing appears in `out`.
+
+    layout: `folder`: caption and class are in files NAME.txt and NAME.cls beside the image. `imagenet`: the class is
+        the index of the image's top folder, sorted, and the names go to `classes.json`. `coco`: captions are in the
+        file `annotations`; the first is the caption, and json has all of them as `captions`, and `image_id`.
+    shorter_side: larger images are resized so that their shorter side has this many pixels and stored as JPEG of
+        `quality` (1 to 100, no chroma subsampling); others keep their bytes.
+    shuffle: orders samples by a hash of their paths, so that classes mix within shards; otherwise by path.
+    progress: called with (images done, images in all).
+    Raises DataError.
+    """
+    out = Path(out).absolute()
+    _check_pack_options(prefix, max_samples_per_shard, max_bytes_per_shard, shorter_side, quality)
+    if layout not in LAYOUTS:
+        raise DataError(f"unknown layout {layout!r}: choose one of {', '.join(LAYOUTS)}")
+    if (layout == "coco") != (annotations is not None):
+        raise DataError("the layout coco takes annotations, and no other does: give both or neither")
+    files = _Zip(source) if is_zip(source) else _Folder(source)
+    paths = files.images()
+    if not paths:
+        raise DataError(f"no {', '.join(IMAGE_SUFFIXES)} under {source}: name a folder or zip file that holds images")
+    _check_no_tars(out)
+    keys = unique_keys(paths)
+    classes = _folder_classes(files, paths) if layout == "imagenet" else None
+    coco = _read_coco(annotations, paths) if annotations is not None else None
+
+    def texts(path: PurePosixPath) -> tuple[dict, dict[str, bytes]]:
+        """More of the sample's json, and its txt and cls."""
+        if coco is not None:
+            return coco.texts(path)
+        members = {suffix: text for suffix in ("txt", "cls") if (text := files.beside(path, suffix)) is not None}
+        if classes is not None:
+            members["cls"] = str(classes[path.parts[0]]).encode()
+        return {}, members
+
+    def prepare(path: PurePosixPath) -> dict | Skipped:
+        try:
+            return _prepare(files, path, keys[path], texts, shorter_side, quality)
+        except ImageError as error:
+            return Skipped(files.name(path), keys[path], str(error))
+        except OSError as error:
+            return Skipped(files.name(path), keys[path], error.strerror or str(error))
+
+    if shuffle:
+        paths = mixed(paths)
+    skipped, samples = [], 0
+    place = next(parent for parent in [out, *out.parents] if parent.exists())
+    try:
+        with tempfile.TemporaryDirectory(prefix=".ibq-pack-", dir=place) as scratch:
+            pattern = scratch.replace("%", "%%") + f"/{prefix}-%06d.tar"
+            limits = {"maxcount": max_samples_per_shard, "maxsize": max_bytes_per_shard}
+            # A time with a fraction would give each member a second header, of 1 KiB.
+            with ShardWriter(pattern, **limits, verbose=0, encoder=False, mtime=0) as writer:
+                for done, result in enumerate(in_threads(prepare, paths), start=1):
+                    if isinstance(result, Skipped):
+                        skipped.append(result)
+                    else:
+                        writer.write(result)
+                        samples += 1
+                    progress(done, len(paths))
+            if not samples:
+                raise DataError(f"none of the {len(paths)} images under {source} can be read: {skipped[0].reason}")
+            if classes is not None:
+                (Path(scratch) / "classes.json").write_text(json.dumps(classes, indent=2) + "\n", encoding="utf-8")
+            _check_no_tars(out)
+            out.mkdir(parents=True, exist_ok=True)
+            written = sorted(Path(scratch).iterdir())
+            for file in written:
+                os.replace(file, out / file.name)
+    except OSError as error:
+        raise DataError(f"cannot write shards to {out}: {error.strerror}; name another folder with --out") from error
+    shards = [str(out / file.name) for file in written if file.suffix == ".tar"]
+    return PackReport(shards, samples, skipped, *((coco.without_caption, coco.without_image) if coco else ([], [])))
+
+
+def _check_pack_options(prefix, max_samples_per_shard, max_bytes_per_shard, shorter_side, quality):
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", prefix):
+        raise DataError(f"prefix {prefix!r} must consist of letters, digits, - and _")
+    if min(max_samples_per_shard, max_bytes_per_shard) < 1:
+        raise DataError("a shard must have room for at least 1 sample and 1 byte")
+    if shorter_side is not None and shorter_side < 1:
+        raise DataError(f"shorter side {shorter_side} must be at least 1 pixel")
+    if not 1 <= quality <= 100:
+        raise DataError(f"quality {quality} must be from 1 to 100")
+
+
+def _check_no_tars(out: Path) -> None:
+    if out.exists() and not out.is_dir():
+        raise DataError(f"cannot write shards to {out}: it is a file; name a folder with --out")
+    if any(out.glob("*.tar")):
+        raise DataError(f"{out} already holds tars: name another folder with --out, or remove them first")
+
+
+# ------------------------------------------------------------------------------------------------------------- source
+
+
+class _Folder:
+    """The files of a folder, by their paths in it."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def name(self, path: PurePosixPath) -> str:
+        """What messages call a file."""
+        return str(self.path / path)
+
+    def images(self) -> list[PurePosixPath]:
+        """Sorted, without hidden ones. Raises DataError."""
+        return find_images(self.path)
+
+    def read(self, path: PurePosixPath) -> bytes:
+        """An image. Raises ImageError, OSError."""
+        return (self.path / path).read_bytes()
+
+    def beside(self, path: PurePosixPath, suffix: str) -> bytes | None:
+        """What the file of the same name with another suffix holds. Raises ImageError, OSError."""
+        file = (self.path / path).with_suffix(f".{suffix}")
+        return file.read_bytes() if file.exists() else None
+
+
+class _Zip:
+    """The files of a zip file, by their paths in it, or in the one folder that it holds. Raises DataError."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        try:
+            self.file = zipfile.ZipFile(path)
+        except zipfile.BadZipFile as error:
+            raise DataError(f"{path} is no whole zip file: copy it again") from error
+        except OSError as error:
+            raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+        members = {PurePosixPath(member.filename): member for member in self.file.infolist() if not member.is_dir()}
+        members = {path: member for path, member in members.items() if not _is_hidden(path)}
+        folders = {path.parts[0] if len(path.parts) > 1 else None for path in members}
+        only = folders.pop() if len(folders) == 1 else None
+        self.members = {path.relative_to(only or "."): member for path, member in members.items()}
+
+    def name(self, path: PurePosixPath) -> str:
+        return f"{self.path}/{path}"
+
+    def images(self) -> list[PurePosixPath]:
+        return sorted((path for path in self.members if is_image(path.suffix)), key=PurePosixPath.as_posix)
+
+    def read(self, path: PurePosixPath) -> bytes:
+        member = self.members[path]
+        if member.file_size > MAX_BYTES:
+            raise ImageError(f"{member.file_size:,} bytes are more than {MAX_BYTES:,}")
+        try:
+            return self.file.read(member)
+        except (zipfile.BadZipFile, zipfile.zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+            raise ImageError(f"damaged or encrypted in the zip file: {error}") from error
+
+    def beside(self, path: PurePosixPath, suffix: str) -> bytes | None:
+        path = path.with_suffix(f".{suffix}")
+        return self.read(path) if path in self.members else None
+
+
+def _is_hidden(path: PurePosixPath) -> bool:
+    return any(part.startswith((".", "__MACOSX")) for part in path.parts)
+
+
+def mixed(paths: list[PurePath]) -> list[PurePath]:
+    """In an order that mixes folders, by a hash of each path; the same for the same paths."""
+    return sorted(paths, key=lambda path: hashlib.sha256(path.as_posix().encode("utf-8", "surrogateescape")).digest())
+
+
+def unique_keys(paths: list[PurePath]) -> dict[PurePath, str]:
+    """Each path's key, of letters, digits, - and _ only, short enough for every tar format."""
+    keys, taken = {}, set()
+    for path in paths:
+        stem = path.with_suffix("").as_posix()
+        base = re.sub(r"[^A-Za-z0-9_-]+", "_", stem.replace("/", "_")).strip("_") or "image"
+        if len(base) > 72:
+            base = base[:63] + "-" + hashlib.sha256(stem.encode("utf-8", "surrogateescape")).hexdigest()[:8]
+        key = next(k for k in itertools.chain([base], (f"{base}-{n}" for n in itertools.count(2))) if k not in taken)
+        taken.add(key)
+        keys[path] = key
+    return keys
+
+
+def _folder_classes(files: _Folder | _Zip, paths: list[PurePosixPath]) -> dict[str, int]:
+    for path in paths:
+        if len(path.parts) == 1:
+            raise DataError(f"{files.name(path)} lies in no class folder: move it into one, or leave out the classes")
+    names = sorted({path.parts[0] for path in paths})
+    if SPLITS.issuperset(names):
+        raise DataError(f"{files.path} holds the folders {', '.join(names)}, which are no classes: name one of these")
+    return {name: index for index, name in enumerate(names)}
+
+
+# ---------------------------------------------------------------------------------------------------------------- coco
+
+
+class _Coco(NamedTuple):
+    """COCO's annotations, by the images' file names."""
+
+    captions: dict[str, list[str]]
+    ids: dict[str, int]
+    without_caption: list[str]
+    without_image: list[str]
+
+    def texts(self, path: PurePosixPath) -> tuple[dict, dict[str, bytes]]:
+        """More of the sample's json, and its txt."""
+        if path.name not in self.captions:
+            return {}, {}
+        captions = self.captions[path.name]
+        return {"image_id": self.ids[path.name], "captions": captions}, {"txt": captions[0].encode()}
+
+
+def _read_coco(annotations: str | Path, paths: list[PurePosixPath]) -> _Coco:
+    try:
+        content = json.loads(Path(annotations).read_bytes())
+        names = {image["id"]: PurePosixPath(image["file_name"]).name for image in content["images"]}
+        captioned = [one for one in content["annotations"] if "caption" in one]
+        texts = [(one["image_id"], one["caption"].strip().encode(errors="replace").decode()) for one in captioned]
+    except OSError as error:
+        raise DataError(f"cannot read the annotations {annotations}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DataError(f"{annotations} are no annotations as COCO has them: name captions_val2017.json") from error
+    if not texts:
+        raise DataError(f"{annotations} hold no captions: name captions_val2017.json or the like")
+    captions, without_image = defaultdict(list), []
+    for number, text in texts:
+        captions[names.get(number, number)].append(text)
+    there = {path.name for path in paths}
+    if not there & captions.keys():
+        raise DataError(f"{annotations} hold captions of none of the {len(paths)} images: name those of these images")
+    without_caption = sorted(path.as_posix() for path in paths if path.name not in captions)
+    without_image = sorted(name if isinstance(name, str) else f"image_id {name}" for name in captions.keys() - there)
+    return _Coco(dict(captions), {name: number for number, name in names.items()}, without_caption, without_image)
+
+
+# ------------------------------------------------------------------------------------------------------------- samples
+
+
+def _prepare(files, path, key, texts, shorter_side, quality) -> dict:
+    content = files.read(path)
+    image = decode(content, draft_side=2 * shorter_side if shorter_side else None)
+    suffix = {b"\xff\xd8": "jpg", b"\x89P": "png"}.get(content[:2], "webp")
+    if shorter_side is not None and min(image.size) > shorter_side:
+        scale = shorter_side / min(image.size)
+        image = image.resize([round(side * scale) for side in image.size], Image.Resampling.LANCZOS)
+        buffer = io.BytesIO()
+        image.save(buffer, "JPEG", quality=quality, subsampling=0)
+        content, suffix = buffer.getvalue(), "jpg"
+    more, members = texts(path)
+    if "cls" in members:
+        members["cls"] = members["cls"].strip()
+        if not re.fullmatch(rb"[0-9]+", members["cls"]):
+            text = members["cls"].decode(errors="replace")[:40]
+            raise DataError(f"{files.name(path.with_suffix('.cls'))} holds {text!r}: a class is a number from 0")
+    name = path.as_posix().encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+    metadata = {"key": key, "width": image.width, "height": image.height, "source": name, **more}
+    return {"__key__": key, suffix: content, "json": json.dumps(metadata, ensure_ascii=False).encode(), **members}

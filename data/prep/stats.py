@@ -1,0 +1,332 @@
+"""What a set of images holds: how many, how large, of what shapes, with what captions, classes and scores."""
+
+import bisect
+import functools
+import io
+import itertools
+import math
+from collections import Counter
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, NamedTuple
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from data.errors import DataError
+from data.parallel import in_processes
+from data.shards import CODES, Limit, Sample, Shard
+from data.sources import TOKENS, Source, metadata_of
+from data.tokens import TokenHeader, unpack_codes
+from data.transforms import FORMATS, MAX_PIXELS, ImageError
+
+# Lower borders of a histogram's bins.
+MOST = 1e300  # of a score; JSON knows larger whole numbers, floats do not
+SIDES = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096)  # pixels
+LENGTHS = (10, 20, 40, 80, 160, 320, 640)  # characters
+CLASS_SIZES = (2, 10, 100, 500, 1000, 1500, 10_000, 100_000)  # images
+# Width : height; a sample counts to the nearest.
+SHAPES = ((1, 2), (9, 16), (2, 3), (3, 4), (1, 1), (4, 3), (3, 2), (16, 9), (2, 1))
+
+PIECE_SAMPLES = 2000  # that a process counts in one go
+WINDOW = Limit(64, 16 << 20)  # that is fetched at once of a remote tar
+NAMED_UNUSABLE = 20
+ORIENTATION, TURNED = 0x0112, range(5, 9)  # of EXIF; these values make the width a height
+
+
+class Histogram(NamedTuple):
+    """name: for JSON; title: what is counted, with its unit and spread; bins: label -> how many."""
+
+    name: str
+    title: str
+    bins: dict[str, int]
+
+
+@dataclass
+class Score:
+    """A number of the samples' json: how many have it, how many lack it or have something else in its place."""
+
+    numbers: int = 0
+    missing: int = 0
+    not_numeric: int = 0
+    total: float = 0.0
+    least: float = math.inf
+    most: float = -math.inf
+
+    def count(self, value: Any) -> None:
+        """One sample's."""
+        if value is None:
+            self.missing += 1
+        elif isinstance(value, bool) or not isinstance(value, (int, float)) or not -MOST < value < MOST:
+            self.not_numeric += 1
+        else:
+            self.numbers += 1
+            self.total += value
+            self.least, self.most = min(self.least, value), max(self.most, value)
+
+    def add(self, other: "Score") -> None:
+        """Those of other samples."""
+        for name in ("numbers", "missing", "not_numeric", "total"):
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+        self.least, self.most = min(self.least, other.least), max(self.most, other.most)
+
+    def record(self) -> dict:
+        """For JSON; without any number min, mean and max are None."""
+        least, mean, most = (self.least, self.total / self.numbers, self.most) if self.numbers else (None, None, None)
+        counts = {"numbers": self.numbers, "missing": self.missing, "not_numeric": self.not_numeric}
+        return {**counts, "min": least, "mean": mean, "max": most}
+
+
+@dataclass
+class Counted:
+    """What samples hold.
+
+    bytes: of all their members. formats: JPEG, PNG, WEBP -> images. sides: pixels of the shorter side -> images.
+    shapes: place in SHAPES -> images. tokens: what codes tell of themselves -> samples. lengths: characters of the
+    caption -> samples. classes: class -> samples. scores: number that filters know -> Score. unusable: those that
+    training would pass over, the first with reasons.
+    """
+
+    samples: int = 0
+    bytes: int = 0
+    formats: Counter[str] = field(default_factory=Counter)
+    tokens: Counter[TokenHeader] = field(default_factory=Counter)
+    sides: Counter[int] = field(default_factory=Counter)
+    shapes: Counter[int] = field(default_factory=Counter)
+    lengths: Counter[int] = field(default_factory=Counter)
+    missing_captions: int = 0
+    classes: Counter[int] = field(default_factory=Counter)
+    missing_classes: int = 0
+    scores: dict[str, Score] = field(default_factory=dict)
+    unusable_samples: int = 0
+    unusable: list[str] = field(default_factory=list)
+
+    def add(self, other: "Counted") -> None:
+        """Those of other samples."""
+        for name, score in other.scores.items():
+            self.scores.setdefault(name, Score()).add(score)
+        self.unusable = (self.unusable + other.unusable)[:NAMED_UNUSABLE]
+        for one in fields(self):
+            if one.name not in ("scores", "unusable"):
+                setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
+
+    def histograms(self) -> list[Histogram]:
+        """Those of which there is something to show."""
+        names = [f"{width}:{height}" for width, height in SHAPES]
+        names[0], names[-1] = f"{names[0]} or taller", f"{names[-1]} or wider"
+        shapes = {name: self.shapes[number] for number, name in enumerate(names)}
+        sizes = Counter(self.classes.values())
+        histograms = [
+            Histogram("shorter_side", f"shorter side, pixels{_in_words(self.sides)}", _bins(self.sides, SIDES)),
+            Histogram("shape", "shape, width : height, the nearest", _trimmed(shapes)),
+            Histogram("captions", f"captions, characters{_in_words(self.lengths)}", _bins(self.lengths, LENGTHS)),
+            Histogram("classes", f"classes by number of images{_in_words(sizes)}", _bins(sizes, CLASS_SIZES)),
+        ]
+        return [histogram for histogram in histograms if histogram.bins]
+
+    def record(self) -> dict:
+        """For JSON. Of a distribution: min, median and max, or None where there is nothing."""
+
+        def spread_of(values: Counter[int]) -> dict[str, int] | None:
+            return found._asdict() if (found := spread(values)) else None
+
+        return {
+            "samples": self.samples,
+            "bytes": self.bytes,
+            "mean_sample_bytes": self.bytes / self.samples if self.samples else None,
+            "unusable": self.unusable_samples,
+            "unusable_first": self.unusable,
+            "formats": dict(self.formats.most_common()),
+            "tokens": [{**header._asdict(), "samples": samples} for header, samples in self.tokens.most_common()],
+            "shorter_side": spread_of(self.sides),
+            "captions": {"missing": self.missing_captions, "characters": spread_of(self.lengths)},
+            "classes": {
+                "count": len(self.classes),
+                "missing": self.missing_classes,
+                "images": spread_of(Counter(self.classes.values())),
+            },
+            "scores": {name: score.record() for name, score in self.scores.items()},
+            "histograms": {histogram.name: histogram.bins for histogram in self.histograms()},
+        }
+
+
+class Spread(NamedTuple):
+    """The least, the middle one and the largest of some numbers."""
+
+    min: int
+    median: int
+    max: int
+
+
+def spread(values: Counter[int]) -> Spread | None:
+    """Of value -> how often; None where there is none."""
+    if not values:
+        return None
+    ordered = sorted(values)
+    stops = list(itertools.accumulate(values[value] for value in ordered))
+    return Spread(ordered[0], ordered[bisect.bisect_left(stops, stops[-1] / 2)], ordered[-1])
+
+
+def _in_words(values: Counter[int]) -> str:
+    found = spread(values)
+    return f": {found.min:,} to {found.max:,}, median {found.median:,}" if found else ""
+
+
+def _bins(values: Counter[int], borders: tuple[int, ...]) -> dict[str, int]:
+    counts = [0] * (len(borders) + 1)
+    for value, count in values.items():
+        counts[bisect.bisect_right(borders, value)] += count
+    between = [
+        f"{low:,} to {high - 1:,}" if low < high - 1 else f"{low:,}" for low, high in itertools.pairwise(borders)
+    ]
+    labels = [f"below {borders[0]:,}", *between, f"{borders[-1]:,} or more"]
+    return _trimmed(dict(zip(labels, counts, strict=True)))
+
+
+def _trimmed(bins: dict[str, int]) -> dict[str, int]:
+    """Without the empty bins at both ends."""
+    filled = [number for number, count in enumerate(bins.values()) if count]
+    return dict(list(bins.items())[filled[0] : filled[-1] + 1]) if filled else {}
+
+
+# ------------------------------------------------------------------------------------------------------------ counting
+
+
+class _Piece(NamedTuple):
+    """Samples of a shard: those of these numbers, or (None) from its first on, `most` of them or (None) all."""
+
+    shard: int
+    numbers: np.ndarray | None
+    most: int | None
+
+
+def count(
+    source: Source,
+    most_samples: int | None = None,
+    jobs: int = 1,
+    progress: Callable[[int, int], None] = lambda done, total: None,
+) -> Counted:
+    """Counts a source's samples in `jobs` processes; of images only the headers are looked at.
+
+    most_samples: so many, spread evenly over all of them; of tars whose samples are not known before they are read,
+    the first ones of shards that are spread evenly. progress: called with (pieces done, pieces in all).
+    Raises DataError.
+    """
+    if most_samples is not None and most_samples < 1:
+        raise DataError(f"{most_samples} samples tell nothing: count at least 1")
+    pieces, total = _pieces(source, most_samples), Counted()
+    for done, counted in enumerate(in_processes(functools.partial(_count_piece, source), pieces, jobs), start=1):
+        total.add(counted)
+        progress(done, len(pieces))
+    return total
+
+
+def _pieces(source: Source, most_samples: int | None) -> list[_Piece]:
+    if source.samples is None:
+        shards = _spread_evenly(len(source.shards), most_samples)
+        each = None if most_samples is None else math.ceil(most_samples / len(shards))
+        return [_Piece(int(shard), None, each) for shard in shards]
+    firsts = np.cumsum([0, *map(len, source.shards)])
+    numbers = _spread_evenly(source.samples, most_samples)
+    pieces = []
+    for shard, (start, stop) in enumerate(itertools.pairwise(np.searchsorted(numbers, firsts))):
+        for begin in range(start, stop, PIECE_SAMPLES):
+            pieces.append(_Piece(shard, numbers[begin : min(begin + PIECE_SAMPLES, stop)] - firsts[shard], None))
+    return pieces
+
+
+def _spread_evenly(count: int, most: int | None) -> np.ndarray:
+    """`most` of range(count), as far apart as can be."""
+    most = min(count, most or count)
+    return np.arange(most) * count // most
+
+
+def _count_piece(source: Source, piece: _Piece) -> Counted:
+    counted = Counted(scores={name: Score() for name in source.layout.fields})
+    shard = source.shards[piece.shard]
+    for sample in itertools.islice(_samples(shard, piece.numbers), piece.most):
+        counted.samples += 1
+        try:
+            if isinstance(sample, ImageError):
+                raise sample
+            _count_sample(counted, source, sample)
+        except ImageError as error:
+            counted.unusable_samples += 1
+            if len(counted.unusable) < NAMED_UNUSABLE:
+                key = f"{sample.key} in " if isinstance(sample, Sample) else ""
+                counted.unusable.append(f"{key}{shard.name}: {error}")
+    return counted
+
+
+def _samples(shard: Shard, numbers: np.ndarray | None) -> Iterator[Sample | ImageError]:
+    """The samples of these numbers; those that follow one another are fetched together. None: all."""
+    if numbers is None:
+        runs = [(0, None)]
+    else:
+        parts = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
+        runs = [(int(part[0]), int(part[-1]) + 1) for part in parts]
+    for first, stop in runs:
+        for window in shard.windows(first, stop, WINDOW):
+            for number in range(len(window)):
+                try:
+                    yield window.read(number)
+                except ImageError as error:
+                    yield error
+
+
+def _count_sample(counted: Counted, source: Source, sample: Sample) -> None:
+    counted.bytes += sum(map(len, sample.members.values()))
+    if CODES in sample.members:
+        picked = replace(source, layout=TOKENS).pick(sample)
+        header, _ = unpack_codes(picked.content)
+        counted.tokens[header] += 1
+    else:
+        picked = source.pick(sample)
+        header = _header(picked.content)
+        counted.formats[header.format] += 1
+        counted.sides[min(header.width, header.height)] += 1
+        counted.shapes[_nearest_shape(header.width / header.height)] += 1
+    scores = metadata_of(sample) if counted.scores else {}
+    if picked.caption is not None and str(picked.caption).strip():
+        counted.lengths[len(str(picked.caption).strip())] += 1
+    else:
+        counted.missing_captions += 1
+    if picked.label is not None:
+        counted.classes[picked.label] += 1
+    else:
+        counted.missing_classes += 1
+    for name, score in counted.scores.items():
+        score.count(scores.get(source.layout.fields[name]))
+
+
+class _Header(NamedTuple):
+    """width, height: pixels, as the image is displayed."""
+
+    format: str
+    width: int
+    height: int
+
+
+def _header(content: bytes) -> _Header:
+    """What an image file's first bytes tell. Raises ImageError."""
+    try:
+        image = Image.open(io.BytesIO(content), formats=FORMATS)
+        width, height = image.size
+        # Without EXIF in its header, Pillow would decode a PNG to look for it behind the pixels.
+        if "exif" in image.info and image.getexif().get(ORIENTATION) in TURNED:
+            width, height = height, width
+    except UnidentifiedImageError as error:
+        raise ImageError("no JPEG, PNG or WebP image") from error
+    except Exception as error:  # as in `decode`
+        raise ImageError(" ".join(f"{type(error).__name__}: {error}".split())) from error
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"{width} x {height} pixels are more than {MAX_PIXELS:,}")
+    return _Header(image.format, width, height)
+
+
+def _nearest_shape(ratio: float) -> int:
+    return bisect.bisect(SHAPE_BORDERS, ratio)
+
+
+# In between two shapes by their ratio, so that a picture and the same turned by 90 degrees are treated alike.
+SHAPE_BORDERS = [math.sqrt(a / b * c / d) for (a, b), (c, d) in itertools.pairwise(SHAPES)]

@@ -1,0 +1,1 @@
+"""Model files: sharded tensors, checkpoints, exports, published layouts, the model hub."""

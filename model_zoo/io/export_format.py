@@ -1,0 +1,138 @@
+"""Models as folders of their own: safetensors under plain names, their configuration, and a model card.
+
+``model.safetensors`` holds the averaged (EMA) weights where there are any, else those that were trained;
+``raw.safetensors`` the latter beside averaged ones; ``discriminator.safetensors`` and
+``discriminator_ema.safetensors`` what was trained beside a tokenizer. A generator's folder may hold that of its
+tokenizer, ``tokenizer/``.
+"""
+
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import yaml
+from safetensors import SafetensorError
+from safetensors.torch import load_file
+from torch import Tensor
+
+from model_zoo.errors import ModelError
+from model_zoo.io.hashing import sha256_of
+from model_zoo.io.sharded_tensors import save_tensors
+from model_zoo.io.weights import KINDS, SETS, Average, Weights
+
+MODEL, RAW, CONFIG, CARD = "model.safetensors", "raw.safetensors", "config.yaml", "README.md"
+DISCRIMINATOR, DISCRIMINATOR_EMA = "discriminator.safetensors", "discriminator_ema.safetensors"
+TOKENIZER = "tokenizer"
+
+
+def is_export(source: Path) -> bool:
+    """Whether it is to be read by `read_export`."""
+    return (source / MODEL).is_file()
+
+
+def read_export(folder: Path, kind: str, weights: str) -> Weights:
+    """A model's configuration and weights out of an export. kind, weights: see `read_weights`. Raises ModelError."""
+    folder, about = _of_kind(folder, kind)
+    file = folder / (RAW if weights == "raw" and about["weights"] == "ema" else MODEL)
+    if not file.is_file():
+        raise ModelError(f"{folder} holds no raw weights, only their averages: ask for those (--weights ema)")
+    beside = {name: folder / name for name in (DISCRIMINATOR, DISCRIMINATOR_EMA) if (folder / name).is_file()}
+    tensors = {name: read_tensors(path) for name, path in beside.items()}
+    held = "raw" if file.name == RAW else about["weights"]
+    return Weights(
+        about["model"],
+        read_tensors(file),
+        tensors.get(DISCRIMINATOR),
+        f"{folder} ({held} weights)",
+        str(folder / CONFIG),
+        held,
+        tensors.get(DISCRIMINATOR_EMA),
+        Average(**about["average"]) if about.get("average") else None,
+        about.get("step"),
+    )
+
+
+def held_by_export(folder: Path) -> dict[str, list[str]]:
+    """Kind of model -> which of ``ema`` and ``raw`` weights. Raises ModelError."""
+    about = read_about(folder)
+    has_raw = about["weights"] == "raw" or (folder / RAW).is_file()
+    found = {about["kind"]: ["ema"] * (about["weights"] == "ema") + ["raw"] * has_raw}
+    return found | (held_by_export(folder / TOKENIZER) if is_export(folder / TOKENIZER) else {})
+
+
+def _of_kind(folder: Path, kind: str) -> tuple[Path, dict]:
+    """The folder that holds a model of that kind, itself or the tokenizer's in it; and what its config says."""
+    about = read_about(folder)
+    if about["kind"] == kind:
+        return folder, about
+    if kind == TOKENIZER and is_export(folder / TOKENIZER):
+        return _of_kind(folder / TOKENIZER, kind)
+    raise ModelError(f"{folder} holds no {kind}: it is a {about['kind']}'s export")
+
+
+def read_about(folder: Path) -> dict:
+    """An export's ``config.yaml``. Raises ModelError."""
+    path = folder / CONFIG
+    try:
+        about = yaml.safe_load(path.read_text())
+        wanted = {"kind": str, "weights": str, "model": dict, "sha256": dict}
+        if wrong := [key for key, of in wanted.items() if not isinstance(about.get(key), of)]:
+            raise ValueError(f"it lacks {wrong[0]}")
+        for key, choices in {"kind": KINDS, "weights": SETS}.items():
+            if about[key] not in choices:
+                raise ValueError(f"{key}: {about[key]} is none of {', '.join(choices)}")
+        if not isinstance(about.get("step"), int | None):
+            raise ValueError(f"step: {about['step']} is no whole number")
+        if about.get("average"):
+            Average(**about["average"])
+        return about
+    except FileNotFoundError as error:
+        raise ModelError(f"{folder} is no export: it lacks {CONFIG}") from error
+    except (OSError, yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
+        detail = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"{path} describes no exported model ({detail})") from error
+
+
+def read_tensors(file: Path) -> dict[str, Tensor]:
+    """All tensors of a safetensors file. Raises ModelError where it is damaged."""
+    try:
+        return load_file(file)
+    except (SafetensorError, OSError) as error:
+        raise ModelError(f"{file} is damaged ({' '.join(str(error).split())}): copy or export it again") from error
+
+
+def damaged_file(folder: Path) -> str | None:
+    """What is wrong with an export's files, or None: the hash of each is compared with ``config.yaml``."""
+    for name, sha256 in read_about(folder)["sha256"].items():
+        if not (folder / name).is_file():
+            return f"{name} is missing"
+        if sha256_of(folder / name) != sha256:
+            return f"{name} is not what was written (its sha256 differs)"
+    return damaged_file(folder / TOKENIZER) if is_export(folder / TOKENIZER) else None
+
+
+def fill_export(folder: Path, about: dict, files: dict[str, dict[str, Tensor]], card: str) -> None:
+    """Writes an export into a folder that is there. about: ``config.yaml`` without the hashes of files."""
+    for name, tensors in files.items():
+        save_tensors(folder / name, tensors, {"format": "pt"})
+    hashes = {name: sha256_of(folder / name) for name in files}
+    (folder / CONFIG).write_text(yaml.safe_dump({**about, "sha256": hashes}, sort_keys=False), encoding="utf-8")
+    (folder / CARD).write_text(card, encoding="utf-8")
+
+
+@contextmanager
+def new_folder(out: Path) -> Iterator[Path]:
+    """A folder beside ``out`` to write into, which becomes ``out`` at the end; where that fails nothing is left. Raises
+    ModelError where something is there already."""
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ModelError(f"{out} is there already: name another place with --out, or remove it")
+    out = out.resolve()
+    unfinished = out.with_name(f".{out.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # of a job that was killed
+    unfinished.mkdir(parents=True)
+    try:
+        yield unfinished
+        unfinished.replace(out)
+    finally:
+        shutil.rmtree(unfinished, ignore_errors=True)

@@ -1,0 +1,150 @@
+import hashlib
+from pathlib import Path
+
+import lpips
+import pytest
+import torch
+import torch.nn.functional as F
+
+from model_zoo import ModelError
+from model_zoo.eval_nets.lpips import SMALLEST_SIDE, TRUNKS, Perceptual
+from model_zoo.eval_nets.weights import WEIGHTS_FILES
+
+# torchvision's layers: convolutions as (width, kernel, stride, padding), each with a ReLU, and max-pools as (kernel,).
+# A trunk's features are those of the convolutions before its pools (VGG16), or of every convolution (AlexNet).
+LAYERS = {
+    "vgg": [
+        *[(64, 3, 1, 1)] * 2, (2,), *[(128, 3, 1, 1)] * 2, (2,), *[(256, 3, 1, 1)] * 3, (2,),
+        *[(512, 3, 1, 1)] * 3, (2,), *[(512, 3, 1, 1)] * 3,
+    ],
+    "alex": [(64, 11, 4, 2), (3,), (192, 5, 1, 2), (3,), (384, 3, 1, 1), (256, 3, 1, 1), (256, 3, 1, 1)],
+}  # fmt: skip
+FEATURES_AFTER = {"vgg": (1, 4, 8, 12, 16), "alex": (0, 2, 4, 5, 6)}
+
+
+@pytest.fixture(scope="module")
+def trunk_files(tmp_path_factory) -> dict[str, Path]:
+    """Files like torchvision's, the trunks random, the classifiers cut down to one tensor."""
+    generator = torch.Generator().manual_seed(0)
+    files = {}
+    for net, layers in LAYERS.items():
+        state, index, in_channels = {"classifier.0.weight": torch.zeros(1)}, 0, 3
+        for width, *window in layers:
+            if not window:
+                index += 1
+                continue
+            weight = torch.empty(width, in_channels, window[0], window[0])
+            weight.normal_(std=(2 / (window[0] ** 2 * in_channels)) ** 0.5, generator=generator)
+            state[f"features.{index}.weight"] = weight
+            state[f"features.{index}.bias"] = torch.empty(width).normal_(std=0.1, generator=generator)
+            index, in_channels = index + 2, width
+        files[net] = tmp_path_factory.mktemp(net) / WEIGHTS_FILES[TRUNKS[net]].file
+        torch.save(state, files[net])
+    return files
+
+
+@pytest.fixture
+def published(trunk_files, monkeypatch):
+    """The files made here pass for the published ones."""
+    for net, file in trunk_files.items():
+        digest = hashlib.sha256(file.read_bytes()).hexdigest()
+        monkeypatch.setitem(WEIGHTS_FILES, TRUNKS[net], WEIGHTS_FILES[TRUNKS[net]]._replace(sha256=digest))
+
+
+@pytest.fixture(params=["vgg", "alex"])
+def net(request) -> str:
+    return request.param
+
+
+@pytest.fixture
+def loss(trunk_files, published, net) -> Perceptual:
+    return Perceptual(str(trunk_files[net]), net)
+
+
+def lpips_by_hand(net: str, trunk_file: Path, x_bchw: torch.Tensor, y_bchw: torch.Tensor) -> torch.Tensor:
+    """In float64."""
+    state = {name: tensor.double() for name, tensor in torch.load(trunk_file, weights_only=True).items()}
+    heads_file = Path(lpips.__file__).parent / f"weights/v0.1/{net}.pth"
+    heads = [head.double() for head in torch.load(heads_file, map_location="cpu", weights_only=True).values()]
+    shift, scale = torch.tensor([-0.030, -0.088, -0.188]), torch.tensor([0.458, 0.448, 0.450])
+
+    def features(images_bchw):
+        hidden, index = (images_bchw.double() - shift.view(3, 1, 1)) / scale.view(3, 1, 1), 0
+        for number, (width, *window) in enumerate(LAYERS[net]):
+            if not window:  # then the "width" is the pool's kernel
+                hidden, index = F.max_pool2d(hidden, width, stride=2), index + 1
+            else:
+                weight, bias = state[f"features.{index}.weight"], state[f"features.{index}.bias"]
+                hidden, index = F.conv2d(hidden, weight, bias, stride=window[1], padding=window[2]).relu(), index + 2
+            if number in FEATURES_AFTER[net]:
+                yield hidden / hidden.norm(dim=1, keepdim=True).clamp(min=1e-10)
+
+    return sum(
+        F.conv2d((a - b).square(), head).mean(dim=(1, 2, 3))
+        for a, b, head in zip(features(x_bchw), features(y_bchw), heads, strict=True)
+    )
+
+
+def test_value_of_each_pair_equals_the_definition(loss, net, trunk_files):
+    torch.manual_seed(0)
+    x_bchw, y_bchw = torch.rand(2, 3, 3, 32, 48) * 2 - 1
+    y_bchw[1] = x_bchw[1]
+    value_b = loss(x_bchw, y_bchw)
+    assert value_b.shape == (3,)
+    assert value_b[0] > 0 and value_b[1] == 0
+    wanted_b = lpips_by_hand(net, trunk_files[net], x_bchw, y_bchw)
+    torch.testing.assert_close(value_b.double(), wanted_b, rtol=1e-4, atol=1e-6)
+
+
+def test_frozen_and_out_of_checkpoints(loss):
+    assert not list(loss.parameters())
+    assert not loss.state_dict()
+    parent = torch.nn.ModuleDict({"loss": loss, "other": torch.nn.Linear(2, 2)})
+    parent.load_state_dict(torch.nn.ModuleDict({"other": torch.nn.Linear(2, 2)}).state_dict(), strict=True)
+    parent.train()
+    assert not any(module.training for module in loss.modules())
+    assert loss.to(torch.float64)(*torch.rand(2, 1, 3, 32, 32, dtype=torch.float64)).dtype == torch.float64
+
+
+def test_gradient_reaches_the_image(loss):
+    x_bchw, y_bchw = torch.rand(2, 1, 3, 32, 32)
+    y_bchw.requires_grad_()
+    loss(x_bchw, y_bchw).sum().backward()
+    assert y_bchw.grad.isfinite().all() and y_bchw.grad.abs().sum() > 0
+
+
+def test_construction_is_silent_and_draws_no_random_numbers(trunk_files, published, net, capfd, recwarn):
+    state = torch.get_rng_state()
+    Perceptual(str(trunk_files[net]), net)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert capfd.readouterr() == ("", "")
+    assert not recwarn.list
+
+
+def test_a_trunk_with_other_layers_is_refused(tmp_path, trunk_files, net, monkeypatch):
+    state = torch.load(trunk_files[net], weights_only=True)
+    state["features.0.weight"] = state["features.0.weight"][:32]
+    torch.save(state, tmp_path / "other.pth")
+    digest = hashlib.sha256((tmp_path / "other.pth").read_bytes()).hexdigest()
+    monkeypatch.setitem(WEIGHTS_FILES, TRUNKS[net], WEIGHTS_FILES[TRUNKS[net]]._replace(sha256=digest))
+    with pytest.raises(RuntimeError, match="size mismatch"):
+        Perceptual(str(tmp_path / "other.pth"), net)
+
+
+def test_the_file_is_that_of_the_trunk(trunk_files, published):
+    with pytest.raises(ModelError, match="not the published alexnet"):
+        Perceptual(str(trunk_files["vgg"]), "alex")
+
+
+def test_the_smallest_side_is_the_least_that_the_trunk_takes(loss, net):
+    side = SMALLEST_SIDE[net]
+    assert loss(*torch.rand(2, 1, 3, side, side)).isfinite().all()
+    with pytest.raises(RuntimeError):  # the trunk itself, without our own check
+        loss.lpips(*torch.rand(2, 1, 3, side - 1, side - 1))
+
+
+def test_bad_images(loss, net):
+    with pytest.raises(ModelError, match="one shape"):
+        loss(torch.zeros(1, 3, 32, 32), torch.zeros(2, 3, 32, 32))
+    with pytest.raises(ModelError, match=f"at least {SMALLEST_SIDE[net]} pixels"):
+        loss(torch.zeros(1, 3, 8, 32), torch.zeros(1, 3, 8, 32))

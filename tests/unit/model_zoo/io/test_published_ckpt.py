@@ -1,0 +1,344 @@
+"""Published checkpoints: made here of our own models by renaming, and as the published code names and computes them."""
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from golden import make_published
+from golden.make_published import CLASSES, CODES, POSITIONS, classes, codes, images, weight_of
+
+from model_zoo import (
+    ModelError,
+    Tokenizer,
+    TokenizerConfig,
+    Transformer,
+    TransformerConfig,
+    load_generator,
+    load_tokenizer,
+)
+from model_zoo.discriminator import PatchDiscriminator
+from model_zoo.io.load import read_weights
+from model_zoo.io.published_ckpt import open_published, published_state, read_published
+
+TOKENIZER = TokenizerConfig(
+    codebook_size=32,
+    code_dim=8,
+    channels=16,
+    channel_multipliers=[1, 1, 2],
+    num_res_blocks=2,
+    attention_factors=[2, 4],
+    latent_channels=12,
+)
+GENERATOR = TransformerConfig(vocabulary=32, classes=7, depth=3, heads=2)
+
+
+def tokenizer(seed=0, **changes) -> Tokenizer:
+    torch.manual_seed(seed)
+    return Tokenizer(replace(TOKENIZER, **changes))
+
+
+def generator(seed=0) -> Transformer:
+    torch.manual_seed(seed)
+    return Transformer(GENERATOR)
+
+
+def discriminator() -> PatchDiscriminator:
+    torch.manual_seed(9)
+    return PatchDiscriminator(channels=4, layers=1)
+
+
+def behind(prefix, model) -> dict:
+    return {f"{prefix}{name}": tensor for name, tensor in model.state_dict().items()}
+
+
+def averages(prefix, model, names="") -> dict:
+    """As Lightning modules with LitEma hold them."""
+    named = {f"{prefix}model_ema.{(names + name).replace('.', '')}": t for name, t in model.state_dict().items()}
+    return {**named, f"{prefix}model_ema.decay": torch.tensor(0.999), f"{prefix}model_ema.num_updates": torch.tensor(3)}
+
+
+TRAINED_BESIDE = {
+    **behind("loss.discriminator.", discriminator()),
+    "loss.perceptual_loss.net.slice1.0.bias": torch.zeros(3),
+}
+
+
+@pytest.fixture
+def write(tmp_path):
+    def write(*states, name="published.ckpt"):
+        state = {name: tensor for state in states for name, tensor in state.items()}
+        torch.save({"state_dict": state, "epoch": 3}, tmp_path / name)
+        return tmp_path / name
+
+    return write
+
+
+def assert_same(loaded, expected):
+    assert loaded.config == expected.config
+    assert not any(module.training for module in loaded.modules())
+    assert loaded.state_dict().keys() == expected.state_dict().keys()
+    for name, tensor in expected.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], tensor)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"channel_multipliers": [1, 3], "attention_factors": []},
+        {"code_dim": 5, "codebook_size": 11, "num_res_blocks": 1},
+    ],
+)
+def test_a_published_tokenizers_configuration_is_inferred(write, changes):
+    changes = {"attention_factors": [2, 4], **changes}
+    assert_same(load_tokenizer(write(behind("", tokenizer(**changes)), TRAINED_BESIDE)), tokenizer(**changes))
+
+
+@pytest.mark.parametrize("prefix", ["", "first_stage_model."])
+@pytest.mark.parametrize(("weights", "seed"), [("raw", 1), ("ema", 2)])
+def test_a_published_tokenizers_averages(write, prefix, weights, seed):
+    beside = {prefix + name: tensor for name, tensor in TRAINED_BESIDE.items()}
+    path = write(behind(prefix, tokenizer(1)), averages(prefix, tokenizer(2)), beside)
+    assert_same(load_tokenizer(str(path), weights), tokenizer(seed))
+
+
+def test_a_published_generator_and_the_tokenizer_in_it(write):
+    computed = {"transformer.freqs_cis": torch.zeros(257, 32, 2), "freqs_cis": torch.zeros(3)}
+    path = write(behind("transformer.", generator()), computed, behind("first_stage_model.", tokenizer(5)))
+    assert_same(load_generator(path), generator())
+    assert_same(load_generator(path, "raw"), generator())
+    assert_same(load_tokenizer(path), tokenizer(5))
+    with torch.no_grad():
+        index_bt, class_b = torch.arange(32)[None], torch.tensor([3])
+        assert torch.equal(load_generator(path)(index_bt, class_b), generator().eval()(index_bt, class_b))
+
+
+def test_a_generator_in_half_precision_is_loaded_in_fp32(write):
+    path = write(behind("transformer.", generator().half()))
+    assert {tensor.dtype for tensor in load_generator(path).parameters()} == {torch.float32}
+
+
+@pytest.mark.parametrize(("weights", "seed"), [("raw", 1), ("ema", 2)])
+def test_a_published_generators_averages(write, weights, seed):
+    path = write(behind("transformer.", generator(1)), averages("", generator(2), "transformer."))
+    assert_same(load_generator(path, weights), generator(seed))
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+def refused(load, path, *arguments) -> str:
+    with pytest.raises(ModelError) as error:
+        load(path, *arguments)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 400
+    return str(error.value)
+
+
+def test_missing_and_unexpected_tensors_are_told(write):
+    state = behind("transformer.", generator())
+    more = {**state, "transformer.blocks.1.attention.bias": torch.zeros(3)}
+    assert "holds blocks.1.attention.bias, which is not expected" in refused(load_generator, write(more))
+    del state["transformer.blocks.1.attention.wo.weight"]
+    assert "lacks blocks.1.attention.wo.weight of shape [128, 128]" in refused(load_generator, write(state))
+    del state["transformer.tok_emb.weight"]
+    assert "lacks tok_emb.weight" in refused(load_generator, write(state))
+    state = behind("", tokenizer())
+    del state["decoder.mid.block_1.norm1.weight"]
+    assert "lacks decoder.mid.block_1.norm1.weight of shape [32]" in refused(load_tokenizer, write(state))
+    del state["encoder.conv_in.weight"]
+    assert "lacks encoder.conv_in.weight" in refused(load_tokenizer, write(state))
+
+
+def test_averages_of_some_tensors_only_are_refused(write):
+    half = averages("", tokenizer())
+    del half["model_ema.encoderconv_inweight"]
+    path = write(behind("", tokenizer()), half)
+    assert "no average of encoder.conv_in.weight" in refused(load_tokenizer, path)
+    load_tokenizer(path, "raw")
+
+
+@pytest.mark.parametrize("prefix", ["", "first_stage_model."])
+@pytest.mark.parametrize("lost", ["decoder.conv_out.bias", "encoder.conv_in.weight"])
+def test_a_tensor_that_only_an_average_is_of_is_told(write, prefix, lost):
+    state = behind(prefix, tokenizer(1))
+    del state[prefix + lost]
+    message = refused(load_tokenizer, write(state, averages(prefix, tokenizer(2))))
+    assert f"lacks {prefix + lost if lost.startswith('decoder') else lost}" in message and "take it out" not in message
+
+
+def test_a_generators_and_a_discriminators_tensor_that_only_an_average_is_of_is_told(write):
+    state = behind("transformer.", generator(1))
+    del state["transformer.blocks.2.attention.wo.weight"]
+    path = write(state, averages("", generator(2), "transformer."))
+    assert "lacks transformer.blocks.2.attention.wo.weight, of which it holds an average" in refused(
+        load_generator, path
+    )
+    lost = "loss.discriminator.main.0.weight"
+    averaged = averages("", tokenizer(2)) | {f"model_ema.{lost.replace('.', '')}": torch.zeros(4, 3, 4, 4)}
+    path = write(behind("", tokenizer(1)), {n: t for n, t in TRAINED_BESIDE.items() if n != lost}, averaged)
+    assert f"lacks {lost}, of which it holds an average" in refused(load_tokenizer, path)
+
+
+def test_the_other_kind_is_told(write):
+    path = write(behind("transformer.", generator()))
+    assert "holds no tokenizer: it is a generator's checkpoint" in refused(load_tokenizer, path)
+    path = write(behind("", tokenizer()))
+    assert "holds no generator: it is a tokenizer's checkpoint" in refused(load_generator, path)
+    assert "holds no generator" in refused(load_generator, write(TRAINED_BESIDE))
+
+
+def test_files_that_are_no_checkpoint_are_refused(tmp_path, write):
+    assert "does not exist" in refused(load_tokenizer, tmp_path / "nowhere.ckpt")
+    path = tmp_path / "bad.ckpt"
+    for content in (b"no zip file", b""):
+        path.write_bytes(content)
+        assert "bad.ckpt is damaged or no checkpoint: download it again" in refused(load_generator, path)
+    torch.save({"state_dict": tokenizer().state_dict()}, path, _use_new_zipfile_serialization=False)
+    assert "old format, and only the zip format is read: save it anew" in refused(load_tokenizer, path)
+    torch.save([torch.zeros(3)], path)
+    assert "holds no state_dict" in refused(load_generator, path)
+    torch.save({"state_dict": {}, "hyper_parameters": TOKENIZER}, path)
+    assert "holds more than tensors" in refused(load_generator, path)
+    whole = write(behind("transformer.", generator()))
+    whole.write_bytes(whole.read_bytes()[:-100])
+    assert "is damaged or no checkpoint: download it again" in refused(load_generator, whole)
+    assert "'ema' or 'raw', not 'best'" in refused(load_generator, whole, "best")
+
+
+@pytest.mark.parametrize(
+    ("name", "shape", "message"),
+    [
+        ("decoder.mid.block_1.norm1.weight", (31,), "of shape [31], expected [32]"),
+        ("quantize.embedding.weight", (32,), "of shape [32], expected 2 dimensions"),
+        ("encoder.conv_in.weight", (17, 3, 3, 3), "16 channels, no multiple of the 17 of encoder.conv_in.weight"),
+        ("loss.discriminator.main.2.weight", (8, 4, 3, 3), "of shape [8, 4, 3, 3], expected [8, 4, 4, 4]"),
+        ("loss.discriminator.main.0.weight", (3,), "of shape [3], expected 4 dimensions"),
+    ],
+)
+def test_tensors_of_another_shape_are_told(write, name, shape, message):
+    state = {**behind("", tokenizer()), **TRAINED_BESIDE, name: torch.zeros(shape)}
+    assert message in refused(load_tokenizer, write(state))
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "loss.logvar",
+        "quantize.used",
+        "model_ema.encoderconv_out",
+        "module.encoder.conv_in.weight",
+        "encoder",
+        "ema.decay",
+    ],
+)
+def test_keys_that_no_published_model_has_are_told(write, name):
+    path = write(behind("", tokenizer()), averages("", tokenizer()), {name: torch.zeros(2, 3)})
+    assert f"holds {name} of shape [2, 3], which no published tokenizer or generator has" in refused(
+        load_tokenizer, path
+    )
+
+
+def test_what_is_no_tensor_is_told(write):
+    message = refused(load_tokenizer, write(behind("", tokenizer()), {"encoder.scale": 3.0}))
+    assert "encoder.scale in its state_dict is no tensor" in message
+
+
+# -------------------------------------------------------------------------------------------- the published code itself
+
+
+GOLDEN = dict(np.load(make_published.FILE))
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory):
+    """Files with the published code's keys: a tokenizer's and a generator's. What is not read of them is left small."""
+    folder = tmp_path_factory.mktemp("published")
+    for kind in ("tokenizer", "generator"):
+        shapes = json.loads(str(GOLDEN[f"{kind}_keys"]))
+        state = {n: torch.zeros(1) if "perceptual" in n else weight_of(n, tuple(s)) for n, s in shapes.items()}
+        torch.save({"state_dict": state, "global_step": 5, "optimizer_states": [{}]}, folder / f"{kind}.ckpt")
+    return folder
+
+
+def assert_close(ours: torch.Tensor, name: str):
+    torch.testing.assert_close(ours, torch.tensor(GOLDEN[name]), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("weights", ["raw", "ema"])
+@torch.no_grad()
+def test_a_tokenizer_computes_what_the_published_code_computes(golden, weights):
+    ours = load_tokenizer(golden / "tokenizer.ckpt", weights)
+    assert_close(ours.encode(images()), f"{weights}_features")
+    index_bhw = ours.tokenize(images())
+    assert index_bhw.tolist() == GOLDEN[f"{weights}_index"].tolist()
+    assert_close(ours.detokenize(index_bhw), f"{weights}_reconstruction")
+
+
+@torch.no_grad()
+def test_a_generator_computes_what_the_published_code_computes(golden):
+    ours = load_generator(golden / "generator.ckpt")
+    assert (ours.config.classes, ours.config.vocabulary) == (CLASSES, CODES)
+    assert_close(ours(codes(), classes())[:, POSITIONS], "logits")
+
+
+def test_every_key_of_the_published_code_is_accounted_for(golden):
+    published = open_published(golden / "tokenizer.ckpt")
+    part, left_out = published.parts["tokenizer"], dict(published.left_out)
+    assert left_out.pop("training's state, beside state_dict") == ["global_step", "optimizer_states"]
+    (perceptual,) = left_out.values()
+    assert all(name.startswith("loss.perceptual_loss.") for name in perceptual)
+    averaging = 2  # decay and num_updates
+    assert (
+        published.keys
+        == sum(map(len, part)) + len(perceptual) + averaging
+        == len(json.loads(str(GOLDEN["tokenizer_keys"])))
+    )
+    assert part.model_ema.keys() == part.model.keys() and part.discriminator_ema.keys() < part.discriminator.keys()
+    assert published.average == (pytest.approx(0.999), -1) and published.step == 5
+
+    published = open_published(golden / "generator.ckpt")
+    parts, left_out = published.parts, published.left_out
+    assert published.keys == sum(len(g) for p in parts.values() for g in p) + sum(map(len, left_out.values())) - 2
+    assert not parts["tokenizer"].discriminator and any("untrained" in why for why in left_out)
+
+
+def test_laying_out_what_was_read_gives_the_published_codes_keys_and_bits(golden):
+    source = golden / "tokenizer.ckpt"
+    state = torch.load(source, weights_only=True)["state_dict"]
+    raw, ema = (read_published(source, "tokenizer", weights) for weights in ("raw", "ema"))
+    again = published_state("tokenizer", raw, ema)
+    assert again.keys() == {name for name in state if "perceptual" not in name}
+    assert all(torch.equal(again[name], state[name]) and again[name].dtype == state[name].dtype for name in again)
+
+    source = golden / "generator.ckpt"
+    state = torch.load(source, weights_only=True)["state_dict"]
+    again = published_state("generator", read_published(source, "generator", "raw"))
+    assert again.keys() == {name for name in state if name.startswith("transformer.")}
+    assert all(torch.equal(again[name], state[name]) for name in again)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [
+        ({"patch_size": 2}, "model.patch_size=2"),
+        ({"local": True}, "model.local=true"),
+        ({"quantizer": "lfq"}, "model.quantizer=lfq"),
+        ({"channels": 16}, "16 channels"),
+    ],
+)
+def test_tokenizers_that_the_published_code_cannot_build_are_not_laid_out(golden, change, named):
+    raw = read_weights(golden / "tokenizer.ckpt", "tokenizer", "raw")
+    with pytest.raises(ModelError, match=f"the published layout has no place for {named}.*safetensors") as error:
+        published_state("tokenizer", raw._replace(config=raw.config | change))
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("change", "named"), [({"embedding": "codebook"}, "model.embedding=codebook"), ({"grid": [4, 8]}, "no square")]
+)
+def test_generators_that_the_published_code_cannot_build_are_not_laid_out(golden, change, named):
+    raw = read_weights(golden / "generator.ckpt", "generator", "raw")
+    with pytest.raises(ModelError, match=named):
+        published_state("generator", raw._replace(config=raw.config | change))

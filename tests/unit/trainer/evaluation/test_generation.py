@@ -1,0 +1,364 @@
+import hashlib
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from judging import one_thread, pass_for_published, write_inception
+from launching import ROOT, Launch
+from PIL import Image
+from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
+from torch_fidelity.metric_isc import isc_features_to_metric
+from torch_fidelity.metric_prc import prc_features_to_metric
+
+from data.npz import Npz
+from model_zoo.eval_nets.weights import WEIGHTS_FILES
+from tools import cli
+from trainer import TrainerError
+from trainer.evaluation.features import FeatureMaker, FolderPictures, NpzPictures, _gathered
+from trainer.evaluation.generation import _sampling, evaluate_generation
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    """A folder with an Inception file of random weights."""
+    return write_inception(tmp_path_factory.mktemp("weights")).parent
+
+
+@pytest.fixture(autouse=True)
+def places(weights, tmp_path, monkeypatch):
+    """That file passes for the published one; a cache of the test's own."""
+    monkeypatch.setenv("IBQ_WEIGHTS", str(weights))
+    monkeypatch.setenv("IBQ_CACHE", str(tmp_path / "cache"))
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # start_world sets it; so it is taken back afterwards
+    monkeypatch.setitem(WEIGHTS_FILES, "inception", WEIGHTS_FILES["inception"])
+    pass_for_published("inception", weights / WEIGHTS_FILES["inception"].file)
+
+
+def pictures(count: int, seed: int = 0, side: int = 16) -> np.ndarray:
+    """uint8 (count, side, side, 3) of a few large patches each."""
+    patches = np.random.default_rng(seed).integers(0, 256, (count, 4, 4, 3), np.uint8)
+    return patches.repeat(side // 4, axis=1).repeat(side // 4, axis=2)
+
+
+def write_npz(path: Path, images: np.ndarray, **more) -> Path:
+    np.savez(path, arr_0=images, **more)
+    return path
+
+
+def write_folder(path: Path, images: np.ndarray) -> Path:
+    for number, image in enumerate(images):
+        (path / f"part_{number % 2}").mkdir(parents=True, exist_ok=True)
+        Image.fromarray(image).save(path / f"part_{number % 2}" / f"{number:03d}.png")
+    return path
+
+
+@pytest.fixture
+def samples(tmp_path) -> Path:
+    return write_npz(tmp_path / "samples.npz", pictures(12))
+
+
+@pytest.fixture
+def reference(tmp_path) -> Path:
+    return write_npz(tmp_path / "reference.npz", pictures(10, seed=1))
+
+
+def evaluate(samples, reference, **options):
+    return evaluate_generation(samples, reference, **{"device": "cpu", "batch_size": 4, **options}).report
+
+
+def features_by_torch_fidelity(weights: Path, images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
+    extractor = FeatureExtractorInceptionV3(
+        "inception-v3-compat",
+        ["2048", "logits_unbiased"],
+        feature_extractor_weights_path=str(weights / WEIGHTS_FILES["inception"].file),
+    )
+    with torch.no_grad():
+        return extractor(torch.from_numpy(images).permute(0, 3, 1, 2))
+
+
+def frechet_distance_by_hand(x_nd: torch.Tensor, y_md: torch.Tensor) -> float:
+    """Of few pictures: with centred features X and Y over the roots of n - 1 and m - 1, covariances are X^T X and
+    Y^T Y, and the trace of the root of their product is the sum of the singular values of X Y^T, of n x m numbers."""
+    x_nd, y_md = x_nd.double().numpy(), y_md.double().numpy()
+    shift_d = x_nd.mean(axis=0) - y_md.mean(axis=0)
+    x_nd, y_md = ((f - f.mean(axis=0)) / np.sqrt(len(f) - 1) for f in (x_nd, y_md))
+    root = np.linalg.svd(x_nd @ y_md.T, compute_uv=False).sum()
+    return float(shift_d @ shift_d + (x_nd**2).sum() + (y_md**2).sum() - 2 * root)
+
+
+def test_all_figures_are_those_of_torch_fidelitys_features(samples, reference, weights, tmp_path):
+    heard = []
+    evaluated = evaluate_generation(
+        samples, reference, device="cpu", batch_size=4, seed=3, on_progress=lambda *progress: heard.append(progress)
+    )
+    report = evaluated.report
+    pool_nd, logits_nk = features_by_torch_fidelity(weights, pictures(12))
+    reference_nd, _ = features_by_torch_fidelity(weights, pictures(10, seed=1))
+    assert report.gfid == pytest.approx(frechet_distance_by_hand(pool_nd, reference_nd), rel=1e-6)
+    theirs = isc_features_to_metric(logits_nk[np.random.default_rng(3).permutation(12)], splits=10, shuffle=False)
+    assert report.inception_score == pytest.approx(theirs["inception_score_mean"], rel=1e-5)
+    assert report.inception_score_std == pytest.approx(theirs["inception_score_std"], rel=1e-3)
+    theirs = prc_features_to_metric(
+        pool_nd, reference_nd, prc_neighborhood=3, prc_batch_size=4, save_cpu_ram=False, verbose=False
+    )
+    assert (report.precision, report.recall) == pytest.approx((theirs["precision"], theirs["recall"]))
+
+    assert evaluated.json_path == tmp_path / "samples_generation.json"
+    told = json.loads(evaluated.json_path.read_text())
+    assert told["gfid"] == report.gfid and told["protocol"] == "adm" and told["not_measured"] == {}
+    assert (told["sample_count"], told["reference_count"]) == (12, 10)
+    assert told["reference_statistics"] == "computed from the 10 pictures of reference.npz"
+    assert len(told["warnings"]) == 2 and all("only" in warning for warning in told["warnings"])
+    manifest = told["manifest"]
+    assert manifest["seed"] == 3 and "permutation" in manifest["order"]
+    assert manifest["samples"]["path"] == str(samples) and manifest["reference"]["count"] == 10
+    assert manifest["weights_files"]["inception"]["sha256"] == WEIGHTS_FILES["inception"].sha256
+    assert manifest["environment"]["torch"] == torch.__version__
+    text = evaluated.markdown_path.read_text()
+    for part in (
+        f"| **measured here** | {report.gfid:.2f} |",
+        "| IBQ-AR-XXL | 2.05 | 286.73 | 0.83 | 0.57 |",
+        "Warning",
+    ):
+        assert part in text
+    assert {what for _, _, what in heard} == {"samples", "reference pictures", "blocks of precision and recall"}
+    assert heard[2] == (12, 12, "samples")
+
+
+def test_fid_takes_the_statistics_that_the_reference_stores_and_not_its_pictures(samples, tmp_path, monkeypatch):
+    mean_d, root_dd = np.linspace(0, 1, 2048), np.diag(np.linspace(0.5, 1, 2048))
+    stored = {"mu": mean_d, "sigma": root_dd, "mu_s": np.zeros(3), "sigma_s": np.eye(3)}
+    reference = write_npz(tmp_path / "reference.npz", pictures(10, seed=1), **stored)
+    given = []
+    monkeypatch.setattr("trainer.evaluation.generation.frechet_distance", lambda *moments: given.append(moments) or 1.5)
+    report = evaluate(samples, reference)
+    assert report.gfid == 1.5 and 0 <= report.precision <= 1 and report.reference_count == 10
+    assert report.reference_statistics == "mu and sigma stored in reference.npz"
+    [(_, _, other_mean_d, other_covariance_dd)] = given
+    np.testing.assert_array_equal(other_mean_d, mean_d)
+    np.testing.assert_array_equal(other_covariance_dd, root_dd)
+
+    np.savez(tmp_path / "alone.npz", **stored)
+    report = evaluate(samples, tmp_path / "alone.npz")
+    assert report.gfid == 1.5 and report.precision is None and report.reference_count == 0
+    assert set(report.not_measured) == {"precision", "recall"}
+    assert "statistics alone" in report.not_measured["recall"]
+    with pytest.raises(TrainerError, match=r"--metrics pr: .*alone\.npz holds statistics alone"):
+        evaluate(samples, tmp_path / "alone.npz", metrics="fid,pr")
+
+
+def test_a_folder_and_an_npz_of_the_same_pictures_have_the_same_figures(samples, reference, tmp_path):
+    in_order = pictures(12)
+    folder = write_folder(tmp_path / "folder", in_order)
+    by_name = np.concatenate([in_order[::2], in_order[1::2]])  # part_0 comes before part_1
+    of_npz = evaluate(write_npz(tmp_path / "sorted.npz", by_name), reference, metrics="is,pr")
+    of_folder = evaluate(folder, reference, metrics="is,pr")
+    for name in ("inception_score", "inception_score_std", "precision", "recall"):
+        assert getattr(of_folder, name) == getattr(of_npz, name)
+    assert of_folder.gfid is None and of_folder.not_measured == {"gfid": "not asked for"}
+
+
+def test_the_shuffle_mends_an_order_by_class_and_its_seed_is_told(reference, tmp_path):
+    mixed = write_npz(tmp_path / "mixed.npz", pictures(12), classes=np.arange(12) % 4)
+    scores = {seed: evaluate(mixed, reference, metrics="is", seed=seed).inception_score for seed in (0, 1)}
+    assert scores[0] != scores[1]
+    assert evaluate(mixed, reference, metrics="is", seed=1).inception_score == scores[1]
+
+
+@pytest.fixture
+def few(tmp_path) -> Path:
+    return write_npz(tmp_path / "few.npz", pictures(4))
+
+
+def make(pictures, cache, world) -> tuple[np.ndarray, bool]:
+    made = FeatureMaker(world, 4, cache).make(pictures, lambda *progress: None)
+    return made.features.pool_nd.numpy(), made.was_kept
+
+
+def test_features_are_kept_for_the_same_content_and_weights_alone(few, tmp_path, world, weights):
+    cache = tmp_path / "kept"
+    own = NpzPictures(Npz(few))
+    first_nd, was_kept = make(own, cache, world)
+    assert not was_kept
+    again_nd, was_kept = make(own, cache, world)
+    assert was_kept and np.array_equal(first_nd, again_nd)
+    assert not make(own, None, world)[1]
+
+    # Other content under the same name, other pictures, a pixel that changed.
+    changed = pictures(4)
+    changed[2, 0, 0, 0] ^= 1
+    write_npz(few, changed)
+    other_nd, was_kept = make(NpzPictures(Npz(few)), cache, world)
+    assert not was_kept and not np.array_equal(first_nd[2], other_nd[2]) and np.array_equal(first_nd[3], other_nd[3])
+
+    # Other weights.
+    write_npz(few, pictures(4))
+    assert make(NpzPictures(Npz(few)), cache, world)[1]
+    (tmp_path / "other").mkdir()
+    os.environ["IBQ_WEIGHTS"] = str(tmp_path / "other")  # the fixture takes it back
+    pass_for_published("inception", write_inception(tmp_path / "other", seed=1))
+    other_nd, was_kept = make(NpzPictures(Npz(few)), cache, world)
+    assert not was_kept and not np.allclose(first_nd, other_nd)
+
+
+def test_a_folder_is_known_by_its_files_content(tmp_path, world):
+    folder = write_folder(tmp_path / "folder", pictures(6))
+    make(FolderPictures(folder), tmp_path / "kept", world)
+    assert make(FolderPictures(folder), tmp_path / "kept", world)[1]
+    Image.fromarray(pictures(1, seed=9)[0]).save(folder / "part_1" / "003.png")
+    assert not make(FolderPictures(folder), tmp_path / "kept", world)[1]
+
+
+def cut_off(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:1000])
+
+
+def flip_a_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def of_another(path: Path) -> None:
+    """As if two hashes were the same but for the first 32 digits."""
+    with np.load(path) as arrays:
+        kept = dict(arrays)
+    np.savez(path, **{**kept, "pictures": "0" * 64})
+
+
+@pytest.mark.parametrize("damage", [cut_off, flip_a_bit, of_another])
+def test_a_damaged_cache_is_made_anew(few, tmp_path, world, damage):
+    own, cache = NpzPictures(Npz(few)), tmp_path / "kept"
+    first_nd, _ = make(own, cache, world)
+    [file] = cache.iterdir()
+    damage(file)
+    again_nd, was_kept = make(own, cache, world)
+    assert not was_kept and np.array_equal(first_nd, again_nd)
+    assert [path.name for path in cache.iterdir()] == [file.name]
+    assert make(own, cache, world)[1]
+
+
+def test_a_cache_that_cannot_be_written_is_a_warning(samples, reference, tmp_path):
+    (tmp_path / "file").touch()
+    report = evaluate(samples, reference, metrics="is", cache=tmp_path / "file" / "kept")
+    assert report.inception_score > 0
+    assert any("features were not kept" in warning for warning in report.warnings)
+
+
+def test_a_place_that_is_there_twice_is_found(world):
+    with pytest.raises(AssertionError, match="exactly once"):
+        _gathered(world, [0, 1, 1], torch.zeros(3, 3056))
+
+
+def test_three_processes_have_the_figures_of_one(samples, tmp_path, weights):
+    """One batch of the samples falls to each, and of the two batches of the folder none to the last."""
+    folder = write_folder(tmp_path / "folder", pictures(7, seed=1))
+    with one_thread():  # as each of the three; the deviation of near scores shows every rounding
+        alone = evaluate(samples, folder, metrics="is,pr", cache="none")
+    launch = Launch(tmp_path / "cache")
+    launcher = "torch.distributed.run", "--nproc-per-node", 3, "--standalone", ROOT / "tests" / "judged.py"
+    arguments = "evaluate", "generation", "--samples", samples, "--reference", folder, "--metrics", "is,pr"
+    options = "--batch-size", 4, "--device", "cpu", "--report", tmp_path / "many.json"
+    finished = launch.finish(
+        launch.start(*launcher, *arguments, *options, IBQ_WEIGHTS=str(weights), PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
+    )
+    assert finished.status == 0, finished.err
+    assert finished.out.count("12 samples (protocol: adm)") == 1
+    together = json.loads((tmp_path / "many.json").read_text())
+    for name in ("inception_score", "inception_score_std", "precision", "recall"):
+        assert together[name] == pytest.approx(getattr(alone, name), rel=1e-6)
+    assert together["manifest"]["processes"] == 3
+    # What they kept is whole and in order: a process alone finds it.
+    assert evaluate(samples, folder, metrics="is,pr").manifest["seconds"]["samples"] < 2
+
+
+@pytest.fixture
+def assert_refused_by(monkeypatch, capfd):
+    """Runs `ibq` here; what it said in its one line."""
+
+    def run(*arguments, **environment) -> str:
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        with pytest.raises(SystemExit) as exited:
+            cli.main([str(argument) for argument in arguments])
+        err = capfd.readouterr().err
+        assert exited.value.code == 2 and err.count("\n") == 1 and err.startswith("ibq: error: "), err
+        return err
+
+    return run
+
+
+def test_a_missing_weights_file_is_one_line_on_every_process(samples, reference, tmp_path, assert_refused_by):
+    finished = assert_refused_by(
+        "evaluate", "generation", "--samples", samples, "--reference", reference, IBQ_WEIGHTS=str(tmp_path)
+    )
+    assert "weights-inception-2015-12-05-6726825d.pth" in finished and "IBQ_WEIGHTS" in finished
+
+
+def test_mistakes_of_the_user_are_one_line(samples, reference, tmp_path, assert_refused_by):
+    one = write_npz(tmp_path / "one.npz", pictures(1))
+    floats = write_npz(tmp_path / "floats.npz", pictures(3) / 255)
+    np.savez(tmp_path / "none.npz", other=np.zeros(3))
+    np.savez(tmp_path / "statistics.npz", mu=np.zeros(5), sigma=np.eye(5))
+    (tmp_path / "empty").mkdir()
+    sizes = write_folder(tmp_path / "sizes", pictures(3))
+    Image.fromarray(pictures(1, side=32)[0]).save(sizes / "part_1" / "002.png")
+    unreadable = write_folder(tmp_path / "unreadable", pictures(3))
+    (unreadable / "part_1" / "001.png").write_bytes(b"no picture")
+    nine = write_npz(tmp_path / "nine.npz", pictures(9))
+    for (first, second, *more), said in {
+        (tmp_path / "x.npz", reference): "no such file or folder",
+        (one, reference): "holds 1 picture: at least 2 samples",
+        (samples, one): "holds 1 picture: a reference needs at least 2",
+        (floats, reference): "arr_0 is float64 of shape (3, 16, 16, 3), but images are uint8",
+        (tmp_path / "none.npz", reference): "holds no arr_0",
+        (samples, tmp_path / "none.npz"): "neither arr_0",
+        (samples, tmp_path / "statistics.npz"): "mu is float64 of shape (5,), but statistics are (2048,)",
+        (tmp_path / "empty", reference): "no picture in the folder",
+        (sizes, reference): "part_1/002.png is 32x32, part_0/000.png is 16x16: the pictures must be of one size",
+        (unreadable, reference): "001.png",
+        (nine, reference, "--metrics", "is"): "--metrics is: 10 splits need at least 10 samples, not 9",
+        (samples, reference, "--metrics", "rfid"): "--metrics rfid is unknown",
+        (samples, reference, "--batch-size", 0): "--batch-size 0",
+        (samples, reference, "--seed", -1): "--seed -1",
+        (samples, reference, "--report", tmp_path / "x.txt"): "ends in .json",
+        (samples, reference, "--report", samples / "x.json"): "cannot write",
+        (samples, reference, "--report", "/proc/x.json"): "cannot write /proc/x.json",
+        (samples, reference, "--device", "tpu"): "--device tpu is unknown",
+        (samples, reference, "--sweep", "guidance=1"): "are for --generator",
+    }.items():
+        assert said in assert_refused_by("evaluate", "generation", "--samples", first, "--reference", second, *more)
+    assert not list(tmp_path.glob("*_generation.*"))
+
+
+def test_a_report_of_sampling_is_believed_of_the_very_samples_only(samples, tmp_path):
+    def told(path, content="", **finished):
+        manifest = tmp_path / "samples.npz.json" if path == samples else path / "sample.json"
+        account = {"settings": {"seed": 3, "classes": [1]}, "source": "run", "checkpoint": "step_1"}
+        manifest.write_text(json.dumps({**account, "finished": finished}))
+        return _sampling(path, content)
+
+    size, sha256 = samples.stat().st_size, hashlib.sha256(samples.read_bytes()).hexdigest()
+    believed = {"source": "run", "checkpoint": "step_1", "seed": 3}
+    assert told(samples, sha256, bytes=size, sha256=sha256) == believed
+    assert told(samples, "0" * 64, bytes=size, sha256=sha256) is None  # overwritten since
+    assert told(samples, sha256, bytes=size + 1, sha256=sha256) is None
+    assert told(samples, sha256, images_made=12) is None  # of an older version
+    folder = write_folder(tmp_path / "folder", pictures(3))
+    size = sum(path.stat().st_size for path in folder.rglob("*.png"))
+    assert told(folder, bytes=size) == believed and told(folder, bytes=size - 1) is None
+
+
+def test_what_few_pictures_do_not_allow_is_left_out_with_the_reason(reference, tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.evaluation.generation.frechet_distance", lambda *moments: 1.5)
+    report = evaluate(write_npz(tmp_path / "three.npz", pictures(3, side=32)), reference)
+    assert report.gfid == 1.5
+    assert report.inception_score is None and report.precision is None
+    assert "at least 10 samples, not 3" in report.not_measured["inception_score"]
+    assert "more than 3 pictures, not 3 samples" in report.not_measured["recall"]
+    assert "samples of 32x32 beside a reference of 16x16 pixels" in report.warnings

@@ -1,0 +1,210 @@
+import json
+
+import pytest
+import skimage.data
+import torch
+from omegaconf import OmegaConf
+from PIL import Image
+from typer.testing import CliRunner
+
+import model_zoo
+from data import DataError
+from model_zoo import ModelError
+from model_zoo.io.sharded_tensors import save_pieces, whole
+from tools.evaluate import app
+from trainer import TrainerError
+from trainer.evaluation.run import evaluate_run, write_reconstructions
+
+
+@pytest.fixture(scope="module", autouse=True)
+def no_weights(tmp_path_factory):
+    """No weights files, whatever this machine has; and what the commands set is taken back."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        patch.setenv("IBQ_WEIGHTS", str(tmp_path_factory.mktemp("weights")))
+        yield
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run with an untrained tokenizer of 8x8 patches (EMA weights differ) and three photographs to evaluate."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    photos = folder.parent / "photos"
+    photos.mkdir()
+    for name in ("astronaut", "coffee", "chelsea"):
+        Image.fromarray(getattr(skimage.data, name)()).resize((75, 53)).save(photos / f"{name}.png")
+    (photos / "broken.png").write_bytes(b"no picture")
+    model = dict(
+        codebook_size=32, code_dim=8, channels=32, channel_multipliers=[1, 1], num_res_blocks=1, attention_factors=[],
+        latent_channels=8, patch_size=4,
+    )  # fmt: skip
+    checkpoint = folder / "checkpoints" / "step_00000003"
+    checkpoint.mkdir(parents=True)
+    for seed, name in enumerate(("tokenizer", "tokenizer_ema")):
+        torch.manual_seed(seed)
+        tokenizer = model_zoo.Tokenizer(model_zoo.TokenizerConfig(**model))
+        pieces = [whole(f"{name}/{key}", value) for key, value in tokenizer.state_dict().items()]
+        save_pieces(checkpoint / f"rank_{seed:05d}.safetensors", pieces)
+    (folder / "checkpoints" / "latest").write_text("step_00000003")
+    data = {"val": str(photos), "image_size": 32, "resize": "pil_antialias"}
+    OmegaConf.save({"model": model, "data": data}, folder / "config.yaml")
+    return folder
+
+
+def test_a_run_is_evaluated_on_its_own_validation_data(run, tmp_path):
+    evaluated = evaluate_run(run, device="cpu")
+    assert evaluated.json_path == run / "report.json"
+    written = json.loads(evaluated.json_path.read_text())
+    assert written["psnr"] == evaluated.report.psnr
+    assert written["image_count"] == 3 and written["token_count"] == 3 * 16
+    assert len(written["skipped"]) == 1 and "broken" in written["skipped"][0]
+    manifest = written["manifest"]
+    assert manifest["weights"] == "ema" and manifest["image_size"] == 32 and manifest["checkpoint"] == "step_00000003"
+    assert manifest["resize"] == "pil_antialias"
+    assert manifest["step"] == 3 and len(manifest["fingerprint"]) == 16 and manifest["processes"] == 1
+    assert manifest["environment"]["torch"] in torch.__version__ and manifest["weights_files"] == {}
+    assert set(written["not_measured"]) == {"rfid", "lpips_vgg", "lpips_alex"}
+    assert manifest["pictures"] == {"first": "report.png", "worst": "report_worst.png", "best": "report_best.png"}
+    for name in manifest["pictures"].values():
+        with Image.open(run / name) as sheet:
+            assert sheet.width > 600
+    markdown = (run / "report.md").read_text()
+    assert f"| PSNR (dB) | {written['psnr']:.2f} |" in markdown and "IBQ, 16,384 codes" in markdown
+    assert "number of pictures: 3, published: 50,000" in markdown and "size: 32, published: 256" in markdown
+    assert not [path for path in run.iterdir() if "unfinished" in path.name]
+    raw = evaluate_run(run, weights="raw", report_path=tmp_path / "raw.json", device="cpu")
+    assert raw.report.psnr != evaluated.report.psnr
+    assert raw.manifest["fingerprint"] != manifest["fingerprint"] and "weights: raw" in raw.differences[-1]
+    assert (tmp_path / "raw.json").is_file() and (tmp_path / "raw.png").is_file()
+
+
+def test_original_size_goes_one_picture_at_a_time(run, tmp_path):
+    evaluated = evaluate_run(run, image_size="original", report_path=tmp_path / "original.json", device="cpu")
+    assert evaluated.report.token_count == 3 * 7 * 10
+    assert json.loads(evaluated.json_path.read_text())["manifest"]["image_size"] == "original"
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        ({"image_size": "big"}, "--size big"),
+        ({"image_size": "0"}, "--size 0"),
+        ({"report_path": "report.txt"}, "--report report.txt: name a file that ends in .json"),
+        ({"image_size": "5"}, "--size 5 is neither"),
+        ({"resize": "bicubic"}, "--resize bicubic is unknown: choose one of pil_antialias, cv2_bilinear"),
+        ({"measures": "all"}, "for rFID, gFID, Inception score, precision and recall, must be put there"),
+        ({"measures": "psnr,fid"}, "'fid' is unknown"),
+        ({"recipe": "eval_imagnet"}, "unknown recipe 'eval_imagnet'; did you mean eval_imagenet"),
+        ({"recipe": "ibq_16384"}, "ibq_16384 is a recipe for training; here it is one of eval_coco_zero_shot"),
+        ({"images": "/nowhere/at/all"}, "/nowhere/at/all"),
+        ({"device": "tpu"}, "--device tpu is unknown"),
+        ({"device": "cuda:99"}, "--device cuda:99 is unknown"),
+        ({"batch_size": 0}, "batch size must be at least 1"),
+        ({"report_path": "/dev/null/report.json"}, "cannot write /dev/null/report.json"),
+        ({"image_size": "99999"}, "(4 skipped, the first: "),
+    ],
+)
+def test_mistakes_are_named_in_one_line(run, options, message):
+    with pytest.raises((TrainerError, ModelError, DataError)) as error:
+        evaluate_run(run, **{"device": "cpu", **options})
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_a_report_that_cannot_be_written_is_found_before_any_work(run, tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.evaluation.run.read_weights", lambda *_: pytest.fail("the work began"))
+    with pytest.raises(TrainerError, match=r"cannot write /proc/report\.json: .*--report"):
+        evaluate_run(run, report_path="/proc/report.json", device="cpu")  # no new files there
+    with pytest.raises(TrainerError, match="name a file that ends in"):
+        (tmp_path / "folder.json").mkdir()
+        evaluate_run(run, report_path=tmp_path / "folder.json", device="cpu")
+
+
+def test_a_run_without_validation_data_asks_for_images(run, tmp_path):
+    config = OmegaConf.load(run / "config.yaml")
+    config.data.val = None
+    (tmp_path / "checkpoints").symlink_to(run / "checkpoints")
+    OmegaConf.save(config, tmp_path / "config.yaml")
+    with pytest.raises(TrainerError, match="--images PATH"):
+        evaluate_run(tmp_path, device="cpu")
+
+
+def test_the_command_prints_the_table_and_the_files(run, tmp_path):
+    report = tmp_path / "report.json"
+    result = CliRunner().invoke(app, ["reconstruction", str(run), "--report", str(report), "--device", "cpu"])
+    assert result.exit_code == 0, result.output
+    written = json.loads(report.read_text())
+    for value in (written["psnr"], written["baseline_palette_psnr"], written["baseline_mean_color_psnr"]):
+        assert f"{value:.2f}" in result.output
+    assert f"numbers: {report}" in result.output and "1 pictures skipped" in result.output
+
+
+def test_reconstruct_writes_each_picture_and_an_overview(run, tmp_path):
+    photos = OmegaConf.load(run / "config.yaml").data.val
+    heard = []
+    written = write_reconstructions(
+        run,
+        images=photos,
+        out=tmp_path / "out",
+        image_size="original",
+        device="cpu",
+        on_progress=lambda *numbers: heard.append(numbers),
+    )
+    assert heard == [(1, 4), (2, 4), (3, 4)]  # one of them is broken
+    assert written.image_count == 3 and len(written.skipped) == 1
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["00000_astronaut.png", "00001_chelsea.png", "00002_coffee.png", "overview.png"]
+    (tmp_path / "empty").mkdir()
+    Image.new("RGB", (9, 9)).save(tmp_path / "file.png")
+    with pytest.raises(TrainerError, match="cannot write"):
+        write_reconstructions(run, images=photos, out=tmp_path / "file.png", device="cpu")
+    with pytest.raises(TrainerError, match=r"no readable picture in .* \(1 skipped, the first: .*broken\.png: no JPEG"):
+        write_reconstructions(run, images=f"{photos}/broken.png", out=tmp_path / "none", device="cpu")
+    assert not (tmp_path / "none").exists()
+
+
+def test_a_recipe_gives_the_conditions_and_options_win(run, tmp_path):
+    options = {"recipe": "eval_coco_zero_shot", "measures": "psnr", "device": "cpu"}
+    evaluated = evaluate_run(run, image_size=32, report_path=tmp_path / "coco.json", **options)
+    assert evaluated.manifest["image_size"] == 32 and evaluated.manifest["resize"] == "pil_antialias"
+    assert evaluated.warnings == ["not the published set: 3 of 5,000 images"]
+    assert evaluated.differences == ["number of pictures: 3, published: 5,000", "size: 32, published: 256"]
+    assert [row[0] for row in evaluated.comparison[1:]] == [
+        "measured here", "IBQ pretrained, 16,384 codes", "IBQ pretrained, 262,144 codes"
+    ]  # fmt: skip
+    assert evaluated.comparison[0] == ["model", "rFID", "PSNR (dB)", "SSIM"] and evaluated.comparison[1][1] == "-"
+    original = evaluate_run(
+        run, recipe="eval_original_resolution", measures="psnr", report_path=tmp_path / "o.json", device="cpu"
+    )
+    assert original.manifest["image_size"] == "original" and original.report.token_count == 3 * 7 * 10
+
+
+def test_one_checkpoint_and_a_published_one_have_reports_of_their_own(run, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    evaluated = evaluate_run(run / "checkpoints" / "step_00000003", device="cpu")
+    assert evaluated.json_path.name == "tiny_step_00000003_reconstruction.json" and evaluated.json_path.is_file()
+    published = tmp_path / "published.ckpt"
+    tokenizer = model_zoo.Tokenizer(model_zoo.TokenizerConfig(codebook_size=32, code_dim=8, channels=32,
+        channel_multipliers=[1, 1], num_res_blocks=1, attention_factors=[], latent_channels=8))  # fmt: skip
+    torch.save({"state_dict": tokenizer.state_dict()}, published)
+    with pytest.raises(TrainerError, match=r"is no run with a data\.val: say which pictures with --images PATH"):
+        evaluate_run(published, device="cpu")
+    photos = OmegaConf.load(run / "config.yaml").data.val
+    evaluated = evaluate_run(published, images=f"{photos}/coffee.png", device="cpu")
+    assert evaluated.json_path.name == "published_reconstruction.json" and evaluated.report.image_count == 1
+    assert (evaluated.manifest["image_size"], evaluated.manifest["resize"]) == (256, "cv2_bilinear")
+    assert evaluated.manifest["step"] is None and evaluated.manifest["held_out"] is False
+    # It has no averages: what was used is told, not what was asked for.
+    assert evaluated.manifest["weights"] == "raw" and evaluated.differences[-1] == "weights: raw, published: ema"
+    assert ", raw weights, " in evaluated.markdown_path.read_text()
+
+
+def test_grey_and_transparent_pictures_follow_the_rules_of_decoding(run, tmp_path):
+    grey = torch.arange(64 * 64, dtype=torch.uint8).reshape(64, 64).numpy()
+    Image.fromarray(grey).save(tmp_path / "a_grey.png")
+    Image.fromarray(grey).convert("RGB").save(tmp_path / "b_same_in_rgb.png")
+    Image.new("RGBA", (64, 64), (200, 0, 0, 0)).save(tmp_path / "c_transparent.png")
+    Image.new("RGB", (64, 64), "white").save(tmp_path / "d_white.png")
+    (tmp_path / "out").mkdir()
+    report = evaluate_run(run, images=str(tmp_path), report_path=tmp_path / "out/r.json", device="cpu").report
+    scores = [score[1:] for score in report.images]
+    assert scores[0] == scores[1] and scores[2] == scores[3] and scores[0] != scores[2]

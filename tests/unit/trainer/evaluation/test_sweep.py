@@ -1,0 +1,210 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from judging import one_thread, pass_for_published, write_inception
+from launching import ROOT, Launch
+from PIL import Image
+
+import trainer.evaluation.features
+import trainer.jobs.sample
+from data import DataError
+from model_zoo import ModelError, Tokenizer, TokenizerConfig, Transformer, TransformerConfig
+from model_zoo.eval_nets.weights import WEIGHTS_FILES
+from model_zoo.io.sharded_tensors import save_pieces, whole
+from tools import cli
+from trainer import TrainerError
+from trainer.config import GeneratorRun, TokenizerRun, save_config
+from trainer.evaluation.sweep import settings_grid, sweep
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory) -> Path:
+    return write_inception(tmp_path_factory.mktemp("weights")).parent
+
+
+@pytest.fixture(autouse=True)
+def places(weights, tmp_path, monkeypatch):
+    monkeypatch.setenv("IBQ_WEIGHTS", str(weights))
+    monkeypatch.setenv("IBQ_CACHE", str(tmp_path / "cache"))
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # start_world sets it; so it is taken back afterwards
+    monkeypatch.setitem(WEIGHTS_FILES, "inception", WEIGHTS_FILES["inception"])
+    pass_for_published("inception", weights / WEIGHTS_FILES["inception"].file)
+
+
+@pytest.fixture
+def run(tmp_path) -> Path:
+    """A generator's run, of random weights."""
+    torch.manual_seed(0)
+    models = {
+        "tokenizer": Tokenizer(
+            TokenizerConfig(
+                codebook_size=32, code_dim=4, channels=8, channel_multipliers=[1], num_res_blocks=1,
+                attention_factors=[], latent_channels=4, patch_size=4,
+            )
+        ),
+        "generator": Transformer(
+            TransformerConfig(vocabulary=32, classes=4, grid=[2, 3], depth=1, heads=2, head_dim=8, dropout=0.0)
+        ),
+    }  # fmt: skip
+    for parameter in models["generator"].parameters():
+        parameter.data.normal_(std=0.3)
+    for kind, model in models.items():
+        checkpoint = tmp_path / kind / "checkpoints" / "step_00000001"
+        checkpoint.mkdir(parents=True)
+        kept = {"tokenizer": "tokenizer_ema", "generator": "generator"}[kind]
+        pieces = [whole(f"{kept}/{name}", value) for name, value in model.state_dict().items()]
+        save_pieces(checkpoint / "rank_00000.safetensors", pieces)
+        (checkpoint.parent / "latest").write_text(f"{checkpoint.name}\n")
+        config = TokenizerRun(model=model.config) if kind == "tokenizer" else GeneratorRun(model=model.config)
+        if kind == "generator":
+            config.tokenizer.source = str(tmp_path / "tokenizer")
+        config.trainer.max_steps, config.trainer.global_batch_size = 1, 1
+        save_config(config, tmp_path / kind / "config.yaml")
+    return tmp_path / "generator"
+
+
+@pytest.fixture
+def reference(tmp_path) -> Path:
+    images = np.random.default_rng(0).integers(0, 256, (12, 8, 12, 3), np.uint8)
+    np.savez(tmp_path / "reference.npz", arr_0=images)
+    return tmp_path / "reference.npz"
+
+
+def swept(run, reference, out, asked=("guidance=1,2.5", "temperature=1,1.1"), count=10):
+    return sweep(
+        run, reference, list(asked), count=count, out=out,
+        sampling={"batch_size": 5, "device": "cpu"},
+        scoring={"metrics": "is,pr", "batch_size": 5, "device": "cpu"},
+    )  # fmt: skip
+
+
+NAMES = [f"guidance_{guidance}_temperature_{temperature}" for guidance in (1.0, 2.5) for temperature in (1.0, 1.1)]
+
+
+def test_each_setting_is_sampled_and_judged(run, reference, tmp_path):
+    done = swept(run, reference, tmp_path / "out")
+    assert {path.name for path in (tmp_path / "out").glob("*.npz")} == {f"{name}.npz" for name in NAMES}
+    rows = json.loads(done.json_path.read_text())
+    assert [row["settings"] for row in rows] == [
+        {"guidance": guidance, "temperature": temperature} for guidance in (1.0, 2.5) for temperature in (1.0, 1.1)
+    ]
+    for name, row in zip(NAMES, rows, strict=True):
+        alone = json.loads((tmp_path / "out" / f"{name}_generation.json").read_text())
+        assert row["inception_score"] == alone["inception_score"] and row["sample_count"] == 10
+        sampling = row["manifest"]["samples"]["sampling"]
+        assert sampling["checkpoint"] == "step_00000001"
+        assert {key: sampling[key] for key in row["settings"]} == row["settings"]
+    assert len({row["manifest"]["samples"]["sha256"] for row in rows}) == 4
+    text = done.markdown_path.read_text()
+    assert text.count("\n| ") == 5 and f"| 2.5 | 1.1 | - | {rows[3]['inception_score']:.2f} |" in text
+    with Image.open(done.chart_path) as chart:
+        assert chart.format == "PNG" and np.array(chart).std() > 10
+
+
+def test_a_sweep_that_was_cut_off_goes_on(run, reference, tmp_path, monkeypatch):
+    whole_rows = json.loads(swept(run, reference, tmp_path / "whole").json_path.read_text())
+
+    calls, scored = [], []
+    real = trainer.jobs.sample.Job.write
+
+    def write(job, chunk, images):
+        calls.append(chunk)
+        if len(calls) == 4:  # in the middle of the second setting
+            raise KeyboardInterrupt
+        real(job, chunk, images)
+
+    monkeypatch.setattr(trainer.jobs.sample.Job, "write", write)
+    with pytest.raises(KeyboardInterrupt):
+        swept(run, reference, tmp_path / "out")
+    assert len(json.loads((tmp_path / "out" / "sweep.json").read_text())) == 1
+    monkeypatch.setattr(
+        trainer.evaluation.features.FeatureMaker, "_part", lambda self, pictures, on_progress: scored.append(pictures)
+    )
+    monkeypatch.setattr(trainer.evaluation.features, "_gathered", lambda *_: pytest.fail("the features were there"))
+    rows = json.loads(swept(run, reference, tmp_path / "out").json_path.read_text())
+    assert len(calls) == 4 + 5 and not scored  # the whole sweep has kept the same pictures' features
+    figures = "settings", "inception_score", "precision", "recall"
+    assert [[row[key] for key in figures] for row in rows] == [[row[key] for key in figures] for row in whole_rows]
+
+
+def test_two_processes_have_the_figures_of_one(run, reference, tmp_path, weights):
+    with one_thread():  # as each of the two
+        alone = json.loads(swept(run, reference, tmp_path / "alone", ["guidance=1,2"]).json_path.read_text())
+    launch = Launch(tmp_path / "another_cache")
+    launcher = "torch.distributed.run", "--nproc-per-node", 2, "--standalone", ROOT / "tests" / "judged.py"
+    options = "--count", 10, "--metrics", "is,pr", "--batch-size", 5, "--sample-batch-size", 5, "--device", "cpu"
+    finished = launch.finish(
+        launch.start(
+            *launcher, "evaluate", "generation", "--generator", run, "--sweep", "guidance=1,2",
+            "--reference", reference, "--out", tmp_path / "out", *options,
+            IBQ_WEIGHTS=str(weights), PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}",
+        )
+    )  # fmt: skip
+    assert finished.status == 0, finished.err
+    assert finished.out.count("10 samples for each setting") == 1
+    together = json.loads((tmp_path / "out" / "sweep.json").read_text())
+    for name in ("inception_score", "precision", "recall"):
+        assert [row[name] for row in together] == pytest.approx([row[name] for row in alone], rel=1e-6)
+
+
+def test_the_grid():
+    assert settings_grid(["top_k=0,5", "guidance_schedule=linear"]) == [
+        {"top_k": 0, "guidance_schedule": "linear"},
+        {"top_k": 5, "guidance_schedule": "linear"},
+    ]
+
+
+@pytest.mark.parametrize(
+    ("asked", "said"),
+    [
+        (["guidance"], "write NAME=VALUE,VALUE"),
+        (["heat=1"], "with a name of temperature, guidance"),
+        (["guidance=1,x"], "could not convert"),
+        (["guidance=1,1.0"], "twice"),
+        (["guidance=1", "guidance=2"], "swept already"),
+        (["temperature=1,0"], "temperature 0.0 must be above 0"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused_before_anything_is_sampled(asked, said, tmp_path):
+    with pytest.raises(TrainerError, match=said):
+        swept(tmp_path / "nothing", tmp_path / "nothing", tmp_path / "out", asked)
+    assert not (tmp_path / "out").exists()
+
+
+def test_what_cannot_be_judged_is_refused_before_anything_is_sampled(run, reference, tmp_path, monkeypatch):
+    def refused(said, reference=reference, out=tmp_path / "out", count=10, **scoring):
+        with pytest.raises((TrainerError, ModelError, DataError), match=said):
+            sweep(run, reference, ["guidance=1"], count=count, out=out, sampling={"device": "cpu"}, scoring=scoring)
+
+    monkeypatch.setattr("trainer.evaluation.sweep.sample", lambda *_, **__: pytest.fail("it sampled"))
+    refused("no such file or folder", reference=tmp_path / "nowhere.npz")
+    refused("--metrics rfid is unknown", metrics="rfid")
+    refused("--metrics is: 10 splits need at least 10 samples, not 9", metrics="is", count=9)
+    refused("--count 1: at least 2 samples", count=1)
+    refused("--batch-size 0", batch_size=0)
+    for out in (reference, tmp_path / "out.npz", tmp_path / "out.JPG"):
+        refused("name a folder, not a file", out=out)
+    monkeypatch.setenv("IBQ_WEIGHTS", str(tmp_path))
+    refused("weights-inception")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_folder_may_have_a_dot_and_precision_alone_a_chart(run, reference, tmp_path):
+    done = sweep(
+        run, reference, ["guidance=1"], count=5, out=tmp_path / "sw1.5",
+        sampling={"batch_size": 5, "device": "cpu"},
+        scoring={"metrics": "pr", "batch_size": 5, "device": "cpu", "cache": "none"},
+    )  # fmt: skip
+    assert done.chart_path == tmp_path / "sw1.5" / "sweep.png" and done.chart_path.is_file()
+
+
+def test_what_belongs_together_is_said(run, reference, capfd):
+    for arguments in (["--generator", run], ["--generator", run, "--sweep", "guidance=1"], []):
+        with pytest.raises(SystemExit) as exited:
+            cli.main(["evaluate", "generation", "--reference", str(reference), *map(str, arguments)])
+        assert exited.value.code == 2 and "--sweep" in capfd.readouterr().err

@@ -1,0 +1,168 @@
+import json
+import re
+import sys
+from pathlib import Path
+
+import pytest
+from typer.testing import CliRunner
+
+from tools.cli import app
+from trainer import TrainerError
+from trainer.config import ABLATIONS, load_recipe, recipe_paths
+from trainer.jobs.ablation import Figure, cells_of, figures, load_ablation, markdown
+
+DATA = ["data.train=bundled:train", "data.val=bundled:val"]
+
+
+def table(folder: Path, text: str) -> str:
+    path = folder / "mine.yaml"
+    path.write_text(text)
+    return str(path)
+
+
+TWO_ROWS = """
+title: Rates
+recipe: debug
+figures: [psnr, usage, rfid]
+set: [trainer.max_steps=2, optimizer.lr=1e-3]
+rows:
+  As it is: {published: {rfid: 3.5}}
+  Slow, 1: {set: [optimizer.lr=1e-6]}
+"""
+
+
+@pytest.mark.parametrize("name", recipe_paths([ABLATIONS]))
+def test_every_row_of_every_table_that_comes_with_the_package_can_be_trained(name):
+    ablation = load_ablation(name)
+    for cell in cells_of(ablation, None, [3], DATA, Path("out")):
+        config = load_recipe(ablation.recipe, cell.overrides)
+        assert config.seed == 3 and config.run == str(cell.run)
+        assert set(ablation.rows[cell.row].published) <= {"rfid", "lpips_vgg", "usage"}
+
+
+@pytest.mark.parametrize(
+    "table, row, recipe",
+    [
+        ("quantizers", "VQGAN", "vqgan_16384"),
+        ("quantizers", "Soft VQ", "soft_vq_16384"),
+        ("quantizers", "IBQ", "ibq_16384"),
+        ("codebook_size", "1,024", "ibq_1024"),
+        ("codebook_size", "8,192", "ibq_8192"),
+        ("codebook_size", "262,144", "ibq_262144"),
+    ],
+)
+def test_rows_are_the_recipes_of_the_same_thing(table, row, recipe):
+    ablation = load_ablation(table)
+    (cell,) = cells_of(ablation, [row], [0], DATA, Path("out"))
+    assert load_recipe(ablation.recipe, cell.overrides) == load_recipe(recipe, [*DATA, f"run={cell.run}"])
+
+
+def test_the_commands_settings_win_over_the_rows_and_those_over_the_tables(tmp_path):
+    ablation = load_ablation(table(tmp_path, TWO_ROWS))
+    plain, slow = cells_of(ablation, None, [0], [], tmp_path)
+    assert load_recipe("debug", plain.overrides).optimizer.lr == 1e-3
+    assert load_recipe("debug", slow.overrides).optimizer.lr == 1e-6
+    (slow,) = cells_of(ablation, ["Slow, 1"], [0], ["optimizer.lr=5e-5"], tmp_path)
+    assert load_recipe("debug", slow.overrides).optimizer.lr == 5e-5
+    assert slow.run == tmp_path / "slow_1" / "seed_0"
+
+
+def test_figures_are_means_and_spreads_over_seeds(tmp_path):
+    ablation = load_ablation(table(tmp_path, TWO_ROWS))
+    cells = cells_of(ablation, None, [0, 1, 2], [], tmp_path)
+    for cell, psnr in zip(cells[:3], (20.0, 21.0, 25.0), strict=True):
+        cell.run.mkdir(parents=True)
+        cell.report.write_text(json.dumps({"psnr": psnr, "usage": 0.5, "rfid": None}))
+    measured = figures(ablation, cells[:3])
+    assert measured == {
+        "As it is": {"psnr": Figure(22.0, pytest.approx(7**0.5), 3), "usage": Figure(0.5, 0.0, 3)},
+    }
+    text = markdown(ablation, measured)
+    assert "| As it is | 22.00 ± 2.65 | 50.0% ± 0.0% | 3.50 |" in text
+    assert "over 3 seeds" in text
+
+
+@pytest.mark.parametrize(
+    "text, complaint",
+    [
+        ("title: x\nrecipe: debug\n", "has no rows"),
+        ("title: x\nrecipe: debug\ncolour: red\nrows: {a: {}}\n", "unknown key colour"),
+        ("title: x\nrows: {a: {}}\n", "recipe must be given"),
+        ("a: [", "is not valid YAML"),
+        ("[a, b]", "must map keys to values"),
+    ],
+)
+def test_a_file_that_is_no_table_is_one_line(tmp_path, text, complaint):
+    with pytest.raises(TrainerError, match=complaint) as caught:
+        load_ablation(table(tmp_path, text))
+    assert "\n" not in str(caught.value)
+
+
+def test_settings_that_the_command_decides_and_unknown_rows_are_refused(tmp_path):
+    ablation = load_ablation(table(tmp_path, TWO_ROWS))
+    with pytest.raises(TrainerError, match="--seeds decide"):
+        cells_of(ablation, None, [0], ["seed=3"], tmp_path)
+    with pytest.raises(TrainerError, match="no row 'IBQ': choose among As it is; Slow, 1"):
+        cells_of(ablation, ["IBQ"], [0], [], tmp_path)
+    with pytest.raises(TrainerError, match="unknown recipe 'depht'"):
+        load_ablation("depht")
+    with pytest.raises(TrainerError, match="--seeds names one twice: 0, 1, 0"):
+        cells_of(ablation, None, [0, 1, 0], [], tmp_path)
+    twins = load_ablation(table(tmp_path, "title: x\nrecipe: debug\nrows: {A b: {}, a_b: {}}\n"))
+    with pytest.raises(TrainerError, match="one folder: rename one of A b; a_b"):
+        cells_of(twins, None, [0], [], tmp_path)
+    letters = load_ablation(table(tmp_path, "title: x\nrecipe: debug\nrows: {é: {}, ü: {}}\n"))
+    assert len({cell.run for cell in cells_of(letters, None, [0], [], tmp_path)}) == 2
+
+
+@pytest.mark.parametrize(
+    "option, complaint",
+    [
+        (["--launch", "'"], "--launch .*quotation"),
+        (["--judge", "'"], "--judge .*quotation"),
+        (["--launch", "no_such_launcher -x"], "no such command"),
+        (["--launch", ""], "no such command"),
+        (["--seeds", "0,x"], "no whole numbers"),
+        (["--rows", "Quick"], "no row 'Quick'"),
+    ],
+)
+def test_mistakes_in_options_are_one_line_and_leave_nothing(tmp_path, option, complaint):
+    out = tmp_path / "out"
+    result = ablate(table(tmp_path, TWO_ROWS), *DATA, "--out", out, *option)
+    assert isinstance(result.exception, TrainerError), result.output
+    assert re.search(complaint, str(result.exception)) and "\n" not in str(result.exception)
+    assert not out.exists()
+
+
+def ablate(*arguments):
+    return CliRunner().invoke(app, ["ablate", *map(str, arguments)])
+
+
+def test_a_table_is_trained_judged_drawn_and_not_made_again(tmp_path, monkeypatch, capfd):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    mine, out = table(tmp_path, TWO_ROWS), tmp_path / "out"
+    data = ["data.train=bundled:val", "data.val=bundled:val", "data.workers=0"]
+    arguments = [mine, *data, "--out", out, "--seeds", "0", "--rows", "As it is", "--judge", "--size 32"]
+    dry = ablate(*arguments, "--dry-run")
+    assert dry.exit_code == 0 and not out.exists()
+    train, judge = dry.output.splitlines()
+    assert train.startswith(f"{sys.executable} -m trainer debug trainer.max_steps=2 optimizer.lr=1e-3")
+    run = out / "as_it_is" / "seed_0"
+    assert judge.endswith(f"-m tools evaluate reconstruction {run} --report {run}/ablation.json --size 32")
+
+    first = ablate(*arguments)
+    assert first.exit_code == 0, first.exception
+    assert "| As it is |" in first.output
+    tree = json.loads((out / "table.json").read_text())
+    report = json.loads((run / "ablation.json").read_text())
+    assert tree["rows"]["As it is"]["psnr"] == {"mean": report["psnr"], "spread": 0.0, "count": 1}
+    assert (out / "curves.png").stat().st_size > 10_000
+    capfd.readouterr()
+    again = ablate(*arguments)
+    assert again.exit_code == 0 and "[1/1]" not in again.output
+
+    other = ablate(*arguments, "optimizer.lr=2e-3")
+    assert isinstance(other.exception, TrainerError)
+    assert "optimizer.lr 0.001, now 0.002" in str(other.exception)
+    failing = ablate(mine, *data, "--out", out, "--rows", "Slow, 1", "--launch", f"{sys.executable} -c exit(7)")
+    assert isinstance(failing.exception, TrainerError) and "ended with status 7" in str(failing.exception)

@@ -1,0 +1,361 @@
+"""Models out of runs and published checkpoints, and back again."""
+
+import json
+from dataclasses import asdict, replace
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+
+from model_zoo import (
+    ModelError,
+    Tokenizer,
+    TokenizerConfig,
+    Transformer,
+    TransformerConfig,
+    load_generator,
+    load_tokenizer,
+)
+from model_zoo.discriminator import PatchDiscriminator
+from model_zoo.io.hashing import fingerprint_of, sha256_of
+from model_zoo.io.load import read_weights
+from model_zoo.io.sharded_tensors import save_pieces, whole
+from trainer import TrainerError
+from trainer.jobs.export import export, export_published, import_published, info
+
+TOKENIZER = TokenizerConfig(
+    codebook_size=16,
+    code_dim=4,
+    channels=32,
+    channel_multipliers=[1, 1],
+    num_res_blocks=1,
+    attention_factors=[],
+    latent_channels=4,
+)
+GENERATOR = TransformerConfig(vocabulary=16, classes=3, grid=[4, 4], depth=1, heads=1)
+
+
+def tokenizer(seed, **changes) -> Tokenizer:
+    torch.manual_seed(seed)
+    return Tokenizer(replace(TOKENIZER, **changes))
+
+
+def generator(seed, **changes) -> Transformer:
+    torch.manual_seed(seed)
+    return Transformer(replace(GENERATOR, **changes))
+
+
+def discriminator(norm="batch") -> PatchDiscriminator:
+    torch.manual_seed(9)
+    return PatchDiscriminator(channels=4, layers=1, norm=norm)
+
+
+def write_run(run, config, **models):
+    """A run's folder with a checkpoint by two ranks, each of which wrote half of every tensor."""
+    folder = run / "checkpoints" / "step_00000010"
+    folder.mkdir(parents=True)
+    pieces = [whole(f"{kind}/{name}", value) for kind, m in models.items() for name, value in m.state_dict().items()]
+    for rank in range(2):
+        save_pieces(folder / f"rank_{rank:05d}.safetensors", [piece.share(rank, 2) for piece in pieces])
+    (folder / "state.json").write_text('{"step": 10}')
+    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in folder.iterdir()}
+    (folder / "manifest.json").write_text(json.dumps({"files": files}))
+    (folder.parent / "latest").write_text(folder.name)
+    OmegaConf.save({**config, "model": asdict(next(iter(models.values())).config)}, run / "config.yaml")
+    return run
+
+
+@pytest.fixture
+def run(tmp_path):
+    models = {"tokenizer": tokenizer(1), "tokenizer_ema": tokenizer(2), "discriminator": discriminator()}
+    run = write_run(tmp_path / "run", {"ema": {"decay": 0.99}}, **models)
+    write_report(run, tokenizer(2))
+    return run
+
+
+def write_report(run, evaluated, **conditions):
+    manifest = {"images": "flowers.tar", "image_size": 64, "resize": "cv2_bilinear"}
+    manifest |= {"fingerprint": fingerprint_of(evaluated.state_dict()), **conditions}
+    report = {"psnr": 21.234, "rfid": None, "image_count": 7, "manifest": manifest}
+    (run / "report.json").write_text(json.dumps(report))
+
+
+@pytest.fixture
+def generator_run(tmp_path, run):
+    return write_run(tmp_path / "ar", {"task": "generator", "tokenizer": {"source": str(run)}}, generator=generator(3))
+
+
+def assert_same(loaded, expected):
+    assert loaded.config == expected.config
+    ours, theirs = loaded.state_dict(), expected.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
+
+
+def assert_nothing_left(folder, *names):
+    assert sorted(path.name for path in folder.iterdir()) == sorted(names)
+
+
+# -------------------------------------------------------------------------------------------------------------- exports
+
+
+def test_an_export_of_a_sharded_run_gives_the_same_models(run, tmp_path):
+    made = export(run, tmp_path / "out")
+    files = "README.md", "config.yaml", "discriminator.safetensors", "model.safetensors", "raw.safetensors"
+    assert_nothing_left(tmp_path / "out", *files)
+    assert_same(load_tokenizer(tmp_path / "out"), tokenizer(2))
+    assert_same(load_tokenizer(tmp_path / "out", "raw"), tokenizer(1))
+    found = read_weights(tmp_path / "out", "tokenizer", "ema")
+    expected = discriminator().state_dict()
+    assert all(torch.equal(value, found.discriminator[name]) for name, value in expected.items())
+    assert found.step == 10 and found.average == (0.99, -1) and found.weights == "ema"
+    assert "16 codes of 4 dimensions" in made.account[0] and "weights: ema and raw" in made.account[0]
+
+
+@pytest.mark.parametrize("quantizer", ["lfq", "soft_vq"])
+def test_an_export_of_the_baselines_quantizers(tmp_path, quantizer):
+    run = write_run(tmp_path / "run", {}, tokenizer=tokenizer(1, quantizer=quantizer))
+    export(run, tmp_path / "out")
+    assert_same(load_tokenizer(tmp_path / "out"), tokenizer(1, quantizer=quantizer))
+    with pytest.raises(ModelError, match=f"no place for model.quantizer={quantizer}; export to safetensors"):
+        export_published(run, tmp_path / "out.ckpt")
+
+
+def test_the_model_card_says_what_how_and_how_good(run, tmp_path):
+    export(run, tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    for said in (
+        'tokenizer = model_zoo.load_tokenizer("out")',
+        "on 7 images of flowers.tar, 64 x 64 (cv2_bilinear):",
+        "| PSNR, dB | 21.23 |",
+        f"made of: {run}, step 10",
+        "Licence: to be stated",
+        tokenizer(2).fingerprint(),
+    ):
+        assert said in card
+    assert "rFID" not in card
+
+
+def test_the_model_card_has_figures_of_the_very_weights_alone(run, tmp_path):
+    export(run, tmp_path / "raw", "raw")  # the report is of averages
+    card = (tmp_path / "raw" / "README.md").read_text()
+    assert "PSNR" not in card and "Not measured: the run's report.json names other weights, or none" in card
+    write_report(run, tokenizer(1), images=["a.tar", "b.tar"], image_size="original")
+    export(run, tmp_path / "ema", "ema")
+    assert "PSNR" not in (tmp_path / "ema" / "README.md").read_text()
+    export(run, tmp_path / "again", "raw")
+    assert "on 7 images of a.tar, b.tar, original size:" in (tmp_path / "again" / "README.md").read_text()
+    (run / "report.json").write_text(json.dumps({"psnr": 21.234}))
+    export(run, tmp_path / "nameless")
+    assert "PSNR" not in (tmp_path / "nameless" / "README.md").read_text()
+
+
+@pytest.mark.parametrize(("weights", "seed"), [("ema", 2), ("raw", 1)])
+def test_an_export_of_one_set_of_weights(run, tmp_path, weights, seed):
+    export(run / "checkpoints" / "step_00000010", tmp_path / "out", weights)
+    assert not (tmp_path / "out" / "raw.safetensors").exists()
+    assert_same(load_tokenizer(tmp_path / "out"), tokenizer(seed))  # the better there is
+    if weights == "raw":
+        assert_same(load_tokenizer(tmp_path / "out", "raw"), tokenizer(seed))
+    else:
+        with pytest.raises(ModelError, match="holds no raw weights, only their averages"):
+            load_tokenizer(tmp_path / "out", "raw")
+
+
+def test_a_generators_export_holds_its_tokenizer(generator_run, tmp_path):
+    made = export(generator_run, tmp_path / "out")
+    assert len(made.account) == 2
+    assert_same(load_generator(tmp_path / "out"), generator(3))
+    assert_same(load_tokenizer(tmp_path / "out"), tokenizer(2))
+    assert_same(load_tokenizer(tmp_path / "out" / "tokenizer"), tokenizer(2))
+    with pytest.raises(ModelError, match="holds no generator: it is a tokenizer's export"):
+        load_generator(tmp_path / "out" / "tokenizer")
+
+
+def test_a_generators_export_without_its_tokenizer_says_so(generator_run, run, tmp_path):
+    run.rename(tmp_path / "moved")
+    made = export(generator_run, tmp_path / "out")
+    assert made.account[1].startswith(f"without its tokenizer: {run} is no run folder")
+    assert_same(load_generator(tmp_path / "out"), generator(3))
+
+
+def test_a_generators_export_holds_no_tokenizer_of_other_codes(generator_run, tmp_path):
+    recipe = OmegaConf.load(generator_run / "config.yaml")
+    recipe.tokenizer.fingerprint = "0123456789abcdef"
+    OmegaConf.save(recipe, generator_run / "config.yaml")
+    made = export(generator_run, tmp_path / "out")
+    assert "is not the one whose codes it learned (0123456789abcdef)" in made.account[1]
+    assert not (tmp_path / "out" / "tokenizer").exists()
+    recipe.tokenizer.fingerprint = tokenizer(2).fingerprint()
+    OmegaConf.save(recipe, generator_run / "config.yaml")
+    export(generator_run, tmp_path / "again")
+    assert_same(load_tokenizer(tmp_path / "again"), tokenizer(2))
+
+
+# ----------------------------------------------------------------------------------------------------------- published
+
+
+def same_files(one, other) -> bool:
+    first, second = (torch.load(path, weights_only=True)["state_dict"] for path in (one, other))
+    return first.keys() == second.keys() and all(
+        torch.equal(tensor, second[name]) and tensor.dtype == second[name].dtype for name, tensor in first.items()
+    )
+
+
+def test_a_tokenizers_round_trip_through_the_published_layout(run, tmp_path):
+    export_published(run, tmp_path / "published.ckpt")
+    state = torch.load(tmp_path / "published.ckpt", weights_only=True)["state_dict"]
+    assert torch.equal(state["encoder.conv_in.weight"], tokenizer(1).encoder.conv_in.weight)
+    assert torch.equal(state["model_ema.encoderconv_inweight"], tokenizer(2).encoder.conv_in.weight)
+    assert "model_ema.lossdiscriminatormain0weight" in state and "loss.discriminator.main.0.weight" in state
+    assert state["model_ema.decay"] == torch.tensor(0.99) and state["model_ema.num_updates"].dtype == torch.int32
+    for weights, seed in (("raw", 1), ("ema", 2)):
+        assert_same(load_tokenizer(tmp_path / "published.ckpt", weights), tokenizer(seed))
+    made = import_published(tmp_path / "published.ckpt", tmp_path / "out")
+    assert any(line.startswith(f"keys: {len(state)}: ") for line in made.account)
+    export_published(tmp_path / "out", tmp_path / "again.ckpt")
+    assert same_files(tmp_path / "published.ckpt", tmp_path / "again.ckpt")
+    assert_nothing_left(tmp_path, "run", "published.ckpt", "out", "again.ckpt")
+
+
+def test_a_generators_round_trip_through_the_published_layout(generator_run, tmp_path):
+    export_published(generator_run, tmp_path / "published.ckpt")
+    assert_same(load_generator(tmp_path / "published.ckpt"), generator(3))  # its grid too, which no shape shows
+    assert_same(load_tokenizer(tmp_path / "published.ckpt"), tokenizer(2))
+    import_published(tmp_path / "published.ckpt", tmp_path / "out")
+    export_published(tmp_path / "out", tmp_path / "again.ckpt")
+    assert same_files(tmp_path / "published.ckpt", tmp_path / "again.ckpt")
+
+
+def test_a_vq_tokenizer_keeps_its_quantizer_in_the_published_layout(tmp_path):
+    run = write_run(tmp_path / "vq", {}, tokenizer=tokenizer(1, quantizer="vq"))
+    export_published(run, tmp_path / "vq.ckpt")
+    assert_same(load_tokenizer(tmp_path / "vq.ckpt"), tokenizer(1, quantizer="vq"))
+
+
+def test_what_the_published_layout_has_no_place_for(tmp_path):
+    run = write_run(tmp_path / "patches", {}, tokenizer=tokenizer(1, patch_size=2))
+    with pytest.raises(ModelError, match=r"no place for model\.patch_size=2"):
+        export_published(run, tmp_path / "out.ckpt")
+    models = {"tokenizer": tokenizer(1), "discriminator": discriminator("group")}
+    made = export_published(write_run(tmp_path / "group", {}, **models), tmp_path / "out.ckpt")
+    assert made.account[-1].startswith("without its discriminator")
+    assert not any("discriminator" in name for name in torch.load(tmp_path / "out.ckpt")["state_dict"])
+    assert_nothing_left(tmp_path, "patches", "group", "out.ckpt")
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+def test_places_that_are_taken_are_refused(run, tmp_path):
+    (tmp_path / "empty").mkdir()
+    export(run, tmp_path / "empty")
+    for taken in (run, run / "config.yaml", tmp_path / "empty"):
+        with pytest.raises(ModelError, match="is there already: name another place with --out"):
+            export(run, taken)
+    (tmp_path / "out.ckpt").touch()
+    with pytest.raises(TrainerError, match="is there already"):
+        export_published(run, tmp_path / "out.ckpt")
+    with pytest.raises(TrainerError, match=r"must end in \.ckpt"):
+        export_published(run, tmp_path / "out")
+    assert_nothing_left(tmp_path, "run", "empty", "out.ckpt")
+
+
+def test_a_failure_leaves_nothing(run, tmp_path, monkeypatch):
+    def full(*arguments, **options):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("model_zoo.io.export_format.sha256_of", full)
+    with pytest.raises(TrainerError, match=r"cannot write .*out: No space left on device"):
+        export(run, tmp_path / "out")
+    monkeypatch.setattr(torch, "save", full)
+    with pytest.raises(TrainerError, match=r"cannot write .*No space left"):
+        export_published(run, tmp_path / "out.ckpt")
+    assert_nothing_left(tmp_path, "run")
+
+
+def test_weights_that_are_not_there_are_refused(generator_run, tmp_path):
+    with pytest.raises(ModelError, match="holds no ema weights of a generator"):
+        export(generator_run, tmp_path / "out", "ema")
+    with pytest.raises(TrainerError, match="--weights best is unknown: choose one of all, ema, raw"):
+        export(generator_run, tmp_path / "out", "best")
+    with pytest.raises(TrainerError, match=r"is no published \.ckpt: `ibq checkpoint export` takes runs"):
+        import_published(generator_run, tmp_path / "out")
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "raw.safetensors", "discriminator.safetensors"])
+def test_a_truncated_file_of_an_export_is_told(run, tmp_path, name):
+    export(run, tmp_path / "out")
+    file = tmp_path / "out" / name
+    file.write_bytes(file.read_bytes()[:-10])
+    with pytest.raises(ModelError, match=f"{file} is damaged"):
+        load_tokenizer(tmp_path / "out", "raw" if name.startswith("raw") else "ema")
+    with pytest.raises(TrainerError, match=f"is damaged: {name} is not what was written"):
+        info(tmp_path / "out")
+
+
+@pytest.mark.parametrize(
+    ("content", "detail"),
+    [
+        (None, "is no export: it lacks config.yaml"),
+        ("kind: [", "describes no exported model"),
+        ("kind: tokenizer", "it lacks weights"),
+        ("7", "describes no exported model"),
+        ("{kind: foo, weights: raw, sha256: {}, model: {}}", "kind: foo is none of tokenizer, generator"),
+        ("{kind: tokenizer, weights: foo, sha256: {}, model: {}}", "weights: foo is none of ema, raw"),
+        ("{kind: tokenizer, weights: raw, sha256: {}, model: {}, step: abc}", "step: abc is no whole number"),
+        ("{kind: tokenizer, weights: raw, sha256: {}, model: {}, step: [1]}", "step: [1] is no whole number"),
+        (
+            "{kind: tokenizer, weights: raw, sha256: {}, model: {channel_multipliers: [-1]}}",
+            "model.channel_multipliers=[-1] must be at least 1",
+        ),
+        ("{kind: tokenizer, weights: raw, sha256: {}, model: {codes: 7}}", "describes no tokenizer"),
+        ("{kind: tokenizer, weights: raw, sha256: {}, model: {code_dim: 9}}", "does not hold the weights of"),
+    ],
+)
+def test_a_damaged_configuration_of_an_export_is_told(run, tmp_path, content, detail):
+    export(run, tmp_path / "out")
+    path = tmp_path / "out" / "config.yaml"
+    path.unlink()
+    if content:
+        path.write_text(content)
+    with pytest.raises(ModelError) as error:
+        load_tokenizer(tmp_path / "out")
+    assert detail in str(error.value) and "\n" not in str(error.value)
+
+
+# ----------------------------------------------------------------------------------------------------------------- info
+
+
+def test_info_of_a_run_is_verified(run):
+    found = info(run)
+    (model,) = found.models
+    assert (found.layout, model.kind, model.weights, model.step) == ("run", "tokenizer", ["ema", "raw"], 10)
+    assert model.discriminator and model.fingerprint == tokenizer(2).fingerprint()
+    assert model.parameters == sum(parameter.numel() for parameter in tokenizer(1).parameters())
+    part = run / "checkpoints" / "step_00000010" / "rank_00001.safetensors"
+    content = bytearray(part.read_bytes())
+    content[-1] ^= 1
+    part.write_bytes(content)
+    with pytest.raises(TrainerError, match=r"is damaged: rank_00001\.safetensors is not what was written"):
+        info(run)
+
+
+@pytest.mark.parametrize("weights", ["raw", "ema"])
+def test_info_checks_every_set_of_weights(run, tmp_path, weights):
+    bad = tokenizer(1, latent_channels=5)
+    models = {"tokenizer": tokenizer(1), "tokenizer_ema": tokenizer(2)}
+    models["tokenizer" if weights == "raw" else "tokenizer_ema"] = bad
+    mixed = write_run(tmp_path / "mixed", {}, **models)
+    OmegaConf.save({"model": asdict(TOKENIZER)}, mixed / "config.yaml")
+    with pytest.raises(ModelError, match=rf"\({weights} weights\) does not hold the weights of"):
+        info(mixed)
+
+
+def test_info_of_a_generators_export_and_published_file(generator_run, tmp_path):
+    export(generator_run, tmp_path / "out")
+    export_published(generator_run, tmp_path / "out.ckpt")
+    of_export, of_file = info(tmp_path / "out"), info(tmp_path / "out.ckpt")
+    assert [model.kind for model in of_export.models] == ["generator", "tokenizer"]
+    assert {m.kind: m.fingerprint for m in of_export.models} == {m.kind: m.fingerprint for m in of_file.models}
+    assert of_export.made_of == str(generator_run) and of_export.verified
+    assert of_file.sha256 == sha256_of(tmp_path / "out.ckpt") and of_file.verified is None

@@ -1,0 +1,423 @@
+import hashlib
+import json
+import signal
+import time
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from launching import Launch
+from PIL import Image
+
+import trainer.jobs.sample
+from model_zoo import ModelError, Tokenizer, TokenizerConfig, Transformer, TransformerConfig
+from model_zoo.io.sharded_tensors import save_pieces, whole
+from tools import cli
+from trainer import TrainerError
+from trainer.config import GeneratorRun, TokenizerRun, save_config
+from trainer.jobs.sample import sample, seed_of
+
+TOKENIZER = TokenizerConfig(
+    codebook_size=32, code_dim=4, channels=8, channel_multipliers=[1], num_res_blocks=1, attention_factors=[],
+    latent_channels=4, patch_size=4,
+)  # fmt: skip
+GENERATOR = TransformerConfig(vocabulary=32, classes=6, grid=[2, 3], depth=1, heads=2, head_dim=8, dropout=0.0)
+
+
+def write_run(run, config, **models):
+    checkpoint = run / "checkpoints" / "step_00000004"
+    checkpoint.mkdir(parents=True)
+    pieces = [whole(f"{kind}/{name}", value) for kind, m in models.items() for name, value in m.state_dict().items()]
+    save_pieces(checkpoint / "rank_00000.safetensors", pieces)
+    (checkpoint.parent / "latest").write_text(f"{checkpoint.name}\n")
+    config.trainer.max_steps, config.trainer.global_batch_size = 4, 2
+    save_config(config, run / "config.yaml")
+    return run
+
+
+def tokenizer_of(seed=0, **changes):
+    torch.manual_seed(seed)
+    return Tokenizer(replace(TOKENIZER, **changes))
+
+
+def generator_of(seed=0, **changes):
+    torch.manual_seed(seed)
+    generator = Transformer(replace(GENERATOR, **changes))
+    for parameter in generator.parameters():
+        torch.nn.init.normal_(parameter, std=0.3)
+    return generator
+
+
+def write_tokenizer_run(run, tokenizer):
+    return write_run(run, TokenizerRun(model=tokenizer.config), tokenizer_ema=tokenizer)
+
+
+def write_generator_run(run, generator, tokenizer=None, **models):
+    config = GeneratorRun(model=generator.config)
+    config.tokenizer.source = str(tokenizer) if tokenizer else None
+    return write_run(run, config, generator=generator, **models)
+
+
+@pytest.fixture
+def run(tmp_path):
+    """A generator's run, without an average, that names its tokenizer's."""
+    tokenizer = write_tokenizer_run(tmp_path / "tokenizer", tokenizer_of())
+    return write_generator_run(tmp_path / "run", generator_of(), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def launch(tmp_path_factory):
+    return Launch(tmp_path_factory.mktemp("cache"))
+
+
+def load(path):
+    with np.load(path) as file:
+        return {name: file[name] for name in file.files}
+
+
+# -------------------------------------------------------------------------------------------------------------- outputs
+
+
+def test_npz(run, tmp_path):
+    heard = []
+    sampled = sample(
+        run,
+        classes="1,4",
+        count=7,
+        out=tmp_path / "new" / "x.npz",
+        batch_size=3,
+        on_progress=lambda *a: heard.append(a),
+    )
+    arrays = load(tmp_path / "new" / "x.npz")
+    assert list(arrays) == ["arr_0", "classes"]
+    assert arrays["arr_0"].shape == (7, 8, 12, 3) and arrays["arr_0"].dtype == np.uint8
+    assert len(np.unique(arrays["arr_0"].reshape(7, -1), axis=0)) == 7
+    assert arrays["classes"].tolist() == [1, 4, 1, 4, 1, 4, 1] and arrays["classes"].dtype == np.int64
+    assert [done for done, _, _ in heard] == [3, 6, 7] and {count for _, count, _ in heard} == {7}
+    assert sampled.images == sampled.made == 7 and sampled.images_per_second > 0
+    report = json.loads(sampled.report.read_text())
+    assert sampled.report == tmp_path / "new" / "x.npz.json"
+    assert report["settings"]["seed"] == 0 and report["settings"]["weights"] == "raw"
+    assert report["checkpoint"] == "step_00000004" and report["images_per_class"] == {"1": 4, "4": 3}
+    content = (tmp_path / "new" / "x.npz").read_bytes()
+    assert report["finished"]["bytes"] == len(content)
+    assert report["finished"]["sha256"] == hashlib.sha256(content).hexdigest()
+    assert report["finished"]["images_made"] == 7 and report["finished"]["images_per_second"] > 0
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["x.npz", "x.npz.json"]
+
+
+def test_folder(run, tmp_path):
+    sample(run, classes="1,4", count=3, batch_size=2)
+    names = ["000000_class_0001.png", "000001_class_0004.png", "000002_class_0001.png"]
+    assert sorted(path.name for path in (run / "sampled").iterdir()) == [*names, "sample.json"]
+    sample(run, classes="1,4", count=3, batch_size=2, out=tmp_path / "x.npz")
+    finished = json.loads((run / "sampled" / "sample.json").read_text())["finished"]
+    assert finished["bytes"] == sum((run / "sampled" / name).stat().st_size for name in names)
+    pictures = np.stack([np.array(Image.open(run / "sampled" / name)) for name in names])
+    assert np.array_equal(pictures, load(tmp_path / "x.npz")["arr_0"])
+
+
+def test_grid_has_a_row_for_each_class(run, tmp_path):
+    for count, size in ((5, (3 * 12, 2 * 8)), (2, (2 * 12, 8))):
+        sample(run, classes="1,4", count=count, batch_size=2, out=tmp_path / f"{count}.png")
+        sample(run, classes="1,4", count=count, batch_size=2, out=tmp_path / f"{count}.npz")
+        sheet = Image.open(tmp_path / f"{count}.png")
+        assert sheet.size == size
+    sheet, images = np.array(Image.open(tmp_path / "5.png")), load(tmp_path / "5.npz")["arr_0"]
+    assert np.array_equal(sheet[:8, 12:24], images[2]) and np.array_equal(sheet[8:, 12:24], images[3])
+    assert (sheet[8:, 24:] == 255).all()  # the sixth is not
+
+
+def test_images_are_the_tokenizers_rounded(run, tmp_path):
+    sample(run, classes="2", count=2, out=tmp_path / "x.npz", sampling={"guidance": 2.0, "top_k": 9})
+    generator, decoder = generator_of().eval(), tokenizer_of().eval()
+    sampler = trainer.jobs.sample.Sampler(generator, 32)
+    settings = trainer.jobs.sample.Sampling(guidance=2.0, top_k=9)
+    index_bhw = sampler.sample(torch.tensor([2, 2]), [seed_of(0, 2, 0), seed_of(0, 2, 1)], settings)
+    images_bhwc = decoder.detokenize(index_bhw).permute(0, 2, 3, 1)
+    expected = ((images_bhwc.clamp(-1, 1) + 1) / 2 * 255).round().numpy().astype(np.uint8)
+    assert np.array_equal(load(tmp_path / "x.npz")["arr_0"], expected)
+
+
+def test_an_image_of_a_class_is_the_same_in_every_job(run, tmp_path):
+    sample(run, out=tmp_path / "all.npz", count=12, batch_size=4)
+    sample(run, out=tmp_path / "one.npz", count=2, batch_size=4, classes="3")
+    every, one = load(tmp_path / "all.npz"), load(tmp_path / "one.npz")
+    assert every["classes"].tolist() == [0, 1, 2, 3, 4, 5] * 2
+    assert np.array_equal(every["arr_0"][every["classes"] == 3], one["arr_0"])
+    sample(run, out=tmp_path / "other.npz", count=2, batch_size=4, classes="3", seed=1)
+    assert not np.array_equal(load(tmp_path / "other.npz")["arr_0"], one["arr_0"])
+
+
+def test_published_checkpoint_with_its_tokenizer(tmp_path):
+    generator = generator_of(grid=[16, 16], heads=1, head_dim=64)
+    state = {f"transformer.{name}": tensor for name, tensor in generator.state_dict().items()}
+    plain = tokenizer_of(patch_size=1, channel_multipliers=[1, 2])
+    state.update({f"first_stage_model.{name}": tensor for name, tensor in plain.state_dict().items()})
+    torch.save({"state_dict": state}, tmp_path / "ar.ckpt")
+    sampled = sample(tmp_path / "ar.ckpt", count=2)
+    assert sampled.out == tmp_path / "ar_sampled" and len(list(sampled.out.glob("*.png"))) == 2
+    assert Image.open(next(sampled.out.glob("*.png"))).size == (32, 32)
+
+
+def test_ema_where_the_run_keeps_one_and_no_class(tmp_path):
+    tokenizer = write_tokenizer_run(tmp_path / "tokenizer", tokenizer_of())
+    config = GeneratorRun(model=GENERATOR)
+    config.ema.decay, config.loss.label_dropout, config.tokenizer.source = 0.9, 1.0, str(tokenizer)
+    write_run(tmp_path / "run", config, generator=generator_of(1), generator_ema=generator_of(2))
+    first = sample(tmp_path / "run", count=2, precision="bf16")
+    assert json.loads(first.report.read_text())["settings"]["weights"] == "ema"
+    assert (first.out / "000001_class_none.png").exists()
+
+
+# --------------------------------------------------------------------------------------------------------------- resume
+
+
+def test_a_job_that_is_done_says_so_and_other_settings_are_refused(run, tmp_path):
+    for out in ("x.npz", "x.png", "folder"):
+        options = {"count": 4, "batch_size": 2, "out": tmp_path / out}
+        assert sample(run, **options).made == 4
+        before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+        assert sample(run, **options).made == 0
+        with pytest.raises(
+            TrainerError, match=r"other settings \(temperature 1.0, now 0.5\): give --temperature 1.0 again to go on"
+        ):
+            sample(run, **options, sampling={"temperature": 0.5})
+        assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+
+@pytest.mark.parametrize("out", ["x.npz", "x.png", "folder"])
+def test_a_job_goes_on_where_it_ended(run, tmp_path, out):
+    options = {"count": 7, "batch_size": 2}
+    sample(run, **options, out=tmp_path / "whole" / out)
+
+    def stop(done, count, per_second):
+        if done >= 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample(run, **options, out=tmp_path / out, on_progress=stop)
+    with pytest.raises(TrainerError, match="seed 0, now 3"):
+        sample(run, **options, out=tmp_path / out, seed=3)
+    went_on = sample(run, **options, out=tmp_path / out)
+    assert went_on.made == 3
+    files = [path for path in (tmp_path / "whole").rglob("*") if path.suffix in (".npz", ".png")]
+    assert files
+    for path in files:
+        assert path.read_bytes() == (tmp_path / path.relative_to(tmp_path / "whole")).read_bytes()
+    assert not list(tmp_path.glob("*.parts"))
+
+
+def test_kill_between_merging_and_the_report_loses_nothing(run, tmp_path, monkeypatch):
+    write_json = trainer.jobs.sample._write_json
+
+    def killed(path, content):
+        if path.suffix == ".json" and path.parent == tmp_path:
+            raise KeyboardInterrupt
+        write_json(path, content)
+
+    monkeypatch.setattr(trainer.jobs.sample, "_write_json", killed)
+    with pytest.raises(KeyboardInterrupt):
+        sample(run, count=3, out=tmp_path / "x.npz")
+    monkeypatch.undo()
+    assert sample(run, count=3, out=tmp_path / "x.npz").made == 0
+    assert load(tmp_path / "x.npz")["arr_0"].shape[0] == 3
+    assert not (tmp_path / "x.npz.parts").exists()
+
+
+def torchrun(launch, processes, *arguments):
+    launcher = "torch.distributed.run", "--nproc-per-node", processes, "--standalone", "-m", "tools.cli", "sample"
+    return launch.start(*launcher, *arguments)
+
+
+@pytest.mark.slow
+def test_any_number_of_processes_makes_the_same_images_and_goes_on_after_a_kill(run, tmp_path, launch):
+    common = run, "--count", 9, "--batch-size", 2, "--device", "cpu"
+    one = launch.ibq("sample", *common, "--out", tmp_path / "one.npz")
+    assert one.status == 0, one.err
+    assert "9 images sampled" in one.out and str(tmp_path / "one.npz") in one.out
+    two = launch.finish(torchrun(launch, 2, *common, "--out", tmp_path / "two.npz"))
+    assert two.status == 0, two.err
+    assert two.out.count("images sampled") == 1
+    assert json.loads((tmp_path / "two.npz.json").read_text())["finished"]["processes"] == 2
+    assert load(tmp_path / "one.npz")["arr_0"].tobytes() == load(tmp_path / "two.npz")["arr_0"].tobytes()
+
+    many = run, "--count", 3000, "--batch-size", 1, "--device", "cpu", "--out", tmp_path / "killed.npz"
+    process = torchrun(launch, 2, *many)
+    parts = tmp_path / "killed.npz.parts"
+    deadline = time.monotonic() + 120
+    while len(list(parts.glob("chunk_*.npy"))) < 5 and time.monotonic() < deadline:
+        time.sleep(0.02)
+    process.send_signal(signal.SIGTERM)
+    launch.finish(process)
+    left = len(list(parts.glob("chunk_*.npy")))
+    assert 5 <= left < 3000
+    assert launch.ibq("sample", *many).status == 0
+    report = json.loads((tmp_path / "killed.npz.json").read_text())
+    assert report["finished"]["images_made"] == 3000 - left
+    assert load(tmp_path / "killed.npz")["arr_0"].shape == (3000, 8, 12, 3)
+
+
+# ------------------------------------------------------------------------------------------------------------ bad input
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--classes", "6"], "--classes 6: '6' is no class from 0 to 5"),
+        (["--classes", "1,dog"], "--classes 1,dog: 'dog' is no class"),
+        (["--classes", "4-2"], "'4-2' is no class"),
+        (["--classes", "0-99999999999"], "is no class"),
+        (["--classes", ""], "is no class"),
+        (["--count", "0"], "--count 0 must be at least 1"),
+        (["--count", "99999999999999"], "--count 99999999999999 is too large: at most 10,000,000"),
+        (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
+        (["--guidance", "-1"], "guidance -1.0 must be at least 0"),
+        (["--top-p", "0"], "top_p 0.0 must be above 0"),
+        (["--top-p", "1.5"], "top_p 1.5"),
+        (["--temperature", "0"], "temperature 0.0 must be above 0"),
+        (["--top-k", "-2"], "top_k -2 must be at least 0"),
+        (["--guidance-schedule", "square"], "choose one of constant, linear, cosine"),
+        (["--seed", "-1"], "--seed -1 must lie between"),
+        (["--precision", "fp16"], "--precision fp16 is unknown: choose fp32 or bf16"),
+        (["--device", "tpu"], "--device tpu is unknown"),
+        (["--weights", "best"], "'ema' or 'raw', not 'best'"),
+        (["--weights", "ema"], "holds no ema weights of a generator; ask for the raw weights (--weights raw)"),
+        (["--tokenizer", "nowhere"], "nowhere is no run folder"),
+        (["--out", "/proc/nothing/x.npz"], "cannot write /proc/nothing/x.npz"),
+        (["--out", "/dev/null/x"], "cannot write /dev/null/x"),
+        (["--out", "/dev/null"], "cannot write /dev/null: Not a directory"),
+        (["--out", "x.png", "--count", "2000"], "one picture holds up to 1024 images"),
+        (["--out", "x.jpg"], "x.jpg cannot be written: name a folder, FILE.npz or FILE.png"),
+        (["--out", "x.TAR"], "x.TAR cannot be written"),
+        (["--count", "many"], "--count"),
+    ],
+)
+def test_bad_input_is_one_line(run, tmp_path, monkeypatch, capsys, options, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as exited:
+        cli.main(["sample", str(run), *options])
+    err = capsys.readouterr().err
+    assert exited.value.code == 2
+    assert err.startswith("ibq: error: ") and err.count("\n") == 1
+    assert message in err
+    assert not (run / "sampled").exists() and not list(tmp_path.glob("x*"))
+
+
+def test_runs_that_do_not_fit_are_refused(run, tmp_path):
+    tokenizer = tmp_path / "tokenizer"
+    with pytest.raises(TrainerError, match="is a tokenizer's run: name a generator's"):
+        sample(tokenizer)
+    with pytest.raises(TrainerError, match="is no run folder"):
+        sample(tmp_path / "nowhere")
+    with pytest.raises(ModelError, match=r"nowhere\.ckpt does not exist"):
+        sample(tmp_path / "nowhere.ckpt")
+    with pytest.raises(
+        TrainerError, match=r"no tokenizer: .* is of a generator's run: name a tokenizer's; --tokenizer"
+    ):
+        sample(run, tokenizer=run)
+    lonely = write_generator_run(tmp_path / "lonely", generator_of())
+    with pytest.raises(TrainerError, match="knows no tokenizer: name its run or checkpoint with --tokenizer"):
+        sample(lonely)
+    small = write_tokenizer_run(tmp_path / "small", tokenizer_of(codebook_size=16))
+    with pytest.raises(TrainerError, match="the tokenizer has 16 codes, the generator 32"):
+        sample(lonely, tokenizer=small)
+    other = write_tokenizer_run(tmp_path / "other", tokenizer_of(1))
+    config = GeneratorRun(model=GENERATOR)
+    config.tokenizer.fingerprint = tokenizer_of(0).fingerprint()
+    strict = write_run(tmp_path / "strict", config, generator=generator_of())
+    with pytest.raises(TrainerError, match="is not the one whose codes the generator learned"):
+        sample(strict, tokenizer=other)
+    assert sample(strict, tokenizer=tokenizer, count=1).made == 1
+
+
+def test_what_lies_in_the_way_stays(run, tmp_path):
+    (tmp_path / "x.npz").write_text("mine")
+    (tmp_path / "y.npz.json").write_text('{"mine": 1}')
+    (tmp_path / "file").write_text("mine")
+    (tmp_path / "z.npz.parts").mkdir()
+    (tmp_path / "z.npz.parts" / "chunk_000000.npy").write_text("mine")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "000000_class_0000.png").write_text("mine")
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for name, message in (
+        ("x.npz", "exists, and not by"),
+        ("y.npz", "is in the way"),
+        ("z.npz", r"z\.npz\.parts is in the way"),
+        ("file", "is a file: name a folder"),
+        ("folder.png", r"is a folder: name a file, or a folder without \.png"),
+        ("folder", "exists, and not by"),
+    ):
+        with pytest.raises(TrainerError, match=message):
+            sample(run, count=1, out=tmp_path / name)
+    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize("out", ["x.npz", "folder"])
+def test_only_its_own_parts_are_removed(run, tmp_path, out):
+    options = {"count": 3, "batch_size": 2, "out": tmp_path / out}
+    theirs = tmp_path / f"{out}.parts" / "mine.txt"
+    chunk = theirs.with_name("chunk_000009.npy")
+
+    def put(*_):
+        theirs.parent.mkdir(exist_ok=True)
+        theirs.write_text("mine")
+
+    sample(run, **options, on_progress=put)
+    assert [path.name for path in theirs.parent.iterdir()] == ["mine.txt"]
+    chunk.write_text("mine")  # no manifest beside it
+    assert sample(run, **options).made == 0
+    assert sorted(path.name for path in theirs.parent.iterdir()) == ["chunk_000009.npy", "mine.txt"]
+
+
+def test_outputs_of_one_name_have_reports_of_their_own(run, tmp_path):
+    (tmp_path / "x.json").write_text("mine")
+    for name in ("x.npz", "x.png", "X.PNG"):
+        sampled = sample(run, count=2, seed=len(name), out=tmp_path / name)
+        assert sampled.out.is_file() and sampled.report == tmp_path / f"{name}.json"
+    assert (tmp_path / "x.json").read_text() == "mine"
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 3}, "batch_size 2, now 3): give --batch-size 2 again to go on, or name another place"),
+        ({"classes": "1"}, "give the same --classes again"),
+        ({"weights": "raw", "tokenizer": "other"}, "give the same --tokenizer again"),
+    ],
+)
+def test_the_setting_to_go_on_with_is_named(run, tmp_path, monkeypatch, changes, message):
+    monkeypatch.chdir(tmp_path)
+    write_tokenizer_run(tmp_path / "other", tokenizer_of(1))
+    options = {"count": 3, "batch_size": 2}
+    sample(run, **options)
+    with pytest.raises(TrainerError) as error:
+        sample(run, **{**options, **changes})
+    assert message in str(error.value)
+
+
+def test_a_full_disk_is_told_and_what_was_made_stays(run, tmp_path, monkeypatch):
+    write, calls = np.save, []
+
+    def full(file, array):
+        calls.append(1)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+        write(file, array)
+
+    monkeypatch.setattr(trainer.jobs.sample.np, "save", full)
+    with pytest.raises(TrainerError, match=r"cannot write .*x\.npz: No space left on device"):
+        sample(run, count=8, batch_size=2, out=tmp_path / "x.npz")
+    monkeypatch.undo()
+    assert sample(run, count=8, batch_size=2, out=tmp_path / "x.npz").made == 4
+
+
+def test_logits_that_are_not_finite_are_told(tmp_path):
+    tokenizer = write_tokenizer_run(tmp_path / "tokenizer", tokenizer_of())
+    generator = generator_of()
+    generator.head.weight.data[0] = torch.nan
+    run = write_generator_run(tmp_path / "run", generator, tokenizer)
+    with pytest.raises((TrainerError, ModelError), match="logits are not finite"):
+        sample(run, count=1)

@@ -1,0 +1,391 @@
+"""`ibq tokenize`: the codes are those of the very views, at any number of processes, however often it goes on."""
+
+import io
+import json
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from launching import Launch
+from omegaconf import OmegaConf
+from PIL import Image
+from serving import Server
+from webdataset.writer import TarWriter
+
+import model_zoo
+from data import DataConfig, TokenHeader, TokenSpec, check, decode, evaluation_tokens, token_header, unpack_codes
+from data.index import Index, write_index
+from data.prep.check import check_shards
+from data.shards import TarShard, scan
+from data.transforms import pixels_chw, resize_and_center_crop, resize_named
+from model_zoo.io.sharded_tensors import save_pieces, whole
+from tools import cli
+from trainer import TrainerError
+from trainer.jobs import tokenize as module
+from trainer.jobs.tokenize import image_views, tokenize
+
+SIDE = 32
+MODEL = dict(
+    codebook_size=300, code_dim=8, channels=32, channel_multipliers=[1, 1], num_res_blocks=1, attention_factors=[],
+    latent_channels=8, patch_size=4,
+)  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def alone(monkeypatch):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run with an untrained tokenizer of 8x8 patches; its EMA weights differ."""
+    folder = tmp_path_factory.mktemp("runs") / "tiny"
+    checkpoint = folder / "checkpoints" / "step_00000003"
+    checkpoint.mkdir(parents=True)
+    for seed, name in enumerate(("tokenizer", "tokenizer_ema")):
+        torch.manual_seed(seed)
+        tokenizer = model_zoo.Tokenizer(model_zoo.TokenizerConfig(**MODEL))
+        pieces = [whole(f"{name}/{key}", value) for key, value in tokenizer.state_dict().items()]
+        save_pieces(checkpoint / f"rank_{seed:05d}.safetensors", pieces)
+    (folder / "checkpoints" / "latest").write_text("step_00000003")
+    OmegaConf.save({"task": "tokenizer", "model": MODEL, "data": {"image_size": SIDE}}, folder / "config.yaml")
+    return folder
+
+
+def png(number: int, size=(50, 40)) -> bytes:
+    file = io.BytesIO()
+    colors = np.random.default_rng(number).integers(0, 256, (5, 6, 3), dtype=np.uint8)
+    Image.fromarray(colors).resize(size, Image.Resampling.BICUBIC).save(file, "PNG")
+    return file.getvalue()
+
+
+@pytest.fixture(scope="module")
+def tars(tmp_path_factory):
+    """Tars of 7, 3 and 5 images with captions and classes, one of which is broken."""
+    folder = tmp_path_factory.mktemp("images") / "tars"
+    folder.mkdir()
+    for shard, samples in enumerate((7, 3, 5)):
+        with TarWriter(str(folder / f"{shard}.tar"), encoder=False, mtime=0) as writer:
+            for n in range(samples):
+                content = b"no picture" if (shard, n) == (0, 4) else png(10 * shard + n)
+                writer.write({"__key__": f"{shard}-{n}", "png": content, "cls": b"%d" % n, "txt": "ein Bär".encode()})
+    return folder
+
+
+def files(out: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted(out.iterdir()) if path.name != "index.safetensors"}
+
+
+def go(run, tars, out, **options):
+    return tokenize(run, images=str(tars), out=out, **{"samples_per_shard": 3, "device": "cpu", **options})
+
+
+def samples(out: Path):
+    for path in sorted(out.glob("*.tar")):
+        shard = TarShard(str(path), scan(str(path)))
+        yield from (shard.read(n) for n in range(len(shard)))
+
+
+@pytest.fixture(scope="module")
+def flipped(run, tars, tmp_path_factory):
+    """Tokens of the tars, of both views."""
+    out = tmp_path_factory.mktemp("tokens") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        return go(run, tars, out, views="flip")
+
+
+# --------------------------------------------------------------------------------------------------------------- codes
+
+
+def test_codes_are_those_of_the_image_and_its_mirror_image(run, tars, flipped):
+    tokenizer = model_zoo.load_tokenizer(run)
+    # Units of at most three: 3 + 3 + 1, 3, 3 + 2; one image is broken.
+    assert (flipped.shards, flipped.samples, flipped.made) == (6, 14, 14)
+    assert flipped.skipped == [f"{tars}/0.tar, 0-4: no JPEG, PNG or WebP image"]
+    found = list(samples(flipped.out))
+    assert [sample.key for sample in found] == [
+        f"{shard}-{n}" for shard, count in enumerate((7, 3, 5)) for n in range(count) if (shard, n) != (0, 4)
+    ]
+    for sample in found:
+        shard, n = map(int, sample.key.split("-"))
+        assert sample.members["cls"] == b"%d" % n and sample.members["txt"].decode() == "ein Bär"
+        header, index_vhw = unpack_codes(sample.members["codes"])
+        assert header == TokenHeader(tokenizer.fingerprint(), 300, 2, (4, 4))
+        image = resize_and_center_crop(decode(png(10 * shard + n)), SIDE, resize_named("pil_antialias"))
+        for view_hw, picture in zip(index_vhw, (image, image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)), strict=True):
+            images_bchw = (torch.from_numpy(pixels_chw(picture))[None].double() / 127.5 - 1).float()
+            assert np.array_equal(view_hw, tokenizer.tokenize(images_bchw)[0])
+    assert len(np.unique([unpack_codes(sample.members["codes"])[1] for sample in found])) > 10
+
+
+def test_what_it_writes_is_what_training_opens(flipped):
+    assert sorted(path.name for path in flipped.out.iterdir()) == [
+        "index.safetensors", "skipped.jsonl", *(f"tokens-{n:06d}.tar" for n in range(6)), "tokens.json"
+    ]  # fmt: skip
+    index = Index(flipped.out / "index.safetensors")
+    assert len(index) == 6 and index.first[-1] == 14
+    spec = TokenSpec(flipped.tokenizer, 300, (4, 4))
+    config = DataConfig(train=str(flipped.out), val=str(flipped.out), content="tokens", workers=0)
+    assert token_header(config).views == 2
+    check(config, tokens=spec)
+    assert len(list(evaluation_tokens(str(flipped.out), spec))) == 14
+    record = json.loads((flipped.out / "skipped.jsonl").read_text())
+    assert record["key"] == "0-4" and record["shard"] == 1
+
+
+def test_views_of_an_image():
+    content, resize = png(1, (80, 60)), resize_named("pil_antialias")
+    square = np.asarray(resize_and_center_crop(decode(content), 35, resize)).transpose(2, 0, 1)
+    ten = image_views(content, "ten-crop", SIDE, "pil_antialias")
+    assert ten.shape == (10, 3, SIDE, SIDE)
+    for view, (left, top) in zip(ten[:5], [(2, 2), (0, 0), (3, 0), (0, 3), (3, 3)], strict=True):
+        assert np.array_equal(view, square[:, top : top + SIDE, left : left + SIDE])
+    assert np.array_equal(ten[5:], ten[:5, ..., ::-1])
+    original, flip = (image_views(content, kind, SIDE, "pil_antialias") for kind in ("original", "flip"))
+    assert len(original) == 1 and np.array_equal(flip[0], original[0])
+    assert np.array_equal(flip[1], original[0][..., ::-1])
+
+
+def test_a_folder_of_classes(run, tmp_path):
+    for name, number in (("cat/a.png", 0), ("cat/a.b.png", 1), ("dog/a.png", 2)):
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "images" / name).write_bytes(png(number))
+    done = go(run, tmp_path / "images", tmp_path / "out", source="imagenet")
+    assert done.samples == 3
+    found = {sample.key: sample.members for sample in samples(done.out)}
+    assert {key: members["cls"] for key, members in found.items()} == {"cat_a": b"0", "cat_a_b": b"0", "dog_a": b"1"}
+
+
+def test_a_zip_file_a_pattern_and_a_server(run, tars, flipped, tmp_path):
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as file:
+        for number, name in enumerate(("cat/a.png", "dog/a.png")):
+            file.writestr(name, png(number))
+    done = go(run, tmp_path / "images.zip", tmp_path / "zip")
+    assert {sample.key for sample in samples(done.out)} == {"cat_a", "dog_a"}
+    done = go(run, tars / "{0..2}.tar", tmp_path / "pattern", views="flip")
+    assert {name: content for name, content in files(done.out).items() if name.endswith(".tar")} == {
+        name: content for name, content in files(flipped.out).items() if name.endswith(".tar")
+    }
+    with Server(folder=tars) as server:  # without an index, a shard for a shard
+        done = go(run, server.url("/{0..2}.tar"), tmp_path / "remote", views="flip")
+    assert (done.shards, done.samples) == (3, 14)
+    assert [sample.key for sample in samples(done.out)] == [sample.key for sample in samples(flipped.out)]
+
+
+def test_the_fingerprint_is_of_what_makes_codes():
+    torch.manual_seed(0)
+    tokenizer = model_zoo.Tokenizer(model_zoo.TokenizerConfig(**MODEL))
+    fingerprint = tokenizer.fingerprint()
+    assert len(fingerprint) == 16 and int(fingerprint, 16) >= 0
+    with torch.no_grad():
+        tokenizer.decoder.conv_in.weight += 1
+        tokenizer.post_quant_conv.weight += 1
+        assert tokenizer.fingerprint() == fingerprint
+        others = {fingerprint}
+        for parameter in (
+            tokenizer.quantize.embedding.weight,
+            tokenizer.quant_conv.bias,
+            next(tokenizer.encoder.parameters()),
+        ):
+            parameter.view(-1)[0] += 1e-3
+            others.add(tokenizer.fingerprint())
+        assert len(others) == 4
+
+
+# ------------------------------------------------------------------------------------------------------------ going on
+
+
+def test_it_goes_on_where_it_was_stopped(run, tars, flipped, tmp_path, monkeypatch):
+    out, written = tmp_path / "out", []
+    real = module._codes_of
+
+    def stop(*arguments):
+        written.append(1)
+        if len(written) == 4:
+            raise KeyboardInterrupt
+        return real(*arguments)
+
+    monkeypatch.setattr(module, "_codes_of", stop)
+    with pytest.raises(KeyboardInterrupt):
+        go(run, tars, out, views="flip")
+    monkeypatch.undo()
+    there = {path.name: path.stat().st_mtime_ns for path in out.glob("*.tar")}
+    assert sorted(there) == [f"tokens-{n:06d}.tar" for n in range(3)] and not list(out.glob("*.unfinished"))
+    done = go(run, tars, out, views="flip")
+    assert (done.samples, done.made, done.skipped) == (14, 14 - 6, flipped.skipped)
+    assert files(out) == files(flipped.out)
+    assert all((out / name).stat().st_mtime_ns == time for name, time in there.items())
+    index = (out / "index.safetensors").stat().st_mtime_ns
+    assert go(run, tars, out, views="flip").made == 0  # with nothing left to do
+    assert files(out) == files(flipped.out) and (out / "index.safetensors").stat().st_mtime_ns == index
+
+
+def test_a_lost_shard_is_written_again(run, tars, flipped, tmp_path):
+    out = shutil.copytree(flipped.out, tmp_path / "out")
+    (out / "tokens-000004.tar").unlink()
+    assert go(run, tars, out, views="flip").made == 3
+    assert files(out) == files(flipped.out) and len(Index(out / "index.safetensors")) == 6
+
+
+def test_progress_counts_what_was_there(run, tars, flipped, tmp_path):
+    out, told = shutil.copytree(flipped.out, tmp_path / "out"), []
+    for number in (1, 4):
+        (out / f"tokens-{number:06d}.tar").unlink()
+    go(run, tars, out, views="flip", on_progress=lambda *numbers: told.append(numbers))
+    assert told[0] == (12, 15) and told[-1] == (15, 15)
+
+
+def test_two_processes_write_the_same_files_as_one(run, tars, flipped, tmp_path):
+    launch = Launch(tmp_path / "cache")
+    arguments = run, "--images", tars, "--out", tmp_path / "out", "--views", "flip", "--samples-per-shard", 3
+    launcher = "torch.distributed.run", "--nproc-per-node", 2, "--standalone", "-m", "tools", "tokenize"
+    finished = launch.finish(launch.start(*launcher, *arguments, "--device", "cpu"))
+    assert finished.status == 0, finished.err
+    assert f"14 samples of tokenizer {flipped.tokenizer} in 6 tars in {tmp_path / 'out'}" in finished.out
+    assert finished.out.count("1 image skipped") == 1
+    assert files(tmp_path / "out") == files(flipped.out)
+
+
+def test_a_mistake_ends_all_processes_with_a_line(run, tars, tmp_path):
+    launch = Launch(tmp_path / "cache")
+    arguments = run, "--images", tmp_path / "none", "--out", tmp_path / "out", "--device", "cpu"
+    launcher = "torch.distributed.run", "--nproc-per-node", 2, "--standalone", "-m", "tools", "tokenize"
+    finished = launch.finish(launch.start(*launcher, *arguments))
+    assert (
+        finished.status == 1 and len(finished.error_lines) == 2 and "no such tar or folder" in finished.error_lines[0]
+    )
+    assert not (tmp_path / "out").exists()
+
+
+# ------------------------------------------------------------------------------------------------------------ mistakes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"views": "flip"}, 'other settings (views "original", now "flip"): give --views original again to go on'),
+        ({"weights": "raw"}, "other settings (tokenizer "),
+        ({"image_size": 40}, "other settings (grid [4, 4], now [5, 5]): give --size 32 again"),
+        ({"samples_per_shard": 4}, "other settings (samples_per_shard 3, now 4): give --samples-per-shard 3 again"),
+        ({"images": "bundled:val"}, "other settings (other input"),
+    ],
+)
+def test_other_settings_are_not_mixed(run, tars, tmp_path, options, message):
+    go(run, tars, tmp_path / "out")
+    before = files(tmp_path / "out")
+    with pytest.raises(TrainerError) as error:
+        tokenize(
+            run, **{"images": str(tars), "out": tmp_path / "out", "samples_per_shard": 3, "device": "cpu", **options}
+        )
+    assert message.split(" (other")[0] in str(error.value) and "\n" not in str(error.value)
+    assert files(tmp_path / "out") == before
+
+
+def said(capsys, *arguments):
+    with pytest.raises(SystemExit) as exited:
+        cli.main(["tokenize", *map(str, arguments)])
+    return exited.value.code, capsys.readouterr().err
+
+
+def test_bad_input_gets_one_line(capsys, run, tars, tmp_path):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.png").write_bytes(b"no picture")
+    (tmp_path / "file").write_text("")
+    (tmp_path / "theirs").mkdir()
+    (tmp_path / "theirs" / "tokens.json").write_text("{}")
+    (tmp_path / "damaged").mkdir()
+    (tmp_path / "damaged" / "tokens.json").write_text("[")
+    out = tmp_path / "out"
+    for changes, message in [
+        ({"run": tmp_path / "empty"}, "is no run folder"),
+        ({"size": 30}, "--size 30 is not a multiple of the tokenizer's factor 8: take 32"),
+        ({"size": 0}, "--size 0 must be at least 1"),
+        ({"size": -8}, "--size -8 must be at least 1"),
+        ({"views": "twice"}, "--views twice is unknown: choose one of original, flip, ten-crop"),
+        ({"weights": "old"}, "weights must be 'ema' or 'raw'"),
+        ({"device": "tpu"}, "--device tpu is unknown"),
+        ({"batch-size": 0}, "--batch-size 0 must be at least 1"),
+        ({"samples-per-shard": 0}, "--samples-per-shard 0 must be at least 1"),
+        ({"workers": 0}, "--workers 0 must be at least 1"),
+        ({"source": "nothing"}, "--source nothing: the catalogue has"),
+        ({"images": tmp_path / "empty"}, "neither jpg, jpeg, png, webp nor tars under"),
+        ({"images": tmp_path / "bad"}, "none of the 1 images in"),
+        ({"out": tmp_path / "file"}, "is a file: name a folder with --out"),
+        ({"out": tmp_path / "damaged"}, "tokens.json is damaged"),
+        ({"out": tmp_path / "theirs"}, "tokens.json is damaged, or not by `ibq tokenize`"),
+        ({"out": "/dev/null/out"}, "cannot write /dev/null/out"),
+        ({"out": tars}, "holds tars, and not by `ibq tokenize`"),
+    ]:
+        given = {"run": run, "images": tars, "out": out, "device": "cpu", **changes}
+        options = [word for name, value in given.items() if name != "run" for word in (f"--{name}", value)]
+        status, err = said(capsys, given["run"], *options)
+        lines = [line for line in err.splitlines() if line]
+        assert status == 2 and len(lines) == 1 and message in lines[0], (changes, err)
+        shutil.rmtree(out, ignore_errors=True)
+
+
+def test_a_mistake_does_not_bind_the_folder(run, tars, tmp_path):
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "a.png").write_bytes(b"no picture")
+    with pytest.raises(TrainerError, match="none of the 1 images"):
+        go(run, tmp_path / "bad", tmp_path / "out", views="flip")
+    done = go(run, tars, tmp_path / "out")
+    assert done.samples == 14 and len(done.skipped) == 1 and "0-4" in done.skipped[0]
+
+
+def test_tokens_are_not_tokenized(run, flipped, tmp_path):
+    with pytest.raises(TrainerError, match=r"--images .*: these are tokens already, name images"):
+        go(run, flipped.out, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_another_run_is_named(capsys, run, tars, tmp_path):
+    other = shutil.copytree(run, tmp_path / "run")
+    for path in other.glob("checkpoints/*/*.safetensors"):
+        path.unlink()
+    save_pieces(other / "checkpoints/step_00000003/rank_00000.safetensors", [whole("generator/a", torch.zeros(2))])
+    status, err = said(capsys, other, "--images", tars, "--out", tmp_path / "out", "--weights", "raw")
+    assert status == 2 and "is of a generator's run: name a tokenizer's" in err
+
+
+def test_damage_in_a_later_shard_leaves_the_finished_ones(run, tars, tmp_path, monkeypatch):
+    images = shutil.copytree(tars, tmp_path / "images")
+    found = list(check_shards([str(path) for path in sorted(images.glob("*.tar"))]))
+    write_index(images / "index.safetensors", *zip(*((one.url, one.table, one.sha256) for one in found), strict=True))
+    (images / "1.tar").write_bytes((images / "1.tar").read_bytes()[:-1024])
+    with pytest.raises(TrainerError, match=r"1\.tar has .* bytes and not the"):
+        go(run, images, tmp_path / "out")
+    assert len(list((tmp_path / "out").glob("tokens-*.tar"))) == 3 and not list((tmp_path / "out").glob("*unfinished"))
+
+
+def test_a_killed_process_is_gone_on_after(run, tars, flipped, tmp_path):
+    """SIGKILL in the middle of a unit: what is not whole is written anew."""
+    script = f"""
+import os
+from trainer import tokenize as module
+real, calls = module._codes_of, []
+def killed(*arguments):
+    calls.append(1)
+    if len(calls) == 3:
+        os.kill(os.getpid(), 9)
+    return real(*arguments)
+module._codes_of = killed
+module.tokenize({str(run)!r}, images={str(tars)!r}, out={str(tmp_path / "out")!r}, views="flip", samples_per_shard=3,
+                device="cpu")
+"""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[4])}
+    ended = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, timeout=120)
+    assert ended.returncode == -9, ended.stderr
+    assert len(list((tmp_path / "out").glob("tokens-*.tar"))) == 2
+    done = go(run, tars, tmp_path / "out", views="flip")
+    assert done.made == 14 - 5 and files(tmp_path / "out") == files(flipped.out)

@@ -1,0 +1,213 @@
+import json
+import math
+import re
+from html.parser import HTMLParser
+from xml.etree import ElementTree
+
+import pytest
+from omegaconf import OmegaConf
+from PIL import Image
+
+from trainer import TrainerError
+from trainer.reports.report import Chart, Point, draw_chart, read_metrics, training_seconds, verdict, write_report
+
+EVALUATION = {
+    "psnr": 20.61, "ssim": 0.61, "l1": 0.12, "usage": 0.79, "perplexity": 410.2, "baseline_mean_color_psnr": 13.2,
+    "baseline_palette_psnr": 22.34, "image_count": 8, "token_count": 2048, "infinite_psnr_count": 0,
+    "codebook_size": 1024, "downsampling_factor": 4, "protocol": "paper", "skipped": [],
+    "manifest": {"checkpoint": "step_00000450", "weights": "ema", "held_out": True, "image_size": 64,
+                 "resize": "pil_antialias", "device": "CPU (x86_64)"},
+}  # fmt: skip
+
+
+class Page(HTMLParser):
+    """What a browser would see: text, pictures without words for them, links to elsewhere, tags left open."""
+
+    VOID = frozenset({"meta", "img", "line", "circle", "br"})
+
+    def __init__(self, html):
+        super().__init__()
+        self.open, self.text, self.images, self.elsewhere, self.charts = [], "", [], [], []
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        attributes = dict(attributes)
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag == "img":
+            self.images.append(attributes)
+        if tag == "svg":
+            self.charts.append(attributes["aria-label"])
+        self.elsewhere += [v for k, v in attributes.items() if k in ("src", "href") and not v.startswith("data:image/")]
+
+    def handle_startendtag(self, tag, attributes):
+        pass
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        if not self.open or self.open[-1] != "style":
+            self.text += data
+
+
+@pytest.fixture
+def run(tmp_path):
+    folder = tmp_path / "my <run>"
+    (folder / "samples").mkdir(parents=True)
+    config = {
+        "run": str(folder), "seed": 0, "engine": {"kind": "deepspeed", "config": "zero2"},
+        "trainer": {"max_steps": 450, "global_batch_size": 32, "precision": "fp32"},
+        "data": {"train": ["a.tar", "b.tar"], "val": "bundled:val", "image_size": 64},
+        "model": {"quantizer": "ibq", "codebook_size": 1024, "code_dim": 32, "channel_multipliers": [1, 2],
+                  "patch_size": 2},
+        "loss": {"perceptual": {"weight": 0}}, "optimizer": {"lr": 1e-3},
+    }  # fmt: skip
+    OmegaConf.save(config, folder / "config.yaml")
+    return folder
+
+
+def fill(run):
+    """Everything that a finished run holds."""
+    with (run / "metrics.jsonl").open("w") as file:
+        for step in range(10, 451, 10):
+            record = {
+                "step": step,
+                "loss/reconstruction": 0.5 * math.exp(-step / 200) + 0.05,
+                "codebook/usage": step / 600,
+            }
+            file.write(json.dumps({**record, "images_per_second": 80.0}) + "\n")
+        file.write(json.dumps({"step": 450, "val/psnr": 20.6}) + "\n")
+    (run / "report.json").write_text(json.dumps(EVALUATION))
+    Image.new("RGB", (40, 30), "red").save(run / "report.png")
+    for step in range(0, 1000, 50):
+        Image.new("RGB", (16, 8), "blue").save(run / "samples" / f"step_{step:08d}.png")
+
+
+def test_a_finished_run_has_all_sections_and_needs_nothing_from_elsewhere(run):
+    fill(run)
+    path = write_report(run)
+    assert path == run / "report.html"
+    html = path.read_text()
+    page = Page(html)
+    assert page.open == [] and page.elsewhere == []
+    assert not re.search(r"url\(|@import|<script", html)
+    assert "my <run>" in page.text and "my <run>" not in html
+    assert [
+        heading in page.text for heading in ("Results", "Pictures", "Training", "How it learned", "Where to go next")
+    ]
+    assert "64\N{MULTIPLICATION SIGN}64 pixels into 16\N{MULTIPLICATION SIGN}16 = 256 tokens" in page.text
+    assert "1,024 codes (10 bits)" in page.text
+    assert "That is 38 times fewer bits" in page.text
+    for value in ("20.61", "22.34", "13.20", "0.610", "79.0%", "+7.4 dB"):
+        assert value in page.text
+    assert "450 of 450" in page.text and "3 min" in page.text and "deepspeed, zero2" in page.text
+    assert "ibq resume '" in page.text  # the folder's name is quoted for the shell
+    # report.png and six of twenty samples, the first and the last among them, all with words.
+    assert len(page.images) == 7 and all(len(image["alt"]) > 20 for image in page.images)
+    assert "step 0" in page.text and "step 950" in page.text
+
+
+def test_only_what_was_logged_is_drawn(run):
+    fill(run)
+    charts = Page(write_report(run).read_text()).charts
+    assert [label.split(" over ")[0] for label in charts] == [
+        "Reconstruction",
+        "Held-out pictures",
+        "Codebook usage",
+        "Speed",
+    ]
+    assert "L1 from 0.526 at step 10 to 0.103 at step 450" in charts[0]
+    assert "training from 2% at step 10 to 75% at step 450" in charts[2]
+
+
+def test_a_run_that_has_hardly_begun_is_reported_too(run):
+    (run / "samples").rmdir()
+    page = Page(write_report(run).read_text())
+    assert "Not evaluated yet" in page.text and "ibq evaluate reconstruction" in page.text
+    assert "Nothing was logged" in page.text
+    assert page.charts == [] and page.images == []
+
+
+@pytest.mark.parametrize(
+    "psnr, palette, words",
+    [
+        (20.61, 22.34, "does not beat a palette of 1,024 colours"),
+        (23.0, 22.34, "The tokenizer beats"),
+        (20.61, None, "20.61 dB against exact"),
+        (None, None, "as good as"),
+    ],
+)
+def test_the_verdict_is_honest(psnr, palette, words):
+    sentence = verdict({**EVALUATION, "psnr": psnr, "baseline_palette_psnr": palette})
+    assert words in sentence and "same bits per token" in sentence
+
+
+def test_an_exact_reconstruction_is_reported(run):
+    fill(run)
+    exact = {**EVALUATION, "psnr": None, "infinite_psnr_count": 8, "skipped": ["broken.png"]}
+    (run / "report.json").write_text(json.dumps(exact))
+    text = Page(write_report(run).read_text()).text
+    assert "8 pictures came back exact" in text and "1 picture skipped" in text
+
+
+def test_metrics_survive_resume_nulls_and_a_cut_last_line(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text(
+        '{"step": 1, "a": 1.0}\n{"step": 2, "a": 5.0, "b": null}\n{"step": 3, "a": NaN}\n'
+        '{"step": 2, "a": 2}\n{"step": 4, "a'
+    )
+    assert read_metrics(path) == {"a": [Point(1, 1.0), Point(2, 2.0)]}
+    assert read_metrics(tmp_path / "none.jsonl") == {}
+    path.write_text('{"step": 1, "a": 1.0}\nnonsense\n{"step": 2, "a": 5.0}\n')
+    with pytest.raises(TrainerError, match="line 2"):
+        read_metrics(path)
+
+
+def test_training_time_follows_the_logged_speed():
+    speed = [Point(100, 10.0), Point(150, 20.0)]
+    assert training_seconds({"images_per_second": speed}, 4) == pytest.approx(100 * 4 / 10 + 50 * 4 / 20)
+    assert training_seconds({}, 4) is None
+
+
+@pytest.mark.parametrize(
+    "chart, curve",
+    [
+        (Chart("log", "", {}, log=True), [Point(s, 10.0 ** (-s / 100)) for s in range(1, 1001)]),
+        (Chart("log of zeros", "", {}, log=True), [Point(1, 0.0), Point(2, 0.0)]),
+        (Chart("flat", "", {}), [Point(1, 3.0), Point(2, 3.0)]),
+        (Chart("one point", "", {}), [Point(7, -2.0)]),
+        (Chart("negative", "", {}), [Point(s, math.sin(s) * 1e-6) for s in range(50)]),
+        (Chart("large", "", {}), [Point(s * 1000, s * 1e6) for s in range(50)]),
+        (Chart("percent", "", {}, percent=True), [Point(s, 1.0) for s in range(5)]),
+    ],
+)
+def test_every_mark_lies_within_the_chart(chart, curve):
+    html = draw_chart(chart, {"curve": curve})
+    quoted = re.sub(r"=([\w.-]+)(?=[\s/>])", r'="\1"', html)  # HTML allows bare attributes, XML does not
+    figure = ElementTree.fromstring(quoted)
+    svg = figure.find("svg")
+    _, _, width, height = map(float, svg.get("viewBox").split())
+    points = [tuple(map(float, pair.split(","))) for pair in svg.find("polyline").get("points").split()]
+    assert 1 <= len(points) <= 240
+    for x, y in points:
+        assert 0 <= x <= width and 0 <= y <= height
+    labels = [text.text for text in svg.findall("text")]
+    assert "step" in labels and all(len(label) <= 7 for label in labels)
+    values = [text.text for text in svg.findall("text") if text.get("x") == "42"]
+    assert len(values) == len(set(values)) >= 2
+
+
+@pytest.mark.parametrize(
+    "break_it, message",
+    [
+        (lambda run: (run / "config.yaml").unlink(), "is no run folder"),
+        (lambda run: (run / "report.json").write_text("{"), "is not valid JSON"),
+        (lambda run: (run / "report.html").mkdir(), "cannot write"),
+    ],
+)
+def test_mistakes_are_one_clear_line(run, break_it, message):
+    break_it(run)
+    with pytest.raises(TrainerError, match=message) as error:
+        write_report(run)
+    assert "\n" not in str(error.value)

@@ -1,0 +1,331 @@
+"""The dry run: what each process of a training run would hold, found out without data, GPU or the other processes.
+
+The very task and engines of a run are built, DeepSpeed's and FSDP2's own partitioning included, as one rank of a
+process group whose other ranks do not exist (PyTorch's "fake" backend), out of tensors that have shapes and storages of
+a size but no memory (`FakeTensorMode`). What lies on the rank is then counted, tensor by tensor. Each rank that is
+looked at has a forked process of its own, so that nothing of this stays in the caller's.
+"""
+
+import multiprocessing
+import os
+import re
+import sys
+import traceback
+from collections.abc import Callable
+from functools import wraps
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
+
+from data import redacted
+from model_zoo import ModelError
+from model_zoo.eval_nets.lpips import lpips_on_meta
+from model_zoo.ops import CodebookShard
+from model_zoo.quantizers import base as quantizer_base
+from trainer import TrainerError
+from trainer.config import GeneratorRun, RunConfig, load_recipe
+from trainer.engines import Engine
+from trainer.loop import plan_batch
+from trainer.parallel import World
+from trainer.tasks import Task, make_task
+from trainer.tasks import tokenizer as tokenizer_task
+
+# What launchers tell real processes; DeepSpeed would believe it.
+LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+NOT_COUNTED = """\
+Not in it, for it was not measured: activations, the parameters that ZeRO 3 and FSDP2 gather for a forward, buffers for
+communication (DeepSpeed's reduce_bucket_size above all), temporaries of the optimiser's step, what CUDA and its
+libraries take. A first step on a GPU tells. 1 MB is 10^6 bytes, 1 GB 10^9."""
+
+
+class Held(NamedTuple):
+    """Bytes of one network on one rank; ``gradients`` as they are after a backward."""
+
+    parameters: int = 0
+    gradients: int = 0
+    optimizer: int = 0
+    ema: int = 0
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(self)
+
+
+class RankPlan(NamedTuple):
+    """What one rank holds, by network; whether part of the generator's lies in the CPU's memory; and the ranks that it
+    shares networks with (None: there is no such group). row_shard, row_replicas: of the codebook's or the head's rows.
+    """
+
+    rank: int
+    networks: dict[str, Held]
+    offloads: bool
+    fsdp_shard: list[int] | None
+    row_shard: list[int] | None
+    row_replicas: list[int] | None
+
+    @property
+    def total(self) -> int:
+        """Bytes of all networks."""
+        return sum(held.total for held in self.networks.values())
+
+
+def dry_run(recipe: str, overrides: list[str], processes: int | None = None) -> None:
+    """Prints a run's resolved recipe, mesh, batch and memory. Nothing is trained, and nothing written.
+
+    processes: how many there would be; None: as many as torchrun started, alone one. Of torchrun's, only the first
+    prints. Raises TrainerError or ModelError, one line, for settings that do not fit so many processes.
+    """
+    if int(os.environ.get("RANK", 0)) > 0:
+        return
+    config = load_recipe(recipe, overrides)
+    processes = processes or int(os.environ.get("WORLD_SIZE", 1))
+    sys.stdout.write(report(config, processes, plan_ranks(config, processes)))
+
+
+def plan_ranks(config: RunConfig, processes: int) -> list[RankPlan]:
+    """Of the first rank and the last, between which all others lie: everything here is spread evenly, and where it does
+    not divide, first ranks hold more (rows) or the last ones less (ends of flat buffers)."""
+    plan_batch(config, World(0, processes, torch.device("cpu")))  # in the caller's process, where it costs nothing
+    if config.engine.kind == "deepspeed":
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed chooses at its import; here for all ranks at once
+        import deepspeed  # noqa: F401
+    return _in_forks([(plan_rank, (config, rank, processes)) for rank in sorted({0, processes - 1})])
+
+
+def plan_rank(config: RunConfig, rank: int, processes: int) -> RankPlan:
+    """Builds the task as that rank and counts what it holds. Changes this process for good: see `_imagine`."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    world = World(rank, processes, torch.device("cpu"))
+    _imagine(config)
+    dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=processes)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        task = make_task(config, world, *plan_batch(config, world))
+        task.check_settings()
+        return RankPlan(
+            rank,
+            networks_held(task),
+            task.generator.offloads,
+            _ranks(getattr(task.generator, "group", None)),
+            _ranks(task.groups.shard and task.groups.shard.group),
+            _ranks(task.groups.replicas),
+        )
+
+
+def networks_held(task: Task) -> dict[str, Held]:
+    """What this rank holds of each of a task's networks."""
+
+    def held(engine: Engine) -> Held:
+        averages = task.ema.pieces(engine) if task.ema and engine in task.ema.engines else []
+        return Held(*engine.resident_bytes(), sum(piece.values.nbytes for piece in averages))
+
+    networks = {name: held(engine) for name, engine in task.engines().items()}
+    return networks | {name: Held(count) for name, count in task.frozen_bytes().items()}
+
+
+def _ranks(group: dist.ProcessGroup | None) -> list[int] | None:
+    return None if group is None else dist.get_process_group_ranks(group)
+
+
+def _imagine(config: RunConfig) -> None:
+    """Replaces what needs tensors' values, other ranks, a compiler or files by what does without."""
+    # Modules are made on the device where they stay; FakeTensors could not take one another's place.
+    nn.Module._apply = lambda self, function, recurse=True: self
+    quantizer_base.initial_codes = _codes_without_values
+    CodebookShard.check = lambda self, codes: None  # asks the other ranks for theirs
+    if isinstance(config, GeneratorRun):
+        if config.data.content == "images" or config.model.embedding == "codebook":
+            raise TrainerError(
+                "--dry-run does not count a tokenizer: leave out data.content=images and model.embedding=codebook"
+            )
+        config.tokenizer.source = None  # which is for pictures, and need not be there
+    elif config.loss.perceptual.weight > 0:
+        frozen = lpips_on_meta()
+        tokenizer_task.Perceptual = lambda vgg16_weights: frozen
+    if config.engine.kind == "fsdp2":
+        from trainer.engines import fsdp2
+
+        # Which rank has which rows is computed by tensors of ranks, whose values are wanted.
+        fsdp2.init_device_mesh = _with_values(fsdp2.init_device_mesh)
+        fsdp2.compute_local_shape_and_global_offset = _with_values(fsdp2.compute_local_shape_and_global_offset)
+    if config.engine.kind == "deepspeed":
+        # Collectives through shared memory would be compiled. (`deepspeed.comm.torch` as an attribute is torch.)
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+
+
+def _codes_without_values(start: int, stop: int, codebook_size: int, code_dim: int, std: float) -> Tensor:
+    return torch.empty(stop - start, code_dim)
+
+
+def _with_values(function: Callable) -> Callable:
+    @wraps(function)
+    def call(*args, **kwargs):
+        with unset_fake_temporarily():
+            return function(*args, **kwargs)
+
+    return call
+
+
+def _in_forks(calls: list[tuple[Callable, tuple]]) -> list:
+    """The results of calls, each in a forked process. Raises the first TrainerError or ModelError of theirs."""
+    context = multiprocessing.get_context("fork")
+    started = []
+    for function, arguments in calls:
+        ours, theirs = context.Pipe(duplex=False)
+        process = context.Process(target=_fork, args=(theirs, function, arguments))
+        process.start()
+        theirs.close()
+        started.append((process, ours))
+    results = []
+    for process, connection in started:
+        try:
+            results.append(connection.recv())
+        except EOFError:
+            results.append(RuntimeError("a process of the dry run was killed"))
+        process.join()
+    for result in results:
+        if isinstance(result, Exception):
+            raise result
+    return results
+
+
+def _fork(connection, function: Callable, arguments: tuple) -> None:
+    silence = os.open(os.devnull, os.O_WRONLY)  # DeepSpeed greets, PyTorch warns of FakeTensors
+    for stream in (1, 2):
+        os.dup2(silence, stream)
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (as long as the process)
+    for name in LAUNCHER_VARIABLES:
+        os.environ.pop(name, None)
+    os.environ |= {"LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": ""}
+    try:
+        result = function(*arguments)
+    except (TrainerError, ModelError) as error:
+        result = type(error)(str(error))
+    except Exception:
+        result = RuntimeError(f"the dry run failed\n{traceback.format_exc()}")
+    connection.send(result)
+
+
+# ------------------------------------------------------------------------------------------------ what is printed
+
+
+def _yaml(config: RunConfig) -> str:
+    return OmegaConf.to_yaml(OmegaConf.structured(config)).rstrip()
+
+
+def report(config: RunConfig, processes: int, plans: list[RankPlan]) -> str:
+    """The whole text: recipe, mesh and batch, memory."""
+    parts = [
+        # Addresses without what may be secret in them.
+        re.sub(r"[a-z][a-z0-9+.-]*://[^\s'\"]+", lambda url: redacted(url[0]), _yaml(config)),
+        _aligned(_mesh(config, processes, plans[0])),
+        _memory(plans),
+        _offloaded(config, plans[0]) + NOT_COUNTED,
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _mesh(config: RunConfig, processes: int, plan: RankPlan) -> list[list[str]]:
+    micro_batch_size, micro_batches = plan_batch(config, World(0, processes, torch.device("cpu")))
+    lines = [
+        ["processes", f"{processes} (which of them share a machine is for the launcher to say)"],
+        ["data parallel", f"{processes}: every process has images of its own"],
+        [
+            "batch",
+            f"{config.trainer.global_batch_size} images a step = {processes} processes x {micro_batches} "
+            f"micro-batch{'es, accumulated,' if micro_batches > 1 else ''} x {micro_batch_size} images",
+        ],
+    ]
+    engine = config.engine
+    if engine.kind == "deepspeed":
+        lines.append(["generator", f"deepspeed {engine.config} over {processes}"])
+    elif engine.kind == "replicated":
+        lines.append(["generator", f"whole on each of {processes}"])
+    else:
+        shards = len(plan.fsdp_shard)
+        lines.append(["generator", f"fsdp2: {shards} shards x {processes // shards} replicas"])
+        lines.append(["  shards", _groups(plan.fsdp_shard, processes, step=shards)])
+        if shards < processes:
+            lines.append(["  replicas", _groups(list(range(0, processes, shards)), processes, step=1)])
+    rows = "head" if isinstance(config, GeneratorRun) else "codebook"
+    if plan.row_shard is not None:
+        shards = len(plan.row_shard)
+        lines.append([rows, f"{shards} shards x {len(plan.row_replicas)} replicas"])
+        lines.append(["  shards", _groups(plan.row_shard, processes, step=shards)])
+        lines.append(["  replicas", _groups(plan.row_replicas, processes, step=1)])
+    elif rows in plan.networks:
+        lines.append([rows, f"1 shard x {processes} replicas"])
+    if "discriminator" in plan.networks:
+        lines.append(["discriminator", f"whole on each of {processes}"])
+    return lines
+
+
+def _groups(first: list[int], processes: int, step: int) -> str:
+    """The first group and the last, which begins where only the rest of a whole group is left."""
+    number = processes // len(first)
+    last = [rank + step * (number - 1) for rank in first]
+    shown = [_span(group) for group in ([first] if number == 1 else [first, last])]
+    return "ranks " + (" ... " if number > 2 else " and ").join(shown)
+
+
+def _span(ranks: list[int]) -> str:
+    if len(ranks) == 1:
+        return f"{ranks[0]}"
+    stride = ranks[1] - ranks[0]
+    every = f" by {stride}" if stride > 1 else ""
+    return f"{ranks[0]}-{ranks[-1]}{every}"
+
+
+def _memory(plans: list[RankPlan]) -> str:
+    networks = [[plan.networks[name] for plan in plans] for name in plans[0].networks]
+    rows = [["", "parameters", "gradients", "optimizer", "EMA", "total"]]
+    for name, held in zip(plans[0].networks, networks, strict=True):
+        columns = [*zip(*held, strict=True), [each.total for each in held]]
+        rows.append([name, *map(_range, columns)])
+    sums = [[sum(column) for column in zip(*plan.networks.values(), strict=True)] for plan in plans]
+    rows.append(["a rank's total", *map(_range, [*zip(*sums, strict=True), [plan.total for plan in plans]])])
+    worst = max(plans, key=lambda plan: plan.total)
+    ranks = " and ".join(str(plan.rank) for plan in plans)
+    title = f"Memory, of rank {ranks}" + ("; the others' lies between" if len(plans) > 1 else "")
+    return f"{title}\n{_aligned(rows, right=True)}\nmost: rank {worst.rank} with {_size(worst.total)}"
+
+
+def _range(values) -> str:
+    low, high = _size(min(values)), _size(max(values))
+    if low == high:
+        return low
+    number, unit = low.split(" ") if " " in low else (low, "")
+    return f"{number}-{high}" if high.endswith(unit) and unit else f"{low}-{high}"
+
+
+def _size(count: int) -> str:
+    if count == 0:
+        return "0"
+    return f"{count / 1e9:.3f} GB" if count >= 1e9 else f"{count / 1e6:.2f} MB"
+
+
+def _aligned(rows: list[list[str]], right: bool = False) -> str:
+    """Columns as wide as their widest word; ``right``: numbers, all but the first column set to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        words = [
+            word.rjust(w) if right and i else word.ljust(w) for i, (word, w) in enumerate(zip(row, widths, strict=True))
+        ]
+        lines.append("  ".join(words).rstrip())
+    return "\n".join(lines)
+
+
+def _offloaded(config: RunConfig, plan: RankPlan) -> str:
+    """Of engines that keep part of the above in the CPU's memory: which part."""
+    if not plan.offloads:
+        return ""
+    if config.engine.kind == "fsdp2":
+        return "The generator's parameters, gradients and optimizer lie in the CPU's memory (engine.offload).\n"
+    return "The generator's optimizer and fp32 masters, with offload_param its parameters, lie in the CPU's memory.\n"

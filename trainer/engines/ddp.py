@@ -1,0 +1,72 @@
+"""Every rank holds everything; gradients are averaged by one all-reduce. The readable truth for the other engines."""
+
+from collections.abc import Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
+
+from model_zoo.io.sharded_tensors import Piece, whole
+from trainer.engines.base import Engine, MakeOptimizer, Memory, stored_bytes, trained_parameters
+from trainer.optim import start_moments
+from trainer.parallel import sum_over_ranks
+
+
+class Replicated(Engine):
+    """Plain PyTorch. It adds no hook to the module and broadcasts no buffer, so that a discriminator may run several
+    forwards before its backward, and its BatchNorm statistics stay each rank's own."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        make_optimizer: MakeOptimizer | None,
+        ignored: Iterable[nn.Parameter] = (),
+        replicas: dist.ProcessGroup | None = None,
+        **batch,
+    ):
+        """make_optimizer: None for parameters that are frozen, whose `weights` alone are asked for. replicas: the ranks
+        that hold the same parameters; None: all."""
+        super().__init__(module, **batch)
+        self.parameters = trained_parameters(module, ignored)
+        if make_optimizer:
+            self.optimizer = make_optimizer(self.parameters.values())
+            start_moments(self.optimizer, self.parameters.values())
+        self.replicas = replicas
+        self.replica = dist.get_rank(replicas), dist.get_world_size(replicas)
+
+    def backward(self, loss: Tensor, last: bool) -> None:
+        (loss / self.micro_batches).backward()
+
+    def grad_norm(self) -> Tensor:
+        gradients = self._gradients()
+        if dist.get_world_size(self.replicas) > 1:
+            flat = sum_over_ranks(_flatten_dense_tensors(gradients), self.replicas)
+            for gradient, reduced in zip(gradients, _unflatten_dense_tensors(flat, gradients), strict=True):
+                gradient.copy_(reduced)
+        if dist.get_world_size() > 1:
+            torch._foreach_div_(gradients, dist.get_world_size())
+        return torch.nn.utils.get_total_norm(gradients)
+
+    def step(self, lr: float, scale: Tensor | float = 1.0) -> None:
+        torch._foreach_mul_(self._gradients(), scale)
+        for group in self.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.skip()
+
+    def skip(self) -> None:
+        self.optimizer.zero_grad()  # sets them to None, as apex's does, which takes no argument
+
+    def weights(self) -> list[Piece]:
+        return [whole(name, parameter) for name, parameter in self.parameters.items()]
+
+    def moments(self, key: str) -> list[Tensor]:
+        return [self.optimizer.state[parameter][key].view(-1) for parameter in self.parameters.values()]
+
+    def resident_bytes(self) -> Memory:
+        parameters = self.parameters.values()
+        return Memory(stored_bytes(parameters), sum(p.nbytes for p in parameters), self.optimizer_bytes())
+
+    def _gradients(self) -> list[Tensor]:
+        return [p.grad for p in self.parameters.values() if p.grad is not None]

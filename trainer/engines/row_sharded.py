@@ -1,0 +1,35 @@
+"""The engine of a module that exists by rows, one for each code: rows, gradient and optimiser state are on the ranks
+that own them, and nowhere else."""
+
+from torch import Tensor, nn
+
+from model_zoo.io.sharded_tensors import Piece
+from trainer.engines.base import MakeOptimizer
+from trainer.engines.ddp import Replicated
+from trainer.parallel import RowGroups, sum_over_ranks
+
+
+class Rows(Replicated):
+    """A quantizer, or a generator's head, whose rows are spread over ``groups.shard``, with copies among
+    ``groups.replicas``.
+
+    The gradients that such a module gives are those of the sum of its group's losses; so a sum over the replicas,
+    divided by the number of all ranks, is the gradient of the mean loss. Backward is the main engine's.
+
+    rows: how many there are in all.
+    """
+
+    def __init__(self, module: nn.Module, make_optimizer: MakeOptimizer | None, rows: int, groups: RowGroups, **batch):
+        super().__init__(module, make_optimizer, replicas=groups.replicas, **batch)
+        self.rows, self.shard = rows, groups.shard
+
+    def grad_norm(self) -> Tensor:
+        norm = super().grad_norm()
+        return norm if self.shard is None else sum_over_ranks(norm.square(), self.shard.group).sqrt()
+
+    def weights(self) -> list[Piece]:
+        first = self.shard.start if self.shard else 0
+        return [
+            Piece(piece.name, (self.rows, piece.shape[1]), first * piece.shape[1], piece.values)
+            for piece in super().weights()
+        ]

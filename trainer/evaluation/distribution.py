@@ -1,0 +1,197 @@
+"""How far apart two sets of pictures are, from the features of a network; float64 throughout.
+
+The features, and with them the protocol, are `model_zoo.eval_nets.inception`'s affair.
+"""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from trainer import TrainerError
+
+# Of squared distances, which are computed as |a|^2 + |b|^2 - 2ab: over 2,048 dimensions in float64, and some reserve.
+ROUNDING = 1e-12
+
+
+class GaussianMoments:
+    """Count, mean and covariance of features, over any number of batches and processes.
+
+    Each batch is centred on its own mean before it is squared, and parts are put together by the formula of Chan,
+    Golub and LeVeque (1983): a large mean costs no digits, as it would in sums of squares. Each rank takes its own
+    features; `merged` puts the ranks' together.
+    """
+
+    def __init__(self, dimensions: int, device: torch.device | str = "cpu"):
+        self.count = 0
+        self._mean_d = torch.zeros(dimensions, dtype=torch.float64, device=device)
+        self._scatter_dd = torch.zeros(dimensions, dimensions, dtype=torch.float64, device=device)
+
+    def update(self, features_nd: Tensor) -> None:
+        """Takes features (n, d) of any float type."""
+        if len(features_nd) == 0:
+            return
+        features_nd = features_nd.detach().to(self._mean_d.device, torch.float64)
+        mean_d = features_nd.mean(dim=0)
+        centred_nd = features_nd - mean_d
+        step_d, count = mean_d - self._mean_d, self.count + len(features_nd)
+        self._scatter_dd.addmm_(centred_nd.T, centred_nd)
+        self._scatter_dd.addr_(step_d, step_d, alpha=self.count * len(features_nd) / count)
+        self._mean_d += step_d * (len(features_nd) / count)
+        self.count = count
+
+    def merged(self, group: dist.ProcessGroup | None = None) -> "GaussianMoments":
+        """Those of all ranks of `group`, as a new object: this rank's own stay, so that nothing counts twice."""
+        total = GaussianMoments(len(self._mean_d), self._mean_d.device)
+        count = self._mean_d.new_tensor(self.count)
+        sum_d = self.count * self._mean_d
+        if dist.is_initialized():
+            dist.all_reduce(count, group=group)
+            dist.all_reduce(sum_d, group=group)
+        total.count = int(count)
+        if total.count:
+            total._mean_d = sum_d / count
+            step_d = self._mean_d - total._mean_d
+            total._scatter_dd = torch.addr(self._scatter_dd, step_d, step_d, alpha=self.count)
+            if dist.is_initialized():
+                dist.all_reduce(total._scatter_dd, group=group)
+        return total
+
+    def mean(self) -> Tensor:
+        """(d,) float64; zeros before the first features."""
+        return self._mean_d.clone()
+
+    def covariance(self) -> Tensor:
+        """(d, d) float64, over count - 1. Raises TrainerError for fewer than 2 features."""
+        if self.count < 2:
+            raise TrainerError(f"a covariance needs at least 2 pictures, not {self.count}")
+        return self._scatter_dd / (self.count - 1)
+
+
+def frechet_distance(mean_d: Tensor, covariance_dd: Tensor, other_mean_d: Tensor, other_covariance_dd: Tensor) -> float:
+    """|m - n|^2 + tr(S) + tr(T) - 2 tr((S T)^(1/2)) of two Gaussians: FID's formula (Heusel et al. 2017).
+
+    With S = A A^T and T = B B^T, the eigenvalues of the symmetric A^T T A are those of S T, but for zeros, and their
+    roots are the singular values of A^T B. Taken as these they are no roots of rounding errors where a covariance is
+    singular, as that of fewer pictures than dimensions is. Raises TrainerError where a value is not finite.
+    """
+    mean_d, covariance_dd, other_mean_d, other_covariance_dd = (
+        values.double() for values in (mean_d, covariance_dd, other_mean_d, other_covariance_dd)
+    )
+    for values in (mean_d, covariance_dd, other_mean_d, other_covariance_dd):
+        if not values.isfinite().all():
+            raise TrainerError("the features' mean or covariance is not finite: the pictures or statistics are damaged")
+    roots_r = torch.linalg.svdvals(_factor(covariance_dd).T @ _factor(other_covariance_dd))
+    trace = covariance_dd.trace() + other_covariance_dd.trace() - 2 * roots_r.sum()
+    return max(0.0, float((mean_d - other_mean_d).square().sum() + trace))  # below by rounding alone
+
+
+def _factor(covariance_dd: Tensor) -> Tensor:
+    """A (d, r) with A A^T the covariance, r its rank."""
+    eigenvalues_d, vectors_dd = torch.linalg.eigh(covariance_dd)
+    rounding = len(eigenvalues_d) * torch.finfo(torch.float64).eps * eigenvalues_d[-1]
+    real_d = eigenvalues_d > rounding
+    return vectors_dd[:, real_d] * eigenvalues_d[real_d].sqrt()
+
+
+class InceptionScore(NamedTuple):
+    """mean and standard deviation (over n, not n - 1) of the splits' scores."""
+
+    mean: float
+    std: float
+
+
+def inception_score(logits_nk: Tensor, splits: int = 10) -> InceptionScore:
+    """exp of the mean divergence of p(class | picture) from p(class) (Salimans et al. 2016), over consecutive splits.
+
+    It depends on the order: pictures sorted by class have splits of few classes, and a poor score. Raises TrainerError
+    for fewer pictures than splits.
+    """
+    count = len(logits_nk)
+    if count < splits:
+        raise TrainerError(f"the Inception score of {splits} splits needs at least {splits} pictures, not {count}")
+    scores = []
+    for i in range(splits):
+        log_p_nk = logits_nk[i * count // splits : (i + 1) * count // splits].double().log_softmax(dim=1)
+        p_nk = log_p_nk.exp()
+        # The entropy of the mean less the mean of the entropies; a class of probability 0 has none.
+        entropy_k = torch.special.entr(p_nk.mean(dim=0))
+        scores.append((entropy_k.sum() + (p_nk * log_p_nk).sum(dim=1).mean()).exp())
+    scores = torch.stack(scores)
+    return InceptionScore(float(scores.mean()), float(scores.std(correction=0)))
+
+
+class PrecisionRecall(NamedTuple):
+    """precision: share of samples within the reference's manifold; recall: share of the reference within theirs."""
+
+    precision: float
+    recall: float
+
+
+def precision_recall(
+    reference_nd: Tensor,
+    samples_nd: Tensor,
+    k: int = 3,
+    block: int = 4096,
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> PrecisionRecall:
+    """Improved precision and recall (Kynkäänniemi et al. 2019): a set's manifold is the union of balls around its
+    features, each up to its k-th nearest neighbour.
+
+    At most ``block`` x ``block`` distances are held at once. on_progress: hears of blocks of rows done, of how many.
+    Raises TrainerError where a set has not more than k features.
+    """
+    for name, features_nd in (("reference", reference_nd), ("samples", samples_nd)):
+        if len(features_nd) <= k:
+            raise TrainerError(
+                f"precision and recall with {k} neighbours need more than {k} pictures, not {len(features_nd)} ({name})"
+            )
+    rows = [len(part) for part in (reference_nd, samples_nd, samples_nd, reference_nd)]
+    total, done = sum(-(-count // block) for count in rows), 0
+
+    def tell() -> None:
+        nonlocal done
+        done += 1
+        on_progress(done, total)
+
+    def radii(features_nd: Tensor) -> Tensor:
+        """Squared distance of each to its k-th nearest among the others."""
+        parts = []
+        for part_nd in features_nd.split(block):
+            nearest_nk = None
+            for other_nd in features_nd.split(block):
+                distance_nm = _squared_distances(part_nd, other_nd)
+                if nearest_nk is not None:
+                    distance_nm = torch.cat([nearest_nk, distance_nm], dim=1)
+                # One more, for the nearest is the feature itself.
+                nearest_nk = distance_nm.topk(min(k + 1, distance_nm.shape[1]), largest=False).values
+            parts.append(nearest_nk[:, k])
+            tell()
+        return torch.cat(parts)
+
+    def share_within(features_nd: Tensor, centers_nd: Tensor, radius_n: Tensor) -> float:
+        """Of the features, those in any ball."""
+        within = 0
+        for part_nd in features_nd.split(block):
+            found_n = torch.zeros(len(part_nd), dtype=torch.bool, device=part_nd.device)
+            for other_nd, other_n in zip(centers_nd.split(block), radius_n.split(block), strict=True):
+                found_n |= (_squared_distances(part_nd, other_nd) <= other_n).any(dim=1)
+            within += int(found_n.sum())
+            tell()
+        return within / len(features_nd)
+
+    reference_radius_n, sample_radius_n = radii(reference_nd), radii(samples_nd)
+    return PrecisionRecall(
+        precision=share_within(samples_nd, reference_nd, reference_radius_n),
+        recall=share_within(reference_nd, samples_nd, sample_radius_n),
+    )
+
+
+def _squared_distances(x_nd: Tensor, y_md: Tensor) -> Tensor:
+    """(n, m) float64; those of equal features are exactly 0, so that copies lie within one another's balls."""
+    x_nd, y_md = x_nd.double(), y_md.double()
+    scale_nm = x_nd.square().sum(dim=1, keepdim=True) + y_md.square().sum(dim=1)
+    distance_nm = torch.addmm(scale_nm, x_nd, y_md.T, alpha=-2)
+    return distance_nm.masked_fill_(distance_nm < ROUNDING * scale_nm, 0)

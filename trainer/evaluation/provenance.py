@@ -1,0 +1,50 @@
+"""What a report says of itself: machine, versions, weights and pictures, so that its figures can be had again."""
+
+import hashlib
+import platform
+from collections.abc import Iterable, Mapping
+from importlib import metadata
+from pathlib import Path
+
+import torch
+
+from model_zoo.eval_nets.weights import WEIGHTS_FILES, checked_weights
+
+PACKAGES = ("ibq", "torchvision", "torch-fidelity", "lpips", "numpy", "pillow", "opencv-python-headless")
+
+
+def environment(device: torch.device | str) -> dict[str, str | None]:
+    """The device's name, and the versions of Python and of all that figures depend on; None for what is not there."""
+    is_cuda = torch.device(device).type == "cuda"
+    return {
+        "device": torch.cuda.get_device_name(device) if is_cuda else f"CPU ({platform.machine()})",
+        "python": platform.python_version(),
+        "torch": torch.__version__,  # with the CUDA that it was built for
+        **{package: _version(package) for package in PACKAGES},
+    }
+
+
+def weights_files(keys: Iterable[str], paths: Mapping[str, str | Path | None] | None = None) -> dict[str, dict]:
+    """By key of `model_zoo.eval_nets.weights.WEIGHTS_FILES`: ``file`` and ``sha256`` of what was used.
+
+    paths: where a key's file was named by the user. Raises ModelError where a file is missing or another one.
+    """
+    return {
+        key: {"file": str(checked_weights(key, (paths or {}).get(key))), "sha256": WEIGHTS_FILES[key].sha256}
+        for key in keys
+    }
+
+
+def image_list_hash(keys: Iterable[str]) -> str:
+    """The SHA-256 of the pictures' keys in their order: which pictures were judged, not what is in them."""
+    digest = hashlib.sha256()
+    for key in keys:
+        digest.update(key.encode() + b"\n")
+    return digest.hexdigest()
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None

@@ -1,0 +1,1 @@
+"""Jobs on trained models: tokenizing, sampling, exporting, tables of several trainings."""

@@ -1,0 +1,1 @@
+"""Reports: charts, HTML pages and grids of images."""
