@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from model_zoo.io.sharded_tensors import PieceFiles
+from model_zoo.io.sharded_tensors import ShardedTensors
 
 MODELS = ("tokenizer", "tokenizer_ema", "discriminator", "lecam", "generator", "generator_ema")
 OF_SPEED = ("images_per_second", "tokens_per_second", "mfu")
@@ -34,7 +34,7 @@ def difference(expected: dict[str, Tensor], actual: dict[str, Tensor]) -> Differ
 
 def differences(expected: Path, actual: Path) -> dict[str, Difference]:
     """Of two checkpoint folders, for each model that the expected one holds, and for Adam's moments."""
-    files = PieceFiles(expected), PieceFiles(actual)
+    files = ShardedTensors(expected), ShardedTensors(actual)
     models = {name.split("/")[0] for name in files[0].names() if name.split(".")[0].split("/")[0] in MODELS}
     return {model: difference(*(of.tensors(f"{model}/") for of in files)) for model in sorted(models)}
 

@@ -13,9 +13,9 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from model_zoo.io.hashing import sha256_of
-from model_zoo.io.sharded_tensors import Piece, run_of, save_pieces
+from model_zoo.io.sharded_tensors import TensorShard, run_of, save_shards
 from trainer import TrainerError
-from trainer.parallel import World, agree, any_rank, gather_objects
+from trainer.parallel import World, any_rank, gather_objects, run_on_main
 
 STATE, MANIFEST = "state.json", "manifest.json"
 
@@ -48,7 +48,7 @@ class Checkpoints:
         self.asynchronous, self.beat = asynchronous, beat
         self.writing: _Writing | None = None
 
-    def save(self, step: int, state: dict, pieces: Iterable[Piece]) -> None:
+    def save(self, step: int, state: dict, pieces: Iterable[TensorShard]) -> None:
         """Takes a copy of this rank's pieces and begins to write ``step_XXXXXXXX`` with it, after the former is done.
 
         state: small JSON-able values (step, data position), the same on all ranks. Raises CheckpointError.
@@ -123,7 +123,7 @@ class Checkpoints:
 class _Writing(threading.Thread):
     """One rank's part of a checkpoint. ``part`` is then (file name, its entry in the manifest), or ``error`` is set."""
 
-    def __init__(self, unfinished: Path, state: dict, file: Path, pieces: list[Piece]):
+    def __init__(self, unfinished: Path, state: dict, file: Path, pieces: list[TensorShard]):
         super().__init__(name=f"writing {file}", daemon=True)  # a process that ends leaves it unfinished
         self.unfinished, self.state, self.file, self.pieces = unfinished, state, file, pieces
         self.part: tuple[str, dict] | None = None
@@ -143,9 +143,9 @@ class _Writing(threading.Thread):
         self.pieces = []
 
 
-def write_part(file: Path, pieces: list[Piece]) -> None:
+def write_part(file: Path, pieces: list[TensorShard]) -> None:
     """One rank's pieces, on the disk when it returns."""
-    save_pieces(file, pieces)
+    save_shards(file, pieces)
     _sync(file)
 
 
@@ -171,7 +171,7 @@ def find_checkpoint(source: Path, world: World) -> tuple[Path, list[str]]:
             raise TrainerError(f"{source} cannot be resumed from: {wrong}; `ibq resume {run}` takes another")
         return source, []
     passed_over = []
-    for folder in agree(world, lambda: _candidates(source)):
+    for folder in run_on_main(world, lambda: _candidates(source)):
         wrong = damage(folder, world)
         if wrong is None:
             return folder, passed_over
@@ -197,7 +197,7 @@ def _candidates(run: Path) -> list[Path]:
 def damage(folder: Path, world: World) -> str | None:
     """What is wrong with a checkpoint, or None: every file's hash is compared with the manifest, each by one rank."""
     try:
-        files = agree(world, lambda: _manifest(folder))
+        files = run_on_main(world, lambda: _manifest(folder))
     except TrainerError as error:
         return str(error)
     mine = [_wrong(folder / name, entry) for name, entry in sorted(files.items())[world.rank :: world.size]]
@@ -281,7 +281,7 @@ def _entry(file: Path) -> dict:
 
 
 def _agree(world: World, action) -> None:
-    """`agree`, with what the file system refuses as a CheckpointError on all ranks."""
+    """`run_on_main`, with what the file system refuses as a CheckpointError on all ranks."""
 
     def guarded() -> str | None:
         try:
@@ -290,7 +290,7 @@ def _agree(world: World, action) -> None:
             return getattr(error, "strerror", None) or str(error)
         return None
 
-    if wrong := agree(world, guarded):
+    if wrong := run_on_main(world, guarded):
         raise CheckpointError(wrong)
 
 

@@ -6,7 +6,7 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from model_zoo.io.sharded_tensors import Piece
+from model_zoo.io.sharded_tensors import TensorShard
 from trainer.engines.base import Engine
 
 
@@ -34,7 +34,7 @@ class Ema:
         decay = min(self.decay, (2 + step) / (11 + step))
         torch._foreach_lerp_(self.averages, self.weights, 1 - decay)
 
-    def pieces(self, engine: Engine) -> list[Piece]:
+    def pieces(self, engine: Engine) -> list[TensorShard]:
         """The averages of one of the engines' weights, beside ``engine.weights()``."""
         first = sum(len(other.weights()) for other in self.engines[: self.engines.index(engine)])
         pieces = engine.weights()

@@ -13,18 +13,18 @@ import torch
 import data
 from data import merge_states, train_batches
 from model_zoo import ModelError
-from model_zoo.io.sharded_tensors import PieceFiles, run_of
+from model_zoo.io.sharded_tensors import ShardedTensors, run_of
 from trainer import TrainerError
 from trainer.checkpoint import CheckpointError, Checkpoints, checkpoint_folders, find_checkpoint, load_state
 from trainer.config import GeneratorRun, RunConfig, load_recipe, load_run_config, save_config
 from trainer.init_from import save_start
 from trainer.parallel import (
     World,
-    agree,
     any_rank,
-    fail_together,
     gather_objects,
     mean_over_ranks,
+    raise_on_all_ranks,
+    run_on_main,
     start_world,
     stop_world,
 )
@@ -114,11 +114,11 @@ def _train(config: RunConfig, source: Path | None = None, again: bool = False) -
         start, checkpoint, notes, state, stream = 0, None, [], {"data": None}, None
         began_from = None
         # Rank 0 alone looks: another node's view of a shared disk may be older, and all must go the same way.
-        if again and not agree(world, lambda: _is_run_of(config)):
+        if again and not run_on_main(world, lambda: _is_run_of(config)):
             source = None
-        if source and not (again and not agree(world, lambda: bool(checkpoint_folders(source)))):
+        if source and not (again and not run_on_main(world, lambda: bool(checkpoint_folders(source)))):
             checkpoint, notes = find_checkpoint(source, world)
-            state = agree(world, lambda: _state(checkpoint))
+            state = run_on_main(world, lambda: _state(checkpoint))
             start = state["step"]
             if start >= config.trainer.max_steps:
                 done = f"{config.run} is at step {start} already"
@@ -152,12 +152,12 @@ def _train(config: RunConfig, source: Path | None = None, again: bool = False) -
         if not checkpoint:
             task.fit(map(task.inputs, feed.ready))
         # Only now that everything is known to fit does anything appear on the disk.
-        run = Path(agree(world, lambda: open_run(config, source is not None)))
+        run = Path(run_on_main(world, lambda: open_run(config, source is not None)))
         if source and not checkpoint and world.is_main:
             (run / "metrics.jsonl").unlink(missing_ok=True)  # begun anew, so are its lines
         if began_from:
             notes.append(str(began_from))
-            agree(world, lambda: save_start(run, began_from))
+            run_on_main(world, lambda: save_start(run, began_from))
         _steps(config, world, run, task, feed, start, notes, validate_first=began_from is not None)
         return run
     finally:
@@ -187,13 +187,13 @@ def _restore(task: Task, world: World, checkpoint: Path, state: dict) -> None:
     """Loads a checkpoint into the task; settings that do not fit it end in one line."""
     failed = None
     try:
-        files = PieceFiles(checkpoint)
+        files = ShardedTensors(checkpoint)
         task.load(files, state["task"])
         if state["world_size"] == world.size:
             restore_random_state(files, world)
     except ModelError as error:
         failed = f"cannot go on from {checkpoint}: it was written with other settings ({error})"
-    fail_together(failed)
+    raise_on_all_ranks(failed)
 
 
 def _steps(
@@ -327,7 +327,7 @@ def _open_telemetry(run: Path, start: int, max_steps: int, world: World) -> Tele
         except OSError as error:
             raise TrainerError(f"cannot write into {run}: {error.strerror or error}; mend that") from error
 
-    agree(world, open_it)
+    run_on_main(world, open_it)
     return opened[0] if opened else None
 
 

@@ -169,14 +169,14 @@ def gather_objects(value) -> list:
     return values
 
 
-def fail_together(message: str | None) -> None:
+def raise_on_all_ranks(message: str | None) -> None:
     """Raises the first rank's message that is not None as a TrainerError, on every rank; all call together."""
     for found in gather_objects(message):
         if found is not None:
             raise TrainerError(found)
 
 
-def plainly(action: Callable):
+def as_trainer_error(action: Callable):
     """What the action gives; its mistakes are TrainerErrors, which all ranks can be told of."""
     try:
         return action()
@@ -184,18 +184,18 @@ def plainly(action: Callable):
         raise TrainerError(str(error)) from error
 
 
-def on_all(action: Callable):
+def run_on_all_ranks(action: Callable):
     """What the action gives on this rank, unless it fails on any: then the first rank's mistake, on every rank."""
     result = message = None
     try:
-        result = plainly(action)
+        result = as_trainer_error(action)
     except TrainerError as error:
         message = str(error)
-    fail_together(message)
+    raise_on_all_ranks(message)
     return result
 
 
-def agree(world: World, action):
+def run_on_main(world: World, action):
     """Runs ``action`` on rank 0 alone and gives its result to all; its TrainerError reaches all ranks too,
     so that bad input ends every process at once instead of leaving the others to wait."""
     message = [None, None]

@@ -10,7 +10,7 @@ from typing import NamedTuple, TextIO
 
 from data import Batch, DataError, Skipped, TrainStream, add_totals
 from trainer import TrainerError
-from trainer.parallel import World, fail_together, gather_objects
+from trainer.parallel import World, gather_objects, raise_on_all_ranks
 
 MOST_LISTED = 1000  # skipped samples that a rank lists between two reports; all are counted
 
@@ -39,7 +39,7 @@ class Feed:
                 _set_aside(run, start)
         except OSError as error:
             failed = f"cannot write into {run / 'audit'}: {error.strerror}; mend that"
-        fail_together(failed)
+        raise_on_all_ranks(failed)
         try:
             if audit:
                 (run / "audit").mkdir(exist_ok=True)
@@ -49,7 +49,7 @@ class Feed:
                 self.audit.write(json.dumps({"samples_of_sources": sizes}) + "\n")
         except OSError as error:
             failed = f"cannot write into {run / 'audit'}: {error.strerror}; mend that, or leave out data.audit"
-        fail_together(failed)
+        raise_on_all_ranks(failed)
 
     def read_ahead(self) -> None:
         """Gets the next step's micro-batches ready; what goes wrong is kept in ``failed``."""
@@ -100,7 +100,7 @@ class Feed:
 
     def stop_together(self, saved: str) -> None:
         """Raises the first failed rank's message on every rank. saved: what is said of the steps before."""
-        fail_together(f"{self.failed}; {saved}" if self.failed else None)
+        raise_on_all_ranks(f"{self.failed}; {saved}" if self.failed else None)
 
 
 def summary(scalars: dict[str, float]) -> list[str]:

@@ -2,7 +2,7 @@
 
 import torch
 
-from model_zoo.io.sharded_tensors import Piece, PieceFiles, whole
+from model_zoo.io.sharded_tensors import ShardedTensors, TensorShard, whole
 from trainer.parallel import World
 
 
@@ -11,12 +11,12 @@ def seed_everything(seed: int, step: int, world: World) -> None:
     torch.manual_seed((seed * 1_000_003 + step) * 65_537 + world.rank & (1 << 63) - 1)
 
 
-def random_state(world: World) -> list[Piece]:
+def random_state(world: World) -> list[TensorShard]:
     """This rank's generators, to be saved."""
     return [whole(name, state) for name, state in _states(world).items()]
 
 
-def restore_random_state(files: PieceFiles, world: World) -> None:
+def restore_random_state(files: ShardedTensors, world: World) -> None:
     """Goes on from what `random_state` gave at the same number of ranks."""
     for name in _states(world):
         if name not in files:  # of a run that had no GPU

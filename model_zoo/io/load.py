@@ -13,7 +13,7 @@ from model_zoo.errors import ModelError
 from model_zoo.io.export_format import held_by_export, is_export, read_export
 from model_zoo.io.hub import download, is_hub_name
 from model_zoo.io.published_ckpt import is_published, open_published, read_published
-from model_zoo.io.sharded_tensors import PieceFiles, run_of
+from model_zoo.io.sharded_tensors import ShardedTensors, run_of
 from model_zoo.io.weights import KINDS, SETS, Average, Weights, check_names
 
 Model = TypeVar("Model", bound=nn.Module)
@@ -96,14 +96,14 @@ def held(checkpoint: Path) -> dict[str, list[str]]:
         return {kind: ["ema", "raw"] if part.model_ema else ["raw"] for kind, part in parts.items()}
     if is_export(checkpoint):
         return held_by_export(checkpoint)
-    files = PieceFiles(checkpoint)
+    files = ShardedTensors(checkpoint)
     sets = {kind: {"ema": f"{kind}_ema/", "raw": f"{kind}/"} for kind in KINDS}
     found = {kind: [name for name, prefix in of.items() if files.names(prefix)] for kind, of in sets.items()}
     return {kind: names for kind, names in found.items() if names}
 
 
 def _read_run(checkpoint: Path, kind: str, weights: str) -> Weights:
-    path, files = run_of(checkpoint) / "config.yaml", PieceFiles(checkpoint)
+    path, files = run_of(checkpoint) / "config.yaml", ShardedTensors(checkpoint)
     prefix = f"{kind}_ema/" if weights == "ema" else f"{kind}/"
     if not files.names(prefix):
         raise _lacking(files, kind, weights)
@@ -129,7 +129,7 @@ def _step(checkpoint: Path) -> int | None:
     return int(name) if name.isdecimal() else None
 
 
-def _lacking(files: PieceFiles, kind: str, weights: str) -> ModelError:
+def _lacking(files: ShardedTensors, kind: str, weights: str) -> ModelError:
     for other in KINDS:
         if other != kind and files.names(f"{other}/"):
             return ModelError(f"{files.folder} is of a {other}'s run: name a {kind}'s")

@@ -22,7 +22,7 @@ from torch import Tensor
 from model_zoo.errors import ModelError
 
 
-class Piece(NamedTuple):
+class TensorShard(NamedTuple):
     """Elements ``[start, start + len(values))`` of the flattened tensor ``name`` of that shape; ``values`` is 1-D."""
 
     name: str
@@ -30,18 +30,18 @@ class Piece(NamedTuple):
     start: int
     values: Tensor
 
-    def share(self, index: int, count: int) -> "Piece":
+    def share(self, index: int, count: int) -> "TensorShard":
         """The index-th of ``count`` even parts: what one of several holders of the same piece writes."""
         first, last = (len(self.values) * end // count for end in (index, index + 1))
         return self._replace(start=self.start + first, values=self.values[first:last])
 
 
-def whole(name: str, tensor: Tensor) -> Piece:
+def whole(name: str, tensor: Tensor) -> TensorShard:
     """A tensor in one piece."""
-    return Piece(name, tuple(tensor.shape), 0, tensor.detach().reshape(-1))
+    return TensorShard(name, tuple(tensor.shape), 0, tensor.detach().reshape(-1))
 
 
-def save_pieces(file: Path, pieces: Iterable[Piece]) -> None:
+def save_shards(file: Path, pieces: Iterable[TensorShard]) -> None:
     """Writes pieces, of different tensors, as safetensors; an empty one is left out. Where they lie is metadata."""
     pieces = [piece for piece in pieces if len(piece.values)]
     tensors = {piece.name: piece.values for piece in pieces}
@@ -65,7 +65,7 @@ def run_of(source: Path) -> Path:
     return source.parent.parent if is_checkpoint else source
 
 
-class PieceFiles:
+class ShardedTensors:
     """The tensors whose pieces lie in the safetensors files of a folder. Reads headers only, until asked for values.
 
     Raises ModelError for a file that is no such file, and for pieces of one tensor that disagree about its shape.
@@ -94,7 +94,7 @@ class PieceFiles:
             raise ModelError(f"{self.folder} holds no {name}")
         return self._shapes[name]
 
-    def fill(self, piece: Piece) -> None:
+    def fill(self, piece: TensorShard) -> None:
         """Reads a piece's values into it, in place. Raises ModelError where another shape or less of it was written."""
         if self.shape(piece.name) != piece.shape:
             raise ModelError(

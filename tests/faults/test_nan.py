@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from faults.ranks import assert_resumed, latest, loss_lines, newest_step
 
-from model_zoo.io.sharded_tensors import PieceFiles
+from model_zoo.io.sharded_tensors import ShardedTensors
 
 ENGINES = {
     "replicated": {},
@@ -20,7 +20,7 @@ BAD_STEP = 3
 
 
 def assert_finite(run: Path, step: int) -> None:
-    for name, tensor in PieceFiles(run / f"checkpoints/step_{step:08d}").tensors("").items():
+    for name, tensor in ShardedTensors(run / f"checkpoints/step_{step:08d}").tensors("").items():
         assert tensor.isfinite().all(), name
 
 

@@ -11,7 +11,7 @@ import torch
 from comparing import read_metrics
 from PIL import Image
 
-from model_zoo.io.sharded_tensors import PieceFiles
+from model_zoo.io.sharded_tensors import ShardedTensors
 
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
@@ -124,7 +124,7 @@ def test_pack_and_train_on_tars(launch, pictures, debug_settings, tmp_path):
     assert training[-1]["loss/reconstruction"] < training[0]["loss/reconstruction"]
     assert training[-1]["weight/generator"] != training[0]["weight/generator"]
     assert [line["step"] for line in lines if "val/psnr" in line] == [6]
-    discriminator = PieceFiles(run / "checkpoints/step_00000006").tensors("discriminator/")
+    discriminator = ShardedTensors(run / "checkpoints/step_00000006").tensors("discriminator/")
     assert discriminator["main.3.num_batches_tracked"] == 3 * 6  # real and fake for itself, and fake for the generator
 
 

@@ -12,7 +12,7 @@ from comparing import difference, differences, read_metrics
 from launching import settings
 
 from model_zoo import load_tokenizer
-from model_zoo.io.sharded_tensors import PieceFiles
+from model_zoo.io.sharded_tensors import ShardedTensors
 
 STEPS = 4
 TOLERANCE = 1e-5  # of all weights together
@@ -108,12 +108,12 @@ def tuned(launch, runs, tmp_path_factory):
 @pytest.fixture(scope="module")
 def source(runs) -> dict[str, torch.Tensor]:
     """The weights that all cells start from."""
-    return PieceFiles(runs["one"] / "checkpoints/step_00000020").tensors("tokenizer_ema/")
+    return ShardedTensors(runs["one"] / "checkpoints/step_00000020").tensors("tokenizer_ema/")
 
 
 @pytest.mark.parametrize("cell", [*TRUTHS, *CELLS], ids=lambda cell: cell.name)
 def test_what_is_frozen_stays_bit_for_bit_and_the_rest_learns(tuned, source, cell):
-    files = PieceFiles(tuned.checkpoint(cell))
+    files = ShardedTensors(tuned.checkpoint(cell))
     for weights in ("tokenizer/", "tokenizer_ema/"):
         found = files.tensors(weights)
         assert found.keys() == source.keys()
@@ -206,5 +206,5 @@ def test_a_bad_start_ends_in_one_line_and_leaves_nothing(ibq_here, assert_refuse
 
 
 def test_training_moves_weights_by_far_more_than_the_tolerance(tuned, source):
-    trained = PieceFiles(tuned.checkpoint(Cell(1, "replicated", None))).tensors("tokenizer/")
+    trained = ShardedTensors(tuned.checkpoint(Cell(1, "replicated", None))).tensors("tokenizer/")
     assert difference(source, trained).whole > 50 * TOLERANCE

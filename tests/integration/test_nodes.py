@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 from launching import ROOT, Finished, Launch, settings
 
-from model_zoo.io.sharded_tensors import PieceFiles
+from model_zoo.io.sharded_tensors import ShardedTensors
 
 SEED = 8  # with this one the losses of one process and of two stay within 1e-5 of one another for 20 steps
 PORT = 29400  # of the first node, which is nobody else's machine
@@ -135,7 +135,7 @@ def losses(line: dict) -> dict[str, float]:
 
 
 def assert_weights_equal(expected: Path, actual: Path, step: int) -> None:
-    checkpoints = [PieceFiles(run / f"checkpoints/step_{step:08d}") for run in (expected, actual)]
+    checkpoints = [ShardedTensors(run / f"checkpoints/step_{step:08d}") for run in (expected, actual)]
     for prefix in ("tokenizer/", "tokenizer_ema/", "discriminator/"):
         true, found = (files.tensors(prefix) for files in checkpoints)
         assert true and found.keys() == true.keys()

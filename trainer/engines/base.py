@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
-from model_zoo.io.sharded_tensors import Piece
+from model_zoo.io.sharded_tensors import TensorShard
 from trainer.optim import get_step, set_step
 
 MakeOptimizer = Callable[..., Optimizer]  # of parameters; apex=False: see `trainer.optim.adam`
@@ -85,7 +85,7 @@ class Engine(ABC):
         """Clears the gradients without an update; in place of `step`."""
 
     @abstractmethod
-    def weights(self) -> list[Piece]:
+    def weights(self) -> list[TensorShard]:
         """The trained parameters that are here, in fp32, by the names of the module's state dict. Their values are
         views: written to, they count after `publish`."""
 

@@ -18,7 +18,7 @@ from deepspeed.runtime.config import DeepSpeedConfigError
 from deepspeed.runtime.utils import combine_grad_norm_groups
 from torch import Tensor, nn
 
-from model_zoo.io.sharded_tensors import Piece
+from model_zoo.io.sharded_tensors import TensorShard
 from trainer import TrainerError
 from trainer.engines.base import Engine, MakeOptimizer, Memory, Root, stored_bytes, trained_parameters
 from trainer.optim import start_moments
@@ -103,10 +103,10 @@ class Place(NamedTuple):
     offset: int
     length: int
 
-    def piece(self, flat: Tensor) -> Piece:
+    def piece(self, flat: Tensor) -> TensorShard:
         """The same place of another flat tensor, such as the optimiser's state."""
         values = flat.detach().reshape(-1)[self.offset : self.offset + self.length]
-        return Piece(self.name, self.shape, self.start, values)
+        return TensorShard(self.name, self.shape, self.start, values)
 
 
 class DeepSpeed(Engine):
@@ -201,7 +201,7 @@ class DeepSpeed(Engine):
             if self.zero:
                 del self.zero.__dict__["_get_norm_groups" if self.stage == 3 else "scaled_global_norm"]
 
-    def weights(self) -> list[Piece]:
+    def weights(self) -> list[TensorShard]:
         return [place.piece(place.flat) for place in self._places]
 
     def moments(self, key: str) -> list[Tensor]:

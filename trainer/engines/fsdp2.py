@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
-from model_zoo.io.sharded_tensors import Piece
+from model_zoo.io.sharded_tensors import TensorShard
 from trainer import TrainerError
 from trainer.config import EngineConfig
 from trainer.engines.base import Engine, MakeOptimizer, Memory, Root, stored_bytes, trained_parameters
@@ -97,14 +97,14 @@ class Fsdp2(Engine):
     def skip(self) -> None:
         self.optimizer.zero_grad(set_to_none=True)
 
-    def weights(self) -> list[Piece]:
+    def weights(self) -> list[TensorShard]:
         pieces = []
         for name, parameter in self.parameters.items():
             _, offset = compute_local_shape_and_global_offset(
                 parameter.shape, parameter.device_mesh, parameter.placements
             )
             start = offset[0] * math.prod(parameter.shape[1:]) if parameter.ndim else 0
-            pieces.append(Piece(name, tuple(parameter.shape), start, parameter.to_local().detach().view(-1)))
+            pieces.append(TensorShard(name, tuple(parameter.shape), start, parameter.to_local().detach().view(-1)))
         return pieces
 
     def moments(self, key: str) -> list[Tensor]:

@@ -3,7 +3,7 @@ that own them, and nowhere else."""
 
 from torch import Tensor, nn
 
-from model_zoo.io.sharded_tensors import Piece
+from model_zoo.io.sharded_tensors import TensorShard
 from trainer.engines.base import MakeOptimizer
 from trainer.engines.ddp import Replicated
 from trainer.parallel import RowGroups, sum_over_ranks
@@ -27,9 +27,9 @@ class Rows(Replicated):
         norm = super().grad_norm()
         return norm if self.shard is None else sum_over_ranks(norm.square(), self.shard.group).sqrt()
 
-    def weights(self) -> list[Piece]:
+    def weights(self) -> list[TensorShard]:
         first = self.shard.start if self.shard else 0
         return [
-            Piece(piece.name, (self.rows, piece.shape[1]), first * piece.shape[1], piece.values)
+            TensorShard(piece.name, (self.rows, piece.shape[1]), first * piece.shape[1], piece.values)
             for piece in super().weights()
         ]

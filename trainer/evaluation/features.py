@@ -23,7 +23,7 @@ from data.shards import find_images
 from model_zoo.eval_nets.inception import FEATURES, Inception, InceptionFeatures
 from model_zoo.eval_nets.weights import WEIGHTS_FILES
 from model_zoo.io.hashing import sha256_of
-from trainer.parallel import World, agree, gather_objects, on_all, plainly
+from trainer.parallel import World, as_trainer_error, gather_objects, run_on_all_ranks, run_on_main
 from trainer.precision import full_precision
 
 PROTOCOL = "adm"  # model_zoo.eval_nets.inception and docs/generator.md say what it is
@@ -130,16 +130,16 @@ class FeatureMaker:
 
     def make(self, pictures: Pictures, on_progress: Callable[[int, int], None]) -> Made:
         """Of all pictures, in their order. on_progress: hears of pictures done, about, and of how many."""
-        content = agree(self.world, lambda: plainly(pictures.content))
+        content = run_on_main(self.world, lambda: as_trainer_error(pictures.content))
         key = {"pictures": content, "weights": WEIGHTS_FILES["inception"].sha256, "protocol": PROTOCOL}
         name = hashlib.sha256("\n".join(key.values()).encode()).hexdigest()
         path = self.cache and self.cache / f"features_{PROTOCOL}_{name[:32]}.npz"
         kept = _read(path, key, pictures.count) if path and self.world.is_main else None
-        if agree(self.world, lambda: kept is not None):
+        if run_on_main(self.world, lambda: kept is not None):
             return Made(content, kept, True)
         if self._inception is None:
-            self._inception = on_all(Inception).to(self.world.device)
-        features = _gathered(self.world, *on_all(lambda: self._part(pictures, on_progress)))
+            self._inception = run_on_all_ranks(Inception).to(self.world.device)
+        features = _gathered(self.world, *run_on_all_ranks(lambda: self._part(pictures, on_progress)))
         if path and features:
             try:
                 _write(path, key, features)

@@ -22,7 +22,7 @@ from trainer.evaluation.reference_results import Measure, markdown_table, publis
 from trainer.evaluation.run import choose_device, make_room
 from trainer.jobs.resumable import writing
 from trainer.jobs.sample import MANIFEST, bytes_of
-from trainer.parallel import agree, on_all, plainly, start_world, stop_world
+from trainer.parallel import as_trainer_error, run_on_all_ranks, run_on_main, start_world, stop_world
 
 METRICS = {"fid": ("gfid",), "is": ("inception_score",), "pr": ("precision", "recall")}
 MEASURES = {  # by key of the report and of published.yaml
@@ -108,9 +108,9 @@ def evaluate_generation(
     clock = Clock(world.device)
     try:
         json_path = Path(report_path) if report_path is not None else _default_report(Path(samples))
-        agree(world, lambda: make_room(json_path))
-        weights = agree(world, lambda: plainly(lambda: weights_files(["inception"])))
-        pictures, against = on_all(lambda: (open_samples(Path(samples)), open_reference(Path(reference))))
+        run_on_main(world, lambda: make_room(json_path))
+        weights = run_on_main(world, lambda: as_trainer_error(lambda: weights_files(["inception"])))
+        pictures, against = run_on_all_ranks(lambda: (open_samples(Path(samples)), open_reference(Path(reference))))
         reasons = _impossible(metrics, pictures.count, against)
         measured = [metric for metric in _wanted(metrics) if metric not in reasons]
         maker = FeatureMaker(world, batch_size, _cache(cache))
@@ -156,7 +156,7 @@ def evaluate_generation(
             _write(evaluated)
             return evaluated
 
-        evaluated = agree(world, judge)
+        evaluated = run_on_main(world, judge)
         return evaluated if world.is_main else None
     finally:
         stop_world()

@@ -25,7 +25,7 @@ from model_zoo.eval_nets.weights import WEIGHTS_FILES, checked_weights, weights_
 from trainer import TrainerError, metrics
 from trainer.evaluation.distribution import GaussianMoments, frechet_distance
 from trainer.evaluation.reference_results import MEASURES
-from trainer.parallel import World, agree, gather_objects, on_all
+from trainer.parallel import World, gather_objects, run_on_all_ranks, run_on_main
 from trainer.precision import full_precision
 from trainer.reports.image_grid import Example, Gallery, merged
 
@@ -286,7 +286,7 @@ def evaluate_reconstruction(
                 done = world.size * len(judge.places)
                 on_progress(min(done, image_count) if image_count else done, image_count)
 
-    on_all(take_all)
+    run_on_all_ranks(take_all)
     skipped = sorted(itertools.chain(*gather_objects(judge.skipped + tell_skipped(images))))
     count = sum(gather_objects(len(judge.places)))
     if not count:
@@ -297,7 +297,7 @@ def evaluate_reconstruction(
         raise TrainerError("rFID needs at least 2 readable pictures, not 1: leave it out of --metrics")
     with clock.part("baselines"):
         fitted = itertools.chain(*gather_objects(judge.baselines.fitted()))
-        palette_k3 = agree(world, lambda: judge.baselines.fit(fitted))
+        palette_k3 = run_on_main(world, lambda: judge.baselines.fit(fitted))
         mean_color_psnr = judge.baselines.mean_color_psnr()
         for score, psnr in zip(judge.scores, judge.baselines.palette_psnr(palette_k3), strict=True):
             score["palette_psnr"] = psnr
@@ -308,7 +308,7 @@ def evaluate_reconstruction(
     if judge.moments:
         with clock.part("inception"):
             moments = [part.merged() for part in judge.moments]
-            rfid = agree(world, lambda: _frechet(*moments)) if count > 1 else None
+            rfid = run_on_main(world, lambda: _frechet(*moments)) if count > 1 else None
     if not world.is_main:
         return None
     return _summed_up(tokenizer, judge, rows, rfid, palette_k3, galleries, skipped)

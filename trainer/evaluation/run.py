@@ -41,7 +41,7 @@ from trainer.evaluation.reference_results import (
 )
 from trainer.init_from import read_start
 from trainer.jobs.resumable import writing
-from trainer.parallel import World, agree, on_all, plainly, start_world, stop_world
+from trainer.parallel import World, as_trainer_error, run_on_all_ranks, run_on_main, start_world, stop_world
 from trainer.reports.image_grid import EXAMPLE_COUNT, ORDERS, Example, pair, side_by_side
 
 SIZE, RESIZE = 256, "cv2_bilinear"  # of published tokenizers on ImageNet, where no run and no recipe says others
@@ -100,9 +100,9 @@ def evaluate_run(
     published = published_rows(yardstick.published)
     world = start_world(device, WAIT_SECONDS)
     try:
-        checkpoint = Path(agree(world, lambda: plainly(lambda: str(find_checkpoint(Path(source))))))
+        checkpoint = Path(run_on_main(world, lambda: as_trainer_error(lambda: str(find_checkpoint(Path(source))))))
         json_path = Path(report_path) if report_path is not None else default_report(Path(source), checkpoint)
-        agree(world, lambda: make_room(json_path))
+        run_on_main(world, lambda: make_room(json_path))
 
         def prepare() -> tuple[Tokenizer, str, str, ImageSource, Networks]:
             found = read_weights(checkpoint, "tokenizer", weights)
@@ -113,7 +113,7 @@ def evaluate_run(
             networks = load_networks(measures or "auto", opened.image_size, count)
             return tokenizer, found.weights, fingerprint, opened, networks
 
-        tokenizer, held_weights, fingerprint, opened, networks = on_all(prepare)
+        tokenizer, held_weights, fingerprint, opened, networks = run_on_all_ranks(prepare)
         for module in (tokenizer, networks.inception, *networks.lpips.values()):
             if module is not None:
                 module.to(world.device)
@@ -128,7 +128,7 @@ def evaluate_run(
             on_progress=on_progress,
         )
         if not world.is_main:
-            agree(world, lambda: None)
+            run_on_main(world, lambda: None)
             return None
         used = [NETWORKS[measure] for measure in NETWORKS if measure not in networks.not_measured]
         manifest = {
@@ -162,7 +162,7 @@ def evaluate_run(
             {name: _picture_path(json_path, name) for name in ORDERS},
         )
         manifest["seconds"] = clock.read()
-        agree(world, lambda: _write(evaluated))
+        run_on_main(world, lambda: _write(evaluated))
         return evaluated
     finally:
         stop_world()

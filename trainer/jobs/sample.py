@@ -30,7 +30,7 @@ from trainer import TrainerError
 from trainer.config import GeneratorRun, load_run_config
 from trainer.evaluation.run import choose_device
 from trainer.jobs.resumable import check_same, writing
-from trainer.parallel import World, agree, fail_together, gather_objects, start_world, stop_world
+from trainer.parallel import World, gather_objects, raise_on_all_ranks, run_on_main, start_world, stop_world
 from trainer.precision import autocast_dtype
 
 SEEDS = "the first 63 bits of SHA-256 of 'SEED CLASS NTH', NTH the image's number among those of its class, from 0"
@@ -93,7 +93,7 @@ def sample(
     choose_device(device)
     world = start_world(device, WAIT_SECONDS)
     try:
-        checkpoint = Path(agree(world, lambda: _find(Path(source))))  # of one step, should training still go on
+        checkpoint = Path(run_on_main(world, lambda: _find(Path(source))))  # of one step, should training still go on
         recipe = None if stands_alone(checkpoint) else _recipe(checkpoint)
         settings = Sampling(**{**(asdict(recipe.sampling) if recipe else {}), **(sampling or {})})
         if weights is None:
@@ -109,10 +109,10 @@ def sample(
         chosen = _classes(classes, generator.config.classes, recipe)
         manifest = {
             "settings": {
-                "generator": agree(world, lambda: fingerprint_of(generator.state_dict())),
+                "generator": run_on_main(world, lambda: fingerprint_of(generator.state_dict())),
                 "weights": weights,
                 # Its decoder too, unlike `Tokenizer.fingerprint`.
-                "tokenizer": agree(world, lambda: fingerprint_of(decoder.state_dict())),
+                "tokenizer": run_on_main(world, lambda: fingerprint_of(decoder.state_dict())),
                 "classes": chosen,
                 "count": count,
                 "seed": seed,
@@ -125,7 +125,7 @@ def sample(
             "seeds": SEEDS,
         }
         job = Job(_out(Path(source), out), chosen, count, seed, batch_size, generator.config.classes)
-        if agree(world, lambda: job.begin(manifest)):
+        if run_on_main(world, lambda: job.begin(manifest)):
             return Sampled(job.out, job.report, count, 0, 0.0) if world.is_main else None
         dtype = autocast_dtype(precision)
         generator.to(world.device)
@@ -144,7 +144,7 @@ def sample(
             "torch": torch.__version__,
             "compile": compile,
         }
-        agree(world, lambda: job.finish({**manifest, "finished": finished}))
+        run_on_main(world, lambda: job.finish({**manifest, "finished": finished}))
         return Sampled(job.out, job.report, count, made, made / seconds) if world.is_main else None
     finally:
         stop_world()
@@ -163,7 +163,7 @@ def bytes_of(out: Path) -> int:
 def _make_chunks(job: "Job", world: World, sampler: Sampler, tokenizer: Tokenizer, settings: Sampling, on_progress):
     """Samples this rank's part of what is not there yet; how many images all ranks made."""
     missing = job.missing()
-    fail_together(None)  # before any rank writes, all have looked
+    raise_on_all_ranks(None)  # before any rank writes, all have looked
     before, began, made, failure = job.images_done(missing), time.monotonic(), 0, None
     counted = began
     try:
@@ -184,7 +184,7 @@ def _make_chunks(job: "Job", world: World, sampler: Sampler, tokenizer: Tokenize
                 on_progress(done, job.count, (done - before) / (counted - began))
     except (TrainerError, ModelError) as error:
         failure = str(error)
-    fail_together(failure)
+    raise_on_all_ranks(failure)
     return sum(gather_objects(made))
 
 
@@ -352,7 +352,7 @@ class Job:
 def _find(source: Path) -> str:
     try:
         return str(find_checkpoint(source))
-    except ModelError as error:  # `agree` tells all ranks of TrainerErrors
+    except ModelError as error:  # `run_on_main` tells all ranks of TrainerErrors
         raise TrainerError(str(error)) from error
 
 

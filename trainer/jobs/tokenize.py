@@ -32,7 +32,15 @@ from model_zoo.io.sharded_tensors import run_of
 from trainer import TrainerError
 from trainer.evaluation.run import choose_device
 from trainer.jobs.resumable import check_same, writing
-from trainer.parallel import World, agree, gather_objects, on_all, plainly, start_world, stop_world
+from trainer.parallel import (
+    World,
+    as_trainer_error,
+    gather_objects,
+    run_on_all_ranks,
+    run_on_main,
+    start_world,
+    stop_world,
+)
 from trainer.precision import full_precision
 
 VIEWS = {"original": 1, "flip": 2, "ten-crop": 10}  # kind -> views of an image
@@ -94,13 +102,13 @@ def tokenize(
     world = start_world(device, WAIT_SECONDS)
     try:
         # Of one step, should training still go on.
-        checkpoint = Path(agree(world, lambda: plainly(lambda: str(find_checkpoint(Path(run))))))
-        job = on_all(lambda: _open_job(checkpoint, images, Path(out), views, image_size, weights, source))
+        checkpoint = Path(run_on_main(world, lambda: as_trainer_error(lambda: str(find_checkpoint(Path(run))))))
+        job = run_on_all_ranks(lambda: _open_job(checkpoint, images, Path(out), views, image_size, weights, source))
         units = _units(job.source, samples_per_shard)
         settings = {**job.settings, "samples_per_shard": samples_per_shard}
-        missing = agree(world, lambda: _begin(job.out, settings, len(units)))
+        missing = run_on_main(world, lambda: _begin(job.out, settings, len(units)))
         made = _tokenize_units(job, world, units, missing, batch_size, workers, on_progress)
-        finished = agree(world, lambda: _finish(job.out, str(images)))
+        finished = run_on_main(world, lambda: _finish(job.out, str(images)))
         return Tokenized(job.out, *finished[:2], made, settings["tokenizer"], finished[2]) if world.is_main else None
     finally:
         stop_world()
@@ -273,13 +281,13 @@ def _finish(out: Path, images: str) -> tuple[int, int, list[str]]:
     if not urls:
         raise TrainerError(f"none of the {len(skipped):,} images in {images} can be read: {skipped[0]}")
     place = out / INDEX_NAME
-    if (index := plainly(lambda: Index(place)) if place.exists() else None) and _is_of(index, urls):
+    if (index := as_trainer_error(lambda: Index(place)) if place.exists() else None) and _is_of(index, urls):
         return len(urls), int(index.first[-1]), skipped
-    found = plainly(lambda: list(check_shards(urls, jobs=min(cores(), len(urls)))))
+    found = as_trainer_error(lambda: list(check_shards(urls, jobs=min(cores(), len(urls)))))
     if bad := next((checked for checked in found if checked.table is None), None):
         raise TrainerError(f"{bad.name} is damaged ({bad.problems[0].message}): remove it and start again")
     digests = [checked.sha256 for checked in found]
-    plainly(lambda: write_index(place, urls, [checked.table for checked in found], digests))
+    as_trainer_error(lambda: write_index(place, urls, [checked.table for checked in found], digests))
     return len(urls), sum(checked.samples for checked in found), skipped
 
 
@@ -335,7 +343,7 @@ def _tokenize_units(
 
             mine = missing[turn + world.rank : turn + world.rank + 1]  # one, or in the last turn perhaps none
             work = functools.partial(_tokenize_unit, job, world, units, batch_size, pool, tell)
-            counts = on_all(lambda work=work, mine=mine: [work(number) for number in mine])
+            counts = run_on_all_ranks(lambda work=work, mine=mine: [work(number) for number in mine])
             of_ranks = [count for of_rank in gather_objects(counts) for count in of_rank]
             done += sum(looked_at for looked_at, _ in of_ranks)
             made += sum(written for _, written in of_ranks)

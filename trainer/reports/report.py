@@ -18,7 +18,7 @@ import torch
 from omegaconf import DictConfig, OmegaConf
 from PIL import Image
 
-from model_zoo.io.sharded_tensors import PieceFiles
+from model_zoo.io.sharded_tensors import ShardedTensors
 from trainer import TrainerError
 from trainer.evaluation.reference_results import MEASURES, format_measured
 from trainer.init_from import read_start
@@ -544,7 +544,7 @@ def _parameter_count(run: Path) -> str | None:
     latest = run / "checkpoints" / "latest"
     if not latest.is_file():
         return None
-    files = PieceFiles(latest.parent / latest.read_text().strip())
+    files = ShardedTensors(latest.parent / latest.read_text().strip())
     names = files.names("tokenizer/") + files.names("generator/")
     count = sum(math.prod(files.shape(name)) for name in names)
     return f"{count / 1e6:.2f} million" if count else None

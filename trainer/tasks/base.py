@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from data import Batch
-from model_zoo.io.sharded_tensors import Piece, PieceFiles, whole
+from model_zoo.io.sharded_tensors import ShardedTensors, TensorShard, whole
 from trainer import TrainerError
 from trainer.config import RunConfig
 from trainer.ema import Ema
@@ -210,7 +210,7 @@ class Task(ABC):
 
     # ------------------------------------------------------------------------------------------------ checkpoints
 
-    def pieces(self) -> list[Piece]:
+    def pieces(self) -> list[TensorShard]:
         """This rank's part of a checkpoint's tensors. All ranks' together hold each of them once."""
         pieces = []
         for network, engine in self.engines().items():
@@ -235,7 +235,7 @@ class Task(ABC):
         }
 
     @torch.no_grad()
-    def load(self, files: PieceFiles, state: dict) -> None:
+    def load(self, files: ShardedTensors, state: dict) -> None:
         """All ranks restore what `pieces` and `state` gave, by whatever number of ranks under whatever engines."""
         for network, engine in self.engines().items():
             weights = engine.weights()
@@ -272,10 +272,10 @@ class Task(ABC):
         if self.ema:
             self.ema.begin()
 
-    def _buffer_pieces(self) -> list[Piece]:
+    def _buffer_pieces(self) -> list[TensorShard]:
         return [whole(name, value) for name, value in self.buffers().items()]
 
-    def _named(self, network: str, kind: str, piece: Piece) -> Piece:
+    def _named(self, network: str, kind: str, piece: TensorShard) -> TensorShard:
         """By its name in a checkpoint: ``tokenizer/encoder.conv_in.weight``, ``tokenizer_ema/...``."""
         model, prefix = self.MODELS[network]
         return piece._replace(name=f"{model}{kind}/{prefix}{piece.name}")

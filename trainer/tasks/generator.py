@@ -19,7 +19,7 @@ from trainer.config import GeneratorRun
 from trainer.ema import Ema
 from trainer.engines import Engine, Rows
 from trainer.metrics.codebook import CodebookUsage
-from trainer.parallel import World, fail_together, row_groups, sum_over_ranks
+from trainer.parallel import World, raise_on_all_ranks, row_groups, sum_over_ranks
 from trainer.precision import LossScale, autocast_dtype
 from trainer.tasks.base import Means, Step, Task, Validation
 from trainer.throughput import matmul_rate
@@ -117,7 +117,7 @@ class GeneratorTask(Task):
                 wrong = next((f"data.val: {key} {wrong}" for key, wrong in labels if wrong), None)
             except data.DataError as error:
                 wrong = str(error)
-        fail_together(wrong)
+        raise_on_all_ranks(wrong)
 
     def describe(self) -> list[str]:
         model = self.config.model

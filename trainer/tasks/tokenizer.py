@@ -34,7 +34,7 @@ from trainer.engines import Engine, Replicated, Rows
 from trainer.init_from import Start, load_start
 from trainer.metrics.codebook import CodebookHealth, CodebookUsage, gaussian_distance, moments
 from trainer.metrics.image import psnr
-from trainer.parallel import World, fail_together, mean_over_ranks, row_groups, sum_over_ranks
+from trainer.parallel import World, mean_over_ranks, raise_on_all_ranks, row_groups, sum_over_ranks
 from trainer.precision import LossScale
 from trainer.schedules import ramp
 from trainer.tasks.base import Means, Step, Task, Validation
@@ -425,7 +425,7 @@ class TokenizerTask(Task):
             weights, fingerprint = load_start(self.config)
         except TrainerError as error:
             failed = str(error)
-        fail_together(failed)
+        raise_on_all_ranks(failed)
         self.fill("tokenizer", weights.tensors)
         return Start(weights.origin, fingerprint, self.config.start.freeze, self._begin_discriminator(weights))
 

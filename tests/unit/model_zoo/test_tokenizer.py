@@ -5,7 +5,7 @@ import torch
 from omegaconf import OmegaConf
 
 from model_zoo import ModelError, Tokenizer, TokenizerConfig, load_tokenizer
-from model_zoo.io.sharded_tensors import save_pieces, whole
+from model_zoo.io.sharded_tensors import save_shards, whole
 from model_zoo.quantizers.registry import QUANTIZERS
 
 TINY = TokenizerConfig(
@@ -153,7 +153,7 @@ def write_checkpoint(folder, **models):
             for model, tokenizer in models.items()
             for name, value in tokenizer.state_dict().items()
         ]
-        save_pieces(folder / f"rank_{rank:05d}.safetensors", pieces)
+        save_shards(folder / f"rank_{rank:05d}.safetensors", pieces)
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from model_zoo import ModelError, Transformer, TransformerConfig, load_generator
-from model_zoo.io.sharded_tensors import save_pieces, whole
+from model_zoo.io.sharded_tensors import save_shards, whole
 from model_zoo.ops.attention import causal_attention
 from model_zoo.transformer import Now, checkpoint_blocks, flops_per_token, rope_table, rotate
 
@@ -200,7 +200,7 @@ def run(tmp_path):
     folder.mkdir(parents=True)
     models = {"generator": tiny(1, embedding="codebook"), "generator_ema": tiny(2, embedding="codebook")}
     pieces = [whole(f"{kind}/{name}", value) for kind, m in models.items() for name, value in m.state_dict().items()]
-    save_pieces(folder / "rank_00000.safetensors", pieces)
+    save_shards(folder / "rank_00000.safetensors", pieces)
     (folder.parent / "latest").write_text("step_00000010\n")
     OmegaConf.save({"task": "generator", "model": asdict(replace(TINY, embedding="codebook"))}, run / "config.yaml")
     return run

@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from model_zoo.io.sharded_tensors import PieceFiles, whole
+from model_zoo.io.sharded_tensors import ShardedTensors, whole
 from trainer import TrainerError, checkpoint
 from trainer.checkpoint import (
     CheckpointError,
@@ -50,7 +50,7 @@ def assert_in_force(run, world, step: int) -> None:
     assert find_checkpoint(run, world) == (folder_of(run, step), [])
     assert damage(folder_of(run, step), world) is None
     assert load_state(folder_of(run, step)) == {**STATE, "step": step}
-    files = PieceFiles(folder_of(run, step))
+    files = ShardedTensors(folder_of(run, step))
     assert sorted(files.names()) == ["count", "weights"]
     for name, tensor in tensors(step).items():
         assert torch.equal(files.tensor(name), tensor)

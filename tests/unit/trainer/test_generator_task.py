@@ -11,7 +11,7 @@ from torch.nn import functional as F
 from data import Batch
 from data.stream import Info, Place
 from model_zoo import Tokenizer, TokenizerConfig
-from model_zoo.io.sharded_tensors import PieceFiles, save_pieces
+from model_zoo.io.sharded_tensors import ShardedTensors, save_shards
 from model_zoo.transformer import flops_per_token
 from trainer import TrainerError
 from trainer.config import load_recipe
@@ -122,17 +122,19 @@ def test_a_checkpoint_holds_all_that_a_run_goes_on_from(build, tmp_path):
     overrides = (*overrides, "loss.label_dropout=0", "data.image_size=16")
     task = build(*overrides)
     task.step([codes(0)], 0)
-    save_pieces(tmp_path / "rank.safetensors", task.pieces())
+    save_shards(tmp_path / "rank.safetensors", task.pieces())
     state = task.state()
     other = build(*overrides, "seed=9")
     other.transformer.tok_emb.codebook_vd.zero_()
-    other.load(PieceFiles(tmp_path), state)
+    other.load(ShardedTensors(tmp_path), state)
     for each in (task, other):
         each.step([codes(1)], 1)
     for name, value in weights(task).items():
         assert torch.equal(value, weights(other)[name]), name
     assert all(torch.equal(*pair) for pair in zip(task.ema.averages, other.ema.averages, strict=True))
-    assert {"generator/tok_emb.codebook_vd", "generator_ema/tok_emb.codebook_vd"} <= set(PieceFiles(tmp_path).names())
+    assert {"generator/tok_emb.codebook_vd", "generator_ema/tok_emb.codebook_vd"} <= set(
+        ShardedTensors(tmp_path).names()
+    )
 
 
 def test_the_codebook_is_the_embedding_and_is_not_trained(build, tokenizer):

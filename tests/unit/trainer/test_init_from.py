@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from model_zoo import TokenizerConfig, load_tokenizer
-from model_zoo.io.sharded_tensors import PieceFiles, save_pieces
+from model_zoo.io.sharded_tensors import ShardedTensors, save_shards
 from model_zoo.losses import EntropyLoss, LossConfig, PerceptualLoss
 from trainer import TrainerError
 from trainer.config import (
@@ -75,7 +75,7 @@ def write_run(task, folder):
     save_config(task.config, folder / "config.yaml")
     # Copies, as `Checkpoints` takes them: what is frozen is weight and average at once.
     pieces = [piece._replace(values=piece.values.clone()) for piece in task.pieces()]
-    save_pieces(checkpoint / "rank_00000.safetensors", pieces)
+    save_shards(checkpoint / "rank_00000.safetensors", pieces)
     (checkpoint / "state.json").write_text(json.dumps({"step": 3, "task": task.state()}))
     (folder / "checkpoints/latest").write_text(checkpoint.name)
     return folder
@@ -93,7 +93,7 @@ def run(build, tmp_path):
 @pytest.fixture
 def published(run, tmp_path):
     """The same weights in the published layout."""
-    files = PieceFiles(run / "checkpoints/step_00000003")
+    files = ShardedTensors(run / "checkpoints/step_00000003")
     averages = {f"model_ema.{name.replace('.', '')}": t for name, t in files.tensors("tokenizer_ema/").items()}
     beside = {f"loss.discriminator.{name}": tensor for name, tensor in files.tensors("discriminator/").items()}
     path = tmp_path / "published.ckpt"
@@ -176,7 +176,7 @@ def test_without_a_source_nothing_is_loaded(build):
 def test_the_discriminator_is_the_sources_with_its_statistics(build, sources, kind):
     task = build(start=StartConfig(str(sources[kind])))
     assert task.begin().discriminator == "the source's"
-    saved = PieceFiles(sources["run"] / "checkpoints/step_00000003").tensors("discriminator/")
+    saved = ShardedTensors(sources["run"] / "checkpoints/step_00000003").tensors("discriminator/")
     assert any("running_mean" in name for name in saved)
     assert equal(task.discriminator.module.state_dict(), saved)
 
@@ -297,7 +297,7 @@ def test_a_checkpoint_with_frozen_parts_is_a_whole_tokenizer_and_resumes(build, 
     folder = write_run(task, tmp_path / "tuned")
     assert load_tokenizer(folder).fingerprint() == load_tokenizer(run).fingerprint()
     resumed = build(**settings)
-    resumed.load(PieceFiles(folder / "checkpoints/step_00000003"), json.loads(json.dumps(task.state())))
+    resumed.load(ShardedTensors(folder / "checkpoints/step_00000003"), json.loads(json.dumps(task.state())))
     for of in (task, resumed):
         of.step([images(2)], 1)
     first, second = ({piece.name: piece.values for piece in of.pieces()} for of in (task, resumed))
@@ -340,7 +340,7 @@ def test_a_source_that_is_missing_or_holds_no_such_weights(build, run, tmp_path)
     save_config(GeneratorRun(), generator / "config.yaml")
     (generator / "checkpoints/latest").write_text("step_00000001")
     piece = build().pieces()[0]._replace(name="generator/head.weight")
-    save_pieces(generator / "checkpoints/step_00000001/rank_00000.safetensors", [piece])
+    save_shards(generator / "checkpoints/step_00000001/rank_00000.safetensors", [piece])
     assert "is of a generator's run" in refused(load_start, tiny_config(start=StartConfig(str(generator))))
 
 

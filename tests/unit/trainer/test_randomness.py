@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from model_zoo.io.sharded_tensors import PieceFiles, save_pieces
+from model_zoo.io.sharded_tensors import ShardedTensors, save_shards
 from trainer.parallel import World
 from trainer.randomness import random_state, restore_random_state, seed_everything
 
@@ -36,10 +36,10 @@ def test_restored_each_rank_goes_on_where_it_was(tmp_path):
     for world in ranks:
         seed_everything(0, 0, world)
         torch.rand(5)
-        save_pieces(tmp_path / f"rank_{world.rank}.safetensors", random_state(world))
+        save_shards(tmp_path / f"rank_{world.rank}.safetensors", random_state(world))
         expected.append(torch.rand(3))
     assert not torch.equal(*expected)
-    files = PieceFiles(tmp_path)
+    files = ShardedTensors(tmp_path)
     for world, numbers in zip(ranks, expected, strict=True):
         torch.manual_seed(9)
         restore_random_state(files, world)
@@ -47,9 +47,9 @@ def test_restored_each_rank_goes_on_where_it_was(tmp_path):
 
 
 def test_a_rank_that_was_not_there_keeps_its_stream(tmp_path):
-    save_pieces(tmp_path / "all.safetensors", random_state(World(0, 1, CPU)))
+    save_shards(tmp_path / "all.safetensors", random_state(World(0, 1, CPU)))
     torch.manual_seed(9)
-    restore_random_state(PieceFiles(tmp_path), World(1, 2, CPU))
+    restore_random_state(ShardedTensors(tmp_path), World(1, 2, CPU))
     kept = torch.rand(3)
     torch.manual_seed(9)
     assert torch.equal(torch.rand(3), kept)

@@ -10,7 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from model_zoo import ModelError, TokenizerConfig
-from model_zoo.io.sharded_tensors import PieceFiles, save_pieces
+from model_zoo.io.sharded_tensors import ShardedTensors, save_shards
 from model_zoo.losses import (
     EntropyLoss,
     GeneratorLoss,
@@ -101,12 +101,12 @@ def averages(task):
 
 def save(task, folder):
     """Writes a checkpoint's tensors; returns what to give to `load`."""
-    save_pieces(folder / "rank_00000.safetensors", task.pieces())
+    save_shards(folder / "rank_00000.safetensors", task.pieces())
     return folder, json.dumps(task.state())
 
 
 def load(task, folder, state):
-    task.load(PieceFiles(folder), json.loads(state))
+    task.load(ShardedTensors(folder), json.loads(state))
 
 
 def equal(first, second):
@@ -661,7 +661,7 @@ def test_saved_and_loaded_it_goes_on_bit_for_bit(build, tmp_path, norm):
 def test_a_checkpoint_holds_each_tensor_once_by_the_names_of_the_state_dicts(build, tmp_path):
     task = build(discriminator__norm="batch")
     folder, _ = save(task, tmp_path)
-    files = PieceFiles(folder)
+    files = ShardedTensors(folder)
     modules = {"tokenizer": task.tokenizer, "discriminator": task.discriminator.module, "lecam": task.lecam}
     expected = {
         f"{model}/{name}": value for model, module in modules.items() for name, value in weights(module).items()

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from model_zoo import ModelError
-from model_zoo.io.sharded_tensors import Piece, PieceFiles, save_pieces, whole
+from model_zoo.io.sharded_tensors import ShardedTensors, TensorShard, save_shards, whole
 
 TENSORS = {
     "matrix": torch.arange(35, dtype=torch.float32).view(5, 7),
@@ -23,8 +23,8 @@ def write_cut(folder, name, tensor, ends):
     flat = tensor.reshape(-1)
     starts = [0, *ends]
     for number, (start, end) in enumerate(zip(starts, [*ends, len(flat)], strict=True)):
-        piece = Piece(name, tuple(tensor.shape), start, flat[start:end])
-        save_pieces(folder / f"part_{len(starts) - number}.safetensors", [piece])
+        piece = TensorShard(name, tuple(tensor.shape), start, flat[start:end])
+        save_shards(folder / f"part_{len(starts) - number}.safetensors", [piece])
 
 
 def refused(action) -> str:
@@ -39,8 +39,8 @@ def test_what_any_number_of_holders_writes_is_read_whole(tmp_path, holders):
     """16 holders of a scalar, a flag and nine bf16 numbers: most of their shares are empty."""
     for rank in range(holders):
         pieces = [whole(name, tensor).share(rank, holders) for name, tensor in TENSORS.items()]
-        save_pieces(tmp_path / f"rank_{rank:05d}.safetensors", pieces)
-    files = PieceFiles(tmp_path)
+        save_shards(tmp_path / f"rank_{rank:05d}.safetensors", pieces)
+    files = ShardedTensors(tmp_path)
     assert sorted(files.names()) == sorted(TENSORS)
     for name, tensor in TENSORS.items():
         read = files.tensor(name)
@@ -49,7 +49,7 @@ def test_what_any_number_of_holders_writes_is_read_whole(tmp_path, holders):
 
 
 def test_shares_follow_one_another_and_are_even():
-    piece = Piece("it", (100,), 20, torch.arange(20, 31))
+    piece = TensorShard("it", (100,), 20, torch.arange(20, 31))
     for count in (1, 3, 4, 20):
         shares = [piece.share(index, count) for index in range(count)]
         assert torch.equal(torch.cat([share.values for share in shares]), piece.values)
@@ -62,33 +62,33 @@ def test_shares_follow_one_another_and_are_even():
 def test_any_stretch_is_read_across_the_files_that_hold_it(tmp_path, ends):
     tensor = TENSORS["matrix"]
     write_cut(tmp_path, "matrix", tensor, ends)
-    files = PieceFiles(tmp_path)
+    files = ShardedTensors(tmp_path)
     for start in range(35):
         for stop in range(start, 36):
             values = torch.full((stop - start,), -1.0)
-            files.fill(Piece("matrix", (5, 7), start, values))
+            files.fill(TensorShard("matrix", (5, 7), start, values))
             assert torch.equal(values, tensor.view(-1)[start:stop]), (start, stop)
 
 
 def test_stretches_that_several_files_hold_are_read_once(tmp_path):
     tensor = torch.arange(20.0)
     for number, (start, stop) in enumerate([(0, 20), (0, 5), (3, 12), (12, 20), (0, 20)]):
-        save_pieces(tmp_path / f"{number}.safetensors", [Piece("it", (20,), start, tensor[start:stop])])
-    assert torch.equal(PieceFiles(tmp_path).tensor("it"), tensor)
+        save_shards(tmp_path / f"{number}.safetensors", [TensorShard("it", (20,), start, tensor[start:stop])])
+    assert torch.equal(ShardedTensors(tmp_path).tensor("it"), tensor)
 
 
 def test_values_are_read_in_place_and_in_the_precision_asked_for(tmp_path):
-    save_pieces(tmp_path / "all.safetensors", [whole("it", torch.tensor([1 / 3, 2 / 3]))])
+    save_shards(tmp_path / "all.safetensors", [whole("it", torch.tensor([1 / 3, 2 / 3]))])
     held = torch.zeros(4, dtype=torch.float64)
-    PieceFiles(tmp_path).fill(Piece("it", (2,), 0, held[1:3]))
+    ShardedTensors(tmp_path).fill(TensorShard("it", (2,), 0, held[1:3]))
     assert held.tolist() == [0, pytest.approx(1 / 3, abs=1e-7), pytest.approx(2 / 3, abs=1e-7), 0]
 
 
 def test_names_are_found_by_their_beginning(tmp_path):
     ones = torch.ones(2)
-    save_pieces(tmp_path / "a.safetensors", [whole("model/weight", ones), whole("model_ema/weight", 2 * ones)])
-    save_pieces(tmp_path / "b.safetensors", [whole("model/bias", 3 * ones)])
-    files = PieceFiles(tmp_path)
+    save_shards(tmp_path / "a.safetensors", [whole("model/weight", ones), whole("model_ema/weight", 2 * ones)])
+    save_shards(tmp_path / "b.safetensors", [whole("model/bias", 3 * ones)])
+    files = ShardedTensors(tmp_path)
     assert "model/bias" in files and "bias" not in files
     tensors = files.tensors("model/")
     assert tensors.keys() == {"weight", "bias"} == {name.removeprefix("model/") for name in files.names("model/")}
@@ -106,18 +106,18 @@ def test_a_whole_piece_is_a_view_without_gradient():
 def test_a_file_holds_one_piece_of_a_tensor(tmp_path):
     pieces = [whole("it", torch.ones(4)).share(index, 2) for index in range(2)]
     with pytest.raises(ValueError, match="one piece of a tensor"):
-        save_pieces(tmp_path / "all.safetensors", pieces)
+        save_shards(tmp_path / "all.safetensors", pieces)
     assert not list(tmp_path.iterdir())
 
 
 def test_a_folder_without_files_holds_nothing(tmp_path):
     for folder in (tmp_path, tmp_path / "nowhere"):
-        assert PieceFiles(folder).names() == []
+        assert ShardedTensors(folder).names() == []
 
 
 def test_a_missing_name_is_one_line(tmp_path):
-    save_pieces(tmp_path / "all.safetensors", [whole("it", torch.ones(2))])
-    files = PieceFiles(tmp_path)
+    save_shards(tmp_path / "all.safetensors", [whole("it", torch.ones(2))])
+    files = ShardedTensors(tmp_path)
     for read in (
         lambda: files.shape("other"),
         lambda: files.tensor("other"),
@@ -130,29 +130,31 @@ def test_a_missing_name_is_one_line(tmp_path):
 def test_a_gap_is_one_line_that_says_where_and_what_lies_beside_it_is_read(tmp_path, lost, first):
     tensor = torch.arange(20.0)
     for start, stop in ((0, lost[0]), (lost[1], 20)):
-        save_pieces(tmp_path / f"{start}.safetensors", [Piece("it", (20,), start, tensor[start:stop])])
-    files = PieceFiles(tmp_path)
+        save_shards(tmp_path / f"{start}.safetensors", [TensorShard("it", (20,), start, tensor[start:stop])])
+    files = ShardedTensors(tmp_path)
     assert f"it lacks its elements from {first} on" in refused(lambda: files.tensor("it"))
     # No value is made up, wherever the wanted stretch begins or ends.
-    assert "lacks its elements" in refused(lambda: files.fill(Piece("it", (20,), lost[1] - 1, torch.zeros(1))))
+    assert "lacks its elements" in refused(lambda: files.fill(TensorShard("it", (20,), lost[1] - 1, torch.zeros(1))))
     for start, stop in ((0, lost[0]), (lost[1], 20)):
         values = torch.zeros(stop - start)
-        files.fill(Piece("it", (20,), start, values))
+        files.fill(TensorShard("it", (20,), start, values))
         assert torch.equal(values, tensor[start:stop])
 
 
 def test_another_shape_is_refused_even_where_the_number_of_elements_fits(tmp_path):
-    save_pieces(tmp_path / "all.safetensors", [whole("it", torch.ones(4, 3))])
+    save_shards(tmp_path / "all.safetensors", [whole("it", torch.ones(4, 3))])
     values = torch.zeros(12)
-    message = refused(lambda: PieceFiles(tmp_path).fill(Piece("it", (3, 4), 0, values)))
+    message = refused(lambda: ShardedTensors(tmp_path).fill(TensorShard("it", (3, 4), 0, values)))
     assert message == f"it has shape [4, 3] in {tmp_path}, not [3, 4]"
     assert not values.any()
 
 
 def test_files_that_disagree_about_a_shape_are_refused(tmp_path):
     for name, shape in (("a", (4, 3)), ("b", (3, 4))):
-        save_pieces(tmp_path / f"{name}.safetensors", [Piece("it", shape, 0, torch.ones(6))])
-    assert "b.safetensors holds it of shape [3, 4], another file says (4, 3)" in refused(lambda: PieceFiles(tmp_path))
+        save_shards(tmp_path / f"{name}.safetensors", [TensorShard("it", shape, 0, torch.ones(6))])
+    assert "b.safetensors holds it of shape [3, 4], another file says (4, 3)" in refused(
+        lambda: ShardedTensors(tmp_path)
+    )
 
 
 def cut_short(path):
@@ -201,18 +203,18 @@ def not_flat(path):
     ],
 )
 def test_a_damaged_file_is_named_in_one_line(tmp_path, damage):
-    save_pieces(tmp_path / "good.safetensors", [whole("other", torch.ones(2))])
+    save_shards(tmp_path / "good.safetensors", [whole("other", torch.ones(2))])
     path = tmp_path / "bad.safetensors"
-    save_pieces(path, [whole("it", torch.ones(2))])
+    save_shards(path, [whole("it", torch.ones(2))])
     damage(path)
-    assert f"{path} is no part of a checkpoint: " in refused(lambda: PieceFiles(tmp_path))
+    assert f"{path} is no part of a checkpoint: " in refused(lambda: ShardedTensors(tmp_path))
 
 
 @pytest.mark.parametrize("change", ["unlink", "cut_short"])
 def test_a_file_that_goes_bad_after_its_header_was_read_is_named_in_one_line(tmp_path, change):
     path = tmp_path / "all.safetensors"
-    save_pieces(path, [whole("it", torch.ones(2))])
-    files = PieceFiles(tmp_path)
+    save_shards(path, [whole("it", torch.ones(2))])
+    files = ShardedTensors(tmp_path)
     path.unlink() if change == "unlink" else cut_short(path)
     for read in (lambda: files.fill(whole("it", torch.zeros(2))), lambda: files.tensor("it")):
         assert f"{path} cannot be read: " in refused(read)
