@@ -13,7 +13,8 @@ import torch
 import data
 from data import merge_states, train_batches
 from model_zoo import ModelError
-from model_zoo.io.sharded_tensors import ShardedTensors, run_of
+from model_zoo.io.run_layout import run_folder
+from model_zoo.io.sharded_tensors import ShardedTensors
 from trainer import TrainerError
 from trainer.checkpoint import CheckpointError, Checkpoints, checkpoint_folders, find_checkpoint, load_state
 from trainer.config import GeneratorRun, RunConfig, load_recipe, load_run_config, save_config
@@ -56,7 +57,7 @@ def resume(source: str | Path, overrides: list[str]) -> Path:
     if any(override.startswith("start.") for override in overrides):
         raise TrainerError("start. cannot be changed by resuming: `ibq train RECIPE start.source=RUN` begins anew")
     source = Path(source)
-    run = run_of(source)
+    run = run_folder(source)
     config = load_run_config(run, overrides)
     config.run = str(run)
     return _train(config, source)

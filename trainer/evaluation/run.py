@@ -15,8 +15,8 @@ from data.parallel import cores
 from data.transforms import RESIZES
 from model_zoo import Tokenizer, TokenizerConfig, load_tokenizer
 from model_zoo.io.hashing import fingerprint_of
-from model_zoo.io.load import as_model, find_checkpoint, read_weights, stands_alone
-from model_zoo.io.sharded_tensors import run_of
+from model_zoo.io.load import build_model, find_checkpoint, is_standalone, read_weights
+from model_zoo.io.run_layout import run_folder
 from trainer import TrainerError, metrics
 from trainer.evaluation.provenance import environment, image_list_hash, weights_files
 from trainer.evaluation.reconstruction import (
@@ -106,7 +106,7 @@ def evaluate_run(
 
         def prepare() -> tuple[Tokenizer, str, str, ImageSource, Networks]:
             found = read_weights(checkpoint, "tokenizer", weights)
-            tokenizer = as_model(found, "tokenizer", TokenizerConfig, Tokenizer)
+            tokenizer = build_model(found, "tokenizer", TokenizerConfig, Tokenizer)
             fingerprint = fingerprint_of(tokenizer.state_dict()) if world.is_main else ""
             opened = open_images(checkpoint, images, image_size, resize, world, batch_size)
             count = sum(len(shard) for shard in opened.images.shards)
@@ -138,7 +138,7 @@ def evaluate_run(
             "step": _step(checkpoint),
             "fingerprint": fingerprint,  # of all weights, unlike `Tokenizer.fingerprint`
             "weights": held_weights,  # not those asked for: a file without averages gives its only ones
-            "start": read_start(run_of(checkpoint)),
+            "start": read_start(run_folder(checkpoint)),
             "recipe": recipe,
             "images": opened.path,
             "image_list": image_list_hash(score.key for score in report.images),
@@ -181,9 +181,9 @@ def make_room(json_path: Path) -> None:
 
 def default_report(source: Path, checkpoint: Path) -> Path:
     """report.json of a run as a whole; of one checkpoint, or of what is no run, a file in the working directory."""
-    if stands_alone(checkpoint):
+    if is_standalone(checkpoint):
         return Path(f"{source.name.removesuffix('.ckpt')}_reconstruction.json")
-    run = run_of(checkpoint)
+    run = run_folder(checkpoint)
     return run / RUN_REPORT if source == run else Path(f"{run.name}_{checkpoint.name}_reconstruction.json")
 
 
@@ -297,12 +297,14 @@ def open_images(
 ) -> ImageSource:
     """The pictures asked for. What is not asked is as the run's data has it (`val`, `val_image_size`, `resize`), and
     without a run as in the published ImageNet tables."""
-    config = None if stands_alone(checkpoint) else _data_config(run_of(checkpoint))
+    config = None if is_standalone(checkpoint) else _data_config(run_folder(checkpoint))
     path = images if images is not None or config is None else OmegaConf.to_container(config).get("val")
     if path is None and config is None:
         raise TrainerError(f"{checkpoint} is no run with a data.val: say which pictures with --images PATH")
     if path is None:
-        raise TrainerError(f"{run_of(checkpoint)} was trained without data.val: say which pictures with --images PATH")
+        raise TrainerError(
+            f"{run_folder(checkpoint)} was trained without data.val: say which pictures with --images PATH"
+        )
     if resize is None:
         resize = RESIZE if config is None else config.resize
     if resize not in RESIZES:

@@ -27,7 +27,7 @@ from model_zoo.io.export_format import (
     read_about,
 )
 from model_zoo.io.hashing import fingerprint_of, sha256_of
-from model_zoo.io.load import as_model, find_checkpoint, held, read_weights, stands_alone
+from model_zoo.io.load import available_weights, build_model, find_checkpoint, is_standalone, read_weights
 from model_zoo.io.published_ckpt import (
     FIRST_STAGE,
     OTHER_ENTRIES,
@@ -37,7 +37,7 @@ from model_zoo.io.published_ckpt import (
     open_published,
     published_state,
 )
-from model_zoo.io.sharded_tensors import run_of
+from model_zoo.io.run_layout import run_folder
 from model_zoo.io.weights import Weights
 from trainer import TrainerError
 from trainer.checkpoint import damage
@@ -204,7 +204,7 @@ def info(source: str | Path) -> Info:
     if wrong:
         raise TrainerError(f"{checkpoint} is damaged: {wrong}; copy or make it again")
     models = []
-    for kind, sets in held(checkpoint).items():
+    for kind, sets in available_weights(checkpoint).items():
         found = read_weights(checkpoint, kind, sets[0])
         made = _made(found, kind)
         for other in sets[1:]:
@@ -230,14 +230,14 @@ def _models(source: str | Path, weights: str) -> tuple[list[Model], list[str]]:
     if weights not in CHOICES:
         raise TrainerError(f"--weights {weights} is unknown: choose one of {', '.join(CHOICES)}")
     checkpoint, notes = find_checkpoint(Path(source)), []
-    models = [Model(kind, checkpoint, sets) for kind, sets in held(checkpoint).items()]
+    models = [Model(kind, checkpoint, sets) for kind, sets in available_weights(checkpoint).items()]
     models.sort(key=lambda model: list(MODELS).index(model.kind))
     if not models:
         raise TrainerError(f"{checkpoint} holds neither a tokenizer nor a generator")
     first, *rest = models
     if weights not in ("all", *first.sets):
         raise ModelError(f"{checkpoint} holds no {weights} weights of a {first.kind}: take another --weights")
-    if first.kind == "generator" and not stands_alone(checkpoint):
+    if first.kind == "generator" and not is_standalone(checkpoint):
         try:
             rest = _tokenizer_of_run(checkpoint)
         except ModelError as error:
@@ -249,12 +249,12 @@ def _models(source: str | Path, weights: str) -> tuple[list[Model], list[str]]:
 
 def _tokenizer_of_run(checkpoint: Path) -> list[Model]:
     """What a generator's run names, if anything."""
-    recipe = OmegaConf.load(run_of(checkpoint) / "config.yaml")
+    recipe = OmegaConf.load(run_folder(checkpoint) / "config.yaml")
     source, learned = (OmegaConf.select(recipe, f"tokenizer.{key}") for key in ("source", "fingerprint"))
     if source is None:
         return []
     place = find_checkpoint(Path(source))
-    sets = held(place).get("tokenizer", ["ema"])
+    sets = available_weights(place).get("tokenizer", ["ema"])
     found = _fingerprint(_made(read_weights(place, "tokenizer", sets[0]), "tokenizer"))
     if learned not in (None, found):
         raise ModelError(f"{source} ({found}) is not the one whose codes it learned ({learned})")
@@ -269,7 +269,7 @@ def _made(found: Weights, kind: str) -> Tokenizer | Transformer:
         with torch.device("meta"):  # large ones take long to initialise, in vain
             return build(config)
 
-    return as_model(found, kind, schema, on_meta, assign=True)
+    return build_model(found, kind, schema, on_meta, assign=True)
 
 
 def _fingerprint(made: Tokenizer | Transformer) -> str:
@@ -360,8 +360,8 @@ def _card(model: Model, made: Tokenizer | Transformer, about: dict, name: str) -
 
 def _figures(checkpoint: Path, made: Tokenizer | Transformer) -> list[str]:
     """Of the run's report.json, where there is one of these very weights; where it is of others, that is said."""
-    path = run_of(checkpoint) / "report.json"
-    if stands_alone(checkpoint) or not path.is_file():
+    path = run_folder(checkpoint) / "report.json"
+    if is_standalone(checkpoint) or not path.is_file():
         return []
     try:
         report = json.loads(path.read_text())

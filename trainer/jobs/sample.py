@@ -23,8 +23,8 @@ from data.shards import find_images
 from model_zoo import ModelError, Sampler, Sampling, Tokenizer, load_generator, load_tokenizer
 from model_zoo.io.hashing import fingerprint_of, sha256_of
 from model_zoo.io.hub import is_hub_name
-from model_zoo.io.load import find_checkpoint, stands_alone
-from model_zoo.io.sharded_tensors import run_of
+from model_zoo.io.load import find_checkpoint, is_standalone
+from model_zoo.io.run_layout import run_folder
 from model_zoo.sampler import keep_products_in
 from trainer import TrainerError
 from trainer.config import GeneratorRun, load_run_config
@@ -94,7 +94,7 @@ def sample(
     world = start_world(device, WAIT_SECONDS)
     try:
         checkpoint = Path(run_on_main(world, lambda: _find(Path(source))))  # of one step, should training still go on
-        recipe = None if stands_alone(checkpoint) else _recipe(checkpoint)
+        recipe = None if is_standalone(checkpoint) else _recipe(checkpoint)
         settings = Sampling(**{**(asdict(recipe.sampling) if recipe else {}), **(sampling or {})})
         if weights is None:
             weights = "raw" if recipe and not recipe.ema.decay else "ema"
@@ -357,7 +357,7 @@ def _find(source: Path) -> str:
 
 
 def _recipe(checkpoint: Path) -> GeneratorRun:
-    run = run_of(checkpoint)
+    run = run_folder(checkpoint)
     recipe = load_run_config(run, [])
     if not isinstance(recipe, GeneratorRun):
         raise TrainerError(f"{run} is a {recipe.task}'s run: name a generator's")
@@ -367,7 +367,7 @@ def _recipe(checkpoint: Path) -> GeneratorRun:
 def _tokenizer(checkpoint: Path, recipe: GeneratorRun | None, asked: str | Path | None) -> Tokenizer:
     source = asked or (recipe.tokenizer.source if recipe else checkpoint)
     if source is None:
-        raise TrainerError(f"{run_of(checkpoint)} knows no tokenizer: name its run or checkpoint with --tokenizer")
+        raise TrainerError(f"{run_folder(checkpoint)} knows no tokenizer: name its run or checkpoint with --tokenizer")
     try:
         tokenizer = load_tokenizer(source)
     except ModelError as error:
@@ -404,7 +404,7 @@ def _out(source: Path, out: str | Path | None) -> Path:
         return Path(out)
     if is_hub_name(source):
         return Path(f"{source.name}_sampled")
-    return source.with_name(f"{source.stem}_sampled") if stands_alone(source) else run_of(source) / "sampled"
+    return source.with_name(f"{source.stem}_sampled") if is_standalone(source) else run_folder(source) / "sampled"
 
 
 # ----------------------------------------------------------------------------------------------------------- the files

@@ -27,8 +27,8 @@ from data.shards import CODES, FolderShard, Limit, Shard, TarShard, Window, is_i
 from data.sources import Source, digest, open_source
 from data.transforms import pixels_chw, resize_and_center_crop, resize_named
 from model_zoo import Tokenizer, load_tokenizer
-from model_zoo.io.load import find_checkpoint, stands_alone
-from model_zoo.io.sharded_tensors import run_of
+from model_zoo.io.load import find_checkpoint, is_standalone
+from model_zoo.io.run_layout import run_folder
 from trainer import TrainerError
 from trainer.evaluation.run import choose_device
 from trainer.jobs.resumable import check_same, writing
@@ -178,9 +178,9 @@ def _holds_tokens(shard: Shard) -> bool:
 
 def _data_config(checkpoint: Path) -> DataConfig:
     """The run's `data` section; the defaults for a published checkpoint, which has none."""
-    if stands_alone(checkpoint):
+    if is_standalone(checkpoint):
         return DataConfig()
-    path = run_of(checkpoint) / "config.yaml"
+    path = run_folder(checkpoint) / "config.yaml"
     try:
         return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), OmegaConf.load(path).data))
     except OmegaConfBaseException as error:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from data import Batch
-from model_zoo.io.sharded_tensors import ShardedTensors, TensorShard, whole
+from model_zoo.io.sharded_tensors import ShardedTensors, TensorShard, whole_tensor
 from trainer import TrainerError
 from trainer.config import RunConfig
 from trainer.ema import Ema
@@ -221,10 +221,10 @@ class Task(ABC):
                 beside = zip(engine.weights(), engine.moments(key), strict=True)
                 kinds[f".{key}"] = [piece._replace(values=values) for piece, values in beside]
             for kind, of_kind in kinds.items():
-                pieces += [self._named(network, kind, piece).share(*engine.replica) for piece in of_kind]
+                pieces += [self._named(network, kind, piece).part(*engine.replica) for piece in of_kind]
         for network, part in self.held_parts().items():
             for kind in ("", "_ema") if self.ema else ("",):  # what never moves is its own average
-                pieces += [self._named(network, kind, piece).share(*part.replica) for piece in part.weights()]
+                pieces += [self._named(network, kind, piece).part(*part.replica) for piece in part.weights()]
         return pieces + (self._buffer_pieces() if self.world.is_main else [])
 
     def state(self) -> dict:
@@ -273,7 +273,7 @@ class Task(ABC):
             self.ema.begin()
 
     def _buffer_pieces(self) -> list[TensorShard]:
-        return [whole(name, value) for name, value in self.buffers().items()]
+        return [whole_tensor(name, value) for name, value in self.buffers().items()]
 
     def _named(self, network: str, kind: str, piece: TensorShard) -> TensorShard:
         """By its name in a checkpoint: ``tokenizer/encoder.conv_in.weight``, ``tokenizer_ema/...``."""

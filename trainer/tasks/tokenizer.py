@@ -455,7 +455,7 @@ class TokenizerTask(Task):
             if piece.name == "quant_conv.bias":  # in CPU memory where the engine offloads
                 piece.values.sub_(mean_d[piece.start : piece.start + len(piece.values)].to(piece.values))
         if covariance_dd.trace() > ROUNDING * mean_d.square().sum():
-            quantizer.place_among(covariance_dd)
+            quantizer.match_features(covariance_dd)
         # Processors may differ in the last bits, copies of a code must not.
         dist.broadcast(quantizer.embedding.weight.data, group=self.groups.replicas, group_src=0)
         self.generator.publish()

@@ -220,7 +220,7 @@ def test_settings_that_cannot_be_are_refused(settings, message):
 
 def test_batches_that_cannot_be_are_refused():
     sampler = Sampler(tiny(), 2)
-    with pytest.raises(ModelError, match="3 classes and 3 seeds: give as many, up to 2"):
+    with pytest.raises(ModelError, match="3 classes and 3 seeds: give equally many, at most 2"):
         sampled(sampler, IMAGES[:3])
     with pytest.raises(ModelError, match=r"classes must lie in \[0, 5\]"):
         sampled(sampler, [(6, 1)])
@@ -233,7 +233,7 @@ def test_batches_that_cannot_be_are_refused():
 def test_settings_that_found_no_room_are_tried_again(monkeypatch):
     sampler = Sampler(tiny(), 2)
     with monkeypatch.context() as patch:
-        patch.setattr(sampler.transformer, "new_pasts", lambda *_: (_ for _ in ()).throw(MemoryError))
+        patch.setattr(sampler.transformer, "new_caches", lambda *_: (_ for _ in ()).throw(MemoryError))
         with pytest.raises(MemoryError):
             sampled(sampler, IMAGES[:2])
     assert torch.equal(sampled(sampler, IMAGES[:2]), sampled(Sampler(tiny(), 2), IMAGES[:2]))

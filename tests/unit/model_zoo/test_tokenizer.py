@@ -5,7 +5,7 @@ import torch
 from omegaconf import OmegaConf
 
 from model_zoo import ModelError, Tokenizer, TokenizerConfig, load_tokenizer
-from model_zoo.io.sharded_tensors import save_shards, whole
+from model_zoo.io.sharded_tensors import save_shards, whole_tensor
 from model_zoo.quantizers.registry import QUANTIZERS
 
 TINY = TokenizerConfig(
@@ -148,12 +148,12 @@ def write_checkpoint(folder, **models):
     """As two ranks would: each holds a share of every tensor of every model."""
     folder.mkdir(parents=True, exist_ok=True)
     for rank in range(2):
-        pieces = [
-            whole(f"{model}/{name}", value).share(rank, 2)
+        shards = [
+            whole_tensor(f"{model}/{name}", value).part(rank, 2)
             for model, tokenizer in models.items()
             for name, value in tokenizer.state_dict().items()
         ]
-        save_shards(folder / f"rank_{rank:05d}.safetensors", pieces)
+        save_shards(folder / f"rank_{rank:05d}.safetensors", shards)
 
 
 @pytest.fixture
@@ -233,13 +233,13 @@ def test_load_tokenizer_refuses_other_names_of_weights(run):
 def test_load_tokenizer_refuses_a_checkpoint_with_a_part_missing(run):
     (run / "checkpoints" / "step_00000010" / "rank_00001.safetensors").unlink()
     message = refused(run)
-    assert "step_00000010 is not whole: tokenizer_ema/" in message and "lacks its elements from" in message
+    assert "step_00000010 is incomplete: tokenizer_ema/" in message and "lacks its elements from" in message
 
 
 def test_load_tokenizer_refuses_a_damaged_part(run):
     part = run / "checkpoints" / "step_00000010" / "rank_00001.safetensors"
     part.write_bytes(part.read_bytes()[:-1])
-    assert f"{part} is no part of a checkpoint" in refused(run)
+    assert f"{part} is not a file of a checkpoint" in refused(run)
 
 
 @pytest.mark.parametrize("change", [{"codebook_size": 64}, {"num_res_blocks": 2}, {"attention_factors": [2, 4]}])

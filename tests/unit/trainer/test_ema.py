@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch import nn
 
-from model_zoo.io.sharded_tensors import whole
+from model_zoo.io.sharded_tensors import whole_tensor
 from trainer.config import OptimizerConfig
 from trainer.ema import Ema
 from trainer.engines import Replicated
@@ -132,7 +132,7 @@ class Published(Replicated):
         self.flat = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
     def weights(self):
-        return [whole(name, values) for name, values in self.flat.items()]
+        return [whole_tensor(name, values) for name, values in self.flat.items()]
 
     @torch.no_grad()
     def publish(self):

@@ -499,7 +499,7 @@ def test_codes_point_where_features_do(scale):
     quantizer = QUANTIZERS["ibq"](4096, 8)
     basis_dd = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
     variance = torch.tensor([8.0, 4, 2, 1, 0.5, 0, 0, 0], dtype=torch.float64)
-    quantizer.place_among(scale * (basis_dd * variance) @ basis_dd.T)
+    quantizer.match_features(scale * (basis_dd * variance) @ basis_dd.T)
     along = (quantizer.embedding.weight.detach().double() @ basis_dd).square().mean(dim=0)
     assert along.sum().item() == pytest.approx(1.25**2, rel=1e-5)
     assert along.tolist() == sorted(along.tolist(), reverse=True)[:5] + along[5:].tolist()

@@ -10,7 +10,7 @@ from typer.testing import CliRunner
 import model_zoo
 from data import DataError
 from model_zoo import ModelError
-from model_zoo.io.sharded_tensors import save_shards, whole
+from model_zoo.io.sharded_tensors import save_shards, whole_tensor
 from tools.evaluate import app
 from trainer import TrainerError
 from trainer.evaluation.run import evaluate_run, write_reconstructions
@@ -43,7 +43,7 @@ def run(tmp_path_factory):
     for seed, name in enumerate(("tokenizer", "tokenizer_ema")):
         torch.manual_seed(seed)
         tokenizer = model_zoo.Tokenizer(model_zoo.TokenizerConfig(**model))
-        pieces = [whole(f"{name}/{key}", value) for key, value in tokenizer.state_dict().items()]
+        pieces = [whole_tensor(f"{name}/{key}", value) for key, value in tokenizer.state_dict().items()]
         save_shards(checkpoint / f"rank_{seed:05d}.safetensors", pieces)
     (folder / "checkpoints" / "latest").write_text("step_00000003")
     data = {"val": str(photos), "image_size": 32, "resize": "pil_antialias"}

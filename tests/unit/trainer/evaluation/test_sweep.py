@@ -13,7 +13,7 @@ import trainer.jobs.sample
 from data import DataError
 from model_zoo import ModelError, Tokenizer, TokenizerConfig, Transformer, TransformerConfig
 from model_zoo.eval_nets.weights import WEIGHTS_FILES
-from model_zoo.io.sharded_tensors import save_shards, whole
+from model_zoo.io.sharded_tensors import save_shards, whole_tensor
 from tools import cli
 from trainer import TrainerError
 from trainer.config import GeneratorRun, TokenizerRun, save_config
@@ -57,7 +57,7 @@ def run(tmp_path) -> Path:
         checkpoint = tmp_path / kind / "checkpoints" / "step_00000001"
         checkpoint.mkdir(parents=True)
         kept = {"tokenizer": "tokenizer_ema", "generator": "generator"}[kind]
-        pieces = [whole(f"{kept}/{name}", value) for name, value in model.state_dict().items()]
+        pieces = [whole_tensor(f"{kept}/{name}", value) for name, value in model.state_dict().items()]
         save_shards(checkpoint / "rank_00000.safetensors", pieces)
         (checkpoint.parent / "latest").write_text(f"{checkpoint.name}\n")
         config = TokenizerRun(model=model.config) if kind == "tokenizer" else GeneratorRun(model=model.config)

@@ -19,7 +19,7 @@ from model_zoo import (
 from model_zoo.discriminator import PatchDiscriminator
 from model_zoo.io.hashing import fingerprint_of, sha256_of
 from model_zoo.io.load import read_weights
-from model_zoo.io.sharded_tensors import save_shards, whole
+from model_zoo.io.sharded_tensors import save_shards, whole_tensor
 from trainer import TrainerError
 from trainer.jobs.export import export, export_published, import_published, info
 
@@ -54,9 +54,11 @@ def write_run(run, config, **models):
     """A run's folder with a checkpoint by two ranks, each of which wrote half of every tensor."""
     folder = run / "checkpoints" / "step_00000010"
     folder.mkdir(parents=True)
-    pieces = [whole(f"{kind}/{name}", value) for kind, m in models.items() for name, value in m.state_dict().items()]
+    pieces = [
+        whole_tensor(f"{kind}/{name}", value) for kind, m in models.items() for name, value in m.state_dict().items()
+    ]
     for rank in range(2):
-        save_shards(folder / f"rank_{rank:05d}.safetensors", [piece.share(rank, 2) for piece in pieces])
+        save_shards(folder / f"rank_{rank:05d}.safetensors", [piece.part(rank, 2) for piece in pieces])
     (folder / "state.json").write_text('{"step": 10}')
     files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in folder.iterdir()}
     (folder / "manifest.json").write_text(json.dumps({"files": files}))

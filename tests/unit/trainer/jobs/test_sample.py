@@ -12,7 +12,7 @@ from PIL import Image
 
 import trainer.jobs.sample
 from model_zoo import ModelError, Tokenizer, TokenizerConfig, Transformer, TransformerConfig
-from model_zoo.io.sharded_tensors import save_shards, whole
+from model_zoo.io.sharded_tensors import save_shards, whole_tensor
 from tools import cli
 from trainer import TrainerError
 from trainer.config import GeneratorRun, TokenizerRun, save_config
@@ -28,7 +28,9 @@ GENERATOR = TransformerConfig(vocabulary=32, classes=6, grid=[2, 3], depth=1, he
 def write_run(run, config, **models):
     checkpoint = run / "checkpoints" / "step_00000004"
     checkpoint.mkdir(parents=True)
-    pieces = [whole(f"{kind}/{name}", value) for kind, m in models.items() for name, value in m.state_dict().items()]
+    pieces = [
+        whole_tensor(f"{kind}/{name}", value) for kind, m in models.items() for name, value in m.state_dict().items()
+    ]
     save_shards(checkpoint / "rank_00000.safetensors", pieces)
     (checkpoint.parent / "latest").write_text(f"{checkpoint.name}\n")
     config.trainer.max_steps, config.trainer.global_batch_size = 4, 2

@@ -24,7 +24,7 @@ from data.index import Index, write_index
 from data.prep.check import check_shards
 from data.shards import TarShard, scan
 from data.transforms import pixels_chw, resize_and_center_crop, resize_named
-from model_zoo.io.sharded_tensors import save_shards, whole
+from model_zoo.io.sharded_tensors import save_shards, whole_tensor
 from tools import cli
 from trainer import TrainerError
 from trainer.jobs import tokenize as module
@@ -53,7 +53,7 @@ def run(tmp_path_factory):
     for seed, name in enumerate(("tokenizer", "tokenizer_ema")):
         torch.manual_seed(seed)
         tokenizer = model_zoo.Tokenizer(model_zoo.TokenizerConfig(**MODEL))
-        pieces = [whole(f"{name}/{key}", value) for key, value in tokenizer.state_dict().items()]
+        pieces = [whole_tensor(f"{name}/{key}", value) for key, value in tokenizer.state_dict().items()]
         save_shards(checkpoint / f"rank_{seed:05d}.safetensors", pieces)
     (folder / "checkpoints" / "latest").write_text("step_00000003")
     OmegaConf.save({"task": "tokenizer", "model": MODEL, "data": {"image_size": SIDE}}, folder / "config.yaml")
@@ -353,7 +353,9 @@ def test_another_run_is_named(capsys, run, tars, tmp_path):
     other = shutil.copytree(run, tmp_path / "run")
     for path in other.glob("checkpoints/*/*.safetensors"):
         path.unlink()
-    save_shards(other / "checkpoints/step_00000003/rank_00000.safetensors", [whole("generator/a", torch.zeros(2))])
+    save_shards(
+        other / "checkpoints/step_00000003/rank_00000.safetensors", [whole_tensor("generator/a", torch.zeros(2))]
+    )
     status, err = said(capsys, other, "--images", tars, "--out", tmp_path / "out", "--weights", "raw")
     assert status == 2 and "is of a generator's run: name a tokenizer's" in err
 
