@@ -372,13 +372,14 @@ print(step(256, 2**16))
 """
 
 
+@pytest.mark.process
 def test_one_gradient_of_the_codebook_and_no_matrix_of_tokens_times_codes():
     """In a fresh process, with the VQ losses and both entropies: N x K is 64 MiB, K x D 32 MiB; 12 MiB are allowed."""
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 12
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_more_than_two_to_the_31_logits():
     codes, tokens = 2**22, 520
     codebook_kd = torch.zeros(codes, 8)

@@ -1,3 +1,4 @@
+import shutil
 from dataclasses import asdict, replace
 
 import pytest
@@ -156,16 +157,21 @@ def write_checkpoint(folder, **models):
         save_shards(folder / f"rank_{rank:05d}.safetensors", shards)
 
 
-@pytest.fixture
-def run(tmp_path):
-    """A run folder with two checkpoints, `latest` naming the second, whose raw and EMA weights differ."""
-    run = tmp_path / "run"
+@pytest.fixture(scope="module")
+def written_run(tmp_path_factory):
+    run = tmp_path_factory.mktemp("written") / "run"
     for step in (5, 10):
         models = {"tokenizer": tiny(seed=step), "tokenizer_ema": tiny(seed=step + 1)}
         write_checkpoint(run / "checkpoints" / f"step_{step:08d}", **models, discriminator=torch.nn.Linear(2, 2))
     (run / "checkpoints" / "latest").write_text("step_00000010\n")
     OmegaConf.save({"seed": 3, "model": asdict(TINY)}, run / "config.yaml")
     return run
+
+
+@pytest.fixture
+def run(written_run, tmp_path):
+    """A run folder with two checkpoints, `latest` naming the second, whose raw and EMA weights differ."""
+    return shutil.copytree(written_run, tmp_path / "run")
 
 
 def assert_is(tokenizer, expected):
