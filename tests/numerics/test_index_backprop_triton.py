@@ -77,7 +77,7 @@ def combinations():
         yield pytest.param(*(values[n] for values, n in zip(choices, numbers, strict=True)), marks=marks)
 
 
-@pytest.mark.parametrize(("dtype", "shape", "temperature"), combinations())
+@pytest.mark.parametrize(("dtype", "shape", "temperature"), list(combinations()))
 def test_error_is_no_larger_than_that_of_dense(dtype, shape, temperature):
     z_nd, codebook_kd, upstream = random_operands(*shape, dtype)
     truth, index_n = run(index_backprop_dense, z_nd, codebook_kd, upstream, temperature, torch.float64)
