@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -168,8 +169,10 @@ def test_static_steps_draw_the_same_codes(settings):
         assert torch.equal(sampled(static, IMAGES, settings), expected)
 
 
-@pytest.mark.slow
-def test_compiled_steps_draw_the_same_codes():
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=[pytest.mark.full, pytest.mark.process])])
+def test_compiled_steps_draw_the_same_codes(monkeypatch, backend):
+    """``eager`` traces the step without generating code: it shows that the step is one graph."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     transformer = tiny()
     assert torch.equal(sampled(Sampler(transformer, 8, compile=True), IMAGES), sampled(Sampler(transformer, 8), IMAGES))
 
