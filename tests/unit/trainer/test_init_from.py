@@ -24,8 +24,8 @@ from trainer.config import (
 )
 from trainer.init_from import Start, load_start, read_start, save_start
 from trainer.jobs.export import export
-from trainer.loop import plan_batch, resume
 from trainer.reports.report import write_report
+from trainer.start_plan import plan_batch, resume
 from trainer.tasks.tokenizer import FROZEN, TokenizerTask
 
 MODEL = TokenizerConfig(
