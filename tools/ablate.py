@@ -35,17 +35,17 @@ def ablate(
     """
     from trainer import TrainerError
     from trainer.config import load_recipe
+    from trainer.files import writing
     from trainer.jobs.ablation import (
         cells_of,
+        existing_seeds,
         is_begun,
-        is_judged,
+        is_evaluated,
         is_trained,
         load_ablation,
-        note_judged,
-        seeds_there,
+        mark_evaluated,
         write_table,
     )
-    from trainer.jobs.resumable import writing
 
     ablation = load_ablation(table)
     out = out or Path("runs") / Path(table).stem
@@ -61,7 +61,7 @@ def ablate(
     # A mistake is found before anything is trained; the table is of all that is there, whichever rows are asked for.
     for cell in cells:
         load_recipe(ablation.recipe, cell.overrides)
-    table_cells = cells_of(ablation, None, sorted({*numbers, *seeds_there(out)}), overrides or [], out)
+    table_cells = cells_of(ablation, None, sorted({*numbers, *existing_seeds(out)}), overrides or [], out)
     for cell in table_cells:
         is_trained(ablation, cell)
     if not dry_run:
@@ -72,7 +72,7 @@ def ablate(
         if not is_trained(ablation, cell):
             resumed = ["--resume", str(cell.run)] if is_begun(cell) else [ablation.recipe, *cell.overrides]
             commands.append([*launcher, "-m", "trainer", *resumed])
-        if commands or not is_judged(cell, judge):
+        if commands or not is_evaluated(cell, judge):
             report = ["--report", str(cell.report)]
             commands.append([*launcher, "-m", "tools", "evaluate", "reconstruction", str(cell.run), *report, *options])
         for command in commands:
@@ -81,10 +81,10 @@ def ablate(
                 raise TrainerError(f"row {cell.row!r}, seed {cell.seed}, ended with status {status}: see above")
         if commands and not dry_run:
             with writing(out):
-                note_judged(cell, judge)
+                mark_evaluated(cell, judge)
     if not dry_run:
         with writing(out):
-            written = write_table(ablation, [cell for cell in table_cells if is_judged(cell, judge)], out)
+            written = write_table(ablation, [cell for cell in table_cells if is_evaluated(cell, judge)], out)
         typer.echo(written[1].read_text())
         typer.echo("\n".join(map(str, written)))
 

@@ -11,7 +11,7 @@ from tools import evaluate_generation
 from tools.progress import progress
 
 if TYPE_CHECKING:
-    from trainer.evaluation.run import EvaluatedRun
+    from trainer.evaluation.reconstruction_report import EvaluatedRun
 
 app = typer.Typer(no_args_is_help=True, help="Measure a trained tokenizer.")
 
@@ -93,9 +93,9 @@ def reconstruction(
 
 
 def judge(run: Path, **options) -> None:
-    """Evaluates a tokenizer with a progress bar (options as of `trainer.evaluation.run.evaluate_run`), writes the run's
-    report.html anew where the numbers went into the run's report, and prints the tables."""
-    from trainer.evaluation.run import RUN_REPORT, evaluate_run
+    """Evaluates a tokenizer with a progress bar (options as of `trainer.evaluation.evaluate_run`), rewrites report.html
+    if the numbers went into the run's report, and prints the tables."""
+    from trainer.evaluation.evaluate_run import RUN_REPORT, evaluate_run
     from trainer.reports.report import write_report
 
     console = Console()
@@ -110,13 +110,14 @@ def judge(run: Path, **options) -> None:
 
 def print_report(evaluated: "EvaluatedRun", console: Console) -> None:
     """Figures beside baselines and published ones, warnings, what was left out, and where the files are."""
-    from trainer.evaluation.reference_results import MEASURES, crop_of, figure_rows, seconds_line
+    from trainer.evaluation.reconstruction_report import figure_rows
+    from trainer.reports.measures import MEASURES, describe_crop, describe_seconds
 
     def say(text: str) -> None:
         console.print(text, soft_wrap=True, highlight=False, markup=False)
 
     report = evaluated.report
-    title = f"Reconstruction of {report.image_count:,} pictures, {crop_of(evaluated.manifest)}"
+    title = f"Reconstruction of {report.image_count:,} images, {describe_crop(evaluated.provenance)}"
     _print_table(console, f"{title} (protocol: {report.protocol})", figure_rows(report))
     factor = report.downsampling_factor
     console.print(
@@ -124,7 +125,7 @@ def print_report(evaluated: "EvaluatedRun", console: Console) -> None:
         "patch: the same bits per token as the tokenizer.",
         style="dim",
     )
-    if evaluated.manifest["recipe"] and len(evaluated.comparison) > 2:
+    if evaluated.provenance["recipe"] and len(evaluated.comparison) > 2:
         _print_table(console, "Beside published figures", evaluated.comparison)
         for difference in evaluated.differences:
             say(f"measured otherwise than published: {difference}")
@@ -136,8 +137,8 @@ def print_report(evaluated: "EvaluatedRun", console: Console) -> None:
         say(f"{report.infinite_psnr_count} pictures came back exact: their infinite PSNR is left out.")
     if report.skipped:
         say(f"{len(report.skipped)} pictures skipped (unreadable or too small), the first: {report.skipped[0]}")
-    say(f"seconds: {seconds_line(evaluated.manifest['seconds'])}")
-    pictures = ", ".join(map(str, evaluated.pictures.values()))
+    say(f"seconds: {describe_seconds(evaluated.provenance['seconds'])}")
+    pictures = ", ".join(map(str, evaluated.grids.values()))
     for what, path in (
         ("numbers", evaluated.json_path),
         ("table", evaluated.markdown_path),

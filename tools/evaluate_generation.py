@@ -11,7 +11,7 @@ from rich.table import Table
 from tools.progress import progress
 
 if TYPE_CHECKING:
-    from trainer.evaluation.generation import EvaluatedGeneration
+    from trainer.evaluation.generation_report import EvaluatedGeneration
     from trainer.evaluation.sweep import Sweep
 
 
@@ -111,8 +111,8 @@ def print_report(evaluated: "EvaluatedGeneration") -> None:
 def print_sweep(swept: "Sweep") -> None:
     """A row for each setting, warnings, and where the files are."""
     console = Console()
-    _print_table(console, f"{swept.judged[0].report.sample_count:,} samples for each setting", swept.table)
-    _print_warnings(console, dict.fromkeys(warning for one in swept.judged for warning in one.report.warnings))
+    _print_table(console, f"{swept.evaluated[0].report.sample_count:,} samples for each setting", swept.table)
+    _print_warnings(console, dict.fromkeys(warning for one in swept.evaluated for warning in one.report.warnings))
     for what, path in (("chart", swept.chart_path), ("numbers", swept.json_path), ("table", swept.markdown_path)):
         console.print(f"{what}: {path}", soft_wrap=True, highlight=False)
 

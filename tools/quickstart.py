@@ -24,7 +24,9 @@ def quickstart(overrides: list[str]) -> Path:
     from trainer import TrainerError
     from trainer.config import load_recipe, load_run_config
     from trainer.loop import train
-    from trainer.reports.report import GENERATOR, SAMPLED, write_report
+    from trainer.reports.generator_report import SAMPLED
+    from trainer.reports.report import write_report
+    from trainer.reports.tokenizer_report import GENERATOR
 
     for_generator = [key.removeprefix(OF_GENERATOR) for key in overrides if key.startswith(OF_GENERATOR)]
     load_recipe("ar_quickstart", for_generator)  # a mistake in them is found before minutes have passed

@@ -32,7 +32,7 @@ def reconstruct(
 
     Example: ibq reconstruct runs/quickstart --images my_photos --out pictures
     """
-    from trainer.evaluation.run import write_reconstructions
+    from trainer.evaluation.write_reconstructions import write_reconstructions
 
     with progress("pictures reconstructed") as tell:
         written = write_reconstructions(

@@ -419,12 +419,12 @@ def test_the_account_tells_both_ends(run):
         "now": {"step": 10, "psnr": 21.5, "l1": 0.1, "usage": 0.5},
     }
     page = write_report(run).read_text()
-    for text in ("What it started from", START.origin, START.fingerprint, "stay valid", "20.00", "21.50", "0.1000"):
+    for text in ("Initial weights", START.origin, START.fingerprint, "stay valid", "20.00", "21.50", "0.1000"):
         assert text in page
 
 
 def test_a_run_from_scratch_has_no_such_section_and_one_without_validation_says_so(run):
-    assert "What it started from" not in write_report(run).read_text()
+    assert "Initial weights" not in write_report(run).read_text()
     save_start(run, START)
     assert "it was not validated" in write_report(run).read_text()
 
