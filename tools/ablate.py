@@ -34,7 +34,6 @@ def ablate(
     Example: ibq ablate quantizers data.train=tars data.val=imagenet/val --launch 'torchrun --nproc-per-node 8'
     """
     from trainer import TrainerError
-    from trainer.config import load_recipe
     from trainer.jobs.ablation import (
         cells_of,
         is_begun,
@@ -46,6 +45,7 @@ def ablate(
         write_table,
     )
     from trainer.jobs.resumable import writing
+    from trainer.recipes import load_recipe
 
     ablation = load_ablation(table)
     out = out or Path("runs") / Path(table).stem

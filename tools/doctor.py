@@ -205,7 +205,7 @@ def check_torch() -> Iterator[Finding]:
         yield Finding("bf16", OK, "on CPU; in software, and slow, where the processor lacks it")
 
     if not torch.distributed.is_available():
-        mend = "install a torch built with it; one process trains without, by engine.kind=replicated"
+        mend = "install a torch built with it; one process trains without, by engine.kind=ddp"
         yield Finding("torch.distributed", PROBLEM, "not in this torch", mend)
         return
     gloo = torch.distributed.is_gloo_available()

@@ -22,8 +22,8 @@ def quickstart(overrides: list[str]) -> Path:
     from tools.sample import sample
     from tools.tokenize import tokenize
     from trainer import TrainerError
-    from trainer.config import load_recipe, load_run_config
     from trainer.loop import train
+    from trainer.recipes import load_recipe, load_run_config
     from trainer.reports.report import GENERATOR, SAMPLED, write_report
 
     for_generator = [key.removeprefix(OF_GENERATOR) for key in overrides if key.startswith(OF_GENERATOR)]

@@ -27,10 +27,11 @@ from model_zoo.eval_nets.lpips import lpips_on_meta
 from model_zoo.ops import CodebookShard
 from model_zoo.quantizers import base as quantizer_base
 from trainer import TrainerError
-from trainer.config import GeneratorRun, RunConfig, load_recipe
+from trainer.config import GeneratorRun, RunConfig
 from trainer.engines import Engine
 from trainer.loop import plan_batch
 from trainer.parallel import World
+from trainer.recipes import load_recipe
 from trainer.tasks import Task, make_task
 from trainer.tasks import tokenizer as tokenizer_task
 
@@ -245,7 +246,7 @@ def _mesh(config: RunConfig, processes: int, plan: RankPlan) -> list[list[str]]:
     engine = config.engine
     if engine.kind == "deepspeed":
         lines.append(["generator", f"deepspeed {engine.config} over {processes}"])
-    elif engine.kind == "replicated":
+    elif engine.kind == "ddp":
         lines.append(["generator", f"whole on each of {processes}"])
     else:
         shards = len(plan.fsdp_shard)

@@ -16,8 +16,8 @@ from model_zoo import ModelError
 from model_zoo.io.sharded_tensors import ShardedTensors, run_of
 from trainer import TrainerError
 from trainer.checkpoint import CheckpointError, Checkpoints, checkpoint_folders, find_checkpoint, load_state
-from trainer.config import GeneratorRun, RunConfig, load_recipe, load_run_config, save_config
-from trainer.init_from import save_start
+from trainer.config import GeneratorRun, RunConfig
+from trainer.init_from import save_init_record
 from trainer.parallel import (
     World,
     any_rank,
@@ -30,6 +30,7 @@ from trainer.parallel import (
 )
 from trainer.prefetch import Feed, summary
 from trainer.randomness import random_state, restore_random_state, seed_everything
+from trainer.recipes import load_recipe, load_run_config, save_config
 from trainer.tasks import Task, make_task
 from trainer.telemetry import Telemetry, metric_lines, scanning
 from trainer.watchdog import LossSpikes, Stopped, StopSignal, Watchdog
@@ -53,8 +54,10 @@ def resume(source: str | Path, overrides: list[str]) -> Path:
     returns the run's folder."""
     if any(override.startswith("run=") for override in overrides):
         raise TrainerError("run= cannot be changed by resuming: name the run's folder alone")
-    if any(override.startswith("start.") for override in overrides):
-        raise TrainerError("start. cannot be changed by resuming: `ibq train RECIPE start.source=RUN` begins anew")
+    if any(override.startswith("init_from.") for override in overrides):
+        raise TrainerError(
+            "init_from. cannot be changed by resuming: start a new run with `ibq train RECIPE init_from.source=RUN`"
+        )
     source = Path(source)
     run = run_of(source)
     config = load_run_config(run, overrides)
@@ -157,7 +160,7 @@ def _train(config: RunConfig, source: Path | None = None, again: bool = False) -
             (run / "metrics.jsonl").unlink(missing_ok=True)  # begun anew, so are its lines
         if began_from:
             notes.append(str(began_from))
-            run_on_main(world, lambda: save_start(run, began_from))
+            run_on_main(world, lambda: save_init_record(run, began_from))
         _steps(config, world, run, task, feed, start, notes, validate_first=began_from is not None)
         return run
     finally:

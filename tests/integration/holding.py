@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from trainer.config import load_recipe
 from trainer.dry_run import networks_held
 from trainer.loop import plan_batch
 from trainer.parallel import start_world, stop_world
+from trainer.recipes import load_recipe
 from trainer.tasks.tokenizer import TokenizerTask
 
 

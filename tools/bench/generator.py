@@ -12,10 +12,12 @@ from typing import NamedTuple
 
 import typer
 
-from model_zoo.transformer import TransformerConfig, flops_per_token
+from model_zoo.config import TransformerConfig
+from model_zoo.transformer import flops_per_token
 from tools.bench import command as bench
 from tools.bench.data import Table, _markdown_table
-from trainer.config import GeneratorRun, load_recipe
+from trainer.config import GeneratorRun
+from trainer.recipes import load_recipe
 
 REFERENCE_FILE = Path("src/IBQ/modules/transformer/llama.py")
 DTYPES = ("float32", "bfloat16")

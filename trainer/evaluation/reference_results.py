@@ -10,7 +10,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trainer import TrainerError
-from trainer.config import EVALUATION, explain, find_recipe, read_recipe
+from trainer.recipes import EVALUATION, explain, find_recipe, read_recipe
 
 if TYPE_CHECKING:
     from trainer.evaluation.reconstruction import ReconstructionReport

@@ -39,7 +39,7 @@ from trainer.evaluation.reference_results import (
     markdown,
     published_rows,
 )
-from trainer.init_from import read_start
+from trainer.init_from import read_init_record
 from trainer.jobs.resumable import writing
 from trainer.parallel import World, as_trainer_error, run_on_all_ranks, run_on_main, start_world, stop_world
 from trainer.reports.image_grid import EXAMPLE_COUNT, ORDERS, Example, pair, side_by_side
@@ -138,7 +138,7 @@ def evaluate_run(
             "step": _step(checkpoint),
             "fingerprint": fingerprint,  # of all weights, unlike `Tokenizer.fingerprint`
             "weights": held_weights,  # not those asked for: a file without averages gives its only ones
-            "start": read_start(run_of(checkpoint)),
+            "start": read_init_record(run_of(checkpoint)),
             "recipe": recipe,
             "images": opened.path,
             "image_list": image_list_hash(score.key for score in report.images),

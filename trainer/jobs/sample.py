@@ -27,11 +27,12 @@ from model_zoo.io.load import find_checkpoint, stands_alone
 from model_zoo.io.sharded_tensors import run_of
 from model_zoo.sampler import keep_products_in
 from trainer import TrainerError
-from trainer.config import GeneratorRun, load_run_config
+from trainer.config import GeneratorRun
 from trainer.evaluation.run import choose_device
 from trainer.jobs.resumable import check_same, writing
 from trainer.parallel import World, gather_objects, raise_on_all_ranks, run_on_main, start_world, stop_world
 from trainer.precision import autocast_dtype
+from trainer.recipes import load_run_config
 
 SEEDS = "the first 63 bits of SHA-256 of 'SEED CLASS NTH', NTH the image's number among those of its class, from 0"
 MOST_IMAGES = 10_000_000  # of one job

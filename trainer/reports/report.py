@@ -21,7 +21,7 @@ from PIL import Image
 from model_zoo.io.sharded_tensors import ShardedTensors
 from trainer import TrainerError
 from trainer.evaluation.reference_results import MEASURES, format_measured
-from trainer.init_from import read_start
+from trainer.init_from import read_init_record
 from trainer.telemetry import metric_lines
 
 SAMPLE_COUNT = 6
@@ -364,7 +364,7 @@ def _results(run: Path, evaluation: dict | None) -> str:
 
 def _start(run: Path) -> str:
     """Of a run that began from other weights: which, and what validation found then and now."""
-    if (account := read_start(run)) is None:
+    if (account := read_init_record(run)) is None:
         return ""
     kept = {
         None: "Nothing was frozen.",

@@ -15,7 +15,7 @@ from trainer import TrainerError
 from trainer.config import RunConfig
 from trainer.ema import Ema
 from trainer.engines import Engine, build_engine, clip_scale
-from trainer.init_from import Start
+from trainer.init_from import InitRecord
 from trainer.optim import MOMENTS, adam, set_weight_decay
 from trainer.parallel import RowGroups, World, any_rank, mean_over_ranks
 from trainer.precision import LossScale, autocast_dtype
@@ -109,7 +109,7 @@ class Task(ABC):
         """Of the models, what a recipe freezes: engines without an optimiser, by name."""
         return {}
 
-    def begin(self) -> Start | None:
+    def begin(self) -> InitRecord | None:
         """Before a new run's first step: loads the weights that it starts from, if any; all ranks call together."""
         return None
 

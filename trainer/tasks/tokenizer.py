@@ -31,7 +31,7 @@ from trainer import TrainerError
 from trainer.config import TokenizerRun
 from trainer.ema import Ema
 from trainer.engines import Engine, Replicated, Rows
-from trainer.init_from import Start, load_start
+from trainer.init_from import InitRecord, load_init_weights
 from trainer.metrics.codebook import CodebookHealth, CodebookUsage, gaussian_distance, moments
 from trainer.metrics.image import psnr
 from trainer.parallel import World, mean_over_ranks, raise_on_all_ranks, row_groups, sum_over_ranks
@@ -39,7 +39,7 @@ from trainer.precision import LossScale
 from trainer.schedules import ramp
 from trainer.tasks.base import Means, Step, Task, Validation
 
-# What start.freeze keeps as it is -> what the names of its parameters begin with.
+# What init_from.freeze keeps as it is -> what the names of its parameters begin with.
 FROZEN = {"encoder": ("encoder.", "quant_conv.", "quantize."), "decoder": ("decoder.", "post_quant_conv.")}
 ROUNDING = 1e-12  # of the squared mean: features in fp32 that vary by less do not vary
 PICTURES = 8  # validation images whose reconstructions are shown as training goes
@@ -82,9 +82,9 @@ class TokenizerTask(Task):
         # Before they are spread.
         self.parameters = rest + (config.model.codebook_size * config.model.code_dim if codebook else 0)
         # What is frozen is no sharding engine's. It lies whole on every rank (the codebook by rows), without optimiser.
-        names = FROZEN.get(config.start.freeze, ())
+        names = FROZEN.get(config.init_from.freeze, ())
         held = [p.requires_grad_(False) for name, p in self.tokenizer.named_parameters() if name.startswith(names)]
-        self.codes_frozen = config.start.freeze == "encoder"
+        self.codes_frozen = config.init_from.freeze == "encoder"
         self.generator = self.build_generator(self.tokenizer, ignored=[*codebook, *held])
         self.codebook = None
         if codebook:
@@ -409,32 +409,32 @@ class TokenizerTask(Task):
         return Validation({"val/psnr": psnr_mean, "val/l1": l1_mean, "val/usage": usage.usage()}, drawn, [])
 
     def describe(self) -> list[str]:
-        model, start = self.config.model, self.config.start
+        model, init_from = self.config.model, self.config.init_from
         learns = self.tokenizer.quantize.impl and not self.codes_frozen
         rule = model.quantizer + (f" {self.impl()}" if learns else "")
         spread = f", codebook over {self.config.codebook_parallel}" if self.config.codebook_parallel > 1 else ""
-        begun = [f"begun from {start.source} ({start.weights})"] if start.source else []
-        frozen = [f"{start.freeze} frozen"] if start.freeze else []
+        begun = [f"begun from {init_from.source} ({init_from.weights})"] if init_from.source else []
+        frozen = [f"{init_from.freeze} frozen"] if init_from.freeze else []
         return [f"{model.codebook_size} codes of {model.code_dim} ({rule}{spread})", *begun, *frozen]
 
-    def begin(self) -> Start | None:
-        if self.config.start.source is None:
+    def begin(self) -> InitRecord | None:
+        if self.config.init_from.source is None:
             return None
         failed = None
         try:
-            weights, fingerprint = load_start(self.config)
+            weights, fingerprint = load_init_weights(self.config)
         except TrainerError as error:
             failed = str(error)
         raise_on_all_ranks(failed)
         self.fill("tokenizer", weights.tensors)
-        return Start(weights.origin, fingerprint, self.config.start.freeze, self._begin_discriminator(weights))
+        return InitRecord(weights.origin, fingerprint, self.config.init_from.freeze, self._begin_discriminator(weights))
 
     @torch.no_grad()
     def fit(self, micro_batches: Iterable[Tensor]) -> None:
         """``model.codebook_init=features``: the last bias of the encoder takes away the features' mean, then the codes
         are placed among the features. Both are those of the whole global batch."""
         model, quantizer = self.config.model, self.tokenizer.quantize
-        if model.codebook_init != "features" or not self.codebook or self.config.start.source:
+        if model.codebook_init != "features" or not self.codebook or self.config.init_from.source:
             return
         sums = torch.zeros(model.code_dim + 1, model.code_dim + 1, dtype=torch.float64, device=self.world.device)
         for images_bchw in micro_batches:
@@ -467,8 +467,8 @@ class TokenizerTask(Task):
         if not self.discriminator:
             return "none"
         network = self.discriminator.module
-        if not self.config.start.discriminator:
-            return "anew (start.discriminator=false)"
+        if not self.config.init_from.discriminator:
+            return "anew (init_from.discriminator=false)"
         if weights.discriminator is None:
             return "anew (the source has none)"
         try:
@@ -484,7 +484,7 @@ class TokenizerTask(Task):
     def frozen_bytes(self) -> dict[str, int]:
         sizes = {"LPIPS, frozen": sum(p.nbytes for p in self.perceptual.parameters())} if self.perceptual else {}
         if held := [piece for part in self.held_parts().values() for piece in part.weights()]:
-            sizes[f"{self.config.start.freeze}, frozen"] = sum(piece.values.nbytes for piece in held)
+            sizes[f"{self.config.init_from.freeze}, frozen"] = sum(piece.values.nbytes for piece in held)
         return sizes
 
     def buffers(self) -> dict[str, Tensor]:

@@ -10,8 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from model_zoo import ModelError, TokenizerConfig
-from model_zoo.io.sharded_tensors import ShardedTensors, save_shards
-from model_zoo.losses import (
+from model_zoo.config import (
     EntropyLoss,
     GeneratorLoss,
     LecamLoss,
@@ -20,6 +19,7 @@ from model_zoo.losses import (
     QuantizerLoss,
     ReconstructionLoss,
 )
+from model_zoo.io.sharded_tensors import ShardedTensors, save_shards
 from model_zoo.ops import average_entropy
 from model_zoo.quantizers.registry import QUANTIZERS
 from trainer import TrainerError

@@ -9,8 +9,9 @@ import torch
 from torch import nn
 
 from model_zoo import ModelError
-from model_zoo.sampler import Sampler, Sampling
-from model_zoo.transformer import Transformer, TransformerConfig, flops_per_token
+from model_zoo.config import Sampling, TransformerConfig
+from model_zoo.sampler import Sampler
+from model_zoo.transformer import Transformer, flops_per_token
 from tools import cli
 from tools.bench import generator as bench_generator
 from tools.bench import generator_rows as bench_generator_rows

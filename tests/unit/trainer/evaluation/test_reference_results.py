@@ -2,7 +2,6 @@ import pytest
 import yaml
 
 from trainer import TrainerError
-from trainer.config import EVALUATION, load_recipe, recipe_paths
 from trainer.evaluation.reference_results import (
     MEASURES,
     EvaluationRecipe,
@@ -13,6 +12,7 @@ from trainer.evaluation.reference_results import (
     published_rows,
     seconds_line,
 )
+from trainer.recipes import EVALUATION, load_recipe, recipe_paths
 
 RECIPES = recipe_paths([EVALUATION])
 
