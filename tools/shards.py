@@ -280,7 +280,7 @@ def audit(run: Annotated[Path, typer.Argument(help="Folder of a run that was tra
 
     Example: ibq shards audit runs/mine
     """
-    from trainer.prefetch import read_audit
+    from trainer.audit import read_audit
 
     seen: dict[tuple[str, int], Counter] = {}
     steps = set()

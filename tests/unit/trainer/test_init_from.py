@@ -21,9 +21,9 @@ from trainer.config import (
 )
 from trainer.init_from import InitRecord, load_init_weights, read_init_record, save_init_record
 from trainer.jobs.export import export
-from trainer.loop import plan_batch, resume
 from trainer.recipes import load_recipe, load_run_config, save_config
 from trainer.reports.report import write_report
+from trainer.start_plan import plan_batch, resume
 from trainer.tasks.tokenizer import FROZEN, TokenizerTask
 
 MODEL = TokenizerConfig(

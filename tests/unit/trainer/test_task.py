@@ -31,7 +31,7 @@ from trainer.config import (
     TokenizerRun,
     TokenizerTrainerConfig,
 )
-from trainer.loop import plan_batch
+from trainer.start_plan import plan_batch
 from trainer.tasks import tokenizer as task_module
 from trainer.tasks.tokenizer import TokenizerTask, frozen
 
