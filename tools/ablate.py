@@ -37,7 +37,6 @@ def ablate(
     Example: ibq ablate quantizers data.train=tars data.val=imagenet/val --launch 'torchrun --nproc-per-node 8'
     """
     from trainer import TrainerError
-    from trainer.config import load_recipe
     from trainer.files import writing
     from trainer.jobs.ablation import (
         cells_of,
@@ -48,6 +47,7 @@ def ablate(
         mark_evaluated,
         write_table,
     )
+    from trainer.recipes import load_recipe
 
     ablation = load_ablation(table)
     out = out or Path("runs") / Path(table).stem

@@ -27,9 +27,10 @@ from model_zoo.eval_nets.lpips import lpips_on_meta
 from model_zoo.ops import CodebookShard
 from model_zoo.quantizers import base as quantizer_base
 from trainer import TrainerError
-from trainer.config import GeneratorRun, RunConfig, load_recipe
+from trainer.config import GeneratorRun, RunConfig
 from trainer.engines import Engine
 from trainer.parallel import World
+from trainer.recipes import load_recipe
 from trainer.start_plan import plan_batch
 from trainer.tasks import Task, make_task
 from trainer.tasks import tokenizer as tokenizer_task
@@ -247,7 +248,7 @@ def _mesh(config: RunConfig, processes: int, plan: RankPlan) -> list[list[str]]:
     main = next(iter(plan.networks))
     if engine.kind == "deepspeed":
         lines.append([main, f"deepspeed {engine.config} over {processes}"])
-    elif engine.kind == "replicated":
+    elif engine.kind == "ddp":
         lines.append([main, f"whole on each of {processes}"])
     else:
         shards = len(plan.fsdp_shard)

@@ -8,11 +8,12 @@ from model_zoo import ModelError
 from model_zoo.io.sharded_tensors import ShardedTensors, run_of
 from trainer import TrainerError
 from trainer.checkpoint import checkpoint_folders, find_checkpoint, load_state
-from trainer.config import GeneratorRun, RunConfig, load_run_config, save_config
-from trainer.init_from import Start, save_start
+from trainer.config import GeneratorRun, RunConfig
+from trainer.init_from import InitRecord, save_init_record
 from trainer.model_state import ModelState
 from trainer.parallel import World, raise_on_all_ranks, run_on_main
 from trainer.randomness import restore_random_state
+from trainer.recipes import load_run_config, save_config
 from trainer.telemetry import metric_lines, scanning
 
 
@@ -110,7 +111,7 @@ def restore(plan: StartPlan, models: ModelState, world: World) -> None:
     raise_on_all_ranks(failed)
 
 
-def open_folder(config: RunConfig, plan: StartPlan, init_from: Start | None) -> None:
+def open_folder(config: RunConfig, plan: StartPlan, init_from: InitRecord | None) -> None:
     """Creates the run's folder, where it is new, and writes the configuration and what the weights start from. Raises
     TrainerError where the folder holds another run or cannot be written."""
     run = Path(config.run)
@@ -126,7 +127,7 @@ def open_folder(config: RunConfig, plan: StartPlan, init_from: Start | None) -> 
             f"cannot write the run folder {run}: {error.strerror}; choose another with run=FOLDER"
         ) from error
     if init_from:
-        save_start(run, init_from)
+        save_init_record(run, init_from)
 
 
 def run_folder(source: Path) -> Path:

@@ -10,9 +10,9 @@ from pathlib import Path
 
 import torch
 
-from trainer.config import load_recipe
 from trainer.dry_run import networks_held
 from trainer.parallel import start_world, stop_world
+from trainer.recipes import load_recipe
 from trainer.start_plan import plan_batch
 from trainer.tasks.tokenizer import TokenizerTask
 

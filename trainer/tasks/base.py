@@ -13,7 +13,7 @@ from data import Batch
 from trainer import TrainerError
 from trainer.config import RunConfig
 from trainer.engines import Engine, build_engine, clip_scale
-from trainer.init_from import Start
+from trainer.init_from import InitRecord
 from trainer.model_state import ModelState
 from trainer.optim import adam, set_weight_decay
 from trainer.parallel import RowGroups, World, any_rank, mean_over_ranks
@@ -94,7 +94,7 @@ class Task(ABC):
         """Bytes of the networks that are not trained, by a name to print."""
         return {}
 
-    def load_initial_weights(self) -> Start | None:
+    def load_initial_weights(self) -> InitRecord | None:
         """Loads the weights that a new run starts from, if the recipe names any; all ranks call together."""
         return None
 

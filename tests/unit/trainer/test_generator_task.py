@@ -14,7 +14,7 @@ from model_zoo import Tokenizer, TokenizerConfig
 from model_zoo.io.sharded_tensors import ShardedTensors, save_shards
 from model_zoo.transformer import flops_per_token
 from trainer import TrainerError
-from trainer.config import load_recipe
+from trainer.recipes import load_recipe
 from trainer.start_plan import plan_batch
 from trainer.tasks import generator as task_module
 from trainer.tasks.generator import Codes, GeneratorTask
