@@ -11,10 +11,11 @@ from model_zoo.errors import ModelError
 # Where each public name is defined. Names are imported at first use, so that importing one part of the package does
 # not import all of it.
 _DEFINED_IN = {
+    "model_zoo.config": ("Sampling", "TokenizerConfig", "TransformerConfig"),
     "model_zoo.io.load": ("load_generator", "load_tokenizer"),
-    "model_zoo.sampler": ("Sampler", "Sampling"),
-    "model_zoo.tokenizer": ("Tokenizer", "TokenizerConfig"),
-    "model_zoo.transformer": ("Transformer", "TransformerConfig"),
+    "model_zoo.sampler": ("Sampler",),
+    "model_zoo.tokenizer": ("Tokenizer",),
+    "model_zoo.transformer": ("Transformer",),
 }
 _MODULE_OF = {name: module for module, names in _DEFINED_IN.items() for name in names}
 

@@ -3,94 +3,16 @@
 Sources: arXiv 2412.02692 (eq. 12 and the entropy penalty), VQGAN (arXiv 2012.09841), LeCAM (arXiv 2104.03310).
 """
 
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model_zoo.config import EntropyLoss, QuantizerLoss
 from model_zoo.ops.codebook_parallel import sum_over_shards
 from model_zoo.ops.types import AVERAGE_ENTROPY_EPSILON, average_entropy
 from model_zoo.quantizers.base import Quantized
-
-
-@dataclass
-class ReconstructionLoss:
-    """Mean absolute error on [-1, 1]."""
-
-    weight: float = 1.0
-
-
-@dataclass
-class PerceptualLoss:
-    """LPIPS with VGG16. The user supplies the weights file: a path here, or a file in torch's cache."""
-
-    weight: float = 1.0
-    vgg16_weights: str | None = None
-
-
-@dataclass
-class GeneratorLoss:
-    """The generator's adversarial term."""
-
-    weight: float = 0.1
-    kind: str = "non_saturating"
-    # VQGAN's adaptive weight: weight x |grad of reconstruction| / |grad of this term| at the last layer, capped.
-    adaptive: bool = False
-    adaptive_cap: float = 1e4
-    # First step of the term (None: that of the discriminator), and steps over which it ramps from 0 to its weight.
-    start_step: int | None = None
-    ramp_steps: int = 0
-
-
-@dataclass
-class DiscriminatorLoss:
-    """The discriminator's loss, ``hinge`` or ``vanilla``; the discriminator is trained from ``start_step`` on."""
-
-    kind: str = "hinge"
-    start_step: int = 0
-
-
-@dataclass
-class LecamLoss:
-    """LeCAM regularisation of the discriminator."""
-
-    weight: float = 0.05
-    decay: float = 0.999
-
-
-@dataclass
-class QuantizerLoss:
-    """VQ losses. ``form`` selects the term that beta multiplies; see `quantizer_loss`."""
-
-    weight: float = 1.0
-    form: str = "reference"
-    beta: float = 0.25
-    double_quantization_weight: float = 1.0
-
-
-@dataclass
-class EntropyLoss:
-    """weight x (sample_weight x sample entropy - average_weight x average entropy)."""
-
-    weight: float = 0.05
-    temperature: float = 0.01
-    sample_weight: float = 1.0
-    average_weight: float = 1.0
-
-
-@dataclass
-class LossConfig:
-    """All loss terms of tokenizer training; the defaults are the published ones."""
-
-    reconstruction: ReconstructionLoss = field(default_factory=ReconstructionLoss)
-    perceptual: PerceptualLoss = field(default_factory=PerceptualLoss)
-    generator: GeneratorLoss = field(default_factory=GeneratorLoss)
-    discriminator: DiscriminatorLoss = field(default_factory=DiscriminatorLoss)
-    lecam: LecamLoss = field(default_factory=LecamLoss)
-    quantizer: QuantizerLoss = field(default_factory=QuantizerLoss)
-    entropy: EntropyLoss = field(default_factory=EntropyLoss)
 
 
 def hinge_discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:

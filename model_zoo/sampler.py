@@ -6,7 +6,6 @@ rows without it.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model_zoo.config import Sampling
 from model_zoo.errors import ModelError
 from model_zoo.transformer import BlockCache, DecodePosition, Head, Transformer
 
@@ -27,41 +27,9 @@ BUCKET = 64  # with static shapes, the number of cached positions that attention
 WARM_UP_STEPS = 3  # before a capture, as PyTorch's documentation recommends
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How codes are sampled from the logits. The steps, in order:
-
-    guidance: classifier-free guidance (arXiv 2207.12598), ``uncond + s_t (cond - uncond)`` with
-        ``s_t = 1 + (guidance - 1) f(x)`` and f from `SCHEDULES`; 1 disables it.
-    temperature: divides the logits.
-    top_k: keeps the k likeliest codes; 0 keeps all.
-    top_p: keeps the fewest codes whose total probability reaches top_p; 1 keeps all.
-
-    Raises ModelError for values out of range.
-    """
-
-    temperature: float = 1.0
-    guidance: float = 1.0
-    guidance_schedule: str = "constant"
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def __post_init__(self):
-        if not 0 < self.temperature < math.inf:
-            raise ModelError(f"temperature {self.temperature} must be above 0 and finite")
-        if not 0 <= self.guidance < math.inf:
-            raise ModelError(f"guidance {self.guidance} must be at least 0 and finite; 1 is none")
-        if self.guidance_schedule not in SCHEDULES:
-            known = ", ".join(SCHEDULES)
-            raise ModelError(f"unknown guidance schedule {self.guidance_schedule!r}: choose one of {known}")
-        if self.top_k < 0:
-            raise ModelError(f"top_k {self.top_k} must be at least 0; 0 takes all codes")
-        if not 0 < self.top_p <= 1:
-            raise ModelError(f"top_p {self.top_p} must be above 0 and at most 1; 1 takes all codes")
-
-    def guidance_t(self, tokens: int) -> Tensor:
-        """s_t of each position, in fp32 on the CPU."""
-        return 1 + (self.guidance - 1) * SCHEDULES[self.guidance_schedule](torch.linspace(0, 1, tokens))
+def guidance_scale_t(settings: Sampling, tokens: int) -> Tensor:
+    """s_t of each position (see `Sampling`), in fp32 on the CPU."""
+    return 1 + (settings.guidance - 1) * SCHEDULES[settings.guidance_schedule](torch.linspace(0, 1, tokens))
 
 
 def draw(logits_bv: Tensor, uniform_b: Tensor, settings: Sampling) -> Tensor:
@@ -214,7 +182,7 @@ class Sampler:
         self.state = SamplerState(
             class_n=torch.full((n,), config.classes, device=device),
             uniform_bt=torch.zeros(b, config.tokens, dtype=torch.float64, device=device),
-            guidance_t=settings.guidance_t(config.tokens).to(device),
+            guidance_t=guidance_scale_t(settings, config.tokens).to(device),
             position=torch.zeros(1, dtype=torch.int64, device=device),
             codes_bt=torch.zeros(b, config.tokens, dtype=torch.int64, device=device),
             finite_b=torch.ones(b, dtype=torch.bool, device=device),

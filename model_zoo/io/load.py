@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
+from model_zoo.config import TokenizerConfig, TransformerConfig
 from model_zoo.errors import ModelError
 from model_zoo.io.export_format import is_export, read_export, weights_in_export
 from model_zoo.io.hub import download, is_hub_name
@@ -17,8 +18,8 @@ from model_zoo.io.published_ckpt import is_published, open_published, read_publi
 from model_zoo.io.run_layout import checkpoint_step, run_folder
 from model_zoo.io.sharded_tensors import ShardedTensors
 from model_zoo.io.weights import KINDS, SETS, Average, Weights, check_names
-from model_zoo.tokenizer import Tokenizer, TokenizerConfig
-from model_zoo.transformer import Transformer, TransformerConfig, rope_table
+from model_zoo.tokenizer import Tokenizer
+from model_zoo.transformer import Transformer, rope_table
 
 Model = TypeVar("Model", bound=nn.Module)
 

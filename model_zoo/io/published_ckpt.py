@@ -18,11 +18,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from model_zoo.config import TokenizerConfig, TransformerConfig
 from model_zoo.discriminator import PatchDiscriminator
 from model_zoo.errors import ModelError
 from model_zoo.io.weights import Average, Weights, check_names
-from model_zoo.tokenizer import Tokenizer, TokenizerConfig
-from model_zoo.transformer import Transformer, TransformerConfig
+from model_zoo.tokenizer import Tokenizer
+from model_zoo.transformer import Transformer
 
 FIRST_STAGE, EMA = "first_stage_model.", "model_ema."
 KEYS = (  # pattern of a key, whose group is our name -> the kind of model, and the field of `Part`
