@@ -19,7 +19,7 @@ from model_zoo.io.load import find_checkpoint
 from trainer import TrainerError
 from trainer.config import RunConfig
 from trainer.jobs.resumable import check_same
-from trainer.recipes import ABLATIONS, explain, find_recipe, leaves, load_recipe, load_run_config, read_recipe
+from trainer.recipes import ABLATIONS, explain, find_recipe, leaves, load_recipe, load_run_config, read_recipe, renamed
 from trainer.telemetry import metric_lines
 
 CURVES = {
@@ -73,6 +73,8 @@ def load_ablation(name: str) -> Ablation:
         raise TrainerError(f"{path}: {explain(error, schema)}") from error
     if not ablation.rows:
         raise TrainerError(f"{path} has no rows")
+    for table in (ablation, *ablation.rows.values()):
+        table.set = list(map(renamed, table.set))
     if ablation.recipe.endswith((".yaml", ".yml")):
         ablation.recipe = str(path.parent / ablation.recipe)
     return ablation
