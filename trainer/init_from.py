@@ -12,7 +12,7 @@ from model_zoo.io.load import read_weights
 from model_zoo.io.weights import Weights, check_names
 from trainer import TrainerError
 from trainer.config import TokenizerRun
-from trainer.jobs.resumable import writing
+from trainer.files import writing
 from trainer.telemetry import metric_lines
 
 FILE, FORMER_FILE = "init_from.json", "start.json"  # in a run's folder; the former one is still read

@@ -21,9 +21,10 @@ from trainer.config import (
 )
 from trainer.init_from import InitRecord, load_init_weights, read_init_record, save_init_record
 from trainer.jobs.export import export
+from trainer.loop import resume
 from trainer.recipes import load_recipe, load_run_config, save_config
 from trainer.reports.report import write_report
-from trainer.start_plan import plan_batch, resume
+from trainer.start_plan import plan_batch
 from trainer.tasks.tokenizer import FROZEN, TokenizerTask
 
 MODEL = TokenizerConfig(
@@ -72,9 +73,9 @@ def write_run(task, folder):
     checkpoint.mkdir(parents=True)
     save_config(task.config, folder / "config.yaml")
     # Copies, as `Checkpoints` takes them: what is frozen is weight and average at once.
-    pieces = [piece._replace(values=piece.values.clone()) for piece in task.pieces()]
+    pieces = [piece._replace(values=piece.values.clone()) for piece in task.state.tensors()]
     save_shards(checkpoint / "rank_00000.safetensors", pieces)
-    (checkpoint / "state.json").write_text(json.dumps({"step": 3, "task": task.state()}))
+    (checkpoint / "state.json").write_text(json.dumps({"step": 3, "task": task.state.numbers()}))
     (folder / "checkpoints/latest").write_text(checkpoint.name)
     return folder
 
@@ -117,7 +118,7 @@ def equal(first, second):
 
 def held(task, kind):
     """What a checkpoint of the task holds of its tokenizer."""
-    named = {piece.name: piece for piece in task.pieces() if piece.name.startswith(f"{kind}/")}
+    named = {piece.name: piece for piece in task.state.tensors() if piece.name.startswith(f"{kind}/")}
     return {name.removeprefix(f"{kind}/"): piece.values.view(piece.shape).clone() for name, piece in named.items()}
 
 
@@ -132,7 +133,7 @@ def test_weights_come_from_every_source_and_the_average_begins_with_them(build, 
         expected.state_dict(), load_tokenizer(sources["run"], "raw" if weights == "ema" else "ema").state_dict()
     )
     task = build(init_from=InitFromConfig(str(sources[kind]), weights))
-    record = task.begin()
+    record = task.load_initial_weights()
     assert record.fingerprint == expected.fingerprint()
     assert str(sources[kind]) in record.origin and weights in record.origin
     for found in (held(task, "tokenizer"), held(task, "tokenizer_ema"), task.tokenizer.state_dict()):
@@ -141,7 +142,7 @@ def test_weights_come_from_every_source_and_the_average_begins_with_them(build, 
 
 def test_the_first_loss_is_that_of_the_loaded_weights(build, run):
     task = build(init_from=InitFromConfig(str(run)))
-    task.begin()
+    task.load_initial_weights()
     scalars = task.step([images(9)], 0).scalars
     images_bchw = images(9).float() / 127.5 - 1
     with torch.no_grad():
@@ -152,10 +153,11 @@ def test_the_first_loss_is_that_of_the_loaded_weights(build, run):
 
 def test_all_but_the_weights_begins_anew(build, run):
     task, scratch = build(init_from=InitFromConfig(str(run))), build()
-    task.begin()
-    assert task.state() == scratch.state()
-    assert not any(values.any() for engine in task.engines().values() for values in engine.moments("exp_avg"))
-    found, fresh = ({name: value for name, value in of.buffers().items()} for of in (task, scratch))
+    task.load_initial_weights()
+    assert task.state.numbers() == scratch.state.numbers()
+    engines = [network.engine for network in task.state.trained.values()]
+    assert not any(values.any() for engine in engines for values in engine.moments("exp_avg"))
+    found, fresh = ({name: value for name, value in of.state.buffers().items()} for of in (task, scratch))
     for name in fresh:
         assert name.startswith("discriminator/") or torch.equal(found[name], fresh[name])
 
@@ -163,7 +165,7 @@ def test_all_but_the_weights_begins_anew(build, run):
 def test_without_a_source_nothing_is_loaded(build):
     task = build()
     before = held(task, "tokenizer")
-    assert task.begin() is None
+    assert task.load_initial_weights() is None
     assert equal(held(task, "tokenizer"), before)
 
 
@@ -173,10 +175,10 @@ def test_without_a_source_nothing_is_loaded(build):
 @pytest.mark.parametrize("kind", ["run", "published", "export"])
 def test_the_discriminator_is_the_sources_with_its_statistics(build, sources, kind):
     task = build(init_from=InitFromConfig(str(sources[kind])))
-    assert task.begin().discriminator == "the source's"
+    assert task.load_initial_weights().discriminator == "the source's"
     saved = ShardedTensors(sources["run"] / "checkpoints/step_00000003").tensors("discriminator/")
     assert any("running_mean" in name for name in saved)
-    assert equal(task.discriminator.module.state_dict(), saved)
+    assert equal(task.adversary.engine.module.state_dict(), saved)
 
 
 @pytest.mark.parametrize(
@@ -190,16 +192,19 @@ def test_the_discriminator_is_the_sources_with_its_statistics(build, sources, ki
 def test_another_discriminator_begins_anew_and_it_is_said(build, run, changes, said):
     init_from = InitFromConfig(str(run), **changes.pop("init_from", {}))
     task = build(init_from=init_from, **changes)
-    fresh = build(**changes).discriminator.module.state_dict()
-    found = task.begin().discriminator
+    fresh = build(**changes).adversary.engine.module.state_dict()
+    found = task.load_initial_weights().discriminator
     assert found.startswith("anew") and said in found
-    assert equal(task.discriminator.module.state_dict(), fresh)
+    assert equal(task.adversary.engine.module.state_dict(), fresh)
 
 
 def test_a_source_without_a_discriminator_is_said_to_have_none(build, run, published):
     state = torch.load(published)["state_dict"]
     torch.save({"state_dict": {n: t for n, t in state.items() if "discriminator" not in n}}, published)
-    assert build(init_from=InitFromConfig(str(published))).begin().discriminator == "anew (the source has none)"
+    assert (
+        build(init_from=InitFromConfig(str(published))).load_initial_weights().discriminator
+        == "anew (the source has none)"
+    )
 
 
 # ----------------------------------------------------------------------------------------------------------- freezing
@@ -220,7 +225,7 @@ def test_what_is_frozen_stays_to_the_bit_and_the_rest_learns(build, run, freeze,
     task = build(
         model=replace(MODEL, quantizer=quantizer), trainer=trainer, init_from=InitFromConfig(str(source), freeze=freeze)
     )
-    task.begin()
+    task.load_initial_weights()
     before = held(task, "tokenizer")
     for step in range(3):
         task.step(list(images(step).chunk(2)) if batch else [images(step)], step)
@@ -231,20 +236,21 @@ def test_what_is_frozen_stays_to_the_bit_and_the_rest_learns(build, run, freeze,
             stays = name.startswith(FROZEN[freeze]) or name.endswith(".k.bias")  # whose gradient is 0
             assert stays or not torch.equal(tensor, before[name]), name
             assert not name.startswith(FROZEN[freeze]) or torch.equal(tensor, before[name]), name
-    with_moments = {piece.name.split("/")[1] for piece in task.pieces() if piece.name.startswith("tokenizer.exp_avg/")}
+    names = [shard.name for shard in task.state.tensors()]
+    with_moments = {name.split("/")[1] for name in names if name.startswith("tokenizer.exp_avg/")}
     assert with_moments == {name for name in before if not name.startswith(FROZEN[freeze])}
 
 
 def test_a_frozen_encoder_costs_no_assignment_no_graph_and_no_term_of_the_quantizer(build, run, monkeypatch):
     task = build(init_from=InitFromConfig(str(run), freeze="encoder"))
-    task.begin()
+    task.load_initial_weights()
     quantizer = task.tokenizer.quantize
 
     def refuse(*_):
         raise AssertionError("the soft assignment was computed")
 
     monkeypatch.setattr(quantizer, "assign", refuse)
-    output = task._generate(images().float() / 127.5 - 1)
+    output = task._forward(images().float() / 127.5 - 1)
     assert not output.quantized.quantized_bdhw.requires_grad and output.reconstruction_bchw.requires_grad
     scalars = task.step([images()], 0).scalars
     assert not any("entropy" in name or "codebook" in name or "double" in name for name in scalars)
@@ -262,14 +268,14 @@ def test_a_frozen_encoder_leaves_the_decoder_the_gradient_that_it_has_in_the_who
     gradients = []
     for freeze in (None, "encoder"):
         task = build(init_from=InitFromConfig(str(run), freeze=freeze))
-        task.begin()
-        step, seen = task.generator.step, {}
+        task.load_initial_weights()
+        step, seen = task.main_engine.step, {}
 
         def look(*arguments, task=task, step=step, seen=seen):
             seen |= {name: p.grad.clone() for name, p in task.tokenizer.decoder.named_parameters()}
             return step(*arguments)
 
-        task.generator.step = look
+        task.main_engine.step = look
         task.step([images()], 0)
         gradients.append(seen)
     for name, gradient in gradients[0].items():
@@ -280,7 +286,7 @@ def test_lfq_which_has_no_codebook_can_be_frozen_too(build, tmp_path):
     model = replace(MODEL, quantizer="lfq", codebook_size=64)
     source = write_run(build(model=model, seed=3), tmp_path / "source")
     task = build(model=model, init_from=InitFromConfig(str(source), freeze="encoder"))
-    task.begin()
+    task.load_initial_weights()
     before = load_tokenizer(source)
     task.step([images()], 0)
     assert task.tokenizer.fingerprint() == before.fingerprint()
@@ -290,15 +296,16 @@ def test_lfq_which_has_no_codebook_can_be_frozen_too(build, tmp_path):
 def test_a_checkpoint_with_frozen_parts_is_a_whole_tokenizer_and_resumes(build, run, tmp_path):
     settings = dict(init_from=InitFromConfig(str(run), freeze="encoder"))
     task = build(**settings)
-    task.begin()
+    task.load_initial_weights()
     task.step([images(1)], 0)
     folder = write_run(task, tmp_path / "tuned")
     assert load_tokenizer(folder).fingerprint() == load_tokenizer(run).fingerprint()
     resumed = build(**settings)
-    resumed.load(ShardedTensors(folder / "checkpoints/step_00000003"), json.loads(json.dumps(task.state())))
+    files, numbers = ShardedTensors(folder / "checkpoints/step_00000003"), json.dumps(task.state.numbers())
+    resumed.state.load(files, json.loads(numbers))
     for of in (task, resumed):
         of.step([images(2)], 1)
-    first, second = ({piece.name: piece.values for piece in of.pieces()} for of in (task, resumed))
+    first, second = ({piece.name: piece.values for piece in of.state.tensors()} for of in (task, resumed))
     assert equal(first, second)
 
 
@@ -306,7 +313,7 @@ def test_what_is_frozen_is_counted_as_such(build, run):
     task = build(init_from=InitFromConfig(str(run), freeze="encoder"))
     frozen = [p for name, p in task.tokenizer.named_parameters() if name.startswith(FROZEN["encoder"])]
     assert task.frozen_bytes() == {"encoder, frozen": sum(p.nbytes for p in frozen)}
-    assert "encoder frozen" in task.describe() and "codebook" not in task.engines()
+    assert "encoder frozen" in task.describe() and "codebook" not in task.state.trained
 
 
 def test_few_codes_of_a_frozen_encoder_are_no_alarm(build, run):
@@ -337,7 +344,7 @@ def test_a_source_that_is_missing_or_holds_no_such_weights(build, run, tmp_path)
     (generator / "checkpoints/step_00000001").mkdir(parents=True)
     save_config(GeneratorRun(), generator / "config.yaml")
     (generator / "checkpoints/latest").write_text("step_00000001")
-    piece = build().pieces()[0]._replace(name="generator/head.weight")
+    piece = build().state.tensors()[0]._replace(name="generator/head.weight")
     save_shards(generator / "checkpoints/step_00000001/rank_00000.safetensors", [piece])
     assert "is of a generator's run" in refused(
         load_init_weights, tiny_config(init_from=InitFromConfig(str(generator)))
@@ -419,12 +426,12 @@ def test_the_record_has_the_first_and_the_last_validation(run):
         "now": {"step": 10, "psnr": 21.5, "l1": 0.1, "usage": 0.5},
     }
     page = write_report(run).read_text()
-    for text in ("What it started from", RECORD.origin, RECORD.fingerprint, "stay valid", "20.00", "21.50", "0.1000"):
+    for text in ("Initial weights", RECORD.origin, RECORD.fingerprint, "stay valid", "20.00", "21.50", "0.1000"):
         assert text in page
 
 
 def test_a_run_from_scratch_has_no_such_section_and_one_without_validation_says_so(run):
-    assert "What it started from" not in write_report(run).read_text()
+    assert "Initial weights" not in write_report(run).read_text()
     save_init_record(run, RECORD)
     assert "it was not validated" in write_report(run).read_text()
 
