@@ -201,10 +201,8 @@ def test_another_discriminator_begins_anew_and_it_is_said(build, run, changes, s
 def test_a_source_without_a_discriminator_is_said_to_have_none(build, run, published):
     state = torch.load(published)["state_dict"]
     torch.save({"state_dict": {n: t for n, t in state.items() if "discriminator" not in n}}, published)
-    assert (
-        build(init_from=InitFromConfig(str(published))).load_initial_weights().discriminator
-        == "anew (the source has none)"
-    )
+    task = build(init_from=InitFromConfig(str(published)))
+    assert task.load_initial_weights().discriminator == "anew (the source has none)"
 
 
 # ----------------------------------------------------------------------------------------------------------- freezing
