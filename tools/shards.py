@@ -173,10 +173,11 @@ def stats(
 
     Example: ibq shards stats shards/photos --picture photos.png
     """
+    from data.config import SourceConfig
     from data.errors import DataError
     from data.parallel import cores
     from data.prep.stats import count
-    from data.sources import SourceConfig, catalogue, open_source
+    from data.sources import catalogue, open_source
 
     if source is not None and source not in catalogue():
         raise DataError(f"data/sources.yaml has no {source}: choose one of {', '.join(catalogue())}")

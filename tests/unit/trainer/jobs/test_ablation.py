@@ -71,6 +71,15 @@ def test_the_commands_settings_win_over_the_rows_and_those_over_the_tables(tmp_p
     assert slow.run == tmp_path / "slow_1" / "seed_0"
 
 
+def test_former_names_in_a_table_are_read_as_the_new_ones(tmp_path):
+    former = TWO_ROWS.replace("optimizer.lr=1e-3", "engine.kind=replicated").replace(
+        "optimizer.lr=1e-6", "start.source=a"
+    )
+    _, slow = cells_of(load_ablation(table(tmp_path, former)), None, [0], [], tmp_path)
+    config = load_recipe("debug", slow.overrides)
+    assert (config.engine.kind, config.init_from.source) == ("ddp", "a")
+
+
 def test_figures_are_means_and_spreads_over_seeds(tmp_path):
     ablation = load_ablation(table(tmp_path, TWO_ROWS))
     cells = cells_of(ablation, None, [0, 1, 2], [], tmp_path)
