@@ -37,17 +37,17 @@ def ablate(
     Example: ibq ablate quantizers data.train=tars data.val=imagenet/val --launch 'torchrun --nproc-per-node 8'
     """
     from trainer import TrainerError
-    from trainer.config import load_recipe
+    from trainer.files import writing
     from trainer.jobs.ablation import (
         cells_of,
-        is_judged,
+        existing_seeds,
+        is_evaluated,
         is_trained,
         load_ablation,
-        note_judged,
-        seeds_there,
+        mark_evaluated,
         write_table,
     )
-    from trainer.jobs.resumable import writing
+    from trainer.recipes import load_recipe
 
     ablation = load_ablation(table)
     out = out or Path("runs") / Path(table).stem
@@ -58,7 +58,7 @@ def ablate(
     named = [row.strip() for row in rows.split(";")] if rows else None
     cells = cells_of(ablation, named, numbers, overrides or [], out)
     # The table shows all finished cells, whichever rows are asked for. Checks everything before training starts.
-    table_cells = cells_of(ablation, None, sorted({*numbers, *seeds_there(out)}), overrides or [], out)
+    table_cells = cells_of(ablation, None, sorted({*numbers, *existing_seeds(out)}), overrides or [], out)
     for cell in cells:
         load_recipe(ablation.recipe, cell.overrides)
     for cell in table_cells:
@@ -77,21 +77,21 @@ def ablate(
                 raise TrainerError(f"row {cell.row!r}, seed {cell.seed}, ended with status {status}: see above")
         if of_cell:
             with writing(out):
-                note_judged(cell, judge)
+                mark_evaluated(cell, judge)
     with writing(out):
-        written = write_table(ablation, [cell for cell in table_cells if is_judged(cell, judge)], out)
+        written = write_table(ablation, [cell for cell in table_cells if is_evaluated(cell, judge)], out)
     typer.echo("\n".join([written[1].read_text(), *map(str, written)]))
 
 
 def _commands(ablation, cell, launcher: list[str], judge: str, options: list[str]) -> Iterator[list[str]]:
     """The commands that a cell still needs: training, then evaluation."""
-    from trainer.jobs.ablation import is_begun, is_judged, is_trained
+    from trainer.jobs.ablation import is_begun, is_evaluated, is_trained
 
     trained = is_trained(ablation, cell)
     if not trained:
         arguments = ["--resume", str(cell.run)] if is_begun(cell) else [ablation.recipe, *cell.overrides]
         yield [*launcher, "-m", "trainer", *arguments]
-    if not trained or not is_judged(cell, judge):
+    if not trained or not is_evaluated(cell, judge):
         report = ["--report", str(cell.report)]
         yield [*launcher, "-m", "tools", "evaluate", "reconstruction", str(cell.run), *report, *options]
 

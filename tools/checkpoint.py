@@ -86,5 +86,5 @@ def info_command(
 
 
 def _print(made) -> None:
-    for line in (*made.account, f"written: {made.out}"):
+    for line in (*made.summary, f"written: {made.out}"):
         typer.echo(line)

@@ -207,7 +207,7 @@ def check_torch() -> Iterator[Finding]:
         yield Finding("bf16", OK, "on CPU; slow if the processor emulates it")
 
     if not torch.distributed.is_available():
-        fix = "install a torch built with it; one process can train without, with engine.kind=replicated"
+        fix = "install a torch built with it; one process can train without, with engine.kind=ddp"
         yield Finding("torch.distributed", PROBLEM, "not in this torch", fix)
         return
     gloo = torch.distributed.is_gloo_available()

@@ -10,7 +10,7 @@ from tools.console import counted, print_table, progress
 from tools.options import BatchSize, Device, Tokenizer, Weights
 
 if TYPE_CHECKING:
-    from trainer.evaluation.run import EvaluatedRun
+    from trainer.evaluation.reconstruction_report import EvaluatedRun
 
 app = typer.Typer(no_args_is_help=True, help="Evaluate a trained tokenizer or generator.")
 app.command("generation")(evaluate_generation.generation)
@@ -87,9 +87,9 @@ def evaluate_and_print(run: Path, **options) -> None:
     """Evaluates a tokenizer with a progress bar and prints the tables. Rewrites the run's report.html if the results
     went into the run's report.
 
-    options: of `trainer.evaluation.run.evaluate_run`.
+    options: of `trainer.evaluation.evaluate_run.evaluate_run`.
     """
-    from trainer.evaluation.run import RUN_REPORT, evaluate_run
+    from trainer.evaluation.evaluate_run import RUN_REPORT, evaluate_run
     from trainer.reports.report import write_report
 
     with progress("images evaluated") as on_progress:
@@ -103,17 +103,18 @@ def evaluate_and_print(run: Path, **options) -> None:
 
 def print_report(evaluated: "EvaluatedRun") -> None:
     """Results beside baselines and published ones, warnings, what was not measured, and where the files are."""
-    from trainer.evaluation.reference_results import MEASURES, crop_of, figure_rows, seconds_line
+    from trainer.evaluation.reconstruction_report import figure_rows
+    from trainer.reports.measures import MEASURES, describe_crop, describe_seconds
 
     report = evaluated.report
-    title = f"Reconstruction of {report.image_count:,} images, {crop_of(evaluated.manifest)}"
+    title = f"Reconstruction of {report.image_count:,} images, {describe_crop(evaluated.provenance)}"
     print_table(f"{title} (protocol: {report.protocol})", figure_rows(report))
     factor = report.downsampling_factor
     typer.echo(
         f"palette: {report.codebook_size:,} colours fitted to these images, one per {factor}x{factor} patch: "
         "the same bits per token as the tokenizer."
     )
-    if evaluated.manifest["recipe"] and len(evaluated.comparison) > 2:
+    if evaluated.provenance["recipe"] and len(evaluated.comparison) > 2:
         print_table("Beside published results", evaluated.comparison)
         for difference in evaluated.differences:
             typer.echo(f"differs from the published protocol: {difference}")
@@ -127,6 +128,6 @@ def print_report(evaluated: "EvaluatedRun") -> None:
     if report.skipped:
         skipped = counted(len(report.skipped), "image")
         typer.echo(f"{skipped} skipped (unreadable or too small), the first: {report.skipped[0]}")
-    typer.echo(f"seconds: {seconds_line(evaluated.manifest['seconds'])}")
+    typer.echo(f"seconds: {describe_seconds(evaluated.provenance['seconds'])}")
     typer.echo(f"numbers: {evaluated.json_path}\ntable: {evaluated.markdown_path}")
-    typer.echo(f"images: {', '.join(map(str, evaluated.pictures.values()))}")
+    typer.echo(f"images: {', '.join(map(str, evaluated.grids.values()))}")

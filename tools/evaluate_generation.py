@@ -9,7 +9,7 @@ from tools.console import print_table, progress
 from tools.options import BatchSize, Device
 
 if TYPE_CHECKING:
-    from trainer.evaluation.generation import EvaluatedGeneration
+    from trainer.evaluation.generation_report import EvaluatedGeneration
     from trainer.evaluation.sweep import Sweep
 
 # Not --run, which torchrun takes for an abbreviation of its own option.

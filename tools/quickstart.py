@@ -24,9 +24,11 @@ def quickstart(overrides: Overrides = None) -> None:
     from tools.sample import sample
     from tools.tokenize import tokenize
     from trainer import TrainerError
-    from trainer.config import load_recipe, load_run_config
     from trainer.loop import train
-    from trainer.reports.report import GENERATOR, SAMPLED, write_report
+    from trainer.recipes import load_recipe, load_run_config
+    from trainer.reports.generator_report import SAMPLED
+    from trainer.reports.report import write_report
+    from trainer.reports.tokenizer_report import GENERATOR
 
     overrides = overrides or []
     for_generator = [key.removeprefix(OF_GENERATOR) for key in overrides if key.startswith(OF_GENERATOR)]

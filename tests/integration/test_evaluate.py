@@ -5,8 +5,8 @@ import shutil
 
 import numpy as np
 import pytest
-from judged import write_networks
 from PIL import Image
+from random_networks import write_networks
 
 TIMES = ("seconds", "processes")
 
@@ -35,7 +35,7 @@ def evaluate(runs, launch, weights, tmp_path_factory):
     def run(processes, images, *arguments, folder=weights):
         report = tmp_path_factory.mktemp("report") / "r.json"
         options = "--images", images, "--report", report, "--device", "cpu", *arguments
-        command = "tests/judged.py", "evaluate", "reconstruction", runs["stopped"], *options
+        command = "tests/random_networks.py", "evaluate", "reconstruction", runs["stopped"], *options
         if processes == 1:
             process = launch.start_python(*command, IBQ_WEIGHTS=str(folder))
         else:
@@ -61,7 +61,7 @@ def test_two_processes_report_what_one_does(evaluate, pictures):
     arguments = "--metrics", "rfid,lpips_alex", "--batch-size", 2
     finished, one = evaluate(1, pictures, *arguments)
     assert finished.status == 0, finished.err
-    assert "seconds: " in finished.out and "warning: rFID of 7 pictures" in finished.out
+    assert "seconds: " in finished.out and "warning: rFID of 7 images" in finished.out
     finished, two = evaluate(2, pictures, *arguments)
     assert finished.status == 0, finished.err
     assert finished.out.count("numbers: ") == 1

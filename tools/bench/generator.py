@@ -11,7 +11,8 @@ from typing import NamedTuple
 from model_zoo.transformer import TransformerConfig, flops_per_token
 from tools.bench import common
 from tools.bench.common import bad, names, numbers
-from trainer.config import GeneratorRun, load_recipe
+from trainer.config import GeneratorRun
+from trainer.recipes import load_recipe
 
 REFERENCE_FILE = Path("src/IBQ/modules/transformer/llama.py")
 REFERENCE_NAMES = ("GPT", "sample_IBQ")
