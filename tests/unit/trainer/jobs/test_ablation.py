@@ -135,7 +135,7 @@ def test_settings_that_the_command_decides_and_unknown_rows_are_refused(tmp_path
         (["--judge", "'"], "--judge .*quotation"),
         (["--launch", "no_such_launcher -x"], "no such command"),
         (["--launch", ""], "no such command"),
-        (["--seeds", "0,x"], "no whole numbers"),
+        (["--seeds", "0,x"], "not a list of integers"),
         (["--rows", "Quick"], "no row 'Quick'"),
     ],
 )
