@@ -4,6 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from model_zoo.config import TokenizerConfig
 from model_zoo.io.hashing import fingerprint_of
 from model_zoo.io.load import build_model, is_standalone, read_weights
 from model_zoo.io.run_layout import run_folder

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 
+from model_zoo.config import Sampling
 from model_zoo.errors import ModelError
 from model_zoo.io.hashing import fingerprint_of
 from model_zoo.io.hub import is_hub_name
