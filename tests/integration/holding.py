@@ -10,10 +10,10 @@ from pathlib import Path
 
 import torch
 
-from trainer.config import load_recipe
 from trainer.dry_run import networks_held
-from trainer.loop import plan_batch
 from trainer.parallel import start_world, stop_world
+from trainer.recipes import load_recipe
+from trainer.start_plan import plan_batch
 from trainer.tasks.tokenizer import TokenizerTask
 
 
@@ -40,7 +40,7 @@ if __name__ == "__main__":
         task = TokenizerTask(config, world, *plan_batch(config, world))
         networks = {name: list(held) for name, held in networks_held(task).items()}
         if config.engine.kind != "deepspeed":
-            side, count = config.data.image_size, task.generator.micro_batch_size
+            side, count = config.data.image_size, task.main_engine.micro_batch_size
             gradients = real_gradients(task, [torch.zeros(count, 3, side, side, dtype=torch.uint8)])
             for name, number in gradients.items():
                 networks[name][1] = number

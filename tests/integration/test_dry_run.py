@@ -12,7 +12,7 @@ import torch
 from model_zoo.discriminator import PatchDiscriminator
 from model_zoo.tokenizer import Tokenizer
 from model_zoo.transformer import Transformer
-from trainer.config import load_recipe
+from trainer.recipes import load_recipe
 
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = 64
@@ -42,7 +42,7 @@ REAL = [
 # One process for all of them, for imports take as long as the work; not pytest's, whose threads a fork could harm.
 PLAN = """
 import json, sys
-from trainer.config import load_recipe
+from trainer.recipes import load_recipe
 from trainer.dry_run import plan_ranks
 recipe, processes, configurations = json.loads(sys.argv[1])
 plans = [plan_ranks(load_recipe(recipe, overrides), processes) for overrides in configurations]

@@ -27,7 +27,7 @@ LOSS_TOLERANCE = 1e-4
 HALF_TOLERANCE = 2e-3
 
 ENGINES = {
-    "replicated": {"engine.kind": "replicated"},
+    "ddp": {"engine.kind": "ddp"},
     **{
         name: {"engine.kind": "deepspeed", "engine.config": name}
         for name in ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
@@ -37,7 +37,7 @@ ENGINES = {
     "fsdp2 offload": {"engine.kind": "fsdp2", "engine.offload": "true"},
     "fsdp2 hybrid": {"engine.kind": "fsdp2"},  # and engine.shard_over
 }
-MAIN = ("replicated", "zero1", "zero3", "fsdp2")
+MAIN = ("ddp", "zero1", "zero3", "fsdp2")
 # A setting of the matrix's other columns -> what it changes.
 ADAPTIVE = {"loss.generator.adaptive": "true"}
 NO_EMA = {"ema.decay": 0}
@@ -104,11 +104,11 @@ def cells_of(processes: int) -> list[Cell]:
         of_engine = whole if every else default
         cells += [Cell(processes, engine, *cell) for cell in of_engine]
     if processes == 2:
-        cells += [Cell(2, engine, "fp16", {}) for engine in ("replicated", "zero1", "zero3", "fsdp2")]
-        cells += [Cell(2, engine, "vq", SHARDED) for engine in ("replicated", "zero2", "fsdp2")]
+        cells += [Cell(2, engine, "fp16", {}) for engine in ("ddp", "zero1", "zero3", "fsdp2")]
+        cells += [Cell(2, engine, "vq", SHARDED) for engine in ("ddp", "zero2", "fsdp2")]
     if processes == 4:
         cut = {**SHARDED, "trainer.micro_batch_size": 1}
-        cells += [Cell(4, engine, "clipped", cut) for engine in ("replicated", "zero3", "fsdp2 hybrid")]
+        cells += [Cell(4, engine, "clipped", cut) for engine in ("ddp", "zero3", "fsdp2 hybrid")]
     return cells
 
 
@@ -121,7 +121,7 @@ class Matrix:
     def __init__(self, launch: Launch, folder: Path):
         self.launch, self.folder = launch, folder
         self.pool = ThreadPoolExecutor(1)
-        truths = [Cell(1, "replicated", name, {"trainer.keep_last": 1}) for name in TRUTHS]
+        truths = [Cell(1, "ddp", name, {"trainer.keep_last": 1}) for name in TRUTHS]
         self.truths = {cell.truth: cell for cell in truths}
         self.finished: dict[int, Future] = {}
         for processes in (1, 2, 4):
@@ -219,7 +219,7 @@ def test_training_moves_the_weights_by_far_more_than_the_tolerance(matrix, launc
 
 
 STARTING = {
-    "replicated": {},
+    "ddp": {},
     "zero1": {},
     "zero2_offload": {"codebook_parallel": 1, "trainer.precision": "bf16"},
     "zero3": {},

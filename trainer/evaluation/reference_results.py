@@ -9,7 +9,7 @@ from omegaconf import MISSING, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from trainer import TrainerError
-from trainer.config import EVALUATION, explain, find_recipe, read_recipe
+from trainer.recipes import EVALUATION, explain, find_recipe, read_recipe
 from trainer.reports.measures import MEASURES
 
 DEFAULT_RECIPE = "eval_imagenet"  # without --recipe, results are compared with its published ones

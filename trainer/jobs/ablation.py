@@ -17,9 +17,10 @@ from omegaconf.errors import OmegaConfBaseException
 from model_zoo.errors import ModelError
 from model_zoo.io.load import find_checkpoint
 from trainer import TrainerError
-from trainer.config import ABLATIONS, RunConfig, explain, find_recipe, leaves, load_recipe, load_run_config, read_recipe
+from trainer.config import RunConfig
 from trainer.files import write_files
 from trainer.jobs.resumable import check_same_settings
+from trainer.recipes import ABLATIONS, explain, find_recipe, leaves, load_recipe, load_run_config, read_recipe
 from trainer.telemetry import metric_lines
 
 CURVES = {

@@ -19,11 +19,12 @@ from model_zoo.sampler import Sampler, Sampling, keep_products_in
 from model_zoo.tokenizer import Tokenizer, load_tokenizer
 from model_zoo.transformer import Transformer, load_generator
 from trainer import TrainerError
-from trainer.config import GeneratorRun, load_run_config
+from trainer.config import GeneratorRun
 from trainer.jobs.sample_output import SEEDS, SampleOutput
 from trainer.jobs.setup import choose_device, common_checkpoint, job_world
 from trainer.parallel import World, gather_objects, raise_on_all_ranks, run_on_main
 from trainer.precision import autocast_dtype
+from trainer.recipes import load_run_config
 
 MAX_IMAGES = 10_000_000  # of one job
 COUNT_SECONDS = 5.0  # at least, between two counts of what all processes have finished

@@ -2,7 +2,6 @@ import pytest
 import yaml
 
 from trainer import TrainerError
-from trainer.config import EVALUATION, load_recipe, recipe_paths
 from trainer.evaluation.reference_results import (
     EvaluationRecipe,
     comparison_table,
@@ -10,6 +9,7 @@ from trainer.evaluation.reference_results import (
     load_evaluation_recipe,
     reference_rows,
 )
+from trainer.recipes import EVALUATION, load_recipe, recipe_paths
 from trainer.reports.measures import MEASURES, describe_seconds, markdown_table
 
 RECIPES = recipe_paths([EVALUATION])

@@ -15,8 +15,9 @@ from model_zoo import ModelError, Tokenizer, TokenizerConfig, Transformer, Trans
 from model_zoo.io.sharded_tensors import save_shards, whole
 from tools import cli
 from trainer import TrainerError
-from trainer.config import GeneratorRun, TokenizerRun, save_config
+from trainer.config import GeneratorRun, TokenizerRun
 from trainer.evaluation.sweep import settings_grid, sweep
+from trainer.recipes import save_config
 
 
 @pytest.fixture(autouse=True)

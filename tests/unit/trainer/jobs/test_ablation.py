@@ -13,8 +13,8 @@ from typer.testing import CliRunner
 
 from tools.cli import app
 from trainer import TrainerError
-from trainer.config import ABLATIONS, load_recipe, recipe_paths
 from trainer.jobs.ablation import Figure, cells_of, figures, load_ablation, markdown
+from trainer.recipes import ABLATIONS, load_recipe, recipe_paths
 
 DATA = ["data.train=bundled:train", "data.val=bundled:val"]
 

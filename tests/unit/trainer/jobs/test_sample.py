@@ -15,9 +15,10 @@ from model_zoo import ModelError, Sampler, Sampling, Tokenizer, TokenizerConfig,
 from model_zoo.io.sharded_tensors import save_shards, whole
 from tools import cli
 from trainer import TrainerError
-from trainer.config import GeneratorRun, TokenizerRun, save_config
+from trainer.config import GeneratorRun, TokenizerRun
 from trainer.jobs.sample import sample
 from trainer.jobs.sample_output import seed_of
+from trainer.recipes import save_config
 
 TOKENIZER = TokenizerConfig(
     codebook_size=32, code_dim=4, channels=8, channel_multipliers=[1], num_res_blocks=1, attention_factors=[],
