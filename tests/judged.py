@@ -1,7 +1,4 @@
-"""`ibq ARGUMENTS` with random networks: the weights files in $IBQ_WEIGHTS pass for the published ones.
-
-python tests/judged.py ARGUMENTS, or by torchrun. `write_networks` makes the files.
-"""
+"""`ibq ARGUMENTS` with random networks: the weights files in $IBQ_WEIGHTS pass for the published ones."""
 
 import sys
 from pathlib import Path
@@ -34,8 +31,13 @@ def accept_networks() -> None:
             pass_for_published(key, path)
 
 
-if __name__ == "__main__":
+def judge(arguments: list[str]) -> None:
+    """`ibq ARGUMENTS` with these networks."""
     from tools.cli import main
 
     accept_networks()
-    main(sys.argv[1:])
+    main(arguments)
+
+
+if __name__ == "__main__":
+    judge(sys.argv[1:])

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 from judging import one_thread, pass_for_published, write_inception
-from launching import ROOT, Launch
+from ranks import ROOT, Launch
 from PIL import Image
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_isc import isc_features_to_metric

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 import torch
 from judging import one_thread, pass_for_published, write_inception
-from launching import ROOT, Launch
+from ranks import ROOT, Launch
 from PIL import Image
 
 import trainer.evaluation.features

@@ -7,7 +7,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from launching import Launch
+from ranks import Launch
 from PIL import Image
 
 import trainer.jobs.sample
@@ -231,7 +231,6 @@ def torchrun(launch, processes, *arguments):
     return launch.start(*launcher, *arguments)
 
 
-@pytest.mark.slow
 def test_any_number_of_processes_makes_the_same_images_and_goes_on_after_a_kill(run, tmp_path, launch):
     common = run, "--count", 9, "--batch-size", 2, "--device", "cpu"
     one = launch.ibq("sample", *common, "--out", tmp_path / "one.npz")

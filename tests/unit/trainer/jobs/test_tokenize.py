@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launching import Launch
+from ranks import Launch
 from omegaconf import OmegaConf
 from PIL import Image
 from serving import Server
