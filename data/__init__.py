@@ -8,6 +8,7 @@ from data.errors import DataError
 # Where each public name is defined. A name is imported when it is first used, so that importing one part of the
 # package does not import all of it.
 _DEFINED_IN = {
+    "data.config": ("DataConfig", "FilterConfig", "SourceConfig"),
     "data.evaluation": (
         "EvaluationImage",
         "EvaluationImages",
@@ -16,11 +17,11 @@ _DEFINED_IN = {
         "evaluation_images",
         "evaluation_tokens",
     ),
-    "data.loader": ("Batch", "DataConfig", "TrainStream", "access_of", "check", "token_header", "train_batches"),
+    "data.loader": ("Batch", "TrainStream", "access_of", "check", "token_header", "train_batches"),
     "data.prep.pack": ("PackReport", "pack"),
     "data.prep.photographs": ("cache_folder",),
     "data.shards": ("Skipped", "expand", "scan"),
-    "data.sources": ("FilterConfig", "SourceConfig", "catalogue"),
+    "data.sources": ("catalogue",),
     "data.storage": ("redacted",),
     "data.stream": ("add_totals", "merge_states"),
     "data.tokens": ("TokenHeader", "TokenSpec", "pack_codes", "unpack_codes"),

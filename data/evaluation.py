@@ -10,10 +10,11 @@ from typing import NamedTuple
 
 import torch
 
+from data.config import SourceConfig
 from data.errors import DataError
 from data.prep.photographs import cache_folder
 from data.shards import Access, FolderShard, Sample, Shard, Skipped, find_images, folder_shard, is_image
-from data.sources import TOKENS, SourceConfig, label_of, open_source
+from data.sources import TOKENS, label_of, open_source
 from data.storage import Cache
 from data.tokens import TokenSpec, check_tokens, first_header, unpack_codes
 from data.transforms import ImageError, decode, pixels_chw, resize_and_center_crop, resize_named

@@ -6,14 +6,15 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import yaml
 
+from data.config import FilterConfig, SourceConfig
 from data.errors import DataError
 from data.index import INDEX_NAME, Index, common_root, without_query
 from data.shards import (
@@ -32,52 +33,6 @@ from data.storage import is_remote
 from data.transforms import Filtered, ImageError
 
 MOST_SCANNED = 256  # so many local tars without an index are scanned before a run; more are, one by one, as it goes
-
-
-@dataclass
-class FilterConfig:
-    """Which samples are left out. Bounds are inclusive; None: no bound. The numbers are those of a sample's JSON, under
-    the field that the catalogue names; a sample without the number does not pass.
-
-    min_side: pixels of the image's shorter side; max_aspect_ratio: longer side over shorter side.
-    keys, not_keys: text files with one key in each line: only these samples; none of these.
-    """
-
-    min_side: int | None = None
-    max_aspect_ratio: float | None = None
-    min_aesthetic: float | None = None
-    max_nsfw: float | None = None
-    max_watermark: float | None = None
-    min_similarity: float | None = None
-    keys: str | None = None
-    not_keys: str | None = None
-
-
-@dataclass
-class SourceConfig:
-    """One source of a mixture.
-
-    name: an entry of the catalogue (`data/sources.yaml`), which then knows where images, captions and scores are in a
-        sample, or a new name. root: tars, a folder, a zip file (as `data.train`). weight: its share of the samples,
-        relative to the other sources'. index: a file that `ibq shards check --write-index` wrote;
-        None: index.safetensors beside the tars, where there is one.
-    image, caption, class_from: member suffixes (image in order of preference), where the catalogue does not say or is
-        wrong; class_from may be `folder`. caption_field: the caption is this field of the member `json`. fields: a
-        filter's number (aesthetic, nsfw, watermark, similarity) -> the field of the member `json`. like: the entry of
-        the catalogue to use, for a source with a name of its own.
-    """
-
-    name: str = "train"
-    root: Any = None
-    weight: float = 1.0
-    index: str | None = None
-    image: list[str] | None = None
-    caption: str | None = None
-    caption_field: str | None = None
-    class_from: str | None = None
-    fields: dict[str, str] = field(default_factory=dict)
-    like: str | None = None
-    filters: FilterConfig = field(default_factory=FilterConfig)
 
 
 class Layout(NamedTuple):

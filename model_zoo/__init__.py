@@ -11,9 +11,10 @@ from model_zoo.errors import ModelError
 # Where each public name is defined. A name is imported when it is first used, so that importing one part of the
 # package does not import all of it.
 _DEFINED_IN = {
-    "model_zoo.sampler": ("Sampler", "Sampling"),
-    "model_zoo.tokenizer": ("Tokenizer", "TokenizerConfig", "load_tokenizer"),
-    "model_zoo.transformer": ("Transformer", "TransformerConfig", "load_generator"),
+    "model_zoo.config": ("Sampling", "TokenizerConfig", "TransformerConfig"),
+    "model_zoo.sampler": ("Sampler",),
+    "model_zoo.tokenizer": ("Tokenizer", "load_tokenizer"),
+    "model_zoo.transformer": ("Transformer", "load_generator"),
 }
 _MODULE_OF = {name: module for module, names in _DEFINED_IN.items() for name in names}
 

@@ -3,94 +3,16 @@
 Facts: arXiv 2412.02692 (eq. 12 and the entropy penalty), VQGAN (arXiv 2012.09841), LeCAM (arXiv 2104.03310).
 """
 
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model_zoo.config import EntropyLoss, QuantizerLoss
 from model_zoo.ops import average_entropy, sum_over_shards
 from model_zoo.ops.index_backprop import AVERAGE_ENTROPY_EPSILON
 from model_zoo.quantizers import Quantized
-
-
-@dataclass
-class ReconstructionLoss:
-    """Mean absolute error on [-1, 1]."""
-
-    weight: float = 1.0
-
-
-@dataclass
-class PerceptualLoss:
-    """LPIPS with VGG16, whose weights file the user supplies (a path here, or torch's cache)."""
-
-    weight: float = 1.0
-    vgg16_weights: str | None = None
-
-
-@dataclass
-class GeneratorLoss:
-    """The generator's adversarial term."""
-
-    weight: float = 0.1
-    kind: str = "non_saturating"
-    # VQGAN's rule: weight x |grad of reconstruction| / |grad of this term| at the last layer, capped.
-    adaptive: bool = False
-    adaptive_cap: float = 1e4
-    # First step of the term (None: with the discriminator), and the steps in which it grows from 0 to its weight.
-    start_step: int | None = None
-    ramp_steps: int = 0
-
-
-@dataclass
-class DiscriminatorLoss:
-    """The discriminator's own loss: ``hinge`` or ``vanilla``; it learns from ``start_step`` on."""
-
-    kind: str = "hinge"
-    start_step: int = 0
-
-
-@dataclass
-class LecamLoss:
-    """LeCAM regularisation of the discriminator."""
-
-    weight: float = 0.05
-    decay: float = 0.999
-
-
-@dataclass
-class QuantizerLoss:
-    """VQ losses. ``form`` says on which term beta sits; see `quantizer_loss`."""
-
-    weight: float = 1.0
-    form: str = "reference"
-    beta: float = 0.25
-    double_quantization_weight: float = 1.0
-
-
-@dataclass
-class EntropyLoss:
-    """weight x (sample_weight x sample entropy - average_weight x average entropy)."""
-
-    weight: float = 0.05
-    temperature: float = 0.01
-    sample_weight: float = 1.0
-    average_weight: float = 1.0
-
-
-@dataclass
-class LossConfig:
-    """All terms of tokenizer training; the defaults are the published ones."""
-
-    reconstruction: ReconstructionLoss = field(default_factory=ReconstructionLoss)
-    perceptual: PerceptualLoss = field(default_factory=PerceptualLoss)
-    generator: GeneratorLoss = field(default_factory=GeneratorLoss)
-    discriminator: DiscriminatorLoss = field(default_factory=DiscriminatorLoss)
-    lecam: LecamLoss = field(default_factory=LecamLoss)
-    quantizer: QuantizerLoss = field(default_factory=QuantizerLoss)
-    entropy: EntropyLoss = field(default_factory=EntropyLoss)
 
 
 def hinge_discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:

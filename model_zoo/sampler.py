@@ -6,7 +6,6 @@ behind those with it.
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model_zoo.config import Sampling
 from model_zoo.errors import ModelError
 from model_zoo.transformer import Head, Now, Past, Transformer
 
@@ -27,34 +27,9 @@ BUCKET = 64  # positions by which the part of the cache that static steps look a
 WARM_UP_STEPS = 3  # before a capture, as PyTorch's documentation has it
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How codes are drawn. guidance s: ``uncond + s_t (cond - uncond)`` of the logits (arXiv 2207.12598), 1 for none,
-    with ``s_t = 1 + (s - 1) f(x)`` and f of `SCHEDULES`. Then temperature, then top_k (0: all codes), then top_p: the
-    fewest codes whose probability among those reaches it. Raises ModelError."""
-
-    temperature: float = 1.0
-    guidance: float = 1.0
-    guidance_schedule: str = "constant"
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def __post_init__(self):
-        if not 0 < self.temperature < math.inf:
-            raise ModelError(f"temperature {self.temperature} must be above 0 and finite")
-        if not 0 <= self.guidance < math.inf:
-            raise ModelError(f"guidance {self.guidance} must be at least 0 and finite; 1 is none")
-        if self.guidance_schedule not in SCHEDULES:
-            known = ", ".join(SCHEDULES)
-            raise ModelError(f"unknown guidance schedule {self.guidance_schedule!r}: choose one of {known}")
-        if self.top_k < 0:
-            raise ModelError(f"top_k {self.top_k} must be at least 0; 0 takes all codes")
-        if not 0 < self.top_p <= 1:
-            raise ModelError(f"top_p {self.top_p} must be above 0 and at most 1; 1 takes all codes")
-
-    def guidance_t(self, tokens: int) -> Tensor:
-        """s_t of each position, fp32 on the CPU."""
-        return 1 + (self.guidance - 1) * SCHEDULES[self.guidance_schedule](torch.linspace(0, 1, tokens))
+def guidance_scale_t(settings: Sampling, tokens: int) -> Tensor:
+    """s_t of each position (see `Sampling`), fp32 on the CPU."""
+    return 1 + (settings.guidance - 1) * SCHEDULES[settings.guidance_schedule](torch.linspace(0, 1, tokens))
 
 
 def draw(logits_bv: Tensor, uniform_b: Tensor, settings: Sampling) -> Tensor:
@@ -197,7 +172,7 @@ class Sampler:
         self.state = State(
             class_n=torch.full((n,), config.classes, device=device),
             uniform_bt=torch.zeros(b, config.tokens, dtype=torch.float64, device=device),
-            guidance_t=settings.guidance_t(config.tokens).to(device),
+            guidance_t=guidance_scale_t(settings, config.tokens).to(device),
             position=torch.zeros(1, dtype=torch.int64, device=device),
             codes_bt=torch.zeros(b, config.tokens, dtype=torch.int64, device=device),
             finite_b=torch.ones(b, dtype=torch.bool, device=device),

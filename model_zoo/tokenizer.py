@@ -1,8 +1,6 @@
 """The image tokenizer: encoder, quantizer, decoder."""
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,34 +8,12 @@ import torch
 from torch import Tensor, nn
 
 from model_zoo.autoencoder import Decoder, Encoder
+from model_zoo.config import TokenizerConfig, check_fields
 from model_zoo.errors import ModelError
 from model_zoo.io.load import load_model
 from model_zoo.ops import CodebookShard
 from model_zoo.quantizers import Quantized
 from model_zoo.quantizers.registry import QUANTIZERS
-
-
-@dataclass
-class TokenizerConfig:
-    """Architecture of a tokenizer; the defaults are the published ImageNet one with 16,384 codes."""
-
-    quantizer: str = "ibq"
-    codebook_size: int = 16384
-    code_dim: int = 256
-    channels: int = 128
-    channel_multipliers: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4])
-    num_res_blocks: int = 4
-    # Downsampling factors at which the residual blocks are followed by attention.
-    attention_factors: list[int] = field(default_factory=lambda: [16])
-    latent_channels: int = 256
-    # Above 1 the encoder begins with a strided patch convolution: small models that work at token resolution.
-    patch_size: int = 1
-    # Layer norm per position and no attention: codes depend on their neighbourhood alone. For small models.
-    local: bool = False
-    # Where codes begin. "features": among the features of the first step's images (`CodebookQuantizer.place_among`);
-    # "normal", as published: anywhere, normal(0, codebook_init_std^2), which models without a first step have too.
-    codebook_init: str = "features"
-    codebook_init_std: float = 1.0  # of "normal"
 
 
 class TokenizerOutput(NamedTuple):
@@ -59,12 +35,9 @@ class Tokenizer(nn.Module):
         super().__init__()
         if config.quantizer not in QUANTIZERS:
             raise ModelError(f"unknown model.quantizer {config.quantizer!r}: choose one of {', '.join(QUANTIZERS)}")
-        if config.codebook_size < 2 or config.code_dim < 1:
-            raise ModelError("model.codebook_size must be at least 2 and model.code_dim at least 1")
-        for name in ("channels", "channel_multipliers", "num_res_blocks", "latent_channels", "patch_size"):
-            sizes = getattr(config, name)
-            if min(sizes if isinstance(sizes, Sequence) else [sizes], default=0) < 1:
-                raise ModelError(f"model.{name}={sizes} must be at least 1")
+        check_fields(config)
+        if not config.channel_multipliers:
+            raise ModelError("model.channel_multipliers=[] must have at least 1 level")
         self.config = config
         self.downsampling_factor = config.patch_size * 2 ** (len(config.channel_multipliers) - 1)
         shape = dict(

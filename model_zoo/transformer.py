@@ -7,8 +7,6 @@ Shapes: b images, t positions, w width, h heads, d numbers in a head, p pairs of
 State-dict names are those of the published checkpoints.
 """
 
-import math
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import NamedTuple
@@ -18,47 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from model_zoo.config import TransformerConfig, check_fields
 from model_zoo.errors import ModelError
 from model_zoo.io.load import load_model
 from model_zoo.ops import CodebookShard, LinearCrossEntropy, linear_cross_entropy
 from model_zoo.ops.attention import causal_attention
-
-EMBEDDINGS = ("learned", "codebook")
-
-
-@dataclass
-class TransformerConfig:
-    """Architecture of a generator; the defaults are the published B for 16,384 codes."""
-
-    vocabulary: int = 16384
-    classes: int = 1000
-    # Rows and columns of an image's codes.
-    grid: list[int] = field(default_factory=lambda: [16, 16])
-    depth: int = 16
-    heads: int = 16
-    head_dim: int = 64
-    # Of codes: ``learned``, or ``codebook``: the tokenizer's code vectors, frozen, through a linear layer.
-    embedding: str = "learned"
-    code_dim: int = 256
-    # Of embeddings, attention's and feed-forward's output.
-    dropout: float = 0.1
-    # What the gates' weights are multiplied by at the start: deep models begin closer to the identity.
-    gate_init: float = 1e-3
-
-    @property
-    def width(self) -> int:
-        """Numbers per position."""
-        return self.heads * self.head_dim
-
-    @property
-    def hidden(self) -> int:
-        """Of the feed-forward: 2/3 of 4 x width, rounded up to a multiple of 256."""
-        return -(-int(8 * self.width / 3) // 256) * 256
-
-    @property
-    def tokens(self) -> int:
-        """Codes of an image."""
-        return self.grid[0] * self.grid[1]
 
 
 def flops_per_token(config: TransformerConfig) -> float:
@@ -104,7 +66,11 @@ class Transformer(nn.Module):
 
     def __init__(self, config: TransformerConfig, shard: CodebookShard | None = None):
         super().__init__()
-        _check(config)
+        check_fields(config)
+        if config.head_dim % 4:
+            raise ModelError(f"model.head_dim={config.head_dim} must be a multiple of 4: pairs by row and by column")
+        if len(config.grid) != 2:
+            raise ModelError(f"model.grid={config.grid} must be rows and columns")
         self.config = config
         width = config.width
         if config.embedding == "codebook":
@@ -343,22 +309,6 @@ def checkpoint_blocks(transformer: Transformer, selective: bool = False) -> None
     options = {"context_fn": partial(create_selective_checkpoint_contexts, policy)} if selective else {}
     for block in transformer.blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, **options)
-
-
-def _check(config: TransformerConfig) -> None:
-    if config.embedding not in EMBEDDINGS:
-        raise ModelError(f"unknown model.embedding {config.embedding!r}: choose one of {', '.join(EMBEDDINGS)}")
-    if config.head_dim % 4 or config.head_dim < 4:
-        raise ModelError(f"model.head_dim={config.head_dim} must be a multiple of 4: pairs by row and pairs by column")
-    if len(config.grid) != 2 or min(config.grid) < 1:
-        raise ModelError(f"model.grid={list(config.grid)} must be rows and columns, each at least 1")
-    for name in ("vocabulary", "classes", "depth", "heads", "code_dim"):
-        if getattr(config, name) < 1:
-            raise ModelError(f"model.{name}={getattr(config, name)} must be at least 1")
-    if not 0 <= config.dropout < 1:
-        raise ModelError(f"model.dropout={config.dropout} must be at least 0 and below 1")
-    if not math.isfinite(config.gate_init):
-        raise ModelError(f"model.gate_init={config.gate_init} must be finite")
 
 
 def load_generator(source: str | Path, weights: str = "ema") -> Transformer:

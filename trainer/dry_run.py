@@ -27,10 +27,11 @@ from model_zoo.eval_nets.lpips import lpips_on_meta
 from model_zoo.ops import CodebookShard
 from model_zoo.quantizers import base as quantizer_base
 from trainer import TrainerError
-from trainer.config import GeneratorRun, RunConfig, load_recipe
+from trainer.config import GeneratorRun, RunConfig
 from trainer.engines import Engine
-from trainer.loop import plan_batch
 from trainer.parallel import World
+from trainer.recipes import load_recipe
+from trainer.start_plan import plan_batch
 from trainer.tasks import Task, make_task
 from trainer.tasks import tokenizer as tokenizer_task
 
@@ -58,7 +59,7 @@ class Held(NamedTuple):
 
 
 class RankPlan(NamedTuple):
-    """What one rank holds, by network; whether part of the generator's lies in the CPU's memory; and the ranks that it
+    """What one rank holds, by network; whether part of the main network lies in the CPU's memory; and the ranks that it
     shares networks with (None: there is no such group). row_shard, row_replicas: of the codebook's or the head's rows.
     """
 
@@ -111,8 +112,8 @@ def plan_rank(config: RunConfig, rank: int, processes: int) -> RankPlan:
         return RankPlan(
             rank,
             networks_held(task),
-            task.generator.offloads,
-            _ranks(getattr(task.generator, "group", None)),
+            task.main_engine.offloads,
+            _ranks(getattr(task.main_engine, "group", None)),
             _ranks(task.groups.shard and task.groups.shard.group),
             _ranks(task.groups.replicas),
         )
@@ -120,12 +121,13 @@ def plan_rank(config: RunConfig, rank: int, processes: int) -> RankPlan:
 
 def networks_held(task: Task) -> dict[str, Held]:
     """What this rank holds of each of a task's networks."""
+    ema = task.state.ema
 
     def held(engine: Engine) -> Held:
-        averages = task.ema.pieces(engine) if task.ema and engine in task.ema.engines else []
-        return Held(*engine.resident_bytes(), sum(piece.values.nbytes for piece in averages))
+        averages = ema.shards(engine) if ema and engine in ema.engines else []
+        return Held(*engine.resident_bytes(), sum(shard.values.nbytes for shard in averages))
 
-    networks = {name: held(engine) for name, engine in task.engines().items()}
+    networks = {name: held(network.engine) for name, network in task.state.trained.items()}
     return networks | {name: Held(count) for name, count in task.frozen_bytes().items()}
 
 
@@ -243,13 +245,14 @@ def _mesh(config: RunConfig, processes: int, plan: RankPlan) -> list[list[str]]:
         ],
     ]
     engine = config.engine
+    main = next(iter(plan.networks))
     if engine.kind == "deepspeed":
-        lines.append(["generator", f"deepspeed {engine.config} over {processes}"])
-    elif engine.kind == "replicated":
-        lines.append(["generator", f"whole on each of {processes}"])
+        lines.append([main, f"deepspeed {engine.config} over {processes}"])
+    elif engine.kind == "ddp":
+        lines.append([main, f"whole on each of {processes}"])
     else:
         shards = len(plan.fsdp_shard)
-        lines.append(["generator", f"fsdp2: {shards} shards x {processes // shards} replicas"])
+        lines.append([main, f"fsdp2: {shards} shards x {processes // shards} replicas"])
         lines.append(["  shards", _groups(plan.fsdp_shard, processes, step=shards)])
         if shards < processes:
             lines.append(["  replicas", _groups(list(range(0, processes, shards)), processes, step=1)])
@@ -326,6 +329,7 @@ def _offloaded(config: RunConfig, plan: RankPlan) -> str:
     """Of engines that keep part of the above in the CPU's memory: which part."""
     if not plan.offloads:
         return ""
+    main = next(iter(plan.networks))
     if config.engine.kind == "fsdp2":
-        return "The generator's parameters, gradients and optimizer lie in the CPU's memory (engine.offload).\n"
-    return "The generator's optimizer and fp32 masters, with offload_param its parameters, lie in the CPU's memory.\n"
+        return f"The {main}'s parameters, gradients and optimizer lie in the CPU's memory (engine.offload).\n"
+    return f"The {main}'s optimizer and fp32 masters, with offload_param its parameters, lie in the CPU's memory.\n"

@@ -1,4 +1,4 @@
-"""What a run tells while it goes: progress bar, metrics.jsonl, TensorBoard. Written by rank 0 only."""
+"""What a run reports while it trains: progress bar, metrics.jsonl, TensorBoard, pictures. Rank 0 alone writes."""
 
 import json
 import math
@@ -8,12 +8,11 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from torch.utils.tensorboard import SummaryWriter
-from torchvision.io import write_png
+from PIL import Image
 
 from trainer import TrainerError
+from trainer.config import RunConfig
+from trainer.parallel import World, run_on_main
 
 # What the progress line shows, as far as it is logged.
 SHOWN = {
@@ -50,6 +49,9 @@ def metric_lines(path: Path) -> list[tuple[int, str]]:
 @contextmanager
 def scanning():
     """Gives a function of (tars scanned, tars in all) that shows them on the terminal of the first process."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
     console = Console(stderr=True)
     silent = not console.is_terminal or os.environ.get("RANK", "0") != "0"
     columns = TextColumn("scanning tars"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
@@ -59,9 +61,49 @@ def scanning():
 
 
 class Telemetry:
-    """``with Telemetry(...) as t: t.log(step, scalars)``; resuming drops what was logged after ``start_step``."""
+    """What a run reports while it trains. This one discards everything; rank 0 has a `RunTelemetry`."""
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_) -> None:
+        pass
+
+    def advance(self, step: int) -> None:
+        """``step`` steps are done."""
+
+    def log(self, step: int, scalars: dict[str, float]) -> None:
+        """Writes scalars."""
+
+    def alarm(self, step: int, text: str | None) -> None:
+        """Reports what is wrong with the model, or None."""
+
+    def picture(self, step: int, name: str, image_chw: torch.Tensor) -> None:
+        """Writes a uint8 picture ``(3, h, w)``."""
+
+    def say(self, line: str) -> None:
+        """Prints one line."""
+
+
+class RunTelemetry(Telemetry):
+    """Writes metrics.jsonl, TensorBoard and samples of a run, and shows its progress on the terminal.
+
+    Use it as a context. Resuming drops what was logged after ``start_step``.
+    """
 
     def __init__(self, run: Path, start_step: int, max_steps: int):
+        # Imported here, because only rank 0 needs them and they take long to import.
+        from rich.console import Console
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+        from torch.utils.tensorboard import SummaryWriter
+
         self.samples, self.metrics = run / "samples", run / "metrics.jsonl"
         self.lost = False  # whether something could not be written
         if start_step and self.metrics.exists():
@@ -122,7 +164,7 @@ class Telemetry:
     def picture(self, step: int, name: str, image_chw: torch.Tensor) -> None:
         """A uint8 picture for TensorBoard and the folder ``samples``."""
         with self._or_lost():
-            write_png(image_chw, str(self.samples / f"step_{step:08d}.png"))
+            Image.fromarray(image_chw.movedim(0, -1).numpy()).save(self.samples / f"step_{step:08d}.png")
         with self._or_lost():
             self.writer.add_image(name, image_chw, step)
 
@@ -145,3 +187,35 @@ class Telemetry:
 
 def _in_words(scalars: dict[str, float]) -> str:
     return "  ".join(form.format(scalars[name]) for name, form in SHOWN.items() if name in scalars)
+
+
+def open_telemetry(run: Path, start_step: int, max_steps: int, world: World) -> Telemetry:
+    """Rank 0's telemetry, and one that discards everything for the other ranks. Raises TrainerError on all ranks where
+    the run's folder cannot be written."""
+    opened = []
+
+    def open_it() -> None:
+        try:
+            opened.append(RunTelemetry(run, start_step, max_steps))
+        except OSError as error:
+            raise TrainerError(f"cannot write into {run}: {error.strerror or error}; fix that and resume") from error
+
+    run_on_main(world, open_it)
+    return opened[0] if opened else Telemetry()
+
+
+def describe(config: RunConfig, world: World, task, start: int) -> str:
+    """One line: what is about to be trained, and on what. start: steps that are done."""
+    engine = task.main_engine
+    kind = config.engine.kind
+    if kind == "deepspeed":
+        kind += f" {config.engine.config}"
+    if kind == "fsdp2":
+        kind += f" over {config.engine.shard_over}" if config.engine.shard_over else ""
+        kind += " offload" if config.engine.offload else ""
+    what = ", ".join([f"{task.parameters / 1e6:.2f}M parameters", *task.describe()])
+    batch = f"{world.size} x {engine.micro_batches} x {engine.micro_batch_size} images a step"
+    return (
+        f"{config.run}: {what}, {world.size} x {world.device.type} ({kind}, {config.trainer.precision}), {batch}, "
+        f"steps {start + 1} to {config.trainer.max_steps}"
+    )

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from model_zoo.config import TokenizerConfig, TransformerConfig
 from model_zoo.discriminator import PatchDiscriminator
 from model_zoo.errors import ModelError
 from model_zoo.io.weights import Average, Weights, check_names
@@ -181,8 +182,8 @@ def _is_old_format(path: Path) -> bool:
 
 def _lacking(path: Path, orphans: list[str], parts: dict[str, Part], first_stage: str) -> list[str]:
     """Those keys that the models of the file have by their sizes, and that only averages are of."""
-    from model_zoo.tokenizer import Tokenizer, TokenizerConfig  # these two import this module
-    from model_zoo.transformer import Transformer, TransformerConfig
+    from model_zoo.tokenizer import Tokenizer  # these two import this module
+    from model_zoo.transformer import Transformer
 
     keys = []
     for kind, part in parts.items():

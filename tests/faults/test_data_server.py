@@ -14,8 +14,8 @@ from webdataset.writer import TarWriter
 
 from data import scan
 from data.index import write_index
+from trainer.audit import read_audit
 from trainer.checkpoint import checkpoint_folders
-from trainer.prefetch import read_audit
 
 SHARDS, SAMPLES = 8, 12
 

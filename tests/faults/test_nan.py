@@ -11,7 +11,7 @@ from faults.outcome import assert_resumed, latest, loss_lines, newest_step
 from model_zoo.io.sharded_tensors import ShardedTensors
 
 ENGINES = {
-    "replicated": {},
+    "ddp": {},
     "zero2": {"engine.kind": "deepspeed", "engine.config": "zero2"},
     "zero3": {"engine.kind": "deepspeed", "engine.config": "zero3"},
     "fsdp2": {"engine.kind": "fsdp2"},
@@ -71,7 +71,7 @@ def test_one_ranks_nan_leaves_the_step_out_on_all_ranks(two_ranks, unbroken, tmp
     again = loss_lines(run)
     del again[BAD_STEP - 1], lines[BAD_STEP - 1]  # whose nulls are no numbers to compare
     for line, true_line in zip(again, lines, strict=True):
-        assert line == (true_line if engine == "replicated" else pytest.approx(true_line, rel=1e-6, abs=1e-9))
+        assert line == (true_line if engine == "ddp" else pytest.approx(true_line, rel=1e-6, abs=1e-9))
 
 
 def test_nan_from_a_step_on_ends_the_run_with_the_keys(two_ranks, tmp_path):

@@ -63,7 +63,7 @@ TRAIN_MISTAKES = {
     "a renamed key": (["debug", "trainer.keep_checkpoints=3"], ["is called trainer.keep_last now"]),
     "no end of patience": (["debug", "trainer.timeout_seconds=1e12"], ["must be at most 2592000"]),
     "an empty folder name": (["debug", "run="], ["name a folder"]),
-    "unknown choice": (["debug", "engine.kind=magic"], ["engine.kind=magic", "replicated, deepspeed"]),
+    "unknown choice": (["debug", "engine.kind=magic"], ["engine.kind=magic", "ddp, deepspeed"]),
     "no key=value": (["debug", "optimizer.lr"], ["'optimizer.lr' is not key=value"]),
     "key given twice": (["debug", "seed=1", "seed=2"], ["seed is given twice"]),
     # data

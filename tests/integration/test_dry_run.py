@@ -6,10 +6,10 @@ import torch
 from model_zoo.discriminator import PatchDiscriminator
 from model_zoo.tokenizer import Tokenizer
 from model_zoo.transformer import Transformer
-from trainer.config import load_recipe
 from trainer.dry_run import networks_held, plan_ranks
-from trainer.loop import plan_batch
 from trainer.parallel import World
+from trainer.recipes import load_recipe
+from trainer.start_plan import plan_batch
 from trainer.tasks.tokenizer import TokenizerTask
 
 RANKS = 64
@@ -53,7 +53,7 @@ def held(configurations: list[list[str]]) -> list[dict[str, list[int]]]:
         task = TokenizerTask(config, world, *plan_batch(config, world))
         networks = {name: list(of_network) for name, of_network in networks_held(task).items()}
         if config.engine.kind != "deepspeed":
-            side, count = config.data.image_size, task.generator.micro_batch_size
+            side, count = config.data.image_size, task.main_engine.micro_batch_size
             gradients = real_gradients(task, [torch.zeros(count, 3, side, side, dtype=torch.uint8)])
             for name, number in gradients.items():
                 networks[name][1] = number

@@ -26,7 +26,7 @@ LOSS_TOLERANCE = 1e-4
 HALF_TOLERANCE = 2e-3
 
 ENGINES = {
-    "replicated": {"engine.kind": "replicated"},
+    "ddp": {"engine.kind": "ddp"},
     **{
         name: {"engine.kind": "deepspeed", "engine.config": name}
         for name in ("zero0", "zero1", "zero2", "zero3", "zero2_offload", "zero3_offload")
@@ -36,7 +36,7 @@ ENGINES = {
     "fsdp2 offload": {"engine.kind": "fsdp2", "engine.offload": "true"},
     "fsdp2 hybrid": {"engine.kind": "fsdp2"},  # and engine.shard_over
 }
-MAIN = ("replicated", "zero1", "zero3", "fsdp2")
+MAIN = ("ddp", "zero1", "zero3", "fsdp2")
 # A setting of the matrix's other columns -> what it changes.
 ADAPTIVE = {"loss.generator.adaptive": "true"}
 NO_EMA = {"ema.decay": 0}
@@ -102,8 +102,8 @@ def default_cells() -> list[Cell]:
     for engine in MAIN:
         cells += [Cell(2, engine, "clipped", CUT), Cell(2, engine, "bf16", {}), Cell(4, engine, "adaptive", SHARDED)]
     cells += [Cell(1, engine, "adaptive", NO_EMA) for engine in MAIN]
-    cells += [Cell(2, engine, "fp16", {}) for engine in ("replicated", "zero3", "fsdp2")]
-    cells += [Cell(2, engine, "vq", SHARDED) for engine in ("replicated", "zero2")]
+    cells += [Cell(2, engine, "fp16", {}) for engine in ("ddp", "zero3", "fsdp2")]
+    cells += [Cell(2, engine, "vq", SHARDED) for engine in ("ddp", "zero2")]
     return [*cells, Cell(4, "fsdp2 hybrid", "clipped", {**SHARDED, "trainer.micro_batch_size": 1})]
 
 
@@ -118,7 +118,7 @@ def all_cells() -> list[Cell]:
     cells += [Cell(2, engine, "fp16", {}) for engine in MAIN]
     cells += [Cell(2, "fsdp2", "vq", SHARDED)]
     cut = {**SHARDED, "trainer.micro_batch_size": 1}
-    return cells + [Cell(4, engine, "clipped", cut) for engine in ("replicated", "zero3")]
+    return cells + [Cell(4, engine, "clipped", cut) for engine in ("ddp", "zero3")]
 
 
 DEFAULT = {cell.name: cell for cell in default_cells()}
@@ -133,7 +133,7 @@ class Matrix:
 
     def __init__(self, ranks: Ranks, folder: Path):
         self.ranks, self.folder = ranks, folder
-        self.truths = {name: Cell(1, "replicated", name, {"trainer.keep_last": 1}) for name in TRUTHS}
+        self.truths = {name: Cell(1, "ddp", name, {"trainer.keep_last": 1}) for name in TRUTHS}
         self.ended: dict[str, Ended] = {}
 
     def __getitem__(self, cell: Cell) -> Path:
@@ -211,14 +211,14 @@ def test_training_moves_the_weights_by_far_more_than_the_tolerance(matrix, ranks
 
 
 STARTING = {
-    "replicated": {},
+    "ddp": {},
     "zero1": {},
     "zero2_offload": {"codebook_parallel": 1, "trainer.precision": "bf16"},
     "zero3": {},
     "fsdp2": {"model.quantizer": "vq"},
     "fsdp2 offload": {},
 }
-STARTING_DEFAULT = ("replicated", "zero2_offload", "zero3", "fsdp2")
+STARTING_DEFAULT = ("ddp", "zero2_offload", "zero3", "fsdp2")
 
 
 @pytest.fixture(scope="module")

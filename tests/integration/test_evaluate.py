@@ -5,8 +5,8 @@ import shutil
 
 import numpy as np
 import pytest
-from judged import judge, write_networks
 from PIL import Image
+from random_networks import main, write_networks
 
 TIMES = ("seconds", "processes")
 
@@ -36,7 +36,7 @@ def evaluate(runs, ranks, weights, tmp_path_factory):
         report = tmp_path_factory.mktemp("report") / "r.json"
         options = "--images", images, "--report", report, "--device", "cpu", *arguments
         command = [str(word) for word in ("evaluate", "reconstruction", runs["stopped"], *options)]
-        ended = ranks.command(processes, judge, command, environment={"IBQ_WEIGHTS": str(folder)})
+        ended = ranks.command(processes, main, command, environment={"IBQ_WEIGHTS": str(folder)})
         return ended, json.loads(report.read_text()) if report.is_file() else None
 
     return run
@@ -56,7 +56,7 @@ def test_two_processes_report_what_one_does(evaluate, pictures):
     arguments = "--metrics", "rfid,lpips_alex", "--batch-size", 2
     finished, one = evaluate(1, pictures, *arguments)
     assert finished.status == 0, finished.err
-    assert "seconds: " in finished.out and "warning: rFID of 7 pictures" in finished.out
+    assert "seconds: " in finished.out and "warning: rFID of 7 images" in finished.out
     finished, two = evaluate(2, pictures, *arguments)
     assert finished.status == 0, finished.err
     assert finished.out.count("numbers: ") == 1

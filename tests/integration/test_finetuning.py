@@ -22,7 +22,7 @@ FROZEN = {
     "decoder": ("decoder.", "post_quant_conv."),
 }
 ENGINES = {
-    "replicated": {"engine.kind": "replicated"},
+    "ddp": {"engine.kind": "ddp"},
     **{name: {"engine.kind": "deepspeed", "engine.config": name} for name in ("zero0", "zero1", "zero2", "zero3")},
     "fsdp2": {"engine.kind": "fsdp2"},
 }
@@ -54,24 +54,24 @@ class Cell(NamedTuple):
         return {
             **CHANGES,
             **ENGINES[self.engine],
-            "start.source": source,
-            "start.freeze": self.freeze or "null",
+            "init_from.source": source,
+            "init_from.freeze": self.freeze or "null",
             "codebook_parallel": self.codebook_parallel,
             "loss.generator.adaptive": str(self.adaptive).lower(),
         }
 
 
-TRUTHS = [Cell(1, "replicated", freeze, 1, adaptive) for freeze in FROZEN for adaptive in (False, True)]
+TRUTHS = [Cell(1, "ddp", freeze, 1, adaptive) for freeze in FROZEN for adaptive in (False, True)]
 # Every engine with a frozen encoder, and each other part and setting under two engines at least.
 CELLS = [
-    *(Cell(2, engine, "encoder", 2, True) for engine in ("replicated", "zero2", "zero3", "fsdp2")),
+    *(Cell(2, engine, "encoder", 2, True) for engine in ("ddp", "zero2", "zero3", "fsdp2")),
     *(Cell(2, engine, "encoder") for engine in ("zero0", "zero1")),
     *(Cell(2, "fsdp2", "decoder", 2, True), Cell(2, "zero1", "decoder")),
-    *(Cell(2, engine, None, 2) for engine in ("replicated", "zero3")),
+    *(Cell(2, engine, None, 2) for engine in ("ddp", "zero3")),
 ]
 OTHER_CELLS = [
-    *(Cell(2, engine, "encoder") for engine in ("replicated", "zero2", "zero3", "fsdp2")),
-    *(Cell(2, engine, "decoder", 2, True) for engine in ("replicated", "zero2")),
+    *(Cell(2, engine, "encoder") for engine in ("ddp", "zero2", "zero3", "fsdp2")),
+    *(Cell(2, engine, "decoder", 2, True) for engine in ("ddp", "zero2")),
     *(Cell(2, "zero3", "decoder"), Cell(2, "fsdp2", None, 2)),
 ]
 CELLS += [pytest.param(cell, marks=pytest.mark.full) for cell in OTHER_CELLS]
@@ -124,7 +124,7 @@ def test_what_is_frozen_stays_bit_for_bit_and_the_rest_learns(tuned, source, cel
 
 @pytest.mark.parametrize("cell", CELLS, ids=Cell.name.fget)
 def test_a_cell_equals_one_process(tuned, cell):
-    truth = Cell(1, "replicated", cell.freeze, 1, cell.adaptive)
+    truth = Cell(1, "ddp", cell.freeze, 1, cell.adaptive)
     for model, found in differences(tuned.checkpoint(truth), tuned.checkpoint(cell)).items():
         assert found.whole < (MOMENT_TOLERANCE if ".exp_avg" in model else TOLERANCE), model
     lines, expected = read_metrics(tuned[cell]), read_metrics(tuned[truth])
@@ -135,7 +135,7 @@ def test_a_cell_equals_one_process(tuned, cell):
 
 @pytest.mark.parametrize("freeze", [None, "encoder"])
 def test_held_out_photographs_come_back_better_than_at_the_start(tuned, runs, freeze):
-    validated = [line for line in read_metrics(tuned[Cell(1, "replicated", freeze)]) if "val/psnr" in line]
+    validated = [line for line in read_metrics(tuned[Cell(1, "ddp", freeze)]) if "val/psnr" in line]
     before = [line for line in read_metrics(runs["one"]) if "val/psnr" in line][-1]
     start, now = validated
     # What the source run found of its averages at its end is what the new run finds before its first step.
@@ -148,8 +148,8 @@ def test_held_out_photographs_come_back_better_than_at_the_start(tuned, runs, fr
 def test_the_fingerprint_stays_with_a_frozen_encoder_and_only_then(tuned, runs):
     before = load_tokenizer(runs["one"]).fingerprint()
     for freeze in FROZEN:
-        run = tuned[Cell(1, "replicated", freeze)]
-        assert json.loads((run / "start.json").read_text())["fingerprint"] == before
+        run = tuned[Cell(1, "ddp", freeze)]
+        assert json.loads((run / "init_from.json").read_text())["fingerprint"] == before
         for weights in ("ema", "raw"):
             assert (load_tokenizer(run, weights).fingerprint() == before) == (freeze == "encoder")
 
@@ -157,7 +157,7 @@ def test_the_fingerprint_stays_with_a_frozen_encoder_and_only_then(tuned, runs):
 @pytest.mark.parametrize("freeze", [None, "encoder"])
 def test_resumed_equals_unbroken_under_another_engine_without_the_source(tuned, ranks, tmp_path, freeze):
     """One process's run, stopped at step 2, goes on as two of ZeRO 2, though its source is gone."""
-    cell = Cell(1, "replicated", freeze)
+    cell = Cell(1, "ddp", freeze)
     run = shutil.copytree(tuned[cell], tmp_path / "run")
     shutil.rmtree(run / "checkpoints/step_00000004")
     (run / "checkpoints/latest").write_text("step_00000002")
@@ -175,7 +175,7 @@ def test_resumed_equals_unbroken_under_another_engine_without_the_source(tuned, 
 
 
 def test_resumed_equals_unbroken_bit_for_bit(tuned, ranks, tmp_path):
-    cell = Cell(1, "replicated", "encoder")
+    cell = Cell(1, "ddp", "encoder")
     run = shutil.copytree(tuned[cell], tmp_path / "run")
     shutil.rmtree(run / "checkpoints/step_00000004")
     (run / "checkpoints/latest").write_text("step_00000002")
@@ -189,18 +189,18 @@ def test_resumed_equals_unbroken_bit_for_bit(tuned, ranks, tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("start.source=nowhere", "start.source=nowhere"),
+        ("init_from.source=nowhere", "init_from.source=nowhere"),
         ("model.code_dim=8", "model.code_dim is 16 there and 8 here; give model.code_dim=16"),
-        ("start.freeze=quantizer", "choose one of null, encoder, decoder"),
-        ("start.weights=best", "choose one of ema, raw"),
+        ("init_from.freeze=quantizer", "choose one of null, encoder, decoder"),
+        ("init_from.weights=best", "choose one of ema, raw"),
     ],
 )
 def test_a_bad_start_ends_in_one_line_and_leaves_nothing(ibq_here, assert_refused, runs, tmp_path, change, said):
-    source = [] if change.startswith("start.source") else [f"start.source={runs['one']}"]
+    source = [] if change.startswith("init_from.source") else [f"init_from.source={runs['one']}"]
     assert_refused(ibq_here("train", "debug", f"run={tmp_path / 'run'}", *settings(), *source, change), said)
     assert not (tmp_path / "run").exists()
 
 
 def test_training_moves_weights_by_far_more_than_the_tolerance(tuned, source):
-    trained = ShardedTensors(tuned.checkpoint(Cell(1, "replicated", None))).tensors("tokenizer/")
+    trained = ShardedTensors(tuned.checkpoint(Cell(1, "ddp", None))).tensors("tokenizer/")
     assert difference(source, trained).whole > 50 * TOLERANCE

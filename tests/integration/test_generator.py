@@ -115,7 +115,7 @@ def test_any_engine_goes_on_from_any_other(trained, ranks, shards, tmp_path, sou
     (run / "checkpoints").mkdir()
     (run / "checkpoints" / middle.name).symlink_to(middle)
     (run / "checkpoints" / "latest").write_text(middle.name)
-    overrides = {"engine.kind": "replicated", "vocabulary_parallel": 1, **changes}
+    overrides = {"engine.kind": "ddp", "vocabulary_parallel": 1, **changes}
     arguments = [f"{key}={value}" for key, value in overrides.items()]
     finished = ranks.resume(processes, run, *arguments)
     assert finished.status == 0, finished.err

@@ -93,7 +93,7 @@ def test_deepspeed_resumed_equals_unbroken(runs, ranks, copy_of):
         assert line == pytest.approx(true_line, rel=1e-6, abs=1e-9)
 
 
-def test_replicated_goes_on_with_another_number_of_processes(runs, ranks, copy_of):
+def test_ddp_goes_on_with_another_number_of_processes(runs, ranks, copy_of):
     # Two steps, for with each more a token may tie between two codes on some processor (docs/LOG.md).
     alone, run = copy_of("stopped", name="alone"), copy_of("stopped")
     for finished in (
@@ -112,7 +112,7 @@ CHAIN = [
     (1, "deepspeed zero0", 1),
     (2, "deepspeed zero1", 2),
     (4, "deepspeed zero2", 4),
-    (3, "replicated", 3),
+    (3, "ddp", 3),
     (2, "deepspeed zero3", 1),
     (2, "fsdp2", 2),
     (1, "deepspeed zero1", 1),

@@ -7,11 +7,11 @@ from torch import nn
 
 from trainer.config import EngineConfig
 from trainer.engines.base import Engine, MakeOptimizer, Memory, clip_scale
-from trainer.engines.ddp import Replicated
-from trainer.engines.row_sharded import Rows
+from trainer.engines.ddp import DataParallel
+from trainer.engines.row_sharded import RowSharded
 from trainer.parallel import World
 
-__all__ = ["Engine", "MakeOptimizer", "Memory", "Replicated", "Rows", "build_engine", "clip_scale"]
+__all__ = ["DataParallel", "Engine", "MakeOptimizer", "Memory", "RowSharded", "build_engine", "clip_scale"]
 
 
 def build_engine(
@@ -28,8 +28,8 @@ def build_engine(
 
     ignored: parameters of the module that are not the engine's. gather_dtype: see `fsdp2.Fsdp2`.
     """
-    if config.kind == "replicated":
-        return Replicated(module, make_optimizer, ignored, **batch)
+    if config.kind == "ddp":
+        return DataParallel(module, make_optimizer, ignored, **batch)
     if config.kind == "fsdp2":
         from trainer.engines.fsdp2 import Fsdp2
 

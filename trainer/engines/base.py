@@ -87,7 +87,7 @@ class Engine(ABC):
     @abstractmethod
     def weights(self) -> list[TensorShard]:
         """The trained parameters that are here, in fp32, by the names of the module's state dict. Their values are
-        views: written to, they count after `publish`."""
+        views: written to, they count after `sync_weights`."""
 
     @abstractmethod
     def moments(self, key: str) -> list[Tensor]:
@@ -103,7 +103,7 @@ class Engine(ABC):
         states = self.optimizer.state.values()
         return stored_bytes(value for state in states for value in state.values() if isinstance(value, Tensor))
 
-    def publish(self) -> None:  # noqa: B027 (most engines have nothing to do)
+    def sync_weights(self) -> None:  # noqa: B027 (most engines have nothing to do)
         """After writing to `weights`: the module computes with them from now on. All ranks call together."""
 
     @property

@@ -13,7 +13,7 @@ from trainer.optim import start_moments
 from trainer.parallel import sum_over_ranks
 
 
-class Replicated(Engine):
+class DataParallel(Engine):
     """Plain PyTorch. It adds no hook to the module and broadcasts no buffer, so that a discriminator may run several
     forwards before its backward, and its BatchNorm statistics stay each rank's own."""
 

@@ -222,7 +222,7 @@ class DeepSpeed(Engine):
             gradients = sum(part.nbytes for part in (masters if self.stage == 2 else parameters))
         return Memory(held, gradients, self.optimizer_bytes())
 
-    def publish(self) -> None:
+    def sync_weights(self) -> None:
         if self.stage == 3:
             self.zero._partition_all_parameters()  # lets go of what is still gathered of the weights before
             for group in range(len(self.zero.fp16_groups)):

@@ -114,7 +114,7 @@ class Fsdp2(Engine):
         shards = [parameter.to_local() for parameter in self.parameters.values()]
         return Memory(stored_bytes(shards), sum(shard.nbytes for shard in shards), self.optimizer_bytes())
 
-    def publish(self) -> None:
+    def sync_weights(self) -> None:
         # What an evaluation left gathered is of the weights before.
         for module in self.root.modules():
             if isinstance(module, FSDPModule):

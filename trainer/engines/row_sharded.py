@@ -5,11 +5,11 @@ from torch import Tensor, nn
 
 from model_zoo.io.sharded_tensors import TensorShard
 from trainer.engines.base import MakeOptimizer
-from trainer.engines.ddp import Replicated
+from trainer.engines.ddp import DataParallel
 from trainer.parallel import RowGroups, sum_over_ranks
 
 
-class Rows(Replicated):
+class RowSharded(DataParallel):
     """A quantizer, or a generator's head, whose rows are spread over ``groups.shard``, with copies among
     ``groups.replicas``.
 

@@ -3,11 +3,10 @@
 import itertools
 import math
 from collections.abc import Callable, Iterator
-from typing import ClassVar, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torchvision.utils import make_grid
 
 import data
 from data import Batch
@@ -16,12 +15,12 @@ from model_zoo.sampler import Sampler
 from model_zoo.transformer import Transformer, checkpoint_blocks, flops_per_token
 from trainer import TrainerError
 from trainer.config import GeneratorRun
-from trainer.ema import Ema
-from trainer.engines import Engine, Rows
+from trainer.engines import RowSharded
 from trainer.metrics.codebook import CodebookUsage
+from trainer.model_state import ModelState, Network
 from trainer.parallel import World, raise_on_all_ranks, row_groups, sum_over_ranks
 from trainer.precision import LossScale, autocast_dtype
-from trainer.tasks.base import Means, Step, Task, Validation
+from trainer.tasks.base import Step, StepMetrics, Task, Validation
 from trainer.throughput import matmul_rate
 
 PICTURES = 8  # that are sampled at each validation, where a tokenizer is known to decode them
@@ -37,7 +36,6 @@ class Codes(NamedTuple):
 class GeneratorTask(Task):
     """Owns the transformer, its engine, or two where the head's rows are spread over ranks, and the EMA."""
 
-    MODELS: ClassVar = {"generator": ("generator", ""), "head": ("generator", "head.")}
     config: GeneratorRun
 
     def __init__(self, config: GeneratorRun, world: World, micro_batch_size: int, micro_batches: int):
@@ -56,24 +54,31 @@ class GeneratorTask(Task):
         if config.trainer.activation_checkpointing:
             checkpoint_blocks(self.transformer, selective=config.trainer.activation_checkpointing == "selective")
         self.batch = dict(micro_batch_size=micro_batch_size, micro_batches=micro_batches)
-        head = self.transformer.head
-        self.parameters = sum(p.numel() for p in self.transformer.parameters())
-        if self.groups.shard is None:
-            self.head = None
-            self.generator = self.build_generator(self.transformer, ignored=[])
-        else:
-            self.parameters += vocabulary * config.model.width - head.weight.numel()
-            self.generator = self.build_generator(self.transformer, ignored=[head.weight])
-            self.head = Rows(head, self.make_adam(), vocabulary, self.groups, **self.batch)
-        self.loss_scales = {"generator": LossScale(config.trainer.precision == "fp16")}
-        self.ema = Ema(self.engines().values(), config.ema.decay) if config.ema.decay > 0 else None
+        trained = self._build_engines()
+        self.state = ModelState(
+            trained,
+            {},
+            averaged=list(trained),
+            ema_decay=config.ema.decay,
+            loss_scales={"generator": LossScale(config.trainer.precision == "fp16")},
+            buffers=self._buffers,
+            is_main=world.is_main,
+        )
         if config.trainer.compile:
             for block in self.transformer.blocks:
                 block.compile()
         self.rate: float | None = None  # of a plain matrix product, which throughput is compared with
 
-    def engines(self) -> dict[str, Engine]:
-        return {"generator": self.generator} | ({"head": self.head} if self.head else {})
+    def _build_engines(self) -> dict[str, Network]:
+        """The networks; the head has an engine to itself where its rows are spread over ranks. Sets ``parameters``."""
+        model, head = self.config.model, self.transformer.head
+        self.parameters = sum(p.numel() for p in self.transformer.parameters())
+        if self.groups.shard is None:
+            return {"generator": Network(self.build_main_engine(self.transformer, ignored=[]), "generator")}
+        self.parameters += model.vocabulary * model.width - head.weight.numel()
+        main = self.build_main_engine(self.transformer, ignored=[head.weight])
+        rows = RowSharded(head, self.make_adam(), model.vocabulary, self.groups, **self.batch)
+        return {"generator": Network(main, "generator"), "head": Network(rows, "generator", "head.")}
 
     def check_settings(self) -> None:
         """Raises TrainerError where recipe, tokenizer and images do not fit each other."""
@@ -122,7 +127,7 @@ class GeneratorTask(Task):
     def describe(self) -> list[str]:
         model = self.config.model
         rows, columns = model.grid
-        spread = f", head over {self.config.vocabulary_parallel}" if self.head else ""
+        spread = f", head over {self.config.vocabulary_parallel}" if self.groups.shard else ""
         return [f"{rows}x{columns} of {model.vocabulary} codes, {model.classes} classes{spread}"]
 
     def check_batch(self, batch: Batch) -> None:
@@ -147,23 +152,23 @@ class GeneratorTask(Task):
     def step(self, micro_batches: list[Codes], step: int) -> Step:
         """One optimiser step. Each image's class is left out with probability ``loss.label_dropout``."""
         config, loss = self.config, self.config.loss
-        scalars = Means(1 / len(micro_batches))
-        bad: list[str] = []
+        metrics = StepMetrics(len(micro_batches))
+        loss_scale = self.state.loss_scales["generator"]
         for i, (index_bt, class_b) in enumerate(micro_batches):
             dropped_b = torch.rand(len(class_b), device=class_b.device) < loss.label_dropout
             class_b = class_b.masked_fill(dropped_b, config.model.classes)
             with self.autocast():
-                out = self.generator.run(self.transformer.loss, index_bt, class_b, loss.z_weight, loss.impl)
-            self.generator.backward(self.loss_scales["generator"].value * out.loss, last=i == len(micro_batches) - 1)
-            scalars.add("loss/total", out.loss)
-            scalars.add("loss/cross_entropy", out.cross_entropy)
+                out = self.main_engine.run(self.transformer.loss, index_bt, class_b, loss.z_weight, loss.impl)
+            self.main_engine.backward(loss_scale.value * out.loss, last=i == len(micro_batches) - 1)
+            metrics.add("loss/total", out.loss)
+            metrics.add("loss/cross_entropy", out.cross_entropy)
             if loss.z_weight:
-                scalars.add("loss/z", out.z)
+                metrics.add("loss/z", out.z)
         lr = self.learning_rate_factor(step) * config.optimizer.lr
-        engines = list(self.engines().values())
-        if self.update("generator", engines, "loss/total", lr, step, scalars, bad) and self.ema:
-            self.ema.update(step)
-        return Step(scalars.values, bad)
+        engines = [network.engine for network in self.state.trained.values()]
+        if self.update("generator", engines, "loss/total", lr, step, metrics) and self.state.ema:
+            self.state.ema.update(step)
+        return metrics.result()
 
     @torch.no_grad()
     def validate(self, beat: Callable[[], None]) -> Validation:
@@ -177,10 +182,10 @@ class GeneratorTask(Task):
             torch.zeros(1, dtype=torch.long, device=world.device),
         )
         with self.evaluation():
-            for codes, counts in self.in_step(self._validation_batches(), filler):
+            for codes, counts in self.in_lockstep(self._validation_batches(), filler):
                 beat()
                 with self.autocast():
-                    out = self.generator.run(self.transformer.loss, *codes, 0.0, config.loss.impl)
+                    out = self.main_engine.run(self.transformer.loss, *codes, 0.0, config.loss.impl)
                 if counts:
                     sums += torch.stack(
                         [len(codes.class_b) * out.cross_entropy.double(), sums.new_tensor(len(codes.class_b))]
@@ -210,7 +215,7 @@ class GeneratorTask(Task):
 
     def _validation_batches(self) -> Iterator[Codes]:
         """Micro-batches of them; one by one where ranks that share a head must bring equally many tokens."""
-        images, size = self._validation_images(), 1 if self.groups.shard else self.generator.micro_batch_size
+        images, size = self._validation_images(), 1 if self.groups.shard else self.batch["micro_batch_size"]
         while batch := list(itertools.islice(images, size)):
             labels = [image.label for image in batch]
             if self.config.data.content == "tokens":
@@ -237,8 +242,10 @@ class GeneratorTask(Task):
             class_b.fill_(model.classes)
         sampler = Sampler(self.transformer, PICTURES, dtype=autocast_dtype(self.config.trainer.precision), graphs=False)
         with self.autocast():
-            index_bhw = self.generator.run(sampler.sample, class_b, list(range(PICTURES)), self.config.sampling, beat)
+            index_bhw = self.main_engine.run(sampler.sample, class_b, list(range(PICTURES)), self.config.sampling, beat)
         images_bchw = self.tokenizer.detokenize(index_bhw).clamp(-1, 1)
+        from torchvision.utils import make_grid  # slow to import, and only used here
+
         grid = make_grid(images_bchw / 2 + 0.5, nrow=PICTURES, padding=2, pad_value=1)
         return {"samples": (grid * 255).to(torch.uint8).cpu()} if self.world.is_main else {}
 
@@ -257,11 +264,11 @@ class GeneratorTask(Task):
             return {}
         return {"tokenizer, frozen": sum(weight.nbytes for weight in self.tokenizer.parameters())}
 
-    def buffers(self) -> dict[str, Tensor]:
+    def _buffers(self) -> dict[str, Tensor]:
         """The codebook that embeds, where one does; it is of the trained weights and of their average."""
         if self.config.model.embedding != "codebook":
             return {}
         codebook_vd = self.transformer.tok_emb.codebook_vd
         buffers = {"generator/tok_emb.codebook_vd": codebook_vd}
         # A file holds no tensor twice under one memory.
-        return buffers | ({"generator_ema/tok_emb.codebook_vd": codebook_vd.clone()} if self.ema else {})
+        return buffers | ({"generator_ema/tok_emb.codebook_vd": codebook_vd.clone()} if self.state.ema else {})

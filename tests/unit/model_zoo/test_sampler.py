@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from model_zoo import ModelError, Sampler, Sampling, Transformer, TransformerConfig
-from model_zoo.sampler import draw, keep_products_in
+from model_zoo.sampler import draw, guidance_scale_t, keep_products_in
 
 # More positions than a bucket of static steps, so that there are two.
 TINY = TransformerConfig(vocabulary=40, classes=5, grid=[9, 8], depth=2, heads=2, head_dim=8, dropout=0.0)
@@ -80,7 +80,7 @@ def test_codes_are_drawn_with_the_probabilities_of_the_forward():
 
 @pytest.mark.parametrize(("schedule", "middle"), [("constant", 3.0), ("linear", 2.0), ("cosine", 2.0)])
 def test_guidance_schedules(schedule, middle):
-    guidance_t = Sampling(guidance=3.0, guidance_schedule=schedule).guidance_t(5)
+    guidance_t = guidance_scale_t(Sampling(guidance=3.0, guidance_schedule=schedule), 5)
     assert guidance_t.shape == (5,)
     assert guidance_t[0] == (3.0 if schedule == "constant" else 1.0)
     assert guidance_t[2].item() == pytest.approx(middle) and guidance_t[4].item() == pytest.approx(3.0)
@@ -207,7 +207,10 @@ def test_captured_steps_draw_the_same_codes(settings):
         ({"temperature": math.nan}, "temperature nan"),
         ({"guidance": -1.0}, "guidance -1.0 must be at least 0"),
         ({"guidance": math.nan}, "guidance nan"),
-        ({"guidance_schedule": "square"}, "'square': choose one of constant, linear, cosine"),
+        (
+            {"guidance_schedule": "square"},
+            "guidance_schedule square is unknown: choose one of constant, linear, cosine",
+        ),
         ({"top_k": -1}, "top_k -1 must be at least 0"),
         ({"top_p": 0.0}, "top_p 0.0 must be above 0"),
         ({"top_p": 1.1}, "top_p 1.1"),

@@ -175,7 +175,7 @@ def test_codebook_embedding_is_a_projection_of_frozen_code_vectors():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"embedding": "random"}, "unknown model.embedding 'random'"),
+        ({"embedding": "random"}, "model.embedding=random is unknown: choose one of learned, codebook"),
         ({"head_dim": 6}, "model.head_dim=6 must be a multiple of 4"),
         ({"grid": [16]}, r"model.grid=\[16\] must be rows and columns"),
         ({"grid": [0, 3]}, r"model.grid=\[0, 3\]"),

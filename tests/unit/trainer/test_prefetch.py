@@ -4,7 +4,8 @@ from pathlib import Path
 import pytest
 
 from trainer import TrainerError
-from trainer.prefetch import _set_aside, read_audit, summary
+from trainer.audit import _set_aside, read_audit
+from trainer.prefetch import summary
 
 
 def segment(run: Path, start: int, rank: int, steps: range, shard="a.tar") -> None:

@@ -58,7 +58,7 @@ def test_moments_of_too_few():
     assert moments.merged().count == moments.count == 0
     moments.update(torch.ones(1, 3))
     assert torch.equal(moments.mean(), torch.ones(3, dtype=torch.float64))
-    with pytest.raises(TrainerError, match="at least 2 pictures, not 1"):
+    with pytest.raises(TrainerError, match="at least 2 images, not 1"):
         moments.covariance()
 
 
@@ -162,7 +162,7 @@ def test_inception_score_is_the_number_of_classes_that_are_told_apart_and_ruined
 
 
 def test_inception_score_of_fewer_pictures_than_splits_is_refused():
-    with pytest.raises(TrainerError, match="at least 10 pictures, not 9"):
+    with pytest.raises(TrainerError, match="at least 10 images, not 9"):
         inception_score(logits(9))
 
 
@@ -205,7 +205,7 @@ def test_copies_lie_within_one_another():
 
 @pytest.mark.parametrize("counts", [(3, 10), (10, 3)])
 def test_precision_and_recall_of_too_few_are_refused(counts):
-    with pytest.raises(TrainerError, match="more than 3 pictures, not 3"):
+    with pytest.raises(TrainerError, match="more than 3 images, not 3"):
         precision_recall(features(counts[0]), features(counts[1]))
 
 

@@ -12,9 +12,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from ranks import Launch
 from omegaconf import OmegaConf
 from PIL import Image
+from ranks import Launch
 from serving import Server
 from webdataset.writer import TarWriter
 
@@ -28,7 +28,8 @@ from model_zoo.io.sharded_tensors import save_shards, whole
 from tools import cli
 from trainer import TrainerError
 from trainer.jobs import tokenize as module
-from trainer.jobs.tokenize import image_views, tokenize
+from trainer.jobs.tokenize import tokenize
+from trainer.jobs.views import image_views
 
 SIDE = 32
 MODEL = dict(
@@ -206,7 +207,7 @@ def test_the_fingerprint_is_of_what_makes_codes():
 
 def test_it_goes_on_where_it_was_stopped(run, tars, flipped, tmp_path, monkeypatch):
     out, written = tmp_path / "out", []
-    real = module._codes_of
+    real = module._encode
 
     def stop(*arguments):
         written.append(1)
@@ -214,7 +215,7 @@ def test_it_goes_on_where_it_was_stopped(run, tars, flipped, tmp_path, monkeypat
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(module, "_codes_of", stop)
+    monkeypatch.setattr(module, "_encode", stop)
     with pytest.raises(KeyboardInterrupt):
         go(run, tars, out, views="flip")
     monkeypatch.undo()
@@ -272,7 +273,7 @@ def test_a_mistake_ends_all_processes_with_a_line(run, tars, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"views": "flip"}, 'other settings (views "original", now "flip"): give --views original again to go on'),
+        ({"views": "flip"}, 'other settings (views "original", now "flip"): give --views original again to continue'),
         ({"weights": "raw"}, "other settings (tokenizer "),
         ({"image_size": 40}, "other settings (grid [4, 4], now [5, 5]): give --size 32 again"),
         ({"samples_per_shard": 4}, "other settings (samples_per_shard 3, now 4): give --samples-per-shard 3 again"),
@@ -317,14 +318,14 @@ def test_bad_input_gets_one_line(capsys, run, tars, tmp_path):
         ({"batch-size": 0}, "--batch-size 0 must be at least 1"),
         ({"samples-per-shard": 0}, "--samples-per-shard 0 must be at least 1"),
         ({"workers": 0}, "--workers 0 must be at least 1"),
-        ({"source": "nothing"}, "--source nothing: the catalogue has"),
+        ({"source": "nothing"}, "--source nothing is unknown: choose one of"),
         ({"images": tmp_path / "empty"}, "neither jpg, jpeg, png, webp nor tars under"),
         ({"images": tmp_path / "bad"}, "none of the 1 images in"),
         ({"out": tmp_path / "file"}, "is a file: name a folder with --out"),
         ({"out": tmp_path / "damaged"}, "tokens.json is damaged"),
-        ({"out": tmp_path / "theirs"}, "tokens.json is damaged, or not by `ibq tokenize`"),
+        ({"out": tmp_path / "theirs"}, "tokens.json is damaged, or `ibq tokenize` did not write it"),
         ({"out": "/dev/null/out"}, "cannot write /dev/null/out"),
-        ({"out": tars}, "holds tars, and not by `ibq tokenize`"),
+        ({"out": tars}, "holds tars that `ibq tokenize` did not write"),
     ]:
         given = {"run": run, "images": tars, "out": out, "device": "cpu", **changes}
         options = [word for name, value in given.items() if name != "run" for word in (f"--{name}", value)]
@@ -344,7 +345,7 @@ def test_a_mistake_does_not_bind_the_folder(run, tars, tmp_path):
 
 
 def test_tokens_are_not_tokenized(run, flipped, tmp_path):
-    with pytest.raises(TrainerError, match=r"--images .*: these are tokens already, name images"):
+    with pytest.raises(TrainerError, match=r"--images .* holds tokens already: name images"):
         go(run, flipped.out, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -372,14 +373,14 @@ def test_a_killed_process_is_gone_on_after(run, tars, flipped, tmp_path):
     """SIGKILL in the middle of a unit: what is not whole is written anew."""
     script = f"""
 import os
-from trainer import tokenize as module
-real, calls = module._codes_of, []
+from trainer.jobs import tokenize as module
+real, calls = module._encode, []
 def killed(*arguments):
     calls.append(1)
     if len(calls) == 3:
         os.kill(os.getpid(), 9)
     return real(*arguments)
-module._codes_of = killed
+module._encode = killed
 module.tokenize({str(run)!r}, images={str(tars)!r}, out={str(tmp_path / "out")!r}, views="flip", samples_per_shard=3,
                 device="cpu")
 """

@@ -1,32 +1,9 @@
 import json
 
 import pytest
-import torch
 
 from trainer import TrainerError
-from trainer.config import TokenizerRun, TokenizerTrainerConfig
-from trainer.loop import Skips, plan_batch
-from trainer.parallel import World
-
-
-def planned(total, micro, processes) -> tuple[int, int]:
-    config = TokenizerRun(trainer=TokenizerTrainerConfig(max_steps=1, global_batch_size=total, micro_batch_size=micro))
-    return plan_batch(config, World(0, processes, torch.device("cpu")))
-
-
-@pytest.mark.parametrize(
-    ("total", "micro", "processes", "expected"),
-    [(24, None, 1, (24, 1)), (24, None, 4, (6, 1)), (24, 2, 4, (2, 3)), (24, 6, 4, (6, 1)), (24, 1, 1, (1, 24))],
-)
-def test_the_global_batch_is_what_all_processes_take_in_a_step(total, micro, processes, expected):
-    assert planned(total, micro, processes) == expected
-
-
-def test_batches_that_do_not_divide_are_refused():
-    with pytest.raises(TrainerError, match=r"global_batch_size=24 must be a multiple of the 5 processes"):
-        planned(24, None, 5)
-    with pytest.raises(TrainerError, match=r"micro_batch_size=4 must divide the 6 images that each of 4 processes"):
-        planned(24, 4, 4)
+from trainer.skipped_steps import SkippedSteps
 
 
 def keys(*numbers) -> list[str]:
@@ -38,15 +15,15 @@ def lines(run) -> list[dict]:
 
 
 def test_a_good_step_writes_and_says_nothing(world, tmp_path):
-    assert Skips(tmp_path, world, limit=0).update(1, [], keys(1, 2)) is None
+    assert SkippedSteps(tmp_path, world, limit=0).update(1, [], keys(1, 2)) is None
     assert not list(tmp_path.iterdir())
 
 
 def test_a_step_that_is_left_out_is_said_and_its_samples_are_kept(world, tmp_path):
-    skips = Skips(tmp_path, world, limit=10)
+    skips = SkippedSteps(tmp_path, world, limit=10)
     said = skips.update(7, ["discriminator", "generator"], keys(1, 2))
     assert said == (
-        "step 7 is left out: loss or gradient of the discriminator and generator is not finite; "
+        "step 7 is skipped: loss or gradient of the discriminator and generator is not finite; "
         "the keys of its samples are in skipped_steps.jsonl"
     )
     assert "gradient of the generator is not finite" in skips.update(8, ["generator"], keys(3))
@@ -58,19 +35,19 @@ def test_a_step_that_is_left_out_is_said_and_its_samples_are_kept(world, tmp_pat
 
 def test_what_was_written_before_a_resume_stays(world, tmp_path):
     for step in (1, 2):
-        Skips(tmp_path, world, limit=10).update(step, ["generator"], keys(step))
+        SkippedSteps(tmp_path, world, limit=10).update(step, ["generator"], keys(step))
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
 
 
 def test_more_than_the_limit_in_a_row_end_the_run_with_the_keys(world, tmp_path):
-    skips = Skips(tmp_path, world, limit=2)
+    skips = SkippedSteps(tmp_path, world, limit=2)
     for step in (1, 2):
         assert skips.update(step, ["generator"], keys(step))
     with pytest.raises(TrainerError) as error:
         skips.update(3, ["generator"], keys(30, 31))
     message = str(error.value)
     assert message.startswith(
-        "loss or gradient of the generator is not finite at step 3, the 3. in a row (trainer.max_skipped_steps=2); "
+        "loss or gradient of the generator is not finite at step 3, number 3 in a row (trainer.max_skipped_steps=2); "
         "its samples: shard-30, shard-31. Checkpoints hold finite weights"
     )
     assert "\n" not in message
@@ -78,23 +55,23 @@ def test_more_than_the_limit_in_a_row_end_the_run_with_the_keys(world, tmp_path)
 
 
 def test_a_good_step_between_begins_the_count_anew(world, tmp_path):
-    skips = Skips(tmp_path, world, limit=2)
+    skips = SkippedSteps(tmp_path, world, limit=2)
     for step, skipped in enumerate([["generator"], ["generator"], [], ["generator"], ["discriminator"]]):
         assert (skips.update(step, skipped, keys(step)) is None) == (not skipped)
-    with pytest.raises(TrainerError, match=r"at step 5, the 3\. in a row"):
+    with pytest.raises(TrainerError, match=r"at step 5, number 3 in a row"):
         skips.update(5, ["generator"], keys(5))
 
 
 def test_with_a_limit_of_none_the_first_one_ends_the_run(world, tmp_path):
     with pytest.raises(
-        TrainerError, match=r"the 1\. in a row \(trainer\.max_skipped_steps=0\); its samples: shard-1\."
+        TrainerError, match=r"number 1 in a row \(trainer\.max_skipped_steps=0\); its samples: shard-1\."
     ):
-        Skips(tmp_path, world, limit=0).update(1, ["generator"], keys(1))
+        SkippedSteps(tmp_path, world, limit=0).update(1, ["generator"], keys(1))
 
 
 def test_of_many_keys_the_line_shows_the_first_and_the_file_all(world, tmp_path):
     with pytest.raises(TrainerError) as error:
-        Skips(tmp_path, world, limit=0).update(1, ["generator"], keys(*range(20)))
+        SkippedSteps(tmp_path, world, limit=0).update(1, ["generator"], keys(*range(20)))
     expected = f"its samples: {', '.join(keys(*range(8)))} and 12 more, see {tmp_path / 'skipped_steps.jsonl'}. "
     assert expected in str(error.value) and "shard-8" not in str(error.value)
     assert lines(tmp_path)[0]["keys_of_ranks"] == [keys(*range(20))]

@@ -1,0 +1,129 @@
+"""The audit of a run: which samples it was trained on, written to ``RUN/audit`` and read back."""
+
+import itertools
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple, TextIO
+
+from data import Batch, TrainStream
+from trainer import TrainerError
+from trainer.parallel import World, raise_on_all_ranks, run_on_main
+
+
+class AuditWriter:
+    """Writes one rank's file: a line of source sizes, then the keys of each step's samples."""
+
+    def __init__(self, path: Path, file: TextIO):
+        self.path, self.file = path, file
+
+    @classmethod
+    def open(cls, run: Path, world: World, stream: TrainStream, start: int, *, enabled: bool) -> "AuditWriter | None":
+        """Sets aside what earlier processes wrote of steps after ``start``, which are trained again, and opens this
+        rank's file, or returns None unless enabled. All ranks call together. Raises TrainerError on all of them."""
+        folder = run / "audit"
+        refused = run_on_main(world, lambda: _refusal(lambda: _set_aside(run, start)))
+        if refused:
+            raise TrainerError(f"cannot write into {folder}: {refused}; fix that and resume")
+        writers = []
+
+        def open_file() -> None:
+            folder.mkdir(exist_ok=True)
+            path = folder / f"from_{start:08d}_rank_{world.rank:05d}.jsonl"
+            writers.append(cls(path, path.open("w", encoding="utf-8")))
+            sizes = {source.name: source.samples for source in stream.sources}
+            writers[0].file.write(json.dumps({"samples_of_sources": sizes}) + "\n")
+
+        refused = _refusal(open_file) if enabled else None
+        raise_on_all_ranks(refused and f"cannot write into {folder}: {refused}; fix that, or leave out data.audit")
+        return writers[0] if enabled else None
+
+    def write(self, step: int, batches: list[Batch]) -> None:
+        """Writes one step's samples. Raises OSError."""
+        samples = [[info.source, info.place.epoch, info.shard, info.key] for batch in batches for info in batch.infos]
+        self.file.write(json.dumps({"step": step, "samples": samples}) + "\n")
+        self.file.flush()
+
+
+def _refusal(action) -> str | None:
+    """Runs an action; returns why the file system refused it, if it did."""
+    try:
+        action()
+    except OSError as error:
+        return error.strerror or str(error)
+    return None
+
+
+def _set_aside(run: Path, start: int) -> None:
+    """Renames the files of steps after ``start``, so that they do not count any more."""
+    for file in (run / "audit").glob("from_*_rank_*.jsonl"):
+        if _start_of(file) >= start:
+            file.rename(file.with_suffix(".superseded"))
+
+
+class Delivered(NamedTuple):
+    """A sample that was trained on: step (from 1), rank, and the sample's source, epoch, shard and key."""
+
+    step: int
+    rank: int
+    source: str
+    epoch: int
+    shard: str
+    key: str
+
+
+class Audit(NamedTuple):
+    """delivered: every sample that counts towards the run's weights. samples_of_sources: the number of samples in each
+    source, or None where it is unknown. missing_steps: steps that were trained without an audit."""
+
+    delivered: Iterator[Delivered]
+    samples_of_sources: dict[str, int | None]
+    missing_steps: list[range]
+
+
+def read_audit(run: str | Path) -> Audit:
+    """Reads a run's audit. Steps that were trained again after a resume count once. Raises TrainerError."""
+    files = sorted((Path(run) / "audit").glob("from_*_rank_*.jsonl"))
+    if not files:
+        raise TrainerError(f"{run} holds no audit: train with data.audit=true")
+    starts = sorted({_start_of(file) for file in files})
+    next_start = dict(zip(starts, [*starts[1:], None], strict=True))
+    sizes: dict[str, int | None] = {}
+    last_steps = {}
+    for file in files:
+        first, *steps = (entry for entry in _entries(file))
+        sizes |= first["samples_of_sources"]
+        start, stop = _start_of(file), next_start[_start_of(file)]
+        trained = [entry["step"] for entry in steps if stop is None or entry["step"] <= stop]
+        last_steps[start] = max(last_steps.get(start, start), *trained, start)
+    missing, done = [], 0
+    for start in starts:
+        if start > done:
+            missing.append(range(done + 1, start + 1))
+        done = last_steps[start]
+    return Audit(_delivered(files, next_start), sizes, missing)
+
+
+def _delivered(files: list[Path], next_start: dict[int, int | None]) -> Iterator[Delivered]:
+    for file in files:
+        stop = next_start[_start_of(file)]
+        rank = int(file.stem.rsplit("_", 1)[1])
+        for entry in itertools.islice(_entries(file), 1, None):
+            if stop is None or entry["step"] <= stop:
+                for sample in entry["samples"]:
+                    yield Delivered(entry["step"], rank, *sample)
+
+
+def _entries(file: Path) -> Iterator[dict]:
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.endswith("\n"):
+                return  # cut off by a kill; its step was not saved
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise TrainerError(f"{file} is damaged in line {number}: the audit cannot be read") from error
+
+
+def _start_of(file: Path) -> int:
+    return int(file.stem.split("_")[1])

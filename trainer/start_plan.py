@@ -1,0 +1,152 @@
+"""How a run starts: fresh, from a checkpoint, or not at all because it is done. Decided before anything is built."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import data
+from model_zoo import ModelError
+from model_zoo.io.sharded_tensors import ShardedTensors, run_of
+from trainer import TrainerError
+from trainer.checkpoint import checkpoint_folders, find_checkpoint, load_state
+from trainer.config import GeneratorRun, RunConfig
+from trainer.init_from import InitRecord, save_init_record
+from trainer.model_state import ModelState
+from trainer.parallel import World, raise_on_all_ranks, run_on_main
+from trainer.randomness import restore_random_state
+from trainer.recipes import load_run_config, save_config
+from trainer.telemetry import metric_lines, scanning
+
+
+class StartPlan(NamedTuple):
+    """step: the last step that is done. checkpoint: what to resume from, with its small ``state``; None: start fresh.
+    reuses_folder: the run's folder is there already and holds this very run. done: there is nothing left to train.
+    notes: lines to print."""
+
+    step: int
+    checkpoint: Path | None
+    state: dict
+    reuses_folder: bool
+    done: bool
+    notes: list[str]
+
+
+class Source(NamedTuple):
+    """What to start from. checkpoint: the run's folder, or one of its checkpoints; None: start fresh. restart: the
+    launcher may start the run's command again, so the folder may hold nothing yet, or everything."""
+
+    checkpoint: Path | None = None
+    restart: bool = False
+
+
+class BatchPlan(NamedTuple):
+    """Images in a micro-batch of a rank, and micro-batches in a step of a rank."""
+
+    micro_batch_size: int
+    micro_batches: int
+
+
+def plan_batch(config: RunConfig, world: World) -> BatchPlan:
+    """How the global batch is split. Raises TrainerError where it cannot be split evenly."""
+    total, micro = config.trainer.global_batch_size, config.trainer.micro_batch_size
+    if total % world.size:
+        raise TrainerError(f"trainer.global_batch_size={total} must be a multiple of the {world.size} processes")
+    share = total // world.size
+    micro = micro or share
+    if share % micro:
+        raise TrainerError(
+            f"trainer.micro_batch_size={micro} must divide the {share} images that each of {world.size} processes "
+            f"takes of trainer.global_batch_size={total}"
+        )
+    return BatchPlan(micro, share // micro)
+
+
+def check_inputs(config: RunConfig, source: Source) -> data.TokenSpec | None:
+    """Finds a mistyped path, damaged tars and damaged logs before anything slow starts; returns which tokens
+    ``data.train`` must hold, for a generator that learns from token shards. Raises TrainerError or DataError."""
+    if config.data.train is None and not config.data.sources:
+        raise TrainerError(
+            "data.train must be given: a folder of tars, a tar, or a pattern such as data.train='tars/{00..99}.tar'"
+        )
+    tokens = None
+    if isinstance(config, GeneratorRun) and config.data.content == "tokens":
+        config.tokenizer.fingerprint = config.tokenizer.fingerprint or data.token_header(config.data).tokenizer
+        tokens = data.TokenSpec(config.tokenizer.fingerprint, config.model.vocabulary, tuple(config.model.grid))
+    with scanning() as progress:
+        # A resumed run checks its training data later: its checkpoint says what the data must be (see TrainStream).
+        data.check(config.data, train=source.checkpoint is None, progress=progress, tokens=tokens)
+    if source.checkpoint and (metrics := Path(config.run) / "metrics.jsonl").is_file():
+        metric_lines(metrics)
+    return tokens
+
+
+def plan_start(config: RunConfig, source: Source, world: World) -> StartPlan:
+    """Decides how the run starts; all ranks call together and get the same plan. Raises TrainerError."""
+    fresh = StartPlan(0, None, {"data": None}, False, False, [])
+    if source.checkpoint is None:
+        return fresh
+    # Rank 0 alone looks at the folder: another node's view of a shared disk may be older.
+    if source.restart and not run_on_main(world, lambda: _holds_run(config)):
+        return fresh
+    if source.restart and not run_on_main(world, lambda: bool(checkpoint_folders(source.checkpoint))):
+        return fresh._replace(reuses_folder=True)
+    checkpoint, notes = find_checkpoint(source.checkpoint, world)
+    state = run_on_main(world, lambda: _load_state(checkpoint))
+    step = state["step"]
+    done = step >= config.trainer.max_steps
+    if done and not source.restart:
+        raise TrainerError(f"{config.run} is at step {step} already; train longer with trainer.max_steps={2 * step}")
+    return StartPlan(step, checkpoint, state, True, done, notes)
+
+
+def restore(plan: StartPlan, models: ModelState, world: World) -> None:
+    """Loads the plan's checkpoint. Raises TrainerError on all ranks where the checkpoint does not fit the models."""
+    failed = None
+    try:
+        files = ShardedTensors(plan.checkpoint)
+        models.load(files, plan.state["task"])
+        if plan.state["world_size"] == world.size:
+            restore_random_state(files, world)
+    except ModelError as error:
+        failed = f"cannot resume from {plan.checkpoint}: it was written with other settings ({error})"
+    raise_on_all_ranks(failed)
+
+
+def open_folder(config: RunConfig, plan: StartPlan, init_from: InitRecord | None) -> None:
+    """Creates the run's folder, where it is new, and writes the configuration and what the weights start from. Raises
+    TrainerError where the folder holds another run or cannot be written."""
+    run = Path(config.run)
+    if not plan.reuses_folder and ((run / "config.yaml").exists() or (run / "checkpoints").exists()):
+        raise TrainerError(f"{run} already holds a run: resume it (`ibq resume {run}`) or choose another run=FOLDER")
+    try:
+        (run / "samples").mkdir(parents=True, exist_ok=True)
+        save_config(config, run / "config.yaml")
+        if plan.reuses_folder and not plan.checkpoint:
+            (run / "metrics.jsonl").unlink(missing_ok=True)  # its steps are trained again
+    except OSError as error:
+        raise TrainerError(
+            f"cannot write the run folder {run}: {error.strerror}; choose another with run=FOLDER"
+        ) from error
+    if init_from:
+        save_init_record(run, init_from)
+
+
+def run_folder(source: Path) -> Path:
+    """The run's folder, given it or one of its checkpoints' folders."""
+    return run_of(source)
+
+
+def _holds_run(config: RunConfig) -> bool:
+    """Whether the run's folder holds a run with exactly these settings."""
+    if not (Path(config.run) / "config.yaml").is_file():
+        return False
+    saved = load_run_config(config.run, [])
+    if isinstance(saved, GeneratorRun) and isinstance(config, GeneratorRun) and config.tokenizer.fingerprint is None:
+        saved.tokenizer.fingerprint = None  # not known yet where the tokenizer determines it
+    return saved == config
+
+
+def _load_state(checkpoint: Path) -> dict:
+    state = load_state(checkpoint)
+    if not {"step", "data", "task", "world_size"} <= state.keys():
+        raise TrainerError(f"{checkpoint / 'state.json'} is of another version of ibq: its run cannot be resumed")
+    return state

@@ -1,0 +1,89 @@
+"""Weights of a new tokenizer run: loaded from another model, and codes placed among the features of the data."""
+
+from collections.abc import Callable, Iterable
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from model_zoo import ModelError
+from model_zoo.io.weights import Weights, check_names
+from model_zoo.quantizers import Quantizer
+from trainer import TrainerError
+from trainer.config import TokenizerRun
+from trainer.init_from import InitRecord, load_init_weights
+from trainer.model_state import ModelState
+from trainer.parallel import run_on_all_ranks, sum_over_ranks
+
+ROUNDING = 1e-12  # features whose variance is below this share of their squared mean are constant up to fp32 rounding
+
+
+def load_initial_weights(config: TokenizerRun, state: ModelState, discriminator: nn.Module | None) -> InitRecord:
+    """Loads the weights that ``init_from.source`` names; all ranks call together. Raises TrainerError."""
+    weights, fingerprint = run_on_all_ranks(lambda: load_init_weights(config))
+    state.write("tokenizer", weights.tensors)
+    return InitRecord(
+        weights.origin,
+        fingerprint,
+        config.init_from.freeze,
+        _load_discriminator(discriminator, weights, wanted=config.init_from.discriminator),
+    )
+
+
+def _load_discriminator(network: nn.Module | None, weights: Weights, wanted: bool) -> str:
+    """Loads the source's discriminator where it can be used; returns a description of what was done."""
+    if network is None:
+        return "none"
+    if not wanted:
+        return "anew (init_from.discriminator=false)"
+    if weights.discriminator is None:
+        return "anew (the source has none)"
+    try:
+        check_names(weights.discriminator, network.state_dict(), "the source's")
+    except ModelError as error:
+        return f"anew ({error})"
+    network.load_state_dict(weights.discriminator)
+    return "the source's"
+
+
+@torch.no_grad()
+def place_codes_among_features(
+    quantizer: Quantizer,
+    state: ModelState,
+    encode: Callable[[Tensor], Tensor],
+    micro_batches: Iterable[Tensor],
+    code_replicas: dist.ProcessGroup | None,
+    device: torch.device,
+) -> None:
+    """``model.codebook_init=features``: centres the features by the encoder's last bias, then draws the codes from the
+    features' distribution; all ranks call together.
+
+    encode: uint8 images to features ``(b, d, h, w)``. micro_batches: this rank's share of the first global batch;
+    mean and covariance are those of the whole. code_replicas: the ranks that hold copies of the same codes.
+    Raises TrainerError where features are not finite.
+    """
+    dim = quantizer.embedding.weight.shape[1]
+    sums = torch.zeros(dim + 1, dim + 1, dtype=torch.float64, device=device)
+    for images_bchw in micro_batches:
+        z_nd = encode(images_bchw).movedim(1, -1).flatten(0, 2).double()
+        z_nd = F.pad(z_nd, (0, 1), value=1.0)
+        sums += z_nd.T @ z_nd
+    sum_over_ranks(sums)
+    mean_d = sums[-1, :-1] / sums[-1, -1]
+    covariance_dd = sums[:-1, :-1] / sums[-1, -1] - mean_d.outer(mean_d)
+    if not covariance_dd.isfinite().all():  # the same on all ranks
+        raise TrainerError(
+            "features of the first step's images are not finite: use model.codebook_init=normal, or under "
+            "trainer.precision=fp16 another precision"
+        )
+    for shard in state.main_engine.weights():
+        if shard.name == "quant_conv.bias":  # in CPU memory where the engine offloads
+            shard.values.sub_(mean_d[shard.start : shard.start + len(shard.values)].to(shard.values))
+    if covariance_dd.trace() > ROUNDING * mean_d.square().sum():
+        quantizer.place_among(covariance_dd)
+    # Processors may differ in the last bits, copies of a code must not.
+    dist.broadcast(quantizer.embedding.weight.data, group=code_replicas, group_src=0)
+    state.main_engine.sync_weights()
+    if state.ema:
+        state.ema.restart()

@@ -1,0 +1,196 @@
+"""Training on one rank, from top to bottom: batch, loss, optimizer step, log, validation, checkpoint."""
+
+from contextlib import ExitStack
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+import data
+from trainer import TrainerError
+from trainer.checkpoint import CheckpointError, Checkpoints
+from trainer.config import RunConfig
+from trainer.parallel import World, any_rank, gather_objects, mean_over_ranks, run_on_main
+from trainer.prefetch import Prefetcher, summary
+from trainer.randomness import random_state, seed_everything
+from trainer.skipped_steps import SkippedSteps
+from trainer.start_plan import StartPlan, open_folder, plan_batch, restore
+from trainer.tasks import Step, make_task
+from trainer.telemetry import describe, open_telemetry
+from trainer.throughput import Throughput
+from trainer.watchdog import LossSpikes, Stopped, StopSignal, Watchdog
+
+
+class Due(NamedTuple):
+    """What is to be done after a step. last: training ends."""
+
+    log: bool
+    validate: bool
+    save: bool
+    last: bool
+
+
+class Trainer:
+    """Trains one run on one rank: ``setup``, ``train``, and ``close`` whatever happens in between."""
+
+    def __init__(self, config: RunConfig, world: World, plan: StartPlan, tokens: data.TokenSpec | None):
+        self.config, self.world, self.plan, self.tokens = config, world, plan, tokens
+        self.run = Path(config.run)
+        self.step = plan.step
+        self.save_pending = False
+        self.resources = ExitStack()
+
+    def setup(self) -> None:
+        """Builds the models, opens the data and loads the weights. Nothing is written until all of it has succeeded."""
+        config, world, plan = self.config, self.world, self.plan
+        micro_batch_size, micro_batches = plan_batch(config, world)
+        self.task = task = make_task(config, world, micro_batch_size, micro_batches)
+        task.check()
+        self.init_from = None if plan.checkpoint else task.load_initial_weights()
+        stream = data.train_batches(
+            config.data,
+            global_batch_size=config.trainer.global_batch_size,
+            micro_batch_size=micro_batch_size,
+            rank=world.rank,
+            world_size=world.size,
+            seed=config.seed,
+            state=plan.state["data"],
+            tokens=self.tokens,
+        )
+        self.resources.callback(stream.close)
+        seed_everything(config.seed, plan.step, world)
+        if plan.checkpoint:
+            restore(plan, task.state, world)
+        self.batches = Prefetcher(stream, micro_batches, world, task.check_batch)
+        self.batches.read_ahead()
+        self.batches.stop_together("nothing was trained")
+        if not plan.checkpoint:
+            task.init_from_data(map(task.inputs, self.batches.ready))
+        run_on_main(world, lambda: open_folder(config, plan, self.init_from))
+        self._open_logs()
+
+    def _open_logs(self) -> None:
+        config, settings, world, run = self.config, self.config.trainer, self.world, self.run
+        self.telemetry = open_telemetry(run, self.step, settings.max_steps, world)
+        start = [str(self.init_from)] if self.init_from else []
+        data_line = self.batches.stream.describe(settings.max_steps - self.step)
+        for line in (*self.plan.notes, *start, describe(config, world, self.task, self.step), data_line):
+            self.telemetry.say(line)
+        self.batches.open_logs(run, config.data.audit, self.step)
+        self.resources.enter_context(self.telemetry)
+        self.stop = self.resources.enter_context(StopSignal())
+        self.watchdog = self.resources.enter_context(Watchdog(*world[:2], settings.timeout_seconds))
+        self.checkpoints = Checkpoints(
+            run,
+            world,
+            keep_last=settings.keep_last,
+            keep_every_steps=settings.keep_every_steps,
+            asynchronous=settings.async_checkpoints,
+            beat=self.watchdog.beat,
+        )
+        self.skipped, self.spikes = SkippedSteps(run, world, settings.max_skipped_steps), LossSpikes()
+
+    def close(self) -> None:
+        """Releases whatever `setup` opened."""
+        self.resources.close()
+
+    def train(self) -> None:
+        """All steps that are left. Raises Stopped after SIGTERM, with everything saved."""
+        self.throughput = Throughput(self.config.trainer.global_batch_size, self.step)
+        try:
+            if self.init_from and self.config.data.val is not None:
+                self.validate(self.step)  # what training starts from
+                self.throughput.restart(self.step)
+            for step in range(self.step + 1, self.config.trainer.max_steps + 1):
+                self.step = step
+                self.after_step(step, self.train_step(step))
+        except KeyboardInterrupt:
+            saved = (self.run / "checkpoints" / "latest").is_file()
+            how = f"`ibq resume {self.run}` continues from the newest checkpoint" if saved else "nothing was saved yet"
+            self.telemetry.say(f"stopped after step {self.step}; {how}")
+            raise
+
+    def train_step(self, step: int) -> Step:
+        """Trains on one global batch (step from 1), then reads the next one ahead."""
+        self.watchdog.beat(step)
+        batches = self.batches.take(step)
+        self.data_state, self.keys = batches[-1].state, [key for batch in batches for key in batch.keys]
+        result = self.task.step([self.task.inputs(batch) for batch in batches], step - 1)
+        if step < self.config.trainer.max_steps:
+            self.batches.read_ahead()
+        return result
+
+    def after_step(self, step: int, result: Step) -> None:
+        """Logs, validates and saves, where it is time; ends all ranks together where any of them must stop."""
+        stopping, starving = any_rank(self.world, self.stop.wished, self.batches.failed is not None)
+        try:
+            note = self.skipped.update(step, result.skipped, self.keys, step == self.config.trainer.max_steps)
+        except TrainerError:
+            self.checkpoints.finish()  # what is being written is of a good step
+            raise
+        spike = self.spikes.update(float(result.scalars["loss/total"]))
+        if note or spike:
+            self.telemetry.say(note or f"step {step}: {spike}")
+        due = self._due(step, result, ends=stopping or starving)
+        self.telemetry.advance(step)
+        if due.log:
+            self.log(step, result, due.last)
+        with self.throughput.paused():
+            if due.validate and not stopping and not starving and self.config.data.val is not None:
+                self.validate(step)
+            self.save(step, due)
+        if due.log:
+            self.throughput.restart(step)
+        if starving:
+            self.batches.stop_together(f"step {step} is saved: resume with `ibq resume {self.run}`")
+        if stopping:
+            raise Stopped(f"stopped by SIGTERM after step {step}, which is saved: resume with `ibq resume {self.run}`")
+
+    def _due(self, step: int, result: Step, ends: bool) -> Due:
+        settings = self.config.trainer
+        final = step == settings.max_steps
+        last = ends or final
+        # A checkpoint that falls on a skipped step waits for the next good one: weights that only give NaN must not
+        # push out the checkpoints to resume from.
+        self.save_pending = last or self.save_pending or step % settings.checkpoint_every_steps == 0
+        save = self.save_pending and (last or not result.skipped)
+        log = save or last or step % settings.log_every_steps == 0
+        return Due(log, final or step % settings.validate_every_steps == 0, save, last)
+
+    def log(self, step: int, result: Step, last: bool) -> None:
+        """Writes the step's scalars, averaged over ranks, beside those of model, data and speed."""
+        values = [torch.as_tensor(value, dtype=torch.float32) for value in result.scalars.values()]
+        means = mean_over_ranks(torch.stack([value.to(self.world.device) for value in values])).tolist()
+        scalars = dict(zip(result.scalars, means, strict=True))
+        scalars |= self.task.scalars(step - 1) | self.batches.report(step)
+        scalars |= self.task.speed(self.throughput.images_per_second(step))
+        self.telemetry.alarm(step, self.task.alarm)
+        self.telemetry.log(step, scalars)
+        for line in summary(scalars) if last else ():
+            self.telemetry.say(line)
+
+    def validate(self, step: int) -> None:
+        """Evaluates the model on ``data.val``."""
+        validation = self.task.validate(self.watchdog.beat)
+        for note in validation.notes:
+            self.telemetry.say(f"step {step}: {note}")
+        for name, picture_chw in validation.pictures.items():
+            self.telemetry.picture(step, name, picture_chw)
+        if validation.scalars:
+            self.telemetry.log(step, validation.scalars)
+
+    def save(self, step: int, due: Due) -> None:
+        """Starts a checkpoint where one is due, else completes one that is being written."""
+        try:
+            if not due.save:
+                return self.checkpoints.poll()
+            self.save_pending = False
+            data_state = data.merge_states(gather_objects(self.data_state))
+            state = {"data": data_state, "task": self.task.state.numbers(), "world_size": self.world.size}
+            self.checkpoints.save(step, state, self.task.state.tensors() + random_state(self.world))
+            if due.last:
+                self.checkpoints.finish()
+        except CheckpointError as error:
+            if due.last:
+                raise
+            self.telemetry.say(f"ALARM at step {step}: {error}; training continues without this checkpoint")
