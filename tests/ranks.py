@@ -8,27 +8,34 @@ does, which takes seconds.
 
 ``python ranks.py SOCKET`` is the server. All pytest processes of a session share it. It ends when the last of them
 closes its connection, and a job ends with the connection that ordered it, so that nothing survives a killed pytest.
+``python ranks.py`` only compiles DeepSpeed's extension modules, which takes a minute on a new machine.
 """
 
+import atexit
 import ctypes
 import fcntl
+import gc
 import importlib
 import importlib.util
 import os
 import pickle
+import pkgutil
 import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable
 from itertools import count
 from multiprocessing.connection import Client, Connection, wait
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, NoReturn
+
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ROOT / "tests"
@@ -164,19 +171,21 @@ class Ranks:
         return self._order(processes, ("trainer.__main__", None, "main"), (arguments,), **options)
 
     def ibq(self, *arguments, **options) -> Ended:
-        """`ibq ARGUMENTS`; options as of `start_ibq`."""
-        return self.start_ibq(*arguments, **options).wait()
+        """`ibq ARGUMENTS`."""
+        return self._order(1, ("tools.cli", None, "main"), ([*map(str, arguments)],), **options).wait()
 
-    def start_ibq(self, *arguments, processes: int = 1, module: str = "tools.cli", **options) -> Job:
-        """`torchrun --nproc-per-node PROCESSES -m tools ARGUMENTS`, not waited for; one process runs without torchrun.
-        module: whose ``main`` is called."""
-        return self._order(processes, (module, None, "main"), ([*map(str, arguments)],), **options)
+    def command(self, processes: int, function: Callable, *arguments, **options) -> Ended:
+        """Calls a function of a test module or test helper as a command: its result is the exit status."""
+        return self.start_command(processes, function, *arguments, **options).wait()
 
-    def call(self, processes: int, function: Callable, *arguments, **options) -> list:
-        """Calls a function of a test module or test helper on ranks that have joined a gloo process group; returns
-        each rank's result. Arguments and results are pickled."""
-        target = function.__module__, sys.modules[function.__module__].__file__, function.__qualname__
-        job = self._order(processes, target, arguments, call=True, **options)
+    def start_command(self, processes: int, function: Callable, *arguments, **options) -> Job:
+        """`command`, not waited for."""
+        return self._order(processes, _target(function), arguments, **options)
+
+    def call(self, processes: int, function: Callable, *arguments, join: bool = True, **options) -> list:
+        """Calls a function of a test module or test helper on each rank; returns each rank's result. join: whether the
+        ranks join a gloo process group first. Arguments and results are pickled."""
+        job = self._order(processes, _target(function), arguments, returns=True, join=join, **options)
         ended = job.wait()
         if any(ended.statuses):
             raise AssertionError(f"{job.what} ended with {ended.statuses}\n{ended.out}{ended.err}")
@@ -192,10 +201,11 @@ class Ranks:
     def _order(
         self,
         processes: int,
-        target: tuple[str, Path | None, str],
+        target: tuple[str, str | Path | None, str],
         arguments: tuple,
         *,
-        call: bool = False,
+        returns: bool = False,
+        join: bool = False,
         cwd: Path = ROOT,
         environment: dict[str, str] | None = None,
         timeout_seconds: float = JOB_SECONDS,
@@ -203,11 +213,9 @@ class Ranks:
         self._lease = self._lease or self._connect()
         folder = self.folder / f"{next(self.numbers):04d}"
         folder.mkdir()
-        order = Order(
-            processes, target, pickle.dumps(arguments), call, folder, cwd, self.environment | (environment or {})
-        )
+        environment = self.environment | (environment or {})
         server = Client(str(self.place / "socket"))
-        server.send(order)
+        server.send(Order(processes, target, pickle.dumps(arguments), returns, join, folder, cwd, environment))
         job = Job(server, folder, f"{target[-1]}{arguments} on {processes} ranks", timeout_seconds)
         self.jobs = [other for other in self.jobs if not other.server.closed] + [job]
         self.last_pids = job.pids
@@ -296,6 +304,10 @@ class Launch:
         return Finished(process.returncode, out, err)
 
 
+def _target(function: Callable) -> tuple[str, str, str]:
+    return function.__module__, sys.modules[function.__module__].__file__, function.__name__
+
+
 def _environment(cache: Path) -> dict[str, str]:
     environment = {**os.environ, "IBQ_CACHE": str(cache), "OMP_NUM_THREADS": "1"}
     environment.pop("TRITON_INTERPRET", None)  # tests/conftest.py sets it; a user's process has none
@@ -310,14 +322,15 @@ def _environment(cache: Path) -> dict[str, str]:
 class Order(NamedTuple):
     """A job: a function (module, its file where it cannot be imported by name, name) and its pickled arguments.
 
-    call: whether to join a process group first and to write the result; otherwise the function is a command, whose
-    result is the exit status.
+    returns: whether to hand back the function's result; otherwise the result is the exit status. join: whether to join
+    a process group first.
     """
 
     processes: int
-    target: tuple[str, Path | None, str]
+    target: tuple[str, str | Path | None, str]
     arguments: bytes
-    call: bool
+    returns: bool
+    join: bool
     folder: Path
     cwd: Path
     environment: dict[str, str]
@@ -332,18 +345,21 @@ class Child(NamedTuple):
 
 
 def import_everything() -> None:
-    """What any job imports, with the extension modules that DeepSpeed compiles."""
+    """Imports the modules that jobs use, and the extension modules that DeepSpeed compiles."""
+    sys.path[:0] = [str(ROOT), str(TESTS)]
+    os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed chooses when it is imported
+    for package in ("data", "model_zoo", "trainer", "tools"):
+        for module in pkgutil.walk_packages([str(ROOT / package)], f"{package}."):
+            # Triton looks at a job's TRITON_INTERPRET when it decorates a kernel.
+            if not module.name.endswith("__main__") and "triton" not in module.name:
+                importlib.import_module(module.name)
     for module in (
-        *("trainer.loop", "trainer.dry_run", "trainer.engines.deepspeed", "trainer.engines.fsdp2"),
-        *(
-            "trainer.evaluation.evaluate_run",
-            "trainer.evaluation.generation",
-            "trainer.jobs.export",
-            "trainer.jobs.sample",
-        ),
-        *("trainer.jobs.tokenize", "torch.utils.tensorboard", "tools.cli", "pytest", "comparing", "tokens"),
+        *("pytest", "comparing", "tokens", "torch.testing", "torch.utils.tensorboard", "skimage", "rich._emoji_codes"),
+        # DeepSpeed imports these with its first engine, the latter for a decorator of torch.compile.
+        *("deepspeed.module_inject", "deepspeed.runtime.zero.muon.muon_optimizer", "torch._inductor.lowering"),
     ):
         importlib.import_module(module)
+    Image.init()
     from deepspeed.accelerator import get_accelerator
 
     builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
@@ -352,12 +368,11 @@ def import_everything() -> None:
 
 
 def serve(address: str) -> None:
-    """Carries out orders until every client has gone. Returns in each rank, too, which has then to exit."""
-    sys.path[:0] = [str(ROOT), str(TESTS)]
-    os.environ["DS_ACCELERATOR"] = "cpu"  # before DeepSpeed is imported, which chooses then
+    """Carries out orders until every client has gone."""
     import_everything()
     threads = len(os.listdir("/proc/self/task"))
     assert threads == 1, f"a fork of {threads} threads could deadlock"
+    gc.freeze()  # collections in ranks would copy the pages of all that is imported
     listener = socket.socket(socket.AF_UNIX)
     listener.bind(f"{address}.new")
     listener.listen(64)
@@ -393,15 +408,15 @@ def serve(address: str) -> None:
                     if pid == 0:
                         for file in (listener, *clients):
                             file.close()
-                        return _run_rank(order, rank, port)
+                        _exit(_run_rank(order, rank, port))
                     pids.append(pid)
                     children[os.pidfd_open(pid)] = Child(pid, rank, ready)
                 ready.send(pids)
     shutil.rmtree(Path(address).parent, ignore_errors=True)
 
 
-def _run_rank(order: Order, rank: int, port: int) -> None:
-    """Becomes the rank and carries out its part; ends by SystemExit, as a command line does."""
+def _run_rank(order: Order, rank: int, port: int) -> int:
+    """Becomes the rank and carries out its part; returns the exit status."""
     os.setsid()  # so that it can be killed with its loader's workers
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: it ends with the server
     for number, name in ((1, "out"), (2, "err")):
@@ -409,7 +424,7 @@ def _run_rank(order: Order, rank: int, port: int) -> None:
     os.chdir(order.cwd)
     os.environ.clear()
     os.environ.update(order.environment)
-    if order.processes > 1 or order.call:
+    if order.processes > 1 or order.join:
         os.environ |= {
             **{"RANK": str(rank), "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
             **{"WORLD_SIZE": str(order.processes), "LOCAL_WORLD_SIZE": str(order.processes)},
@@ -418,21 +433,33 @@ def _run_rank(order: Order, rank: int, port: int) -> None:
     try:
         function = getattr(_load(module, file), name)
         arguments = pickle.loads(order.arguments)
-        if not order.call:
-            sys.exit(function(*arguments))
+        if not order.returns:
+            return function(*arguments) or 0
         from trainer.parallel import start_world, stop_world
 
-        start_world("cpu", timeout_seconds=JOB_SECONDS)
+        if order.join:
+            start_world("cpu", timeout_seconds=JOB_SECONDS)
         result = function(*arguments)
         stop_world()
         (order.folder / f"result_{rank}").write_bytes(pickle.dumps(result))
+    except SystemExit as exited:
+        return exited.code or 0
     except Exception:
         traceback.print_exc()
-        sys.exit(1)
-    sys.exit(0)
+        return 1
+    return 0
 
 
-def _load(name: str, file: Path | None):
+def _exit(status: int) -> NoReturn:
+    """What the interpreter does at its end, without the slow destruction of all modules."""
+    threading._shutdown()
+    atexit._run_exitfuncs()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)
+
+
+def _load(name: str, file: str | Path | None):
     """A module; pytest's own names of test modules, which no import finds, are loaded from their files."""
     if name in sys.modules or file is None:
         return importlib.import_module(name)
@@ -458,6 +485,8 @@ def _free_port() -> int:
 
 
 if __name__ == "__main__":
-    # Under its importable name: orders are pickled by clients that know it as `ranks`.
-    sys.modules["ranks"] = sys.modules["__main__"]
-    serve(sys.argv[1])
+    if sys.argv[1:]:
+        sys.modules["ranks"] = sys.modules["__main__"]  # clients pickle orders under this name
+        serve(sys.argv[1])
+    else:
+        import_everything()

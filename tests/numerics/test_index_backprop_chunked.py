@@ -378,7 +378,7 @@ def test_one_gradient_of_the_codebook_and_no_matrix_of_tokens_times_codes():
     assert float(done.stdout) < 12
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_more_than_two_to_the_31_logits():
     codes, tokens = 2**22, 520
     codebook_kd = torch.zeros(codes, 8)

@@ -28,7 +28,7 @@ from trainer.evaluation.reference_results import (
     reference_rows,
 )
 from trainer.evaluation.timing import StageTimer
-from trainer.init_from import read_start
+from trainer.init_from import read_init_record
 from trainer.jobs.setup import common_checkpoint, job_world
 from trainer.parallel import World, run_on_all_ranks, run_on_main
 from trainer.reports.image_grid import ORDERS
@@ -127,7 +127,7 @@ def _provenance(inputs: _Inputs, report: ReconstructionReport, world: World, jso
         "step": int(step) if step.isdecimal() else None,
         "fingerprint": inputs.fingerprint,  # of all weights, unlike `Tokenizer.fingerprint`
         "weights": inputs.held_weights,
-        "start": read_start(run_of(checkpoint)),
+        "start": read_init_record(run_of(checkpoint)),
         "images": source.path,
         "image_list": image_list_hash(score.key for score in report.images),
         "image_size": "original" if source.image_size is None else source.image_size,

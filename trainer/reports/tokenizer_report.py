@@ -9,7 +9,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from trainer import TrainerError
-from trainer.init_from import read_start
+from trainer.init_from import read_init_record
 from trainer.reports.generator_report import SAMPLED, sampled_images
 from trainer.reports.html import commands, header, image, table, tiles
 from trainer.reports.measures import MEASURES, describe_crop
@@ -118,7 +118,7 @@ def _notes(evaluation: dict) -> list[str]:
 
 def initialization(run: Path) -> str:
     """Of a run that started from other weights: which, and its validation at the start and now."""
-    if (start := read_start(run)) is None:
+    if (start := read_init_record(run)) is None:
         return ""
     text = (
         f"<p>From {escape(start['origin'])}, fingerprint <code>{escape(start['fingerprint'])}</code>. "

@@ -168,7 +168,7 @@ def test_static_steps_draw_the_same_codes(settings):
         assert torch.equal(sampled(static, IMAGES, settings), expected)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_compiled_steps_draw_the_same_codes():
     transformer = tiny()
     assert torch.equal(sampled(Sampler(transformer, 8, compile=True), IMAGES), sampled(Sampler(transformer, 8), IMAGES))

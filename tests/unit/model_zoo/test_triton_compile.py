@@ -117,7 +117,7 @@ def compilations():
         pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_every_kernel_fits_the_device(case, compilations):
     arch, dtype, dim, _ = case

@@ -10,10 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from model_zoo import ModelError, TokenizerConfig
-from model_zoo.io.sharded_tensors import ShardedTensors, save_shards
-from model_zoo.losses import (
-    DISCRIMINATOR_LOSSES,
-    GENERATOR_LOSSES,
+from model_zoo.config import (
     EntropyLoss,
     GeneratorLoss,
     LecamLoss,
@@ -22,6 +19,8 @@ from model_zoo.losses import (
     QuantizerLoss,
     ReconstructionLoss,
 )
+from model_zoo.io.sharded_tensors import ShardedTensors, save_shards
+from model_zoo.losses import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES
 from model_zoo.ops import average_entropy
 from model_zoo.quantizers.registry import QUANTIZERS
 from trainer import TrainerError

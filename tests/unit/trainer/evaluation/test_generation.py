@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from random_networks import accept, hashes_of, one_thread, write_inception
+from random_networks import main as ibq_with_random_networks
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
@@ -251,7 +252,8 @@ def test_three_processes_have_the_results_of_one(samples, tmp_path, weights, ran
     arguments = "evaluate", "generation", "--samples", samples, "--reference", folder, "--metrics", "is,pr"
     options = "--batch-size", 4, "--device", "cpu", "--report", tmp_path / "many.json"
     environment = {"IBQ_WEIGHTS": str(weights), "IBQ_CACHE": str(tmp_path / "cache")}
-    finished = ranks.ibq(*arguments, *options, processes=3, module="random_networks", environment=environment)
+    command = [str(word) for word in (*arguments, *options)]
+    finished = ranks.command(3, ibq_with_random_networks, command, environment=environment)
     assert finished.status == 0, finished.err
     assert finished.out.count("12 samples (protocol: adm)") == 1
     together = json.loads((tmp_path / "many.json").read_text())

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from random_networks import main as ibq_with_random_networks
 from random_networks import one_thread
 
 import trainer.evaluation.features
@@ -127,11 +128,12 @@ def test_two_processes_have_the_results_of_one(run, reference, tmp_path, weights
     with one_thread():  # as each of the two
         alone = json.loads(swept(run, reference, tmp_path / "alone", ["guidance=1,2"]).json_path.read_text())
     options = "--count", 10, "--metrics", "is,pr", "--batch-size", 5, "--sample-batch-size", 5, "--device", "cpu"
-    finished = ranks.ibq(
+    command = (
         "evaluate", "generation", "--generator", run, "--sweep", "guidance=1,2", "--reference", reference,
-        "--out", tmp_path / "out", *options, processes=2, module="random_networks",
-        environment={"IBQ_WEIGHTS": str(weights), "IBQ_CACHE": str(tmp_path / "another_cache")},
+        "--out", tmp_path / "out", *options,
     )  # fmt: skip
+    environment = {"IBQ_WEIGHTS": str(weights), "IBQ_CACHE": str(tmp_path / "another_cache")}
+    finished = ranks.command(2, ibq_with_random_networks, [*map(str, command)], environment=environment)
     assert finished.status == 0, finished.err
     assert finished.out.count("10 samples for each setting") == 1
     together = json.loads((tmp_path / "out" / "sweep.json").read_text())

@@ -223,16 +223,16 @@ def test_kill_between_merging_and_the_report_loses_nothing(run, tmp_path, monkey
 
 
 def test_any_number_of_processes_makes_the_same_images_and_continues_after_a_kill(run, tmp_path, ranks):
-    common = "sample", run, "--count", 9, "--batch-size", 2, "--device", "cpu"
+    common = ["sample", str(run), "--device", "cpu", "--count"]
     sample(run, count=9, batch_size=2, device="cpu", out=tmp_path / "one.npz")
-    two = ranks.ibq(*common, "--out", tmp_path / "two.npz", processes=2)
+    two = ranks.command(2, cli.main, [*common, "9", "--batch-size", "2", "--out", str(tmp_path / "two.npz")])
     assert two.status == 0, two.err
     assert two.out.count("9 images sampled") == 1 and str(tmp_path / "two.npz") in two.out
     assert json.loads((tmp_path / "two.npz.json").read_text())["finished"]["processes"] == 2
     assert load(tmp_path / "one.npz")["arr_0"].tobytes() == load(tmp_path / "two.npz")["arr_0"].tobytes()
 
-    many = "sample", run, "--count", 1000, "--batch-size", 1, "--device", "cpu", "--out", tmp_path / "killed.npz"
-    job, parts = ranks.start_ibq(*many, processes=2), tmp_path / "killed.npz.parts"
+    many = [*common, "1000", "--batch-size", "1", "--out", str(tmp_path / "killed.npz")]
+    job, parts = ranks.start_command(2, cli.main, many), tmp_path / "killed.npz.parts"
     wait_for(lambda: len(list(parts.glob("chunk_*.npy"))) >= 5, "chunks", 120)
     for rank in range(2):
         job.signal(rank, signal.SIGKILL)

@@ -245,7 +245,7 @@ def test_progress_counts_what_was_there(run, tars, flipped, tmp_path):
 
 def test_two_processes_write_the_same_files_as_one(run, tars, flipped, tmp_path, ranks):
     arguments = run, "--images", tars, "--out", tmp_path / "out", "--views", "flip", "--samples-per-shard", 3
-    finished = ranks.ibq("tokenize", *arguments, "--device", "cpu", processes=2)
+    finished = ranks.command(2, cli.main, ["tokenize", *map(str, arguments), "--device", "cpu"])
     assert finished.status == 0, finished.err
     assert f"14 samples of tokenizer {flipped.tokenizer} in 6 tars in {tmp_path / 'out'}" in finished.out
     assert finished.out.count("1 image skipped") == 1
@@ -254,7 +254,7 @@ def test_two_processes_write_the_same_files_as_one(run, tars, flipped, tmp_path,
 
 def test_a_mistake_ends_all_processes_with_a_line(run, tars, tmp_path, ranks):
     arguments = run, "--images", tmp_path / "none", "--out", tmp_path / "out", "--device", "cpu"
-    finished = ranks.ibq("tokenize", *arguments, processes=2)
+    finished = ranks.command(2, cli.main, ["tokenize", *map(str, arguments)])
     assert finished.statuses == [2, 2] and len(finished.error_lines) == 2
     assert "no such tar or folder" in finished.error_lines[0]
     assert not (tmp_path / "out").exists()
@@ -379,8 +379,7 @@ def tokenize_until_killed(arguments: list[str]) -> None:
 def test_a_killed_job_continues(run, tars, flipped, tmp_path, ranks):
     """SIGKILL while a shard is written: incomplete shards are written again."""
     arguments = [run, "--images", tars, "--out", tmp_path / "out", "--views", "flip", "--samples-per-shard", 3]
-    target = __name__, Path(__file__), "tokenize_until_killed"
-    ended = ranks._order(1, target, ([*map(str, arguments), "--device", "cpu"],)).wait()
+    ended = ranks.command(1, tokenize_until_killed, [*map(str, arguments), "--device", "cpu"])
     assert ended.statuses == [-signal.SIGKILL], ended.err
     assert len(list((tmp_path / "out").glob("tokens-*.tar"))) == 2
     done = go(run, tars, tmp_path / "out", views="flip")
