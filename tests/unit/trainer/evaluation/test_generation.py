@@ -103,6 +103,7 @@ def test_all_figures_are_those_of_torch_fidelitys_features(samples, reference, w
     assert (told["sample_count"], told["reference_count"]) == (12, 10)
     assert told["reference_statistics"] == "computed from the 10 images of reference.npz"
     assert len(told["warnings"]) == 2 and all("only" in warning for warning in told["warnings"])
+    assert "provenance" not in told
     manifest = told["manifest"]
     assert manifest["seed"] == 3 and "permutation" in manifest["order"]
     assert manifest["samples"]["path"] == str(samples) and manifest["reference"]["count"] == 10
