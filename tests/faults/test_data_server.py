@@ -7,8 +7,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from launching import settings
 from PIL import Image
+from ranks import settings
 from serving import Server
 from webdataset.writer import TarWriter
 

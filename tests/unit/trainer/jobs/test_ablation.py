@@ -3,6 +3,7 @@ import re
 import runpy
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -155,7 +156,9 @@ def run_in_this_process(command, check):
     """`subprocess.run` of `python -m MODULE ARGUMENTS` or `python -c CODE`, without starting a process."""
     python, option, what, *arguments = command
     assert python == sys.executable
-    with patch.object(sys, "argv", [what, *arguments]):
+    # A process writes to the real streams, not to those of CliRunner.
+    streams = redirect_stdout(sys.__stdout__), redirect_stderr(sys.__stderr__)
+    with patch.object(sys, "argv", [what, *arguments]), streams[0], streams[1]:
         try:
             runpy.run_module(what, run_name="__main__") if option == "-m" else exec(what)
         except SystemExit as ended:
