@@ -30,6 +30,7 @@ import threading
 import time
 import traceback
 from collections.abc import Callable
+from contextlib import suppress
 from itertools import count
 from multiprocessing.connection import Client, Connection, wait
 from pathlib import Path
@@ -389,7 +390,8 @@ def serve(address: str) -> None:
                 os.close(ready)
                 status = os.waitstatus_to_exitcode(os.waitpid(child.pid, 0)[1])
                 if child.client in clients:
-                    child.client.send((child.rank, status))
+                    with suppress(OSError):  # the client may just have gone
+                        child.client.send((child.rank, status))
             else:
                 try:
                     order = ready.recv()
@@ -397,7 +399,9 @@ def serve(address: str) -> None:
                     clients.remove(ready)
                     for child in children.values():
                         if child.client is ready:
-                            os.killpg(child.pid, signal.SIGKILL)
+                            os.kill(child.pid, signal.SIGKILL)
+                            with suppress(ProcessLookupError):  # it may not lead its group yet
+                                os.killpg(child.pid, signal.SIGKILL)
                     ready.close()
                     began = 0.0
                     continue
@@ -411,7 +415,8 @@ def serve(address: str) -> None:
                         _exit(_run_rank(order, rank, port))
                     pids.append(pid)
                     children[os.pidfd_open(pid)] = Child(pid, rank, ready)
-                ready.send(pids)
+                with suppress(OSError):
+                    ready.send(pids)
     shutil.rmtree(Path(address).parent, ignore_errors=True)
 
 

@@ -123,9 +123,9 @@ def slow_steps(seconds: float) -> None:
 
 
 def nan(rank: int, step: int, last: int | None = None) -> None:
-    """A rank's loss of the generator is NaN in a step, or from ``step`` to ``last``. After each step every rank says
+    """A rank's loss of the tokenizer is NaN in a step, or from ``step`` to ``last``. After each step every rank says
     three hashes: of the weights that it holds whole, and of what it would save of the tokenizer and of all else."""
-    step_of_task, generator_loss = TokenizerTask.step, TokenizerTask._generator_loss
+    step_of_task, tokenizer_loss = TokenizerTask.step, TokenizerTask._loss
     now = []
 
     def telling_step(task, images, done: int):
@@ -133,26 +133,26 @@ def nan(rank: int, step: int, last: int | None = None) -> None:
         result = step_of_task(task, images, done)
         held = {
             f"{network}.{name}": parameter
-            for network, engine in task.engines().items()
+            for network, (engine, *_) in task.state.trained.items()
             for name, parameter in engine.parameters.items()
             if not hasattr(parameter, "to_local") and parameter.numel()  # cut neither by FSDP2 nor by ZeRO 3
         }
-        saved = {piece.name: piece.values for piece in task.pieces()}
+        saved = {shard.name: shard.values for shard in task.state.tensors()}
         tokenizer = {name: values for name, values in saved.items() if name.startswith("tokenizer")}
         rest = {name: values for name, values in saved.items() if name not in tokenizer}
         hashes = " ".join(_hash(tensors) for tensors in (held, tokenizer, rest))
         sys.stderr.write(f"step {done + 1} hashes {hashes}\n")
         return result
 
-    def poisoned(task, images_bchw, output, average_k, adversarial, scalars):
-        loss = generator_loss(task, images_bchw, output, average_k, adversarial, scalars)
+    def poisoned(task, images_bchw, output, average_k, adversarial_weight, metrics):
+        loss = tokenizer_loss(task, images_bchw, output, average_k, adversarial_weight, metrics)
         if rank != RANK or not step <= now[0] <= (last or step):
             return loss
-        scalars.set("loss/total", scalars.values["loss/total"] * math.nan)
+        metrics.set("loss/total", metrics.scalars["loss/total"] * math.nan)
         return loss * math.nan
 
     TokenizerTask.step = telling_step
-    TokenizerTask._generator_loss = poisoned
+    TokenizerTask._loss = poisoned
 
 
 def _hash(tensors: dict) -> str:

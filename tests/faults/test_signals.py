@@ -22,7 +22,7 @@ def logged(run, step: int):
 def assert_stopped(err: str, run) -> int:
     """It said after which step, and saved that; returns it."""
     step = newest_step(run)
-    assert f"ibq: stopped by SIGTERM after step {step}, which is saved: `ibq resume {run}` goes on" in err
+    assert f"ibq: stopped by SIGTERM after step {step}, which is saved: resume with `ibq resume {run}`" in err
     assert 2 <= step < LAST
     assert loss_lines(run)[-1]["step"] == step
     return step

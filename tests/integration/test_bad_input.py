@@ -27,6 +27,7 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "list.yaml").write_text("- a list\n")
     (tmp_path / "broken.yaml").write_text("trainer: {max_steps: 5")
     (tmp_path / "unknown_key.yaml").write_text("trainer:\n  max_step: 5\n")
+    (tmp_path / "two_names.yaml").write_text("trainer:\n  keep_checkpoints: 3\n  keep_last: 3\n")
     (tmp_path / "broken.json").write_text('{"train_batch_size": ')
     (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "true.json").write_text('{"zero_optimization": true}')
@@ -60,7 +61,7 @@ TRAIN_MISTAKES = {
     "fraction of a step": (["debug", "trainer.max_steps=1.5"], ["trainer.max_steps=1.5", "nteger"]),
     "another engine's setting": (["debug", "engine.offload=true"], ["engine.kind=fsdp2"]),
     "another engine's file": (["debug", "engine.config=zero3"], ["engine.kind=deepspeed"]),
-    "a renamed key": (["debug", "trainer.keep_checkpoints=3"], ["is called trainer.keep_last now"]),
+    "recipe file with two names of a key": (["two_names.yaml"], ["is called trainer.keep_last now", "both are given"]),
     "no end of patience": (["debug", "trainer.timeout_seconds=1e12"], ["must be at most 2592000"]),
     "an empty folder name": (["debug", "run="], ["name a folder"]),
     "unknown choice": (["debug", "engine.kind=magic"], ["engine.kind=magic", "ddp, deepspeed"]),
@@ -248,7 +249,7 @@ def test_a_compiled_zero_3_is_refused(ranks, place):
     changes = "trainer.compile=true", "engine.kind=deepspeed", "engine.config=zero3"
     finished = ranks.ibq("train", "debug", "run=run", "trainer.device=cpu", *changes, cwd=place)
     assert finished.status == 2, finished.err
-    assert "does not go with ZeRO 3" in finished.error_lines[0]
+    assert "does not work with ZeRO 3" in finished.error_lines[0]
     assert not (place / "run").exists()
 
 
@@ -258,7 +259,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_without_a_checkpoint(ibq_here, d
     assert finished.status == 2, finished.err
     (line,) = finished.error_lines
     assert finished.err.endswith(line + "\n")
-    assert "is not finite at step 5, the 5. in a row" in line
+    assert "is not finite at step 5, number 5 in a row" in line
     assert "optimizer.lr" in line
     assert "Traceback" not in finished.err
     assert not list(place.rglob("*.safetensors"))

@@ -178,7 +178,7 @@ def test_another_model_is_refused_and_the_run_stays_as_it_was(ibq_here, assert_r
     run = copy_of("stopped")
     before = fingerprint(run)
     finished = ibq_here("resume", run, "trainer.max_steps=20", change)
-    assert_refused(finished, "cannot go on from", "was written with other settings")
+    assert_refused(finished, "cannot resume from", "was written with other settings")
     assert fingerprint(run) == before
 
 
