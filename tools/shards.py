@@ -214,8 +214,8 @@ def stats(
 def _index_place(urls: list[str], write: bool) -> Path | None:
     """Where the index is, or is to be written, if nothing else is said."""
     from data import DataError
+    from data.addresses import is_remote
     from data.index import INDEX_NAME, common_root
-    from data.storage import is_remote
 
     if any(map(is_remote, urls)):
         if write:
@@ -338,8 +338,8 @@ def _name(what: str, names: list[str]) -> None:
 
 def _show_found(found: list["Checked"], say: Callable[[str], None]) -> None:
     """The problems of each tar, and what there is in all."""
+    from data.addresses import redacted
     from data.index import common_root, without_query
-    from data.storage import redacted
 
     root = redacted(common_root([checked.url for checked in found]))
     names = [redacted(without_query(checked.url)).removeprefix(root) for checked in found]
@@ -364,7 +364,7 @@ def _colored(status: str) -> str:
 
 
 def _title(paths: list[str], shards: int, samples: int | None, counted: "Counted") -> str:
-    from data.storage import redacted
+    from data.addresses import redacted
 
     where = redacted(paths[0]) if len(paths) == 1 else f"{len(paths):,} paths"
     of_all = "" if samples == counted.samples or samples is None else f" of {samples:,}"

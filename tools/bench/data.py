@@ -33,14 +33,15 @@ from webdataset.writer import TarWriter
 
 import data
 from data import DataConfig, DataError
+from data.addresses import is_remote, redacted
 from data.index import INDEX_NAME, key_hash, write_index
 from data.loader import open_sources, transform_of
 from data.parallel import cores, in_processes
 from data.prep.check import check_shards
 from data.prep.photographs import PHOTOGRAPHS
-from data.shards import IMAGE_SUFFIXES
+from data.samples import IMAGE_SUFFIXES
 from data.sources import Source
-from data.storage import bytes_read, is_remote, redacted
+from data.storage import bytes_read
 from tools.bench import command as bench
 from tools.bench.quantizer import machine
 

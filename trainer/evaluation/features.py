@@ -17,9 +17,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from data import DataError, evaluation_images
+from data.folder_reader import find_images
 from data.npz import Npz
 from data.parallel import cores
-from data.shards import find_images
 from model_zoo.eval_nets.inception import FEATURES, Inception, InceptionFeatures
 from model_zoo.eval_nets.weights import WEIGHTS_FILES
 from model_zoo.io.hashing import sha256_of

@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data.shards import find_images
+from data.folder_reader import find_images
 from model_zoo import ModelError, Sampler, Sampling, Tokenizer, load_generator, load_tokenizer
 from model_zoo.io.hashing import fingerprint_of, sha256_of
 from model_zoo.io.hub import is_hub_name

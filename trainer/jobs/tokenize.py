@@ -19,12 +19,14 @@ from PIL import Image
 from webdataset.writer import TarWriter
 
 from data import DataConfig, ImageError, Skipped, SourceConfig, catalogue, decode, pack_codes
+from data.folder_reader import FolderShard
 from data.index import INDEX_NAME, Index, write_index
 from data.parallel import cores
 from data.prep.check import check_shards
 from data.prep.pack import mixed, unique_keys
-from data.shards import CODES, FolderShard, Limit, Shard, TarShard, Window, is_image
+from data.samples import CODES, Shard, Window, WindowLimit, is_image
 from data.sources import Source, digest, open_source
+from data.tar_reader import TarShard
 from data.transforms import pixels_chw, resize_and_center_crop, resize_named
 from model_zoo import Tokenizer, load_tokenizer
 from model_zoo.io.load import find_checkpoint, stands_alone
@@ -46,7 +48,7 @@ from trainer.precision import full_precision
 VIEWS = {"original": 1, "flip": 2, "ten-crop": 10}  # kind -> views of an image
 MANIFEST = "tokens.json"
 SKIPPED = "skipped.jsonl"
-WINDOW = Limit(256, 16 << 20)  # samples and bytes that are fetched at once of a remote tar
+WINDOW = WindowLimit(256, 16 << 20)  # samples and bytes that are fetched at once of a remote tar
 WAIT_SECONDS = 7 * 86400.0  # of a process for the slowest
 
 

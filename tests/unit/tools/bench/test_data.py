@@ -47,7 +47,7 @@ def in_this_process(monkeypatch):
     """Spares a fresh process for each figure; what is said on stdout stays as it is."""
 
     def run(job, **arguments):
-        data.shards._scan.cache_clear()
+        data.tar_format._scan.cache_clear()
         try:
             return getattr(bench_data, job)(**arguments)
         except data.DataError as error:
