@@ -1,4 +1,4 @@
-"""Images or their tokens from WebDataset tars: packing, decoding, the endless training stream and the ordered
+"""Images or their tokens from WebDataset tars: packing, decoding, the infinite training stream and the ordered
 evaluation stream."""
 
 from importlib import import_module
@@ -9,6 +9,9 @@ from data.errors import DataError
 # package does not import all of it.
 _DEFINED_IN = {
     "data.config": ("DataConfig", "FilterConfig", "SourceConfig"),
+    "data.addresses": ("redacted",),
+    "data.cache": ("cache_folder",),
+    "data.errors": ("ImageError",),
     "data.evaluation": (
         "EvaluationImage",
         "EvaluationImages",
@@ -19,13 +22,13 @@ _DEFINED_IN = {
     ),
     "data.loader": ("Batch", "TrainStream", "access_of", "check", "token_header", "train_batches"),
     "data.prep.pack": ("PackReport", "pack"),
-    "data.prep.photographs": ("cache_folder",),
-    "data.shards": ("Skipped", "expand", "scan"),
+    "data.samples": ("Skipped",),
+    "data.shards": ("expand",),
     "data.sources": ("catalogue",),
-    "data.storage": ("redacted",),
-    "data.stream": ("add_totals", "merge_states"),
+    "data.stream_state": ("add_totals", "merge_states"),
+    "data.tar_format": ("scan",),
     "data.tokens": ("TokenHeader", "TokenSpec", "pack_codes", "unpack_codes"),
-    "data.transforms": ("ImageError", "decode"),
+    "data.transforms": ("decode",),
 }
 _MODULE_OF = {name: module for module, names in _DEFINED_IN.items() for name in names}
 

@@ -1,5 +1,13 @@
-"""The exception for mistakes of the user in data."""
+"""The exceptions of the package."""
 
 
 class DataError(Exception):
-    """The data, or how it was asked for, cannot be used. The message is one line and says how to fix it."""
+    """A mistake of the user: the data, or a setting, cannot be used. The message is one line and says how to fix it."""
+
+
+class ImageError(Exception):
+    """A sample that cannot be used: unreadable, truncated or too large. The message is the reason in one line."""
+
+
+class Filtered(Exception):
+    """A valid sample that a filter leaves out. The message is the filter's name."""

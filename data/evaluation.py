@@ -10,21 +10,21 @@ from typing import NamedTuple
 
 import torch
 
+from data.cache import Access, Cache, cache_folder
 from data.config import SourceConfig
-from data.errors import DataError
-from data.prep.photographs import cache_folder
-from data.shards import Access, FolderShard, Sample, Shard, Skipped, find_images, folder_shard, is_image
+from data.errors import DataError, ImageError
+from data.folder_reader import FolderShard, find_images, folder_shard
+from data.samples import Sample, Shard, Skipped, is_image
 from data.sources import TOKENS, label_of, open_source
-from data.storage import Cache
 from data.tokens import TokenSpec, check_tokens, first_header, unpack_codes
-from data.transforms import ImageError, decode, pixels_chw, resize_and_center_crop, resize_named
+from data.transforms import decode, pixels_chw, resize_and_center_crop, resize_named
 
 CACHE_BYTES = 50 * 10**9
-AHEAD = 4  # samples for each thread that are decoded, or about to be, before they are asked for
+PREFETCHED_PER_THREAD = 4  # samples that each thread decodes ahead
 
 
 class EvaluationImage(NamedTuple):
-    """key: the sample's key, or the file's path in its folder; image_chw: uint8 (3, h, w); index: place in the set;
+    """key: the sample's key, or the file's path in its folder; image_chw: uint8 (3, h, w); index: number in the set;
     label: the class in its .cls, or None."""
 
     key: str
@@ -35,7 +35,7 @@ class EvaluationImage(NamedTuple):
 
 class EvaluationToken(NamedTuple):
     """key: the sample's key; index_t: int64 (rows * columns,), codes of the first view; label: the class, or None;
-    index: place in the set."""
+    index: number in the set."""
 
     key: str
     index_t: torch.Tensor
@@ -43,11 +43,11 @@ class EvaluationToken(NamedTuple):
     index: int
 
 
-class _InOrder:
+class _OrderedSamples:
     """Samples in a fixed order, each exactly once over all shards (index, count) of the set.
 
-    len() counts this shard's samples, the unusable ones included; these are left out while iterating and listed in
-    `skipped`, anew for each pass.
+    len() counts this shard's samples including unusable ones, which are left out while iterating and listed in
+    `skipped` (of the current pass).
     """
 
     def __init__(self, path: str | list[str], shard: tuple[int, int], access: Access, block: int = 1, threads: int = 0):
@@ -63,18 +63,18 @@ class _InOrder:
 
     def __iter__(self) -> Iterator:
         self.skipped = []
-        for value in self._ahead() if self.threads else itertools.starmap(self._read, self.entries):
+        for value in self._prefetched() if self.threads else itertools.starmap(self._read, self.entries):
             if isinstance(value, Skipped):
                 self.skipped.append(value)
             else:
                 yield value
 
-    def _ahead(self) -> Iterator:
-        """As without threads: in order, an error in its place."""
+    def _prefetched(self) -> Iterator:
+        """The same as without threads: in order, and an error is raised at its position."""
         entries, waiting = iter(self.entries), deque()
         pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
         try:
-            for entry in itertools.islice(entries, AHEAD * self.threads):
+            for entry in itertools.islice(entries, PREFETCHED_PER_THREAD * self.threads):
                 waiting.append(pool.submit(self._read, *entry))
             while waiting:
                 value = waiting.popleft().result()
@@ -105,7 +105,7 @@ class _InOrder:
         raise NotImplementedError
 
 
-class EvaluationImages(_InOrder):
+class EvaluationImages(_OrderedSamples):
     """`EvaluationImage` by `EvaluationImage`; see `evaluation_images`."""
 
     def __init__(
@@ -130,7 +130,7 @@ class EvaluationImages(_InOrder):
         return EvaluationImage(sample.key, torch.from_numpy(pixels_chw(image)), index, label_of(sample.members, TOKENS))
 
 
-class EvaluationTokens(_InOrder):
+class EvaluationTokens(_OrderedSamples):
     """`EvaluationToken` by `EvaluationToken`; see `evaluation_tokens`."""
 
     def __init__(self, path: str | list[str], spec: TokenSpec, shard: tuple[int, int], access: Access):
@@ -151,11 +151,11 @@ def _shards(path: str | list[str], access: Access) -> list[Shard]:
         return [FolderShard(os.path.dirname(path) or ".", [Path(os.path.basename(path))])]
     if isinstance(path, (str, os.PathLike)) and os.path.isdir(path) and find_images(Path(path)):
         return [folder_shard(str(path))]
-    if access.cache is None:  # each sample is read by its place, so that remote tars need copies or an index
-        access = access._replace(cache=Cache(cache_folder() / "shards", CACHE_BYTES, access.patience))
+    if access.cache is None:  # samples are read by their position, so remote tars need copies or an index
+        access = access._replace(cache=Cache(cache_folder() / "shards", CACHE_BYTES, access.timeouts))
     source = open_source(SourceConfig(name="evaluation", root=path), access, scan_all=True)
     for shard in source.shards if source.counts is None else []:
-        shard.scan()  # says why it cannot be
+        shard.scan()  # raises the reason
     return source.shards
 
 
@@ -172,8 +172,8 @@ def evaluation_images(
     """The images of a folder (recursive), an image file, a zip file or tars (as `expand` reads them), in fixed order.
 
     image_size: shorter side and centre crop in pixels by the protocol `resize`; None keeps the original size.
-    shard: (index, count): this part of the set only, `block` images in turn. access: how remote tars are reached;
-    without a cache in it they are copied to `cache_folder()`. threads: decode ahead, AHEAD images each; 0: when asked.
+    shard: (index, count): only this part of the set, `block` images in turn. access: how remote tars are read; without
+    a cache they are copied to `cache_folder()`. threads: threads that decode ahead; 0: decode on request.
     """
     return EvaluationImages(path, image_size, resize, shard, access or Access(), block, threads)
 
@@ -183,5 +183,6 @@ def evaluation_tokens(
 ) -> EvaluationTokens:
     """The first view of each token sample of some tars, in fixed order; shard and access as of `evaluation_images`.
 
-    Raises DataError for images, or where the first sample, or while iterating another one, is not of the spec."""
+    Raises DataError for images, and for tokens that do not match the spec: the first sample at once, others while
+    iterating."""
     return EvaluationTokens(path, spec, shard, access or Access())

@@ -1,6 +1,6 @@
-"""Index files: where each sample of many tars lies, so that nothing has to be searched for or read twice.
+"""Index files: where each sample of many tars lies, so that tars need not be scanned.
 
-One safetensors file, mapped into memory and read where it is looked at. Its tensors, for S shards and N samples in all:
+An index is one safetensors file, which is memory-mapped. Its tensors, for S shards and N samples in total:
 
     names   uint8  (*,)     the shards' names, relative to the root, joined by newlines, in UTF-8
     root    uint8  (*,)     the folder or URL that the names are relative to, as it was when the index was written
@@ -8,7 +8,7 @@ One safetensors file, mapped into memory and read where it is looked at. Its ten
     samples int64  (S,)     samples in each tar
     sha256  uint8  (S, 32)  of each tar's content
     starts  int64  (N,)     first byte of each sample in its tar, headers included
-    stops   int64  (N,)     first byte behind each sample
+    stops   int64  (N,)     first byte after each sample
     keys    uint64 (N,)     hash of each sample's key (`key_hash`)
 """
 
@@ -25,8 +25,8 @@ import numpy as np
 from safetensors import SafetensorError
 from safetensors.numpy import save_file
 
+from data.addresses import is_remote, redacted
 from data.errors import DataError
-from data.storage import is_remote, redacted
 
 INDEX_NAME = "index.safetensors"
 DTYPES = {"U8": np.uint8, "I64": np.int64, "U64": np.uint64}
@@ -39,8 +39,11 @@ def key_hash(key: str) -> int:
 
 
 @dataclass(frozen=True, eq=False)
-class Table:
-    """A tar's samples: n lies in bytes starts_n[n] to stops_n[n]; keys_n: hashes of the keys; bytes: the tar's size."""
+class SampleTable:
+    """Where a tar's samples lie: sample n is in bytes starts_n[n] to stops_n[n].
+
+    keys_n: hashes of the keys; bytes: size of the tar.
+    """
 
     bytes: int
     starts_n: np.ndarray
@@ -52,7 +55,7 @@ class Table:
 
 
 def common_root(urls: list[str]) -> str:
-    """The folder that holds all the paths or URLs, with / at its end; queries do not count."""
+    """The deepest folder that contains all the paths or URLs, with a trailing /; queries are ignored."""
     folders = [posixpath.dirname(without_query(url)).split("/") for url in urls]
     shared = [
         names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, zip(*folders, strict=False))
@@ -65,13 +68,13 @@ def without_query(url: str) -> str:
     return re.split(r"[?#]", url, maxsplit=1)[0] if is_remote(url) else os.path.abspath(url)
 
 
-def write_index(path: str | Path, urls: list[str], tables: list[Table], digests: list[str]) -> None:
-    """Writes the index of these tars; a kill in between leaves the former file whole. Raises DataError."""
+def write_index(path: str | Path, urls: list[str], tables: list[SampleTable], digests: list[str]) -> None:
+    """Write the index of these tars. If the process is killed, an old index stays intact. Raises DataError."""
     path = Path(path)
     root = common_root(urls)
     names = [without_query(url).removeprefix(root) for url in urls]
     if any("\n" in name for name in names):
-        raise DataError("a tar's name holds a line break: rename it")
+        raise DataError("a tar's name contains a line break: rename it")
 
     def text(value: str) -> np.ndarray:
         return np.frombuffer(value.encode("utf-8", "surrogateescape") or b" ", np.uint8)
@@ -92,17 +95,17 @@ def write_index(path: str | Path, urls: list[str], tables: list[Table], digests:
     unfinished = path.with_name(f".{path.name}.unfinished-{os.getpid()}")
     try:
         save_file(tensors, unfinished)
-        os.chmod(unfinished, 0o666 & ~_umask())  # safetensors lets the owner alone read it
+        os.chmod(unfinished, 0o666 & ~_umask())  # safetensors makes it readable for the owner only
         os.replace(unfinished, path)
     except (OSError, SafetensorError) as error:
         reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise DataError(f"cannot write the index {path}: {reason}; name another place") from error
+        raise DataError(f"cannot write the index {path}: {reason}; choose another file") from error
     finally:
         unfinished.unlink(missing_ok=True)
 
 
 class Index:
-    """An index file, opened. Raises DataError for one that is damaged or of another kind."""
+    """An open index file. Raises DataError for a damaged file and for one that is not an index."""
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
@@ -119,27 +122,27 @@ class Index:
     def __len__(self):
         return len(self.names)
 
-    def table(self, url: str, root: str) -> Table | None:
-        """What the index knows of a tar, or None. root: the common root of all tars that were named with it."""
+    def table(self, url: str, root: str) -> SampleTable | None:
+        """A tar's table, or None if the tar is not in the index. root: the common root of all tars in use."""
         number = self.find(url, root)
         if number is None:
             return None
-        here = slice(self.first[number], self.first[number + 1])
-        return Table(
+        samples = slice(self.first[number], self.first[number + 1])
+        return SampleTable(
             int(self.tensors["bytes"][number]),
-            self.tensors["starts"][here],
-            self.tensors["stops"][here],
-            self.tensors["keys"][here],
+            self.tensors["starts"][samples],
+            self.tensors["stops"][samples],
+            self.tensors["keys"][samples],
         )
 
     def sha256(self, url: str, root: str) -> str | None:
-        """The digest of a tar's content when the index was written."""
+        """The SHA-256 of a tar's content when the index was written, or None."""
         number = self.find(url, root)
         return None if number is None else self.tensors["sha256"][number].tobytes().hex()
 
     def find(self, url: str, root: str) -> int | None:
-        """The tar's place in the index: by its name under the index's own folder, under the root that was indexed, or,
-        for a set that has moved, under the root that is used now."""
+        """The tar's number in the index, or None. The tar is looked up by its name relative to the index's own folder,
+        the root that was indexed, and, for tars that have moved, the root in use."""
         url = without_query(url)
         for folder in (f"{self.path.absolute().parent}/", self.root, root):
             if folder and url.startswith(folder) and (number := self.number.get(url.removeprefix(folder))) is not None:
@@ -154,8 +157,8 @@ def _umask() -> int:
 
 
 def _mapped(path: Path) -> dict[str, np.ndarray]:
-    """The tensors of a safetensors file, mapped and not read; safetensors itself copies them for NumPy."""
-    damaged = DataError(f"{path} is no index: write it with `ibq shards check --write-index`")
+    """The memory-mapped tensors of a safetensors file; safetensors itself would copy them for NumPy."""
+    damaged = DataError(f"{path} is not an index: write one with `ibq shards check --write-index`")
     try:
         with path.open("rb") as file:
             length = int.from_bytes(file.read(8), "little")
@@ -174,7 +177,7 @@ def _mapped(path: Path) -> dict[str, np.ndarray]:
             entry = header[name]
             start, stop = entry["data_offsets"]
             if stop > len(content):
-                raise DataError(f"the index {path} is cut off: copy it again, or write it anew")
+                raise DataError(f"the index {path} is cut off: copy it again, or write it again")
             tensors[name] = np.asarray(content[start:stop]).view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
         except (KeyError, TypeError, ValueError) as error:
             raise damaged from error

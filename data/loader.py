@@ -1,13 +1,6 @@
 """What training reads from: `train_batches`."""
 
-import atexit
-import functools
-import gc
 import logging
-import os
-import signal
-import threading
-import weakref
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -15,36 +8,27 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch.utils.data import DataLoader
 
+from data.cache import Access, Cache
 from data.config import DataConfig, SourceConfig, check_numbers
 from data.errors import DataError
 from data.evaluation import evaluation_images, evaluation_tokens
-from data.shards import Access, Limit, Skipped
+from data.reader import LaneReader, ReadSamples, SampleInfo
+from data.sampler import LaneAssignment, default_lanes, divides
+from data.samples import Skipped, WindowLimit
 from data.sources import Source, check_names, describe, is_among, open_shards, open_source
-from data.storage import Cache, Patience
-from data.stream import (
-    SLOTS,
-    Deal,
-    Info,
-    Item,
-    Items,
-    Reader,
-    add_totals,
-    default_lanes,
-    divides,
-    identity,
-    make_state,
-    resume,
-)
+from data.storage import Timeouts
+from data.stream_state import Totals, add_totals, rank_state, restore, stream_identity
 from data.tokens import TokenHeader, TokenSpec, TokenTransform, check_tokens, first_header
 from data.transforms import TrainingTransform
+from data.workers import LaneDataset, WorkerLoader
 
 logger = logging.getLogger(__name__)
 
-SHOWN_SKIPS = 10  # samples that each process names as it leaves them out; all of them are listed in `skipped`
-BUDGET_SAMPLES = 2000  # of a source, over which `max_bad_fraction` is taken
-BUDGET_LEAST = 20  # so many bad ones are never too many
+CONTENTS = ("images", "tokens")
+WARNED_SKIPS = 10  # skipped samples that each process logs; all of them are in `Batch.skipped`
+BUDGET_SAMPLES = 2000  # latest samples of a source that `max_bad_fraction` refers to
+BUDGET_LEAST = 20  # this many bad samples are always accepted
 
 
 class Batch(NamedTuple):
@@ -52,13 +36,13 @@ class Batch(NamedTuple):
 
     values: uint8 (b, 3, image_size, image_size) images, or int32 (b, t) codes; infos: one for each of them.
 
-    state: what to resume from (see `merge_states`). After a step's last micro-batch it is the state behind that step;
-    after an earlier one, the state before it, so that a step cut short is taken again whole.
-    skipped: the samples that were left out on the way to this micro-batch as unusable.
+    state: what to resume from (see `merge_states`). After a step's last micro-batch it is the state after that step;
+    after an earlier one, the state before the step, so that an interrupted step is repeated as a whole.
+    skipped: the unusable samples that were left out since the previous micro-batch.
     """
 
     values: torch.Tensor
-    infos: list[Info]
+    infos: list[SampleInfo]
     state: dict
     skipped: list[Skipped]
 
@@ -74,13 +58,13 @@ class Batch(NamedTuple):
 
 
 class TrainStream:
-    """A rank's endless micro-batches; each optimiser step takes global_batch_size / (world_size * micro_batch_size).
+    """A rank's infinite micro-batches; each optimizer step takes global_batch_size / (world_size * micro_batch_size).
 
-    The global batch of a step depends on the seed, the sources, `global_batch_size` and the number of lanes only, bit
-    for bit, at any number of ranks and workers that divides the lanes.
-    state: a merged state to resume from: at any such division exactly; at any other division or batch size without
-    loss or repeats. tokens: what is expected of token shards, with data.content=tokens.
-    Raises DataError, before anything is read for training where the mistake can be seen by then.
+    The global batch of a step depends only on the seed, the sources, `global_batch_size` and the number of lanes, bit
+    for bit, for any number of ranks and workers that divides the lanes.
+    state: a merged state to resume from: exactly for any such number; for other numbers or another batch size, without
+    loss or repeats. tokens: what token shards must contain, with data.content=tokens.
+    Raises DataError, before any sample is read if the mistake is visible by then.
     """
 
     def __init__(
@@ -97,11 +81,10 @@ class TrainStream:
     ):
         check_numbers(config)
         self.config, self.micro_batch_size = config, micro_batch_size
-        self.steps, self.totals, lanes_states = 0, {}, {}
-        lanes, quarantine, before = config.lanes, frozenset(config.quarantine), {}
+        lanes, quarantine, sources_before = config.lanes, frozenset(config.quarantine), {}
         if state is not None:
             stream = state.get("stream", {})
-            lanes, before = lanes or stream.get("lanes"), stream.get("sources", {})
+            lanes, sources_before = lanes or stream.get("lanes"), stream.get("sources", {})
             quarantine |= frozenset(state.get("quarantine", ()))
         lanes = lanes or default_lanes(global_batch_size, world_size, config.workers)
         if state is None and lanes % global_batch_size and global_batch_size % lanes:
@@ -110,40 +93,37 @@ class TrainStream:
                 f"data.lanes={lanes} must be a multiple of the global batch size {global_batch_size}, or divide it: "
                 f"use {better}, or leave it out"
             )
-        self.deal = _deal(config, lanes, global_batch_size, rank, world_size)
-        if micro_batch_size < 1 or self.deal.share % micro_batch_size:
+        self.assignment = _assign_lanes(config, lanes, global_batch_size, rank, world_size)
+        if micro_batch_size < 1 or self.assignment.images_per_rank % micro_batch_size:
             raise DataError(
-                f"micro-batch size {micro_batch_size} must divide the {self.deal.share} images of a process and step"
+                f"micro-batch size {micro_batch_size} must divide the {self.assignment.images_per_rank} images of a "
+                "process and step"
             )
         self.quarantine = sorted(quarantine)
-        self.sources = open_sources(config, quarantine, before)
-        limit = Limit(config.shuffle_block, int(config.shuffle_megabytes * 1e6))
-        self.of = identity(self.sources, seed, lanes, limit)
-        for source in self.sources:
-            if source.counts is None and len(source.shards) < lanes:
-                raise DataError(
-                    f"source {source.name}: {len(source.shards)} shards without an index cannot be divided among "
-                    f"data.lanes={lanes}: write one with `ibq shards check PATH --write-index --index FILE`, or start "
-                    f"with at most {len(source.shards)} lanes"
-                )
+        self.sources = open_sources(config, quarantine, sources_before)
+        _check_enough_shards(self.sources, lanes)
+        limit = WindowLimit(config.shuffle_block, int(config.shuffle_megabytes * 1e6))
+        self.identity = stream_identity(self.sources, seed, lanes, limit)
+        self.steps, self.totals, lane_states = 0, {}, {}
         if state is not None:
-            self.steps, lanes_states, totals = resume(state, self.of)
-            self.totals = totals if rank == 0 else {}  # the ranks' are added up
-            # A source that is left out for a while comes back to where it was.
-            self.of["sources"] = {**before, **self.of["sources"]}
-        self.lanes = {lane: lanes_states.get(lane, [0, {}]) for lane in self.deal.rank_lanes}
+            self.steps, lane_states, totals = restore(state, self.identity)
+            self.totals = totals if rank == 0 else {}  # totals are summed over the ranks
+            # Keep the sources that are left out now, so that they can continue later from where they were.
+            self.identity["sources"] = {**sources_before, **self.identity["sources"]}
+        self.lanes = {lane: lane_states.get(lane, [0, {}]) for lane in self.assignment.rank_lanes}
         self.transform = transform_of(config, tokens)
-        self.reader = Reader(
+        self.reader = LaneReader(
             self.sources, self.transform, seed, lanes, limit, config.max_bad_in_a_row, dict(self.lanes)
         )
-        first = self.deal.first_reader({lane: place[0] for lane, place in self.lanes.items()})
-        items = Items(self.reader, self.deal, first)
-        self.items = _WorkerItems(items, self.deal.workers) if self.deal.workers else iter(items)
-        self.rest: Item | None = None  # what of an item belongs to the next micro-batch
-        self.in_step = 0  # micro-batches of this step that were delivered
-        self.behind = self._state()
-        self.shown = 0
-        self.budgets = {source.name: _Budget(source.name, config.max_bad_fraction) for source in self.sources}
+        first = self.assignment.first_reader({lane: lane_state[0] for lane, lane_state in self.lanes.items()})
+        dataset = LaneDataset(self.reader, self.assignment, first)
+        workers = self.assignment.workers
+        self.reads = WorkerLoader(dataset, workers) if workers else iter(dataset)
+        self.rest: ReadSamples | None = None  # the part of a read that belongs to the next micro-batch
+        self.micro_batches_of_step = 0  # delivered so far
+        self.step_state = self._state()
+        self.warned_skips = 0
+        self.budgets = {source.name: _BadSampleBudget(source.name, config.max_bad_fraction) for source in self.sources}
 
     def __iter__(self) -> Iterator[Batch]:
         return self
@@ -153,31 +133,31 @@ class TrainStream:
         values = np.empty((self.micro_batch_size, *self.transform.shape), self.transform.dtype)
         infos, skipped = [], []
         while (missing := self.micro_batch_size - len(infos)) > 0:
-            item, self.rest = self.rest or self._next_item(), None
-            if len(item.infos) > missing:
-                self.rest = Item(item.values[missing:], item.infos[missing:], {}, [], Counter())
-                item = item._replace(values=item.values[:missing], infos=item.infos[:missing])
-            # Not by torch, whose many threads would wait for the cores that the workers use.
-            values[len(infos) : len(infos) + len(item.infos)] = item.values
-            infos += item.infos
-            skipped += item.skipped
-            self.lanes.update(item.lanes)
-            self._count(item)
-        self._show(skipped)
-        self.in_step += 1
-        if self.in_step * self.micro_batch_size == self.deal.share:
-            self.in_step, self.steps = 0, self.steps + 1
-            self.behind = self._state()
-        return Batch(torch.from_numpy(values), infos, self.behind, skipped)
+            read, self.rest = self.rest or self._next_read(), None
+            if len(read.infos) > missing:
+                self.rest = ReadSamples(read.values[missing:], read.infos[missing:], {}, [], Counter())
+                read = read._replace(values=read.values[:missing], infos=read.infos[:missing])
+            # Copied by NumPy: torch's threads would compete with the workers for cores.
+            values[len(infos) : len(infos) + len(read.infos)] = read.values
+            infos += read.infos
+            skipped += read.skipped
+            self.lanes.update(read.lanes)
+            self._count(read)
+        self._warn(skipped)
+        self.micro_batches_of_step += 1
+        if self.micro_batches_of_step * self.micro_batch_size == self.assignment.images_per_rank:
+            self.micro_batches_of_step, self.steps = 0, self.steps + 1
+            self.step_state = self._state()
+        return Batch(torch.from_numpy(values), infos, self.step_state, skipped)
 
     def close(self) -> None:
-        """Ends the workers."""
-        if isinstance(self.items, _WorkerItems):
-            self.items.close()
+        """End the workers."""
+        if isinstance(self.reads, WorkerLoader):
+            self.reads.close()
 
     def describe(self, steps: int) -> str:
-        """Lines that say what will be read in so many steps."""
-        images = steps * self.deal.global_batch_size
+        """Lines that say what that many steps will read."""
+        images = steps * self.assignment.global_batch_size
         total = sum(source.weight for source in self.sources)
         lines = []
         for source in self.sources:
@@ -185,42 +165,42 @@ class TrainStream:
             passes = f" = {images * share / source.samples:.3g} epochs" if source.samples else ""
             of_all = f", {share:.1%} of all" if len(self.sources) > 1 else ""
             lines.append(f"reads {describe(source)}: {round(images * share):,} images{passes}{of_all}")
-        order = "" if self.deal.ordered else "; their order depends on the number of processes and workers"
-        return "\n".join([*lines, f"{self.deal.lanes} lanes, {self.deal.workers} workers a process{order}"])
+        order = "" if self.assignment.ordered else "; their order depends on the number of processes and workers"
+        return "\n".join([*lines, f"{self.assignment.lanes} lanes, {self.assignment.workers} workers a process{order}"])
 
     def _state(self) -> dict:
-        state = make_state(self.of, self.deal, self.steps, self.lanes, self.totals)
-        return {**state, "quarantine": self.quarantine}
+        rank, world_size = self.assignment.rank, self.assignment.world_size
+        return rank_state(self.identity, rank, world_size, self.steps, self.lanes, self.totals, self.quarantine)
 
-    def _next_item(self) -> Item:
-        item = next(self.items)
-        if isinstance(item, DataError):
+    def _next_read(self) -> ReadSamples:
+        read = next(self.reads)
+        if isinstance(read, DataError):
             self.close()
-            raise item
-        return item
+            raise read
+        return read
 
-    def _count(self, item: Item) -> None:
+    def _count(self, read: ReadSamples) -> None:
         counts = {source.name: {"delivered": 0, "skipped": 0} for source in self.sources}
-        for info in item.infos:
+        for info in read.infos:
             counts[info.source]["delivered"] += 1
-        for sample in item.skipped:
+        for sample in read.skipped:
             counts[sample.dataset]["skipped"] += 1
-        for (name, reason), number in item.filtered.items():
+        for (name, reason), number in read.filtered.items():
             counts[name][f"filtered/{reason}"] = number
-        self.totals = add_totals([self.totals, counts])
+        self.totals: Totals = add_totals([self.totals, counts])
         for name, count in counts.items():
-            self.budgets[name].update(count["delivered"], count["skipped"], item.skipped)
+            self.budgets[name].update(count["delivered"], count["skipped"], read.skipped)
 
-    def _show(self, skipped: list[Skipped]) -> None:
-        for sample in skipped[: max(0, SHOWN_SKIPS - self.shown)]:
+    def _warn(self, skipped: list[Skipped]) -> None:
+        for sample in skipped[: max(0, WARNED_SKIPS - self.warned_skips)]:
             logger.warning("skipped %s in %s: %s", sample.key, sample.source, sample.reason)
-        if self.shown <= SHOWN_SKIPS < self.shown + len(skipped):
-            logger.warning("more samples are skipped; they are not named here any more")
-        self.shown += len(skipped)
+        if self.warned_skips <= WARNED_SKIPS < self.warned_skips + len(skipped):
+            logger.warning("more samples are skipped; further ones are not logged")
+        self.warned_skips += len(skipped)
 
 
-class _Budget:
-    """Raises DataError once too large a part of a source's latest samples could not be used."""
+class _BadSampleBudget:
+    """Raises DataError when too many of a source's latest samples cannot be used."""
 
     def __init__(self, name: str, most: float):
         self.name, self.most = name, most
@@ -282,10 +262,10 @@ def token_header(config: DataConfig) -> TokenHeader:
 
 def access_of(config: DataConfig) -> Access:
     """How the remote shards of a `data` section are reached. Raises DataError."""
-    patience = Patience(config.request_seconds, config.retry_seconds)
+    timeouts = Timeouts(config.request_seconds, config.retry_seconds)
     if config.cache is None:
-        return Access(patience)
-    return Access(patience, Cache(Path(config.cache).expanduser(), int(config.cache_gigabytes * 1e9), patience))
+        return Access(timeouts)
+    return Access(timeouts, Cache(Path(config.cache).expanduser(), int(config.cache_gigabytes * 1e9), timeouts))
 
 
 def open_sources(
@@ -325,90 +305,32 @@ def _configs(config: DataConfig) -> list[SourceConfig]:
 
 def transform_of(config: DataConfig, tokens: TokenSpec | None = None) -> TrainingTransform | TokenTransform:
     """The training transform of a `data` section. Raises DataError."""
-    if config.content == "images":
-        return TrainingTransform(
-            config.image_size, config.crop, tuple(config.crop_scale), config.resize, config.flip, config.color_jitter
-        )
-    if config.content != "tokens":
-        raise DataError(f"unknown data.content {config.content!r}: choose images or tokens")
-    if tokens is None:
-        raise DataError("data.content=tokens is for a run that trains on tokens: set data.content=images")
-    return TokenTransform(tokens)
+    if config.content not in CONTENTS:
+        raise DataError(f"unknown data.content {config.content!r}: choose one of {', '.join(CONTENTS)}")
+    if config.content == "tokens":
+        if tokens is None:
+            raise DataError("data.content=tokens is for a run that trains on tokens: set data.content=images")
+        return TokenTransform(tokens)
+    return TrainingTransform(
+        config.image_size, config.crop, tuple(config.crop_scale), config.resize, config.flip, config.color_jitter
+    )
 
 
-def _deal(config: DataConfig, lanes: int, batch: int, rank: int, world_size: int) -> Deal:
-    """With fewer workers than wished, where only these keep the order that does not depend on them."""
-    deal = Deal(lanes, batch, rank, world_size, config.workers)
-    if deal.ordered or not divides(lanes, batch, world_size, 1):
-        return deal
+def _assign_lanes(config: DataConfig, lanes: int, batch: int, rank: int, world_size: int) -> LaneAssignment:
+    """With fewer workers than configured, if the global batches are then independent of their number."""
+    assignment = LaneAssignment(lanes, batch, rank, world_size, config.workers)
+    if assignment.ordered or not divides(lanes, batch, world_size, 1):
+        return assignment
     workers = next(n for n in range(config.workers, 0, -1) if divides(lanes, batch, world_size, n))
     logger.warning("data.workers=%d: %d are used, as many as divide the lanes evenly", config.workers, workers)
-    return Deal(lanes, batch, rank, world_size, workers)
+    return LaneAssignment(lanes, batch, rank, world_size, workers)
 
 
-class _WorkerItems:
-    """The items of a DataLoader with workers, in order. `close` ends the workers, whatever they are waiting for."""
-
-    def __init__(self, items: Items, workers: int):
-        self.workers = workers
-        self.told, self.tell = os.pipe()  # a byte for each worker tells it to end
-        transform = items.reader.transform
-        values = np.empty((workers, SLOTS, items.deal.item, *transform.shape), transform.dtype)
-        items.shared = torch.from_numpy(values).share_memory_().numpy()
-        self.shared, self.taken = items.shared, 0
-        # Its own generator, since a DataLoader draws a seed and would move the global random state.
-        self.iterator: Iterator | None = iter(
-            DataLoader(
-                items,
-                batch_size=None,
-                collate_fn=_as_is,
-                num_workers=workers,
-                prefetch_factor=SLOTS - 1,
-                multiprocessing_context="fork",  # for the pipe, and for what is known of the shards
-                worker_init_fn=functools.partial(_start_worker, self.told),
-                generator=torch.Generator(),
+def _check_enough_shards(sources: list[Source], lanes: int) -> None:
+    for source in sources:
+        if source.counts is None and len(source.shards) < lanes:
+            raise DataError(
+                f"source {source.name}: {len(source.shards)} shards without an index cannot be divided among "
+                f"data.lanes={lanes}: write one with `ibq shards check PATH --write-index --index FILE`, or start "
+                f"with at most {len(source.shards)} lanes"
             )
-        )
-        # At its end Python waits for children that it has sent SIGTERM, which these leave to us.
-        atexit.register(_close, weakref.ref(self))
-
-    def __next__(self) -> Item | DataError:
-        """Its values are to be copied before the next item is asked for."""
-        if self.iterator is None:
-            raise StopIteration
-        item = next(self.iterator)
-        # A DataLoader asks a worker for its item n + 2 when item n is taken.
-        number, worker = divmod(self.taken, self.workers)
-        self.taken += 1
-        return item if isinstance(item, DataError) else item._replace(values=self.shared[worker, number % SLOTS])
-
-    def close(self) -> None:
-        if self.iterator is not None:
-            os.write(self.tell, bytes(self.workers))
-            self.iterator = None  # which collects the workers
-            os.close(self.told)
-            os.close(self.tell)
-
-    __del__ = close
-
-
-def _close(items: weakref.ref) -> None:
-    if (found := items()) is not None:
-        found.close()
-
-
-def _as_is(item):
-    return item
-
-
-def _start_worker(told: int, _: int) -> None:
-    # Launchers signal whole process groups. The parent decides when a run ends, and ends its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    gc.freeze()  # what is inherited need not be gone through for garbage
-    threading.Thread(target=_end_when_told, args=(told,), daemon=True).start()
-
-
-def _end_when_told(told: int) -> None:
-    os.read(told, 1)
-    os._exit(0)  # a worker holds nothing that is worth waiting for

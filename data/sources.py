@@ -1,4 +1,4 @@
-"""Data sources: what a recipe names, what the catalogue knows of it, and what of a raw sample is used."""
+"""Data sources: their configuration, the catalogue, and which members of a raw sample are used."""
 
 import functools
 import hashlib
@@ -14,30 +14,22 @@ from typing import NamedTuple
 
 import yaml
 
+from data.addresses import is_remote
+from data.cache import Access
 from data.config import FilterConfig, SourceConfig
-from data.errors import DataError
+from data.errors import DataError, Filtered, ImageError
+from data.folder_reader import folder_shard, is_folder_of_images, is_zip, zip_shard
 from data.index import INDEX_NAME, Index, common_root, without_query
-from data.shards import (
-    CODES,
-    Access,
-    Sample,
-    Shard,
-    TarShard,
-    expand,
-    folder_shard,
-    is_folder_of_images,
-    is_zip,
-    zip_shard,
-)
-from data.storage import is_remote
-from data.transforms import Filtered, ImageError
+from data.samples import CODES, Sample, Shard
+from data.shards import expand
+from data.tar_reader import PIPE, TarShard
 
-MOST_SCANNED = 256  # so many local tars without an index are scanned before a run; more are, one by one, as it goes
+MOST_SCANNED = 256  # a source with more local tars without an index is scanned one tar at a time during the run
 
 
 class Layout(NamedTuple):
-    """Where things are in a sample. image: suffixes in order of preference, none: any image; caption, label: suffixes;
-    caption_field: of the member `json`; fields: a filter's number -> field of the member `json`."""
+    """Where things are in a sample. image: suffixes in order of preference, empty: any image; caption, label: suffixes;
+    caption_field: field of the member `json`; fields: a filter's score -> field of the member `json`."""
 
     image: tuple[str, ...] = ()
     caption: str | None = "txt"
@@ -46,11 +38,11 @@ class Layout(NamedTuple):
     fields: Mapping[str, str] = MappingProxyType({})
 
 
-TOKENS = Layout(image=(CODES,))  # as `ibq tokenize` writes them
+TOKENS = Layout(image=(CODES,))  # written by `ibq tokenize`
 
 
 class Picked(NamedTuple):
-    """What is used of a raw sample. content: the image, or its tokens; label: the class, or None."""
+    """The parts of a raw sample that are used. content: the image, or its tokens; label: the class, or None."""
 
     content: bytes
     caption: str | None
@@ -64,7 +56,7 @@ def catalogue() -> dict[str, dict]:
 
 
 def layout_of(config: SourceConfig) -> Layout:
-    """The catalogue's layout for the source's name, with the recipe's changes."""
+    """The catalogue's layout for the source's name, overridden by the recipe."""
     if config.like is not None and config.like not in catalogue():
         raise DataError(f"source {config.name}: the catalogue has no {config.like}; it has {', '.join(catalogue())}")
     entry = catalogue().get(config.like or config.name, {})
@@ -88,7 +80,7 @@ class Filters:
 
     @property
     def bounds(self) -> list[tuple[str, float, int]]:
-        """(number, bound, 1 where it is the least and -1 where it is the most)."""
+        """(score, bound, 1 for a lower and -1 for an upper bound)."""
         config = self.config
         named = [
             ("aesthetic", config.min_aesthetic, 1),
@@ -99,7 +91,7 @@ class Filters:
         return [(name, bound, sign) for name, bound, sign in named if bound is not None]
 
     def check_size(self, width: int, height: int) -> None:
-        """Raises Filtered by the size of the image as it is displayed, in pixels."""
+        """Raises Filtered by the size of the displayed image, in pixels."""
         if self.config.min_side is not None and min(width, height) < self.config.min_side:
             raise Filtered("min_side")
         ratio = self.config.max_aspect_ratio
@@ -108,7 +100,7 @@ class Filters:
 
 
 def open_filters(config: FilterConfig, layout: Layout, name: str) -> Filters:
-    """Raises DataError for bounds that cannot be met or a number that the source's samples do not have."""
+    """Raises DataError for invalid bounds, and for a score that the source's samples do not have."""
     filters = Filters(config, _keys(config.keys), _keys(config.not_keys) or frozenset())
     for number, _, _ in filters.bounds:
         if number not in layout.fields:
@@ -135,35 +127,35 @@ def _keys(path: str | None) -> frozenset[str] | None:
     except OSError as error:
         raise DataError(f"cannot read the list of keys {path}: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
-        raise DataError(f"the list of keys {path} is not in UTF-8: save it anew") from error
+        raise DataError(f"the list of keys {path} is not in UTF-8: save it as UTF-8") from error
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """A source, opened. quarantined: numbers of shards that are passed over."""
+    """An open source. counts: samples of each shard, or None if they are unknown before everything is read.
+    quarantined: numbers of shards that are left out."""
 
     name: str
     weight: float
     shards: list[Shard]
     layout: Layout
     filters: Filters
-    # Samples of each shard, or None where they are not known before all is read.
     counts: list[int] | None
     quarantined: frozenset[int] = frozenset()
 
     @functools.cached_property
     def samples(self) -> int | None:
-        """How many there are, those in quarantine included, or None."""
+        """Number of samples including those in quarantine, or None."""
         return None if self.counts is None else sum(self.counts)
 
     def identity(self) -> dict:
-        """What must be the same for a place in the source to mean the same sample."""
+        """What must be unchanged for a position in the source to mean the same sample."""
         names = [shard.name.rsplit("/", 1)[-1] for shard in self.shards]
         counts = self.counts if self.counts is None or len(names) <= MOST_SCANNED else digest(self.counts)
         return {"shards": len(names), "names": digest(names), "samples": self.samples, "counts": counts}
 
     def pick(self, sample: Sample) -> Picked:
-        """Raises ImageError for a sample without its image or with a damaged member, Filtered for one to leave out."""
+        """Raises ImageError if the image is missing or a member is damaged, Filtered if a filter rejects the sample."""
         self._filter(sample)
         layout, members = self.layout, sample.members
         caption = None
@@ -187,12 +179,12 @@ class Source:
         for name, bound, sign in bounds:
             value = metadata.get(self.layout.fields[name])
             number = value if isinstance(value, (int, float)) and not isinstance(value, bool) else math.nan
-            if not sign * number >= sign * bound:  # so that what is no number does not pass
+            if not sign * number >= sign * bound:  # written so that NaN does not pass
                 raise Filtered(name)
 
 
 def label_of(members: dict[str, bytes], layout: Layout) -> int | None:
-    """A sample's class, or None. Raises ImageError where it is no number."""
+    """A sample's class, or None. Raises ImageError if it is not a number."""
     if layout.label not in members:
         return None
     text = members[layout.label].decode("utf-8", "replace").strip()
@@ -202,7 +194,7 @@ def label_of(members: dict[str, bytes], layout: Layout) -> int | None:
 
 
 def metadata_of(sample: Sample) -> dict:
-    """The member `json`, or nothing. Raises ImageError where it is damaged."""
+    """The member `json`, or an empty dict. Raises ImageError if it is damaged."""
     try:
         metadata = json.loads(sample.members.get("json", b"{}"))
     except (ValueError, RecursionError) as error:
@@ -226,12 +218,12 @@ def open_source(
     scan_all: bool = False,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Source:
-    """Finds a source's shards and what is known of them, without reading any sample.
+    """Find a source's shards and their sizes, without reading any sample.
 
-    content: `images` or `tokens`. quarantine: paths or URLs of shards, or their ends after a /. before: the identity
-    that the source had when the run began; it goes on to divide its shards as it did. scan_all: every tar without an
-    index that is here, or can be copied into the cache, is scanned, however many there are. progress: called with (tars
-    scanned, tars in all).
+    content: `images` or `tokens`. quarantine: paths or URLs of shards, or their ends after a /. before: the identity of
+    the source when the run began, to keep dividing it by samples or by shards as before. scan_all: scan all tars
+    without an index that are local or can be copied into the cache, however many there are. progress: called with
+    (tars scanned, tars in total).
     Raises DataError.
     """
     if not (isinstance(config.weight, (int, float)) and 0 < config.weight < math.inf):
@@ -245,7 +237,7 @@ def open_source(
     if len(quarantined) == len(shards):
         raise DataError(f"source {config.name}: every shard is in quarantine")
     unknown = [n for n, shard in enumerate(shards) if isinstance(shard, TarShard) and shard.table is None]
-    local = [n for n in unknown if not _is_stream(shards[n])]
+    local = [n for n in unknown if not shards[n].is_streamed]
     by_shard = before is not None and before["counts"] is None
     if not by_shard and (scan_all or len(local) <= MOST_SCANNED):
         copied = [n for n in unknown if scan_all and shards[n].access.is_copied(shards[n].url)]
@@ -267,7 +259,7 @@ def open_source(
 
 
 def _counts(shards: list[Shard], quarantined: frozenset[int], before: dict | None) -> list[int] | None:
-    """A shard in quarantine of which nothing is known counts as it did before, or as empty."""
+    """A shard in quarantine whose size is unknown counts as it did before, or as empty."""
     counts = []
     for number, shard in enumerate(shards):
         if not isinstance(shard, TarShard) or shard.table is not None:
@@ -281,16 +273,12 @@ def _counts(shards: list[Shard], quarantined: frozenset[int], before: dict | Non
 
 
 def digest(values: list) -> str:
-    """16 digits that tell lists apart."""
+    """A hash of the list, 16 digits."""
     return hashlib.blake2b(repr(values).encode(), digest_size=8).hexdigest()
 
 
-def _is_stream(shard: TarShard) -> bool:
-    return shard.url.startswith("pipe:") or is_remote(shard.url)
-
-
 def is_among(url: str, quarantine: frozenset[str]) -> bool:
-    """Whether a quarantine list names a shard."""
+    """Whether the quarantine list contains a shard."""
     url = without_query(url)
     return any(url == part or url.endswith(f"/{part.lstrip('/')}") for part in quarantine)
 
@@ -303,7 +291,7 @@ def open_shards(
     class_from_folder: bool = False,
     quarantine: frozenset[str] = frozenset(),
 ) -> list[Shard]:
-    """The shards of a root: one for a folder of images or a zip file, or its tars, with what their index tells."""
+    """The shards of a root: a folder of images or a zip file as one shard, or the tars with their tables if indexed."""
     root = config.root
     if is_folder_of_images(root):
         return [folder_shard(str(root), class_from_folder)]
@@ -311,7 +299,7 @@ def open_shards(
         return [zip_shard(str(root))]
     urls = expand(root, allow_pipes=allow_pipes)
     shards = [TarShard(url, access=access) for url in urls]
-    shared = common_root([url for url in urls if not url.startswith("pipe:")]) if urls else ""
+    shared = common_root([url for url in urls if not url.startswith(PIPE)]) if urls else ""
     index = _index(config, shared)
     if index is not None:
         for shard in shards:
@@ -335,17 +323,17 @@ def _index(config: SourceConfig, root: str) -> Index | None:
 
 
 def check_names(configs: list[SourceConfig]) -> None:
-    """Raises DataError unless each source has a name of its own."""
+    """Raises DataError unless the sources have different, valid names."""
     names = [config.name for config in configs]
     for name in names:
         if names.count(name) > 1:
-            raise DataError(f"two sources are called {name}: give each a name of its own")
+            raise DataError(f"two sources are called {name}: give each its own name")
         if "/" in name or not name:
             raise DataError(f"the source name {name!r} must not be empty or hold a /")
 
 
 def describe(source: Source) -> str:
-    """One line: how much there is."""
+    """One line: the source's size."""
     samples = source.samples
     count = f"{samples:,} samples" if samples is not None else "not counted, since there is no index"
     more = f", {len(source.quarantined)} in quarantine" if source.quarantined else ""

@@ -1,8 +1,8 @@
 """Images as codes: the member `codes` of a token sample, and what training takes from it.
 
-`KEY.codes` is one line of JSON, {"tokenizer": FINGERPRINT, "codes": VOCABULARY, "shape": [views, rows, columns]}, and
-behind it the codes: little-endian, unsigned, in the fewest whole bytes that hold every code of the vocabulary. So each
-sample says whose codes they are.
+`KEY.codes` is one line of JSON, {"tokenizer": FINGERPRINT, "codes": VOCABULARY, "shape": [views, rows, columns]},
+followed by the codes: little-endian, unsigned, in the smallest number of whole bytes that holds every code of the
+vocabulary. So each sample identifies its tokenizer.
 """
 
 import functools
@@ -15,16 +15,15 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.errors import DataError
-from data.shards import CODES, Limit, Sample, Shard, is_image
-from data.transforms import ImageError
+from data.errors import DataError, ImageError
+from data.samples import CODES, Sample, Shard, WindowLimit, is_image
 
 MOST_CODES = 1 << 24
 MOST_HEADER_BYTES = 4096
 
 
 class TokenSpec(NamedTuple):
-    """What a reader expects. tokenizer: its fingerprint, None: any; vocabulary: how many codes; grid: rows, columns."""
+    """What a reader expects. tokenizer: its fingerprint or None for any; vocabulary: codes; grid: rows, columns."""
 
     tokenizer: str | None
     vocabulary: int
@@ -32,7 +31,7 @@ class TokenSpec(NamedTuple):
 
 
 class TokenHeader(NamedTuple):
-    """What a sample tells of its codes. views: crops of the image, each with a grid of (rows, columns)."""
+    """What a sample states about its codes. views: crops of the image, each with a grid of (rows, columns)."""
 
     tokenizer: str
     vocabulary: int
@@ -41,14 +40,14 @@ class TokenHeader(NamedTuple):
 
 
 def code_bytes(vocabulary: int) -> int:
-    """Bytes of a code: 1 up to 256 codes, 2 up to 65,536, 3 up to 2^24."""
+    """Bytes of each code: 1 up to 256 codes, 2 up to 65,536, 3 up to 2^24."""
     return 1 if vocabulary <= 1 << 8 else 2 if vocabulary <= 1 << 16 else 3
 
 
 def pack_codes(index_vhw: np.ndarray, tokenizer: str, vocabulary: int) -> bytes:
     """Codes (views, rows, columns) of a tokenizer with this fingerprint -> the content of a member `codes`.
 
-    Raises DataError for codes outside the vocabulary, or one of more than 2^24 codes."""
+    Raises DataError for codes outside the vocabulary, and for a vocabulary of more than 2^24 codes."""
     if not 1 <= vocabulary <= MOST_CODES:
         raise DataError(f"{vocabulary:,} codes cannot be packed: at most {MOST_CODES:,}")
     if index_vhw.ndim != 3 or not index_vhw.size:
@@ -71,7 +70,7 @@ def unpack_codes(content: bytes) -> tuple[TokenHeader, np.ndarray]:
 
 
 def _opened(content: bytes) -> tuple[TokenHeader, int]:
-    """The header, and where the codes begin. Raises ImageError, also unless the content has the bytes that it tells."""
+    """The header, and where the codes begin. Raises ImageError, also if the length contradicts the header."""
     stop = content.find(b"\n", 0, MOST_HEADER_BYTES)
     if stop < 0:
         raise ImageError("its codes have no header")
@@ -82,11 +81,11 @@ def _opened(content: bytes) -> tuple[TokenHeader, int]:
     return header, stop + 1
 
 
-@functools.lru_cache(maxsize=256)  # samples of one set have the same line
+@functools.lru_cache(maxsize=256)  # the samples of a data set have the same line
 def _header(line: bytes) -> TokenHeader:
     try:
-        told = json.loads(line)
-        tokenizer, vocabulary, (views, rows, columns) = told["tokenizer"], told["codes"], told["shape"]
+        header = json.loads(line)
+        tokenizer, vocabulary, (views, rows, columns) = header["tokenizer"], header["codes"], header["shape"]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise ImageError("the header of its codes is damaged") from error
     numbers = vocabulary, views, rows, columns
@@ -96,7 +95,7 @@ def _header(line: bytes) -> TokenHeader:
 
 
 def _codes(content: bytes, start: int, header: TokenHeader, count: int) -> np.ndarray:
-    """`count` codes from byte `start` on, int32. Raises ImageError for one outside the vocabulary."""
+    """`count` codes starting at byte `start`, int32. Raises ImageError for a code outside the vocabulary."""
     each = code_bytes(header.vocabulary)
     if each == 3:
         bytes_n4 = np.zeros((count, 4), np.uint8)
@@ -117,7 +116,7 @@ class TokenTransform:
 
     @functools.cached_property
     def shape(self) -> tuple[int]:
-        """Of what it gives."""
+        """Shape of the result."""
         return (math.prod(self.spec.grid),)
 
     dtype = np.dtype(np.int32)
@@ -129,9 +128,9 @@ class TokenTransform:
         check_size: Callable[[int, int], None] = lambda width, height: None,
         out: np.ndarray | None = None,
     ) -> np.ndarray:
-        """int32 (rows * columns,), in `out` where it is given. check_size: of no meaning here.
+        """int32 (rows * columns,), written into `out` if given. check_size: unused, as tokens have no size in pixels.
 
-        Raises ImageError for damaged codes, DataError for those of another tokenizer, vocabulary or grid."""
+        Raises ImageError for damaged codes, DataError for codes of another tokenizer, vocabulary or grid."""
         header, start = _opened(content)
         check_tokens(header, self.spec, "the sample")
         (count,) = self.shape
@@ -144,7 +143,7 @@ class TokenTransform:
 
 
 def check_tokens(header: TokenHeader, spec: TokenSpec, name: str) -> None:
-    """Raises DataError unless the tokens are such as the reader expects. name: of what holds them."""
+    """Raises DataError unless the tokens are what the reader expects. name: what messages call their source."""
     if spec.tokenizer not in (None, header.tokenizer):
         raise DataError(
             f"{name} holds tokens of tokenizer {header.tokenizer}, and this run expects those of {spec.tokenizer}: "
@@ -163,12 +162,12 @@ def _described(tokens: TokenHeader | TokenSpec) -> str:
 
 
 def first_header(shards: Iterable[Shard], name: str) -> TokenHeader:
-    """The header of the first sample that can be read; damaged ones are passed over. name: of what holds them.
+    """The header of the first readable sample. name: what messages call the source of the shards.
 
-    Raises DataError for images, and where there is no sample."""
+    Raises DataError for images, and if no sample can be read."""
     damage = "there is none"
     for shard in shards:
-        for window in shard.windows(0, None, Limit(1, 1)):
+        for window in shard.windows(0, None, WindowLimit(1, 1)):
             try:
                 return unpack_codes(_codes_of(window.read(0), name))[0]
             except ImageError as error:
@@ -178,6 +177,6 @@ def first_header(shards: Iterable[Shard], name: str) -> TokenHeader:
 
 def _codes_of(sample: Sample, name: str) -> bytes:
     if CODES not in sample.members and any(map(is_image, sample.members)):
-        mend = "write token shards with `ibq tokenize`, or train with data.content=images"
-        raise DataError(f"{name} holds images, not tokens: {mend}")
+        fix = "write token shards with `ibq tokenize`, or train with data.content=images"
+        raise DataError(f"{name} holds images, not tokens: {fix}")
     return sample.image([CODES])

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
-from data.errors import DataError
+from data.errors import DataError, Filtered, ImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
 MAX_PIXELS = 100_000_000
@@ -24,14 +24,6 @@ BACKGROUND = (255, 255, 255)  # under alpha and palette transparency
 
 # Pillow warns of damaged metadata, which do not matter, and of large images, which MAX_PIXELS refuses; it names none.
 warnings.filterwarnings("ignore", module=r"PIL\.")
-
-
-class ImageError(Exception):
-    """An image that cannot be used: unreadable, truncated or too large. The message is the reason in one line."""
-
-
-class Filtered(Exception):
-    """A sample that a filter leaves out, though nothing is wrong with it; the message is the filter's name."""
 
 
 def decode(

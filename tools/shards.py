@@ -208,9 +208,9 @@ def stats(
 
 def _index_place(urls: list[str], write: bool) -> Path | None:
     """The default place of the index, or None if there is none to compare with."""
+    from data.addresses import is_remote
     from data.errors import DataError
     from data.index import INDEX_NAME, common_root
-    from data.storage import is_remote
 
     if any(map(is_remote, urls)):
         if write:

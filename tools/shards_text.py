@@ -16,8 +16,8 @@ COLORS = {"ok": typer.colors.GREEN, "flawed": typer.colors.YELLOW, "broken": typ
 
 def problems(found: list["Checked"]) -> Iterator[str]:
     """The problems of each tar, and the totals."""
+    from data.addresses import redacted
     from data.index import common_root, without_query
-    from data.storage import redacted
 
     root = redacted(common_root([checked.url for checked in found]))
     names = [redacted(without_query(checked.url)).removeprefix(root) for checked in found]
@@ -42,7 +42,7 @@ def _colored(status: str) -> str:
 
 
 def title(paths: list[str], shards: int, samples: int | None, counted: "Counted") -> str:
-    from data.storage import redacted
+    from data.addresses import redacted
 
     where = redacted(paths[0]) if len(paths) == 1 else f"{len(paths):,} paths"
     of_all = "" if samples == counted.samples or samples is None else f" of {samples:,}"

@@ -40,7 +40,8 @@ class AuditWriter:
 
     def write(self, step: int, batches: list[Batch]) -> None:
         """Writes one step's samples. Raises OSError."""
-        samples = [[info.source, info.place.epoch, info.shard, info.key] for batch in batches for info in batch.infos]
+        infos = [info for batch in batches for info in batch.infos]
+        samples = [[info.source, info.position.epoch, info.shard, info.key] for info in infos]
         self.file.write(json.dumps({"step": step, "samples": samples}) + "\n")
         self.file.flush()
 

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from model_zoo.io.sharded_tensors import ShardedTensors, TensorShard, whole_tensor
 from trainer.ema import Ema
-from trainer.engines import Engine
+from trainer.engines.base import Engine
 from trainer.optim import MOMENTS
 from trainer.precision import LossScale
 

@@ -15,7 +15,8 @@ from trainer.prefetch import Prefetcher, summary
 from trainer.randomness import random_state, seed_everything
 from trainer.skipped_steps import SkippedSteps
 from trainer.start_plan import StartPlan, open_folder, plan_batch, restore
-from trainer.tasks import Step, make_task
+from trainer.tasks import make_task
+from trainer.tasks.base import Step
 from trainer.telemetry import describe, open_telemetry
 from trainer.throughput import Throughput
 from trainer.watchdog import LossSpikes, Stopped, StopSignal, Watchdog

@@ -1,4 +1,4 @@
-"""What is wrong with tars: each is read once, from its start to its end."""
+"""Check tars for damage and mistakes; each tar is read once, from start to end."""
 
 import functools
 import hashlib
@@ -16,26 +16,29 @@ from typing import NamedTuple
 
 import numpy as np
 
-from data.errors import DataError
-from data.index import Index, Table, common_root, key_hash
+from data.addresses import is_remote, redacted
+from data.errors import DataError, ImageError
+from data.index import Index, SampleTable, common_root, key_hash
 from data.parallel import in_processes
-from data.shards import CODES, MOST_MEMBER_BYTES, RANGE_BYTES, ForwardFile, Span, is_content, parse, spans
-from data.storage import PATIENCE, Patience, is_remote, read, redacted
+from data.samples import CODES, is_content
+from data.storage import DEFAULT_TIMEOUTS, Timeouts, read
+from data.tar_format import MOST_MEMBER_BYTES, SampleSpan, parse_sample, sample_spans
+from data.tar_reader import RANGE_BYTES, ForwardFile
 from data.tokens import unpack_codes
-from data.transforms import ImageError, decode
+from data.transforms import decode
 
 BLOCK_BYTES = 512  # of a tar: each header is one, and members fill whole ones
-NAMED_SAMPLES = 1000  # of a kind of problem in a shard; more are only counted
+NAMED_SAMPLES = 1000  # listed for each kind of problem and shard; more are only counted
 NAMED_DUPLICATES = 5
-# A shard with one of these cannot be read as it should; with any other problem it can, but for some samples.
+# A shard with one of these problems cannot be read; with any other problem, only some samples cannot.
 BROKEN = frozenset({"truncated", "corrupt", "empty", "unreadable", "missing"})
 
 
 class Problem(NamedTuple):
     """kind: truncated, corrupt, empty, unreadable or missing (see BROKEN), or duplicate shard, duplicate key, bad key,
-    no image (and no tokens), undecodable (an image, or codes), index (the shard is not as its index tells).
+    no image (and no tokens), undecodable (an image, or codes), index (the shard differs from its index).
 
-    sample: its number in the shard, from 0; None where the problem is the whole shard's.
+    sample: its number in the shard, from 0; None for a problem of the whole shard.
     """
 
     kind: str
@@ -46,17 +49,17 @@ class Problem(NamedTuple):
 
 @dataclass
 class Checked:
-    """What was found in a shard. None: not known, since the shard cannot be read.
+    """The result for one shard. None: unknown, since the shard cannot be read.
 
-    samples: those that are whole, before the first damage. table: where they lie; None where the shard is broken.
-    keys: of all samples, each with NUL behind it, compressed. counts: problems by kind. problems: the first of each.
+    samples: complete samples before the first damage. table: where they lie; None if the shard is broken. keys: the
+    keys of all samples, each followed by NUL, compressed. counts: problems by kind. problems: the first of each kind.
     """
 
     url: str
     bytes: int | None = None
     sha256: str | None = None
     samples: int = 0
-    table: Table | None = None
+    table: SampleTable | None = None
     keys: bytes = b""
     counts: Counter[str] = field(default_factory=Counter)
     problems: list[Problem] = field(default_factory=list)
@@ -68,7 +71,7 @@ class Checked:
 
     @property
     def status(self) -> str:
-        """`broken`, `flawed` (it can be read, but something is wrong) or `ok`."""
+        """`broken`, `flawed` (it can be read, but has problems) or `ok`."""
         return "broken" if BROKEN & self.counts.keys() else "flawed" if self.problems else "ok"
 
     def key(self, sample: int) -> str:
@@ -76,13 +79,13 @@ class Checked:
         return zlib.decompress(self.keys).split(b"\0")[sample].decode("utf-8", "surrogateescape")
 
     def add(self, kind: str, message: str, sample: int | None = None, key: str | None = None) -> None:
-        """Notes a problem."""
+        """Record a problem."""
         self.counts[kind] += 1
         if self.counts[kind] <= NAMED_SAMPLES:
             self.problems.append(Problem(kind, message, sample, key))
 
     def drop(self, kind: str) -> None:
-        """Forgets the problems of a kind."""
+        """Remove the problems of a kind."""
         del self.counts[kind]
         self.problems = [problem for problem in self.problems if problem.kind != kind]
 
@@ -105,10 +108,10 @@ class Checked:
 def check_shards(
     urls: list[str], *, index: Index | None = None, decode_images: bool = False, jobs: int = 1
 ) -> Iterator[Checked]:
-    """Each tar as soon as it and those before it are checked, in `jobs` processes.
+    """Check tars in `jobs` processes, and yield the results in order.
 
-    index: what the tars are compared with. decode_images: every image is decoded; codes are looked at in any case. What
-    one tar alone cannot tell is left to `find_duplicates` and `missing_shards`.
+    index: compare the tars with this index. decode_images: decode every image; codes are always checked. Problems that
+    involve several tars are found by `find_duplicates` and `missing_shards`.
     """
     root = common_root(urls)
     for checked in in_processes(functools.partial(check_shard, decode_images=decode_images), urls, jobs):
@@ -117,14 +120,14 @@ def check_shards(
         yield checked
 
 
-def check_shard(url: str, decode_images: bool = False, patience: Patience = PATIENCE) -> Checked:
-    """Reads a tar once: its samples, its digest, its problems."""
+def check_shard(url: str, decode_images: bool = False, timeouts: Timeouts = DEFAULT_TIMEOUTS) -> Checked:
+    """Read a tar once, and find its samples, its SHA-256 and its problems."""
     checked = Checked(url)
     try:
-        with _Hashed(url, patience, checked.name) as file:
+        with _Hashed(url, timeouts, checked.name) as file:
             checked.bytes = file.bytes
             if file.bytes:
-                _check_samples(file, checked, decode_images, patience)
+                _check_samples(file, checked, decode_images, timeouts)
             else:
                 checked.add("empty", "0 bytes")
             file.finish()
@@ -138,14 +141,14 @@ def check_shard(url: str, decode_images: bool = False, patience: Patience = PATI
 
 
 class _Unreadable(DataError):
-    """The bytes themselves cannot be had; whatever else `spans` raises is about what they say."""
+    """The bytes cannot be read. All other errors of `sample_spans` are about their content."""
 
 
 class _Hashed(ForwardFile):
-    """A tar that is read forwards, and the digest of all that was read. Raises _Unreadable."""
+    """A tar that is read forwards, and the SHA-256 of what has been read. Raises _Unreadable."""
 
-    def __init__(self, url: str, patience: Patience, name: str):
-        super().__init__(url, patience, name)
+    def __init__(self, url: str, timeouts: Timeouts, name: str):
+        super().__init__(url, timeouts, name)
         self.sha256 = hashlib.sha256()
 
     def _fill(self, stop: int) -> None:
@@ -158,16 +161,16 @@ class _Hashed(ForwardFile):
             self.sha256.update(new)
 
     def finish(self) -> None:
-        """Reads what nobody has asked for."""
+        """Read the rest."""
         while (end := self.begin + len(self.content)) < self.bytes:
             self.take(end, min(end + RANGE_BYTES, self.bytes))
 
 
-def _check_samples(file: _Hashed, checked: Checked, decode_images: bool, patience: Patience) -> None:
+def _check_samples(file: _Hashed, checked: Checked, decode_images: bool, timeouts: Timeouts) -> None:
     starts, stops, hashes = array("q"), array("q"), array("Q")
     packer, keys, usable, damage = zlib.compressobj(1), bytearray(), 0, None
     try:
-        for number, span in enumerate(spans(file, checked.name)):
+        for number, span in enumerate(sample_spans(file, checked.name)):
             content = file.take(span.start, span.stop)
             usable += _check_sample(checked, number, span, content, decode_images)
             starts.append(span.start)
@@ -180,21 +183,21 @@ def _check_samples(file: _Hashed, checked: Checked, decode_images: bool, patienc
         if error.__cause__ is None:  # it is a tar
             damage = Problem("empty", "no sample: none of its members has a name like KEY.jpg")
         else:
-            damage = _find_damage(file.path, file.bytes, stops[-1] if stops else 0, patience)
+            damage = _find_damage(file.path, file.bytes, stops[-1] if stops else 0, timeouts)
             damage = damage or Problem("corrupt", str(error.__cause__))
     checked.samples, checked.keys = len(starts), bytes(keys + packer.flush())
     if damage is None and not usable:
         damage = Problem("empty", f"no image and no tokens in any of its {checked.samples:,} samples")
-        checked.drop("no image")  # which said so of each
+        checked.drop("no image")  # one for each sample
     if damage is not None:
         checked.add(*damage)
     else:
         arrays = [np.array(starts, np.int64), np.array(stops, np.int64), np.array(hashes, np.uint64)]
-        checked.table = Table(file.bytes, *arrays)
+        checked.table = SampleTable(file.bytes, *arrays)
 
 
-def _check_sample(checked: Checked, number: int, span: Span, content: bytes, decode_images: bool) -> bool:
-    """Whether there is an image in the sample, or its tokens."""
+def _check_sample(checked: Checked, number: int, span: SampleSpan, content: bytes, decode_images: bool) -> bool:
+    """Whether the sample has an image or tokens."""
     has_content = any(map(is_content, span.suffixes))
     if twice := [suffix for suffix, count in Counter(span.suffixes).items() if count > 1]:
         checked.add("duplicate key", f"{span.key} comes twice in a row, with {', '.join(twice)}", number, span.key)
@@ -204,7 +207,7 @@ def _check_sample(checked: Checked, number: int, span: Span, content: bytes, dec
         checked.add("no image", f"{span.key} has {', '.join(span.suffixes)} only", number, span.key)
     elif decode_images or CODES in span.suffixes:
         try:
-            sample = parse(content, number, checked.name)
+            sample = parse_sample(content, number, checked.name)
             if CODES in span.suffixes:
                 unpack_codes(sample.members[CODES])
             else:
@@ -216,7 +219,7 @@ def _check_sample(checked: Checked, number: int, span: Span, content: bytes, dec
 
 # -------------------------------------------------------------------------------------------------------------- damage
 
-# Of what precedes the header of a member with a long name, or a time that is no whole number.
+# Types of the extra header before a member with a long name, or with a fractional time.
 LONG_HEADERS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
 FILES_BY_START = {
     b"\x1f\x8b": "it is compressed with gzip: unpack it",
@@ -229,15 +232,15 @@ FILES_BY_START = {
 }
 
 
-def _find_damage(url: str, bytes_in_tar: int, at: int, patience: Patience) -> Problem | None:
-    """Where a tar breaks that `spans` refuses. at: behind its last whole sample, where a header is due.
+def _find_damage(url: str, bytes_in_tar: int, at: int, timeouts: Timeouts) -> Problem | None:
+    """Where a tar that `sample_spans` rejects is damaged. at: the end of its last complete sample.
 
-    Looks at a few headers only; tarfile itself does not tell what it stopped at.
+    Reads a few headers only; tarfile itself does not say where it stopped.
     """
     while at < bytes_in_tar:
-        block = read(url, at, min(at + BLOCK_BYTES, bytes_in_tar), patience)
+        block = read(url, at, min(at + BLOCK_BYTES, bytes_in_tar), timeouts)
         if not block.strip(b"\0"):
-            return _find_behind_zeros(url, bytes_in_tar, at, patience)
+            return _find_behind_zeros(url, bytes_in_tar, at, timeouts)
         try:
             member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except tarfile.HeaderError as error:
@@ -261,21 +264,21 @@ def _find_damage(url: str, bytes_in_tar: int, at: int, patience: Patience) -> Pr
     return Problem("truncated", f"ends at byte {bytes_in_tar:,}, between two members, without an end mark")
 
 
-def _find_behind_zeros(url: str, bytes_in_tar: int, at: int, patience: Patience) -> Problem | None:
-    """What comes behind zero blocks, which are a tar's end."""
+def _find_behind_zeros(url: str, bytes_in_tar: int, at: int, timeouts: Timeouts) -> Problem | None:
+    """Damage after the blocks of zeros that end a tar."""
     data = None
     for start in range(at, bytes_in_tar, RANGE_BYTES):
-        piece = read(url, start, min(start + RANGE_BYTES, bytes_in_tar), patience)
-        if data is None and (rest := piece.lstrip(b"\0")):
-            data = start + (len(piece) - len(rest)) // BLOCK_BYTES * BLOCK_BYTES
-        for match in re.finditer(b"ustar", piece):  # stands in each header at byte 257
+        content = read(url, start, min(start + RANGE_BYTES, bytes_in_tar), timeouts)
+        if data is None and (rest := content.lstrip(b"\0")):
+            data = start + (len(content) - len(rest)) // BLOCK_BYTES * BLOCK_BYTES
+        for match in re.finditer(b"ustar", content):  # at byte 257 of each header
             header = match.start() - 257
-            if header >= 0 and header % BLOCK_BYTES == 0 and _is_header(piece[header : header + BLOCK_BYTES]):
+            if header >= 0 and header % BLOCK_BYTES == 0 and _is_header(content[header : header + BLOCK_BYTES]):
                 what = f"{data - at:,} zero bytes at byte {at:,}, but more members from byte {start + header:,} on"
                 return Problem("corrupt", f"{what}: zeroed by a disk or a copy, or several tars in one file")
     if data is None:
         return None
-    if data - at == BLOCK_BYTES:  # a tar's end has two blocks
+    if data - at == BLOCK_BYTES:  # a tar ends in two blocks of zeros
         return Problem("corrupt", f"the header at byte {at:,} is zeroed")
     return Problem("corrupt", f"{bytes_in_tar - data:,} bytes of something else behind its end at byte {at:,}")
 
@@ -292,32 +295,32 @@ def _is_header(block: bytes) -> bool:
 
 
 def find_duplicates(found: list[Checked]) -> None:
-    """Notes shards with the same bytes as an earlier one, and keys that an earlier sample has.
+    """Record shards with the same bytes as an earlier one, and keys that an earlier sample has.
 
-    Keys are compared by their hashes, of 64 bits. Those of copies and of broken shards are not looked at.
+    Keys are compared by their 64-bit hashes. Keys of duplicate and of broken shards are not compared.
     """
     first_with: dict[str, Checked] = {}
-    looked_at = []
+    compared = []
     for checked in found:
         first = first_with.setdefault(checked.sha256, checked) if checked.bytes and checked.sha256 else checked
         if first is not checked:
             checked.add("duplicate shard", f"the same bytes as {first.name}")
         elif checked.table is not None:
-            looked_at.append(checked)
-    firsts = np.cumsum([0, *(checked.samples for checked in looked_at)])
-    keys = np.concatenate([np.zeros(0, np.uint64), *(checked.table.keys_n for checked in looked_at)])
+            compared.append(checked)
+    firsts = np.cumsum([0, *(checked.samples for checked in compared)])
+    keys = np.concatenate([np.zeros(0, np.uint64), *(checked.table.keys_n for checked in compared)])
     order = np.argsort(keys, kind="stable")
     ordered = keys[order]
     again = np.flatnonzero(ordered[1:] == ordered[:-1]) + 1
     before, again = order[np.searchsorted(ordered, ordered[again])], order[again]
-    by_place = np.argsort(again)
-    before, again = before[by_place], again[by_place]
+    by_sample = np.argsort(again)
+    before, again = before[by_sample], again[by_sample]
     borders = np.searchsorted(again, firsts)
-    for checked, first, (start, stop) in zip(looked_at, firsts, itertools.pairwise(borders), strict=False):
+    for checked, first, (start, stop) in zip(compared, firsts, itertools.pairwise(borders), strict=False):
         for number in range(start, min(stop, start + NAMED_DUPLICATES)):
             sample, key = int(again[number] - first), checked.key(int(again[number] - first))
             other = int(np.searchsorted(firsts, before[number], side="right")) - 1
-            of = "" if looked_at[other] is checked else f" of {looked_at[other].name}"
+            of = "" if compared[other] is checked else f" of {compared[other].name}"
             message = f"{key} is also the key of sample {before[number] - firsts[other]}{of}"
             checked.add("duplicate key", message, sample, key)
         if (more := int(stop - start) - NAMED_DUPLICATES) > 0:
@@ -325,7 +328,7 @@ def find_duplicates(found: list[Checked]) -> None:
 
 
 def missing_shards(found: list[Checked], index: Index) -> list[Checked]:
-    """The tars of an index of local tars that are nowhere any more."""
+    """The tars of an index that no longer exist, for an index of local tars."""
     root = common_root([checked.url for checked in found])
     folders = [folder for folder in (f"{index.path.absolute().parent}/", index.root, root) if folder]
     if any(map(is_remote, folders)):
@@ -342,7 +345,7 @@ def missing_shards(found: list[Checked], index: Index) -> list[Checked]:
 def _compare(checked: Checked, index: Index, root: str) -> None:
     known = index.table(checked.url, root)
     if known is None:
-        if checked.status != "broken":  # such as were left out of it
+        if checked.status != "broken":  # broken tars are left out of an index
             checked.add("index", f"not in the index {index.path}")
         return
     differences = []
@@ -357,7 +360,7 @@ def _compare(checked: Checked, index: Index, root: str) -> None:
             np.array_equal(checked.table.starts_n, known.starts_n)
             and np.array_equal(checked.table.stops_n, known.stops_n)
         ):
-            differences.append("samples at other places")
+            differences.append("samples at other positions")
     if checked.sha256 not in (None, index.sha256(checked.url, root)):
         differences.append("other content (SHA-256)")
     if differences:

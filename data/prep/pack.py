@@ -1,4 +1,4 @@
-"""Folders and zip files of images to WebDataset tars."""
+"""Pack folders and zip files of images into WebDataset tars."""
 
 import hashlib
 import io
@@ -9,27 +9,27 @@ import re
 import tempfile
 import zipfile
 from collections import defaultdict
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath, PurePosixPath
 from typing import NamedTuple
 
 from PIL import Image
-from webdataset.writer import ShardWriter
 
-from data.errors import DataError
+from data.errors import DataError, ImageError
+from data.folder_reader import find_images, is_zip
 from data.parallel import in_threads
-from data.shards import IMAGE_SUFFIXES, Skipped, find_images, is_image, is_zip
-from data.transforms import MAX_BYTES, ImageError, decode
+from data.samples import IMAGE_SUFFIXES, Skipped, is_image
+from data.transforms import MAX_BYTES, decode
 
 LAYOUTS = ("folder", "imagenet", "coco")
 SPLITS = {"train", "val", "test"}
 
 
 class PackReport(NamedTuple):
-    """What `pack` wrote: the tars' paths, the count of images in them, and the images that it left out.
+    """What `pack` wrote: the tars' paths, the number of images in them, and the images that it left out.
 
-    without_caption: images that no annotation is of; they are packed. without_image: what annotations are of that is
-    not there: file names, or ids where the annotations give no name.
+    without_caption: images without an annotation; they are packed. without_image: images that have annotations but do
+    not exist: file names, or ids if the annotations give no name.
     """
 
     shards: list[str]
@@ -53,20 +53,20 @@ def pack(
     shuffle: bool = True,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> PackReport:
-    """Writes every jpg, png and webp of a folder or zip file (hidden files left aside) to WebDataset tars in `out`.
+    """Write every jpg, png and webp of a folder or zip file, except hidden files, to WebDataset tars in `out`.
 
-    A sample is the image (its own bytes, unless it is resized), `.txt` and `.cls`, and `.json` with key, width and
-    height in pixels (as displayed) and the source's relative path. The same images always give the same bytes, and
-    those of a zip file with one folder in it the same as that folder. Images that cannot be decoded whole are left out
-    and reported. On an error nothing appears in `out`.
+    A sample is the image (its original bytes unless it is resized), `.txt` and `.cls`, and `.json` with key, width and
+    height in pixels (as displayed) and the source's relative path. Equal images give equal tars, and a zip file that
+    contains one folder gives the same tars as that folder. Images that cannot be decoded completely are left out and
+    reported. After an error `out` contains nothing.
 
     layout: `folder`: caption and class are in files NAME.txt and NAME.cls beside the image. `imagenet`: the class is
-        the index of the image's top folder, sorted, and the names go to `classes.json`. `coco`: captions are in the
-        file `annotations`; the first is the caption, and json has all of them as `captions`, and `image_id`.
+        the index of the image's top folder in sorted order, and `classes.json` lists the names. `coco`: captions are in
+        the file `annotations`; the first is the caption, and json has all of them as `captions`, and `image_id`.
     shorter_side: larger images are resized so that their shorter side has this many pixels and stored as JPEG of
         `quality` (1 to 100, no chroma subsampling); others keep their bytes.
-    shuffle: orders samples by a hash of their paths, so that classes mix within shards; otherwise by path.
-    progress: called with (images done, images in all).
+    shuffle: order samples by a hash of their paths, so that classes mix within shards; otherwise by path.
+    progress: called with (images done, images in total).
     Raises DataError.
     """
     out = Path(out).absolute()
@@ -85,7 +85,7 @@ def pack(
     coco = _read_coco(annotations, paths) if annotations is not None else None
 
     def texts(path: PurePosixPath) -> tuple[dict, dict[str, bytes]]:
-        """More of the sample's json, and its txt and cls."""
+        """Additional fields of the sample's json, and its txt and cls."""
         if coco is not None:
             return coco.texts(path)
         members = {suffix: text for suffix in ("txt", "cls") if (text := files.beside(path, suffix)) is not None}
@@ -103,34 +103,57 @@ def pack(
 
     if shuffle:
         paths = mixed(paths)
-    skipped, samples = [], 0
-    place = next(parent for parent in [out, *out.parents] if parent.exists())
+    skipped: list[Skipped] = []
+
+    def usable_samples() -> Iterator[dict]:
+        for done, result in enumerate(in_threads(prepare, paths), start=1):
+            if isinstance(result, Skipped):
+                skipped.append(result)
+            else:
+                yield result
+            progress(done, len(paths))
+
+    limits = {"maxcount": max_samples_per_shard, "maxsize": max_bytes_per_shard}
+    written = _write_tars(usable_samples(), out, prefix, limits, classes)
+    if not written.samples:
+        raise DataError(f"none of the {len(paths)} images under {source} can be read: {skipped[0].reason}")
+    missing = (coco.without_caption, coco.without_image) if coco else ([], [])
+    return PackReport(written.shards, written.samples, skipped, *missing)
+
+
+class _Written(NamedTuple):
+    shards: list[str]
+    samples: int
+
+
+def _write_tars(
+    samples: Iterator[dict], out: Path, prefix: str, limits: dict[str, int], classes: dict[str, int] | None
+) -> _Written:
+    """Write the samples to tars in `out`, which appear only if there are samples and no error occurs."""
+    from webdataset.writer import ShardWriter  # on first use: importing it takes half a second
+
+    count = 0
+    existing = next(parent for parent in [out, *out.parents] if parent.exists())
     try:
-        with tempfile.TemporaryDirectory(prefix=".ibq-pack-", dir=place) as scratch:
+        with tempfile.TemporaryDirectory(prefix=".ibq-pack-", dir=existing) as scratch:
             pattern = scratch.replace("%", "%%") + f"/{prefix}-%06d.tar"
-            limits = {"maxcount": max_samples_per_shard, "maxsize": max_bytes_per_shard}
-            # A time with a fraction would give each member a second header, of 1 KiB.
+            # A fractional mtime would add a second header of 1 KiB to each member.
             with ShardWriter(pattern, **limits, verbose=0, encoder=False, mtime=0) as writer:
-                for done, result in enumerate(in_threads(prepare, paths), start=1):
-                    if isinstance(result, Skipped):
-                        skipped.append(result)
-                    else:
-                        writer.write(result)
-                        samples += 1
-                    progress(done, len(paths))
-            if not samples:
-                raise DataError(f"none of the {len(paths)} images under {source} can be read: {skipped[0].reason}")
+                for sample in samples:
+                    writer.write(sample)
+                    count += 1
+            if not count:
+                return _Written([], 0)
             if classes is not None:
                 (Path(scratch) / "classes.json").write_text(json.dumps(classes, indent=2) + "\n", encoding="utf-8")
             _check_no_tars(out)
             out.mkdir(parents=True, exist_ok=True)
-            written = sorted(Path(scratch).iterdir())
-            for file in written:
+            files = sorted(Path(scratch).iterdir())
+            for file in files:
                 os.replace(file, out / file.name)
     except OSError as error:
-        raise DataError(f"cannot write shards to {out}: {error.strerror}; name another folder with --out") from error
-    shards = [str(out / file.name) for file in written if file.suffix == ".tar"]
-    return PackReport(shards, samples, skipped, *((coco.without_caption, coco.without_image) if coco else ([], [])))
+        raise DataError(f"cannot write shards to {out}: {error.strerror}; choose another folder with --out") from error
+    return _Written([str(out / file.name) for file in files if file.suffix == ".tar"], count)
 
 
 def _check_pack_options(prefix, max_samples_per_shard, max_bytes_per_shard, shorter_side, quality):

@@ -1,4 +1,4 @@
-"""The photographs in scikit-image's wheel, as tars: `bundled:train` and `bundled:val`. Each is a class of its own."""
+"""The photographs in scikit-image's wheel, as tars: `bundled:train` and `bundled:val`. Each photograph is one class."""
 
 import hashlib
 import itertools
@@ -7,12 +7,14 @@ import tempfile
 from importlib import resources
 from pathlib import Path
 
+from data.cache import cache_folder
 from data.errors import DataError
 from data.prep.pack import pack
 
-# Photographs in scikit-image's wheel; its drawings and its downloads are left aside. Whole photographs are held out,
-# of different kinds (people, an animal, things in rows), whose colours others have too: fifteen pictures are no web,
-# and only the rocket has a blue sky. The motorcycles are one scene seen twice.
+BUNDLED = "bundled:"
+# Without the wheel's drawings and its downloads. The held-out photographs are of different kinds (a person, an animal,
+# coins) and have colours that training photographs also have; only the rocket has a blue sky. Both motorcycles show the
+# same scene, so they are in the same split.
 PHOTOGRAPHS = {
     "train": (
         *("brick.png", "cell.png", "clock_motion.png", "coffee.png", "grass.png", "gravel.png"),
@@ -26,14 +28,15 @@ PHOTOGRAPH_QUALITY = 95  # JPEG decodes about three times as fast as PNG here
 
 
 def photographs(spec: str) -> str:
-    split = spec.removeprefix("bundled:")
+    """The folder of tars for `bundled:train` or `bundled:val`. Raises DataError."""
+    split = spec.removeprefix(BUNDLED)
     if split not in PHOTOGRAPHS:
         raise DataError(f"unknown {spec}: there are bundled:train and bundled:val")
     return str(_folder() / split)
 
 
 def _folder() -> Path:
-    """Packs both splits into the cache once; many processes may start together. Its name holds its content's hash."""
+    """Pack both splits into the cache, once. The folder's name contains a hash of its content."""
     try:
         source = resources.files("skimage") / "data"
     except ModuleNotFoundError as error:
@@ -62,15 +65,8 @@ def _folder() -> Path:
             try:
                 os.rename(Path(scratch) / "packed", folder)
             except OSError:
-                if not folder.is_dir():  # otherwise another process was first
+                if not folder.is_dir():  # otherwise another process was faster
                     raise
     except OSError as error:
         raise DataError(f"cannot write the bundled photographs to {cache}: {error.strerror}; set IBQ_CACHE") from error
     return folder
-
-
-def cache_folder() -> Path:
-    """$IBQ_CACHE, or ibq under $XDG_CACHE_HOME, or ~/.cache/ibq."""
-    if "IBQ_CACHE" in os.environ:
-        return Path(os.environ["IBQ_CACHE"])
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ibq"

@@ -1,4 +1,4 @@
-"""What a set of images holds: how many, how large, of what shapes, with what captions, classes and scores."""
+"""Statistics of a data set: sizes and shapes of its images, captions, classes and scores."""
 
 import bisect
 import functools
@@ -13,29 +13,29 @@ from typing import Any, NamedTuple
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from data.errors import DataError
+from data.errors import DataError, ImageError
 from data.parallel import in_processes
-from data.shards import CODES, Limit, Sample, Shard
+from data.samples import CODES, Sample, Shard, WindowLimit
 from data.sources import TOKENS, Source, metadata_of
 from data.tokens import TokenHeader, unpack_codes
-from data.transforms import FORMATS, MAX_PIXELS, ImageError
+from data.transforms import FORMATS, MAX_PIXELS
 
-# Lower borders of a histogram's bins.
-MOST = 1e300  # of a score; JSON knows larger whole numbers, floats do not
+MOST = 1e300  # of a score; JSON allows integers that are too large for a float
+# Lower borders of the histograms' bins.
 SIDES = (64, 128, 192, 256, 384, 512, 768, 1024, 1536, 2048, 4096)  # pixels
 LENGTHS = (10, 20, 40, 80, 160, 320, 640)  # characters
 CLASS_SIZES = (2, 10, 100, 500, 1000, 1500, 10_000, 100_000)  # images
-# Width : height; a sample counts to the nearest.
+# Width : height; a sample counts for the nearest.
 SHAPES = ((1, 2), (9, 16), (2, 3), (3, 4), (1, 1), (4, 3), (3, 2), (16, 9), (2, 1))
 
-PIECE_SAMPLES = 2000  # that a process counts in one go
-WINDOW = Limit(64, 16 << 20)  # that is fetched at once of a remote tar
+SELECTION_SAMPLES = 2000  # that a process counts at once
+WINDOW = WindowLimit(64, 16 << 20)  # fetched at once from a remote tar
 NAMED_UNUSABLE = 20
-ORIENTATION, TURNED = 0x0112, range(5, 9)  # of EXIF; these values make the width a height
+ORIENTATION, TURNED = 0x0112, range(5, 9)  # EXIF tag; these values swap width and height
 
 
 class Histogram(NamedTuple):
-    """name: for JSON; title: what is counted, with its unit and spread; bins: label -> how many."""
+    """name: for JSON; title: what is counted, with its unit and range; bins: label -> count."""
 
     name: str
     title: str
@@ -44,7 +44,7 @@ class Histogram(NamedTuple):
 
 @dataclass
 class Score:
-    """A number of the samples' json: how many have it, how many lack it or have something else in its place."""
+    """A number in the samples' json: how many samples have it, lack it, or have a value that is not a number."""
 
     numbers: int = 0
     missing: int = 0
@@ -54,7 +54,7 @@ class Score:
     most: float = -math.inf
 
     def count(self, value: Any) -> None:
-        """One sample's."""
+        """Count one sample."""
         if value is None:
             self.missing += 1
         elif isinstance(value, bool) or not isinstance(value, (int, float)) or not -MOST < value < MOST:
@@ -65,13 +65,13 @@ class Score:
             self.least, self.most = min(self.least, value), max(self.most, value)
 
     def add(self, other: "Score") -> None:
-        """Those of other samples."""
+        """Add the counts of other samples."""
         for name in ("numbers", "missing", "not_numeric", "total"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.least, self.most = min(self.least, other.least), max(self.most, other.most)
 
     def record(self) -> dict:
-        """For JSON; without any number min, mean and max are None."""
+        """For JSON. min, mean and max are None if there are no numbers."""
         least, mean, most = (self.least, self.total / self.numbers, self.most) if self.numbers else (None, None, None)
         counts = {"numbers": self.numbers, "missing": self.missing, "not_numeric": self.not_numeric}
         return {**counts, "min": least, "mean": mean, "max": most}
@@ -79,12 +79,12 @@ class Score:
 
 @dataclass
 class Counted:
-    """What samples hold.
+    """Statistics of samples.
 
-    bytes: of all their members. formats: JPEG, PNG, WEBP -> images. sides: pixels of the shorter side -> images.
-    shapes: place in SHAPES -> images. tokens: what codes tell of themselves -> samples. lengths: characters of the
-    caption -> samples. classes: class -> samples. scores: number that filters know -> Score. unusable: those that
-    training would pass over, the first with reasons.
+    bytes: of all members. formats: JPEG, PNG, WEBP -> images. sides: pixels of the shorter side -> images. shapes:
+    index in SHAPES -> images. tokens: header of the codes -> samples. lengths: characters of the caption -> samples.
+    classes: class -> samples. scores: a filter's score -> Score. unusable_samples: those that training would skip;
+    unusable: the first of them with reasons.
     """
 
     samples: int = 0
@@ -102,7 +102,7 @@ class Counted:
     unusable: list[str] = field(default_factory=list)
 
     def add(self, other: "Counted") -> None:
-        """Those of other samples."""
+        """Add the counts of other samples."""
         for name, score in other.scores.items():
             self.scores.setdefault(name, Score()).add(score)
         self.unusable = (self.unusable + other.unusable)[:NAMED_UNUSABLE]
@@ -111,7 +111,7 @@ class Counted:
                 setattr(self, one.name, getattr(self, one.name) + getattr(other, one.name))
 
     def histograms(self) -> list[Histogram]:
-        """Those of which there is something to show."""
+        """The histograms that are not empty."""
         names = [f"{width}:{height}" for width, height in SHAPES]
         names[0], names[-1] = f"{names[0]} or taller", f"{names[-1]} or wider"
         shapes = {name: self.shapes[number] for number, name in enumerate(names)}
@@ -125,7 +125,7 @@ class Counted:
         return [histogram for histogram in histograms if histogram.bins]
 
     def record(self) -> dict:
-        """For JSON. Of a distribution: min, median and max, or None where there is nothing."""
+        """For JSON. A distribution is given as min, median and max, or None if it is empty."""
 
         def spread_of(values: Counter[int]) -> dict[str, int] | None:
             return found._asdict() if (found := spread(values)) else None
@@ -151,7 +151,7 @@ class Counted:
 
 
 class Spread(NamedTuple):
-    """The least, the middle one and the largest of some numbers."""
+    """Minimum, median and maximum."""
 
     min: int
     median: int
@@ -159,7 +159,7 @@ class Spread(NamedTuple):
 
 
 def spread(values: Counter[int]) -> Spread | None:
-    """Of value -> how often; None where there is none."""
+    """The spread of value -> count; None if it is empty."""
     if not values:
         return None
     ordered = sorted(values)
@@ -192,8 +192,8 @@ def _trimmed(bins: dict[str, int]) -> dict[str, int]:
 # ------------------------------------------------------------------------------------------------------------ counting
 
 
-class _Piece(NamedTuple):
-    """Samples of a shard: those of these numbers, or (None) from its first on, `most` of them or (None) all."""
+class _Selection(NamedTuple):
+    """Samples of a shard: those with these numbers, or (None) the first `most`, or (None) all."""
 
     shard: int
     numbers: np.ndarray | None
@@ -206,45 +206,48 @@ def count(
     jobs: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Counted:
-    """Counts a source's samples in `jobs` processes; of images only the headers are looked at.
+    """Count a source's samples in `jobs` processes. Only the headers of images are read.
 
-    most_samples: so many, spread evenly over all of them; of tars whose samples are not known before they are read,
-    the first ones of shards that are spread evenly. progress: called with (pieces done, pieces in all).
+    most_samples: at most this many, spread evenly over the source; if the samples' positions are unknown, the first
+    ones of evenly spread shards. progress: called with (parts done, parts in total).
     Raises DataError.
     """
     if most_samples is not None and most_samples < 1:
-        raise DataError(f"{most_samples} samples tell nothing: count at least 1")
-    pieces, total = _pieces(source, most_samples), Counted()
-    for done, counted in enumerate(in_processes(functools.partial(_count_piece, source), pieces, jobs), start=1):
+        raise DataError(f"{most_samples} samples are too few: count at least 1")
+    selections, total = _selections(source, most_samples), Counted()
+    count_one = functools.partial(_count_selection, source)
+    for done, counted in enumerate(in_processes(count_one, selections, jobs), start=1):
         total.add(counted)
-        progress(done, len(pieces))
+        progress(done, len(selections))
     return total
 
 
-def _pieces(source: Source, most_samples: int | None) -> list[_Piece]:
+def _selections(source: Source, most_samples: int | None) -> list[_Selection]:
     if source.samples is None:
         shards = _spread_evenly(len(source.shards), most_samples)
         each = None if most_samples is None else math.ceil(most_samples / len(shards))
-        return [_Piece(int(shard), None, each) for shard in shards]
+        return [_Selection(int(shard), None, each) for shard in shards]
     firsts = np.cumsum([0, *map(len, source.shards)])
     numbers = _spread_evenly(source.samples, most_samples)
-    pieces = []
+    selections = []
     for shard, (start, stop) in enumerate(itertools.pairwise(np.searchsorted(numbers, firsts))):
-        for begin in range(start, stop, PIECE_SAMPLES):
-            pieces.append(_Piece(shard, numbers[begin : min(begin + PIECE_SAMPLES, stop)] - firsts[shard], None))
-    return pieces
+        for begin in range(start, stop, SELECTION_SAMPLES):
+            selections.append(
+                _Selection(shard, numbers[begin : min(begin + SELECTION_SAMPLES, stop)] - firsts[shard], None)
+            )
+    return selections
 
 
 def _spread_evenly(count: int, most: int | None) -> np.ndarray:
-    """`most` of range(count), as far apart as can be."""
+    """`most` numbers of range(count), as far apart as possible."""
     most = min(count, most or count)
     return np.arange(most) * count // most
 
 
-def _count_piece(source: Source, piece: _Piece) -> Counted:
+def _count_selection(source: Source, selection: _Selection) -> Counted:
     counted = Counted(scores={name: Score() for name in source.layout.fields})
-    shard = source.shards[piece.shard]
-    for sample in itertools.islice(_samples(shard, piece.numbers), piece.most):
+    shard = source.shards[selection.shard]
+    for sample in itertools.islice(_samples(shard, selection.numbers), selection.most):
         counted.samples += 1
         try:
             if isinstance(sample, ImageError):
@@ -259,7 +262,7 @@ def _count_piece(source: Source, piece: _Piece) -> Counted:
 
 
 def _samples(shard: Shard, numbers: np.ndarray | None) -> Iterator[Sample | ImageError]:
-    """The samples of these numbers; those that follow one another are fetched together. None: all."""
+    """The samples with these numbers; consecutive ones are fetched together. None: all."""
     if numbers is None:
         runs = [(0, None)]
     else:
@@ -308,11 +311,11 @@ class _Header(NamedTuple):
 
 
 def _header(content: bytes) -> _Header:
-    """What an image file's first bytes tell. Raises ImageError."""
+    """Format and size from an image file's header. Raises ImageError."""
     try:
         image = Image.open(io.BytesIO(content), formats=FORMATS)
         width, height = image.size
-        # Without EXIF in its header, Pillow would decode a PNG to look for it behind the pixels.
+        # If a PNG has no EXIF before its pixels, getexif() would decode it to look for EXIF after them.
         if "exif" in image.info and image.getexif().get(ORIENTATION) in TURNED:
             width, height = height, width
     except UnidentifiedImageError as error:
@@ -328,5 +331,5 @@ def _nearest_shape(ratio: float) -> int:
     return bisect.bisect(SHAPE_BORDERS, ratio)
 
 
-# In between two shapes by their ratio, so that a picture and the same turned by 90 degrees are treated alike.
+# Geometric means of neighbouring shapes, so that a picture and its rotation by 90 degrees are treated alike.
 SHAPE_BORDERS = [math.sqrt(a / b * c / d) for (a, b), (c, d) in itertools.pairwise(SHAPES)]

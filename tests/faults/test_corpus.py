@@ -23,7 +23,7 @@ import data
 from data import DataConfig, DataError, ImageError, decode
 from data.index import Index, write_index
 from data.prep.check import check_shards
-from data.shards import Span, _members, _plain_members, spans
+from data.tar_format import SampleSpan, read_members, read_plain_members, sample_spans
 
 EPOCHS = 2
 HANG_SECONDS = 20
@@ -323,7 +323,7 @@ def test_noise_in_a_tar_is_noticed_or_does_not_matter(tmp_path, no_hang):
 
 def slow_members(content: bytes) -> list[dict] | None:
     try:
-        return list(_members(content, "a.tar"))
+        return list(read_members(content, "a.tar"))
     except tarfile.TarError:
         return None
 
@@ -334,16 +334,16 @@ def test_the_fast_parser_gives_what_tarfile_gives_or_nothing():
     fast = slow = 0
     for kind in TARS:
         try:
-            found = list(spans(io.BytesIO(kind.content), "a.tar"))
+            found = list(sample_spans(io.BytesIO(kind.content), "a.tar"))
         except DataError:
-            found = [Span("", 0, max(1, len(kind.content) // 512) * 512, ())]
+            found = [SampleSpan("", 0, max(1, len(kind.content) // 512) * 512, ())]
         for span in found:
             whole = kind.content[span.start : span.stop]
             for noise in range(10 if len(whole) < 20_000 else 1):
                 content = bytearray(whole)
                 for _ in range(min(noise, len(content))):
                     content[int(rng.integers(len(content)))] ^= 1 << int(rng.integers(8))
-                plain = _plain_members(bytes(content), "a.tar")
+                plain = read_plain_members(bytes(content), "a.tar")
                 if plain is not None:
                     assert plain == slow_members(bytes(content)), kind.name
                 fast, slow = fast + (plain is not None), slow + (plain is None)

@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from model_zoo import ModelError
-from model_zoo.ops import average_entropy, fastest_impl, index_backprop, nearest_code
-from model_zoo.ops.chunked import ChunkedSweeps
+from model_zoo.ops import index_backprop
+from model_zoo.ops.chunked import ChunkedSweeps, nearest_code
 from model_zoo.ops.dense import index_backprop_dense
+from model_zoo.ops.index_backprop import fastest_impl
 from model_zoo.ops.tiled import Settings, SkipStats, index_backprop_tiled
+from model_zoo.ops.types import average_entropy
 from model_zoo.quantizers.registry import QUANTIZERS
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "index_backprop.json"

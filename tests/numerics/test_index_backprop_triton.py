@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from model_zoo import ModelError
-from model_zoo.ops import fastest_impl, index_backprop
+from model_zoo.ops import index_backprop
 from model_zoo.ops.dense import index_backprop_dense
+from model_zoo.ops.index_backprop import fastest_impl
 from model_zoo.ops.tiled import HardGradient, Settings, SkipStats, index_backprop_tiled
 
 tl = pytest.importorskip("triton.language")

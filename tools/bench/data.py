@@ -13,10 +13,10 @@ from pathlib import Path
 
 import typer
 
+from data.addresses import is_remote, redacted
 from data.errors import DataError
 from data.parallel import cores
 from data.shards import expand
-from data.storage import is_remote, redacted
 from tools.bench import common
 from tools.bench import data_report as reporting
 from tools.bench.common import plural

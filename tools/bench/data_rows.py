@@ -21,16 +21,17 @@ from PIL import Image
 from webdataset.writer import TarWriter
 
 from data.config import DataConfig
-from data.errors import DataError
+from data.errors import DataError, ImageError
 from data.index import INDEX_NAME, key_hash, write_index
 from data.loader import open_sources, train_batches, transform_of
 from data.parallel import cores, in_processes
 from data.prep.check import check_shards
 from data.prep.photographs import PHOTOGRAPHS
-from data.shards import IMAGE_SUFFIXES, expand
+from data.samples import IMAGE_SUFFIXES
+from data.shards import expand
 from data.sources import Source
 from data.storage import bytes_read
-from data.transforms import ImageError, decode
+from data.transforms import decode
 from tools.bench.common import plural
 from tools.bench.data_report import SAMPLES_OF_TAR, TARS, Bytes, Memory, Rate
 

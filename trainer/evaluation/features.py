@@ -16,8 +16,8 @@ from torch import Tensor
 
 from data.errors import DataError
 from data.evaluation import evaluation_images
+from data.folder_reader import find_images
 from data.npz import Npz
-from data.shards import find_images
 from model_zoo.eval_nets.inception import FEATURES, Inception, InceptionFeatures
 from model_zoo.eval_nets.weights import WEIGHTS_FILES
 from model_zoo.io.hashing import sha256_of

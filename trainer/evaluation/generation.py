@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data.prep.photographs import cache_folder
+from data.cache import cache_folder
 from model_zoo.eval_nets.inception import InceptionFeatures
 from trainer import TrainerError
 from trainer.evaluation.distribution import GaussianMoments, frechet_distance, inception_score, precision_recall

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from data.shards import find_images
+from data.folder_reader import find_images
 from model_zoo.io.hashing import sha256_of
 from trainer import TrainerError
 from trainer.files import unfinished, write_json, writing

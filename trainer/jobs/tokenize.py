@@ -15,11 +15,13 @@ import torch
 from webdataset.writer import TarWriter
 
 from data.config import DataConfig, SourceConfig
+from data.errors import ImageError
+from data.folder_reader import FolderShard
 from data.prep.pack import mixed, unique_keys
-from data.shards import CODES, FolderShard, Limit, Shard, Skipped, TarShard, Window, is_image
+from data.samples import CODES, Shard, Skipped, Window, WindowLimit, is_image
 from data.sources import Source, catalogue, digest, open_source
+from data.tar_reader import TarShard
 from data.tokens import pack_codes
-from data.transforms import ImageError
 from model_zoo.io.load import load_tokenizer
 from model_zoo.tokenizer import Tokenizer
 from trainer import TrainerError
@@ -30,7 +32,7 @@ from trainer.jobs.views import VIEWS, image_views
 from trainer.parallel import World, gather_objects, run_on_all_ranks, run_on_main
 from trainer.precision import full_precision
 
-WINDOW = Limit(256, 16 << 20)  # samples and bytes that are fetched at once of a remote tar
+WINDOW = WindowLimit(256, 16 << 20)  # samples and bytes that are fetched at once of a remote tar
 
 
 class Tokenized(NamedTuple):

@@ -12,7 +12,8 @@ from torch import Tensor, nn
 from data import Batch
 from trainer import TrainerError
 from trainer.config import RunConfig
-from trainer.engines import Engine, build_engine, clip_scale
+from trainer.engines import build_engine
+from trainer.engines.base import Engine, clip_scale
 from trainer.init_from import InitRecord
 from trainer.model_state import ModelState
 from trainer.optim import adam, set_weight_decay

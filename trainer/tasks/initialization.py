@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from model_zoo import ModelError
 from model_zoo.io.weights import Weights, check_names
-from model_zoo.quantizers import Quantizer
+from model_zoo.quantizers.base import Quantizer
 from trainer import TrainerError
 from trainer.config import TokenizerRun
 from trainer.init_from import InitRecord, load_init_weights

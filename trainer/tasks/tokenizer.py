@@ -12,12 +12,13 @@ from model_zoo import ModelError, Tokenizer
 from model_zoo.autoencoder import checkpoint_activations
 from model_zoo.eval_nets.lpips import SMALLEST_SIDE, Perceptual
 from model_zoo.losses import entropy_penalty, quantizer_loss
-from model_zoo.ops import fastest_impl
-from model_zoo.quantizers import Quantized
+from model_zoo.ops.index_backprop import fastest_impl
+from model_zoo.quantizers.base import Quantized
 from model_zoo.tokenizer import TokenizerOutput
 from trainer import TrainerError
 from trainer.config import TokenizerRun
-from trainer.engines import DataParallel, RowSharded
+from trainer.engines.ddp import DataParallel
+from trainer.engines.row_sharded import RowSharded
 from trainer.init_from import InitRecord
 from trainer.metrics.codebook import CodebookHealth, CodebookUsage, gaussian_distance, moments
 from trainer.metrics.image import psnr

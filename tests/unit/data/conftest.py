@@ -1,11 +1,16 @@
 """Small generated pictures and tars; nothing is read from outside the temporary folder but scikit-image's wheel."""
 
+import copy
 import io
+import time
 
 import numpy as np
 import pytest
 from PIL import Image
 from webdataset.writer import TarWriter
+
+from data.errors import DataError
+from data.workers import SLOTS
 
 
 def picture(number: int, size=(48, 40), mode="RGB") -> Image.Image:
@@ -23,23 +28,85 @@ def encoded(image: Image.Image, kind="JPEG", **options) -> bytes:
 
 def write_tar(path, samples):
     """samples: dicts of member suffix to bytes, with __key__."""
-    with TarWriter(str(path), encoder=False, mtime=0.0) as writer:
+    with TarWriter(str(path), encoder=False, mtime=0) as writer:
         for sample in samples:
             writer.write(sample)
     return str(path)
 
 
+class InProcessWorkers:
+    """`WorkerLoader` without processes: each worker reads with its own copy of the reader's state.
+
+    Like DataLoader workers it reads ahead: a worker has filled all its buffers when a read is delivered, so a buffer
+    that is used too early shows up as a wrong picture, and a state that counts what was read ahead as a wrong order.
+    """
+
+    def __init__(self, dataset, workers):
+        self.reads = [copy.deepcopy(dataset) for _ in range(workers)]
+        transform = dataset.reader.transform
+        shape = (workers, SLOTS, dataset.assignment.images_per_read, *transform.shape)
+        self.shared = np.empty(shape, transform.dtype)
+        for one in self.reads:
+            one.shared = self.shared
+        self.reads = [one.reads(worker) for worker, one in enumerate(self.reads)]
+        self.ahead = [[] for _ in range(workers)]
+        self.taken = 0
+        self.closed = False
+
+    def __next__(self):
+        if self.closed:
+            raise StopIteration
+        number, worker = divmod(self.taken, len(self.reads))
+        self.taken += 1
+        ahead = self.ahead[worker]
+        while len(ahead) < SLOTS and not (ahead and isinstance(ahead[-1], DataError)):
+            ahead.append(next(self.reads[worker]))
+        read = ahead.pop(0)
+        return read if isinstance(read, DataError) else read._replace(values=self.shared[worker, number % SLOTS])
+
+    def close(self):
+        self.closed = True
+
+
+@pytest.fixture(autouse=True)
+def in_process_workers(request, monkeypatch):
+    """Loader workers are processes only in tests that are marked so."""
+    if not request.node.get_closest_marker("process"):
+        monkeypatch.setattr("data.loader.WorkerLoader", InProcessWorkers)
+
+
+class Clock:
+    """The time, which `sleep` moves on without sleeping."""
+
+    def __init__(self):
+        self.slept = 0.0
+
+    def monotonic(self):
+        return time.monotonic() + self.slept
+
+    def sleep(self, seconds):
+        self.slept += seconds
+
+
 @pytest.fixture
+def clock(monkeypatch):
+    """Waits between tries take no time."""
+    clock = Clock()
+    monkeypatch.setattr("data.storage.time", clock)
+    return clock
+
+
+@pytest.fixture(scope="session")
 def make_picture():
     return picture
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def encode():
     return encoded
 
 
-@pytest.fixture
+@pytest.fixture(scope="session")
 def make_tar():
     return write_tar
 

@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 
 from data import DataError, scan
-from data.index import Index, Table, common_root, key_hash, without_query, write_index
+from data.index import Index, SampleTable, common_root, key_hash, without_query, write_index
 
 
-def table(samples: int, first: int = 0) -> Table:
+def table(samples: int, first: int = 0) -> SampleTable:
     """Of a tar with samples of 1 KiB, whose key hashes count from `first`."""
     starts = np.arange(samples, dtype=np.int64) * 1024
-    return Table(samples * 1024 + 1024, starts, starts + 1024, np.arange(first, first + samples, dtype=np.uint64))
+    return SampleTable(samples * 1024 + 1024, starts, starts + 1024, np.arange(first, first + samples, dtype=np.uint64))
 
 
 def digest(number: int) -> str:

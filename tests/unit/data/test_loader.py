@@ -91,6 +91,7 @@ def test_check_names_mistakes_before_a_run_begins(tars, tmp_path):
             check(DataConfig(**{"train": str(tars), **wrong}))
 
 
+@pytest.mark.process
 def test_a_stream_that_is_still_open_does_not_keep_the_process(tars):
     script = f"""
 import sys, data

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 
@@ -17,7 +18,13 @@ from data.index import write_index
 from data.storage import bytes_read
 
 NAMES = [f"train-{n:06d}.tar" for n in range(8)]
-PATIENCE = {"request_seconds": 1.0, "retry_seconds": 3.0}
+SHORT = {"request_seconds": 0.7, "retry_seconds": 1.5}
+WORKERS = [0, pytest.param(2, marks=pytest.mark.process)]
+
+
+@pytest.fixture(autouse=True)
+def no_waits(clock):
+    """Between tries."""
 
 
 @pytest.fixture
@@ -53,14 +60,14 @@ def infos(root, steps, index=None, **options):
     batches = list(itertools.islice(stream, steps))
     stream.close()
     taken = [
-        (info.key, info.place, pixels.numpy().tobytes())
+        (info.key, info.position, pixels.numpy().tobytes())
         for batch in batches
         for info, pixels in zip(batch.infos, batch.values, strict=True)
     ]
     return taken, batches[-1].state
 
 
-@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("workers", WORKERS)
 def test_http_with_an_index_gives_what_local_tars_give(folder, index, workers):
     expected, _ = infos(str(folder), 20)
     with Server(folder=folder) as server:
@@ -76,15 +83,23 @@ def test_resumes_on_a_server_what_began_on_a_disk(folder, index):
         assert infos(root, 7, index, state=state)[0] == expected[20:]
 
 
+def join_prefetches():
+    """Wait for what is being fetched ahead."""
+    for thread in threading.enumerate():
+        if thread.name == "prefetch":
+            thread.join(20)
+            assert not thread.is_alive()
+
+
 def test_each_byte_of_an_epoch_is_fetched_once(folder, index):
     needed = sum(int((table.stops_n - table.starts_n).sum()) for table in map(scan, map(str, folder.glob("*.tar"))))
     with Server(folder=folder) as server:
         before = bytes_read()
         infos(server.url("/train-{000000..000007}.tar"), 10, index)
-        time.sleep(0.3)  # for what is fetched ahead
+        join_prefetches()
         first = bytes_read() - before
         infos(server.url("/train-{000000..000007}.tar"), 40, index)
-        time.sleep(0.3)
+        join_prefetches()
         four_epochs = bytes_read() - before - first
     ahead = 4 * 3 * needed // 40  # one window for each lane
     assert needed <= first <= needed + ahead
@@ -95,7 +110,7 @@ def test_http_without_an_index_gives_each_sample_once_an_epoch(folder):
     with Server(folder=folder) as server:
         root = server.url("/train-{000000..000007}.tar")
         taken, _ = infos(root, 20)
-        counts = Counter((place.epoch, key) for key, place, _ in taken)
+        counts = Counter((position.epoch, key) for key, position, _ in taken)
         assert set(counts.values()) == {1}
         assert len([key for epoch, key in counts if epoch == 0]) == 40
         _, state = infos(root, 7)
@@ -108,13 +123,15 @@ def test_few_shards_without_an_index_are_refused_with_the_mend(folder):
 
 
 def test_s3_with_and_without_an_index(folder, index, monkeypatch):
-    expected, _ = infos(str(folder), 20)
+    expected, _ = infos(str(folder), 11)  # an epoch and a step
     with s3("bucket", {f"set/{name}": (folder / name).read_bytes() for name in NAMES}) as store:
         for name, value in store.environment.items():
             monkeypatch.setenv(name, value)
-        assert infos("s3://bucket/set", 20, index)[0] == expected
-        taken, _ = infos("s3://bucket/set", 20)
-        assert sorted({key for key, place, _ in taken if place.epoch == 0}) == sorted({key for key, _, _ in expected})
+        assert infos("s3://bucket/set", 11, index)[0] == expected
+        taken, _ = infos("s3://bucket/set", 11)
+        assert sorted({key for key, position, _ in taken if position.epoch == 0}) == sorted(
+            {key for key, _, _ in expected}
+        )
 
 
 def test_cache_holds_whole_shards(folder, index, tmp_path):
@@ -128,36 +145,40 @@ def test_cache_holds_whole_shards(folder, index, tmp_path):
     assert len(list((tmp_path / "cache").glob("*.tar"))) == 8
 
 
+@pytest.mark.process
 def test_pipes_where_they_are_allowed(folder):
     root = f"pipe:cat {folder}/train-{{000000..000007}}.tar"
     with pytest.raises(DataError, match="allow it with data"):
         infos(root, 1)
     taken, _ = infos(root, 10, allow_pipes=True)
-    assert len({(place.epoch, key) for key, place, _ in taken}) == 40
+    assert len({(position.epoch, key) for key, position, _ in taken}) == 40
     with pytest.raises(DataError, match=r"ended with status 3|no whole"):
         infos([f"pipe:exit 3; echo {n}" for n in range(4)], 1, allow_pipes=True)
 
 
+FAULTS = [
+    {"silent": True},
+    {"stall_after_bytes": 100},
+    {"cut_after_bytes": 100},
+    {"status": 404},
+    {"status": 403},
+    {"status": 500},
+]
+
+
 @pytest.mark.parametrize(
-    ("fault", "message"),
-    [
-        ({"silent": True}, "train-000003.tar"),
-        ({"stall_after_bytes": 100}, "train-000003.tar"),
-        ({"cut_after_bytes": 100}, "train-000003.tar"),
-        ({"status": 404}, "train-000003.tar"),
-        ({"status": 403}, "train-000003.tar"),
-        ({"status": 500}, "train-000003.tar"),
-    ],
+    ("fault", "workers"),
+    [*((fault, 0) for fault in FAULTS), pytest.param(FAULTS[0], 2, marks=pytest.mark.process)],
+    ids=str,
 )
 @pytest.mark.parametrize("indexed", [True, False])
-@pytest.mark.parametrize("workers", [0, 2])
-def test_servers_that_fail_end_the_stream_in_time(folder, index, fault, message, indexed, workers):
+def test_servers_that_fail_end_the_stream_in_time(folder, index, fault, indexed, workers):
     with Server(folder=folder) as server:
         server.fault("/train-000003.tar", **fault)
         began = time.monotonic()
         root = server.url("/train-{000000..000007}.tar?signature=SECRET", user="me:SECRET")
-        with pytest.raises(DataError, match=message) as error:
-            infos(root, 40, index if indexed else None, workers=workers, **PATIENCE)
+        with pytest.raises(DataError, match=r"train-000003\.tar") as error:
+            infos(root, 40, index if indexed else None, workers=workers, **SHORT)
         assert time.monotonic() - began < 8
     assert "SECRET" not in str(error.value)
     assert "\n" not in str(error.value)
@@ -199,24 +220,37 @@ def test_a_truncated_remote_tar_without_an_index_is_named(folder):
         infos(server.url("/train-{000000..000007}.tar"), 40)
 
 
+@pytest.mark.process
 def test_a_worker_that_waits_for_a_server_does_not_keep_the_process(folder, index):
     first = {key[0] for key, _, _ in infos(str(folder), 1)[0]}
+    silent = [f"/train-00000{number}.tar" for number in sorted(set("01234567") - first)]
     with Server(folder=folder) as server:
-        for number in set("01234567") - first:
-            server.fault(f"/train-00000{number}.tar", silent=True)
+        for path in silent:
+            server.fault(path, silent=True)
         script = f"""
-import time, data
+import data
 source = data.SourceConfig(root={server.url("/train-{000000..000007}.tar")!r}, index={index!r})
 config = data.DataConfig(sources=[source], image_size=8, workers=2, lanes=4, shuffle_block=3, request_seconds=20.0)
 options = dict(global_batch_size=4, micro_batch_size=4, rank=0, world_size=1, seed=3)
 stream = data.train_batches(config, **options)
 next(stream)
-time.sleep(2)  # until the workers wait
+input()  # until the workers wait
 """
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        began = time.monotonic()
-        ended = subprocess.run(
-            [sys.executable, "-c", script], capture_output=True, text=True, timeout=60, env=environment
+        running = subprocess.Popen(
+            [sys.executable, "-c", script],
+            env=environment,
+            stdin=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
         )
-    assert ended.returncode == 0, re.sub(r"\s+", " ", ended.stderr)
+        try:
+            deadline = time.monotonic() + 60
+            while not any(map(server.asked, silent)) and time.monotonic() < deadline:
+                time.sleep(0.02)
+            began = time.monotonic()
+            _, said = running.communicate("\n", timeout=60)
+        finally:
+            running.kill()
+    assert running.returncode == 0, re.sub(r"\s+", " ", said)
     assert time.monotonic() - began < 15

@@ -16,12 +16,15 @@ import fsspec.config
 import pytest
 from serving import Fault, Server, s3, s3_environment
 
-from data import DataError, storage
-from data.storage import Cache, Patience, bytes_read, is_remote, list_tars, read, redacted, size
+import data.cache as caching
+from data import DataError, object_store, storage
+from data.addresses import is_remote, redacted
+from data.cache import Cache
+from data.storage import Timeouts, bytes_read, list_tars, read, size
 
 CONTENT = bytes(range(256)) * 2000  # 512,000 bytes
-BRIEF = Patience(request_seconds=0.4, total_seconds=1.2)
-STEADY = Patience(request_seconds=5, total_seconds=20)  # for what succeeds in the end
+BRIEF = Timeouts(request_seconds=0.4, total_seconds=1.2)
+STEADY = Timeouts(request_seconds=5, total_seconds=20)  # for what succeeds in the end
 THROTTLED = (
     b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 )
@@ -30,7 +33,7 @@ BUCKET = "images"
 
 
 @pytest.fixture(autouse=True)
-def short_waits(monkeypatch):
+def short_waits(monkeypatch, clock):
     monkeypatch.setattr(storage, "FIRST_WAIT_SECONDS", 0.1)
 
 
@@ -43,7 +46,7 @@ def server():
 @pytest.fixture
 def fresh(monkeypatch):
     """Clients that know the environment of now."""
-    monkeypatch.setattr(storage, "_clients", {})
+    monkeypatch.setattr(object_store, "_clients", {})
     monkeypatch.setattr(storage, "_sizes", {})
 
 
@@ -220,7 +223,7 @@ def test_proxies_of_the_environment_are_used(server, monkeypatch):
 )
 def test_what_may_pass_is_tried_again(server, fault):
     server.fault("/a.tar", **fault, times=2)
-    assert read(server.url("/a.tar"), 0, 1000, Patience(0.4, 20)) == CONTENT[:1000]
+    assert read(server.url("/a.tar"), 0, 1000, Timeouts(0.4, 20)) == CONTENT[:1000]
     assert server.asked("/a.tar") >= 3
 
 
@@ -246,7 +249,7 @@ def test_tries_end_in_time_and_tell_what_happened(server, fault, happened):
 def test_the_total_limits_a_request_that_may_take_longer(server):
     server.fault("/a.tar", trickle_seconds=0.05)
     start = time.monotonic()
-    assert "(1 try in " in error_of(read, server.url("/a.tar"), 0, 1000, Patience(30, 0.5))
+    assert "(1 try in " in error_of(read, server.url("/a.tar"), 0, 1000, Timeouts(30, 0.5))
     assert time.monotonic() - start < 1.5
 
 
@@ -274,7 +277,7 @@ def test_waits_grow_and_differ_between_addresses(monkeypatch):
         ({"status": 403}, "{url} may not be read (HTTP 403): check its path, and check its user and password"),
         ({"status": 400}, "{url} cannot be read: its server answers HTTP 400; check the address"),
         ({"status": 302, "headers": {"Location": "/a.tar"}}, "{url} cannot be read (TooManyRedirects)"),
-        ({"ignore_ranges": True}, "the server of {url} does not answer ranges: set data.cache=FOLDER"),
+        ({"ignore_ranges": True}, "the server of {url} ignores ranges: set data.cache=FOLDER"),
         ({"no_length": True, "ignore_ranges": True}, "the server of {url} does not tell its size"),
     ],
     ids=str,
@@ -311,9 +314,9 @@ def test_the_time_is_kept_where_the_loop_is_stuck(server, monkeypatch, fresh):
     async def stuck(*_):
         time.sleep(2)
 
-    monkeypatch.setattr(storage, "_get_http", stuck)
+    monkeypatch.setattr(object_store, "_get_http", stuck)
     start = time.monotonic()
-    assert "no whole answer within 0.4 s" in error_of(size, server.url("/a.tar"), Patience(0.4, 0.5))
+    assert "no whole answer within 0.4 s" in error_of(size, server.url("/a.tar"), Timeouts(0.4, 0.5))
     assert time.monotonic() - start < 1
 
 
@@ -321,7 +324,7 @@ def test_threads_read_at_once(server):
     server.fault("/a.tar", stall_after_bytes=10, times=3)
     url = server.url("/a.tar")
     with ThreadPoolExecutor(16) as pool:
-        parts = pool.map(lambda n: read(url, 1000 * n, 1000 * n + 999, Patience(1, 20)), range(64))
+        parts = pool.map(lambda n: read(url, 1000 * n, 1000 * n + 999, Timeouts(1, 20)), range(64))
     assert list(parts) == [CONTENT[1000 * n : 1000 * n + 999] for n in range(64)]
 
 
@@ -403,7 +406,7 @@ def test_what_may_pass_is_tried_again_on_s3(faulty_bucket, server, fault):
     url = f"{faulty_bucket}/a.tar"
     assert size(url, STEADY) == len(CONTENT)  # the first request makes the client, which takes a while
     server.fault(f"/{BUCKET}/a.tar", **fault, times=2)
-    assert read(url, 0, 1000, Patience(0.5, 20)) == CONTENT[:1000]
+    assert read(url, 0, 1000, Timeouts(0.5, 20)) == CONTENT[:1000]
     assert server.asked(f"/{BUCKET}/a.tar") >= 4
 
 
@@ -484,7 +487,7 @@ def test_no_secret_comes_out(scheme, fault, server, faulty_bucket, tmp_path, cap
     if fault:
         server.fault(path, **fault)
         server.fault(f"{path}?versionId=hunter2#hunter2", **fault)
-    short = Patience(0.2, 0.3)
+    short = Timeouts(0.2, 0.3)
     actions = [
         lambda: size(url, short),
         lambda: read(url, 4, 600_000, short),
@@ -510,7 +513,7 @@ def test_no_secret_comes_out_where_nothing_answers(caplog):
     for host in (f"127.0.0.1:{refused_port()}", "host.invalid", "127.0.0.1:99999"):
         url = f"https://hunter2:hunter2@{host}/a.tar?hunter2#hunter2"
         with pytest.raises(DataError) as caught:
-            size(url, Patience(0.3, 0.5))
+            size(url, Timeouts(0.3, 0.5))
         assert "hunter2" not in "".join(traceback.format_exception(caught.value)) + caplog.text
 
 
@@ -519,7 +522,7 @@ def test_no_secret_comes_out_of_the_event_loop(server, caplog):
         raise KeyError(address)
 
     size(server.url("/a.tar"))
-    storage._client().loop.call_soon_threadsafe(broken, "http://me:hunter2@host/a.tar")
+    object_store.client().loop.call_soon_threadsafe(broken, "http://me:hunter2@host/a.tar")
     size(server.url("/a.tar"))
     assert "outside of any request: KeyError" in caplog.text
     assert "hunter2" not in caplog.text
@@ -529,7 +532,7 @@ def test_no_secret_comes_out_of_a_librarys_mistake(server, monkeypatch):
     async def broken(*_):
         raise KeyError("http://me:hunter2@host/a.tar")
 
-    monkeypatch.setattr(storage, "_get_http", broken)
+    monkeypatch.setattr(object_store, "_get_http", broken)
     with pytest.raises(DataError, match=r"KeyError in test_storage\.py, line \d+$") as caught:
         size(server.url("/a.tar"))
     assert "hunter2" not in str(caught.value)
@@ -555,6 +558,7 @@ def in_forked(function, processes: int = 1) -> list:
             worker.kill()
 
 
+@pytest.mark.process
 def test_forked_workers_read_on_their_own(server, bucket):
     urls = [server.url("/a.tar"), f"{bucket}/train/000000.tar"]
     for url in urls:
@@ -569,6 +573,7 @@ def test_forked_workers_read_on_their_own(server, bucket):
         assert in_forked(work, processes=2) == [expected] * 2
 
 
+@pytest.mark.process
 def test_a_worker_knows_the_size_that_its_parent_found(server):
     url = server.url("/a.tar")
     size(url)
@@ -576,6 +581,7 @@ def test_a_worker_knows_the_size_that_its_parent_found(server):
     assert "was replaced" in in_forked(lambda: error_of(read, url, 0, 4))[0]
 
 
+@pytest.mark.process
 def test_a_process_that_read_ends_in_silence(server, bucket):
     urls = [server.url("/a.tar"), f"{bucket}/train/000000.tar"]
     code = f"from data.storage import read; print([len(read(url, 0, 9)) for url in {urls}])"
@@ -589,7 +595,7 @@ def test_a_process_that_read_ends_in_silence(server, bucket):
 @pytest.fixture
 def pieces(monkeypatch):
     """Downloads in pieces of 100,000 bytes."""
-    monkeypatch.setattr(storage, "PIECE_BYTES", 100_000)
+    monkeypatch.setattr(caching, "DOWNLOAD_BYTES", 100_000)
 
 
 def test_an_object_is_downloaded_once_and_in_pieces(server, tmp_path, pieces):
@@ -626,7 +632,7 @@ def test_the_one_answer_of_a_server_without_ranges_is_used(server, tmp_path, pie
     if fault:
         server.fault("/a.tar", ignore_ranges=True, **fault, times=1)
     server.fault("/a.tar", ignore_ranges=True)
-    path = Cache(tmp_path, 10**6, Patience(0.5, 10)).path(server.url("/a.tar"))
+    path = Cache(tmp_path, 10**6, Timeouts(0.5, 10)).path(server.url("/a.tar"))
     assert path.read_bytes() == CONTENT
     assert server.asked("/a.tar") == 2 + bool(fault)
 
@@ -639,12 +645,12 @@ def test_a_download_goes_on_behind_a_broken_piece(server, tmp_path, pieces):
 
 
 def test_a_slow_download_may_take_longer_than_one_request(server, tmp_path, monkeypatch):
-    monkeypatch.setattr(storage, "PIECE_BYTES", 4)
+    monkeypatch.setattr(caching, "DOWNLOAD_BYTES", 4)
     server.files["/slow.tar"] = b"0123456789ab"
     for ignore_ranges in (False, True):
         server.faults["/slow.tar"] = [Fault(trickle_seconds=0.05, ignore_ranges=ignore_ranges)]
         folder = tmp_path / str(ignore_ranges)
-        assert Cache(folder, 100, Patience(0.4, 0.5)).path(server.url("/slow.tar")).read_bytes() == b"0123456789ab"
+        assert Cache(folder, 100, Timeouts(0.4, 0.5)).path(server.url("/slow.tar")).read_bytes() == b"0123456789ab"
 
 
 def test_the_least_recently_used_go_first(server, tmp_path):
@@ -689,11 +695,12 @@ def test_an_object_replaced_while_it_is_downloaded_is_named(server, tmp_path, pi
         server.files["/a.tar"] = CONTENT[:-1]
         return read(*arguments)
 
-    monkeypatch.setattr(storage, "read", read_and_replace)
+    monkeypatch.setattr(caching, "read", read_and_replace)
     assert "was replaced" in error_of(Cache(tmp_path, 10**6).path, server.url("/a.tar"))
     assert os.listdir(tmp_path) == []
 
 
+@pytest.mark.process
 def test_processes_download_an_object_once(server, tmp_path, pieces):
     url = server.url("/a.tar")
     server.fault("/a.tar", trickle_seconds=0.3, times=1)  # of the size, one byte: so that all come before the end
@@ -711,6 +718,7 @@ def test_threads_download_an_object_once(server, tmp_path, pieces):
     assert server.asked("/a.tar") == 1 + 6
 
 
+@pytest.mark.process
 def test_many_processes_keep_within_the_bound(server, tmp_path):
     server.files |= {f"/{number}.tar": bytes([number]) * 1000 for number in range(12)}
     cache, urls = Cache(tmp_path, 3000, STEADY), [server.url(f"/{number}.tar") for number in range(12)]
@@ -727,15 +735,16 @@ def test_many_processes_keep_within_the_bound(server, tmp_path):
     assert [name for name in os.listdir(tmp_path) if name.endswith(".part")] == []
 
 
+@pytest.mark.process
 def test_the_work_of_a_killed_process_is_taken_over(server, tmp_path, pieces):
     url = server.url("/a.tar")
     server.fault("/a.tar", times=3)
     server.fault("/a.tar", silent=True, times=1)
     code = f"""
 from pathlib import Path
-from data import storage
-storage.PIECE_BYTES = 100_000
-storage.Cache(Path({str(tmp_path)!r}), 10**6).path({url!r})
+from data import cache
+cache.DOWNLOAD_BYTES = 100_000
+cache.Cache(Path({str(tmp_path)!r}), 10**6).path({url!r})
 """
     holder = subprocess.Popen([sys.executable, "-c", code])
     try:
@@ -754,7 +763,7 @@ storage.Cache(Path({str(tmp_path)!r}), 10**6).path({url!r})
 def test_leftovers_of_dead_processes_are_removed_and_those_of_others_stay(server, tmp_path):
     dead, live = (tmp_path / f".{letter * 64}-x.tar.part" for letter in "01")
     dead.write_bytes(b"half")
-    with storage._locked(live):
+    with caching._locked(live):
         Cache(tmp_path, 10**6).path(server.url("/a.tar"))
         assert not dead.exists()
         assert live.exists()

@@ -5,7 +5,7 @@ from torch import nn
 from model_zoo.io.sharded_tensors import whole_tensor
 from trainer.config import OptimizerConfig
 from trainer.ema import Ema
-from trainer.engines import DataParallel
+from trainer.engines.ddp import DataParallel
 from trainer.optim import adam
 
 pytestmark = pytest.mark.usefixtures("world")

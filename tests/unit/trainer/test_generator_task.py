@@ -9,7 +9,8 @@ import torch
 from torch.nn import functional as F
 
 from data import Batch
-from data.stream import Info, Place
+from data.reader import SampleInfo
+from data.sampler import SamplePosition
 from model_zoo import Tokenizer, TokenizerConfig
 from model_zoo.io.sharded_tensors import ShardedTensors, save_shards
 from model_zoo.transformer import flops_per_token
@@ -165,7 +166,9 @@ def test_what_does_not_fit_the_tokenizer_is_refused(build, overrides, said):
 
 
 def batch(values: np.ndarray, labels: list[int | None]) -> Batch:
-    infos = [Info("set", f"key{n}", "a.tar", Place(0, 0, n), None, label) for n, label in enumerate(labels)]
+    infos = [
+        SampleInfo("set", f"key{n}", "a.tar", SamplePosition(0, 0, n), None, label) for n, label in enumerate(labels)
+    ]
     return Batch(torch.from_numpy(values), infos, {}, [])
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from trainer.config import OptimizerConfig
-from trainer.engines import DataParallel
+from trainer.engines.ddp import DataParallel
 from trainer.optim import MOMENTS, adam, adam_settings, get_step, set_step, set_weight_decay, start_moments
 
 CONFIG = OptimizerConfig(betas=[0.6, 0.8], epsilon=1e-3, weight_decay=0.1)

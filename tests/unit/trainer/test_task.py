@@ -21,7 +21,7 @@ from model_zoo.config import (
 )
 from model_zoo.io.sharded_tensors import ShardedTensors, save_shards
 from model_zoo.losses import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES
-from model_zoo.ops import average_entropy
+from model_zoo.ops.types import average_entropy
 from model_zoo.quantizers.registry import QUANTIZERS
 from trainer import TrainerError
 from trainer.config import (

@@ -23,7 +23,7 @@ from data.index import Index, write_index
 from data.parallel import in_processes
 from data.prep import check as checking
 from data.prep.check import check_shard, check_shards, find_duplicates, missing_shards
-from data.storage import Patience
+from data.storage import Timeouts
 
 
 @pytest.fixture
@@ -264,7 +264,7 @@ def test_a_million_keys_are_compared_without_a_python_object_for_each(tmp_path):
     keys[777_777] = keys[123_456]
     found = []
     for number in range(100):
-        table = checking.Table(
+        table = checking.SampleTable(
             1, np.zeros(10_000, np.int64), np.zeros(10_000, np.int64), keys[number * 10_000 :][:10_000]
         )
         names = b"".join(b"%d\0" % (number * 10_000 + n) for n in range(10_000)) if number == 77 else b""
@@ -316,14 +316,14 @@ def test_what_differs_from_the_index_is_said(indexed, make_tar, make_picture, en
     ]
 
 
-def test_other_keys_and_places_are_told_apart(indexed, make_tar):
+def test_other_keys_and_positions_are_told_apart(indexed, make_tar):
     path = indexed / "train-000002.tar"
     content = path.read_bytes()
     index = Index(indexed / "index.safetensors")
     table, digest = index.table(str(path), ""), index.sha256(str(path), "")
     wrong = [
         (table.__class__(table.bytes, table.starts_n, table.stops_n, table.keys_n[::-1]), "other keys"),
-        (table.__class__(table.bytes, table.starts_n + 512, table.stops_n, table.keys_n), "samples at other places"),
+        (table.__class__(table.bytes, table.starts_n + 512, table.stops_n, table.keys_n), "samples at other positions"),
     ]
     for other, message in wrong:
         write_index(indexed / "index.safetensors", [str(path)], [other], [digest])
@@ -375,13 +375,13 @@ def test_a_store_that_breaks_off_is_unreadable_and_not_damaged(tars):
     with Server(folder=tars) as server:
         server.fault("/train-000000.tar", times=1)  # as it should, for the size
         server.fault("/train-000000.tar", cut_after_bytes=5000)
-        checked = check_shard(server.url("/train-000000.tar"), patience=Patience(0.5, 0.5))
+        checked = check_shard(server.url("/train-000000.tar"), timeouts=Timeouts(0.5, 0.5))
     assert [one.kind for one in checked.problems] == ["unreadable"]
 
 
 def test_memory_holds_no_more_than_a_sample_and_a_piece(tmp_path, make_tar, make_picture, encode, monkeypatch):
     monkeypatch.setattr(checking, "RANGE_BYTES", 4096)
-    monkeypatch.setattr("data.shards.RANGE_BYTES", 4096)
+    monkeypatch.setattr("data.tar_reader.RANGE_BYTES", 4096)
     image = encode(make_picture(0, (100, 100)))
     path = make_tar(tmp_path / "a.tar", [{"__key__": f"{n}", "jpg": image} for n in range(200)])
     most = 0
@@ -397,12 +397,14 @@ def test_memory_holds_no_more_than_a_sample_and_a_piece(tmp_path, make_tar, make
     assert len(image) < most < 2 * (len(image) + 1024) + 2 * 4096 + 10240
 
 
+@pytest.mark.process
 def test_processes_give_what_one_gives_in_order(tars):
     paths = [str(path) for path in sorted(tars.glob("*.tar"))] * 3
     one, three = (list(check_shards(paths, jobs=jobs)) for jobs in (1, 3))
     assert [checked.record() for checked in one] == [checked.record() for checked in three]
 
 
+@pytest.mark.process
 def test_a_killed_process_is_told():
     with pytest.raises(DataError, match=r"a process was killed.*--jobs 1"):
         list(in_processes(lambda value: os.kill(os.getpid(), signal.SIGKILL), range(4), 2))

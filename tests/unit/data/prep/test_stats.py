@@ -148,8 +148,9 @@ def test_a_folder_and_a_zip_file_of_images(tmp_path, make_picture, encode):
     assert found.missing_captions == zipped.missing_captions == 5
 
 
+@pytest.mark.process
 def test_processes_count_what_one_counts(tars, monkeypatch):
-    monkeypatch.setattr("data.prep.stats.PIECE_SAMPLES", 3)
+    monkeypatch.setattr("data.prep.stats.SELECTION_SAMPLES", 3)
     calls = []
     one = counted(str(tars), jobs=1, progress=lambda done, total: calls.append((done, total)))
     assert calls == [(n, 8) for n in range(1, 9)]  # 7, 9 and 4 samples by 3

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data import shards
+from data import tar_format
 from tools import cli
 from tools.bench import common
 from tools.bench.measure import failure
@@ -45,7 +45,7 @@ def jobs_here(monkeypatch) -> Iterator[None]:
     threads = torch.get_num_threads()
 
     def run_job(module: str, job: str, **arguments) -> dict:
-        shards._scan.cache_clear()
+        tar_format._scan.cache_clear()
         try:
             return getattr(import_module(f"tools.bench.{module}"), job)(**arguments)._asdict()
         except Exception as error:

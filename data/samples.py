@@ -1,0 +1,95 @@
+"""Samples, and what every kind of shard has in common.
+
+A shard is a tar, a folder or a zip file of samples. It is read in windows of consecutive samples. For a local shard, a
+window reads nothing until a sample is requested; for a remote shard, a window is fetched whole, in one request.
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple, Protocol
+
+from data.errors import ImageError
+
+IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+CODES = "codes"  # suffix of an image's tokens, see data.tokens
+
+
+class Skipped(NamedTuple):
+    """A sample that was left out: the file or shard, the sample's key or file name, the reason in one line, and the
+    name of its data source."""
+
+    source: str
+    key: str
+    reason: str
+    dataset: str = ""
+
+
+class Sample(NamedTuple):
+    """A raw sample: its key, and the bytes of each member by its suffix in lower case (``jpg``, ``txt``, ``json``)."""
+
+    key: str
+    members: dict[str, bytes]
+
+    def image(self, suffixes: Iterable[str] = ()) -> bytes:
+        """The first member of ``suffixes`` that exists; by default, the first one with an image's suffix."""
+        for suffix in suffixes or sorted(filter(is_image, self.members)):
+            if suffix in self.members:
+                return self.members[suffix]
+        wanted = f" ({', '.join(suffixes)})" if suffixes else ""
+        if CODES in self.members:
+            raise ImageError(f"it holds tokens, no image{wanted}: data.content=tokens reads them")
+        raise ImageError(f"no image{wanted} among its members: {', '.join(sorted(self.members)) or 'none'}")
+
+
+def is_image(name: str) -> bool:
+    """Whether a file name or a member's suffix is that of an image."""
+    return name.lower().rsplit(".", 1)[-1] in IMAGE_SUFFIXES
+
+
+def is_content(suffix: str) -> bool:
+    """Whether a member with this suffix can be trained on: an image, or its tokens."""
+    return suffix == CODES or is_image(suffix)
+
+
+class WindowLimit(NamedTuple):
+    """The size limit of a window: samples, and bytes (a single larger sample is a window by itself)."""
+
+    samples: int
+    bytes: int
+
+
+class Window:
+    """Consecutive samples of a shard: `read(n)` returns the shard's sample first + n, for n in range(len(window)).
+
+    `fetch` downloads what `read` needs; otherwise the first `read` does. `read` raises ImageError for a sample that
+    cannot be used, DataError if the shard cannot be read.
+    """
+
+    def __init__(self, first: int, count: int):
+        self.first, self.count = first, count
+
+    def __len__(self):
+        return self.count
+
+    def fetch(self) -> None:
+        """Does nothing unless the shard is remote."""
+
+    def read(self, n: int) -> Sample:
+        raise NotImplementedError
+
+
+class Shard(Protocol):
+    """A tar, a folder or a zip file of samples."""
+
+    url: str
+
+    @property
+    def name(self) -> str:
+        """How messages name the shard: without secrets."""
+
+    def __len__(self) -> int: ...
+
+    def read(self, index: int) -> Sample:
+        """One sample. Raises as `Window.read`."""
+
+    def windows(self, first: int, stop: int | None, limit: WindowLimit) -> Iterator[Window]:
+        """The samples first to stop (None: to the end), in windows that depend on first, stop and limit only."""

@@ -1,0 +1,105 @@
+"""The state of a training stream: how it is saved in checkpoints, merged over ranks and restored.
+
+The state of a lane is the number of images it has delivered and its position in each source. It counts what was
+delivered, never what was read ahead.
+"""
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from data.errors import DataError
+from data.samples import WindowLimit
+from data.sources import Source
+
+Totals = dict[str, dict[str, int]]  # source -> ``delivered``, ``skipped`` or ``filtered/FILTER`` -> number of samples
+
+
+def stream_identity(sources: list[Source], seed: int, lanes: int, limit: WindowLimit) -> dict:
+    """What must be unchanged for a state to mean the same images. Weights may change: lanes keep their positions."""
+    return {
+        "seed": seed,
+        "lanes": lanes,
+        "shuffle_block": limit.samples,
+        "shuffle_bytes": limit.bytes,
+        "sources": {source.name: source.identity() for source in sources},
+    }
+
+
+def rank_state(
+    identity: dict,
+    rank: int,
+    world_size: int,
+    steps: int,
+    lanes: dict[int, list],
+    totals: Totals,
+    quarantine: list[str],
+) -> dict:
+    """The JSON-able state of one rank after `steps` steps."""
+    return {
+        "stream": identity,
+        "steps": steps,
+        "lanes": {str(lane): state for lane, state in sorted(lanes.items())},
+        "totals": totals,
+        "ranks": [rank],
+        "world_size": world_size,
+        "quarantine": quarantine,
+    }
+
+
+def merge_states(states: list[dict]) -> dict:
+    """One state from the latest states of all ranks, which must have taken equally many steps."""
+    if not states:
+        raise DataError("no data states to merge: give one of each rank")
+    first = states[0]
+    for state in states[1:]:
+        for name in ("stream", "steps", "world_size"):
+            if state[name] != first[name]:
+                raise DataError(
+                    f"data states differ in {name}: {first[name]} and {state[name]}; merge those of the same step"
+                )
+    lanes = {lane: state_of_lane for state in states for lane, state_of_lane in state["lanes"].items()}
+    ranks = sorted({rank for state in states for rank in state["ranks"]})
+    totals = add_totals(state["totals"] for state in states)
+    lanes = dict(sorted(lanes.items(), key=lambda item: int(item[0])))
+    return {**first, "lanes": lanes, "totals": totals, "ranks": ranks}
+
+
+def add_totals(many: Iterable[Totals]) -> Totals:
+    """The sums of the counts."""
+    total: Totals = {}
+    for totals in many:
+        for name, counts in totals.items():
+            of_source = total.setdefault(name, {})
+            for what, count in counts.items():
+                of_source[what] = of_source.get(what, 0) + count
+    return total
+
+
+class Restored(NamedTuple):
+    """What a merged state holds. lanes: the state of each lane."""
+
+    steps: int
+    lanes: dict[int, list]
+    totals: Totals
+
+
+def restore(state: dict, identity: dict) -> Restored:
+    """A merged state, after checking that it belongs to the stream with this identity. Raises DataError."""
+    if not {"stream", "steps", "world_size", "lanes", "totals", "ranks"} <= state.keys():
+        raise DataError("the checkpoint's data state is damaged or of another version: resume from another checkpoint")
+    if state["ranks"] != list(range(state["world_size"])):
+        raise DataError(
+            f"the data state holds ranks {state['ranks']} of {state['world_size']}: merge all ranks' states first"
+        )
+    before = state["stream"]
+    for name, value in identity.items():
+        if name != "sources" and before[name] != value:
+            raise DataError(f"cannot resume: {name} was {before[name]} and is now {value}; set it back")
+    for name, value in identity["sources"].items():
+        if (then := before["sources"].get(name, value)) != value:
+            was, now = ("{shards} shards with {samples} samples".format(**one) for one in (then, value))
+            raise DataError(
+                f"cannot resume: source {name} was {was} and is now {now}, or other shards of that number; give the "
+                "same shards, or rename the changed source (in data.sources) to start it from its beginning"
+            )
+    return Restored(state["steps"], {int(lane): one for lane, one in state["lanes"].items()}, state["totals"])
