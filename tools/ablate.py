@@ -54,7 +54,7 @@ def ablate(
     numbers = _integers("--seeds", seeds)
     launcher, options = _split("--launch", launch), _split("--judge", judge)
     if not launcher or not shutil.which(launcher[0]):
-        raise TrainerError(f"--launch {launch!r}: command not found; omit it to use this Python")
+        raise TrainerError(f"--launch {launch!r}: no such command; omit it to use this Python")
     named = [row.strip() for row in rows.split(";")] if rows else None
     cells = cells_of(ablation, named, numbers, overrides or [], out)
     # The table shows all finished cells, whichever rows are asked for. Checks everything before training starts.

@@ -114,8 +114,8 @@ def print_report(evaluated: "EvaluatedGeneration") -> None:
 
 def print_sweep(swept: "Sweep") -> None:
     """A row for each setting, warnings, and where the files are."""
-    print_table(f"{swept.judged[0].report.sample_count:,} samples for each setting", swept.table)
-    _print_warnings([warning for one in swept.judged for warning in one.report.warnings])
+    print_table(f"{swept.evaluated[0].report.sample_count:,} samples for each setting", swept.table)
+    _print_warnings([warning for one in swept.evaluated for warning in one.report.warnings])
     typer.echo(f"chart: {swept.chart_path}\nnumbers: {swept.json_path}\ntable: {swept.markdown_path}")
 
 

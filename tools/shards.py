@@ -85,9 +85,11 @@ def pack(
             progress=on_progress,
         )
     typer.echo(f"packed {report.samples} images into {len(report.shards)} tars in {out}")
-    _print_names("skipped {} unreadable images", [f"{skipped.source}: {skipped.reason}" for skipped in report.skipped])
-    _print_names(f"packed {{}} images without a caption in {annotations}", report.without_caption)
-    _print_names(f"left out captions of {{}} images that are not in {source}", report.without_image)
+    _print_names(
+        "skipped {} that cannot be read", [f"{skipped.source}: {skipped.reason}" for skipped in report.skipped]
+    )
+    _print_names(f"packed {{}} without a caption in {annotations}", report.without_caption)
+    _print_names(f"left out captions of {{}} that are not in {source}", report.without_image)
 
 
 @app.command()
@@ -173,10 +175,11 @@ def stats(
 
     Example: ibq shards stats shards/photos --picture photos.png
     """
+    from data.config import SourceConfig
     from data.errors import DataError
     from data.parallel import cores
     from data.prep.stats import count
-    from data.sources import SourceConfig, catalogue, open_source
+    from data.sources import catalogue, open_source
 
     if source is not None and source not in catalogue():
         raise DataError(f"data/sources.yaml has no {source}: choose one of {', '.join(catalogue())}")

@@ -20,9 +20,10 @@ import webdataset
 from PIL import Image
 from webdataset.writer import TarWriter
 
+from data.config import DataConfig
 from data.errors import DataError
 from data.index import INDEX_NAME, key_hash, write_index
-from data.loader import DataConfig, open_sources, train_batches, transform_of
+from data.loader import open_sources, train_batches, transform_of
 from data.parallel import cores, in_processes
 from data.prep.check import check_shards
 from data.prep.photographs import PHOTOGRAPHS

@@ -8,7 +8,8 @@ from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-from model_zoo.transformer import TransformerConfig, flops_per_token
+from model_zoo.config import TransformerConfig
+from model_zoo.transformer import flops_per_token
 from tools.bench import common
 from tools.bench.common import bad, names, numbers
 from trainer.config import GeneratorRun

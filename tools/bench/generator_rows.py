@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model_zoo.sampler import Sampler, Sampling, draw, keep_products_in, uniform
-from model_zoo.transformer import Transformer, TransformerConfig, checkpoint_blocks
+from model_zoo.config import Sampling, TransformerConfig
+from model_zoo.sampler import Sampler, draw, guidance_scale_t, keep_products_in, uniform
+from model_zoo.transformer import Transformer, checkpoint_blocks
 from tools.bench.generator import REFERENCE_NAMES
 from tools.bench.measure import load_reference, now, peak_bytes, reset_peak
 from trainer.config import OptimizerConfig
@@ -94,7 +95,7 @@ def sample_uncached(
     """
     config, device = transformer.config, class_b.device
     uniform_bt = torch.stack([uniform(seed, config.tokens) for seed in seeds]).to(device)
-    guidance_t = settings.guidance_t(config.tokens).to(device)
+    guidance_t = guidance_scale_t(settings, config.tokens).to(device)
     guided = settings.guidance != 1
     class_n = torch.cat([class_b, torch.full_like(class_b, config.classes)]) if guided else class_b
     index_bt = class_b.new_empty(len(class_b), 0)

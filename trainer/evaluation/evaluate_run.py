@@ -4,10 +4,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from model_zoo.config import TokenizerConfig
 from model_zoo.io.hashing import fingerprint_of
 from model_zoo.io.load import build_model, is_standalone, read_weights
 from model_zoo.io.run_layout import run_folder
-from model_zoo.tokenizer import Tokenizer, TokenizerConfig
+from model_zoo.tokenizer import Tokenizer
 from trainer import TrainerError
 from trainer.evaluation.images import ImageSource, open_images
 from trainer.evaluation.networks import Networks, load_networks

@@ -39,7 +39,8 @@ class GenerationReport:
     def to_json(self) -> dict:
         """The content of FILE.json. "manifest" is the key that former versions wrote and that users' scripts read."""
         content = asdict(self)
-        return {**content, "manifest": content.pop("provenance")}
+        content["manifest"] = content.pop("provenance")
+        return content
 
     def formatted(self) -> list[str]:
         """The values of MEASURES as text."""

@@ -2,9 +2,8 @@
 
 import hashlib
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from importlib import metadata
-from pathlib import Path
 
 import torch
 
@@ -24,15 +23,12 @@ def environment(device: torch.device | str) -> dict[str, str | None]:
     }
 
 
-def weights_files(keys: Iterable[str], paths: Mapping[str, str | Path | None] | None = None) -> dict[str, dict]:
+def weights_files(keys: Iterable[str]) -> dict[str, dict]:
     """``file`` and ``sha256`` of weights files, by key of `model_zoo.eval_nets.weights.WEIGHTS_FILES`.
 
-    paths: files that the user named, by key. Raises ModelError if a file is missing or has another hash.
+    Raises ModelError if a file is missing or has another hash.
     """
-    return {
-        key: {"file": str(checked_weights(key, (paths or {}).get(key))), "sha256": WEIGHTS_FILES[key].sha256}
-        for key in keys
-    }
+    return {key: {"file": str(checked_weights(key)), "sha256": WEIGHTS_FILES[key].sha256} for key in keys}
 
 
 def image_list_hash(keys: Iterable[str]) -> str:

@@ -7,8 +7,8 @@ from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
+from model_zoo.config import Sampling
 from model_zoo.errors import ModelError
-from model_zoo.sampler import Sampling
 from trainer import TrainerError
 from trainer.evaluation.generation import check_generation, evaluate_generation
 from trainer.evaluation.generation_report import MEASURES, GenerationReport

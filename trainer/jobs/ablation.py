@@ -20,7 +20,7 @@ from trainer import TrainerError
 from trainer.config import RunConfig
 from trainer.files import write_files
 from trainer.jobs.resumable import check_same_settings
-from trainer.recipes import ABLATIONS, explain, find_recipe, leaves, load_recipe, load_run_config, read_recipe
+from trainer.recipes import ABLATIONS, explain, find_recipe, leaves, load_recipe, load_run_config, read_recipe, renamed
 from trainer.telemetry import metric_lines
 
 CURVES = {
@@ -72,6 +72,8 @@ def load_ablation(name: str) -> Ablation:
         ablation = OmegaConf.to_object(OmegaConf.merge(schema, read_recipe(path)))
     except OmegaConfBaseException as error:
         raise TrainerError(f"{path}: {explain(error, schema)}") from error
+    for table in (ablation, *ablation.rows.values()):
+        table.set = list(map(renamed, table.set))
     if not ablation.rows:
         raise TrainerError(f"{path} has no rows")
     if ablation.recipe.endswith((".yaml", ".yml")):

@@ -12,6 +12,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 
+from model_zoo.config import TokenizerConfig, TransformerConfig
 from model_zoo.errors import ModelError
 from model_zoo.io.export_format import (
     DISCRIMINATOR,
@@ -37,8 +38,8 @@ from model_zoo.io.published_ckpt import (
 )
 from model_zoo.io.run_layout import run_folder
 from model_zoo.io.weights import Weights
-from model_zoo.tokenizer import Tokenizer, TokenizerConfig
-from model_zoo.transformer import Transformer, TransformerConfig
+from model_zoo.tokenizer import Tokenizer
+from model_zoo.transformer import Transformer
 from trainer import TrainerError
 from trainer.checkpoint import damage
 from trainer.files import unfinished, writing

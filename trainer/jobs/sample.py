@@ -10,12 +10,13 @@ from typing import NamedTuple
 
 import torch
 
+from model_zoo.config import Sampling
 from model_zoo.errors import ModelError
 from model_zoo.io.hashing import fingerprint_of
 from model_zoo.io.hub import is_hub_name
 from model_zoo.io.load import is_standalone, load_generator, load_tokenizer
 from model_zoo.io.run_layout import run_folder
-from model_zoo.sampler import Sampler, Sampling, keep_products_in
+from model_zoo.sampler import Sampler, keep_products_in
 from model_zoo.tokenizer import Tokenizer
 from model_zoo.transformer import Transformer
 from trainer import TrainerError

@@ -9,7 +9,7 @@ import torch
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from data.loader import DataConfig
+from data.config import DataConfig
 from data.parallel import cores
 from model_zoo.io.load import find_checkpoint, is_standalone
 from model_zoo.io.run_layout import run_folder

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from webdataset.writer import TarWriter
 
-from data.loader import DataConfig
+from data.config import DataConfig, SourceConfig
 from data.prep.pack import mixed, unique_keys
 from data.shards import CODES, FolderShard, Limit, Shard, Skipped, TarShard, Window, is_image
-from data.sources import Source, SourceConfig, catalogue, digest, open_source
+from data.sources import Source, catalogue, digest, open_source
 from data.tokens import pack_codes
 from data.transforms import ImageError
 from model_zoo.io.load import load_tokenizer

@@ -192,7 +192,7 @@ def test_the_discriminator_is_the_sources_with_its_statistics(build, sources, ki
 def test_another_discriminator_begins_anew_and_it_is_said(build, run, changes, said):
     init_from = InitFromConfig(str(run), **changes.pop("init_from", {}))
     task = build(init_from=init_from, **changes)
-    fresh = build(**changes).discriminator.module.state_dict()
+    fresh = build(**changes).adversary.engine.module.state_dict()
     found = task.load_initial_weights().discriminator
     assert found.startswith("anew") and said in found
     assert equal(task.adversary.engine.module.state_dict(), fresh)
@@ -424,12 +424,12 @@ def test_the_record_has_the_first_and_the_last_validation(run):
         "now": {"step": 10, "psnr": 21.5, "l1": 0.1, "usage": 0.5},
     }
     page = write_report(run).read_text()
-    for text in ("What it started from", RECORD.origin, RECORD.fingerprint, "stay valid", "20.00", "21.50", "0.1000"):
+    for text in ("Initial weights", RECORD.origin, RECORD.fingerprint, "stay valid", "20.00", "21.50", "0.1000"):
         assert text in page
 
 
 def test_a_run_from_scratch_has_no_such_section_and_one_without_validation_says_so(run):
-    assert "What it started from" not in write_report(run).read_text()
+    assert "Initial weights" not in write_report(run).read_text()
     save_init_record(run, RECORD)
     assert "it was not validated" in write_report(run).read_text()
 

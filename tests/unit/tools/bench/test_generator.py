@@ -8,8 +8,9 @@ import pytest
 import torch
 from torch import nn
 
-from model_zoo.sampler import Sampler, Sampling
-from model_zoo.transformer import Transformer, TransformerConfig, flops_per_token
+from model_zoo.config import Sampling, TransformerConfig
+from model_zoo.sampler import Sampler
+from model_zoo.transformer import Transformer, flops_per_token
 from tools.bench import common, generator, generator_rows
 
 TINY = TransformerConfig(vocabulary=40, classes=5, grid=[4, 4], depth=2, heads=2, head_dim=8)

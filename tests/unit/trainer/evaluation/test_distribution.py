@@ -1,7 +1,4 @@
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +8,6 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-import trainer
 from trainer import TrainerError
 from trainer.evaluation.distribution import (
     GaussianMoments,
@@ -62,40 +58,24 @@ def test_moments_of_too_few():
         moments.covariance()
 
 
-MERGE_ON_A_RANK = """
-import sys, torch
-from trainer.evaluation.distribution import GaussianMoments
-rank, size, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-torch.distributed.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=size)
-features_nd = torch.randn(40, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1000
-moments, whole = GaussianMoments(5), GaussianMoments(5)
-whole.update(features_nd)
-cuts = [0, 31, 40] if size == 2 else [0, 31, 40, 40]  # the last of three has nothing
-moments.update(features_nd[cuts[rank] : cuts[rank + 1]])
-for _ in range(2):  # merging twice must not count twice
-    merged = moments.merged()
-    assert merged.count == 40
-    torch.testing.assert_close(merged.mean(), whole.mean(), rtol=1e-9, atol=0)
-    torch.testing.assert_close(merged.covariance(), whole.covariance(), rtol=1e-9, atol=0)
-assert moments.count == cuts[rank + 1] - cuts[rank]
-torch.distributed.destroy_process_group()
-"""
+def merge_on_a_rank() -> None:
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    features_nd = torch.randn(40, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1000
+    moments, total = GaussianMoments(5), GaussianMoments(5)
+    total.update(features_nd)
+    cuts = [0, 31, 40] if size == 2 else [0, 31, 40, 40]  # the last of three has nothing
+    moments.update(features_nd[cuts[rank] : cuts[rank + 1]])
+    for _ in range(2):  # merging twice must not count twice
+        merged = moments.merged()
+        assert merged.count == 40
+        torch.testing.assert_close(merged.mean(), total.mean(), rtol=1e-9, atol=0)
+        torch.testing.assert_close(merged.covariance(), total.covariance(), rtol=1e-9, atol=0)
+    assert moments.count == cuts[rank + 1] - cuts[rank]
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_moments_of_several_ranks_merge(tmp_path, size):
-    command = [sys.executable, "-c", MERGE_ON_A_RANK]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(size), str(tmp_path / "store")], cwd=Path(trainer.__file__).parents[1]
-        )
-        for rank in range(size)
-    ]
-    try:
-        assert [rank.wait(timeout=60) for rank in ranks] == [0] * size
-    finally:
-        for rank in ranks:
-            rank.kill()
+def test_moments_of_several_ranks_merge(ranks, size):
+    ranks.call(size, merge_on_a_rank)
 
 
 @pytest.mark.parametrize("counts", [(50, 60), (4, 5)], ids=["regular", "singular"])

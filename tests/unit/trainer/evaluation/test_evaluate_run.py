@@ -136,7 +136,7 @@ def test_the_command_prints_the_table_and_the_files(run, tmp_path):
     written = json.loads(report.read_text())
     for value in (written["psnr"], written["baseline_palette_psnr"], written["baseline_mean_color_psnr"]):
         assert f"{value:.2f}" in result.output
-    assert f"numbers: {report}" in result.output and "1 pictures skipped" in result.output
+    assert f"numbers: {report}" in result.output and "1 image skipped" in result.output
 
 
 def test_reconstruct_writes_each_picture_and_an_overview(run, tmp_path):

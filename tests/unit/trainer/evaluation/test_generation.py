@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launching import ROOT, Launch
 from PIL import Image
 from random_networks import accept, hashes_of, one_thread, write_inception
+from random_networks import main as ibq_with_random_networks
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
@@ -103,6 +103,7 @@ def test_all_figures_are_those_of_torch_fidelitys_features(samples, reference, w
     assert (told["sample_count"], told["reference_count"]) == (12, 10)
     assert told["reference_statistics"] == "computed from the 10 images of reference.npz"
     assert len(told["warnings"]) == 2 and all("only" in warning for warning in told["warnings"])
+    assert "provenance" not in told
     manifest = told["manifest"]
     assert manifest["seed"] == 3 and "permutation" in manifest["order"]
     assert manifest["samples"]["path"] == str(samples) and manifest["reference"]["count"] == 10
@@ -244,25 +245,23 @@ def test_a_place_that_is_there_twice_is_found(world):
         _gathered(world, [0, 1, 1], torch.zeros(3, 3056))
 
 
-def test_three_processes_have_the_figures_of_one(samples, tmp_path, weights):
-    """One batch of the samples falls to each, and of the two batches of the folder none to the last."""
+def test_three_processes_have_the_results_of_one(samples, tmp_path, weights, ranks):
+    """Each process has one batch of the samples; the last one has none of the two batches of the folder."""
     folder = write_folder(tmp_path / "folder", pictures(7, seed=1))
-    with one_thread():  # as each of the three; the deviation of near scores shows every rounding
+    with one_thread():  # as each of the three; the standard deviation of similar scores is sensitive to rounding
         alone = evaluate(samples, folder, metrics="is,pr", cache="none")
-    launch = Launch(tmp_path / "cache")
-    launcher = "torch.distributed.run", "--nproc-per-node", 3, "--standalone", ROOT / "tests" / "random_networks.py"
     arguments = "evaluate", "generation", "--samples", samples, "--reference", folder, "--metrics", "is,pr"
     options = "--batch-size", 4, "--device", "cpu", "--report", tmp_path / "many.json"
-    finished = launch.finish(
-        launch.start(*launcher, *arguments, *options, IBQ_WEIGHTS=str(weights), PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
-    )
+    environment = {"IBQ_WEIGHTS": str(weights), "IBQ_CACHE": str(tmp_path / "cache")}
+    command = [str(word) for word in (*arguments, *options)]
+    finished = ranks.command(3, ibq_with_random_networks, command, environment=environment)
     assert finished.status == 0, finished.err
     assert finished.out.count("12 samples (protocol: adm)") == 1
     together = json.loads((tmp_path / "many.json").read_text())
     for name in ("inception_score", "inception_score_std", "precision", "recall"):
         assert together[name] == pytest.approx(getattr(alone, name), rel=1e-6)
     assert together["manifest"]["processes"] == 3
-    # What they kept is whole and in order: a process alone finds it.
+    # Their cached features are complete and in order: one process uses them.
     assert evaluate(samples, folder, metrics="is,pr").provenance["seconds"]["samples"] < 2
 
 

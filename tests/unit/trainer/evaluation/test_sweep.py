@@ -4,8 +4,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from launching import ROOT, Launch
 from PIL import Image
+from random_networks import main as ibq_with_random_networks
 from random_networks import one_thread
 
 import trainer.evaluation.features
@@ -124,19 +124,16 @@ def test_a_sweep_that_was_cut_off_goes_on(run, reference, tmp_path, monkeypatch)
     assert [[row[key] for key in figures] for row in rows] == [[row[key] for key in figures] for row in whole_rows]
 
 
-def test_two_processes_have_the_figures_of_one(run, reference, tmp_path, weights):
+def test_two_processes_have_the_results_of_one(run, reference, tmp_path, weights, ranks):
     with one_thread():  # as each of the two
         alone = json.loads(swept(run, reference, tmp_path / "alone", ["guidance=1,2"]).json_path.read_text())
-    launch = Launch(tmp_path / "another_cache")
-    launcher = "torch.distributed.run", "--nproc-per-node", 2, "--standalone", ROOT / "tests" / "random_networks.py"
     options = "--count", 10, "--metrics", "is,pr", "--batch-size", 5, "--sample-batch-size", 5, "--device", "cpu"
-    finished = launch.finish(
-        launch.start(
-            *launcher, "evaluate", "generation", "--generator", run, "--sweep", "guidance=1,2",
-            "--reference", reference, "--out", tmp_path / "out", *options,
-            IBQ_WEIGHTS=str(weights), PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}",
-        )
+    command = (
+        "evaluate", "generation", "--generator", run, "--sweep", "guidance=1,2", "--reference", reference,
+        "--out", tmp_path / "out", *options,
     )  # fmt: skip
+    environment = {"IBQ_WEIGHTS": str(weights), "IBQ_CACHE": str(tmp_path / "another_cache")}
+    finished = ranks.command(2, ibq_with_random_networks, [*map(str, command)], environment=environment)
     assert finished.status == 0, finished.err
     assert finished.out.count("10 samples for each setting") == 1
     together = json.loads((tmp_path / "out" / "sweep.json").read_text())

@@ -3,6 +3,7 @@ import re
 import runpy
 import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -71,6 +72,15 @@ def test_the_commands_settings_win_over_the_rows_and_those_over_the_tables(tmp_p
     assert slow.run == tmp_path / "slow_1" / "seed_0"
 
 
+def test_former_names_in_a_table_are_read_as_the_new_ones(tmp_path):
+    former = TWO_ROWS.replace("optimizer.lr=1e-3", "engine.kind=replicated").replace(
+        "optimizer.lr=1e-6", "start.source=a"
+    )
+    _, slow = cells_of(load_ablation(table(tmp_path, former)), None, [0], [], tmp_path)
+    config = load_recipe("debug", slow.overrides)
+    assert (config.engine.kind, config.init_from.source) == ("ddp", "a")
+
+
 def test_figures_are_means_and_spreads_over_seeds(tmp_path):
     ablation = load_ablation(table(tmp_path, TWO_ROWS))
     cells = cells_of(ablation, None, [0, 1, 2], [], tmp_path)
@@ -126,7 +136,7 @@ def test_settings_that_the_command_decides_and_unknown_rows_are_refused(tmp_path
         (["--judge", "'"], "--judge .*quotation"),
         (["--launch", "no_such_launcher -x"], "no such command"),
         (["--launch", ""], "no such command"),
-        (["--seeds", "0,x"], "no whole numbers"),
+        (["--seeds", "0,x"], "not a list of integers"),
         (["--rows", "Quick"], "no row 'Quick'"),
     ],
 )
@@ -146,7 +156,9 @@ def run_in_this_process(command, check):
     """`subprocess.run` of `python -m MODULE ARGUMENTS` or `python -c CODE`, without starting a process."""
     python, option, what, *arguments = command
     assert python == sys.executable
-    with patch.object(sys, "argv", [what, *arguments]):
+    # A process writes to the real streams, not to those of CliRunner.
+    streams = redirect_stdout(sys.__stdout__), redirect_stderr(sys.__stderr__)
+    with patch.object(sys, "argv", [what, *arguments]), streams[0], streams[1]:
         try:
             runpy.run_module(what, run_name="__main__") if option == "-m" else exec(what)
         except SystemExit as ended:

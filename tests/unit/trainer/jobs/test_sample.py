@@ -1,14 +1,13 @@
 import hashlib
 import json
 import signal
-import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from launching import Launch
 from PIL import Image
+from ranks import wait_for
 
 import trainer.jobs.sample_output
 from model_zoo import ModelError, Sampler, Sampling, Tokenizer, TokenizerConfig, Transformer, TransformerConfig
@@ -68,11 +67,6 @@ def run(tmp_path):
     """A generator's run, without an average, that names its tokenizer's."""
     tokenizer = write_tokenizer_run(tmp_path / "tokenizer", tokenizer_of())
     return write_generator_run(tmp_path / "run", generator_of(), tokenizer)
-
-
-@pytest.fixture(scope="module")
-def launch(tmp_path_factory):
-    return Launch(tmp_path_factory.mktemp("cache"))
 
 
 def load(path):
@@ -230,37 +224,27 @@ def test_kill_between_merging_and_the_report_loses_nothing(run, tmp_path, monkey
     assert not (tmp_path / "x.npz.parts").exists()
 
 
-def torchrun(launch, processes, *arguments):
-    launcher = "torch.distributed.run", "--nproc-per-node", processes, "--standalone", "-m", "tools.cli", "sample"
-    return launch.start(*launcher, *arguments)
-
-
-@pytest.mark.slow
-def test_any_number_of_processes_makes_the_same_images_and_goes_on_after_a_kill(run, tmp_path, launch):
-    common = run, "--count", 9, "--batch-size", 2, "--device", "cpu"
-    one = launch.ibq("sample", *common, "--out", tmp_path / "one.npz")
-    assert one.status == 0, one.err
-    assert "9 images sampled" in one.out and str(tmp_path / "one.npz") in one.out
-    two = launch.finish(torchrun(launch, 2, *common, "--out", tmp_path / "two.npz"))
+def test_any_number_of_processes_makes_the_same_images_and_continues_after_a_kill(run, tmp_path, ranks):
+    common = ["sample", str(run), "--device", "cpu", "--count"]
+    sample(run, count=9, batch_size=2, device="cpu", out=tmp_path / "one.npz")
+    two = ranks.command(2, cli.main, [*common, "9", "--batch-size", "2", "--out", str(tmp_path / "two.npz")])
     assert two.status == 0, two.err
-    assert two.out.count("images sampled") == 1
+    assert two.out.count("9 images sampled") == 1 and str(tmp_path / "two.npz") in two.out
     assert json.loads((tmp_path / "two.npz.json").read_text())["finished"]["processes"] == 2
     assert load(tmp_path / "one.npz")["arr_0"].tobytes() == load(tmp_path / "two.npz")["arr_0"].tobytes()
 
-    many = run, "--count", 3000, "--batch-size", 1, "--device", "cpu", "--out", tmp_path / "killed.npz"
-    process = torchrun(launch, 2, *many)
-    parts = tmp_path / "killed.npz.parts"
-    deadline = time.monotonic() + 120
-    while len(list(parts.glob("chunk_*.npy"))) < 5 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    launch.finish(process)
+    many = [*common, "1000", "--batch-size", "1", "--out", str(tmp_path / "killed.npz")]
+    job, parts = ranks.start_command(2, cli.main, many), tmp_path / "killed.npz.parts"
+    wait_for(lambda: len(list(parts.glob("chunk_*.npy"))) >= 5, "chunks", 120)
+    for rank in range(2):
+        job.signal(rank, signal.SIGKILL)
+    assert job.wait().statuses == [-signal.SIGKILL] * 2
     left = len(list(parts.glob("chunk_*.npy")))
-    assert 5 <= left < 3000
-    assert launch.ibq("sample", *many).status == 0
-    report = json.loads((tmp_path / "killed.npz.json").read_text())
-    assert report["finished"]["images_made"] == 3000 - left
-    assert load(tmp_path / "killed.npz")["arr_0"].shape == (3000, 8, 12, 3)
+    assert 5 <= left < 1000
+    assert ranks.ibq(*many).status == 0
+    record = json.loads((tmp_path / "killed.npz.json").read_text())
+    assert record["finished"]["images_made"] == 1000 - left
+    assert load(tmp_path / "killed.npz")["arr_0"].shape == (1000, 8, 12, 3)
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input

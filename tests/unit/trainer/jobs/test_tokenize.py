@@ -4,15 +4,13 @@ import io
 import json
 import os
 import shutil
-import subprocess
-import sys
+import signal
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from launching import Launch
 from omegaconf import OmegaConf
 from PIL import Image
 from serving import Server
@@ -245,25 +243,20 @@ def test_progress_counts_what_was_there(run, tars, flipped, tmp_path):
     assert told[0] == (12, 15) and told[-1] == (15, 15)
 
 
-def test_two_processes_write_the_same_files_as_one(run, tars, flipped, tmp_path):
-    launch = Launch(tmp_path / "cache")
+def test_two_processes_write_the_same_files_as_one(run, tars, flipped, tmp_path, ranks):
     arguments = run, "--images", tars, "--out", tmp_path / "out", "--views", "flip", "--samples-per-shard", 3
-    launcher = "torch.distributed.run", "--nproc-per-node", 2, "--standalone", "-m", "tools", "tokenize"
-    finished = launch.finish(launch.start(*launcher, *arguments, "--device", "cpu"))
+    finished = ranks.command(2, cli.main, ["tokenize", *map(str, arguments), "--device", "cpu"])
     assert finished.status == 0, finished.err
     assert f"14 samples of tokenizer {flipped.tokenizer} in 6 tars in {tmp_path / 'out'}" in finished.out
     assert finished.out.count("1 image skipped") == 1
     assert files(tmp_path / "out") == files(flipped.out)
 
 
-def test_a_mistake_ends_all_processes_with_a_line(run, tars, tmp_path):
-    launch = Launch(tmp_path / "cache")
+def test_a_mistake_ends_all_processes_with_a_line(run, tars, tmp_path, ranks):
     arguments = run, "--images", tmp_path / "none", "--out", tmp_path / "out", "--device", "cpu"
-    launcher = "torch.distributed.run", "--nproc-per-node", 2, "--standalone", "-m", "tools", "tokenize"
-    finished = launch.finish(launch.start(*launcher, *arguments))
-    assert (
-        finished.status == 1 and len(finished.error_lines) == 2 and "no such tar or folder" in finished.error_lines[0]
-    )
+    finished = ranks.command(2, cli.main, ["tokenize", *map(str, arguments)])
+    assert finished.statuses == [2, 2] and len(finished.error_lines) == 2
+    assert "no such tar or folder" in finished.error_lines[0]
     assert not (tmp_path / "out").exists()
 
 
@@ -371,24 +364,25 @@ def test_damage_in_a_later_shard_leaves_the_finished_ones(run, tars, tmp_path, m
     assert len(list((tmp_path / "out").glob("tokens-*.tar"))) == 3 and not list((tmp_path / "out").glob("*unfinished"))
 
 
-def test_a_killed_process_is_gone_on_after(run, tars, flipped, tmp_path):
-    """SIGKILL in the middle of a unit: what is not whole is written anew."""
-    script = f"""
-import os
-from trainer.jobs import tokenize as module
-real, calls = module._encode, []
-def killed(*arguments):
-    calls.append(1)
-    if len(calls) == 3:
-        os.kill(os.getpid(), 9)
-    return real(*arguments)
-module._encode = killed
-module.tokenize({str(run)!r}, images={str(tars)!r}, out={str(tmp_path / "out")!r}, views="flip", samples_per_shard=3,
-                device="cpu")
-"""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[4])}
-    ended = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, timeout=120)
-    assert ended.returncode == -9, ended.stderr
+def tokenize_until_killed(arguments: list[str]) -> None:
+    """`ibq tokenize`, ended by SIGKILL in its third batch."""
+    real, calls = module._encode, []
+
+    def killed(*inputs):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*inputs)
+
+    module._encode = killed
+    cli.main(["tokenize", *arguments])
+
+
+def test_a_killed_job_continues(run, tars, flipped, tmp_path, ranks):
+    """SIGKILL while a shard is written: incomplete shards are written again."""
+    arguments = [run, "--images", tars, "--out", tmp_path / "out", "--views", "flip", "--samples-per-shard", 3]
+    ended = ranks.command(1, tokenize_until_killed, [*map(str, arguments), "--device", "cpu"])
+    assert ended.statuses == [-signal.SIGKILL], ended.err
     assert len(list((tmp_path / "out").glob("tokens-*.tar"))) == 2
     done = go(run, tars, tmp_path / "out", views="flip")
     assert done.made == 14 - 5 and files(tmp_path / "out") == files(flipped.out)
