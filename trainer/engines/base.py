@@ -6,7 +6,6 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from model_zoo.io.sharded_tensors import TensorShard
@@ -25,7 +24,8 @@ class Memory(NamedTuple):
 
 def stored_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the memory behind tensors: what several of them share counts once, padding counts too."""
-    tensors = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    # Only a DTensor has `to_local`; importing its class would take as long as half of torch.
+    tensors = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
     storages = [tensor.untyped_storage() for tensor in tensors]
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
