@@ -424,12 +424,12 @@ def test_the_record_has_the_first_and_the_last_validation(run):
         "now": {"step": 10, "psnr": 21.5, "l1": 0.1, "usage": 0.5},
     }
     page = write_report(run).read_text()
-    for text in ("What it started from", RECORD.origin, RECORD.fingerprint, "stay valid", "20.00", "21.50", "0.1000"):
+    for text in ("Initial weights", RECORD.origin, RECORD.fingerprint, "stay valid", "20.00", "21.50", "0.1000"):
         assert text in page
 
 
 def test_a_run_from_scratch_has_no_such_section_and_one_without_validation_says_so(run):
-    assert "What it started from" not in write_report(run).read_text()
+    assert "Initial weights" not in write_report(run).read_text()
     save_init_record(run, RECORD)
     assert "it was not validated" in write_report(run).read_text()
 
