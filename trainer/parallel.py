@@ -96,9 +96,25 @@ def _patience(timeout_seconds: float) -> timedelta:
     return timedelta(seconds=timeout_seconds + PATIENCE_SECONDS)
 
 
+_before_stop: set[Callable[[], None]] = set()
+
+
+def before_stop(action: Callable[[], None]) -> None:
+    """`stop_world` calls the action once, before it destroys the process groups: for whoever keeps references to them
+    that outlive training."""
+    _before_stop.add(action)
+
+
 def stop_world() -> None:
-    """Leaves the process group, if there is one."""
+    """Destroys the process groups, if there are any, and ends gloo's threads.
+
+    `destroy_process_group` drops PyTorch's references to a group; gloo joins its threads when the last reference is
+    gone. A thread that outlives this call may free the tensors of the last collective while the interpreter finalizes:
+    it waits for the GIL, CPython ends it, and the process aborts although the run finished (pytorch/pytorch#190489).
+    """
     if dist.is_initialized():
+        while _before_stop:
+            _before_stop.pop()()
         dist.destroy_process_group()
 
 
