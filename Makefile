@@ -4,15 +4,17 @@ PYTHON ?= python3
 JOBS ?= 2
 BIN := .venv/bin
 STAMP := .venv/.installed-test
+COMPILED := .venv/.compiled-for-tests
+PYTEST = $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
 
 # DeepSpeed looks for ninja on PATH, and pip puts it next to python.
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 .DEFAULT_GOAL := help
-.PHONY: help install quickstart test lint format clean
+.PHONY: help install quickstart test test-quick test-full lint format clean
 
 help:  ## show these lines
-	@grep -E '^[a-z]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:[^#]*## */\t/' | expand -t 14
 
 install: $(STAMP)  ## create .venv and install everything into it (again only when setup.py changes)
 
@@ -25,8 +27,18 @@ $(STAMP): setup.py
 quickstart: install  ## install, then train and judge a small tokenizer on real photographs (minutes, CPU is enough)
 	$(BIN)/ibq quickstart
 
-test: install  ## install, then run the tests (JOBS=2 files at a time)
-	$(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+$(COMPILED): $(STAMP)
+	$(BIN)/python tests/ranks.py
+	@touch $@
+
+test: $(COMPILED)  ## install, then run the tests but for the longest (JOBS=2 files at a time)
+	$(PYTEST) -m "not full"
+
+test-quick: install  ## the tests that start no process
+	$(PYTEST) -m "not ranks and not process and not full"
+
+test-full: $(COMPILED)  ## every test
+	$(PYTEST)
 
 lint: install  ## check style and formatting
 	$(BIN)/ruff check .

@@ -30,7 +30,7 @@ setup(
         "torch-fidelity>=0.4.0",
         "tensorboard",
         "omegaconf>=2.3",
-        "typer>=0.15",
+        "typer>=0.19",
         "rich>=13",
         "safetensors>=0.4",
         "einops>=0.8",

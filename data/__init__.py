@@ -8,6 +8,7 @@ from data.errors import DataError
 # Where each public name is defined. A name is imported when it is first used, so that importing one part of the
 # package does not import all of it.
 _DEFINED_IN = {
+    "data.config": ("DataConfig", "FilterConfig", "SourceConfig"),
     "data.addresses": ("redacted",),
     "data.cache": ("cache_folder",),
     "data.errors": ("ImageError",),
@@ -19,11 +20,11 @@ _DEFINED_IN = {
         "evaluation_images",
         "evaluation_tokens",
     ),
-    "data.loader": ("Batch", "DataConfig", "TrainStream", "access_of", "check", "token_header", "train_batches"),
+    "data.loader": ("Batch", "TrainStream", "access_of", "check", "token_header", "train_batches"),
     "data.prep.pack": ("PackReport", "pack"),
     "data.samples": ("Skipped",),
     "data.shards": ("expand",),
-    "data.sources": ("FilterConfig", "SourceConfig", "catalogue"),
+    "data.sources": ("catalogue",),
     "data.stream_state": ("add_totals", "merge_states"),
     "data.tar_format": ("scan",),
     "data.tokens": ("TokenHeader", "TokenSpec", "pack_codes", "unpack_codes"),

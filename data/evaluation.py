@@ -11,10 +11,11 @@ from typing import NamedTuple
 import torch
 
 from data.cache import Access, Cache, cache_folder
+from data.config import SourceConfig
 from data.errors import DataError, ImageError
 from data.folder_reader import FolderShard, find_images, folder_shard
 from data.samples import Sample, Shard, Skipped, is_image
-from data.sources import TOKENS, SourceConfig, label_of, open_source
+from data.sources import TOKENS, label_of, open_source
 from data.tokens import TokenSpec, check_tokens, first_header, unpack_codes
 from data.transforms import decode, pixels_chw, resize_and_center_crop, resize_named
 

@@ -1,23 +1,22 @@
 """What training reads from: `train_batches`."""
 
 import logging
-import math
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from data.cache import Access, Cache
+from data.config import DataConfig, SourceConfig, check_numbers
 from data.errors import DataError
 from data.evaluation import evaluation_images, evaluation_tokens
 from data.reader import LaneReader, ReadSamples, SampleInfo
 from data.sampler import LaneAssignment, default_lanes, divides
 from data.samples import Skipped, WindowLimit
-from data.sources import Source, SourceConfig, check_names, describe, is_among, open_shards, open_source
+from data.sources import Source, check_names, describe, is_among, open_shards, open_source
 from data.storage import Timeouts
 from data.stream_state import Totals, add_totals, rank_state, restore, stream_identity
 from data.tokens import TokenHeader, TokenSpec, TokenTransform, check_tokens, first_header
@@ -30,48 +29,6 @@ CONTENTS = ("images", "tokens")
 WARNED_SKIPS = 10  # skipped samples that each process logs; all of them are in `Batch.skipped`
 BUDGET_SAMPLES = 2000  # latest samples of a source that `max_bad_fraction` refers to
 BUDGET_LEAST = 20  # this many bad samples are always accepted
-
-
-@dataclass
-class DataConfig:
-    """The recipe's `data` section. Sizes in pixels, shuffle_block in samples, crop_scale as parts of the area."""
-
-    train: Any = None
-    val: Any = None
-    # A mixture, in place of `train`: a list of sources with name, root, weight, index, filters (`data.SourceConfig`).
-    sources: list[SourceConfig] = field(default_factory=list)
-    # What the samples hold: `images`, or their `tokens` as `ibq tokenize` wrote them.
-    content: str = "images"
-    image_size: int = 256
-    # Side of validation crops; None: as in training. Convolutional models may be judged at another size.
-    val_image_size: int | None = None
-    workers: int = 4
-    # Streams that the data are divided into; None: as many as the global batch has images, or a multiple of that.
-    lanes: int | None = None
-    crop: str = "random"
-    crop_scale: list[float] = field(default_factory=lambda: [0.2, 1.0])
-    resize: str = "pil_antialias"
-    flip: bool = True
-    # Strength of random contrast, saturation, hue and brightness, 0 to 1: for small sets of pictures.
-    color_jitter: float = 0.0
-    # Each lane shuffles so many samples of a shard at a time, or fewer that have so many megabytes.
-    shuffle_block: int = 64
-    shuffle_megabytes: float = 16.0
-    # Shards to pass over, by path, URL or the end of one.
-    quarantine: list[str] = field(default_factory=list)
-    # So many samples one after another may be unusable, and such a part of a source's latest 2,000 in a process.
-    max_bad_in_a_row: int = 100
-    max_bad_fraction: float = 0.1
-    # `pipe:COMMAND` as a shard runs a shell.
-    allow_pipes: bool = False
-    # Folder for local copies of remote shards; None: remote shards are read where they are.
-    cache: str | None = None
-    cache_gigabytes: float = 100.0
-    # Of a remote shard: limit of one request, and of all tries together.
-    request_seconds: float = 30.0
-    retry_seconds: float = 300.0
-    # Writes the key of every delivered sample to RUN/audit/.
-    audit: bool = False
 
 
 class Batch(NamedTuple):
@@ -122,7 +79,7 @@ class TrainStream:
         state: dict | None = None,
         tokens: TokenSpec | None = None,
     ):
-        _check_numbers(config)
+        check_numbers(config)
         self.config, self.micro_batch_size = config, micro_batch_size
         lanes, quarantine, sources_before = config.lanes, frozenset(config.quarantine), {}
         if state is not None:
@@ -279,7 +236,7 @@ def check(
     """Raises DataError for settings or shards that training could not start with. train: whether the shards to train
     on are looked at, too. progress: called with (tars scanned, tars in all). tokens: what is expected of token shards,
     with data.content=tokens; the first sample of each source is compared with it."""
-    _check_numbers(config)
+    check_numbers(config)
     transform_of(config, tokens)
     if train:
         sources = open_sources(config, frozenset(config.quarantine), progress=progress)
@@ -344,19 +301,6 @@ def _configs(config: DataConfig) -> list[SourceConfig]:
     configs = config.sources or [SourceConfig(root=config.train)]
     check_names(configs)
     return configs
-
-
-def _check_numbers(config: DataConfig) -> None:
-    for name, least in {"workers": 0, "shuffle_block": 1, "max_bad_in_a_row": 1}.items():
-        if getattr(config, name) < least:
-            raise DataError(f"data.{name}={getattr(config, name)} must be at least {least}")
-    for name in ("shuffle_megabytes", "cache_gigabytes", "request_seconds", "retry_seconds"):
-        if not 0 < getattr(config, name) < math.inf:
-            raise DataError(f"data.{name}={getattr(config, name)} must be above 0 and finite")
-    if not 0 <= config.max_bad_fraction <= 1:
-        raise DataError(f"data.max_bad_fraction={config.max_bad_fraction} must lie between 0 and 1")
-    if config.lanes is not None and config.lanes < 1:
-        raise DataError(f"data.lanes={config.lanes} must be at least 1")
 
 
 def transform_of(config: DataConfig, tokens: TokenSpec | None = None) -> TrainingTransform | TokenTransform:

@@ -6,16 +6,17 @@ import json
 import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import yaml
 
 from data.addresses import is_remote
 from data.cache import Access
+from data.config import FilterConfig, SourceConfig
 from data.errors import DataError, Filtered, ImageError
 from data.folder_reader import folder_shard, is_folder_of_images, is_zip, zip_shard
 from data.index import INDEX_NAME, Index, common_root, without_query
@@ -24,52 +25,6 @@ from data.shards import expand
 from data.tar_reader import PIPE, TarShard
 
 MOST_SCANNED = 256  # a source with more local tars without an index is scanned one tar at a time during the run
-
-
-@dataclass
-class FilterConfig:
-    """Which samples are left out. Bounds are inclusive; None: no bound. Scores are read from a sample's JSON, from the
-    field that the catalogue names; a sample without the score does not pass.
-
-    min_side: pixels of the image's shorter side; max_aspect_ratio: longer side over shorter side.
-    keys, not_keys: text files with one key in each line: only these samples; none of these.
-    """
-
-    min_side: int | None = None
-    max_aspect_ratio: float | None = None
-    min_aesthetic: float | None = None
-    max_nsfw: float | None = None
-    max_watermark: float | None = None
-    min_similarity: float | None = None
-    keys: str | None = None
-    not_keys: str | None = None
-
-
-@dataclass
-class SourceConfig:
-    """One source of a mixture.
-
-    name: an entry of the catalogue (`data/sources.yaml`), which states where images, captions and scores are in a
-        sample, or a new name. root: tars, a folder, a zip file (as `data.train`). weight: its share of the samples,
-        relative to the other sources'. index: a file that `ibq shards check --write-index` wrote;
-        None: index.safetensors beside the tars, if it exists.
-    image, caption, class_from: member suffixes (image in order of preference); default: the catalogue's.
-        class_from may be `folder`. caption_field: the caption is this field of the member `json`. fields: a filter's
-        score (aesthetic, nsfw, watermark, similarity) -> the field of the member `json`. like: the catalogue entry to
-        use for a source with a new name.
-    """
-
-    name: str = "train"
-    root: Any = None
-    weight: float = 1.0
-    index: str | None = None
-    image: list[str] | None = None
-    caption: str | None = None
-    caption_field: str | None = None
-    class_from: str | None = None
-    fields: dict[str, str] = field(default_factory=dict)
-    like: str | None = None
-    filters: FilterConfig = field(default_factory=FilterConfig)
 
 
 class Layout(NamedTuple):

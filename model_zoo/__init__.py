@@ -1,4 +1,4 @@
-"""Models of `ibq`: quantizers, tokenizers, generators, discriminator, losses. Models know no ranks and no trainer.
+"""Models of `ibq`: quantizers, tokenizers, generators, discriminator, losses. Independent of ranks and of the trainer.
 
 Names carry shapes: b batch, c channels, h and w height and width, n tokens, k codes, d code dimension
 (``z_nd`` is tokens x code dimension).
@@ -8,12 +8,14 @@ from importlib import import_module
 
 from model_zoo.errors import ModelError
 
-# Where each public name is defined. A name is imported when it is first used, so that importing one part of the
-# package does not import all of it.
+# Where each public name is defined. Names are imported at first use, so that importing one part of the package does
+# not import all of it.
 _DEFINED_IN = {
-    "model_zoo.sampler": ("Sampler", "Sampling"),
-    "model_zoo.tokenizer": ("Tokenizer", "TokenizerConfig", "load_tokenizer"),
-    "model_zoo.transformer": ("Transformer", "TransformerConfig", "load_generator"),
+    "model_zoo.config": ("Sampling", "TokenizerConfig", "TransformerConfig"),
+    "model_zoo.io.load": ("load_generator", "load_tokenizer"),
+    "model_zoo.sampler": ("Sampler",),
+    "model_zoo.tokenizer": ("Tokenizer",),
+    "model_zoo.transformer": ("Transformer",),
 }
 _MODULE_OF = {name: module for module, names in _DEFINED_IN.items() for name in names}
 

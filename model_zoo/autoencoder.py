@@ -1,8 +1,8 @@
 """The convolutional encoder and decoder of VQGAN (arXiv 2012.09841), with its parameter names.
 
 Published tokenizers load by name: `down.I.block.J.conv1`, `up.I.upsample.conv` and so on, levels numbered from the
-finest. `patch_size` > 1 is ours: the first and last convolution work on patches, which saves small models the costly
-fine levels.
+finest. `patch_size` > 1 is our addition: the first and last convolution work on patches, so that small models need no
+expensive fine levels.
 """
 
 from collections import OrderedDict
@@ -19,10 +19,11 @@ from model_zoo.errors import ModelError
 
 
 def group_norm(channels: int, eps: float = 1e-6) -> nn.GroupNorm:
-    """GroupNorm with VQGAN's 32 groups where they divide `channels`, else with the most groups of 4 channels or more.
+    """GroupNorm with VQGAN's 32 groups if they divide `channels`, else with as many groups as possible of at least 4
+    channels.
 
-    4 channels a group is what VQGAN's narrowest layers have (128 / 32). Groups of one channel would be instance norm,
-    which erases every channel's mean; the 32 groups of a 32 channel layer are just that, so small models want 64.
+    VQGAN's narrowest layers have 4 channels per group (128 / 32). Groups of one channel are instance norm, which
+    removes the mean of every channel; 32 channels have such groups, so small models should use 64 channels.
     """
     if channels % 32 == 0:
         groups = 32
@@ -32,7 +33,7 @@ def group_norm(channels: int, eps: float = 1e-6) -> nn.GroupNorm:
 
 
 class PositionNorm(nn.LayerNorm):
-    """Layer norm over the channels of each position: unlike GroupNorm it takes no statistics over the picture."""
+    """Layer norm over the channels of each position. Unlike GroupNorm it uses no statistics over the image."""
 
     def __init__(self, channels: int):
         super().__init__(channels, eps=1e-6)
@@ -42,7 +43,7 @@ class PositionNorm(nn.LayerNorm):
 
 
 class ResBlock(nn.Module):
-    """Two (norm, SiLU, 3x3 convolution) beside a shortcut, which is a 1x1 convolution where the width changes."""
+    """Two (norm, SiLU, 3x3 convolution) with a residual connection: a 1x1 convolution if the width changes."""
 
     def __init__(self, in_channels: int, out_channels: int, local: bool = False):
         super().__init__()
@@ -60,7 +61,7 @@ class ResBlock(nn.Module):
 
 
 class AttentionBlock(nn.Module):
-    """Single-head self-attention among all h*w positions, added to its input."""
+    """Single-head self-attention over all h*w positions, with a residual connection."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -79,7 +80,7 @@ class AttentionBlock(nn.Module):
 
 
 class Downsample(nn.Module):
-    """Halves the sides: 3x3 convolution of stride 2 after one row and column of zeros at the bottom and right."""
+    """Halves height and width: a 3x3 convolution of stride 2, with one row of zeros at the bottom, one column right."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -90,7 +91,7 @@ class Downsample(nn.Module):
 
 
 class Upsample(nn.Module):
-    """Doubles the sides: nearest neighbour, then a 3x3 convolution."""
+    """Doubles height and width: nearest neighbour, then a 3x3 convolution."""
 
     def __init__(self, channels: int):
         super().__init__()
@@ -101,7 +102,7 @@ class Upsample(nn.Module):
 
 
 class Level(nn.Module):
-    """The residual blocks of one resolution, each followed by attention where `attention` says so."""
+    """The residual blocks of one resolution, each followed by an attention block if `attention` is set."""
 
     def __init__(self, in_channels: int, out_channels: int, num_res_blocks: int, attention: bool, local: bool):
         super().__init__()
@@ -118,7 +119,7 @@ class Level(nn.Module):
 
 
 class DownLevel(Level):
-    """A level of the encoder; all but the coarsest end by halving the sides."""
+    """A level of the encoder; all but the coarsest end with a `Downsample`."""
 
     def __init__(
         self, in_channels: int, out_channels: int, num_res_blocks: int, attention: bool, local: bool, coarsest: bool
@@ -131,7 +132,7 @@ class DownLevel(Level):
 
 
 class UpLevel(Level):
-    """A level of the decoder; all but the finest end by doubling the sides."""
+    """A level of the decoder; all but the finest end with an `Upsample`."""
 
     def __init__(
         self, in_channels: int, out_channels: int, num_res_blocks: int, attention: bool, local: bool, finest: bool
@@ -144,7 +145,7 @@ class UpLevel(Level):
 
 
 def middle(channels: int, local: bool) -> nn.Sequential:
-    """Residual block, attention (not where `local`), residual block, at the coarsest resolution."""
+    """Residual block, attention (unless `local`), residual block, at the coarsest resolution."""
     blocks = OrderedDict(block_1=ResBlock(channels, channels, local))
     if not local:
         blocks["attn_1"] = AttentionBlock(channels)
@@ -157,7 +158,7 @@ def levels_with_attention(
 ) -> list[bool]:
     """For each level, whether its downsampling factor `patch_size * 2^level` is among `attention_factors`.
 
-    Raises ModelError for a factor that no level has, and for any factor where the model is to be `local`.
+    Raises ModelError for a factor that no level has, and for any factor if the model is `local`.
     """
     if local and attention_factors:
         raise ModelError(f"a local model has no attention: set attention_factors=[], not {list(attention_factors)}")
@@ -165,7 +166,7 @@ def levels_with_attention(
     unknown = sorted(set(attention_factors) - set(factors))
     if unknown:
         raise ModelError(
-            f"attention_factors {unknown} fit no level: with patch_size {patch_size} and {len(factors)}"
+            f"attention_factors {unknown} match no level: with patch_size {patch_size} and {len(factors)}"
             f" channel_multipliers the levels have factors {factors}; choose among these, or [] for attention in the"
             " middle only"
         )
@@ -173,8 +174,8 @@ def levels_with_attention(
 
 
 def checkpoint_activations(module: nn.Module) -> None:
-    """From now on the residual and attention blocks of a module keep only their inputs for the backward pass, which
-    computes the rest again (Chen et al., arXiv 1604.06174)."""
+    """Discards the activations inside each residual and attention block and recomputes them in the backward pass (Chen
+    et al., arXiv 1604.06174)."""
     for block in module.modules():
         if isinstance(block, ResBlock | AttentionBlock):
             block.forward = partial(checkpoint, block.forward, use_reentrant=False)
@@ -184,20 +185,20 @@ class Encoder(nn.Module):
     """Images to latents (VQGAN's encoder).
 
     Args:
-        channels: width that each entry of `channel_multipliers` multiplies.
-        channel_multipliers: one per level, finest first; each level but the last halves the sides.
+        channels: base width, multiplied by each entry of `channel_multipliers`.
+        channel_multipliers: one per level, finest first; each level but the last halves height and width.
         num_res_blocks: residual blocks per level.
         attention_factors: downsampling factors (`patch_size * 2^level`) of the levels that have attention.
         latent_channels: channels of the output.
         patch_size: side of the first convolution's patches; 1 is VQGAN, whose first convolution is 3x3.
-        local: every position depends on its neighbourhood only: layer norm over each position's channels in place of
-            GroupNorm over the picture, and no attention. Small models on few pictures then read absolute colours, and
-            work at other sizes than they were trained on.
+        local: each position depends only on its neighbourhood: layer norm over each position's channels instead of
+            GroupNorm over the image, and no attention. Small models trained on few images then see absolute colours,
+            and work at image sizes other than those of training.
         image_channels: channels of the input.
 
     Raises:
-        ModelError: an attention factor that no level has, or any with `local`; in `forward`, sides that are no multiple
-            of the factor.
+        ModelError: for an attention factor that no level has, or any with `local`; in `forward`, for height or width
+            that is not a multiple of the downsampling factor.
     """
 
     def __init__(
@@ -248,10 +249,10 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents to images (VQGAN's decoder), the mirror of `Encoder` with one residual block more per level.
+    """Latents to images (VQGAN's decoder): the mirror of `Encoder`, with one more residual block per level.
 
-    Arguments are those of `Encoder`, and so is the error of an unknown attention factor. With `patch_size` > 1 the last
-    convolution gives each patch's pixels as channels and a pixel shuffle lays them out.
+    Arguments and errors are those of `Encoder`. With `patch_size` > 1 the last convolution outputs the pixels of each
+    patch as channels, and a pixel shuffle arranges them.
     """
 
     def __init__(
@@ -272,7 +273,7 @@ class Decoder(nn.Module):
 
         self.conv_in = nn.Conv2d(latent_channels, widths[-1], 3, padding=1)
         self.mid = middle(widths[-1], local)
-        # Numbered by resolution like the encoder's, run from the last: each takes what the next coarser level gives.
+        # Numbered by resolution like the encoder's and run in reverse: each takes the output of the next coarser level.
         self.up = nn.ModuleList(
             UpLevel(in_channels, out_channels, num_res_blocks + 1, attention[level], local, level == 0)
             for level, (in_channels, out_channels) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True))

@@ -10,31 +10,31 @@ NORMS = {"batch": nn.BatchNorm2d, "group": lambda channels: group_norm(channels,
 
 
 class PatchDiscriminator(nn.Module):
-    """Judges overlapping patches: images (b, image_channels, h, w) -> logits (b, 1, h', w'), high for real.
+    """Classifies overlapping patches: images (b, image_channels, h, w) -> logits (b, 1, h', w'), high for real.
 
-    With the defaults a logit sees 70 x 70 pixels, and there are 2,765,633 parameters.
+    With the defaults the receptive field of a logit is 70 x 70 pixels, and there are 2,765,633 parameters.
     Published weights (`loss.discriminator.main.N.*`) load into `norm="batch"` by name.
 
-    `norm="batch"`: real and fake images must go through separate forwards, so that their statistics never mix: in one
-    batch, half of the mean that normalises a real image would come from fakes, and the other way round. Both forwards
-    come before their one backward, so a data-parallel wrapper must not broadcast the running statistics in between.
-    `norm="group"`: no image knows of another, so that one forward of real and fake together does for both.
+    `norm="batch"`: real and fake images need separate forward passes, so that their batch statistics do not mix. Both
+    forward passes precede the single backward pass, so a data-parallel wrapper must not broadcast the running
+    statistics in between.
+    `norm="group"`: images are independent, so one forward pass can take real and fake images together.
 
     Args:
         channels: width of the first convolution; it doubles with each layer, up to 8 times.
         layers: convolutions of stride 2.
-        norm: "batch" (the published one) or "group".
+        norm: "batch" (as published) or "group".
         image_channels: channels of the input.
 
     Raises:
-        ModelError: an unknown `norm`; in `forward`, images too small to leave a single logit.
+        ModelError: for an unknown `norm`; in `forward`, for images too small to produce one logit.
     """
 
     def __init__(self, *, channels: int = 64, layers: int = 3, norm: str = "batch", image_channels: int = 3):
         super().__init__()
         if norm not in NORMS:
             raise ModelError(f"unknown discriminator norm {norm!r}: choose one of {', '.join(NORMS)}")
-        # Each stride-2 convolution halves a side (rounding down); each of the last two takes one pixel off it.
+        # Each stride-2 convolution halves a side (rounding down); each of the last two shortens it by one pixel.
         self.smallest_side = 3 * 2**layers
 
         widths = [channels * min(2**layer, 8) for layer in range(layers + 1)]

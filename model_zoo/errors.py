@@ -1,5 +1,5 @@
-"""The exception for mistakes of the user in models."""
+"""The exception for user errors concerning models."""
 
 
 class ModelError(Exception):
-    """A model cannot do what was asked of it. The message is one line and says how to fix it."""
+    """A request that a model cannot fulfil. The message is one line and says how to fix it."""

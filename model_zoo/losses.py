@@ -1,115 +1,37 @@
-"""Losses of tokenizer training, each a plain function of tensors; the task weighs and logs them by name.
+"""Losses of tokenizer training, each a plain function of tensors; the training task weights and logs them.
 
-Facts: arXiv 2412.02692 (eq. 12 and the entropy penalty), VQGAN (arXiv 2012.09841), LeCAM (arXiv 2104.03310).
+Sources: arXiv 2412.02692 (eq. 12 and the entropy penalty), VQGAN (arXiv 2012.09841), LeCAM (arXiv 2104.03310).
 """
 
-from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model_zoo.ops import average_entropy, sum_over_shards
-from model_zoo.ops.index_backprop import AVERAGE_ENTROPY_EPSILON
-from model_zoo.quantizers import Quantized
-
-
-@dataclass
-class ReconstructionLoss:
-    """Mean absolute error on [-1, 1]."""
-
-    weight: float = 1.0
-
-
-@dataclass
-class PerceptualLoss:
-    """LPIPS with VGG16, whose weights file the user supplies (a path here, or torch's cache)."""
-
-    weight: float = 1.0
-    vgg16_weights: str | None = None
-
-
-@dataclass
-class GeneratorLoss:
-    """The generator's adversarial term."""
-
-    weight: float = 0.1
-    kind: str = "non_saturating"
-    # VQGAN's rule: weight x |grad of reconstruction| / |grad of this term| at the last layer, capped.
-    adaptive: bool = False
-    adaptive_cap: float = 1e4
-    # First step of the term (None: with the discriminator), and the steps in which it grows from 0 to its weight.
-    start_step: int | None = None
-    ramp_steps: int = 0
-
-
-@dataclass
-class DiscriminatorLoss:
-    """The discriminator's own loss: ``hinge`` or ``vanilla``; it learns from ``start_step`` on."""
-
-    kind: str = "hinge"
-    start_step: int = 0
-
-
-@dataclass
-class LecamLoss:
-    """LeCAM regularisation of the discriminator."""
-
-    weight: float = 0.05
-    decay: float = 0.999
-
-
-@dataclass
-class QuantizerLoss:
-    """VQ losses. ``form`` says on which term beta sits; see `quantizer_loss`."""
-
-    weight: float = 1.0
-    form: str = "reference"
-    beta: float = 0.25
-    double_quantization_weight: float = 1.0
-
-
-@dataclass
-class EntropyLoss:
-    """weight x (sample_weight x sample entropy - average_weight x average entropy)."""
-
-    weight: float = 0.05
-    temperature: float = 0.01
-    sample_weight: float = 1.0
-    average_weight: float = 1.0
-
-
-@dataclass
-class LossConfig:
-    """All terms of tokenizer training; the defaults are the published ones."""
-
-    reconstruction: ReconstructionLoss = field(default_factory=ReconstructionLoss)
-    perceptual: PerceptualLoss = field(default_factory=PerceptualLoss)
-    generator: GeneratorLoss = field(default_factory=GeneratorLoss)
-    discriminator: DiscriminatorLoss = field(default_factory=DiscriminatorLoss)
-    lecam: LecamLoss = field(default_factory=LecamLoss)
-    quantizer: QuantizerLoss = field(default_factory=QuantizerLoss)
-    entropy: EntropyLoss = field(default_factory=EntropyLoss)
+from model_zoo.config import EntropyLoss, QuantizerLoss
+from model_zoo.ops.codebook_parallel import sum_over_shards
+from model_zoo.ops.types import AVERAGE_ENTROPY_EPSILON, average_entropy
+from model_zoo.quantizers.base import Quantized
 
 
 def hinge_discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
-    """Half the sum of the real and fake hinges, a mean over all logits."""
+    """Half the sum of the real and fake hinge losses, each a mean over all logits."""
     return 0.5 * (F.relu(1 - logits_real).mean() + F.relu(1 + logits_fake).mean())
 
 
 def vanilla_discriminator_loss(logits_real: Tensor, logits_fake: Tensor) -> Tensor:
-    """Half the sum of the two cross-entropies (Goodfellow et al. 2014), a mean over all logits."""
+    """Half the sum of the real and fake cross-entropies (Goodfellow et al. 2014), each a mean over all logits."""
     return 0.5 * (F.softplus(-logits_real).mean() + F.softplus(logits_fake).mean())
 
 
 def non_saturating_generator_loss(logits_fake_b1hw: Tensor) -> Tensor:
-    """Mean of -log sigmoid of each image's *mean* logit: the patches are averaged first, as in the published runs."""
+    """Mean of -log sigmoid of each image's *mean* logit: patches are averaged first, as in the published training."""
     return F.softplus(-logits_fake_b1hw.flatten(1).mean(dim=1)).mean()
 
 
 def linear_generator_loss(logits_fake_b1hw: Tensor) -> Tensor:
-    """Minus the mean logit, VQGAN's partner of the hinge."""
+    """Minus the mean logit, which VQGAN uses together with the hinge loss."""
     return -logits_fake_b1hw.mean()
 
 
@@ -118,9 +40,9 @@ GENERATOR_LOSSES = {"non_saturating": non_saturating_generator_loss, "linear": l
 
 
 class Lecam(nn.Module):
-    """LeCAM: pulls the logits towards running means of the opposite side.
+    """LeCAM regularisation: penalises logits that lie beyond the running mean of the opposite class.
 
-    The means are buffers, so they are saved and resumed. They start at 0, as in the published training.
+    The running means are buffers, so checkpoints contain them. They start at 0, as in the published training.
     """
 
     def __init__(self, decay: float):
@@ -137,18 +59,19 @@ class Lecam(nn.Module):
 
     @torch.no_grad()
     def update(self, mean_real: Tensor, mean_fake: Tensor) -> None:
-        """Takes the mean logits of one *global* batch; call it once a step, after the step's backward passes."""
+        """Updates the running means with the mean logits of one *global* batch. Call once per step, after its backward
+        passes."""
         self.mean_real.lerp_(mean_real.to(self.mean_real.dtype), 1 - self.decay)
         self.mean_fake.lerp_(mean_fake.to(self.mean_fake.dtype), 1 - self.decay)
 
 
 def quantizer_loss(quantized: Quantized, config: QuantizerLoss) -> Tensor:
-    """The VQ terms, weighed, in one of the two published forms.
+    """The weighted VQ terms, in one of the two published forms.
 
     ``paper``: codebook + beta x commitment (arXiv 2412.02692 eq. 12; van den Oord et al. eq. 3).
-    ``reference``: commitment + beta x codebook, what the released IBQ code computes and its checkpoints learned from
-    (VQGAN's code has the same slip). Where the quantizer has a double quantization term, it is added; where it learns
-    no codebook, that term is left out.
+    ``reference``: commitment + beta x codebook, which the released IBQ code computes and its checkpoints were trained
+    with (VQGAN's code swaps the terms in the same way). The double quantization term is added if the quantizer has one;
+    the codebook term is omitted if the quantizer learns no codebook.
     """
     codebook = 0.0 if quantized.codebook is None else quantized.codebook
     if config.form == "paper":
@@ -161,7 +84,7 @@ def quantizer_loss(quantized: Quantized, config: QuantizerLoss) -> Tensor:
 
 
 class EntropyPenalty(NamedTuple):
-    """loss is the weighed penalty; average_entropy is the entropy of the whole global batch, for the log."""
+    """loss: the weighted penalty. average_entropy: that of the whole global batch, for logging."""
 
     loss: Tensor
     average_entropy: Tensor
@@ -170,11 +93,11 @@ class EntropyPenalty(NamedTuple):
 def entropy_penalty(quantized: Quantized, global_average_k: Tensor, config: EntropyLoss) -> EntropyPenalty:
     """Sample entropy minus the entropy of the *global* batch's mean assignment (before ``config.weight``).
 
-    global_average_k: the mean of ``average_probability_k`` over all micro-batches and ranks, no gradient; of this
-        rank's codes alone where the codebook is sharded.
-    The value is that of the global batch, and so is the gradient: H is linearised at the global mean, where
-    dH/da_k = -(log(a_k + eps) + a_k / (a_k + eps)), and each micro-batch pulls by its own share. So neither the number
-    of ranks nor of micro-batches changes what is learned.
+    global_average_k: the mean of ``average_probability_k`` over all micro-batches and ranks, without gradient; only
+        this rank's codes if the codebook is sharded.
+    Value and gradient are those of the global batch: H is linearised at the global mean, where
+    dH/da_k = -(log(a_k + eps) + a_k / (a_k + eps)), and each micro-batch contributes its part of the linear term.
+    Training therefore does not depend on the number of ranks or micro-batches.
     """
     a_k = global_average_k.detach()
     slope_k = -(torch.log(a_k + AVERAGE_ENTROPY_EPSILON) + a_k / (a_k + AVERAGE_ENTROPY_EPSILON))

@@ -1,12 +1,11 @@
-"""Draws images' codes from a generator, one position after another.
+"""Samples the codes of images from a generator, one position at a time.
 
-Shapes: b images, t positions, v codes of the vocabulary; n = b, or with guidance 2 b: the same images without a class
-behind those with it.
+Shapes: b images, t positions, v vocabulary; n = b, or with guidance n = 2 b: b rows with the class, then the same
+rows without it.
 """
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -14,53 +13,31 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model_zoo.config import Sampling
 from model_zoo.errors import ModelError
-from model_zoo.transformer import Head, Now, Past, Transformer
+from model_zoo.transformer import BlockCache, DecodePosition, Head, Transformer
 
-# Share of the guidance over the way through an image, x from 0 at the first code to 1 at the last.
+# Guidance strength as a function of the position, x from 0 at the first code to 1 at the last.
 SCHEDULES: dict[str, Callable[[Tensor], Tensor]] = {
     "constant": torch.ones_like,
     "linear": lambda x: x,
     "cosine": lambda x: (1 - torch.cos(math.pi * x)) / 2,
 }
-BUCKET = 64  # positions by which the part of the cache that static steps look at grows
-WARM_UP_STEPS = 3  # before a capture, as PyTorch's documentation has it
+BUCKET = 64  # with static shapes, the number of cached positions that attention reads grows in these steps
+WARM_UP_STEPS = 3  # before a capture, as PyTorch's documentation recommends
 
 
-@dataclass(frozen=True)
-class Sampling:
-    """How codes are drawn. guidance s: ``uncond + s_t (cond - uncond)`` of the logits (arXiv 2207.12598), 1 for none,
-    with ``s_t = 1 + (s - 1) f(x)`` and f of `SCHEDULES`. Then temperature, then top_k (0: all codes), then top_p: the
-    fewest codes whose probability among those reaches it. Raises ModelError."""
-
-    temperature: float = 1.0
-    guidance: float = 1.0
-    guidance_schedule: str = "constant"
-    top_k: int = 0
-    top_p: float = 1.0
-
-    def __post_init__(self):
-        if not 0 < self.temperature < math.inf:
-            raise ModelError(f"temperature {self.temperature} must be above 0 and finite")
-        if not 0 <= self.guidance < math.inf:
-            raise ModelError(f"guidance {self.guidance} must be at least 0 and finite; 1 is none")
-        if self.guidance_schedule not in SCHEDULES:
-            known = ", ".join(SCHEDULES)
-            raise ModelError(f"unknown guidance schedule {self.guidance_schedule!r}: choose one of {known}")
-        if self.top_k < 0:
-            raise ModelError(f"top_k {self.top_k} must be at least 0; 0 takes all codes")
-        if not 0 < self.top_p <= 1:
-            raise ModelError(f"top_p {self.top_p} must be above 0 and at most 1; 1 takes all codes")
-
-    def guidance_t(self, tokens: int) -> Tensor:
-        """s_t of each position, fp32 on the CPU."""
-        return 1 + (self.guidance - 1) * SCHEDULES[self.guidance_schedule](torch.linspace(0, 1, tokens))
+def guidance_scale_t(settings: Sampling, tokens: int) -> Tensor:
+    """s_t of each position (see `Sampling`), in fp32 on the CPU."""
+    return 1 + (settings.guidance - 1) * SCHEDULES[settings.guidance_schedule](torch.linspace(0, 1, tokens))
 
 
 def draw(logits_bv: Tensor, uniform_b: Tensor, settings: Sampling) -> Tensor:
-    """int64 codes ``(b,)`` by the inverse distribution function at fp64 numbers in [0, 1), with temperature, top_k and
-    top_p of the settings; in fp64. Codes of probability 0 are never drawn. Of equal logits at the edge of top_p the
-    lower codes stay; at that of top_k those that `torch.topk` takes."""
+    """Samples int64 codes ``(b,)`` by inverse transform sampling in fp64, with temperature, top_k and top_p.
+
+    uniform_b: fp64 random numbers in [0, 1). Codes of probability 0 are never sampled. Among equal logits at the top_p
+    boundary the lower codes are kept; at the top_k boundary those that `torch.topk` returns.
+    """
     scaled_bv, code_bv = logits_bv.double() / settings.temperature, None
     if 0 < settings.top_k < logits_bv.shape[1]:
         scaled_bv, code_bv = scaled_bv.topk(settings.top_k)
@@ -70,33 +47,33 @@ def draw(logits_bv: Tensor, uniform_b: Tensor, settings: Sampling) -> Tensor:
     if settings.top_p < 1:
         before_bv = F.pad(probability_bv.cumsum(dim=1)[:, :-1], (1, 0))
         probability_bv = torch.where(before_bv < settings.top_p, probability_bv, 0)
-    # A parallel sum need not rise evenly where it should stay the same: codes of probability 0 are taken out of it.
+    # A parallel cumsum may vary by rounding where it should be constant, so codes of probability 0 are excluded.
     summed_bv = probability_bv.cumsum(dim=1) * (probability_bv > 0)
     chosen_b1 = (summed_bv > uniform_b[:, None] * summed_bv.amax(dim=1, keepdim=True)).int().argmax(dim=1, keepdim=True)
     return (chosen_b1 if code_bv is None else code_bv.gather(1, chosen_b1))[:, 0]
 
 
 def uniform(seed: int, tokens: int) -> Tensor:
-    """An image's random numbers, one for each code: fp64 in [0, 1), of a seed from 0 to below 2^64."""
-    # Not torch's, which on the CPU looks at the lower 32 bits of a seed alone.
+    """The random numbers of one image, one per code: fp64 in [0, 1). seed: from 0 to below 2^64."""
+    # Not torch's generator, which on the CPU uses only the lower 32 bits of a seed.
     return torch.from_numpy(np.random.Generator(np.random.Philox(seed)).random(tokens))
 
 
-class State(NamedTuple):
-    """What stays in its place from step to step and from batch to batch, so that a captured graph finds it."""
+class SamplerState(NamedTuple):
+    """Tensors that keep their addresses across steps and batches, so that captured CUDA graphs can read them."""
 
     class_n: Tensor
-    uniform_bt: Tensor  # fp64; a code is drawn at each
+    uniform_bt: Tensor  # fp64 random numbers, one per code
     guidance_t: Tensor
     position: Tensor  # (1,)
     codes_bt: Tensor
-    finite_b: Tensor  # whether all logits were
-    pasts: list[Past]
+    finite_b: Tensor  # whether all logits so far were finite
+    caches: list[BlockCache]
 
 
 def step(
     transformer: Transformer,
-    state: State,
+    state: SamplerState,
     settings: Sampling,
     dtype: torch.dtype | None,
     *,
@@ -104,17 +81,22 @@ def step(
     limit: int,
     masked: bool,
 ) -> None:
-    """Draws the code at ``state.position``, in place. limit: how many positions of the cache are looked at; masked:
-    those behind the position are left out. Where it is, is read from tensors, so that the same step serves many."""
+    """Samples the code at ``state.position``, in place. The position is read from a tensor, so that one captured graph
+    or compiled function serves many positions.
+
+    limit: number of cached positions that attention reads. masked: mask those after the current position.
+    """
     position, mask_1t = state.position, None
     if masked:
         mask_1t = torch.arange(limit, device=position.device)[None] <= position
     code_b = state.codes_bt.index_select(1, position - (0 if first else 1))[:, 0]
     guided = len(state.class_n) > len(code_b)
     index_n = None if first else torch.cat([code_b, code_b]) if guided else code_b
-    # Without its cache of cast weights, which would not outlive a captured graph.
+    # Without autocast's cache of converted weights, whose memory would not outlive a captured graph.
     with torch.autocast(position.device.type, dtype, enabled=dtype is not None, cache_enabled=False):
-        logits_nv = transformer.next_logits(index_n, state.class_n, state.pasts, Now(position, first, limit, mask_1t))
+        logits_nv = transformer.next_logits(
+            index_n, state.class_n, state.caches, DecodePosition(position, first, limit, mask_1t)
+        )
     logits_bv = logits_nv.float()
     if guided:
         conditional_bv, unconditional_bv = logits_bv.chunk(2)
@@ -125,18 +107,19 @@ def step(
 
 
 class Sampler:
-    """Draws codes for up to ``batch_size`` images at once, with the keys and values of former positions kept.
+    """Samples codes for up to ``batch_size`` images at once with a KV cache.
 
-    transformer: in eval mode, on its device; its weights may change between calls, in place. dtype: of products, by
-    autocast, and of what is kept; None: the weights'. compile: by torch.compile. graphs: on CUDA the steps are
-    captured, one graph for each BUCKET positions; leave them out for few images. What was captured serves for as long
-    as the settings stay the same.
+    transformer: in eval mode, on its device; its weights may be changed in place between calls.
+    dtype: of matrix products (by autocast) and of the cache; None means the dtype of the weights.
+    compile: compile the step with torch.compile.
+    graphs: on CUDA, capture the steps as CUDA graphs, one per BUCKET positions, and reuse them until the settings
+        change. Capturing does not pay off for few images.
 
-    An image depends on its class, its seed and the settings alone: each has random numbers of its own, whatever the
-    batch, the order, or the number of processes. That is so in exact arithmetic. In floating point a matrix product
-    rounds otherwise at another batch size (hence smaller batches are filled up), on another device or kernel, and, with
-    some libraries, in another row; a code whose neighbour's edge lies within that rounding may then turn out otherwise,
-    and all codes after it.
+    An image depends only on its class, its seed and the settings, not on the batch, the order or the number of
+    processes: each image has its own random numbers. This holds in exact arithmetic. In floating point the rounding of
+    matrix products depends on the batch size (smaller batches are therefore padded), the device, the kernel and, with
+    some libraries, the row. A random number within this rounding of the boundary between two codes may select the other
+    code, which then changes all later codes.
     """
 
     def __init__(
@@ -153,7 +136,7 @@ class Sampler:
         self.step = torch.compile(step, fullgraph=True) if compile else step
         self.device = transformer.rope_tp2.device
         self.captures = graphs and self.device.type == "cuda"
-        self.static = self.captures or compile  # steps of few shapes
+        self.static = self.captures or compile  # few distinct shapes
         self.settings: Sampling | None = None
 
     @torch.no_grad()
@@ -164,16 +147,18 @@ class Sampler:
         settings: Sampling,
         beat: Callable[[], None] = lambda: None,
     ) -> Tensor:
-        """Codes int64 ``(b, rows, columns)`` of images of these classes (``config.classes``: of none), b up to
-        ``batch_size``; seeds: one for each image, from 0 to below 2^64. beat: called after every position. Raises
-        ModelError."""
+        """Samples codes, int64 ``(b, rows, columns)``, b up to ``batch_size``.
+
+        class_b: classes; ``config.classes`` means no class. seeds: one per image, from 0 to below 2^64. beat: called
+        after every position. Raises ModelError for bad arguments and for logits that are not finite.
+        """
         config, images = self.transformer.config, len(class_b)
         if not images == len(seeds) <= self.batch_size:
-            raise ModelError(f"{images} classes and {len(seeds)} seeds: give as many, up to {self.batch_size}")
+            raise ModelError(f"{images} classes and {len(seeds)} seeds: give equally many, at most {self.batch_size}")
         if images and not 0 <= int(class_b.min()) <= int(class_b.max()) <= config.classes:
-            raise ModelError(f"classes must lie in [0, {config.classes}], where {config.classes} stands for none")
+            raise ModelError(f"classes must lie in [0, {config.classes}], where {config.classes} means no class")
         if self.transformer.training:
-            raise ModelError("sampling would drop out: put the generator into eval mode first")
+            raise ModelError("the generator is in training mode and would apply dropout: call eval() first")
         if settings != self.settings:
             self._begin(settings)
         state = self.state
@@ -190,18 +175,18 @@ class Sampler:
         return state.codes_bt[:images].view(images, *config.grid).clone()
 
     def _begin(self, settings: Sampling) -> None:
-        """Makes room; what was made for other settings is given back before."""
+        """Allocates the state for these settings, after freeing that of the previous ones."""
         self.state, self.graphs, self.settings = None, {}, None
         config, b, device = self.transformer.config, self.batch_size, self.device
         n = b if settings.guidance == 1 else 2 * b
-        self.state = State(
+        self.state = SamplerState(
             class_n=torch.full((n,), config.classes, device=device),
             uniform_bt=torch.zeros(b, config.tokens, dtype=torch.float64, device=device),
-            guidance_t=settings.guidance_t(config.tokens).to(device),
+            guidance_t=guidance_scale_t(settings, config.tokens).to(device),
             position=torch.zeros(1, dtype=torch.int64, device=device),
             codes_bt=torch.zeros(b, config.tokens, dtype=torch.int64, device=device),
             finite_b=torch.ones(b, dtype=torch.bool, device=device),
-            pasts=self.transformer.new_pasts(n, self.dtype),
+            caches=self.transformer.new_caches(n, self.dtype),
         )
         self.settings = settings
 
@@ -217,11 +202,13 @@ class Sampler:
 
     def _run(self, first: bool, limit: int) -> None:
         where = {"first": first, "limit": limit, "masked": self.static}
-        run = step if first else self.step  # the first is a program of its own, for which compiling does not pay
+        run = (
+            step if first else self.step
+        )  # the first position runs different code, for which compiling does not pay off
         run(self.transformer, self.state, self.settings, self.dtype, **where)
 
     def _capture(self, limit: int) -> torch.cuda.CUDAGraph:
-        """The graph of a step, warmed up at the present position, which it leaves as it was."""
+        """Captures a step as a CUDA graph, after warming up at the current position; results are unaffected."""
         stream, now = torch.cuda.Stream(self.device), torch.cuda.current_stream(self.device)
         stream.wait_stream(now)
         with torch.cuda.stream(stream):
@@ -236,7 +223,7 @@ class Sampler:
 
 
 def keep_products_in(transformer: Transformer, dtype: torch.dtype) -> None:
-    """Turns, for good, the weights that autocast would turn into that dtype at each step: those of products."""
+    """Permanently converts the weights of matrix products, which autocast would convert at every step, to ``dtype``."""
     for module in transformer.modules():
         if isinstance(module, nn.Linear | Head):
             module.to(dtype)

@@ -1,47 +1,21 @@
 """The image tokenizer: encoder, quantizer, decoder."""
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from model_zoo.autoencoder import Decoder, Encoder
+from model_zoo.config import TokenizerConfig, check_fields
 from model_zoo.errors import ModelError
-from model_zoo.io.load import load_model
-from model_zoo.ops import CodebookShard
-from model_zoo.quantizers import Quantized
+from model_zoo.ops.codebook_parallel import CodebookShard
+from model_zoo.quantizers.base import Quantized
 from model_zoo.quantizers.registry import QUANTIZERS
 
 
-@dataclass
-class TokenizerConfig:
-    """Architecture of a tokenizer; the defaults are the published ImageNet one with 16,384 codes."""
-
-    quantizer: str = "ibq"
-    codebook_size: int = 16384
-    code_dim: int = 256
-    channels: int = 128
-    channel_multipliers: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4])
-    num_res_blocks: int = 4
-    # Downsampling factors at which the residual blocks are followed by attention.
-    attention_factors: list[int] = field(default_factory=lambda: [16])
-    latent_channels: int = 256
-    # Above 1 the encoder begins with a strided patch convolution: small models that work at token resolution.
-    patch_size: int = 1
-    # Layer norm per position and no attention: codes depend on their neighbourhood alone. For small models.
-    local: bool = False
-    # Where codes begin. "features": among the features of the first step's images (`CodebookQuantizer.place_among`);
-    # "normal", as published: anywhere, normal(0, codebook_init_std^2), which models without a first step have too.
-    codebook_init: str = "features"
-    codebook_init_std: float = 1.0  # of "normal"
-
-
 class TokenizerOutput(NamedTuple):
-    """reconstruction_bchw in about [-1, 1], not clamped; quantized holds codes and quantizer terms."""
+    """reconstruction_bchw: in about [-1, 1], not clamped. quantized: codes and the quantizer's loss terms."""
 
     reconstruction_bchw: Tensor
     quantized: Quantized
@@ -52,19 +26,16 @@ class Tokenizer(nn.Module):
 
     State-dict names are those of the published checkpoints (VQGAN's).
 
-    shard: the codebook's rows that are here, where it is spread over ranks; see `model_zoo.quantizers.Quantizer`.
+    shard: this rank's rows of a codebook sharded over ranks; see `model_zoo.quantizers.CodebookQuantizer`.
     """
 
     def __init__(self, config: TokenizerConfig, shard: CodebookShard | None = None):
         super().__init__()
         if config.quantizer not in QUANTIZERS:
             raise ModelError(f"unknown model.quantizer {config.quantizer!r}: choose one of {', '.join(QUANTIZERS)}")
-        if config.codebook_size < 2 or config.code_dim < 1:
-            raise ModelError("model.codebook_size must be at least 2 and model.code_dim at least 1")
-        for name in ("channels", "channel_multipliers", "num_res_blocks", "latent_channels", "patch_size"):
-            sizes = getattr(config, name)
-            if min(sizes if isinstance(sizes, Sequence) else [sizes], default=0) < 1:
-                raise ModelError(f"model.{name}={sizes} must be at least 1")
+        check_fields(config)
+        if not config.channel_multipliers:
+            raise ModelError("model.channel_multipliers=[] must have at least 1 level")
         self.config = config
         self.downsampling_factor = config.patch_size * 2 ** (len(config.channel_multipliers) - 1)
         shape = dict(
@@ -93,13 +64,13 @@ class Tokenizer(nn.Module):
         return self.decoder(self.post_quant_conv(quantized_bdhw))
 
     def forward(self, images_bchw: Tensor, entropy_temperature: float | None = None) -> TokenizerOutput:
-        """One training forward; ``entropy_temperature`` asks for the quantizer's entropy terms."""
+        """Forward pass for training. With ``entropy_temperature`` the quantizer's entropy terms are computed too."""
         quantized = self.quantize(self.encode(images_bchw), entropy_temperature)
         return TokenizerOutput(self.decode(quantized.quantized_bdhw), quantized)
 
     def fingerprint(self) -> str:
-        """16 hex digits that tell tokenizers apart by all that makes codes: names, shapes and fp32 values of encoder
-        and codebook, whatever the decoder."""
+        """16 hexadecimal digits that identify the mapping from images to codes: a hash of the names, shapes and fp32
+        values of encoder and codebook. The decoder is not included."""
         digest = hashlib.sha256()
         for name, tensor in sorted(self.state_dict().items()):
             if name.startswith(("encoder.", "quant_conv.", "quantize.")):
@@ -119,13 +90,3 @@ class Tokenizer(nn.Module):
         if index_bhw.numel() and not 0 <= int(index_bhw.min()) <= int(index_bhw.max()) < self.config.codebook_size:
             raise ModelError(f"codes must lie in [0, {self.config.codebook_size})")
         return self.decode(self.quantize.lookup(index_bhw))
-
-
-def load_tokenizer(source: str | Path, weights: str = "ema") -> Tokenizer:
-    """A trained or published tokenizer, in eval mode on the CPU.
-
-    source, weights: see `model_zoo.io.load.read_weights`: a run, a published ``.ckpt`` or an export (a generator's may
-    hold its tokenizer), or a name on the model hub.
-    Raises ModelError where the source, a checkpoint in it, or the asked weights are missing.
-    """
-    return load_model(source, weights, "tokenizer", TokenizerConfig, Tokenizer)

@@ -1,16 +1,14 @@
-"""The autoregressive generator: a Llama-like transformer over an image's codes, row by row (arXiv 2412.02692, 3.3).
+"""The autoregressive generator: a Llama-like transformer over the codes of an image in raster order (arXiv 2412.02692,
+section 3.3).
 
-Position 0 holds the class, which is start token and condition at once; position t holds code t - 1 and predicts code t.
-So ``logits[:, t]`` depends on the class and on codes 0 to t - 1 alone.
+Position 0 holds the class, which serves as start token and as condition; position t holds code t - 1 and predicts code
+t. So ``logits[:, t]`` depends only on the class and on codes 0 to t - 1.
 
-Shapes: b images, t positions, w width, h heads, d numbers in a head, p pairs of them, v codes of the vocabulary.
+Shapes: b images, t positions, w width, h heads, d dimensions of a head, p = d / 2 pairs, v vocabulary.
 State-dict names are those of the published checkpoints.
 """
 
-import math
-from dataclasses import dataclass, field
 from functools import partial
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -18,56 +16,20 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
+from model_zoo.config import TransformerConfig, check_fields
 from model_zoo.errors import ModelError
-from model_zoo.io.load import load_model
-from model_zoo.ops import CodebookShard, LinearCrossEntropy, linear_cross_entropy
 from model_zoo.ops.attention import causal_attention
-
-EMBEDDINGS = ("learned", "codebook")
-
-
-@dataclass
-class TransformerConfig:
-    """Architecture of a generator; the defaults are the published B for 16,384 codes."""
-
-    vocabulary: int = 16384
-    classes: int = 1000
-    # Rows and columns of an image's codes.
-    grid: list[int] = field(default_factory=lambda: [16, 16])
-    depth: int = 16
-    heads: int = 16
-    head_dim: int = 64
-    # Of codes: ``learned``, or ``codebook``: the tokenizer's code vectors, frozen, through a linear layer.
-    embedding: str = "learned"
-    code_dim: int = 256
-    # Of embeddings, attention's and feed-forward's output.
-    dropout: float = 0.1
-    # What the gates' weights are multiplied by at the start: deep models begin closer to the identity.
-    gate_init: float = 1e-3
-
-    @property
-    def width(self) -> int:
-        """Numbers per position."""
-        return self.heads * self.head_dim
-
-    @property
-    def hidden(self) -> int:
-        """Of the feed-forward: 2/3 of 4 x width, rounded up to a multiple of 256."""
-        return -(-int(8 * self.width / 3) // 256) * 256
-
-    @property
-    def tokens(self) -> int:
-        """Codes of an image."""
-        return self.grid[0] * self.grid[1]
+from model_zoo.ops.codebook_parallel import CodebookShard
+from model_zoo.ops.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
 
 
 def flops_per_token(config: TransformerConfig) -> float:
-    """Floating-point operations of a forward, per token; a multiply and an add count as two. Training takes three times
-    as many (the backward pass twice a forward's).
+    """Floating-point operations of a forward pass per token, counting a multiply-add as two. Training needs three times
+    as many, since a backward pass costs as much as two forward passes.
 
-    ``2 depth (4 w^2 + 3 w hidden) + 4 depth tokens w + 2 w vocabulary + 2 (6 depth + 2) w^2 / tokens``: the blocks'
-    matrices; products of queries and keys and of weights and values, the whole square, although half of it is masked;
-    the head; and the modulations, which an image needs once.
+    ``2 depth (4 w^2 + 3 w hidden) + 4 depth tokens w + 2 w vocabulary + 2 (6 depth + 2) w^2 / tokens``. The terms are
+    the matrices of the blocks; the two products of attention, without discount for the causal mask; the head; and the
+    modulations, which are computed once per image.
     """
     w, tokens = config.width, config.tokens
     matrices = 2 * config.depth * (4 * w**2 + 3 * w * config.hidden) + 2 * w * config.vocabulary
@@ -76,18 +38,18 @@ def flops_per_token(config: TransformerConfig) -> float:
     return matrices + 4 * config.depth * tokens * w + 2 * (6 * config.depth + 2) * w**2 / tokens
 
 
-class Past(NamedTuple):
-    """What a block keeps while an image is generated: keys and values ``(b, h, t, d)`` of the positions before, and its
-    modulation ``(b, 6, w)``, which is the same at all of them."""
+class BlockCache(NamedTuple):
+    """Cache of one block during sampling: keys and values ``(b, h, t, d)`` of previous positions, and the block's
+    modulation ``(b, 6, w)``, which is the same at all positions."""
 
     keys_bhtd: Tensor
     values_bhtd: Tensor
     modulation_b6w: Tensor
 
 
-class Now(NamedTuple):
-    """Where generating is: the position, as a tensor ``(1,)``; whether it is the first; and how many positions of
-    `Past` are looked at, which of them by ``mask_1t`` (None: all)."""
+class DecodePosition(NamedTuple):
+    """The position to be sampled, as a tensor ``(1,)``; whether it is the first; and how many cached positions
+    attention reads, of which ``mask_1t`` selects some (None: all)."""
 
     position: Tensor
     first: bool
@@ -96,15 +58,19 @@ class Now(NamedTuple):
 
 
 class Transformer(nn.Module):
-    """Codes before and a class -> logits of the next code.
+    """Predicts the next code from the class and the previous codes.
 
-    shard: the head's rows that are here, where the vocabulary is spread over ranks; there is a loss then, and no
-    logits. Raises ModelError for a configuration that makes no model.
+    shard: this rank's rows of the head, for a vocabulary sharded over ranks. A sharded model computes a loss but no
+    logits. Raises ModelError for an invalid configuration.
     """
 
     def __init__(self, config: TransformerConfig, shard: CodebookShard | None = None):
         super().__init__()
-        _check(config)
+        check_fields(config)
+        if config.head_dim % 4:
+            raise ModelError(f"model.head_dim={config.head_dim} must be a multiple of 4: pairs by row and by column")
+        if len(config.grid) != 2:
+            raise ModelError(f"model.grid={config.grid} must be rows and columns")
         self.config = config
         width = config.width
         if config.embedding == "codebook":
@@ -122,8 +88,8 @@ class Transformer(nn.Module):
     def forward(self, index_bt: Tensor, class_b: Tensor) -> Tensor:
         """Logits ``(b, t + 1, v)``; ``logits[:, t]`` predicts code t.
 
-        index_bt: the first codes of images, in rows; fewer than all, down to none. class_b: classes, or
-        ``config.classes`` for no class (guidance). Raises ModelError.
+        index_bt: the first t codes of each image, t from 0 to ``config.tokens - 1``. class_b: classes;
+        ``config.classes`` means no class (for guidance). Raises ModelError for too many codes.
         """
         if index_bt.shape[1] >= self.config.tokens:
             raise ModelError(
@@ -132,8 +98,8 @@ class Transformer(nn.Module):
         return self.head(self._hidden(index_bt, class_b))
 
     def loss(self, index_bt: Tensor, class_b: Tensor, z_weight: float = 0.0, impl: str = "auto") -> LinearCrossEntropy:
-        """Cross-entropy of whole images' codes ``(b, tokens)``, nats per token; no logits are built. z_weight, impl:
-        see `linear_cross_entropy`."""
+        """Cross-entropy of all codes of images ``(b, tokens)``, in nats per token, without building the logits.
+        z_weight, impl: see `linear_cross_entropy`."""
         hidden_btw = self._hidden(index_bt[:, :-1], class_b)
         return self.head(hidden_btw, index_bt, z_weight=z_weight, impl=impl)
 
@@ -145,24 +111,28 @@ class Transformer(nn.Module):
             x_btw = block(x_btw, condition_bw, rope_tp2)
         return self.head_nm(x_btw, condition_bw)
 
-    def new_pasts(self, images: int, dtype: torch.dtype | None = None) -> list[Past]:
-        """Room for generating so many images at once; dtype: None: the weights'."""
+    def new_caches(self, images: int, dtype: torch.dtype | None = None) -> list[BlockCache]:
+        """Allocates the caches to sample this many images at once. dtype: None means the dtype of the weights."""
         config, like = self.config, self.rope_tp2
         dtype = dtype or self.class_emb.embedding_table.weight.dtype
-        pasts = []
+        caches = []
         for _ in range(config.depth):
             keys, values = like.new_zeros(2, images, config.heads, config.tokens, config.head_dim, dtype=dtype)
-            pasts.append(Past(keys, values, like.new_zeros(images, 6, config.width, dtype=dtype)))
-        return pasts
+            caches.append(BlockCache(keys, values, like.new_zeros(images, 6, config.width, dtype=dtype)))
+        return caches
 
-    def next_logits(self, index_b: Tensor | None, class_b: Tensor, pasts: list[Past], now: Now) -> Tensor:
-        """Logits ``(b, v)`` of the code at one position, from the code before it (None at the first position) and from
-        ``pasts``, which are filled in place. The same as `forward`'s at that position."""
+    def next_logits(
+        self, index_b: Tensor | None, class_b: Tensor, caches: list[BlockCache], at: DecodePosition
+    ) -> Tensor:
+        """Logits ``(b, v)`` of one position, equal to those of `forward`. Updates ``caches`` in place.
+
+        index_b: the previous code; None at the first position.
+        """
         condition_bw = self.class_emb(class_b)
-        x_bw = condition_bw if now.first else self.tok_emb(index_b)
-        x_b1w, rope_1p2 = self.dropout(x_bw[:, None]), self.rope_tp2[now.position]
-        for block, past in zip(self.blocks, pasts, strict=True):
-            x_b1w = block(x_b1w, condition_bw, rope_1p2, past, now)
+        x_bw = condition_bw if at.first else self.tok_emb(index_b)
+        x_b1w, rope_1p2 = self.dropout(x_bw[:, None]), self.rope_tp2[at.position]
+        for block, cache in zip(self.blocks, caches, strict=True):
+            x_b1w = block(x_b1w, condition_bw, rope_1p2, cache, at)
         return self.head(self.head_nm(x_b1w, condition_bw))[:, 0]
 
     @torch.no_grad()
@@ -181,7 +151,7 @@ class Transformer(nn.Module):
 
 
 class ClassEmbedding(nn.Module):
-    """Class -> ``(b, w)``; the last row is that of no class."""
+    """Embeds classes, ``(b, w)``; the last row of the table means no class."""
 
     def __init__(self, classes: int, width: int):
         super().__init__()
@@ -192,8 +162,8 @@ class ClassEmbedding(nn.Module):
 
 
 class CodebookEmbedding(nn.Module):
-    """Codes -> the tokenizer's code vectors, which are not trained, through a linear layer. ``codebook_vd`` is to be
-    filled by whoever has the tokenizer, and is part of checkpoints."""
+    """Embeds codes as the tokenizer's frozen code vectors followed by a linear layer. The caller must fill
+    ``codebook_vd`` from the tokenizer; it is saved in checkpoints."""
 
     def __init__(self, vocabulary: int, code_dim: int, width: int):
         super().__init__()
@@ -205,7 +175,7 @@ class CodebookEmbedding(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and feed-forward, each normalised, shifted and scaled before and gated behind by the class."""
+    """Attention and feed-forward. The class modulates each: shift and scale after the norm, gate on the output."""
 
     def __init__(self, config: TransformerConfig):
         super().__init__()
@@ -217,16 +187,21 @@ class Block(nn.Module):
         self.ada_lin = nn.Sequential(nn.SiLU(), nn.Linear(width, 6 * width))
 
     def forward(
-        self, x_btw: Tensor, condition_bw: Tensor, rope_tp2: Tensor, past: Past | None = None, now: Now | None = None
+        self,
+        x_btw: Tensor,
+        condition_bw: Tensor,
+        rope_tp2: Tensor,
+        cache: BlockCache | None = None,
+        at: DecodePosition | None = None,
     ) -> Tensor:
-        if past is None:
+        if cache is None:
             modulation_b6w = self.ada_lin(condition_bw).unflatten(1, (6, -1))
         else:
-            if now.first:
-                past.modulation_b6w.copy_(self.ada_lin(condition_bw).unflatten(1, (6, -1)))
-            modulation_b6w = past.modulation_b6w
+            if at.first:
+                cache.modulation_b6w.copy_(self.ada_lin(condition_bw).unflatten(1, (6, -1)))
+            modulation_b6w = cache.modulation_b6w
         gate1, gate2, scale1, scale2, shift1, shift2 = modulation_b6w[:, :, None].unbind(1)
-        attended_btw = self.attention(self.attention_norm(x_btw) * (1 + scale1) + shift1, rope_tp2, past, now)
+        attended_btw = self.attention(self.attention_norm(x_btw) * (1 + scale1) + shift1, rope_tp2, cache, at)
         x_btw = x_btw + gate1 * attended_btw
         return x_btw + gate2 * self.feed_forward(self.ffn_norm(x_btw) * (1 + scale2) + shift2)
 
@@ -239,20 +214,20 @@ class Attention(nn.Module):
         self.wo = nn.Linear(config.width, config.width, bias=False)
         self.dropout = nn.Dropout(config.dropout)
 
-    def forward(self, x_btw: Tensor, rope_tp2: Tensor, past: Past | None, now: Now | None) -> Tensor:
+    def forward(self, x_btw: Tensor, rope_tp2: Tensor, cache: BlockCache | None, at: DecodePosition | None) -> Tensor:
         q, k, v = self.wqkv(x_btw).unflatten(2, (3, -1, self.head_dim)).unbind(2)
         q, k = rotate(q, rope_tp2), rotate(k, rope_tp2)
-        out_bthd = causal_attention(q, k, v) if past is None else _attend_to_past(q, k, v, past, now)
+        out_bthd = causal_attention(q, k, v) if cache is None else _attend_to_cache(q, k, v, cache, at)
         return self.dropout(self.wo(out_bthd.flatten(2)))
 
 
-def _attend_to_past(q_b1hd: Tensor, k_b1hd: Tensor, v_b1hd: Tensor, past: Past, now: Now) -> Tensor:
-    """Attention of one position over itself and those before, whose keys and values it joins."""
-    past.keys_bhtd.index_copy_(2, now.position, k_b1hd.transpose(1, 2).to(past.keys_bhtd.dtype))
-    past.values_bhtd.index_copy_(2, now.position, v_b1hd.transpose(1, 2).to(past.values_bhtd.dtype))
-    keys, values = past.keys_bhtd[:, :, : now.limit], past.values_bhtd[:, :, : now.limit]
+def _attend_to_cache(q_b1hd: Tensor, k_b1hd: Tensor, v_b1hd: Tensor, cache: BlockCache, at: DecodePosition) -> Tensor:
+    """Attention of one position to itself and the previous ones; adds its key and value to the cache."""
+    cache.keys_bhtd.index_copy_(2, at.position, k_b1hd.transpose(1, 2).to(cache.keys_bhtd.dtype))
+    cache.values_bhtd.index_copy_(2, at.position, v_b1hd.transpose(1, 2).to(cache.values_bhtd.dtype))
+    keys, values = cache.keys_bhtd[:, :, : at.limit], cache.values_bhtd[:, :, : at.limit]
     q_bh1d = q_b1hd.transpose(1, 2).to(keys.dtype)
-    return F.scaled_dot_product_attention(q_bh1d, keys, values, attn_mask=now.mask_1t).transpose(1, 2)
+    return F.scaled_dot_product_attention(q_bh1d, keys, values, attn_mask=at.mask_1t).transpose(1, 2)
 
 
 class FeedForward(nn.Module):
@@ -270,7 +245,7 @@ class FeedForward(nn.Module):
 
 
 class HeadNorm(nn.Module):
-    """The last norm, scaled and shifted by the class."""
+    """The final norm, scaled and shifted by the class."""
 
     def __init__(self, width: int):
         super().__init__()
@@ -283,7 +258,7 @@ class HeadNorm(nn.Module):
 
 
 class Head(nn.Module):
-    """Hidden states -> logits; or, where targets are given, their loss without the logits."""
+    """Hidden states -> logits; or, if targets are given, the loss without building the logits."""
 
     def __init__(self, width: int, vocabulary: int, shard: CodebookShard | None):
         super().__init__()
@@ -297,15 +272,17 @@ class Head(nn.Module):
             hidden_nw, target_n = hidden_btw.flatten(0, 1), target_bt.flatten()
             return linear_cross_entropy(hidden_nw, self.weight, target_n, shard=self.shard, **options)
         if self.shard is not None:
-            raise ModelError("a vocabulary that is spread over ranks gives a loss, and no logits")
+            raise ModelError("a vocabulary sharded over ranks has a loss but no logits: use Transformer.loss")
         return F.linear(hidden_btw, self.weight)
 
 
 def rope_table(rows: int, columns: int, head_dim: int) -> Tensor:
-    """Cosines and sines ``(1 + rows * columns, head_dim / 2, 2)`` of 2-D rotary embeddings (RoPE, arXiv 2104.09864):
-    the first half of the pairs turns with the row, the second with the column, base 10,000. Those of position 0, the
-    class, are all zero, as in the published models, so that its query and key vanish. The last position is that of the
-    last code, behind which nothing is predicted."""
+    """Cosines and sines ``(1 + rows * columns, head_dim / 2, 2)`` of 2-D rotary embeddings (RoPE, arXiv 2104.09864).
+
+    The first half of the pairs rotates with the row, the second with the column, base 10,000. At position 0 (the class)
+    both are zero, as in the published models, so its query and key are zero. The last position, that of the last code,
+    is never used as input.
+    """
     frequencies = 10000.0 ** -(torch.arange(head_dim // 4) / (head_dim // 4))
     row_rcp = (torch.arange(rows)[:, None] * frequencies)[:, None].expand(-1, columns, -1)
     column_rcp = (torch.arange(columns)[:, None] * frequencies)[None].expand(rows, -1, -1)
@@ -314,14 +291,14 @@ def rope_table(rows: int, columns: int, head_dim: int) -> Tensor:
 
 
 def rotate(x_bthd: Tensor, rope_tp2: Tensor) -> Tensor:
-    """Turns each pair of neighbouring numbers by its position's angle, in fp32."""
+    """Rotates each pair of neighbouring dimensions by its position's angle, in fp32."""
     even, odd = x_bthd.float().unflatten(-1, (-1, 2)).unbind(-1)
     cos, sin = rope_tp2[:, None].unbind(-1)
     return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).flatten(-2).type_as(x_bthd)
 
 
-# What selective checkpointing keeps: results of matrix products and of attention. All else is computed again.
-KEPT = {
+# Operations whose results selective checkpointing saves: matrix products and attention. Others are recomputed.
+SAVED_OPS = {
     torch.ops.aten.mm.default,
     torch.ops.aten.addmm.default,
     torch.ops.aten.bmm.default,
@@ -333,46 +310,14 @@ KEPT = {
 
 
 def checkpoint_blocks(transformer: Transformer, selective: bool = False) -> None:
-    """From now on the blocks keep only their inputs for the backward pass, which computes the rest again (Chen et al.,
-    arXiv 1604.06174). selective: products and attention are kept too, and only what is cheap is computed again."""
+    """Discards the activations inside each block and recomputes them in the backward pass (Chen et al., arXiv
+    1604.06174). selective: also saves the results of matrix products and attention, so that only cheap operations are
+    recomputed."""
 
     def policy(_, op, *args, **kwargs):
         of_flash = getattr(op, "namespace", "").startswith("flash_attn")
-        return CheckpointPolicy.MUST_SAVE if op in KEPT or of_flash else CheckpointPolicy.PREFER_RECOMPUTE
+        return CheckpointPolicy.MUST_SAVE if op in SAVED_OPS or of_flash else CheckpointPolicy.PREFER_RECOMPUTE
 
     options = {"context_fn": partial(create_selective_checkpoint_contexts, policy)} if selective else {}
     for block in transformer.blocks:
         block.forward = partial(checkpoint, block.forward, use_reentrant=False, **options)
-
-
-def _check(config: TransformerConfig) -> None:
-    if config.embedding not in EMBEDDINGS:
-        raise ModelError(f"unknown model.embedding {config.embedding!r}: choose one of {', '.join(EMBEDDINGS)}")
-    if config.head_dim % 4 or config.head_dim < 4:
-        raise ModelError(f"model.head_dim={config.head_dim} must be a multiple of 4: pairs by row and pairs by column")
-    if len(config.grid) != 2 or min(config.grid) < 1:
-        raise ModelError(f"model.grid={list(config.grid)} must be rows and columns, each at least 1")
-    for name in ("vocabulary", "classes", "depth", "heads", "code_dim"):
-        if getattr(config, name) < 1:
-            raise ModelError(f"model.{name}={getattr(config, name)} must be at least 1")
-    if not 0 <= config.dropout < 1:
-        raise ModelError(f"model.dropout={config.dropout} must be at least 0 and below 1")
-    if not math.isfinite(config.gate_init):
-        raise ModelError(f"model.gate_init={config.gate_init} must be finite")
-
-
-def load_generator(source: str | Path, weights: str = "ema") -> Transformer:
-    """A trained or published generator, in eval mode on the CPU, in fp32.
-
-    source, weights: see `model_zoo.io.load.read_weights`: a run, a published ``.ckpt``, whose images are taken to have
-    16 x 16 codes, an export, or a name on the model hub.
-    Raises ModelError where the source, a checkpoint in it, or the asked weights are missing.
-    """
-
-    def build(config: TransformerConfig) -> Transformer:
-        with torch.device("meta"):  # large ones take long to initialise, in vain
-            transformer = Transformer(config)
-        transformer.rope_tp2 = rope_table(*config.grid, config.head_dim)  # is in no checkpoint
-        return transformer
-
-    return load_model(source, weights, "generator", TransformerConfig, build, assign=True).float()

@@ -1,10 +1,69 @@
-"""For all tests."""
+"""For all tests: the tiers, and the fixtures that start processes."""
 
 import os
+import sys
+import uuid
+from collections.abc import Iterator
 
+import pytest
 import torch
+from ranks import Launch, Ranks
 
 # Triton reads this once, where it decorates a kernel: without a GPU its interpreter runs the kernels on the CPU. Set
 # here, before any test module imports them.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+# Fixtures that start processes -> the marker of the tests that use them.
+MARKERS = {"ranks": "ranks", "launch": "process"}
+STARTS = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system", "os.exec")
+
+_may_start = True
+_started: list[str] = []
+
+
+def _refuse_process(event: str, arguments: tuple) -> None:
+    if event in STARTS and not _may_start:
+        started = f"{event} {arguments[:2] or ''}"
+        _started.append(started)
+        raise AssertionError(f"a test without the marker `process` starts a process: {started}")
+
+
+sys.addaudithook(_refuse_process)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    for item in items:
+        for fixture, marker in MARKERS.items():
+            if fixture in getattr(item, "fixturenames", ()):
+                item.add_marker(marker)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    global _may_start
+    _may_start = any(item.get_closest_marker(marker) for marker in ("ranks", "process"))
+
+
+@pytest.fixture(autouse=True)
+def no_process() -> Iterator[list[str]]:
+    """Fails a test that starts a process, or tries to in another thread, unless it is marked `process` or `ranks`."""
+    _started.clear()
+    yield _started
+    assert not _started, f"mark this test `process`, or use the fixture `ranks`: it started {_started}"
+
+
+@pytest.fixture(scope="session")
+def ranks(tmp_path_factory) -> Iterator[Ranks]:
+    """Warm ranks: see ranks.py."""
+    session = os.environ.get("PYTEST_XDIST_TESTRUNUID", uuid.uuid4().hex)
+    ranks = Ranks(tmp_path_factory.mktemp("ranks"), session)
+    yield ranks
+    ranks.end()
+
+
+@pytest.fixture(scope="session")
+def launch(tmp_path_factory) -> Launch:
+    """Real command lines: see ranks.py."""
+    return Launch(tmp_path_factory.mktemp("cache"))

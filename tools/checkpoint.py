@@ -1,4 +1,4 @@
-"""`ibq checkpoint`: published checkpoints in, models out, and what a source holds."""
+"""`ibq checkpoint`: imports published checkpoints, exports models, and describes both."""
 
 from enum import Enum
 from pathlib import Path
@@ -7,11 +7,10 @@ from typing import Annotated
 import typer
 
 app = typer.Typer(
-    help="Reads published checkpoints, exports models, and says what a source holds.\n\n"
-    "Example: ibq checkpoint info runs/mine",
+    help="Import published checkpoints, export models, and describe both.\n\nExample: ibq checkpoint info runs/mine",
     no_args_is_help=True,
 )
-SOURCE = "A run's folder, a checkpoint's in it, a published .ckpt, an export, or a name on the model hub."
+SOURCE = "A run's folder or one of its checkpoints, a published .ckpt, an export, or a name on the model hub."
 
 
 class Layout(str, Enum):
@@ -19,36 +18,34 @@ class Layout(str, Enum):
     published = "published"
 
 
-Wanted = Annotated[str, typer.Option(help="all, ema or raw: averages, those that were trained, or both.")]
+Wanted = Annotated[str, typer.Option(help="all, ema (averages) or raw (as trained).")]
 
 
 @app.command("import")
 def import_command(
     file: Annotated[str, typer.Argument(metavar="FILE.ckpt", help="A published checkpoint, or its name on the hub.")],
-    out: Annotated[Path, typer.Option(help="A new folder, or an empty one.")],
+    out: Annotated[Path, typer.Option(help="A new or empty folder.")],
     weights: Wanted = "all",
 ) -> None:
-    """Writes a published checkpoint as a folder of safetensors with its configuration, and accounts for every key.
+    """Convert a published checkpoint to a folder of safetensors with its configuration, and account for every key.
 
-    A generator's tokenizer, where it is in the file, comes to lie in OUT/tokenizer.
+    If a generator's file contains its tokenizer, that is written to OUT/tokenizer.
 
     Example: ibq checkpoint import IBQ-AR-B.ckpt --out models/ar_b
     """
     from trainer.jobs.export import import_published
 
-    _tell(import_published(file, out, weights))
+    _print(import_published(file, out, weights))
 
 
 @app.command("export")
 def export_command(
     source: Annotated[str, typer.Argument(help=SOURCE)],
-    out: Annotated[Path, typer.Option(help="A new folder, or an empty one; of the published layout a new FILE.ckpt.")],
-    layout: Annotated[
-        Layout, typer.Option(help="Of the published code: one .ckpt that it reads.")
-    ] = Layout.safetensors,
+    out: Annotated[Path, typer.Option(help="A new or empty folder; with --layout published a new FILE.ckpt.")],
+    layout: Annotated[Layout, typer.Option(help="published: one .ckpt for the published code.")] = Layout.safetensors,
     weights: Wanted = "all",
 ) -> None:
-    """Writes a model as a folder of safetensors with its configuration, or in the published layout.
+    """Write a model as a folder of safetensors with its configuration, or in the published layout.
 
     Example: ibq checkpoint export runs/mine --out models/mine
 
@@ -56,15 +53,15 @@ def export_command(
     """
     from trainer.jobs.export import export, export_published
 
-    _tell((export if layout is Layout.safetensors else export_published)(source, out, weights))
+    _print((export if layout is Layout.safetensors else export_published)(source, out, weights))
 
 
 @app.command("info")
 def info_command(
     source: Annotated[str, typer.Argument(help=SOURCE)],
-    json: Annotated[bool, typer.Option("--json", help="The same as JSON.")] = False,
+    json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Says what a source holds, after comparing its hashes: kind, step, sizes, weights, fingerprint.
+    """Verify hashes, then print kind, step, sizes, weights and fingerprint.
 
     Example: ibq checkpoint info runs/mine/checkpoints/step_00001000 --json
     """
@@ -88,6 +85,6 @@ def info_command(
     typer.echo(f"verified: {found.verified}" if found.verified else f"no hashes in it; sha256 {found.sha256}")
 
 
-def _tell(made) -> None:
-    for line in (*made.account, f"written: {made.out}"):
+def _print(made) -> None:
+    for line in (*made.summary, f"written: {made.out}"):
         typer.echo(line)

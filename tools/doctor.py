@@ -1,6 +1,6 @@
-"""`ibq doctor`: what this machine has, what is missing, and what mends it.
+"""`ibq doctor`: checks this machine's setup and suggests fixes.
 
-Nothing heavy is imported before a check asks for it: `tools.cli` calls `shadowed_packages` on every start.
+Checks import what they need: `tools.cli` calls `shadowed_packages` at every start, which must be quick.
 """
 
 import importlib.util
@@ -16,6 +16,8 @@ from importlib import metadata
 from pathlib import Path
 from typing import NamedTuple
 
+import typer
+
 PACKAGES = ("trainer", "model_zoo", "data", "tools", "ds_configs")
 ROOT = Path(__file__).resolve().parent.parent
 STALE_LOCK_SECONDS = 15 * 60
@@ -25,34 +27,34 @@ OK, OPTIONAL, PROBLEM = "ok", "optional", "problem"
 
 
 class Finding(NamedTuple):
-    """One line of the report. `status` is OK, OPTIONAL (goes without) or PROBLEM (something will fail)."""
+    """One line of the report. status: OK, OPTIONAL (not needed) or PROBLEM (something will fail)."""
 
     name: str
     status: str
     found: str
-    mend: str = ""
+    fix: str = ""
 
 
 class Shadow(NamedTuple):
-    """A package of ours whose name Python resolves to something else."""
+    """One of ibq's packages whose name Python resolves to something else."""
 
     package: str
     file: str
-    mend: str
+    fix: str
 
 
 # --- packages of the same name ----------------------------------------------------------------------------------------
 
 
 def shadowed_packages() -> list[Shadow]:
-    """Those of our packages for which Python would import another one, found without importing anything."""
+    """ibq's packages for which Python would import something else. Imports nothing."""
     shadows = []
     for package in PACKAGES:
         location = _location(package)
         if location is None:
-            shadows.append(Shadow(package, "nothing", f"install ibq again, {ROOT / package} is missing"))
+            shadows.append(Shadow(package, "nothing", f"reinstall ibq: {ROOT / package} is missing"))
         elif not location.is_relative_to(ROOT / package):
-            shadows.append(Shadow(package, str(location), _shadow_mend(package, location)))
+            shadows.append(Shadow(package, str(location), _shadow_fix(package, location)))
     return shadows
 
 
@@ -64,21 +66,21 @@ def _location(package: str) -> Path | None:
     return Path(spec.origin or next(iter(spec.submodule_search_locations))).resolve()
 
 
-def _shadow_mend(package: str, location: Path) -> str:
+def _shadow_fix(package: str, location: Path) -> str:
     culprit = location.parent if location.name == "__init__.py" else location
     folder = culprit.parent
     if folder == Path.cwd():
-        return f"rename {culprit}, or start from another folder"
+        return f"rename {culprit}, or run from another folder"
     if folder in [Path(entry).resolve() for entry in os.environ.get("PYTHONPATH", "").split(os.pathsep) if entry]:
-        return f"take {folder} out of PYTHONPATH"
+        return f"remove {folder} from PYTHONPATH"
     owners = _owners(package)
     if owners:
-        return f"pip uninstall {' '.join(owners)}, or give ibq a virtual environment of its own"
-    return f"rename {culprit}, or take {folder} out of sys.path"
+        return f"pip uninstall {' '.join(owners)}, or install ibq in a separate virtual environment"
+    return f"rename {culprit}, or remove {folder} from sys.path"
 
 
 def _owners(package: str) -> list[str]:
-    """Installed distributions, ibq aside, that claim the top-level name `package`."""
+    """Installed distributions other than ibq that provide the top-level name ``package``."""
     return sorted(set(metadata.packages_distributions().get(package, [])) - {"ibq"})
 
 
@@ -88,11 +90,11 @@ def check_package_names() -> Iterator[Finding]:
     for package in PACKAGES:
         if package in shadows:
             shadow = shadows[package]
-            yield Finding(f"package {package}", PROBLEM, f"Python imports {shadow.file}", shadow.mend)
-        elif owners := _owners(package):  # pip lets a second distribution write into the folder without a word
+            yield Finding(f"package {package}", PROBLEM, f"Python imports {shadow.file}", shadow.fix)
+        elif owners := _owners(package):  # pip silently lets a second distribution write into the folder
             names = " ".join(owners)
-            mend = f"pip uninstall {names}, then install ibq again with --force-reinstall --no-deps"
-            yield Finding(f"package {package}", PROBLEM, f"also installed by {names}", mend)
+            fix = f"pip uninstall {names}, then reinstall ibq with --force-reinstall --no-deps"
+            yield Finding(f"package {package}", PROBLEM, f"also installed by {names}", fix)
         else:
             ours.append(package)
     if ours:
@@ -104,8 +106,8 @@ def check_package_names() -> Iterator[Finding]:
 
 def check_python() -> Iterator[Finding]:
     recent = sys.version_info >= (3, 10)
-    mend = "" if recent else "use Python 3.10 or newer: make PYTHON=python3.12 install"
-    yield Finding("Python", OK if recent else PROBLEM, f"{platform.python_version()} at {sys.executable}", mend)
+    fix = "" if recent else "use Python 3.10 or newer: make PYTHON=python3.12 install"
+    yield Finding("Python", OK if recent else PROBLEM, f"{platform.python_version()} at {sys.executable}", fix)
 
 
 def check_machine() -> Iterator[Finding]:
@@ -116,18 +118,18 @@ def check_machine() -> Iterator[Finding]:
     yield Finding("memory", OK, f"{memory_bytes / GIB:.1f} GiB")
     free_bytes = shutil.disk_usage(Path.cwd()).free
     enough = free_bytes > 2 * GIB
-    mend = "" if enough else "free some space, or put runs on another disk: run=/other/disk/my_run"
-    yield Finding("disk", OK if enough else PROBLEM, f"{free_bytes / GIB:.1f} GiB free here ({Path.cwd()})", mend)
+    fix = "" if enough else "free some space, or write runs to another disk: run=/other/disk/my_run"
+    yield Finding("disk", OK if enough else PROBLEM, f"{free_bytes / GIB:.1f} GiB free here ({Path.cwd()})", fix)
     shared = Path("/dev/shm")
     if shared.is_dir():
         free_bytes = shutil.disk_usage(shared).free
         enough = free_bytes > GIB
-        mend = "" if enough else "data workers pass batches through it: docker run --shm-size=8g, or data.workers=0"
-        yield Finding("shared memory", OK if enough else OPTIONAL, f"{free_bytes / GIB:.1f} GiB free in {shared}", mend)
+        fix = "" if enough else "data workers pass batches through it: use docker run --shm-size=8g, or data.workers=0"
+        yield Finding("shared memory", OK if enough else OPTIONAL, f"{free_bytes / GIB:.1f} GiB free in {shared}", fix)
 
 
 def check_compiler() -> Iterator[Finding]:
-    """On CPU, DeepSpeed compiles its shared-memory all-reduce when it is first used, and needs all three."""
+    """DeepSpeed on CPU compiles its shared-memory all-reduce at first use, and needs all three."""
     import torch
 
     missing = OPTIONAL if torch.cuda.is_available() else PROBLEM
@@ -135,21 +137,21 @@ def check_compiler() -> Iterator[Finding]:
 
     command = os.environ.get("CXX", "c++")
     compiler = shutil.which(command)
-    mend = "" if compiler else f"{without}: install a C++ compiler (Debian: apt install g++)"
-    yield Finding("C++ compiler", OK if compiler else missing, compiler or f"{command} is not on PATH", mend)
+    fix = "" if compiler else f"{without}: install a C++ compiler (Debian: apt install g++)"
+    yield Finding("C++ compiler", OK if compiler else missing, compiler or f"{command} is not on PATH", fix)
 
     header = Path(sysconfig.get_path("include"), "Python.h")
     present = header.is_file()
-    mend = "" if present else f"{without}: install Python's headers (Debian: apt install python3-dev)"
-    yield Finding("Python headers", OK if present else missing, f"{'' if present else 'no '}{header}", mend)
+    fix = "" if present else f"{without}: install Python's headers (Debian: apt install python3-dev)"
+    yield Finding("Python headers", OK if present else missing, f"{'' if present else 'no '}{header}", fix)
 
     beside_python = Path(sysconfig.get_path("scripts"), "ninja")
     ninja = shutil.which("ninja")
     if ninja:
         yield Finding("ninja", OK, ninja)
     elif beside_python.is_file():
-        mend = f"DeepSpeed on CPU looks for it on PATH: . {beside_python.parent / 'activate'}"
-        yield Finding("ninja", OPTIONAL, f"{beside_python}, which is not on PATH", mend)
+        fix = f"DeepSpeed on CPU needs it on PATH: . {beside_python.parent / 'activate'}"
+        yield Finding("ninja", OPTIONAL, f"{beside_python} is not on PATH", fix)
     else:
         yield Finding("ninja", missing, "not installed", "DeepSpeed on CPU needs it: pip install ninja")
 
@@ -158,7 +160,7 @@ def check_compiler() -> Iterator[Finding]:
 
 
 def check_requirements() -> Iterator[Finding]:
-    """Installed versions against the ranges in ibq's own metadata."""
+    """Compares installed versions with the ranges in ibq's metadata."""
     from packaging.requirements import Requirement
 
     try:
@@ -171,21 +173,21 @@ def check_requirements() -> Iterator[Finding]:
         if requirement.marker and not requirement.marker.evaluate({"extra": ""}):
             continue
         wanted = f"{requirement.name}{requirement.specifier}"
-        mend = f"pip install {shlex.quote(wanted)}"
+        fix = f"pip install {shlex.quote(wanted)}"
         try:
             version = metadata.version(requirement.name)
         except metadata.PackageNotFoundError:
-            yield Finding(requirement.name, PROBLEM, "not installed", mend)
+            yield Finding(requirement.name, PROBLEM, "not installed", fix)
             continue
         if requirement.specifier.contains(version, prereleases=True):
             yield Finding(requirement.name, OK, f"{version}  {requirement.specifier}".rstrip())
         else:
-            yield Finding(requirement.name, PROBLEM, f"{version}, ibq needs {requirement.specifier}", mend)
+            yield Finding(requirement.name, PROBLEM, f"{version}, ibq needs {requirement.specifier}", fix)
 
 
 def check_torch() -> Iterator[Finding]:
     import torch
-    import torchvision  # noqa: F401  (fails loudly where it was built for another torch)
+    import torchvision  # noqa: F401  (raises if it was built for another torch)
 
     if torch.cuda.is_available():
         for device in range(torch.cuda.device_count()):
@@ -194,29 +196,29 @@ def check_torch() -> Iterator[Finding]:
             found = f"{properties.name}, {properties.total_memory / GIB:.0f} GiB, {capability}"
             yield Finding(f"CUDA device {device}", OK, found)
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-        mend = "" if native else "train with trainer.precision=fp32"
-        yield Finding("bf16", OK if native else OPTIONAL, "native" if native else "emulated, slow", mend)
+        fix = "" if native else "train with trainer.precision=fp32"
+        yield Finding("bf16", OK if native else OPTIONAL, "native" if native else "emulated, slow", fix)
     else:
         if torch.version.cuda:
-            mend = "training runs on CPU; for a GPU see what `nvidia-smi` says"
+            fix = "training runs on CPU; for a GPU check `nvidia-smi`"
         else:
-            mend = "training runs on CPU; for a GPU install a CUDA build of torch"
-        yield Finding("CUDA devices", OPTIONAL, "none", mend)
-        yield Finding("bf16", OK, "on CPU; in software, and slow, where the processor lacks it")
+            fix = "training runs on CPU; for a GPU install a CUDA build of torch"
+        yield Finding("CUDA devices", OPTIONAL, "none", fix)
+        yield Finding("bf16", OK, "on CPU; slow if the processor emulates it")
 
     if not torch.distributed.is_available():
-        mend = "install a torch built with it; one process trains without, by engine.kind=replicated"
-        yield Finding("torch.distributed", PROBLEM, "not in this torch", mend)
+        fix = "install a torch built with it; one process can train without, with engine.kind=ddp"
+        yield Finding("torch.distributed", PROBLEM, "not in this torch", fix)
         return
     gloo = torch.distributed.is_gloo_available()
-    mend = "" if gloo else "install a torch built with gloo to train on CPU in several processes"
+    fix = "" if gloo else "install a torch built with gloo to train on CPU in several processes"
     found = "for several processes on CPU" if gloo else "not in this torch"
-    yield Finding("gloo", OK if gloo else PROBLEM, found, mend)
+    yield Finding("gloo", OK if gloo else PROBLEM, found, fix)
     if torch.distributed.is_nccl_available():
         yield Finding("NCCL", OK, ".".join(map(str, torch.cuda.nccl.version())))
     elif torch.cuda.is_available():
-        mend = "install a torch built with it to train on several GPUs"
-        yield Finding("NCCL", PROBLEM, "not in this torch", mend)
+        fix = "install a torch built with it to train on several GPUs"
+        yield Finding("NCCL", PROBLEM, "not in this torch", fix)
     else:
         yield Finding("NCCL", OPTIONAL, "not in this torch", "only needed on several GPUs")
 
@@ -229,37 +231,37 @@ def check_deepspeed() -> Iterator[Finding]:
 
 
 def check_apex() -> Iterator[Finding]:
-    """NVIDIA's apex has `apex/optimizers` and, built with its kernels, the module `amp_C`. PyPI's has neither."""
+    """NVIDIA's apex has `apex/optimizers` and, if built with its kernels, the module `amp_C`; PyPI's has neither."""
     warning = "`pip install apex` is another project, a toolkit for the Pyramid web framework"
     spec = importlib.util.find_spec("apex")
     if spec is None:
-        mend = f"not needed, nothing here uses it yet. {warning}; NVIDIA's is built from github.com/NVIDIA/apex"
-        yield Finding("apex", OPTIONAL, "not installed", mend)
+        fix = f"not needed: ibq does not use it yet. {warning}; NVIDIA's is built from github.com/NVIDIA/apex"
+        yield Finding("apex", OPTIONAL, "not installed", fix)
     elif not any(Path(folder, "optimizers").is_dir() for folder in spec.submodule_search_locations or []):
         yield Finding("apex", PROBLEM, f"{spec.origin} is not NVIDIA's: {warning}", "pip uninstall apex")
     elif importlib.util.find_spec("amp_C") is None:
-        mend = "not needed, nothing here uses it yet"
-        yield Finding("apex", OPTIONAL, "NVIDIA's, without its kernels (no module amp_C)", mend)
+        fix = "not needed: ibq does not use it yet"
+        yield Finding("apex", OPTIONAL, "NVIDIA's, without its kernels (no module amp_C)", fix)
     else:
         yield Finding("apex", OK, f"NVIDIA's, with its kernels, at {Path(spec.origin).parent}")
 
 
 def check_flash_attention() -> Iterator[Finding]:
-    """The generator's attention: any release that gives the module of one of these names."""
+    """For the generator's attention: any release that provides one of these modules."""
     releases = {"flash_attn_interface": "flash-attn-3", "flash_attn": "flash-attn"}
     found = [name for module, name in releases.items() if importlib.util.find_spec(module) is not None]
     for name in found:
         yield Finding(name, OK, _version(name))
     if not found:
-        mend = "for generators on NVIDIA GPUs: pip install flash-attn; torch's own attention serves"
-        yield Finding("flash-attn", OPTIONAL, "not installed", mend)
+        fix = "for generators on NVIDIA GPUs: pip install flash-attn; otherwise torch's attention is used"
+        yield Finding("flash-attn", OPTIONAL, "not installed", fix)
 
 
 def check_liger() -> Iterator[Finding]:
-    """The generator's loss."""
+    """For the generator's loss."""
     if importlib.util.find_spec("liger_kernel") is None:
-        mend = "for generators on NVIDIA GPUs: pip install liger-kernel; loss.impl=chunked serves"
-        yield Finding("liger-kernel", OPTIONAL, "not installed", mend)
+        fix = "for generators on NVIDIA GPUs: pip install liger-kernel; otherwise loss.impl=chunked is used"
+        yield Finding("liger-kernel", OPTIONAL, "not installed", fix)
     else:
         yield Finding("liger-kernel", OK, _version("liger-kernel"))
 
@@ -275,17 +277,17 @@ def _version(package: str) -> str:
 
 
 def check_weights_files() -> Iterator[Finding]:
-    """The weights of the networks that judge pictures, where `model_zoo.eval_nets.weights` looks for them."""
+    """The weights of the evaluation networks, where `model_zoo.eval_nets.weights` looks for them."""
     from model_zoo.eval_nets.weights import WEIGHTS_FILES, WEIGHTS_FOLDER, file_sha256, weights_path
 
     for key, wanted in WEIGHTS_FILES.items():
         name, path = f"{key} weights", weights_path(key)
         if not path.is_file():
-            mend = f"for {wanted.purpose}: put {wanted.url} there, or name its folder by {WEIGHTS_FOLDER}"
-            yield Finding(name, OPTIONAL, f"no {path}", mend)
+            fix = f"for {wanted.purpose}: put {wanted.url} there, or set {WEIGHTS_FOLDER} to its folder"
+            yield Finding(name, OPTIONAL, f"no {path}", fix)
         elif file_sha256(path) != wanted.sha256:
-            mend = f"for {wanted.purpose}: fetch {wanted.url} again"
-            yield Finding(name, PROBLEM, f"{path} is damaged or another file", mend)
+            fix = f"for {wanted.purpose}: download {wanted.url} again"
+            yield Finding(name, PROBLEM, f"{path} is damaged or the wrong file", fix)
         else:
             yield Finding(name, OK, f"{path}, for {wanted.purpose}")
 
@@ -305,23 +307,23 @@ def check_caches() -> Iterator[Finding]:
         existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
         writable = os.access(existing, os.W_OK | os.X_OK)
         found = str(folder) if writable else f"{existing} is not writable"
-        mend = "" if writable else f"set {variable} to a folder of your own"
-        yield Finding(name, OK if writable else PROBLEM, found, mend)
-    # Newer torch locks through the kernel, which lets go when a build dies; its lock file stays and means nothing.
+        fix = "" if writable else f"set {variable} to a writable folder"
+        yield Finding(name, OK if writable else PROBLEM, found, fix)
+    # Newer torch uses kernel locks, which a killed build releases; its lock file remains and means nothing.
     if hasattr(cpp_extension, "FileBaton"):
         yield from stale_locks(extensions)
 
 
 def stale_locks(extensions: Path) -> Iterator[Finding]:
-    """Up to torch 2.13 or so, a killed build leaves its lock file behind and every later one waits for it for ever."""
+    """Up to about torch 2.13, a killed build leaves its lock file behind and later builds wait for it forever."""
     for lock in sorted(extensions.rglob("lock")):
         age_seconds = time.time() - lock.stat().st_mtime
         found = f"{lock} is {age_seconds / 60:.0f} minutes old"
         if age_seconds > STALE_LOCK_SECONDS:
-            mend = f"a build was killed there and later ones wait for ever: rm {shlex.quote(str(lock))}"
-            yield Finding("extension lock", PROBLEM, found, mend)
+            fix = f"a build was killed and later ones wait forever: rm {shlex.quote(str(lock))}"
+            yield Finding("extension lock", PROBLEM, found, fix)
         else:
-            yield Finding("extension lock", OPTIONAL, found, "a build is going on; if not, remove the file")
+            yield Finding("extension lock", OPTIONAL, found, "a build is running; if not, remove the file")
 
 
 # --- the report -------------------------------------------------------------------------------------------------------
@@ -343,7 +345,7 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
 
 
 def examine(checks: tuple[Callable[[], Iterator[Finding]], ...] = CHECKS) -> list[Finding]:
-    """The findings of every check. One that breaks is itself a finding: the report must survive a broken machine."""
+    """The findings of every check. A check that raises is a finding too: the report must work on a broken machine."""
     findings = []
     for check in checks:
         try:
@@ -351,17 +353,20 @@ def examine(checks: tuple[Callable[[], Iterator[Finding]], ...] = CHECKS) -> lis
         except Exception as error:
             name = check.__name__.removeprefix("check_").replace("_", " ")
             reason = f"{type(error).__name__}: {error}".splitlines()[0]
-            findings.append(Finding(name, PROBLEM, f"could not be checked: {reason}", "mend the other problems first"))
+            findings.append(Finding(name, PROBLEM, f"could not be checked: {reason}", "fix the other problems first"))
     return findings
 
 
-def doctor() -> bool:
-    """Prints the report; true where nothing is a problem."""
+def doctor() -> None:
+    """Check this machine's setup and suggest fixes. Exit status 1 if something is a problem.
+
+    Example: ibq doctor
+    """
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
-    with Console(stderr=True).status("examining this machine ..."):
+    with Console(stderr=True).status("checking this machine ..."):
         findings = examine()
     colours = {OK: "green", OPTIONAL: "yellow", PROBLEM: "bold red"}
     table = Table(box=None, pad_edge=False)
@@ -375,8 +380,9 @@ def doctor() -> bool:
     for status in (OPTIONAL, PROBLEM):
         for finding in findings:
             if finding.status == status:
-                line = Text(f"{status}: {finding.name}: {finding.mend}", style=colours[status])
+                line = Text(f"{status}: {finding.name}: {finding.fix}", style=colours[status])
                 console.print(line, soft_wrap=True)
     problems = sum(finding.status == PROBLEM for finding in findings)
-    console.print(f"{problems} problem{'' if problems == 1 else 's'}" if problems else "nothing is wrong")
-    return problems == 0
+    console.print(f"{problems} problem{'' if problems == 1 else 's'}" if problems else "no problems")
+    if problems:
+        raise typer.Exit(1)

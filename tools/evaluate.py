@@ -1,84 +1,75 @@
-"""`ibq evaluate`: how good a trained tokenizer is."""
+"""`ibq evaluate`: quality of reconstructions and of generated images."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
-from rich.table import Table
 
 from tools import evaluate_generation
-from tools.progress import progress
+from tools.console import counted, print_table, progress
+from tools.options import BatchSize, Device, Tokenizer, Weights
 
 if TYPE_CHECKING:
-    from trainer.evaluation.run import EvaluatedRun
+    from trainer.evaluation.reconstruction_report import EvaluatedRun
 
-app = typer.Typer(no_args_is_help=True, help="Measure a trained tokenizer.")
-
-
-@app.callback()
-def evaluate() -> None:
-    """Measure a trained tokenizer."""
-
-
+app = typer.Typer(no_args_is_help=True, help="Evaluate a trained tokenizer or generator.")
 app.command("generation")(evaluate_generation.generation)
+
+Size = Annotated[
+    str | None,
+    typer.Option(
+        help="Pixels of the crop, or 'original'.",
+        show_default="the recipe's, or the run's data.val_image_size or image_size; without a run 256",
+    ),
+]
+Resize = Annotated[
+    str | None,
+    typer.Option(
+        help="cv2_bilinear, pil_antialias or adm_center_crop.",
+        show_default="the recipe's, or the run's data.resize; without a run cv2_bilinear",
+    ),
+]
+Report = Annotated[
+    Path | None,
+    typer.Option(
+        help="FILE.json; FILE.md and images are written beside it.",
+        show_default="RUN/report.json; without a run NAME_reconstruction.json",
+    ),
+]
 
 
 @app.command(no_args_is_help=True)
 def reconstruction(
-    run: Annotated[
-        Path, typer.Argument(help="A run's folder, a checkpoint's in it, a published .ckpt, or an export's folder.")
-    ],
+    run: Tokenizer,
     images: Annotated[
         str | None,
         typer.Option(help="Folder of images, image, tar or tars, zip file.", show_default="the run's data.val"),
     ] = None,
     recipe: Annotated[
         str | None,
-        typer.Option(help="eval_imagenet, eval_coco_zero_shot, ...: conditions of published figures.", metavar="NAME"),
+        typer.Option(help="Protocol of published results: eval_imagenet, eval_coco_zero_shot, ...", metavar="NAME"),
     ] = None,
     metrics: Annotated[
         str | None,
         typer.Option(
-            help="auto (what its weights files are there for), all, or a list such as rfid,lpips_vgg.",
+            help="auto (all whose weights files exist), all, or a list such as rfid,lpips_vgg.",
             show_default="the recipe's, or auto",
         ),
     ] = None,
-    size: Annotated[
-        str | None,
-        typer.Option(
-            help="Pixels of the crop, or 'original'.",
-            show_default="the recipe's, or the run's data.val_image_size or image_size; without a run 256",
-        ),
-    ] = None,
-    resize: Annotated[
-        str | None,
-        typer.Option(
-            help="cv2_bilinear, pil_antialias or adm_center_crop.",
-            show_default="the recipe's, or the run's data.resize; without a run cv2_bilinear",
-        ),
-    ] = None,
-    weights: Annotated[str, typer.Option(help="ema or raw.")] = "ema",
-    report: Annotated[
-        Path | None,
-        typer.Option(
-            help="FILE.json; FILE.md and pictures go beside it.",
-            show_default="RUN/report.json; without a run NAME_reconstruction.json",
-        ),
-    ] = None,
-    batch_size: Annotated[
-        int, typer.Option(help="Pictures at a time, in each process; with --size original always 1.")
-    ] = 16,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    size: Size = None,
+    resize: Resize = None,
+    weights: Weights = "ema",
+    report: Report = None,
+    batch_size: BatchSize = 16,
+    device: Device = "auto",
 ) -> None:
-    """rFID, LPIPS, PSNR, SSIM, L1 and codebook usage of reconstructions, beside published figures and two baselines
-    that learn nothing.
+    """Measure rFID, LPIPS, PSNR, SSIM, L1 and codebook usage, beside published results and two baselines.
 
     In many processes: torchrun --nproc-per-node 8 -m tools evaluate reconstruction RUN --recipe eval_imagenet ...
 
     Example: ibq evaluate reconstruction runs/quickstart --images my_photos --size original
     """
-    judge(
+    evaluate_and_print(
         run,
         images=images,
         recipe=recipe,
@@ -92,65 +83,51 @@ def reconstruction(
     )
 
 
-def judge(run: Path, **options) -> None:
-    """Evaluates a tokenizer with a progress bar (options as of `trainer.evaluation.run.evaluate_run`), writes the run's
-    report.html anew where the numbers went into the run's report, and prints the tables."""
-    from trainer.evaluation.run import RUN_REPORT, evaluate_run
+def evaluate_and_print(run: Path, **options) -> None:
+    """Evaluates a tokenizer with a progress bar and prints the tables. Rewrites the run's report.html if the results
+    went into the run's report.
+
+    options: of `trainer.evaluation.evaluate_run.evaluate_run`.
+    """
+    from trainer.evaluation.evaluate_run import RUN_REPORT, evaluate_run
     from trainer.reports.report import write_report
 
-    console = Console()
-    with progress("pictures evaluated") as on_progress:
+    with progress("images evaluated") as on_progress:
         evaluated = evaluate_run(run, **options, on_progress=on_progress)
-    if evaluated is None:  # another process tells
+    if evaluated is None:  # another process prints the result
         return
-    print_report(evaluated, console)
+    print_report(evaluated)
     if evaluated.json_path == run / RUN_REPORT:
-        console.print(f"report: {write_report(run)}", soft_wrap=True, highlight=False)
+        typer.echo(f"report: {write_report(run)}")
 
 
-def print_report(evaluated: "EvaluatedRun", console: Console) -> None:
-    """Figures beside baselines and published ones, warnings, what was left out, and where the files are."""
-    from trainer.evaluation.reference_results import MEASURES, crop_of, figure_rows, seconds_line
-
-    def say(text: str) -> None:
-        console.print(text, soft_wrap=True, highlight=False, markup=False)
+def print_report(evaluated: "EvaluatedRun") -> None:
+    """Results beside baselines and published ones, warnings, what was not measured, and where the files are."""
+    from trainer.evaluation.reconstruction_report import figure_rows
+    from trainer.reports.measures import MEASURES, describe_crop, describe_seconds
 
     report = evaluated.report
-    title = f"Reconstruction of {report.image_count:,} pictures, {crop_of(evaluated.manifest)}"
-    _print_table(console, f"{title} (protocol: {report.protocol})", figure_rows(report))
+    title = f"Reconstruction of {report.image_count:,} images, {describe_crop(evaluated.provenance)}"
+    print_table(f"{title} (protocol: {report.protocol})", figure_rows(report))
     factor = report.downsampling_factor
-    console.print(
-        f"palette: {report.codebook_size:,} colours fitted to these very pictures, one for each {factor}x{factor} "
-        "patch: the same bits per token as the tokenizer.",
-        style="dim",
+    typer.echo(
+        f"palette: {report.codebook_size:,} colours fitted to these images, one per {factor}x{factor} patch: "
+        "the same bits per token as the tokenizer."
     )
-    if evaluated.manifest["recipe"] and len(evaluated.comparison) > 2:
-        _print_table(console, "Beside published figures", evaluated.comparison)
+    if evaluated.provenance["recipe"] and len(evaluated.comparison) > 2:
+        print_table("Beside published results", evaluated.comparison)
         for difference in evaluated.differences:
-            say(f"measured otherwise than published: {difference}")
+            typer.echo(f"differs from the published protocol: {difference}")
     for warning in evaluated.warnings:
-        say(f"warning: {warning}")
+        typer.secho(f"warning: {warning}", fg="yellow")
     for measure, reason in report.not_measured.items():
-        say(f"{MEASURES[measure].title} was not measured: {reason}")
+        typer.echo(f"{MEASURES[measure].title} was not measured: {reason}")
     if report.infinite_psnr_count:
-        say(f"{report.infinite_psnr_count} pictures came back exact: their infinite PSNR is left out.")
+        exact = counted(report.infinite_psnr_count, "image")
+        typer.echo(f"{exact} reconstructed exactly; their infinite PSNR is left out of the mean.")
     if report.skipped:
-        say(f"{len(report.skipped)} pictures skipped (unreadable or too small), the first: {report.skipped[0]}")
-    say(f"seconds: {seconds_line(evaluated.manifest['seconds'])}")
-    pictures = ", ".join(map(str, evaluated.pictures.values()))
-    for what, path in (
-        ("numbers", evaluated.json_path),
-        ("table", evaluated.markdown_path),
-        ("pictures", pictures),
-    ):
-        say(f"{what}: {path}")
-
-
-def _print_table(console: Console, title: str, rows: list[list[str]]) -> None:
-    """Rows of text, the first of them headings."""
-    table = Table(title=title)
-    for place, heading in enumerate(rows[0]):
-        table.add_column(heading, justify="right" if place else "left")
-    for row in rows[1:]:
-        table.add_row(*row)
-    console.print(table)
+        skipped = counted(len(report.skipped), "image")
+        typer.echo(f"{skipped} skipped (unreadable or too small), the first: {report.skipped[0]}")
+    typer.echo(f"seconds: {describe_seconds(evaluated.provenance['seconds'])}")
+    typer.echo(f"numbers: {evaluated.json_path}\ntable: {evaluated.markdown_path}")
+    typer.echo(f"images: {', '.join(map(str, evaluated.grids.values()))}")

@@ -1,4 +1,4 @@
-"""Histograms as bars, in the terminal and as a picture."""
+"""Histograms as bars, in the terminal and as an image."""
 
 import math
 from pathlib import Path
@@ -26,7 +26,7 @@ def lines(histogram: "Histogram") -> list[str]:
 def _bar(share: float) -> str:
     eighths = round(share * BAR_CHARACTERS * 8)
     if share and not eighths:
-        eighths = 1  # what is there is seen
+        eighths = 1  # a bin that is not empty is visible
     whole, part = divmod(eighths, 8)
     return (EIGHTHS[-1] * whole + EIGHTHS[part]).ljust(BAR_CHARACTERS)[:BAR_CHARACTERS]
 
@@ -36,7 +36,7 @@ def _percent(share: float) -> str:
 
 
 def draw(histograms: list["Histogram"], title: str, path: Path) -> None:
-    """Writes them as one picture, bars beside each other. Raises OSError."""
+    """Draws them in one image. Raises OSError."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -61,7 +61,7 @@ def draw(histograms: list["Histogram"], title: str, path: Path) -> None:
         texts = [f"{count:,} ({_percent(count / sum(counts))})" if count else "" for count in counts]
         axis.bar_label(axis.barh(list(histogram.bins), counts, height=0.8, color=COLOR), texts, padding=3, fontsize=8)
         axis.set_xlim(0, 1.3 * max(counts))
-        axis.set_ylim(bars[number // columns] - 0.4, -0.6)  # so that all bars are of one thickness, from the top on
+        axis.set_ylim(bars[number // columns] - 0.4, -0.6)  # all bars have the same thickness, from the top
         axis.set_xticks([])
         axis.tick_params(left=False)
         axis.spines[["top", "right", "bottom", "left"]].set_visible(False)

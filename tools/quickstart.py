@@ -1,41 +1,45 @@
-"""`ibq quickstart`: from nothing to a judged tokenizer and a generator, on the photographs in scikit-image's wheel."""
+"""`ibq quickstart`: trains and evaluates a tokenizer and a generator on the photographs in scikit-image's wheel."""
 
-from pathlib import Path
+from tools.options import Overrides
 
 BUNDLED = "bundled:train"
 # Of the fifteen photographs: coffee, stars, tissue, moon, motorcycle, page, retina, rocket.
 SHOWN_CLASSES = "3,6,7,8,9,11,12,13"
 SAMPLES = 64
 OF_GENERATOR = "generator."
-# Settings of the generator that the tokenizer decides.
+# Settings of the generator that follow from the tokenizer.
 FITTED = "run", "data.train", "data.val", "tokenizer.source", "model.vocabulary", "model.grid", "trainer.device"
 
 
-def quickstart(overrides: list[str]) -> Path:
-    """Trains the recipe `quickstart`, then `ar_quickstart` on the tokenizer's own codes of the training photographs;
-    samples that, and judges the tokenizer on photographs that it never saw. Returns the run folder.
+def quickstart(overrides: Overrides = None) -> None:
+    """Train a small tokenizer on real photographs, then a generator on its codes, and evaluate the tokenizer.
 
-    overrides: of the tokenizer's recipe; those that begin with ``generator.`` of the generator's.
+    First packs the photographs; nothing is downloaded. At the end prints where the images and the report are. Settings
+    that begin with `generator.` are the generator's.
+
+    Example: ibq quickstart trainer.max_steps=200 generator.trainer.max_steps=50
     """
     from model_zoo import load_tokenizer
-    from tools.evaluate import judge
+    from tools.evaluate import evaluate_and_print
     from tools.sample import sample
     from tools.tokenize import tokenize
     from trainer import TrainerError
-    from trainer.config import load_recipe, load_run_config
     from trainer.loop import train
-    from trainer.reports.report import GENERATOR, SAMPLED, write_report
+    from trainer.recipes import load_recipe, load_run_config
+    from trainer.reports.generator_report import SAMPLED
+    from trainer.reports.report import write_report
+    from trainer.reports.tokenizer_report import GENERATOR
 
+    overrides = overrides or []
     for_generator = [key.removeprefix(OF_GENERATOR) for key in overrides if key.startswith(OF_GENERATOR)]
-    load_recipe("ar_quickstart", for_generator)  # a mistake in them is found before minutes have passed
+    load_recipe("ar_quickstart", for_generator)  # finds mistakes before minutes of training
     for key in (override.partition("=")[0] for override in for_generator):
         if key in FITTED:
-            raise TrainerError(f"{OF_GENERATOR}{key} cannot be set: it follows from the tokenizer")
+            raise TrainerError(f"{OF_GENERATOR}{key} cannot be set; it follows from the tokenizer")
     run = train("quickstart", [key for key in overrides if not key.startswith(OF_GENERATOR)])
     config = load_run_config(run, [])
-    if config.data.train != BUNDLED:  # pictures of the user's may have no classes, or any number
-        judge(run)
-        return run
+    if config.data.train != BUNDLED:  # the user's images may have no classes, or any number
+        return evaluate_and_print(run)
     tokens, side = run / "tokens", config.data.image_size // load_tokenizer(run).downsampling_factor
     tokenize(run, images=BUNDLED, out=tokens, views="ten-crop", device=config.trainer.device)
     grid, device = [side, side], config.trainer.device
@@ -44,5 +48,4 @@ def quickstart(overrides: list[str]) -> Path:
     generator = train("ar_quickstart", fitting + for_generator)
     sample(generator, classes=SHOWN_CLASSES, count=SAMPLES, out=generator / SAMPLED, device=config.trainer.device)
     write_report(generator)
-    judge(run)
-    return run
+    evaluate_and_print(run)

@@ -1,19 +1,18 @@
-"""`ibq reconstruct`: side-by-side pictures."""
+"""`ibq reconstruct`: images beside their reconstructions."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tools.progress import progress
+from tools.console import counted, progress
+from tools.options import BatchSize, Device, Tokenizer, Weights
 
 
 def reconstruct(
-    run: Annotated[
-        Path, typer.Argument(help="A run's folder, a checkpoint's in it, a published .ckpt, or an export's folder.")
-    ],
+    run: Tokenizer,
     images: Annotated[str, typer.Option(help="Folder of images, image, tar or tars, zip file.")],
-    out: Annotated[Path, typer.Option(help="Folder for the pictures.")],
+    out: Annotated[Path, typer.Option(help="Folder for the results.")],
     size: Annotated[
         str | None,
         typer.Option(
@@ -24,17 +23,17 @@ def reconstruct(
         str | None,
         typer.Option(help="cv2_bilinear, pil_antialias or adm_center_crop.", show_default="the run's data.resize"),
     ] = None,
-    weights: Annotated[str, typer.Option(help="ema or raw.")] = "ema",
-    batch_size: Annotated[int, typer.Option(help="Pictures at a time; with --size original always 1.")] = 16,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    weights: Weights = "ema",
+    batch_size: BatchSize = 16,
+    device: Device = "auto",
 ) -> None:
-    """Writes each picture beside its reconstruction, and one overview.
+    """Write each image beside its reconstruction, and one overview.
 
     Example: ibq reconstruct runs/quickstart --images my_photos --out pictures
     """
-    from trainer.evaluation.run import write_reconstructions
+    from trainer.evaluation.write_reconstructions import write_reconstructions
 
-    with progress("pictures reconstructed") as tell:
+    with progress("images reconstructed") as on_progress:
         written = write_reconstructions(
             run,
             images=images,
@@ -44,8 +43,8 @@ def reconstruct(
             weights=weights,
             batch_size=batch_size,
             device=device,
-            on_progress=tell,
+            on_progress=on_progress,
         )
     if written.skipped:
-        typer.echo(f"{len(written.skipped)} pictures skipped (unreadable), the first: {written.skipped[0]}")
-    typer.echo(f"{written.image_count} pictures in {out}, the first of them together in {written.overview_path}")
+        typer.echo(f"{counted(len(written.skipped), 'image')} skipped (unreadable), the first: {written.skipped[0]}")
+    typer.echo(f"{counted(written.image_count, 'image')} in {out}; overview of the first: {written.overview_path}")

@@ -1,46 +1,51 @@
-"""`ibq sample`: images of a generator."""
+"""`ibq sample`: images from a generator."""
 
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tools.progress import progress
+from tools.console import counted, progress
+from tools.options import BatchSize, Device
 
-
-def counted(number: int, what: str) -> str:
-    return f"{number:,} {what}" if number == 1 else f"{number:,} {what}s"
+Classes = Annotated[
+    str | None,
+    typer.Option(metavar="1,2,7-9", help="Classes, or 'none' for unconditional images.  [default: all]"),
+]
+Out = Annotated[Path | None, typer.Option(help="Folder of PNGs, FILE.npz or FILE.png.  [default: RUN/sampled]")]
+Schedule = Annotated[str | None, typer.Option(help="constant, linear or cosine.  [default: the run's]")]
+TopK = Annotated[int | None, typer.Option(help="Sample from the k most likely codes; 0 is all.  [default: the run's]")]
+TopP = Annotated[
+    float | None,
+    typer.Option(help="Sample from the most likely codes with this total probability.  [default: the run's]"),
+]
+Source = Annotated[
+    str | None,
+    typer.Option(metavar="SOURCE", help="Tokenizer's run, .ckpt, export or hub name.  [default: the run's]"),
+]
 
 
 def sample(
-    run: Annotated[Path, typer.Argument(help="A generator's run, a checkpoint in it, a .ckpt, export or hub name.")],
-    classes: Annotated[
-        str | None, typer.Option(metavar="1,2,7-9", help="Or 'none', for images of no class.  [default: all]")
-    ] = None,
-    count: Annotated[int, typer.Option(help="Images; the classes take turns.")] = 16,
-    out: Annotated[
-        Path | None, typer.Option(help="Folder of PNGs, FILE.npz or FILE.png.  [default: RUN/sampled]")
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Another seed, other images.")] = 0,
+    run: Annotated[
+        Path, typer.Argument(help="A generator's run or one of its checkpoints, a .ckpt, an export, or a hub name.")
+    ],
+    classes: Classes = None,
+    count: Annotated[int, typer.Option(help="Number of images; classes alternate.")] = 16,
+    out: Out = None,
+    seed: Annotated[int, typer.Option(help="Seed of the images.")] = 0,
     temperature: Annotated[float | None, typer.Option(help="Above 0.  [default: the run's]")] = None,
-    guidance: Annotated[float | None, typer.Option(help="From 0; 1 is none.  [default: the run's]")] = None,
-    guidance_schedule: Annotated[
-        str | None, typer.Option(help="constant, linear or cosine.  [default: the run's]")
-    ] = None,
-    top_k: Annotated[int | None, typer.Option(help="Likeliest codes; 0: all.  [default: the run's]")] = None,
-    top_p: Annotated[
-        float | None, typer.Option(help="Probability of the likeliest codes.  [default: the run's]")
-    ] = None,
-    batch_size: Annotated[int, typer.Option(help="Images at a time, in each process.")] = 32,
-    tokenizer: Annotated[
-        str | None, typer.Option(metavar="SOURCE", help="Its run, .ckpt, export or hub name.  [default: the run's]")
-    ] = None,
-    weights: Annotated[str | None, typer.Option(help="ema or raw.  [default: ema where the run keeps it]")] = None,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    guidance: Annotated[float | None, typer.Option(help="At least 0; 1 is none.  [default: the run's]")] = None,
+    guidance_schedule: Schedule = None,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    batch_size: BatchSize = 32,
+    tokenizer: Source = None,
+    weights: Annotated[str | None, typer.Option(help="ema or raw.  [default: ema if the run has it]")] = None,
+    device: Device = "auto",
     precision: Annotated[str, typer.Option(help="fp32 or bf16.")] = "fp32",
-    compile: Annotated[bool, typer.Option("--compile", help="By torch.compile; pays for many images.")] = False,
+    compile: Annotated[bool, typer.Option("--compile", help="Use torch.compile; worthwhile for many images.")] = False,
 ) -> None:
-    """Samples images of a generator. The same command goes on where a former one ended.
+    """Sample images from a generator. Running it again resumes.
 
     In many processes: torchrun --nproc-per-node 8 -m tools sample RUN --count 50000 --out FILE.npz
 
@@ -48,33 +53,28 @@ def sample(
     """
     from trainer.jobs.sample import sample
 
-    asked = {
-        "temperature": temperature,
-        "guidance": guidance,
-        "guidance_schedule": guidance_schedule,
-        "top_k": top_k,
-        "top_p": top_p,
-    }
-    with progress("images sampled") as tell:
+    settings = dict(temperature=temperature, guidance=guidance, guidance_schedule=guidance_schedule)
+    settings |= dict(top_k=top_k, top_p=top_p)
+    with progress("images sampled") as on_progress:
         sampled = sample(
             run,
             classes=classes,
             count=count,
             out=out,
             seed=seed,
-            sampling={name: value for name, value in asked.items() if value is not None},
+            sampling={name: value for name, value in settings.items() if value is not None},
             batch_size=batch_size,
             tokenizer=tokenizer,
             weights=weights,
             device=device,
             precision=precision,
             compile=compile,
-            on_progress=lambda done, count, per_second: tell(done, count, f"{per_second:,.2f} images/s"),
+            on_progress=lambda done, count, per_second: on_progress(done, count, f"{per_second:,.2f} images/s"),
         )
-    if sampled is None:  # another process tells
+    if sampled is None:  # another process prints the result
         return
     if sampled.made:
         typer.echo(f"{counted(sampled.made, 'image')} sampled, {sampled.images_per_second:,.2f} images/s")
     else:
-        typer.echo("everything was there already")
+        typer.echo("all images existed already")
     typer.echo(f"{counted(sampled.images, 'image')}: {sampled.out}\nreport: {sampled.report}")

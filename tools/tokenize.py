@@ -5,30 +5,32 @@ from typing import Annotated
 
 import typer
 
-from tools.progress import progress
-from tools.sample import counted
+from tools.console import counted, progress
+from tools.options import BatchSize, Device, Weights
 
 
 def tokenize(
-    run: Annotated[Path, typer.Argument(help="A tokenizer's run, a checkpoint in it, a .ckpt, export or hub name.")],
-    images: Annotated[str, typer.Option(help="Folder of images, zip file, tars, pattern or URL, as data.train.")],
+    run: Annotated[
+        Path, typer.Argument(help="A tokenizer's run or one of its checkpoints, a .ckpt, an export, or a hub name.")
+    ],
+    images: Annotated[str, typer.Option(help="Folder of images, zip file, tars, pattern or URL, as in data.train.")],
     out: Annotated[Path, typer.Option(help="Folder for the token shards.")],
     views: Annotated[
-        str, typer.Option(metavar="KIND", help="Of each image: original, flip (and mirrored) or ten-crop.")
+        str, typer.Option(metavar="KIND", help="Views of each image: original, flip (both orientations) or ten-crop.")
     ] = "original",
     size: Annotated[int | None, typer.Option(help="Pixels of a view.  [default: the run's data.image_size]")] = None,
-    weights: Annotated[str, typer.Option(help="ema or raw.")] = "ema",
+    weights: Weights = "ema",
     source: Annotated[
-        str, typer.Option(metavar="NAME", help="Entry of data/sources.yaml: where captions and classes are.")
+        str, typer.Option(metavar="NAME", help="Entry of data/sources.yaml which says where captions and classes are.")
     ] = "images",
-    samples_per_shard: Annotated[int, typer.Option(help="At most.")] = 10_000,
-    batch_size: Annotated[int, typer.Option(help="Views at a time, in each process.")] = 64,
-    device: Annotated[str, typer.Option(help="auto, cpu or cuda.")] = "auto",
+    samples_per_shard: Annotated[int, typer.Option(help="Largest number of samples in a tar.")] = 10_000,
+    batch_size: BatchSize = 64,
+    device: Device = "auto",
     workers: Annotated[
-        int | None, typer.Option(help="Threads that decode, in each process.  [default: a share of the cores]")
+        int | None, typer.Option(help="Decoding threads in each process.  [default: a share of the cores]")
     ] = None,
 ) -> None:
-    """Writes the codes of images as tars that a generator trains on. The same command goes on where a former one ended.
+    """Write the codes of images as tars that a generator trains on. Running it again resumes.
 
     In many processes: torchrun --nproc-per-node 8 -m tools tokenize RUN --images PATH --out DIR
 
@@ -51,12 +53,12 @@ def tokenize(
             workers=workers,
             on_progress=on_progress,
         )
-    if done is None:  # another process tells
+    if done is None:  # another process prints the result
         return
     if done.skipped:
         typer.echo(
             f"{counted(len(done.skipped), 'image')} skipped (see {out}/skipped.jsonl), the first: {done.skipped[0]}"
         )
-    before = "" if done.made == done.samples else f", {done.samples - done.made:,} of them were there already"
+    before = "" if done.made == done.samples else f", {done.samples - done.made:,} of them existed already"
     tars = counted(done.shards, "tar")
     typer.echo(f"{counted(done.samples, 'sample')} of tokenizer {done.tokenizer} in {tars} in {out}{before}")

@@ -13,7 +13,8 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from model_zoo.io.hashing import sha256_of
-from model_zoo.io.sharded_tensors import TensorShard, run_of, save_shards
+from model_zoo.io.run_layout import run_folder
+from model_zoo.io.sharded_tensors import TensorShard, save_shards
 from trainer import TrainerError
 from trainer.parallel import World, any_rank, gather_objects, run_on_main
 
@@ -166,7 +167,7 @@ def find_checkpoint(source: Path, world: World) -> tuple[Path, list[str]]:
     source: a run's folder: the checkpoint that ``latest`` names or, where it is not whole, the newest before it that
     is. Or a checkpoint's own folder, for which none stands in. Raises TrainerError where there is none that is whole.
     """
-    if (run := run_of(source)) != source:
+    if (run := run_folder(source)) != source:
         if wrong := damage(source, world):
             raise TrainerError(f"{source} cannot be resumed from: {wrong}; `ibq resume {run}` takes another")
         return source, []

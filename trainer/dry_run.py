@@ -24,15 +24,17 @@ from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 from data import redacted
 from model_zoo import ModelError
 from model_zoo.eval_nets.lpips import lpips_on_meta
-from model_zoo.ops import CodebookShard
+from model_zoo.ops.codebook_parallel import CodebookShard
 from model_zoo.quantizers import base as quantizer_base
 from trainer import TrainerError
-from trainer.config import GeneratorRun, RunConfig, load_recipe
-from trainer.engines import Engine
+from trainer.config import GeneratorRun, RunConfig
+from trainer.engines.base import Engine
 from trainer.parallel import World
+from trainer.recipes import load_recipe
 from trainer.start_plan import plan_batch
-from trainer.tasks import Task, make_task
+from trainer.tasks import make_task
 from trainer.tasks import tokenizer as tokenizer_task
+from trainer.tasks.base import Task
 
 # What launchers tell real processes; DeepSpeed would believe it.
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
@@ -247,7 +249,7 @@ def _mesh(config: RunConfig, processes: int, plan: RankPlan) -> list[list[str]]:
     main = next(iter(plan.networks))
     if engine.kind == "deepspeed":
         lines.append([main, f"deepspeed {engine.config} over {processes}"])
-    elif engine.kind == "replicated":
+    elif engine.kind == "ddp":
         lines.append([main, f"whole on each of {processes}"])
     else:
         shards = len(plan.fsdp_shard)

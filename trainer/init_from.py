@@ -1,4 +1,4 @@
-"""Fine-tuning: the weights that a run starts from, and the account of them that its folder keeps."""
+"""Fine-tuning: reads the initial weights of a run, and keeps a record of them in its folder."""
 
 import json
 import shlex
@@ -12,16 +12,16 @@ from model_zoo.io.load import read_weights
 from model_zoo.io.weights import Weights, check_names
 from trainer import TrainerError
 from trainer.config import TokenizerRun
-from trainer.jobs.resumable import writing
+from trainer.files import writing
 from trainer.telemetry import metric_lines
 
-FILE = "start.json"  # in a run's folder
-NO_SHAPE = ("codebook_init", "codebook_init_std")  # fields of a model's configuration that its weights do not depend on
+FILE, FORMER_FILE = "init_from.json", "start.json"  # in a run's folder; the former one is still read
+NO_SHAPE = ("codebook_init", "codebook_init_std")  # fields of a model's configuration that do not change its weights
 
 
-class Start(NamedTuple):
-    """What a run started from, in words: the weights, the tokenizer's fingerprint, what is frozen (None: nothing), and
-    where the discriminator came from."""
+class InitRecord(NamedTuple):
+    """What a run was initialised from. origin: the weights, in words; fingerprint: of their tokenizer; freeze: the part
+    that is not trained, or None; discriminator: where it comes from, in words."""
 
     origin: str
     fingerprint: str
@@ -31,61 +31,63 @@ class Start(NamedTuple):
     def __str__(self) -> str:
         frozen = f"; its {self.freeze} is frozen" if self.freeze else ""
         return (
-            f"starts from {self.origin}, fingerprint {self.fingerprint}{frozen}; discriminator: {self.discriminator}; "
-            "optimiser, schedule, EMA, LeCAM's means and data begin anew"
+            f"initialised from {self.origin}, fingerprint {self.fingerprint}{frozen}; discriminator: "
+            f"{self.discriminator}; optimizer, schedule, EMA, LeCAM means and data start fresh"
         )
 
 
-def load_start(config: TokenizerRun) -> tuple[Weights, str]:
-    """The weights that ``start.source`` names, and their tokenizer's fingerprint. Raises TrainerError, one line, where
-    they are missing or those of another model than the recipe's."""
-    source = config.start.source
+def load_init_weights(config: TokenizerRun) -> tuple[Weights, str]:
+    """The weights that ``init_from.source`` names, and the fingerprint of their tokenizer. Raises TrainerError, one
+    line, if they are missing or do not fit the recipe's model."""
+    init_from = config.init_from
     try:
-        weights = read_weights(source, "tokenizer", config.start.weights)
+        weights = read_weights(init_from.source, "tokenizer", init_from.weights)
         _check_shape(config, weights)
         with torch.device("meta"):
             tokenizer = Tokenizer(config.model)
         check_names(weights.tensors, tokenizer.state_dict(), f"{weights.origin}: it")
         tokenizer.load_state_dict(weights.tensors, assign=True)
     except ModelError as error:
-        raise TrainerError(f"start.source={source} (start.weights={config.start.weights}): {error}") from error
+        raise TrainerError(
+            f"init_from.source={init_from.source} (init_from.weights={init_from.weights}): {error}"
+        ) from error
     return weights, tokenizer.fingerprint()
 
 
 def _check_shape(config: TokenizerRun, weights: Weights) -> None:
-    """Raises ModelError where the source's model is not the recipe's."""
+    """Raises ModelError if the source's model differs from the recipe's."""
     ours = vars(config.model)
     theirs = {key: value for key, value in weights.config.items() if key not in NO_SHAPE and value != ours.get(key)}
     if theirs:
         found = ", ".join(
             f"model.{key} is {_typed(value)} there and {_typed(ours.get(key))} here" for key, value in theirs.items()
         )
-        mend = " ".join(shlex.quote(f"model.{key}={_typed(value)}") for key, value in theirs.items())
-        raise ModelError(f"it is another model than the recipe's: {found}; give {mend}")
+        fix = " ".join(shlex.quote(f"model.{key}={_typed(value)}") for key, value in theirs.items())
+        raise ModelError(f"its model is not the recipe's: {found}; give {fix}")
 
 
 def _typed(value) -> str:
-    """As one types it behind key=."""
+    """The value as it is typed after ``key=``."""
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 
-def save_start(run: Path, start: Start) -> None:
-    """Keeps the account in the run's folder. Raises TrainerError where it cannot be written."""
+def save_init_record(run: Path, record: InitRecord) -> None:
+    """Writes the record to the run's folder. Raises TrainerError if that fails."""
     with writing(run / FILE, "run=FOLDER"):
-        (run / FILE).write_text(json.dumps(start._asdict(), indent=1) + "\n", encoding="utf-8")
+        (run / FILE).write_text(json.dumps(record._asdict(), indent=1) + "\n", encoding="utf-8")
 
 
-def read_start(run: Path) -> dict | None:
-    """What a run started from and how far it has come; None where it started from scratch.
+def read_init_record(run: Path) -> dict | None:
+    """What a run was initialised from, and its validations; None if it started from random weights.
 
-    The fields of `Start`; and ``validation``, where there was any: ``start`` and ``now``, each with ``step``, ``psnr``
-    in dB, ``l1`` and ``usage``. Raises TrainerError for a damaged file.
+    The fields of `InitRecord`; and if the run was validated, ``validation``: ``start`` and ``now``, each with ``step``,
+    ``psnr`` in dB, ``l1`` and ``usage``. Raises TrainerError for a damaged file.
     """
-    path = run / FILE
+    path = run / FILE if (run / FILE).is_file() else run / FORMER_FILE
     if not path.is_file():
         return None
     try:
-        account = Start(**json.loads(path.read_text(encoding="utf-8")))._asdict()
+        record = InitRecord(**json.loads(path.read_text(encoding="utf-8")))._asdict()
     except (ValueError, TypeError) as error:
         raise TrainerError(f"{path} is damaged: delete it") from error
     metrics = run / "metrics.jsonl"
@@ -93,8 +95,8 @@ def read_start(run: Path) -> dict | None:
     validations = [
         {name.removeprefix("val/"): value for name, value in line.items() if name == "step" or name.startswith("val/")}
         for line in lines
-        if isinstance(line.get("val/psnr"), float)  # null where it is no number
+        if isinstance(line.get("val/psnr"), float)  # null if it was not finite
     ]
     if validations:
-        account["validation"] = {"start": validations[0], "now": validations[-1]}
-    return account
+        record["validation"] = {"start": validations[0], "now": validations[-1]}
+    return record

@@ -7,10 +7,12 @@ from pathlib import Path
 
 import torch
 
+from model_zoo.io.run_layout import run_folder
 from trainer import TrainerError
-from trainer.config import RunConfig, load_recipe, load_run_config
+from trainer.config import RunConfig
 from trainer.parallel import start_world, stop_world
-from trainer.start_plan import Source, check_inputs, plan_start, run_folder
+from trainer.recipes import load_recipe, load_run_config
+from trainer.start_plan import Source, check_inputs, plan_start
 from trainer.trainer import Trainer
 
 
@@ -32,8 +34,10 @@ def resume(source: str | Path, overrides: list[str]) -> Path:
     of the world calls it. Returns the run's folder."""
     if any(override.startswith("run=") for override in overrides):
         raise TrainerError("run= cannot be changed by resuming: give the run's folder alone")
-    if any(override.startswith("start.") for override in overrides):
-        raise TrainerError("start. cannot be changed by resuming: `ibq train RECIPE start.source=RUN` starts a new run")
+    if any(override.startswith("init_from.") for override in overrides):
+        raise TrainerError(
+            "init_from. cannot be changed by resuming: `ibq train RECIPE init_from.source=RUN` starts a new run"
+        )
     source = Path(source)
     config = load_run_config(run_folder(source), overrides)
     config.run = str(run_folder(source))

@@ -6,9 +6,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model_zoo.io.sharded_tensors import ShardedTensors, TensorShard, whole
+from model_zoo.io.sharded_tensors import ShardedTensors, TensorShard, whole_tensor
 from trainer.ema import Ema
-from trainer.engines import Engine
+from trainer.engines.base import Engine
 from trainer.optim import MOMENTS
 from trainer.precision import LossScale
 
@@ -62,10 +62,10 @@ class ModelState:
         for network in self.trained.values():
             engine = network.engine
             for kind, of_kind in self._kinds(network).items():
-                shards += [network.named(shard, kind).share(*engine.replica) for shard in of_kind]
+                shards += [network.named(shard, kind).part(*engine.replica) for shard in of_kind]
         for network in self.frozen.values():
             for kind in ("", "_ema") if self.ema else ("",):  # the average of constant weights is the weights
-                shards += [network.named(s, kind).share(*network.engine.replica) for s in network.engine.weights()]
+                shards += [network.named(s, kind).part(*network.engine.replica) for s in network.engine.weights()]
         return shards + (self._buffer_shards() if self.is_main else [])
 
     def numbers(self) -> dict:
@@ -127,4 +127,4 @@ class ModelState:
         return values[next(key for key in (name, main, "generator") if key in values)]
 
     def _buffer_shards(self) -> list[TensorShard]:
-        return [whole(name, value) for name, value in self.buffers().items()]
+        return [whole_tensor(name, value) for name, value in self.buffers().items()]

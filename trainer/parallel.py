@@ -12,7 +12,7 @@ from torch import Tensor
 
 from data import DataError
 from model_zoo import ModelError
-from model_zoo.ops import CodebookShard
+from model_zoo.ops.codebook_parallel import CodebookShard
 from trainer import TrainerError
 
 # A collective's own limit lies so far above `trainer.timeout_seconds` that the watchdog, which tells more, is first.

@@ -2,7 +2,7 @@
 
 import torch
 
-from model_zoo.io.sharded_tensors import ShardedTensors, TensorShard, whole
+from model_zoo.io.sharded_tensors import ShardedTensors, TensorShard, whole_tensor
 from trainer.parallel import World
 
 
@@ -13,7 +13,7 @@ def seed_everything(seed: int, step: int, world: World) -> None:
 
 def random_state(world: World) -> list[TensorShard]:
     """This rank's generators, to be saved."""
-    return [whole(name, state) for name, state in _states(world).items()]
+    return [whole_tensor(name, state) for name, state in _states(world).items()]
 
 
 def restore_random_state(files: ShardedTensors, world: World) -> None:

@@ -5,13 +5,15 @@ from typing import NamedTuple
 
 import data
 from model_zoo import ModelError
-from model_zoo.io.sharded_tensors import ShardedTensors, run_of
+from model_zoo.io.sharded_tensors import ShardedTensors
 from trainer import TrainerError
 from trainer.checkpoint import checkpoint_folders, find_checkpoint, load_state
-from trainer.config import GeneratorRun, RunConfig, load_run_config, save_config
+from trainer.config import GeneratorRun, RunConfig
+from trainer.init_from import InitRecord, save_init_record
 from trainer.model_state import ModelState
 from trainer.parallel import World, raise_on_all_ranks, run_on_main
 from trainer.randomness import restore_random_state
+from trainer.recipes import load_run_config, save_config
 from trainer.telemetry import metric_lines, scanning
 
 
@@ -109,8 +111,9 @@ def restore(plan: StartPlan, models: ModelState, world: World) -> None:
     raise_on_all_ranks(failed)
 
 
-def open_folder(config: RunConfig, plan: StartPlan) -> str:
-    """Creates the run's folder, where it is new, and writes config.yaml; returns it. Refuses to mix two runs."""
+def open_folder(config: RunConfig, plan: StartPlan, init_from: InitRecord | None) -> None:
+    """Creates the run's folder, where it is new, and writes the configuration and what the weights start from. Raises
+    TrainerError where the folder holds another run or cannot be written."""
     run = Path(config.run)
     if not plan.reuses_folder and ((run / "config.yaml").exists() or (run / "checkpoints").exists()):
         raise TrainerError(f"{run} already holds a run: resume it (`ibq resume {run}`) or choose another run=FOLDER")
@@ -123,12 +126,8 @@ def open_folder(config: RunConfig, plan: StartPlan) -> str:
         raise TrainerError(
             f"cannot write the run folder {run}: {error.strerror}; choose another with run=FOLDER"
         ) from error
-    return str(run)
-
-
-def run_folder(source: Path) -> Path:
-    """The run's folder, given it or one of its checkpoints' folders."""
-    return run_of(source)
+    if init_from:
+        save_init_record(run, init_from)
 
 
 def _holds_run(config: RunConfig) -> bool:

@@ -204,7 +204,7 @@ def open_telemetry(run: Path, start_step: int, max_steps: int, world: World) -> 
     return opened[0] if opened else Telemetry()
 
 
-def describe(config: RunConfig, world: World, task, run: Path, start: int) -> str:
+def describe(config: RunConfig, world: World, task, start: int) -> str:
     """One line: what is about to be trained, and on what. start: steps that are done."""
     engine = task.main_engine
     kind = config.engine.kind
@@ -216,6 +216,6 @@ def describe(config: RunConfig, world: World, task, run: Path, start: int) -> st
     what = ", ".join([f"{task.parameters / 1e6:.2f}M parameters", *task.describe()])
     batch = f"{world.size} x {engine.micro_batches} x {engine.micro_batch_size} images a step"
     return (
-        f"{run}: {what}, {world.size} x {world.device.type} ({kind}, {config.trainer.precision}), {batch}, "
+        f"{config.run}: {what}, {world.size} x {world.device.type} ({kind}, {config.trainer.precision}), {batch}, "
         f"steps {start + 1} to {config.trainer.max_steps}"
     )

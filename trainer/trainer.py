@@ -10,20 +10,20 @@ import data
 from trainer import TrainerError
 from trainer.checkpoint import CheckpointError, Checkpoints
 from trainer.config import RunConfig
-from trainer.init_from import save_start
 from trainer.parallel import World, any_rank, gather_objects, mean_over_ranks, run_on_main
 from trainer.prefetch import Prefetcher, summary
 from trainer.randomness import random_state, seed_everything
 from trainer.skipped_steps import SkippedSteps
 from trainer.start_plan import StartPlan, open_folder, plan_batch, restore
-from trainer.tasks import Step, make_task
+from trainer.tasks import make_task
+from trainer.tasks.base import Step
 from trainer.telemetry import describe, open_telemetry
 from trainer.throughput import Throughput
 from trainer.watchdog import LossSpikes, Stopped, StopSignal, Watchdog
 
 
 class Due(NamedTuple):
-    """What follows a step. last: training ends after it."""
+    """What is to be done after a step. last: training ends."""
 
     log: bool
     validate: bool
@@ -47,7 +47,7 @@ class Trainer:
         micro_batch_size, micro_batches = plan_batch(config, world)
         self.task = task = make_task(config, world, micro_batch_size, micro_batches)
         task.check()
-        init_from = None if plan.checkpoint else task.load_initial_weights()
+        self.init_from = None if plan.checkpoint else task.load_initial_weights()
         stream = data.train_batches(
             config.data,
             global_batch_size=config.trainer.global_batch_size,
@@ -67,19 +67,16 @@ class Trainer:
         self.batches.stop_together("nothing was trained")
         if not plan.checkpoint:
             task.init_from_data(map(task.inputs, self.batches.ready))
-        run_on_main(world, lambda: open_folder(config, plan))
-        if init_from:
-            run_on_main(world, lambda: save_start(self.run, init_from))
-        self._open_logs([*plan.notes, *([str(init_from)] if init_from else [])])
-        if init_from and config.data.val is not None:
-            self.validate(self.step)  # what training starts from
+        run_on_main(world, lambda: open_folder(config, plan, self.init_from))
+        self._open_logs()
 
-    def _open_logs(self, notes: list[str]) -> None:
+    def _open_logs(self) -> None:
         config, settings, world, run = self.config, self.config.trainer, self.world, self.run
         self.telemetry = open_telemetry(run, self.step, settings.max_steps, world)
-        for line in (*notes, describe(config, world, self.task, run, self.step)):
+        start = [str(self.init_from)] if self.init_from else []
+        data_line = self.batches.stream.describe(settings.max_steps - self.step)
+        for line in (*self.plan.notes, *start, describe(config, world, self.task, self.step), data_line):
             self.telemetry.say(line)
-        self.telemetry.say(self.batches.stream.describe(settings.max_steps - self.step))
         self.batches.open_logs(run, config.data.audit, self.step)
         self.resources.enter_context(self.telemetry)
         self.stop = self.resources.enter_context(StopSignal())
@@ -102,6 +99,9 @@ class Trainer:
         """All steps that are left. Raises Stopped after SIGTERM, with everything saved."""
         self.throughput = Throughput(self.config.trainer.global_batch_size, self.step)
         try:
+            if self.init_from and self.config.data.val is not None:
+                self.validate(self.step)  # what training starts from
+                self.throughput.restart(self.step)
             for step in range(self.step + 1, self.config.trainer.max_steps + 1):
                 self.step = step
                 self.after_step(step, self.train_step(step))
@@ -124,7 +124,14 @@ class Trainer:
     def after_step(self, step: int, result: Step) -> None:
         """Logs, validates and saves, where it is time; ends all ranks together where any of them must stop."""
         stopping, starving = any_rank(self.world, self.stop.wished, self.batches.failed is not None)
-        self._report_trouble(step, result)
+        try:
+            note = self.skipped.update(step, result.skipped, self.keys, step == self.config.trainer.max_steps)
+        except TrainerError:
+            self.checkpoints.finish()  # what is being written is of a good step
+            raise
+        spike = self.spikes.update(float(result.scalars["loss/total"]))
+        if note or spike:
+            self.telemetry.say(note or f"step {step}: {spike}")
         due = self._due(step, result, ends=stopping or starving)
         self.telemetry.advance(step)
         if due.log:
@@ -136,10 +143,7 @@ class Trainer:
         if due.log:
             self.throughput.restart(step)
         if starving:
-            saved = (
-                f"step {step} is saved: resume with `ibq resume {self.run}`" if due.save else "nothing more is saved"
-            )
-            self.batches.stop_together(saved)
+            self.batches.stop_together(f"step {step} is saved: resume with `ibq resume {self.run}`")
         if stopping:
             raise Stopped(f"stopped by SIGTERM after step {step}, which is saved: resume with `ibq resume {self.run}`")
 
@@ -154,23 +158,11 @@ class Trainer:
         log = save or last or step % settings.log_every_steps == 0
         return Due(log, final or step % settings.validate_every_steps == 0, save, last)
 
-    def _report_trouble(self, step: int, result: Step) -> None:
-        """Prints what is wrong with a step. Raises TrainerError after too many skipped steps."""
-        try:
-            note = self.skipped.update(step, result.skipped, self.keys, step == self.config.trainer.max_steps)
-        except TrainerError:
-            self.checkpoints.finish()  # what is being written is of a good step
-            raise
-        if not note and (spike := self.spikes.update(float(result.scalars["loss/total"]))):
-            note = f"step {step}: {spike}"
-        if note:
-            self.telemetry.say(note)
-
     def log(self, step: int, result: Step, last: bool) -> None:
         """Writes the step's scalars, averaged over ranks, beside those of model, data and speed."""
-        names, device = list(result.scalars), self.world.device
-        values = [torch.as_tensor(result.scalars[name], dtype=torch.float32, device=device) for name in names]
-        scalars = dict(zip(names, mean_over_ranks(torch.stack(values)).tolist(), strict=True))
+        values = [torch.as_tensor(value, dtype=torch.float32) for value in result.scalars.values()]
+        means = mean_over_ranks(torch.stack([value.to(self.world.device) for value in values])).tolist()
+        scalars = dict(zip(result.scalars, means, strict=True))
         scalars |= self.task.scalars(step - 1) | self.batches.report(step)
         scalars |= self.task.speed(self.throughput.images_per_second(step))
         self.telemetry.alarm(step, self.task.alarm)
@@ -194,17 +186,12 @@ class Trainer:
             if not due.save:
                 return self.checkpoints.poll()
             self.save_pending = False
-            state = {
-                "data": data.merge_states(gather_objects(self.data_state)),
-                "task": self.task.state.numbers(),
-                "world_size": self.world.size,
-            }
+            data_state = data.merge_states(gather_objects(self.data_state))
+            state = {"data": data_state, "task": self.task.state.numbers(), "world_size": self.world.size}
             self.checkpoints.save(step, state, self.task.state.tensors() + random_state(self.world))
             if due.last:
                 self.checkpoints.finish()
         except CheckpointError as error:
             if due.last:
                 raise
-            self.telemetry.say(
-                f"ALARM at step {step}: {error}; training continues, the next checkpoint is due as planned"
-            )
+            self.telemetry.say(f"ALARM at step {step}: {error}; training continues without this checkpoint")

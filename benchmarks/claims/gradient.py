@@ -20,7 +20,7 @@ from data import DataError, evaluation_images
 from model_zoo import ModelError
 from model_zoo.quantizers.ibq import IndexBackpropQuantizer
 from trainer import TrainerError
-from trainer.config import load_run_config
+from trainer.recipes import load_run_config
 
 PICTURES = 32
 

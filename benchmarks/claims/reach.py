@@ -19,8 +19,8 @@ import torch
 
 import model_zoo
 from data import evaluation_images
-from trainer.config import load_run_config
 from trainer.metrics.codebook import CodebookUsage
+from trainer.recipes import load_run_config
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

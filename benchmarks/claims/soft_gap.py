@@ -14,8 +14,8 @@ import torch
 import model_zoo
 from data import evaluation_images
 from trainer.checkpoint import checkpoint_folders
-from trainer.config import load_run_config
-from trainer.metrics import psnr
+from trainer.metrics.image import psnr
+from trainer.recipes import load_run_config
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

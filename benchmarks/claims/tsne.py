@@ -15,7 +15,7 @@ from sklearn.manifold import TSNE
 
 import model_zoo
 from data import evaluation_images
-from trainer.config import load_run_config
+from trainer.recipes import load_run_config
 
 matplotlib.use("Agg")
 from matplotlib import pyplot

@@ -1,1 +1,1 @@
-"""Fixed networks that losses and metrics use: VGG16, AlexNet, Inception. Their weights are files of the user's."""
+"""Fixed networks of losses and metrics: VGG16, AlexNet, Inception. The user supplies their weights as files."""

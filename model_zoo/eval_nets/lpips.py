@@ -1,4 +1,4 @@
-"""LPIPS (arXiv 1801.03924) on VGG16 or AlexNet: a frozen training loss, and a measure."""
+"""LPIPS (arXiv 1801.03924) with VGG16 or AlexNet, as a frozen training loss and as a metric."""
 
 import warnings
 from pathlib import Path
@@ -10,23 +10,23 @@ from model_zoo.errors import ModelError
 from model_zoo.eval_nets.weights import checked_weights, frozen
 
 TRUNKS = {"vgg": "vgg16", "alex": "alexnet"}  # the lpips package's name -> key of WEIGHTS_FILES
-# Pixels: VGG16 halves four times; AlexNet's strides of 4, 2 and 2 have windows of 11, 3 and 3.
+# In pixels: VGG16 halves the sides four times; AlexNet has strides of 4, 2 and 2 with windows of 11, 3 and 3.
 SMALLEST_SIDE = {"vgg": 16, "alex": 31}
 
 
 class Perceptual(nn.Module):
-    """LPIPS distance of image pairs, by the `lpips` package (version 0.1 heads, which its wheel carries).
+    """LPIPS distance of image pairs, computed by the `lpips` package with its version 0.1 heads.
 
-    The trunk is torchvision's ImageNet weights, a file that the user supplies; nothing is downloaded.
-    The weights are held as non-persistent buffers: they follow `.to(...)`, but no optimizer sees them and no checkpoint
-    holds them. The module stays in evaluation mode.
+    The trunk uses torchvision's ImageNet weights, a file that the user supplies; nothing is downloaded. The weights are
+    non-persistent buffers: they follow `.to(...)`, but are neither optimised nor saved in checkpoints. The module stays
+    in evaluation mode.
 
     Args:
-        weights: path of the trunk's file; None looks where `model_zoo.eval_nets.weights` says.
+        weights: path of the trunk's file; None uses the default location, see `model_zoo.eval_nets.weights`.
         net: the trunk, ``vgg`` or ``alex``.
 
     Raises:
-        ModelError: the file is missing or has another hash; in `forward`, shapes that differ or sides under
+        ModelError: if the file is missing or has another hash; in `forward`, for shapes that differ and for sides below
             `SMALLEST_SIDE[net]` pixels.
     """
 
@@ -37,13 +37,13 @@ class Perceptual(nn.Module):
         self.eval()
 
     def train(self, mode: bool = True) -> "Perceptual":
-        """Stays in evaluation mode, for the heads have dropout; returns self."""
+        """Stays in evaluation mode, since the heads have dropout; returns self."""
         return super().train(False)
 
     def forward(self, x_bchw: torch.Tensor, y_bchw: torch.Tensor) -> torch.Tensor:
-        """Two batches of RGB images (b, 3, h, w) in [-1, 1] -> the LPIPS of each pair, (b,)."""
+        """LPIPS of each pair of two batches of RGB images (b, 3, h, w) in [-1, 1], as (b,)."""
         if x_bchw.shape != y_bchw.shape:
-            raise ModelError(f"LPIPS compares images of one shape, got {(*x_bchw.shape,)} and {(*y_bchw.shape,)}")
+            raise ModelError(f"LPIPS compares images of equal shape, got {(*x_bchw.shape,)} and {(*y_bchw.shape,)}")
         if min(x_bchw.shape[2:]) < SMALLEST_SIDE[self.net]:
             raise ModelError(
                 f"images of {x_bchw.shape[2]} x {x_bchw.shape[3]} are too small for LPIPS ({self.net}): use sides of at"
@@ -53,23 +53,23 @@ class Perceptual(nn.Module):
 
 
 def lpips_on_meta(net: str = "vgg") -> nn.Module:
-    """The lpips package's LPIPS without values, on the meta device: to be filled, or to count its weights."""
-    # Imported here: it brings in plotting and image libraries that runs without LPIPS need not wait for.
+    """The lpips package's LPIPS on the meta device, for loading weights or counting them."""
+    # Imported at first use, since lpips imports plotting and image libraries.
     import lpips
 
-    # On the meta device the whole trunk costs neither memory nor the time of a random initialisation.
+    # On the meta device the trunk needs neither memory nor time for a random initialisation.
     with torch.device("meta"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
         return lpips.LPIPS(net=net, version="0.1", pretrained=False, pnet_rand=True, verbose=False)
 
 
 def _load_lpips(net: str, trunk_file: Path) -> nn.Module:
-    """The lpips package's LPIPS with every parameter taken from `trunk_file` and the package's own heads."""
+    """The lpips package's LPIPS with the trunk from `trunk_file` and the package's own heads."""
     import lpips
 
     model = lpips_on_meta(net)
     published = torch.load(trunk_file, map_location="cpu", weights_only=True)
-    # "slice3.10.weight" is torchvision's "features.10.weight": lpips cuts the trunk in slices but keeps the numbers.
+    # "slice3.10.weight" is torchvision's "features.10.weight": lpips slices the trunk but keeps the numbers.
     trunk = {name: published["features." + name.split(".", 1)[1]] for name in model.net.state_dict()}
     model.net.load_state_dict(trunk, strict=True, assign=True)
 

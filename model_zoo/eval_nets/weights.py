@@ -1,7 +1,7 @@
-"""The networks that judge pictures: their weights, which the user supplies as files, and how they are frozen.
+"""Weights files of the evaluation networks, and freezing of models.
 
-No package carries these weights, and nothing here downloads them. Each file is looked for in one place and is known by
-its SHA-256, so that a figure never comes from other weights than the published ones.
+The user supplies these files; nothing is downloaded. Each file has one location and is verified by its SHA-256, so that
+metrics are only ever computed with the published weights.
 """
 
 import os
@@ -19,7 +19,7 @@ WEIGHTS_FOLDER = "IBQ_WEIGHTS"  # environment variable
 
 
 class WeightsFile(NamedTuple):
-    """A published file: its name, hash and source, what needs it, and other names under which it is published."""
+    """A published file: its name, hash, source, purpose, and other names under which it is published."""
 
     file: str
     sha256: str
@@ -33,27 +33,27 @@ WEIGHTS_FILES = {
         "vgg16-397923af.pth",
         "397923af8e79cdbb6a7127f12361acd7a2f83e06b05044ddf496e83de57a5bf0",
         "https://download.pytorch.org/models/vgg16-397923af.pth",
-        "LPIPS (VGG), as a training loss and as a measure",
+        "LPIPS (VGG), as a training loss and as a metric",
     ),
     "alexnet": WeightsFile(
         "alexnet-owt-7be5be79.pth",
         "7be5be791159472b1fbf3c69796f7cb30dca7ad8466c2df70058c37116cdee02",
         "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
-        "LPIPS (AlexNet), as a measure",
+        "LPIPS (AlexNet), as a metric",
     ),
     "inception": WeightsFile(
         "weights-inception-2015-12-05-6726825d.pth",
         "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",
         "https://github.com/toshas/torch-fidelity/releases/download/v0.2.0/weights-inception-2015-12-05-6726825d.pth",
         "rFID, gFID, Inception score, precision and recall",
-        ("pt_inception-2015-12-05-6726825d.pth",),  # pytorch-fid's, the same content
+        ("pt_inception-2015-12-05-6726825d.pth",),  # pytorch-fid's name for the same content
     ),
 }
 
 
 def weights_path(key: str, path: str | Path | None = None) -> Path:
-    """Where the file of `WEIGHTS_FILES[key]` is looked for: at `path`, else in the folder $IBQ_WEIGHTS, else where
-    torch.hub keeps its downloads. It need not be there."""
+    """Location of the file `WEIGHTS_FILES[key]`: `path` if given, else the folder $IBQ_WEIGHTS if set, else torch.hub's
+    download folder. The file need not exist."""
     if path is not None:
         return Path(path).expanduser()
     folder = os.environ.get(WEIGHTS_FOLDER)
@@ -63,15 +63,12 @@ def weights_path(key: str, path: str | Path | None = None) -> Path:
 
 
 def checked_weights(key: str, path: str | Path | None = None) -> Path:
-    """The path of a weights file, once the file there is known to be the published one.
-
-    Raises ModelError where it is missing or has another hash.
-    """
+    """Path of a weights file, after verifying its hash. Raises ModelError if it is missing or has another hash."""
     wanted, place = WEIGHTS_FILES[key], weights_path(key, path)
     if not place.is_file():
         raise ModelError(
-            f"no such file at {place}: {wanted.file}, for {wanted.purpose}, must be put there ({wanted.url}), or its "
-            f"folder named by {WEIGHTS_FOLDER}"
+            f"{place} does not exist: {wanted.file}, for {wanted.purpose}, must be put there ({wanted.url}), or its "
+            f"folder set in {WEIGHTS_FOLDER}"
         )
     try:
         found = file_sha256(place)
@@ -79,14 +76,14 @@ def checked_weights(key: str, path: str | Path | None = None) -> Path:
         raise ModelError(f"cannot read {place}: {error.strerror}") from error
     if found != wanted.sha256:
         raise ModelError(
-            f"{place} is not the published {wanted.file}: its sha256 is {found}, not {wanted.sha256}; fetch it again "
-            f"({wanted.url}), or name another folder by {WEIGHTS_FOLDER}"
+            f"{place} is not the published {wanted.file}: its sha256 is {found}, not {wanted.sha256}; download it "
+            f"again ({wanted.url}), or set another folder in {WEIGHTS_FOLDER}"
         )
     return place
 
 
 def file_sha256(path: Path) -> str:
-    """The SHA-256 of a file, computed once a process for as long as the file does not change."""
+    """SHA-256 of a file, cached within the process until the file changes."""
     status = path.stat()
     return _sha256(path.resolve(), status.st_size, status.st_mtime_ns)
 
@@ -97,9 +94,9 @@ def _sha256(path: Path, size_bytes: int, modified_ns: int) -> str:
 
 
 def frozen(model: nn.Module) -> nn.Module:
-    """`model` with all its parameters and buffers turned into non-persistent buffers.
+    """Turns all parameters and buffers of `model` into non-persistent buffers, and returns it.
 
-    They follow `.to(...)`, but no optimizer sees them and no checkpoint holds them.
+    Buffers follow `.to(...)`, but are neither optimised nor saved in checkpoints.
     """
     for module in model.modules():
         for name, tensor in [*module.named_parameters(recurse=False), *module.named_buffers(recurse=False)]:

@@ -1,9 +1,9 @@
-"""Models as folders of their own: safetensors under plain names, their configuration, and a model card.
+"""Exported models: a folder of safetensors files with plain parameter names, a configuration, and a model card.
 
-``model.safetensors`` holds the averaged (EMA) weights where there are any, else those that were trained;
-``raw.safetensors`` the latter beside averaged ones; ``discriminator.safetensors`` and
-``discriminator_ema.safetensors`` what was trained beside a tokenizer. A generator's folder may hold that of its
-tokenizer, ``tokenizer/``.
+``model.safetensors`` holds the EMA weights if there are any, otherwise the raw weights. ``raw.safetensors`` holds the
+raw weights if ``model.safetensors`` holds EMA weights. ``discriminator.safetensors`` and
+``discriminator_ema.safetensors`` hold the discriminator trained with a tokenizer. A generator's folder may contain its
+tokenizer's, ``tokenizer/``.
 """
 
 import shutil
@@ -27,42 +27,42 @@ TOKENIZER = "tokenizer"
 
 
 def is_export(source: Path) -> bool:
-    """Whether it is to be read by `read_export`."""
+    """Whether the path is a folder for `read_export`."""
     return (source / MODEL).is_file()
 
 
 def read_export(folder: Path, kind: str, weights: str) -> Weights:
-    """A model's configuration and weights out of an export. kind, weights: see `read_weights`. Raises ModelError."""
+    """Reads a model's configuration and weights from an export. Arguments: see `read_weights`. Raises ModelError."""
     folder, about = _of_kind(folder, kind)
     file = folder / (RAW if weights == "raw" and about["weights"] == "ema" else MODEL)
     if not file.is_file():
-        raise ModelError(f"{folder} holds no raw weights, only their averages: ask for those (--weights ema)")
+        raise ModelError(f"{folder} holds no raw weights, only their averages: use --weights ema")
     beside = {name: folder / name for name in (DISCRIMINATOR, DISCRIMINATOR_EMA) if (folder / name).is_file()}
     tensors = {name: read_tensors(path) for name, path in beside.items()}
-    held = "raw" if file.name == RAW else about["weights"]
+    found = "raw" if file.name == RAW else about["weights"]
     return Weights(
         about["model"],
         read_tensors(file),
         tensors.get(DISCRIMINATOR),
-        f"{folder} ({held} weights)",
+        f"{folder} ({found} weights)",
         str(folder / CONFIG),
-        held,
+        found,
         tensors.get(DISCRIMINATOR_EMA),
         Average(**about["average"]) if about.get("average") else None,
         about.get("step"),
     )
 
 
-def held_by_export(folder: Path) -> dict[str, list[str]]:
-    """Kind of model -> which of ``ema`` and ``raw`` weights. Raises ModelError."""
+def weights_in_export(folder: Path) -> dict[str, list[str]]:
+    """Which of ``ema`` and ``raw`` weights an export holds, by kind of model. Raises ModelError."""
     about = read_about(folder)
     has_raw = about["weights"] == "raw" or (folder / RAW).is_file()
     found = {about["kind"]: ["ema"] * (about["weights"] == "ema") + ["raw"] * has_raw}
-    return found | (held_by_export(folder / TOKENIZER) if is_export(folder / TOKENIZER) else {})
+    return found | (weights_in_export(folder / TOKENIZER) if is_export(folder / TOKENIZER) else {})
 
 
 def _of_kind(folder: Path, kind: str) -> tuple[Path, dict]:
-    """The folder that holds a model of that kind, itself or the tokenizer's in it; and what its config says."""
+    """The folder that holds a model of this kind (``folder`` or the tokenizer's inside it), and its ``config.yaml``."""
     about = read_about(folder)
     if about["kind"] == kind:
         return folder, about
@@ -95,7 +95,7 @@ def read_about(folder: Path) -> dict:
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
-    """All tensors of a safetensors file. Raises ModelError where it is damaged."""
+    """All tensors of a safetensors file. Raises ModelError if it is damaged."""
     try:
         return load_file(file)
     except (SafetensorError, OSError) as error:
@@ -103,7 +103,7 @@ def read_tensors(file: Path) -> dict[str, Tensor]:
 
 
 def damaged_file(folder: Path) -> str | None:
-    """What is wrong with an export's files, or None: the hash of each is compared with ``config.yaml``."""
+    """Compares the hash of each file of an export with ``config.yaml``. Returns what is wrong, or None."""
     for name, sha256 in read_about(folder)["sha256"].items():
         if not (folder / name).is_file():
             return f"{name} is missing"
@@ -113,7 +113,7 @@ def damaged_file(folder: Path) -> str | None:
 
 
 def fill_export(folder: Path, about: dict, files: dict[str, dict[str, Tensor]], card: str) -> None:
-    """Writes an export into a folder that is there. about: ``config.yaml`` without the hashes of files."""
+    """Writes an export into an existing folder. about: ``config.yaml`` without the hashes of files."""
     for name, tensors in files.items():
         save_tensors(folder / name, tensors, {"format": "pt"})
     hashes = {name: sha256_of(folder / name) for name in files}
@@ -123,13 +123,13 @@ def fill_export(folder: Path, about: dict, files: dict[str, dict[str, Tensor]], 
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """A folder beside ``out`` to write into, which becomes ``out`` at the end; where that fails nothing is left. Raises
-    ModelError where something is there already."""
+    """Yields a temporary folder next to ``out`` and renames it to ``out`` at the end. On failure it is removed. Raises
+    ModelError if ``out`` exists and is not an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ModelError(f"{out} is there already: name another place with --out, or remove it")
     out = out.resolve()
     unfinished = out.with_name(f".{out.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # of a job that was killed
+    shutil.rmtree(unfinished, ignore_errors=True)  # left by a killed job
     unfinished.mkdir(parents=True)
     try:
         yield unfinished

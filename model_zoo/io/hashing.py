@@ -9,7 +9,7 @@ from torch import Tensor
 
 
 def sha256_of(path: Path) -> str:
-    """The SHA-256 of a file's content, in hexadecimal."""
+    """SHA-256 of a file's content, in hexadecimal."""
     digest = hashlib.sha256()
     with path.open("rb") as file:
         while chunk := file.read(1 << 20):
@@ -18,7 +18,7 @@ def sha256_of(path: Path) -> str:
 
 
 def fingerprint_of(tensors: Mapping[str, Tensor]) -> str:
-    """16 hexadecimal digits of the SHA-256 of names and weights on the CPU."""
+    """First 16 hexadecimal digits of the SHA-256 of tensors on the CPU and their names."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         digest.update(name.encode())

@@ -1,37 +1,63 @@
-"""Models out of whatever holds one: runs, published checkpoints, exports, and names on the model hub."""
+"""Loads models from any source: runs, published checkpoints, exports, and names on the Hugging Face hub."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
 
+import torch
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from torch import nn
 
+from model_zoo.config import TokenizerConfig, TransformerConfig
 from model_zoo.errors import ModelError
-from model_zoo.io.export_format import held_by_export, is_export, read_export
+from model_zoo.io.export_format import is_export, read_export, weights_in_export
 from model_zoo.io.hub import download, is_hub_name
 from model_zoo.io.published_ckpt import is_published, open_published, read_published
-from model_zoo.io.sharded_tensors import ShardedTensors, run_of
+from model_zoo.io.run_layout import checkpoint_step, run_folder
+from model_zoo.io.sharded_tensors import ShardedTensors
 from model_zoo.io.weights import KINDS, SETS, Average, Weights, check_names
+from model_zoo.tokenizer import Tokenizer
+from model_zoo.transformer import Transformer, rope_table
 
 Model = TypeVar("Model", bound=nn.Module)
 
 
-def load_model(
-    source: str | Path, weights: str, kind: str, schema: type, build: Callable[..., Model], assign: bool = False
-) -> Model:
-    """The model of a source, as `read_weights` takes it, in eval mode on the CPU.
+def load_tokenizer(source: str | Path, weights: str = "ema") -> Tokenizer:
+    """A trained or published tokenizer, in eval mode on the CPU.
 
-    kind: of KINDS. build: makes the model of a ``schema``, its configuration. assign: the model may be of the meta
-    device; its weights are the very tensors that were read. Raises ModelError.
+    source, weights: as in `read_weights`: a run, a published ``.ckpt`` or an export (of a tokenizer, or of a generator
+    that contains its tokenizer), or a name on the Hugging Face hub.
+    Raises ModelError if the source, its checkpoint, or the requested weights do not exist.
     """
-    return as_model(read_weights(source, kind, weights), kind, schema, build, assign)
+    return build_model(read_weights(source, "tokenizer", weights), "tokenizer", TokenizerConfig, Tokenizer)
 
 
-def as_model(found: Weights, kind: str, schema: type, build: Callable[..., Model], assign: bool = False) -> Model:
-    """`load_model` of weights that were read."""
+def load_generator(source: str | Path, weights: str = "ema") -> Transformer:
+    """A trained or published generator, in eval mode on the CPU, in fp32.
+
+    source, weights: as in `read_weights`: a run, a published ``.ckpt`` (assumed to have 16 x 16 codes per image), an
+    export, or a name on the Hugging Face hub.
+    Raises ModelError if the source, its checkpoint, or the requested weights do not exist.
+    """
+
+    def build(config: TransformerConfig) -> Transformer:
+        with torch.device("meta"):  # large models take long to initialise, and every weight is replaced
+            transformer = Transformer(config)
+        transformer.rope_tp2 = rope_table(*config.grid, config.head_dim)  # not stored in checkpoints
+        return transformer
+
+    found = read_weights(source, "generator", weights)
+    return build_model(found, "generator", TransformerConfig, build, assign=True).float()
+
+
+def build_model(found: Weights, kind: str, schema: type, build: Callable[..., Model], assign: bool = False) -> Model:
+    """Builds a model from weights that were read, in eval mode on the CPU.
+
+    kind: of KINDS. schema: class of the model's configuration. build: makes the model from the configuration. assign:
+    the model uses the given tensors instead of copying them, so it may be built on the meta device. Raises ModelError.
+    """
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), found.config))
     except (OmegaConfBaseException, ValueError, TypeError) as error:
@@ -43,13 +69,14 @@ def as_model(found: Weights, kind: str, schema: type, build: Callable[..., Model
 
 
 def read_weights(source: str | Path, kind: str, weights: str = "ema") -> Weights:
-    """A model's configuration and weights, without making the model.
+    """Reads a model's configuration and weights, without building the model.
 
-    source: a run's folder, whose newest complete checkpoint is taken; a checkpoint's folder in it; a published
-    ``.ckpt``; the folder of an export; or, where there is no such path, the name ``owner/name`` or
-    ``owner/name@revision`` of one on the model hub. kind: of KINDS. weights: ``ema`` or ``raw``; of a published
-    checkpoint or an export without averages ``ema`` are the only ones.
-    Raises ModelError where the source, a checkpoint in it, or the asked weights are missing.
+    source: a run's folder (its newest complete checkpoint is read); a checkpoint's folder in a run; a published
+    ``.ckpt``; the folder of an export; or, if no such path exists, a name ``owner/name`` or ``owner/name@revision`` on
+    the Hugging Face hub.
+    kind: of KINDS.
+    weights: ``ema`` or ``raw``. A published checkpoint or an export without EMA has one set, which ``ema`` returns.
+    Raises ModelError if the source, its checkpoint, or the requested weights do not exist.
     """
     if weights not in SETS:
         raise ModelError(f"weights must be 'ema' or 'raw', not {weights!r}")
@@ -61,19 +88,19 @@ def read_weights(source: str | Path, kind: str, weights: str = "ema") -> Weights
     return _read_run(source, kind, weights)
 
 
-def stands_alone(source: Path) -> bool:
-    """Whether it is a published checkpoint or an export, which tell nothing of a run."""
+def is_standalone(source: Path) -> bool:
+    """Whether the source is a published checkpoint or an export, which do not belong to a run."""
     return is_published(source) or is_export(source)
 
 
 def find_checkpoint(source: Path) -> Path:
-    """What is to be read: the newest checkpoint's folder of a run; or the source itself, where it is a checkpoint's
-    folder, a published checkpoint or an export; or where the hub's copy lies. Raises ModelError."""
+    """Resolves a source to the path to read: the newest checkpoint's folder of a run; the downloaded copy of a name on
+    the hub; otherwise the source itself. Raises ModelError."""
     if is_hub_name(source):
         source = download(source)
-    if stands_alone(source):
+    if is_standalone(source):
         return source
-    run = run_of(source)
+    run = run_folder(source)
     if not (run / "config.yaml").is_file():
         raise ModelError(f"{run} is no run folder (no config.yaml in it): give the folder that `ibq train` wrote")
     if source != run:
@@ -89,24 +116,28 @@ def find_checkpoint(source: Path) -> Path:
     return checkpoint
 
 
-def held(checkpoint: Path) -> dict[str, list[str]]:
-    """Kind of model -> which of ``ema`` and ``raw`` weights, of what `find_checkpoint` gives. Raises ModelError."""
+def available_weights(checkpoint: Path) -> dict[str, list[str]]:
+    """Which of ``ema`` and ``raw`` weights a path from `find_checkpoint` holds, by kind of model. Raises ModelError."""
     if is_published(checkpoint):
         parts = open_published(checkpoint).parts
         return {kind: ["ema", "raw"] if part.model_ema else ["raw"] for kind, part in parts.items()}
     if is_export(checkpoint):
-        return held_by_export(checkpoint)
+        return weights_in_export(checkpoint)
     files = ShardedTensors(checkpoint)
-    sets = {kind: {"ema": f"{kind}_ema/", "raw": f"{kind}/"} for kind in KINDS}
-    found = {kind: [name for name, prefix in of.items() if files.names(prefix)] for kind, of in sets.items()}
-    return {kind: names for kind, names in found.items() if names}
+    found = {kind: [weights for weights in SETS if files.names(_prefix(kind, weights))] for kind in KINDS}
+    return {kind: sets for kind, sets in found.items() if sets}
+
+
+def _prefix(kind: str, weights: str) -> str:
+    """What the names of a model's tensors start with in a run's checkpoint."""
+    return f"{kind}_ema/" if weights == "ema" else f"{kind}/"
 
 
 def _read_run(checkpoint: Path, kind: str, weights: str) -> Weights:
-    path, files = run_of(checkpoint) / "config.yaml", ShardedTensors(checkpoint)
-    prefix = f"{kind}_ema/" if weights == "ema" else f"{kind}/"
+    path, files = run_folder(checkpoint) / "config.yaml", ShardedTensors(checkpoint)
+    prefix = _prefix(kind, weights)
     if not files.names(prefix):
-        raise _lacking(files, kind, weights)
+        raise _missing(files, kind, weights)
     try:
         recipe = OmegaConf.to_container(OmegaConf.load(path))
         config, decay = dict(recipe["model"]), (recipe.get("ema") or {}).get("decay")
@@ -120,21 +151,16 @@ def _read_run(checkpoint: Path, kind: str, weights: str) -> Weights:
         str(path),
         weights,
         average=Average(decay) if decay else None,
-        step=_step(checkpoint),
+        step=checkpoint_step(checkpoint),
     )
 
 
-def _step(checkpoint: Path) -> int | None:
-    name = checkpoint.name.removeprefix("step_")
-    return int(name) if name.isdecimal() else None
-
-
-def _lacking(files: ShardedTensors, kind: str, weights: str) -> ModelError:
+def _missing(files: ShardedTensors, kind: str, weights: str) -> ModelError:
     for other in KINDS:
         if other != kind and files.names(f"{other}/"):
             return ModelError(f"{files.folder} is of a {other}'s run: name a {kind}'s")
-    mend = "; ask for the raw weights (--weights raw)" if files.names(f"{kind}/") else ""
-    return ModelError(f"{files.folder} holds no {weights} weights of a {kind}{mend}")
+    fix = "; ask for the raw weights (--weights raw)" if files.names(f"{kind}/") else ""
+    return ModelError(f"{files.folder} holds no {weights} weights of a {kind}{fix}")
 
 
 def _no_config(where: str, kind: str, error: Exception) -> ModelError:

@@ -1,10 +1,10 @@
-"""Published checkpoints (PyTorch Lightning's ``.ckpt``) of tokenizers and generators, read and laid out without their
+"""Reads and writes published checkpoints (PyTorch Lightning's ``.ckpt``) of tokenizers and generators, without their
 code.
 
-A generator's keys begin with ``transformer.``; a tokenizer's are our names, alone in the file or, in that of a
-generator, behind ``first_stage_model.``. What was trained beside a tokenizer lies behind ``loss.``. Averages of
-parameters lie behind ``model_ema.``, their names without dots. The configuration is inferred from shapes. Every key is
-accounted for: read, left out for a reason, or refused.
+Keys of a generator start with ``transformer.``. Keys of a tokenizer are our parameter names; in a generator's file they
+start with ``first_stage_model.``. The discriminator is stored under ``loss.``. EMA weights are stored under
+``model_ema.``, with parameter names without dots. The configuration is inferred from shapes. Every key is accounted
+for: read, skipped for a stated reason, or rejected.
 """
 
 import pickle
@@ -18,35 +18,41 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from model_zoo.config import TokenizerConfig, TransformerConfig
 from model_zoo.discriminator import PatchDiscriminator
 from model_zoo.errors import ModelError
 from model_zoo.io.weights import Average, Weights, check_names
+from model_zoo.tokenizer import Tokenizer
+from model_zoo.transformer import Transformer
 
 FIRST_STAGE, EMA = "first_stage_model.", "model_ema."
-HOMES = (  # keys -> the kind of model, and which field of `Part`; our name is what the group matches
+KEYS = (  # pattern of a key, whose group is our name -> the kind of model, and the field of `Part`
     (r"((?:encoder|decoder|quantize\.embedding|quant_conv|post_quant_conv)\..+)", "tokenizer", "model"),
     (r"loss\.discriminator\.(.+)", "tokenizer", "discriminator"),
     (r"transformer\.(.+)", "generator", "model"),
 )
-LEFT_OUT = (  # keys that are not read -> why not
-    (r"(first_stage_model\.)?loss\.perceptual_loss\..+", "LPIPS's network, frozen and no part of the model"),
-    (r"first_stage_model\.loss\.discriminator\..+", "untrained: a generator's training loads no discriminator"),
-    (r"(first_stage_model\.)?colorize", "colours for maps of segments"),
-    (r"(transformer\.)?(freqs_cis|causal_mask)", "computed anew"),
-    (r"transformer\.blocks\.\d+\.attention\.kv_cache\.[kv]_cache", "left by sampling"),
+LEFT_OUT = (  # pattern of a key that is not read -> the reason
+    (r"(first_stage_model\.)?loss\.perceptual_loss\..+", "LPIPS's network, which is frozen and not part of the model"),
+    (
+        r"first_stage_model\.loss\.discriminator\..+",
+        "untrained: training of a generator does not load the discriminator",
+    ),
+    (r"(first_stage_model\.)?colorize", "colours for segmentation maps"),
+    (r"(transformer\.)?(freqs_cis|causal_mask)", "recomputed when the model is built"),
+    (r"transformer\.blocks\.\d+\.attention\.kv_cache\.[kv]_cache", "KV cache left by sampling"),
 )
-# What a file begins with in the format of before torch 1.6.
+# First bytes of a file in the format that torch used before version 1.6.
 OLD_FORMAT = pickle.dumps(torch.serialization.MAGIC_NUMBER, protocol=torch.serialization.DEFAULT_PROTOCOL)
-OTHER_ENTRIES = "training's state, beside state_dict"
-OUR_ENTRY = "ibq"  # beside state_dict, of files that were written here: configurations by kind
-STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")  # of a discriminator: no parameters
-DEFAULT_AVERAGE = Average(0.999)  # of published training
-HEAD_DIM, GRID = 64, (16, 16)  # of all published generators, and to be seen in no shape
+OTHER_ENTRIES = "training state beside state_dict"
+OUR_ENTRY = "ibq"  # entry beside state_dict in files written by this project: configurations by kind
+STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")  # buffers of a discriminator
+DEFAULT_AVERAGE = Average(0.999)  # as in the published training
+HEAD_DIM, GRID = 64, (16, 16)  # of all published generators; not visible in any shape
 
 
 class Part(NamedTuple):
-    """What a published file holds of one model, by our names. Averages are of parameters only, and there may be none;
-    a tokenizer alone has a discriminator."""
+    """One model of a published file, with our names. EMA weights cover parameters only and may be missing; only a
+    tokenizer has a discriminator."""
 
     model: dict[str, Tensor]
     model_ema: dict[str, Tensor]
@@ -55,10 +61,10 @@ class Part(NamedTuple):
 
 
 class Published(NamedTuple):
-    """A published file, every key in its place.
+    """Content of a published file.
 
-    keys: how many the state dict has. parts: by kind. left_out: why -> which keys. described: configurations by kind,
-    of files that were written here.
+    keys: number of keys of the state dict. parts: models by kind. left_out: skipped keys by reason. described:
+    configurations by kind, in files written by this project.
     """
 
     path: Path
@@ -71,15 +77,15 @@ class Published(NamedTuple):
 
 
 def is_published(source: Path) -> bool:
-    """Whether it is to be read by `read_published`."""
+    """Whether the path is a file for `read_published`."""
     return source.suffix == ".ckpt" and not source.is_dir()
 
 
 def read_published(path: Path, kind: str, weights: str) -> Weights:
-    """One model of a published file, memory-mapped.
+    """Reads one model of a published file, memory-mapped.
 
-    kind: ``tokenizer`` or ``generator``. weights: ``ema`` are the averages where the file holds any, else its only
-    weights; or ``raw``. Raises ModelError.
+    kind: ``tokenizer`` or ``generator``. weights: ``raw``, or ``ema``: the EMA weights if the file holds any, otherwise
+    its only weights. Raises ModelError.
     """
     published = open_published(path)
     if kind not in published.parts:
@@ -88,22 +94,22 @@ def read_published(path: Path, kind: str, weights: str) -> Weights:
     part = published.parts[kind]
     tensors = part.model_ema if weights == "ema" and part.model_ema else part.model
     if missing := [name for name in part.model if name not in tensors]:
-        raise ModelError(f"{path} holds no average of {missing[0]}, but of others: ask for the raw weights")
+        raise ModelError(f"{path} holds no average of {missing[0]}, but of other parameters: use the raw weights")
     infer = {"tokenizer": _tokenizer_config, "generator": _generator_config}[kind]
     try:
         config = published.described.get(kind) or infer(tensors)
     except ValueError as error:
-        raise ModelError(f"{path} is no published {kind}: it {error}") from error
+        raise ModelError(f"{path} is not a published {kind}: it {error}") from error
     if part.discriminator:
         _check_discriminator(path, part.discriminator)
-    held = "ema" if tensors is part.model_ema else "raw"
+    found = "ema" if tensors is part.model_ema else "raw"
     return Weights(
         config,
         tensors,
         part.discriminator or None,
-        f"{path} ({held} weights)",
+        f"{path} ({found} weights)",
         f"a published {kind}",
-        held,
+        found,
         part.discriminator_ema or None,
         published.average,
         published.step,
@@ -111,14 +117,19 @@ def read_published(path: Path, kind: str, weights: str) -> Weights:
 
 
 def open_published(path: Path) -> Published:
-    """Reads no values. Raises ModelError for a damaged file, and for keys that are no part of a published model."""
+    """Assigns every key without reading values. Raises ModelError for a damaged file and for unknown keys."""
     checkpoint = _load(path)
     state = checkpoint["state_dict"]
     others = [str(entry) for entry in checkpoint if entry not in ("state_dict", OUR_ENTRY)]
     left_out = {OTHER_ENTRIES: others} if others else {}
     first_stage = FIRST_STAGE if any(key.startswith(FIRST_STAGE) for key in state) else ""
     dotless = {key.replace(".", ""): key for key in state if not _is_average(key)}
-    parts, averaging, unknown, orphans = {}, {}, [], []  # orphans: what averages are of, without dots
+    parts, averaging, unknown, orphans = (
+        {},
+        {},
+        [],
+        [],
+    )  # orphans: parameters, without dots, of which there is only an average
     for key, tensor in state.items():
         prefix, is_average, name = key.rpartition(EMA) if _is_average(key) else ("", "", key)
         if is_average and name in Average._fields and tensor.numel() == 1:
@@ -127,21 +138,21 @@ def open_published(path: Path) -> Published:
         of = dotless.get(prefix.replace(".", "") + name) if is_average else key
         if of and (why := _why_left_out(of)):
             left_out.setdefault(why, []).append(key)
-        elif of and (home := _home(of, first_stage)):
-            kind, field, name = home
+        elif of and (place := _place(of, first_stage)):
+            kind, field, name = place
             part = parts.setdefault(kind, Part({}, {}, {}, {}))
             getattr(part, f"{field}_ema" if is_average else field)[name] = tensor
         else:
             unknown.append(f"{key} of shape {list(tensor.shape)}")
             orphans += [prefix.replace(".", "") + name] if is_average else []
-    if orphans and (lacking := _lacking(path, orphans, parts, first_stage)):
-        more = f" (and {len(lacking) - 1} more such)" if len(lacking) > 1 else ""
-        raise ModelError(f"{path} lacks {lacking[0]}{more}, of which it holds an average: download or save it again")
+    if orphans and (missing := _missing(path, orphans, parts, first_stage)):
+        more = f" (and {len(missing) - 1} more such)" if len(missing) > 1 else ""
+        raise ModelError(f"{path} lacks {missing[0]}{more}, of which it holds an average: download or save it again")
     if unknown:
         more = f" (and {len(unknown) - 1} more such)" if len(unknown) > 1 else ""
         raise ModelError(
-            f"{path} holds {unknown[0]}{more}, which no published tokenizer or generator has: take it out of its "
-            "state_dict if it is no part of the model"
+            f"{path} holds {unknown[0]}{more}, which no published tokenizer or generator has: remove it from the "
+            "state_dict if it is not part of the model"
         )
     average = Average(**averaging) if "decay" in averaging else None
     step, described = checkpoint.get("global_step"), checkpoint.get(OUR_ENTRY)
@@ -154,24 +165,24 @@ def _load(path: Path) -> dict:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
         state = {str(name): value for name, value in checkpoint["state_dict"].items()}
         if wrong := [name for name, value in state.items() if not isinstance(value, Tensor)]:
-            raise ModelError(f"{path} is no published checkpoint: {wrong[0]} in its state_dict is no tensor")
+            raise ModelError(f"{path} is not a published checkpoint: {wrong[0]} in its state_dict is not a tensor")
         return {**checkpoint, "state_dict": state}
     except FileNotFoundError as error:
         raise ModelError(f"{path} does not exist") from error
     except pickle.UnpicklingError as error:
-        raise ModelError(f"{path} holds more than tensors, or is damaged: save its state_dict alone") from error
+        raise ModelError(f"{path} holds more than tensors, or is damaged: save only its state_dict") from error
     except (OSError, EOFError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and _is_old_format(path):
             raise ModelError(
-                f"{path} is in torch's old format, and only the zip format is read: save it anew with a current torch, "
+                f"{path} is in torch's old format, but only zip files are supported: save it again with a new torch: "
                 "torch.save(torch.load(FILE), FILE)"
             ) from error
         if path.is_file() and not zipfile.is_zipfile(path):
-            raise ModelError(f"{path} is damaged or no checkpoint: download it again") from error
+            raise ModelError(f"{path} is damaged or not a checkpoint: download it again") from error
         detail = textwrap.shorten(str(error) or repr(error), 120, placeholder=" ...")
         raise ModelError(f"{path} cannot be read: {detail}") from error
     except (KeyError, TypeError, AttributeError, IndexError) as error:
-        raise ModelError(f"{path} is no published checkpoint: it holds no state_dict of tensors") from error
+        raise ModelError(f"{path} is not a published checkpoint: it holds no state_dict of tensors") from error
 
 
 def _is_old_format(path: Path) -> bool:
@@ -179,11 +190,8 @@ def _is_old_format(path: Path) -> bool:
         return file.read(len(OLD_FORMAT)) == OLD_FORMAT
 
 
-def _lacking(path: Path, orphans: list[str], parts: dict[str, Part], first_stage: str) -> list[str]:
-    """Those keys that the models of the file have by their sizes, and that only averages are of."""
-    from model_zoo.tokenizer import Tokenizer, TokenizerConfig  # these two import this module
-    from model_zoo.transformer import Transformer, TransformerConfig
-
+def _missing(path: Path, orphans: list[str], parts: dict[str, Part], first_stage: str) -> list[str]:
+    """Keys that the file's models should have, judging by their sizes, but of which the file holds only an average."""
     keys = []
     for kind, part in parts.items():
         try:
@@ -194,7 +202,7 @@ def _lacking(path: Path, orphans: list[str], parts: dict[str, Part], first_stage
                     model, prefix = Tokenizer(TokenizerConfig(**_tokenizer_config(part.model))), first_stage
                 beside = PatchDiscriminator(layers=_discriminator_layers(part.discriminator))
         except ValueError as error:
-            raise ModelError(f"{path} is no published {kind}: it {error}") from error
+            raise ModelError(f"{path} is not a published {kind}: it {error}") from error
         keys += [prefix + name for name in model.state_dict()]
         keys += [f"loss.discriminator.{name}" for name in beside.state_dict() if part.discriminator]
     return [key for key in keys if key.replace(".", "") in orphans]
@@ -208,9 +216,9 @@ def _why_left_out(key: str) -> str | None:
     return next((why for pattern, why in LEFT_OUT if re.fullmatch(pattern, key)), None)
 
 
-def _home(key: str, first_stage: str) -> tuple[str, str, str] | None:
-    """(kind of model, field of `Part`, our name) of a key; first_stage: what tokenizers' keys begin with."""
-    for pattern, kind, field in HOMES:
+def _place(key: str, first_stage: str) -> tuple[str, str, str] | None:
+    """(kind of model, field of `Part`, our name) of a key. first_stage: prefix of the tokenizer's keys."""
+    for pattern, kind, field in KEYS:
         if match := re.fullmatch((re.escape(first_stage) if kind == "tokenizer" else "") + pattern, key):
             return kind, field, match[1]
     return None
@@ -221,7 +229,9 @@ def _tokenizer_config(tensors: dict[str, Tensor]) -> dict:
     levels = _count(tensors, r"encoder\.down\.(\d+)\.")
     widths = [_shape(tensors, f"encoder.down.{level}.block.0.conv1.weight", 4)[0] for level in range(levels)]
     if odd := [width for width in widths if width % channels]:
-        raise ValueError(f"has a level of {odd[0]} channels, no multiple of the {channels} of encoder.conv_in.weight")
+        raise ValueError(
+            f"has a level of {odd[0]} channels, not a multiple of the {channels} of encoder.conv_in.weight"
+        )
     codebook_size, code_dim = _shape(tensors, "quantize.embedding.weight", 2)
     return {
         "codebook_size": codebook_size,
@@ -237,7 +247,7 @@ def _tokenizer_config(tensors: dict[str, Tensor]) -> dict:
 def _generator_config(tensors: dict[str, Tensor]) -> dict:
     vocabulary, width = _shape(tensors, "tok_emb.weight", 2)
     if width % HEAD_DIM:
-        raise ValueError(f"has tok_emb.weight of width {width}, no multiple of a head's {HEAD_DIM}")
+        raise ValueError(f"has tok_emb.weight of width {width}, not a multiple of a head's {HEAD_DIM}")
     return {
         "vocabulary": vocabulary,
         "classes": _shape(tensors, "class_emb.embedding_table.weight", 2)[0] - 1,
@@ -258,7 +268,7 @@ def _shape(tensors: dict[str, Tensor], name: str, dimensions: int) -> tuple[int,
 
 
 def _count(names: Iterable[str], pattern: str) -> int:
-    """One more than the largest number in names that match; 0 where none does."""
+    """One more than the largest number that ``pattern`` matches in the names; 0 if none matches."""
     return 1 + max((int(match[1]) for name in names if (match := re.match(pattern, name))), default=-1)
 
 
@@ -273,23 +283,23 @@ def _check_discriminator(path: Path, tensors: dict[str, Tensor]) -> None:
 
 
 def _discriminator_layers(tensors: dict[str, Tensor]) -> int:
-    # Numbered: two of the first, three of each layer, the last.
+    # Numbering: two modules for the first layer, three for each further layer, one for the last.
     return max(_count(tensors, r"main\.(\d+)\.") // 3 - 1, 1)
 
 
-# ------------------------------------------------------------------------------------------------------- laying it out
+# ------------------------------------------------------------------------------------------------------- writing
 
 
 def published_state(kind: str, raw: Weights, ema: Weights | None = None) -> dict[str, Tensor]:
-    """The state dict of a published checkpoint: the raw weights under their names, what was trained beside them, and
-    averages where there are any. Raises ModelError for a model that the published code cannot build."""
-    if wrong := _foreign(kind, raw.config):
-        raise ModelError(f"{raw.origin}: the published layout has no place for {wrong}; export to safetensors instead")
+    """State dict of a published checkpoint: the raw weights, and the discriminator and EMA weights if there are any.
+    Raises ModelError for a model that the published code cannot build."""
+    if wrong := _unsupported(kind, raw.config):
+        raise ModelError(f"{raw.origin}: the published layout does not support {wrong}: export to safetensors instead")
     state = {("transformer." if kind == "generator" else "") + name: tensor for name, tensor in raw.tensors.items()}
     averages = {name: ema.tensors[name] for name in raw.tensors} if ema else {}
     if raw.discriminator and is_publishable(raw.discriminator):
         state |= {f"loss.discriminator.{name}": tensor for name, tensor in raw.discriminator.items()}
-        # The published code averages the discriminator too, and uses that nowhere: its own weights will do.
+        # The published code also keeps an EMA of the discriminator but never uses it, so its raw weights can stand in.
         of_parameters = {n: t for n, t in raw.discriminator.items() if not n.endswith(STATISTICS)}
         averages |= {f"loss.discriminator.{n}": t for n, t in (raw.discriminator_ema or of_parameters).items()}
     if ema:
@@ -300,20 +310,22 @@ def published_state(kind: str, raw: Weights, ema: Weights | None = None) -> dict
 
 
 def is_publishable(discriminator: dict[str, Tensor]) -> bool:
-    """Whether the published code can build it: with BatchNorm."""
+    """Whether the published code can build this discriminator, which must have BatchNorm."""
     return any(name.endswith(STATISTICS) for name in discriminator)
 
 
-def _foreign(kind: str, config: dict) -> str | None:
-    """What the published code cannot build, if anything."""
+def _unsupported(kind: str, config: dict) -> str | None:
+    """A setting that the published code cannot build, or None."""
     if kind == "generator":
         (rows, columns), embedding = config.get("grid", GRID), config.get("embedding", "learned")
         if rows != columns:
-            return f"model.grid=[{rows},{columns}], which is no square"
+            return f"model.grid=[{rows},{columns}], which is not square"
         return None if embedding == "learned" else f"model.embedding={embedding}"
     for key, published in (("quantizer", ("ibq", "vq")), ("patch_size", (1,)), ("local", (False,))):
         if (value := config.get(key, published[0])) not in published:
             return f"model.{key}={str(value).lower()}"
     channels = config["channels"]
     narrow = [channels * multiplier for multiplier in (1, *config["channel_multipliers"])]
-    return next((f"{width} channels, no multiple of its norms' 32 groups" for width in narrow if width % 32), None)
+    return next(
+        (f"{width} channels, not a multiple of the 32 groups of its norms" for width in narrow if width % 32), None
+    )

@@ -1,14 +1,13 @@
-"""Tensors in flat pieces: how any number of processes write a checkpoint together, and any other number reads it.
+"""Checkpoint files of sharded tensors, written and read by any number of processes.
 
-A checkpoint is a set of tensors by name. Every process writes the pieces that it has, each a stretch of the flattened
-tensor, into a file of its own; a reader takes the stretches that it needs out of whatever files hold them. So it does
-not matter whether a tensor was cut into rows (FSDP2, a sharded codebook), into parts of a flat buffer (ZeRO), or not at
-all, nor by how many processes.
+A checkpoint is a set of named tensors. Each process writes the shards that it holds, contiguous ranges of the flattened
+tensors, into its own safetensors file. A reader collects the ranges that it needs from all files. Writers and readers
+may therefore shard tensors differently: by rows (FSDP2, a sharded codebook), as ranges of a flat buffer (ZeRO), or not
+at all.
 """
 
 import json
 import os
-import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,109 +20,107 @@ from torch import Tensor
 
 from model_zoo.errors import ModelError
 
+LAYOUT_KEY = "pieces"  # of a file's metadata; part of the checkpoint format
+
 
 class TensorShard(NamedTuple):
-    """Elements ``[start, start + len(values))`` of the flattened tensor ``name`` of that shape; ``values`` is 1-D."""
+    """Elements ``[start, start + len(values))`` of a flattened tensor, given its name and shape; ``values`` is 1-D."""
 
     name: str
     shape: tuple[int, ...]
     start: int
     values: Tensor
 
-    def share(self, index: int, count: int) -> "TensorShard":
-        """The index-th of ``count`` even parts: what one of several holders of the same piece writes."""
+    def part(self, index: int, count: int) -> "TensorShard":
+        """The index-th of ``count`` equal parts. Replicas that hold the same shard each write one part."""
         first, last = (len(self.values) * end // count for end in (index, index + 1))
         return self._replace(start=self.start + first, values=self.values[first:last])
 
 
-def whole(name: str, tensor: Tensor) -> TensorShard:
-    """A tensor in one piece."""
+def whole_tensor(name: str, tensor: Tensor) -> TensorShard:
+    """The shard that is the whole tensor."""
     return TensorShard(name, tuple(tensor.shape), 0, tensor.detach().reshape(-1))
 
 
-def save_shards(file: Path, pieces: Iterable[TensorShard]) -> None:
-    """Writes pieces, of different tensors, as safetensors; an empty one is left out. Where they lie is metadata."""
-    pieces = [piece for piece in pieces if len(piece.values)]
-    tensors = {piece.name: piece.values for piece in pieces}
-    if len(tensors) < len(pieces):
-        raise ValueError("a file holds one piece of a tensor")
-    layout = {piece.name: [piece.start, list(piece.shape)] for piece in pieces}
-    save_tensors(file, tensors, {"pieces": json.dumps(layout)})
+def save_shards(file: Path, shards: Iterable[TensorShard]) -> None:
+    """Writes shards of different tensors as safetensors, with their positions as metadata. Empty shards are omitted."""
+    shards = [shard for shard in shards if len(shard.values)]
+    tensors = {shard.name: shard.values for shard in shards}
+    if len(tensors) < len(shards):
+        raise ValueError("a file can hold only one shard of a tensor")
+    layout = {shard.name: [shard.start, list(shard.shape)] for shard in shards}
+    save_tensors(file, tensors, {LAYOUT_KEY: json.dumps(layout)})
 
 
 def save_tensors(file: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
-    """Writes safetensors that others may read, as the umask has it: the library's are their owner's alone."""
+    """Writes a safetensors file with the permissions of the umask; the library's own files are readable by the owner
+    only."""
     save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, file, metadata)
     mask = os.umask(0o077)
     os.umask(mask)
     file.chmod(0o666 & ~mask)
 
 
-def run_of(source: Path) -> Path:
-    """The run's folder, of a checkpoint's folder in it or of itself. (A run too may lie in some ``checkpoints``.)"""
-    is_checkpoint = source.parent.name == "checkpoints" and re.fullmatch(r"step_\d+", source.name)
-    return source.parent.parent if is_checkpoint else source
-
-
 class ShardedTensors:
-    """The tensors whose pieces lie in the safetensors files of a folder. Reads headers only, until asked for values.
+    """The tensors whose shards are stored in the safetensors files of a folder. Only headers are read up front.
 
-    Raises ModelError for a file that is no such file, and for pieces of one tensor that disagree about its shape.
+    Raises ModelError for a file of another format, and if files disagree about the shape of a tensor.
     """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self._shapes: dict[str, tuple[int, ...]] = {}
-        self._places: dict[str, list[tuple[int, int, Path]]] = {}
+        self._ranges: dict[str, list[tuple[int, int, Path]]] = {}
         for path in sorted(folder.glob("*.safetensors")):
             for name, (start, shape), length in _layout(path):
                 if self._shapes.setdefault(name, tuple(shape)) != tuple(shape):
                     raise ModelError(f"{path} holds {name} of shape {shape}, another file says {self._shapes[name]}")
-                self._places.setdefault(name, []).append((start, start + length, path))
+                self._ranges.setdefault(name, []).append((start, start + length, path))
 
     def __contains__(self, name: str) -> bool:
         return name in self._shapes
 
     def names(self, prefix: str = "") -> list[str]:
-        """Of all tensors whose name begins so."""
+        """Names of all tensors that start with ``prefix``."""
         return [name for name in self._shapes if name.startswith(prefix)]
 
     def shape(self, name: str) -> tuple[int, ...]:
-        """Of the whole tensor. Raises ModelError where there is none of that name."""
+        """Shape of the whole tensor. Raises ModelError if there is no tensor of that name."""
         if name not in self._shapes:
             raise ModelError(f"{self.folder} holds no {name}")
         return self._shapes[name]
 
-    def fill(self, piece: TensorShard) -> None:
-        """Reads a piece's values into it, in place. Raises ModelError where another shape or less of it was written."""
-        if self.shape(piece.name) != piece.shape:
+    def fill(self, shard: TensorShard) -> None:
+        """Reads the shard's values, in place. Raises ModelError if the tensor was written with another shape, or if
+        some of these elements were not written."""
+        if self.shape(shard.name) != shard.shape:
             raise ModelError(
-                f"{piece.name} has shape {list(self.shape(piece.name))} in {self.folder}, not {list(piece.shape)}"
+                f"{shard.name} has shape {list(self.shape(shard.name))} in {self.folder}, not {list(shard.shape)}"
             )
-        end, stop = piece.start, piece.start + len(piece.values)
-        for first, last, path in sorted(self._places[piece.name]):
+        end, stop = shard.start, shard.start + len(shard.values)
+        for first, last, path in sorted(self._ranges[shard.name]):
             if last <= end or first >= stop:
                 continue
             if first > end:
                 break
             with _opened(path) as file:
-                values = file.get_slice(piece.name)[end - first : min(stop, last) - first]
-            piece.values[end - piece.start : min(stop, last) - piece.start].copy_(values)
+                values = file.get_slice(shard.name)[end - first : min(stop, last) - first]
+            shard.values[end - shard.start : min(stop, last) - shard.start].copy_(values)
             end = min(stop, last)
         if end < stop:
-            raise ModelError(f"{self.folder} is not whole: {piece.name} lacks its elements from {end} on")
+            raise ModelError(f"{self.folder} is incomplete: {shard.name} lacks its elements from {end} on")
 
     def tensor(self, name: str) -> Tensor:
-        """The whole tensor, of the dtype it was written in."""
+        """The whole tensor, in the dtype in which it was written."""
         shape = self.shape(name)
-        with _opened(self._places[name][0][2]) as file:
+        with _opened(self._ranges[name][0][2]) as file:
             dtype = file.get_slice(name)[:0].dtype
-        piece = whole(name, torch.empty(shape, dtype=dtype))
-        self.fill(piece)
-        return piece.values.view(shape)
+        shard = whole_tensor(name, torch.empty(shape, dtype=dtype))
+        self.fill(shard)
+        return shard.values.view(shape)
 
     def tensors(self, prefix: str) -> dict[str, Tensor]:
-        """All whole tensors whose names begin so, by the rest of their names."""
+        """All tensors whose names start with ``prefix``, by the rest of their names."""
         return {name.removeprefix(prefix): self.tensor(name) for name in self.names(prefix)}
 
 
@@ -139,10 +136,10 @@ def _opened(path: Path) -> Iterator[safe_open]:
 def _layout(path: Path) -> Iterator[tuple[str, tuple[int, list[int]], int]]:
     try:
         with safe_open(path, framework="pt") as file:
-            layout = json.loads((file.metadata() or {})["pieces"])
-            for name in file.keys():  # noqa: SIM118 (it is no dict)
+            layout = json.loads((file.metadata() or {})[LAYOUT_KEY])
+            for name in file.keys():  # noqa: SIM118 (not a dict)
                 (length,), (start, shape) = file.get_slice(name).get_shape(), layout[name]
                 yield name, (int(start), [int(side) for side in shape]), length
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         what = " ".join(str(error).split()) or type(error).__name__
-        raise ModelError(f"{path} is no part of a checkpoint: {what}") from error
+        raise ModelError(f"{path} is not a file of a checkpoint: {what}") from error

@@ -1,4 +1,4 @@
-"""Weights as they come out of any source, before a model is made of them."""
+"""Weights read from any source, before a model is built from them."""
 
 import textwrap
 from typing import NamedTuple
@@ -7,26 +7,27 @@ from torch import Tensor
 
 from model_zoo.errors import ModelError
 
-KINDS = ("tokenizer", "generator")  # of models that runs train; checkpoints name their pieces after them
-SETS = ("ema", "raw")  # of weights: averages, and those that were trained
+KINDS = ("tokenizer", "generator")  # kinds of models; prefixes of tensor names in checkpoints
+SETS = ("ema", "raw")  # sets of weights: the exponential moving average, and the trained weights
 
 
 class Average(NamedTuple):
-    """How an average of weights is taken: as published checkpoints say it."""
+    """Parameters of the EMA of weights, as stored in published checkpoints."""
 
     decay: float
-    num_updates: int = -1  # -1: the decay is the same from the first step on
+    num_updates: int = -1  # -1: constant decay from the first step on
 
 
 class Weights(NamedTuple):
     """A model's configuration and one set of its weights.
 
-    config: fields of `TokenizerConfig` or `TransformerConfig`, not checked. tensors: the model's state dict, on the
-    CPU, maybe mapped from a file: copy before writing to it. discriminator: the state dict of the `PatchDiscriminator`
-    that was trained beside a tokenizer (its own weights, whichever set ``tensors`` is), or None. origin: what was read,
-    in words. recipe: what tells the configuration, for messages. weights: which set it is, ``ema`` or ``raw``.
-    discriminator_ema: averages of its parameters, which published checkpoints keep and nothing uses. average: how
-    averages are taken, where known. step: how long was trained, where known.
+    config: fields of `TokenizerConfig` or `TransformerConfig`, not validated.
+    tensors: the model's state dict on the CPU. It may be memory-mapped: copy a tensor before writing to it.
+    discriminator: the state dict of the `PatchDiscriminator` trained with a tokenizer, or None; always raw weights.
+    origin: description of what was read. recipe: where the configuration comes from. Both are for messages.
+    weights: which set ``tensors`` is, ``ema`` or ``raw``.
+    discriminator_ema: EMA of the discriminator's parameters, which published checkpoints contain and nothing uses.
+    average: parameters of the EMA, if known. step: number of training steps, if known.
     """
 
     config: dict
@@ -41,8 +42,8 @@ class Weights(NamedTuple):
 
 
 def check_names(tensors: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
-    """Whether there is each expected tensor in its shape, and no other. Raises ModelError: one line that begins with
-    ``what`` and names up to three that are wrong, with what was expected."""
+    """Checks that ``tensors`` has exactly the expected names and shapes. Raises ModelError: one line that starts with
+    ``what`` and names up to three differences."""
     wrong = [f"lacks {name} of shape {list(tensor.shape)}" for name, tensor in expected.items() if name not in tensors]
     wrong += [
         f"holds {name} of shape {list(tensor.shape)}, expected {list(expected[name].shape)}"

@@ -1,6 +1,6 @@
-"""Causal attention through one function: flash-attn where it is installed, else PyTorch's own kernels.
+"""Causal attention: flash-attn if it is installed, otherwise PyTorch's own kernels.
 
-Shapes: b sequences, t positions, h heads, d numbers in a head.
+Shapes: b sequences, t positions, h heads, d dimensions of a head.
 """
 
 import functools
@@ -15,21 +15,24 @@ from torch.nn import functional as F
 from model_zoo.errors import ModelError
 
 IMPLS = ("auto", "dense", "sdpa", "flash")
-# Modules that give `flash_attn_func`, the best first: release 3 (Hopper), CuTe (Hopper, Blackwell), 2 (Ampere and on).
+# Modules with `flash_attn_func` by compute capability, the fastest first: 3 (Hopper), CuTe (Hopper, Blackwell), 2.
 FLASH_MODULES = {9: ("flash_attn_interface", "flash_attn.cute", "flash_attn"), 10: ("flash_attn.cute", "flash_attn")}
 
 
 def causal_attention(q_bthd: Tensor, k_bthd: Tensor, v_bthd: Tensor, impl: str = "auto") -> Tensor:
-    """``softmax(q k^T / sqrt(d)) v``, position t over positions 0 to t; ``(b, t, h, d)`` of the operands' dtype.
+    """``softmax(q k^T / sqrt(d)) v``, where position t attends to positions 0 to t; ``(b, t, h, d)`` in the operands'
+    dtype.
 
-    impl: ``dense`` (the readable truth), ``sdpa`` (PyTorch's flash or cuDNN kernel on CUDA), ``flash`` (flash-attn 2, 3
-    or CuTe: CUDA, half precision), ``auto`` (flash where it can be had, else sdpa). Raises ModelError.
+    impl: ``dense`` (reference implementation), ``sdpa`` (PyTorch's flash or cuDNN kernel on CUDA), ``flash``
+    (flash-attn 2, 3 or CuTe: CUDA, half precision), ``auto`` (flash if available, otherwise sdpa). Raises ModelError.
     """
     if impl == "auto":
         impl = "flash" if _takes(q_bthd) and _flash(_major(q_bthd)) else "sdpa"
     if impl == "flash":
         if not _takes(q_bthd):
-            raise ModelError("flash attention is for CUDA, half precision, heads of 8 to 256: use impl='sdpa'")
+            raise ModelError(
+                "flash attention needs CUDA, half precision and heads of 8 to 256 dimensions: use impl='sdpa'"
+            )
         if (flash := _flash(_major(q_bthd))) is None:
             raise ModelError("flash-attn cannot be imported: pip install flash-attn, or use impl='sdpa'")
         out = flash(q_bthd, k_bthd, v_bthd, causal=True)
@@ -61,10 +64,10 @@ def _major(q_bthd: Tensor) -> int:
 
 @functools.cache
 def _flash(major: int) -> Callable | None:
-    """flash-attn's function for a GPU of that compute capability, or None where no release of it can be imported."""
+    """flash-attn's function for a GPU of this compute capability, or None if no release of it can be imported."""
     for name in FLASH_MODULES.get(major, ("flash_attn",)):
         try:
             return importlib.import_module(name).flash_attn_func
-        except (ImportError, AttributeError):  # not installed, or built for another torch; `ibq doctor` tells
+        except (ImportError, AttributeError):  # not installed, or built for another torch; `ibq doctor` reports it
             continue
     return None

@@ -1,4 +1,4 @@
-"""The sweeps of `model_zoo.ops.tiled` in plain PyTorch, a tile of tokens and codes at a time."""
+"""The sweeps of `model_zoo.ops.tiled` in plain PyTorch, one tile of tokens and codes at a time."""
 
 import math
 from collections.abc import Iterator
@@ -7,25 +7,26 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model_zoo.ops.codebook_parallel import CodebookShard, exchange
+from model_zoo.ops.codebook_parallel import CodebookShard, communicator
+from model_zoo.ops.eager import eager
 from model_zoo.ops.tiled import (
     Assignment,
     EntropyGradient,
     HardGradient,
-    Rows,
+    RowStatistics,
     Settings,
     SoftGradient,
     Sweeps,
     accumulation,
 )
 
-# (tokens, codes) of a tile. On a CPU tiles share the cache with the operands' slices; on a GPU each kernel must be long
-# against its launch.
+# (tokens, codes) of a tile. On a CPU a tile and its slices of the operands must fit in the cache; on a GPU a kernel
+# must take much longer than its launch.
 TILE_CPU = (1024, 256)
 TILE_CUDA = (8192, 2048)
 
 
-@torch.compiler.disable
+@eager
 @torch.no_grad()
 def nearest_code(
     z_nd: Tensor,
@@ -35,32 +36,32 @@ def nearest_code(
     shard: CodebookShard | None = None,
     tile: tuple[int, int] | None = None,
 ) -> Tensor:
-    """int64 ``(n,)``: the code of each token, the lowest on ties, in one sweep and without the N x K matrix.
+    """Nearest code of each token, int64 ``(n,)``, in one sweep without the N x K matrix; ties go to the lowest index.
 
-    distance: ``dot``, the largest dot product, or ``euclidean``, the smallest distance.
-    shard: the part of the codebook that is here; all ranks of its group call together, each with its own tokens.
+    distance: ``dot`` selects the largest dot product, ``euclidean`` the smallest distance.
+    shard: this rank's part of the codebook; all ranks of its group must call together, each with its own tokens.
     """
-    ranks = exchange(z_nd, codebook_kd, shard)
+    ranks = communicator(z_nd, codebook_kd, shard)
     with torch.autocast(z_nd.device.type, enabled=False):
         sweeps = ChunkedSweeps(ranks.gather(z_nd), codebook_kd, ranks.codes, Settings(tile=tile))
-        # |z - c|^2 is -2 (z c - |c|^2 / 2) up to |z|^2, which is the same for every code of a token.
+        # |z - c|^2 = |z|^2 - 2 (z c - |c|^2 / 2), and |z|^2 is the same for all codes of a token.
         bias_k = -accumulation(codebook_kd).square().sum(dim=1) / 2 if distance == "euclidean" else None
         max_n, index_n = sweeps.best_codes(bias_k)
 
         def scores() -> Tensor:
             return sweeps.scores(index_n) + (0 if bias_k is None else bias_k[index_n])
 
-        return ranks.best(max_n, index_n, scores)[1][ranks.own]
+        return ranks.global_argmax(max_n, index_n, scores)[1][ranks.own]
 
 
 class ChunkedSweeps(Sweeps):
-    """CPU and CUDA."""
+    """Sweeps on CPU and CUDA."""
 
     def __init__(self, z_nd, codebook_kd, codes, settings, maxima=None):
         super().__init__(accumulation(z_nd), codebook_kd, codes, settings, maxima)
         self.tile = _fitting_tile(z_nd, codebook_kd, settings.tile)
 
-    def first(self, with_output: bool) -> Rows:
+    def row_statistics(self, with_output: bool) -> RowStatistics:
         z_nd, tokens = self.z_nd, len(self.z_nd)
         index_n = torch.zeros(tokens, dtype=torch.int64, device=z_nd.device)
         max_n = z_nd.new_full((tokens,), -math.inf)
@@ -82,10 +83,10 @@ class ChunkedSweeps(Sweeps):
                     _exp(exp, out=exp)
                     live.add(exp.sum(dim=1), to=sum_n[at])
                     live.add_product(exp, tile.codes_td, to=output_nd[at])
-        return Rows(index_n, max_n, sum_n, output_nd)
+        return RowStatistics(index_n, max_n, sum_n, output_nd)
 
     def best_codes(self, bias_k: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Largest logit, plus the code's bias, and its index, of each token; nothing else is kept."""
+        """Each token's largest logit (plus the code's bias) and its index."""
         z_nd = self.z_nd
         max_n = z_nd.new_full((len(z_nd),), -math.inf)
         index_n = torch.zeros(len(z_nd), dtype=torch.int64, device=z_nd.device)
@@ -97,12 +98,12 @@ class ChunkedSweeps(Sweeps):
             _raise_max(logits, logits.amax(dim=1), tile.codes.start, max_n[tile.tokens], index_n[tile.tokens])
         return max_n, index_n
 
-    # The sums at the temperature could be taken in the first sweep, but not to the same bits: a product with some of
-    # the rows rounds logits otherwise than one with all, and 1 / temperature makes that larger. All that uses q takes
-    # the same rows of the same tiles, so that the q of a token add up to 1.
+    # The sums at the temperature could be computed in the first sweep, but with other rounding: a product with some of
+    # the rows rounds logits differently from one with all rows, and 1 / temperature amplifies the difference. All
+    # sweeps that use q therefore visit the same rows of the same tiles, so that the q of a token sum to 1.
 
     def assignment_sums(self, max_n: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        # In fp64: many tiles may each add next to nothing to a sum of 1.
+        # In fp64, since many tiles may each add very little to a sum of 1.
         sum_n, moment_n = max_n.new_zeros(2, len(max_n), dtype=torch.float64)
         scratch = self._scratch(1)
         for tile, live, x in self._hot_tiles("assignment", max_n, temperature):
@@ -133,7 +134,7 @@ class ChunkedSweeps(Sweeps):
         hard: HardGradient | None,
         needs: tuple[bool, bool],
     ) -> tuple[Tensor | None, Tensor | None]:
-        """Each tile of dl is made, used twice and forgotten."""
+        """Computes each tile of dl once, uses it for dz and dC, and discards it."""
         z_nd, codebook_kd = self.z_nd, self.codebook_kd
         terms = []
         if soft is not None:
@@ -190,7 +191,7 @@ class ChunkedSweeps(Sweeps):
         return slope.mul_(q).div_(assignment.temperature)
 
     def _hot_tiles(self, name: str, max_n: Tensor, temperature: float) -> Iterator[tuple["Tile", "Live", Tensor]]:
-        """(l - m) / temperature, a tile's live tokens at a time."""
+        """Yields (l - m) / temperature for the live tokens of each tile."""
         scratch = self._scratch(1)
         for tile in self._tiles():
             live = self._live(name, self.maxima[tile.number, tile.tokens], max_n[tile.tokens], temperature)
@@ -203,18 +204,18 @@ class ChunkedSweeps(Sweeps):
         return logits.sub_(live.of(max_n[at])[:, None]).div_(temperature)
 
     def _tiles(self) -> Iterator["Tile"]:
-        """All tiles; those of the same codes follow each other."""
+        """All tiles, grouped by slice of codes."""
         for number, codes in enumerate(_slices(len(self.codebook_kd), self.tile[1])):
             codes_td = self.codebook_kd[codes].to(self.z_nd.dtype)
             for tokens in _slices(len(self.z_nd), self.tile[0]):
                 yield Tile(tokens, codes, number, codes_td)
 
     def _live(self, name: str, tile_max: Tensor, max_n: Tensor, temperature: float) -> "Live":
-        """Tokens for which the tile holds more than rounding of softmax(l / temperature)."""
+        """Tokens for which the tile contributes more than rounding error to softmax(l / temperature)."""
         tokens = len(max_n)
         live = Live(None, tokens)
         if self.settings.skip:
-            rows = (tile_max - max_n < -self.reach(temperature)).logical_not_().nonzero().squeeze(1)
+            rows = (tile_max - max_n < -self.skip_margin(temperature)).logical_not_().nonzero().squeeze(1)
             if len(rows) < tokens:
                 live = Live(rows, len(rows))
         if self.settings.stats:
@@ -226,7 +227,8 @@ class ChunkedSweeps(Sweeps):
 
 
 class Tile(NamedTuple):
-    """Some tokens times some codes. number: of the slice of codes, whose rows are ``codes_td`` in the sums' type."""
+    """A slice of tokens times a slice of codes. number: index of the slice of codes. codes_td: its rows, in the
+    accumulation dtype."""
 
     tokens: slice
     codes: slice
@@ -239,20 +241,20 @@ class Tile(NamedTuple):
 
 
 class Live(NamedTuple):
-    """The tokens of a tile that have to be looked at: their numbers within the tile, or None for all of them."""
+    """The tokens of a tile that are not skipped: their rows within the tile, or None for all of them."""
 
     rows: Tensor | None
     count: int
 
     def of(self, matrix: Tensor, scratch: "Scratch | None" = None, number: int = 0) -> Tensor:
-        """Their rows, copied (into a tile of ``scratch``); all of them are the matrix itself."""
+        """Their rows of a matrix: a copy (in ``scratch`` if given), or the matrix itself if all tokens are live."""
         if self.rows is None:
             return matrix
         out = scratch and scratch(number, (self.count, matrix.shape[1]))
         return torch.index_select(matrix, 0, self.rows, out=out)
 
     def add(self, values: Tensor, *, to: Tensor) -> None:
-        # The numbers differ from one another, so that on CUDA too there is one order of summation.
+        # Row numbers are unique, so the order of summation is fixed on CUDA too.
         to.add_(values) if self.rows is None else to.index_add_(0, self.rows, values)
 
     def add_product(self, left: Tensor, right: Tensor, *, to: Tensor) -> None:
@@ -260,7 +262,7 @@ class Live(NamedTuple):
 
 
 class Scratch:
-    """Memory of ``count`` tiles, made once and used for every tile of a sweep."""
+    """Memory for ``count`` tiles, allocated once and reused for every tile of a sweep."""
 
     def __init__(self, z_nd: Tensor, elements: int, count: int):
         self.memory = z_nd.new_empty(count, elements)
@@ -270,10 +272,11 @@ class Scratch:
 
 
 class ChosenCodes:
-    """The hard choice's part of dC: for each chosen code the sum of its tokens' gradients.
+    """The hard assignment's part of dC: for each chosen code the sum of its tokens' gradients.
 
-    index_add_ on CUDA would add them by atomics, in any order. Here tokens are sorted by code, and a token takes over
-    the sum of the one 1, 2, 4, ... places on while that has the same code: the first of each code ends with all.
+    index_add_ on CUDA would use atomics, in no fixed order. Here tokens are sorted by code and summed by doubling: each
+    token adds the partial sum of the token 1, 2, 4, ... places later if that one has the same code. The first token of
+    each code then holds the total.
     """
 
     def __init__(self, hard: HardGradient, codes: int, tile_codes: int):
@@ -296,9 +299,9 @@ class ChosenCodes:
 
 
 def _raise_max(logits: Tensor, tile_max: Tensor, start: int, max_n: Tensor, index_n: Tensor) -> tuple[Tensor, Tensor]:
-    """Raises the running maxima and their indices by a tile's; returns the tokens concerned, and old minus new maximum.
+    """Updates the running maxima and their indices with a tile; returns the updated tokens, and old minus new maximum.
 
-    Only a larger logit counts, and argmax takes the first, so ties go to the lowest index.
+    Only a strictly larger logit replaces the maximum, and argmax returns the first, so ties go to the lowest index.
     """
     raised = (tile_max > max_n).nonzero().squeeze(1)
     new = tile_max[raised]
@@ -309,8 +312,8 @@ def _raise_max(logits: Tensor, tile_max: Tensor, start: int, max_n: Tensor, inde
 
 
 def _exp(x: Tensor, out: Tensor) -> Tensor:
-    """exp. On CPUs PyTorch takes it from MKL, which for the many arguments whose result is next to nothing needs ten
-    times as long as PyTorch's own exp2."""
+    """exp, computed as exp2. On CPUs PyTorch's exp calls MKL, which is ten times slower than PyTorch's own exp2 for
+    arguments whose result underflows."""
     return torch.mul(x, 1 / math.log(2), out=out).exp2_()
 
 
@@ -320,8 +323,8 @@ def _slices(length: int, step: int) -> Iterator[slice]:
 
 
 def _fitting_tile(z_nd: Tensor, codebook_kd: Tensor, tile: tuple[int, int] | None) -> tuple[int, int]:
-    """At most ``tile``, with the codes cut evenly: a last tile of one code would be a matrix-vector product, which
-    rounds otherwise, so that of two equal codes the later could win.
+    """At most ``tile``, with the codes split evenly. A last tile of one code would be a matrix-vector product, which
+    rounds differently, so of two equal codes the later one could win.
     """
     tokens, most = tile or (TILE_CUDA if z_nd.is_cuda else TILE_CPU)
     codes = len(codebook_kd)

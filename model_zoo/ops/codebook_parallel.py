@@ -1,11 +1,11 @@
-"""A codebook whose rows are spread over the ranks of a group, and what these tell each other.
+"""A codebook that is sharded by rows over the ranks of a process group, and the communication that it needs.
 
-Every rank brings its own tokens and holds rows ``[start, stop)`` of the codebook. Tokens are gathered, each rank goes
-over its own rows with all of them, and per token a few numbers are reduced: what travels is O(tokens x D), never the
-codebook or its gradient.
+Every rank has its own tokens and holds rows ``[start, stop)`` of the codebook. Tokens are all-gathered, each rank
+processes its own rows with all tokens, and a few numbers per token are reduced. The communication volume is
+O(tokens x D); the codebook and its gradient are never communicated.
 
-Gradients are those of the *sum* of the ranks' losses: a rank's tokens move the codes of all others, and the other way
-round. Whoever averages losses over ranks divides the gradients of z and of the shard alike.
+Gradients are those of the *sum* of the ranks' losses, since a rank's tokens move the codes of all ranks. Callers that
+average losses over ranks must divide the gradients of z and of the shard by the same factor.
 """
 
 from collections.abc import Callable
@@ -17,15 +17,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model_zoo.errors import ModelError
+from model_zoo.ops.eager import eager
 
-# PyTorch 2.14 has new names for these two and warns of the old ones.
+# PyTorch 2.14 renamed these two collectives and deprecated the old names.
 _all_gather = getattr(dist, "all_gather_single", dist.all_gather_into_tensor)
 _reduce_scatter = getattr(dist, "reduce_scatter_single", dist.reduce_scatter_tensor)
 
 
 @dataclass(frozen=True)
 class CodebookShard:
-    """This rank holds rows ``[start, stop)``; the ranks of ``group``, in order, hold the codebook without a gap."""
+    """This rank holds rows ``[start, stop)``. The shards of the ranks of ``group``, in order, form the codebook."""
 
     start: int
     stop: int
@@ -33,16 +34,17 @@ class CodebookShard:
 
     @classmethod
     def even(cls, codes: int, group: dist.ProcessGroup) -> "CodebookShard":
-        """This rank's part of ``codes`` rows spread as evenly as they go, the first ranks one row more."""
+        """This rank's part of ``codes`` rows, split as evenly as possible; the first ranks hold one row more."""
         rank, size = dist.get_rank(group), dist.get_world_size(group)
         if codes < size:
-            raise ModelError(f"a codebook of {codes} codes cannot be spread over {size} ranks")
+            raise ModelError(f"a codebook of {codes} codes cannot be split over {size} ranks")
         share, more = divmod(codes, size)
         start = rank * share + min(rank, more)
         return cls(start, start + share + (rank < more), group)
 
     def check(self, codes: int) -> None:
-        """ModelError on all ranks of the group, which call together, where their parts are not ``codes`` rows."""
+        """Checks that the group's shards form a codebook of ``codes`` rows. All ranks call together, and all raise
+        ModelError if not."""
         parts = [None] * dist.get_world_size(self.group)
         dist.all_gather_object(parts, (self.start, self.stop), group=self.group)
         ends = [0, *(stop for _, stop in parts)]
@@ -50,51 +52,51 @@ class CodebookShard:
             raise ModelError(f"the shards {parts} are not the codebook's {codes} codes, one after the other")
 
 
-class Alone:
-    """The whole codebook and all tokens are here: nothing travels. `Exchange` does the same among ranks."""
+class Communicator:
+    """Communication of one call in a single process, which holds the whole codebook and all tokens: every method is
+    the identity. `GroupCommunicator` implements the same methods with collectives."""
 
     def __init__(self, z_nd: Tensor, codebook_kd: Tensor):
         _check(_header(z_nd, codebook_kd, None)[None].tolist())
         self.tokens, self.codes, self.start = len(z_nd), len(codebook_kd), 0
-        self.own = slice(0, self.tokens)  # this rank's tokens among all
+        self.own = slice(0, self.tokens)  # position of this rank's tokens among all
 
     def gather(self, own_nd: Tensor) -> Tensor:
-        """All ranks' rows, from this rank's."""
+        """Concatenates the rows of all ranks."""
         return own_nd
 
     def per_token(self, value: Tensor) -> Tensor:
-        """Each rank's scalar, divided among its tokens and once for each of them: ``(all tokens,)``."""
+        """Divides each rank's scalar by its number of tokens, one element for each token: ``(all tokens,)``."""
         return (value / self.tokens).expand(self.tokens)
 
     def scatter_sum(self, all_nd: Tensor) -> Tensor:
-        """This rank's rows of the sum over ranks."""
+        """Sums over ranks and returns this rank's rows."""
         return all_nd
 
     def sum_(self, all_n: Tensor) -> Tensor:
-        """The sum over ranks, in place."""
+        """Sums over ranks, in place."""
         return all_n
 
-    def best(self, max_n: Tensor, index_n: Tensor, score: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
-        """The largest of the ranks' maxima, and its index in the whole codebook, the lowest on ties.
+    def global_argmax(self, max_n: Tensor, index_n: Tensor, score: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+        """The largest of the ranks' maxima and its index in the whole codebook; ties go to the lowest index.
 
-        score: gives the maxima once more, by an arithmetic that does not depend on where a code lies: products of
-        matrices of other shapes round otherwise, so that of two equal codes the later could win.
+        score: recomputes the maxima with arithmetic that does not depend on the code's shard. Matrix products of
+        different shapes round differently, so of two equal codes on two ranks the later one could win.
         """
         return max_n, index_n
 
     def lookup(self, codebook_kd: Tensor, index_n: Tensor) -> Tensor:
-        """This rank's tokens' code vectors, from the indices of all; differentiable in the codebook."""
+        """Code vectors of this rank's tokens, given the indices of all tokens; differentiable in the codebook."""
         return F.embedding(index_n, codebook_kd)
 
 
-class Exchange(Alone):
-    """Collectives of one call. All ranks of the group make it together; what does not fit is an error on all of them.
-
-    Ranks may bring different numbers of tokens, and none.
+class GroupCommunicator(Communicator):
+    """Communication of one call over a process group. All ranks must call together; mismatched operands raise on all
+    ranks. Ranks may have different numbers of tokens, or none.
     """
 
     def __init__(self, z_nd: Tensor, codebook_kd: Tensor, shard: CodebookShard):
-        """z_nd: features ``(n, D)``, or codes ``(n, 1)``, whose number alone counts."""
+        """z_nd: features ``(n, D)``; or codes ``(n, 1)``, of which only the number of rows matters."""
         self.group, self.rank = shard.group, dist.get_rank(shard.group)
         header = _header(z_nd, codebook_kd, shard)
         headers = header.new_empty(dist.get_world_size(shard.group) * len(header))
@@ -125,7 +127,7 @@ class Exchange(Alone):
 
     def scatter_sum(self, all_nd: Tensor) -> Tensor:
         most, ranks = max(self.counts), len(self.counts)
-        if min(self.counts) < most:  # not all backends take unequal parts: pad, as `gather` does
+        if min(self.counts) < most:  # not all backends support unequal parts: pad, as `gather` does
             padded_nd = all_nd.new_zeros(ranks * most, *all_nd.shape[1:])
             for r, part_nd in enumerate(all_nd.split(self.counts)):
                 padded_nd[r * most : r * most + len(part_nd)] = part_nd
@@ -138,11 +140,11 @@ class Exchange(Alone):
         dist.all_reduce(all_n, group=self.group)
         return all_n
 
-    def best(self, max_n: Tensor, index_n: Tensor, score: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
+    def global_argmax(self, max_n: Tensor, index_n: Tensor, score: Callable[[], Tensor]) -> tuple[Tensor, Tensor]:
         score_n = score()
         best_2n = torch.stack([max_n, score_n])
         dist.all_reduce(best_2n, dist.ReduceOp.MAX, group=self.group)
-        # A rank whose score is smaller names an index that none has, so that it loses.
+        # A rank with a smaller score contributes an index beyond all codes, which the minimum below ignores.
         index_n = torch.where(score_n == best_2n[1], index_n + self.start, self.codes)
         dist.all_reduce(index_n, dist.ReduceOp.MIN, group=self.group)
         return best_2n[0], index_n
@@ -151,35 +153,36 @@ class Exchange(Alone):
         local_n = index_n - self.start
         mine_n = (local_n >= 0) & (local_n < len(codebook_kd))
         code_nd = F.embedding(local_n.clamp(0, len(codebook_kd) - 1), codebook_kd)
-        return _ScatterSum.apply(code_nd.masked_fill(~mine_n[:, None], 0), self)  # a sum with zeros: exact
+        return _ScatterSum.apply(code_nd.masked_fill(~mine_n[:, None], 0), self)  # adding zeros is exact
 
 
-@torch.compiler.disable
-def exchange(z_nd: Tensor, codebook_kd: Tensor, shard: CodebookShard | None) -> Alone:
-    """What the ranks of ``shard`` tell each other in one call. ModelError on all of them where the parts do not fit."""
-    return Alone(z_nd, codebook_kd) if shard is None else Exchange(z_nd, codebook_kd, shard)
+@eager
+def communicator(z_nd: Tensor, codebook_kd: Tensor, shard: CodebookShard | None) -> Communicator:
+    """The communicator of one call. Raises ModelError, on all ranks of ``shard``'s group, for mismatched operands and
+    for values that are not finite."""
+    return Communicator(z_nd, codebook_kd) if shard is None else GroupCommunicator(z_nd, codebook_kd, shard)
 
 
-@torch.compiler.disable
+@eager
 def lookup_code(index_n: Tensor, codebook_kd: Tensor, shard: CodebookShard | None = None) -> Tensor:
-    """Code vectors ``(n, D)`` of int64 codes ``(n,)``, differentiable in the codebook: its chosen codes get gradients.
+    """Code vectors ``(n, D)`` of int64 codes ``(n,)``, differentiable in the codebook: the chosen codes get gradients.
 
-    shard: the part of the codebook that is here; all ranks of its group call together, each with its own codes.
+    shard: this rank's part of the codebook; all ranks of its group must call together, each with its own codes.
     """
     if shard is None:
         return F.embedding(index_n, codebook_kd)
-    ranks = Exchange(index_n[:, None], codebook_kd, shard)
+    ranks = GroupCommunicator(index_n[:, None], codebook_kd, shard)
     return ranks.lookup(codebook_kd, ranks.gather(index_n))
 
 
-@torch.compiler.disable
+@eager
 def sum_over_shards(value: Tensor, shard: CodebookShard | None) -> Tensor:
-    """The sum of a tensor over the shard's group, differentiable: so that a sum over codes is one over all codes."""
+    """Sums a tensor over the shard's group, differentiably: a sum over this rank's codes becomes one over all codes."""
     return value if shard is None else _SumOverShards.apply(value, shard.group)
 
 
 class _ScatterSum(torch.autograd.Function):
-    """`Exchange.scatter_sum`; the gradient of all ranks' rows is what `Exchange.gather` brings."""
+    """`GroupCommunicator.scatter_sum`; its backward pass is `GroupCommunicator.gather`."""
 
     @staticmethod
     def forward(ctx, all_nd, ranks):
@@ -206,12 +209,12 @@ class _SumOverShards(torch.autograd.Function):
         return grad, None
 
 
-TOKENS, DIM, ROWS, START, STOP, BAD_TOKENS, BAD_CODES, LAST_CODE = range(8)  # of a header
+TOKENS, DIM, ROWS, START, STOP, BAD_TOKENS, BAD_CODES, LAST_CODE = range(8)  # positions in a header
 
 
 def _header(z_nd: Tensor, codebook_kd: Tensor, shard: CodebookShard | None) -> Tensor:
     start, stop = (0, len(codebook_kd)) if shard is None else (shard.start, shard.stop)
-    # A shape that fits nothing else is told to all rather than raised here, where the others would wait.
+    # A mismatched shape is sent to all ranks and raised there: raising here would leave the other ranks waiting.
     fits = z_nd.ndim == codebook_kd.ndim == 2 and (
         z_nd.shape[1] == codebook_kd.shape[1] or not z_nd.is_floating_point()
     )
@@ -219,14 +222,16 @@ def _header(z_nd: Tensor, codebook_kd: Tensor, shard: CodebookShard | None) -> T
     header = torch.tensor([*numbers, 0, 0, -1], dtype=torch.int64, device=z_nd.device)
     if fits and z_nd.is_floating_point():
         header[BAD_TOKENS] = (~z_nd.detach().isfinite()).any(dim=1).sum()
-        header[BAD_CODES] = ~codebook_kd.detach().sum().isfinite()  # a sum needs no memory, and NaN stays in it
+        header[BAD_CODES] = (
+            ~codebook_kd.detach().sum().isfinite()
+        )  # a sum needs no memory, and NaN propagates through it
     elif fits and z_nd.numel():
         header[BAD_TOKENS], header[LAST_CODE] = (z_nd < 0).sum(), z_nd.max()
     return header
 
 
 def _check(headers: list[list[int]]) -> None:
-    """Raises ModelError, the same on every rank, for parts that make no codebook or features that are no numbers."""
+    """Raises ModelError, the same on every rank, for shards that form no codebook and values that are not finite."""
     end, dim = 0, headers[0][DIM]
     for rank, (tokens, dim_here, rows, start, stop, bad_tokens, bad_codes, last_code) in enumerate(headers):
         where = f" of rank {rank} in the group" if len(headers) > 1 else ""
@@ -240,12 +245,12 @@ def _check(headers: list[list[int]]) -> None:
             kind = "a gap" if start > end else "an overlap"
             raise ModelError(f"the shard{where} starts at code {start}, the one before it ends at {end}: {kind}")
         if bad_codes:
-            raise ModelError(f"the codebook{where} holds NaN or infinity: go on from an earlier checkpoint")
+            raise ModelError(f"the codebook{where} holds NaN or infinity: resume from an earlier checkpoint")
         if last_code >= headers[-1][STOP] or (bad_tokens and last_code >= 0):
             raise ModelError(f"codes{where} must lie in [0, {headers[-1][STOP]})")
         if bad_tokens:
             raise ModelError(
                 f"z{where} is not finite in {bad_tokens} of {tokens} tokens: the encoder's weights or its input hold "
-                "NaN or infinity; go on from an earlier checkpoint with a lower optimizer.lr"
+                "NaN or infinity; resume from an earlier checkpoint with a lower optimizer.lr"
             )
         end = stop

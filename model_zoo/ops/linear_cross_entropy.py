@@ -1,4 +1,4 @@
-"""Linear layer and cross-entropy in one: the loss of a generator over codes, without tokens x vocabulary logits."""
+"""Fused linear layer and cross-entropy: the loss of a generator over codes, without tokens x vocabulary logits."""
 
 import functools
 import importlib
@@ -12,22 +12,23 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from model_zoo.errors import ModelError
-from model_zoo.ops.codebook_parallel import CodebookShard, Exchange
+from model_zoo.ops.codebook_parallel import CodebookShard, GroupCommunicator
+from model_zoo.ops.eager import eager
 from model_zoo.ops.tiled import accumulation_dtype
 
-# Bytes of the logits of one chunk of tokens. For every chunk the whole gradient of the weight is read and written, so
-# that on a GPU, whose products outrun its memory, more tokens are needed. Measured on two cores, see docs/LOG.md.
+# Bytes of the logits of one chunk of tokens. Each chunk reads and writes the whole gradient of the weight, so a GPU,
+# which is limited by memory bandwidth here, needs larger chunks. Measured on two cores, see docs/LOG.md.
 CHUNK_BYTES = {"cpu": 2**28, "cuda": 2**30}
-# Rows of the weight's gradient whose products in half precision are held at once, before they are added up in fp32.
+# Rows of the weight's gradient whose half-precision products are held at once, before they are accumulated in fp32.
 HALF_ROWS = 8192
-# liger tells z only as its z_weight times it. This one is too small to change a sum in fp32.
-UNSEEN_Z_WEIGHT = 2.0**-40
+# liger returns z only multiplied by its z_weight. This weight is too small to change the loss in fp32.
+NEGLIGIBLE_Z_WEIGHT = 2.0**-40
 
 
 class LinearCrossEntropy(NamedTuple):
-    """What `linear_cross_entropy` returns: scalars in fp32, or in fp64 where the operands are.
+    """Result of `linear_cross_entropy`: scalars in fp32, or in fp64 for fp64 operands.
 
-    loss: cross_entropy + z_weight * z; it alone is differentiable.
+    loss: cross_entropy + z_weight * z, the only differentiable field.
     cross_entropy: mean over tokens of -log softmax(hidden weight^T)[target], in nats.
     z: mean over tokens of logsumexp(logits)^2, the z-loss of PaLM (arXiv 2204.02311, section 5).
     """
@@ -48,22 +49,22 @@ def linear_cross_entropy(
 ) -> LinearCrossEntropy:
     """Cross-entropy of the logits ``hidden_nd @ weight_vd.T`` with int64 targets ``(N,)``, N at least 1.
 
-    Under torch.autocast, or with operands in half precision, products are made in that type; softmax and sums are in
-    fp32 all the same, and so is the weight's gradient until it is handed over in the weight's type.
+    Under torch.autocast, or with operands in half precision, products use that dtype. Softmax and sums are always in
+    fp32, and so is the weight's gradient until it is converted to the weight's dtype at the end.
 
-    impl: ``dense`` builds the N x V logits and is the readable truth. ``chunked`` holds those of some tokens at a time
-        (`CHUNK_BYTES`) and makes the gradients in the forward pass, so that it needs three products as dense does;
-        backward multiplies them by the factor it is given, in place: unless that is 1, there is no second backward.
-        ``liger`` is liger-kernel's CUDA kernel, which does the same. ``auto`` takes liger on CUDA where it is
-        installed and suits the operands, or else chunked.
-    shard: where the vocabulary is spread over ranks, the rows that ``weight_vd`` holds. All ranks of the group call
-        together, each with its own tokens, as many as it likes, and all backward with the same factor. The losses are
-        means over this rank's tokens; the gradients are those of the sum of the ranks' losses.
+    impl: ``dense`` builds the N x V logits and is the reference implementation. ``chunked`` holds the logits of some
+        tokens at a time (`CHUNK_BYTES`) and computes the gradients in the forward pass, so it needs three matrix
+        products, as dense does. The backward pass scales them by the incoming gradient in place; unless that is 1,
+        backward can run only once. ``liger`` is liger-kernel's CUDA kernel, which works the same way. ``auto`` selects
+        liger on CUDA if it is installed and supports the operands, otherwise chunked.
+    shard: for a vocabulary sharded over ranks, the rows that ``weight_vd`` holds. All ranks of the group must call
+        together, each with any number of its own tokens, and all must call backward with the same incoming gradient.
+        The losses are means over this rank's tokens; the gradients are those of the sum of the ranks' losses.
 
-    Raises ModelError for operands that do not fit, an ``impl`` that cannot be had, no tokens, and targets outside of
-    [0, V). With a shard, no tokens, targets and shards that make no vocabulary are an error on all ranks at once;
-    operands whose shapes or types do not fit are one on their own rank, and the others wait for it. On CUDA without a
-    shard targets are a device-side assertion instead: a check would wait for the device at every step.
+    Raises ModelError for mismatched operands, an unavailable ``impl``, no tokens, and targets outside [0, V). With a
+    shard, missing tokens, bad targets and shards that form no vocabulary raise on all ranks at once; mismatched shapes
+    or dtypes raise only on their own rank while the others wait. On CUDA without a shard bad targets trigger a
+    device-side assertion, since checking them on the host would synchronise at every step.
     """
     if hidden_nd.ndim != 2 or weight_vd.ndim != 2 or hidden_nd.shape[1] != weight_vd.shape[1]:
         raise ModelError(
@@ -93,7 +94,7 @@ def linear_cross_entropy(
 
 
 def _dense(hidden_nd: Tensor, weight_vd: Tensor, target_n: Tensor, z_weight: float) -> LinearCrossEntropy:
-    """By the formula, left to autograd. Memory: several N x V matrices."""
+    """The formula, differentiated by autograd. Memory: several N x V matrices."""
     logits_nv = F.linear(hidden_nd, weight_vd)
     logits_nv = logits_nv.to(accumulation_dtype(logits_nv))
     log_sum_n = logits_nv.logsumexp(dim=1)
@@ -102,14 +103,14 @@ def _dense(hidden_nd: Tensor, weight_vd: Tensor, target_n: Tensor, z_weight: flo
     return LinearCrossEntropy(cross_entropy + z_weight * z, cross_entropy.detach(), z.detach())
 
 
-@torch.compiler.disable
+@eager
 def _chunked(hidden_nd, weight_vd, target_n, z_weight, dtype, shard) -> LinearCrossEntropy:
     with_gradient = torch.is_grad_enabled()
     return LinearCrossEntropy(*_Chunked.apply(hidden_nd, weight_vd, target_n, z_weight, dtype, shard, with_gradient))
 
 
 class _Chunked(torch.autograd.Function):
-    """A chunk's logits lie as ``(V, C)``: both products with the weight then run over whole rows of it."""
+    """The logits of a chunk are stored as ``(V, C)``, so that both products with the weight read whole rows of it."""
 
     @staticmethod
     def forward(ctx, hidden_nd, weight_vd, target_n, z_weight, dtype, shard, with_gradient):
@@ -121,9 +122,9 @@ class _Chunked(torch.autograd.Function):
             count, rows = len(tokens.hidden_nd), len(weight_vd)
             sums = accumulation_dtype(weight_vd)
             log_sum_n, cross_entropy_n = hidden_nd.new_empty(2, count, dtype=sums)
-            # In the sums' type, as ranks add theirs up.
+            # In the accumulation dtype, since it is summed over ranks.
             grad_hidden_nd = torch.empty_like(tokens.hidden_nd, dtype=sums) if needs_hidden else None
-            # beta is 0 in the first chunk, which spares the zeros.
+            # Not zeroed: the first chunk overwrites it (beta = 0).
             grad_weight_vd = weight_vd.new_empty(weight_vd.shape, dtype=sums) if needs_weight else None
 
             bytes_per_logit = sums.itemsize + (dtype.itemsize if dtype != sums else 0)
@@ -140,17 +141,19 @@ class _Chunked(torch.autograd.Function):
 
                 max_c = tokens.reduce_(logits_vc.amax(dim=0), dist.ReduceOp.MAX)
                 target_logit_c = logits_vc.gather(0, local_c)[0].where(mine_c, 0)
-                # On CPUs PyTorch takes exp from MKL, which is slow where the result is next to nothing.
+                # exp as exp2: on CPUs PyTorch's exp calls MKL, which is slow for arguments whose result underflows.
                 logits_vc.sub_(max_c).mul_(1 / math.log(2)).exp2_()
                 sum_c, target_logit_c = tokens.reduce_(
                     torch.stack([logits_vc.sum(dim=0), target_logit_c]), dist.ReduceOp.SUM
                 )
                 log_sum_n[at] = log_sum_c = max_c + sum_c.log()
-                cross_entropy_n[at] = sum_c.log() + (max_c - target_logit_c)  # large logits cancel first
+                cross_entropy_n[at] = sum_c.log() + (
+                    max_c - target_logit_c
+                )  # subtract large logits first, for accuracy
                 if not (needs_hidden or needs_weight):
                     continue
 
-                # Of the loss in the logits, times the mean number of tokens of a rank: p / N would vanish in fp16.
+                # Gradient of the logits, times the mean number of tokens per rank: p / N would underflow in fp16.
                 loss_weight_c = tokens.loss_weight_n[at]
                 logits_vc.mul_(loss_weight_c * (1 + 2 * z_weight * log_sum_c) / sum_c)
                 logits_vc.scatter_(0, local_c, logits_vc.gather(0, local_c) - loss_weight_c * mine_c)
@@ -176,8 +179,8 @@ class _Chunked(torch.autograd.Function):
         if grad_hidden_nd is not None:
             grad_hidden_nd = (grad_hidden_nd * (grad_loss / ctx.mean_count)).to(ctx.dtypes[0])
         if grad_weight_vd is not None:
-            # In place, as a copy would double the memory; autograd refuses to go back a second time after that. On
-            # CUDA asking for the factor would wait for the device.
+            # In place, since a copy would double the memory; autograd then raises on a second backward. Comparing the
+            # factor with 1 would synchronise on CUDA.
             if grad_loss.is_cuda or grad_loss != 1:
                 grad_weight_vd.mul_(grad_loss)
             grad_weight_vd = grad_weight_vd.to(ctx.dtypes[1])
@@ -185,10 +188,11 @@ class _Chunked(torch.autograd.Function):
 
 
 class _Tokens:
-    """The tokens of all ranks of the group, and what the ranks tell each other; without a shard, nothing.
+    """The tokens of all ranks of the group and the communication between them; without a shard, this process's tokens.
 
-    own: this rank's tokens among all. local_n: rows of this rank's weight, which hold a token's target where mine_n.
-    mean_count: tokens of a rank, on average. loss_weight_n: mean_count over the tokens of each token's rank.
+    own: position of this rank's tokens among all. mine_n: whether this rank's weight holds the token's target, and
+    local_n: in which row. mean_count: mean number of tokens per rank. loss_weight_n: mean_count divided by the number
+    of tokens of the token's rank.
     """
 
     def __init__(self, hidden_nd: Tensor, target_n: Tensor, weight_vd: Tensor, shard: CodebookShard | None):
@@ -196,7 +200,9 @@ class _Tokens:
         self.hidden_nd, self.own, self.local_n = hidden_nd.contiguous(), slice(None), target_n
         self.loss_weight_n = hidden_nd.new_ones(len(target_n), dtype=accumulation_dtype(hidden_nd))
         if shard is not None:
-            self.ranks = Exchange(target_n[:, None], weight_vd, shard)  # refuses targets outside of the vocabulary
+            self.ranks = GroupCommunicator(
+                target_n[:, None], weight_vd, shard
+            )  # raises for targets outside the vocabulary
             counts = torch.tensor(self.ranks.counts, device=target_n.device)
             if 0 in self.ranks.counts:
                 raise ModelError(f"every rank needs a token, but the group's have {self.ranks.counts}")
@@ -209,18 +215,19 @@ class _Tokens:
         self.local_n = self.local_n.clamp(0, len(weight_vd) - 1)
 
     def reduce_(self, value: Tensor, op: dist.ReduceOp) -> Tensor:
-        """Over the ranks, in place."""
+        """Reduces over ranks, in place."""
         if self.shard is not None:
             dist.all_reduce(value, op, group=self.shard.group)
         return value
 
     def scatter_sum(self, all_nd: Tensor) -> Tensor:
-        """This rank's rows of the sum over ranks."""
+        """Sums over ranks and returns this rank's rows."""
         return all_nd if self.shard is None else self.ranks.scatter_sum(all_nd)
 
 
 def _add_product(left_vc: Tensor, right_cd: Tensor, sums_vd: Tensor, factor: float, first: bool) -> None:
-    """sums += factor * left right, or = for the first one. In half precision a stretch of rows at a time."""
+    """sums += factor * left right; for the first chunk, sums = factor * left right. Half-precision products are
+    computed `HALF_ROWS` rows at a time."""
     if left_vc.dtype == sums_vd.dtype:
         sums_vd.addmm_(left_vc, right_cd, beta=0 if first else 1, alpha=factor)
         return
@@ -230,27 +237,27 @@ def _add_product(left_vc: Tensor, right_cd: Tensor, sums_vd: Tensor, factor: flo
 
 
 def _chunks(tokens: int, bytes_per_token: int, device_type: str) -> list[slice]:
-    """Of equal length but for the last, so that none is much shorter than the others."""
+    """Splits tokens into chunks of equal length, except the last."""
     most = max(1, CHUNK_BYTES[device_type] // bytes_per_token)
     step = -(-tokens // -(-tokens // most))
     return [slice(start, min(start + step, tokens)) for start in range(0, tokens, step)]
 
 
-@torch.compiler.disable
+@eager
 def _fused(hidden_nd, weight_vd, target_n, z_weight, dtype) -> LinearCrossEntropy:
-    """By liger-kernel's Triton kernels, in chunks as large as ours: its own at 2^18 codes would be of a few tokens."""
+    """liger-kernel's Triton kernels, with our chunk size: at 2^18 codes its default chunks hold only a few tokens."""
     fused = _liger()
     if fused is None:
         raise ModelError("impl='liger' needs liger-kernel 0.8.5 or later: pip install liger-kernel")
     if dtype not in (torch.float32, torch.bfloat16):
-        raise ModelError(f"impl='liger' loses the gradients' small numbers or digits in {dtype}: use impl='chunked'")
+        raise ModelError(f"impl='liger' loses accuracy of the gradients in {dtype}: use impl='chunked'")
     if not torch.is_grad_enabled():
         hidden_nd, weight_vd = hidden_nd.detach(), weight_vd.detach()
     elif weight_vd.requires_grad and not hidden_nd.requires_grad:
-        hidden_nd = hidden_nd.detach().requires_grad_()  # liger makes no gradients at all where hidden needs none
+        hidden_nd = hidden_nd.detach().requires_grad_()  # liger computes no gradients at all if hidden needs none
     (count, dim), rows = hidden_nd.shape, len(weight_vd)
     chunk = _chunks(count, dtype.itemsize * rows, "cuda")[0].stop
-    scale = z_weight or UNSEEN_Z_WEIGHT
+    scale = z_weight or NEGLIGIBLE_Z_WEIGHT
     out = fused(
         hidden_nd,
         weight_vd,
@@ -266,7 +273,7 @@ def _fused(hidden_nd, weight_vd, target_n, z_weight, dtype) -> LinearCrossEntrop
 
 @functools.cache
 def _liger():
-    """liger-kernel's function, or None where it cannot be imported. Imported here, as it needs Triton."""
+    """liger-kernel's function, or None if it cannot be imported. Imported at first use, since it needs Triton."""
     try:
         return importlib.import_module("liger_kernel.transformers.functional").liger_fused_linear_cross_entropy
     except (ImportError, AttributeError):
@@ -274,7 +281,7 @@ def _liger():
 
 
 def _operand_dtype(hidden_nd: Tensor, weight_vd: Tensor) -> torch.dtype:
-    """The type of the products: autocast's, which leaves fp64 alone, or that of both operands."""
+    """The dtype of the products: autocast's (which does not apply to fp64), otherwise the operands' common dtype."""
     if torch.is_autocast_enabled(hidden_nd.device.type) and torch.float64 not in (hidden_nd.dtype, weight_vd.dtype):
         return torch.get_autocast_dtype(hidden_nd.device.type)
     if hidden_nd.dtype != weight_vd.dtype:
@@ -284,7 +291,7 @@ def _operand_dtype(hidden_nd: Tensor, weight_vd: Tensor) -> torch.dtype:
 
 def _check_targets(target_n: Tensor, vocabulary: int) -> None:
     if not len(target_n):
-        raise ModelError("linear_cross_entropy needs at least one token: the mean over none is no number")
+        raise ModelError("linear_cross_entropy needs at least one token: the mean over no tokens is undefined")
     if target_n.is_cuda:
         torch._assert_async(((target_n >= 0) & (target_n < vocabulary)).all(), f"targets must lie in [0, {vocabulary})")
         return

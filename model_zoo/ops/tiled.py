@@ -1,18 +1,19 @@
 """Index backpropagation without the N x K matrices: attention over the codebook with a hard forward.
 
 The first sweep over the codebook keeps per token the running maximum m, its index, the running sum and the running
-``o = softmax(l) C`` (online softmax). At the entropy's temperature, where few tiles are live, one more adds up the rows
-and another the columns of the assignment q. With them the backward pass makes each tile of the logits' gradient afresh:
+``o = softmax(l) C`` (online softmax). At the temperature of the entropies few tiles contribute; a second sweep sums the
+rows and a third one the columns of the assignment q. From these the backward pass recomputes each tile of the gradient
+with respect to the logits:
 
     dl = p (g C^T - g . o) + q ((v - q . v) / N - s (log q + H) / N) / temperature,    dz = dl C,    dC = dl^T z
 
-for the gradients g of the quantized vectors, s of the sample entropy and v of the average probabilities. The hard
-choice adds the sum of its tokens' gradients to each chosen code. Nothing of N x K elements is ever built: beside
-operands and gradients there are a few tiles, O(N D + K), and one maximum per token and tile.
+where g, s and v are the gradients of the quantized vectors, the sample entropy and the average probabilities. In
+addition each chosen code gets the sum of its tokens' gradients (the hard assignment). No tensor of N x K elements is
+ever built: memory beside operands and gradients is a few tiles, O(N D + K), and one maximum per token and tile.
 
-This file is the order of events, and what the ranks of a sharded codebook tell each other in between. The sweeps
-themselves are `model_zoo.ops.chunked` (plain PyTorch) and `model_zoo.ops.triton_sweeps` (CUDA kernels). Sums are taken
-in fp32 for fp16, bf16 and fp32 operands, in fp64 for fp64 ones.
+This file defines the order of the sweeps and the communication between the ranks of a sharded codebook. The sweeps are
+implemented in `model_zoo.ops.chunked` (plain PyTorch) and `model_zoo.ops.triton_sweeps` (CUDA kernels). Sums are
+accumulated in fp32 for fp16, bf16 and fp32 operands, in fp64 for fp64 operands.
 """
 
 import math
@@ -24,15 +25,16 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from model_zoo.ops.codebook_parallel import Alone, CodebookShard, exchange
-from model_zoo.ops.index_backprop import IndexBackprop
+from model_zoo.ops.codebook_parallel import CodebookShard, Communicator, communicator
+from model_zoo.ops.eager import eager
+from model_zoo.ops.types import IndexBackprop
 
 
 @dataclass
 class SkipStats:
-    """Counts row-tiles (one token's logits with one tile of codes), all and visited, for each sweep that skips.
+    """Counts all and visited row-tiles (one token's logits with one tile of codes) of each sweep that skips.
 
-    Forward: ``output`` (o, with the logits at hand), ``assignment`` (sums of rows) and ``average`` (sums of columns).
+    Forward: ``output`` (o), ``assignment`` (sums of rows) and ``average`` (sums of columns).
     Backward: ``soft_gradient``, and for the entropies ``average_gradient`` (q . v) and ``entropy_gradient``.
     """
 
@@ -44,14 +46,13 @@ class SkipStats:
         self.visited[sweep] = self.visited.get(sweep, 0) + visited
 
     def skip_rate(self, sweep: str) -> float:
-        """Share of the sweep's row-tiles that were skipped."""
+        """Fraction of the sweep's row-tiles that were skipped."""
         return 1 - self.visited[sweep] / self.row_tiles[sweep]
 
 
 class Settings(NamedTuple):
-    """How to sweep. skip: leave out row-tiles that hold less than rounding of a row's sum; exact to rounding, as is the
-    order of the sums. tile: (tokens, codes) of a tile; None takes a size that suits the device. stats: counts what was
-    skipped, or None.
+    """How to sweep. skip: skip row-tiles whose contribution to a row's sum is below rounding error. tile: (tokens,
+    codes) of a tile; None selects a size for the device. stats: counts skipped row-tiles, or None.
     """
 
     skip: bool = True
@@ -59,10 +60,11 @@ class Settings(NamedTuple):
     stats: SkipStats | None = None
 
 
-class Rows(NamedTuple):
-    """What the first sweep keeps of each token, m its largest logit. index_n counts from the first code at hand.
+class RowStatistics(NamedTuple):
+    """Online-softmax statistics of each token's row of logits.
 
-    sum_n: sum exp(l - m), and output_nd: sum exp(l - m) C; None where no gradient will be asked for.
+    index_n: the code with the largest logit, counted from this rank's first code. max_n: the largest logit m.
+    sum_n: sum exp(l - m). output_nd: sum exp(l - m) C. The last two are None if no gradient is needed.
     """
 
     index_n: Tensor
@@ -72,7 +74,7 @@ class Rows(NamedTuple):
 
 
 class Assignment(NamedTuple):
-    """q = softmax(l / temperature) of each token: log sum exp((l - m) / temperature) over all codes, and H(q)."""
+    """Per token, of q = softmax(l / temperature): log sum exp((l - m) / temperature) over all codes, and H(q)."""
 
     log_sum_n: Tensor
     entropy_n: Tensor
@@ -80,7 +82,10 @@ class Assignment(NamedTuple):
 
 
 class SoftGradient(NamedTuple):
-    """The soft assignment's part, ``dl = exp(l - m) / sum_n (grad_nd C^T - grad_output_n)``, for g and g . o."""
+    """Gradient through the soft assignment, ``dl = exp(l - m) / sum_n (grad_nd C^T - grad_output_n)``.
+
+    grad_nd: g. grad_output_n: g . o.
+    """
 
     grad_nd: Tensor
     grad_output_n: Tensor
@@ -88,9 +93,9 @@ class SoftGradient(NamedTuple):
 
 
 class EntropyGradient(NamedTuple):
-    """The entropies' part, ``dl = q (average_k - average_n - sample_n (log q + H)) / temperature``.
+    """Gradient through the entropies, ``dl = q (average_k - average_n - sample_n (log q + H)) / temperature``.
 
-    sample_n: s / N, and average_k: v / N, average_n: q . v / N; None where the loss does not use that entropy.
+    sample_n: s / N. average_k: v / N. average_n: q . v / N. Those of an entropy that the loss does not use are None.
     """
 
     assignment: Assignment
@@ -100,17 +105,17 @@ class EntropyGradient(NamedTuple):
 
 
 class HardGradient(NamedTuple):
-    """The hard choice's part: ``dC[index_n] += grad_nd``. Indices beyond the codes at hand belong to other ranks."""
+    """Gradient through the hard assignment: ``dC[index_n] += grad_nd``, ignoring indices outside this rank's codes."""
 
     index_n: Tensor
     grad_nd: Tensor
 
 
 class Sweeps(ABC):
-    """The sweeps over the codes at hand. Made from z ``(n, d)``, codebook ``(k, d)``, and the number of all codes.
+    """Sweeps over this rank's codes: z ``(n, d)``, codebook ``(k, d)``, and the number of codes of all ranks.
 
-    maxima: the largest logits of each tile of codes, from `first`; after `settle` the other sweeps skip by them.
-    All sums have a fixed order and no atomics are used: equal input gives equal bits on one device.
+    maxima: the largest logit of each row-tile, set by `row_statistics`. After `set_global_max` the other sweeps use
+    them to skip tiles. All sums have a fixed order and no atomics are used: on one device equal input gives equal bits.
     """
 
     def __init__(self, z_nd: Tensor, codebook_kd: Tensor, codes: int, settings: Settings, maxima: Tensor | None = None):
@@ -118,16 +123,16 @@ class Sweeps(ABC):
         self.maxima = maxima
 
     @abstractmethod
-    def first(self, with_output: bool) -> Rows:
-        """Maxima, and sums where ``with_output``."""
+    def row_statistics(self, with_output: bool) -> RowStatistics:
+        """The first sweep. Without ``with_output`` only the maxima are computed."""
 
-    def settle(self, max_n: Tensor) -> None:  # noqa: B027 (nothing to do by default)
-        """Takes the tokens' maxima over all codes, with which ``maxima`` may become less. They are kept until the
-        backward pass."""
+    def set_global_max(self, max_n: Tensor) -> None:  # noqa: B027 (nothing to do by default)
+        """Receives each token's maximum over all ranks' codes; an implementation may use it to shrink ``maxima``, which
+        are kept until the backward pass."""
 
     @abstractmethod
     def assignment_sums(self, max_n: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
-        """Per token the sums of exp(x) and of exp(x) x, x = (l - m) / temperature; in fp64 if it costs nothing."""
+        """Per token the sums of exp(x) and of exp(x) x, x = (l - m) / temperature; in fp64 where that is free."""
 
     @abstractmethod
     def assignment_columns(self, max_n: Tensor, assignment: Assignment) -> Tensor:
@@ -146,19 +151,20 @@ class Sweeps(ABC):
         hard: HardGradient | None,
         needs: tuple[bool, bool],
     ) -> tuple[Tensor | None, Tensor | None]:
-        """dz in the sums' type and dC in the codebook's, where they are needed; dz is None where nothing moves z."""
+        """dz in the accumulation dtype and dC in the codebook's dtype, as far as ``needs`` says; dz is None if only
+        ``hard`` is given."""
 
     def scores(self, index_n: Tensor) -> Tensor:
-        """Each token's dot product with one code, token by token."""
+        """Each token's dot product with one code."""
         return (accumulation(self.z_nd) * accumulation(self.codebook_kd[index_n])).sum(dim=1)
 
-    def reach(self, temperature: float) -> float:
-        """How far below its row's maximum a tile's may lie: what is further weighs less than ``codes`` terms of
-        (machine epsilon / codes) beside a sum of at least 1."""
+    def skip_margin(self, temperature: float) -> float:
+        """Row-tiles whose maximum lies further than this below the row's maximum are skipped. All codes of such tiles
+        together add less than machine epsilon to a row's sum, which is at least 1."""
         return temperature * math.log(self.codes / torch.finfo(accumulation_dtype(self.z_nd)).eps)
 
 
-@torch.compiler.disable
+@eager
 def index_backprop_tiled(
     z_nd: Tensor,
     codebook_kd: Tensor,
@@ -168,10 +174,10 @@ def index_backprop_tiled(
     shard: CodebookShard | None = None,
     settings: Settings,
 ) -> IndexBackprop:
-    """`index_backprop` by ``sweeps``; the entropies come in the sums' type. Not differentiable twice."""
+    """`index_backprop` with the given sweeps. The entropies have the accumulation dtype. Not differentiable twice."""
     with_gradient = torch.is_grad_enabled() and (z_nd.requires_grad or codebook_kd.requires_grad)
     quantized_nd, code_nd, index_n, sample_entropy, average_k = _IndexBackprop.apply(
-        z_nd, codebook_kd, entropy_temperature, sweeps, exchange(z_nd, codebook_kd, shard), settings, with_gradient
+        z_nd, codebook_kd, entropy_temperature, sweeps, communicator(z_nd, codebook_kd, shard), settings, with_gradient
     )
     return IndexBackprop(quantized_nd, index_n, sample_entropy, average_k, code_nd, shard)
 
@@ -184,8 +190,8 @@ class _IndexBackprop(torch.autograd.Function):
         with torch.autocast(z_nd.device.type, enabled=False):
             z_nd = ranks.gather(z_nd)
             sweeps = sweeps_class(z_nd, codebook_kd, ranks.codes, settings)
-            rows = _over_all_shards(sweeps, sweeps.first(with_gradient), ranks)
-            sweeps.settle(rows.max_n)
+            rows = _over_all_shards(sweeps, sweeps.row_statistics(with_gradient), ranks)
+            sweeps.set_global_max(rows.max_n)
             if temperature is not None:
                 assignment = _assignment(*sweeps.assignment_sums(rows.max_n, temperature), temperature, ranks, z_nd)
                 sample_entropy = assignment.entropy_n[ranks.own].mean()
@@ -203,7 +209,7 @@ class _IndexBackprop(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_quantized_nd, grad_code_nd, _, grad_sample, grad_average_k):
         z_nd, codebook_kd, maxima, *saved = ctx.saved_tensors
-        rows, ranks = Rows(*saved[: len(Rows._fields)]), ctx.ranks
+        rows, ranks = RowStatistics(*saved[: len(RowStatistics._fields)]), ctx.ranks
         sweeps = ctx.sweeps_class(z_nd, codebook_kd, ranks.codes, ctx.settings, maxima)
         soft = entropy = hard = None
         with torch.autocast(z_nd.device.type, enabled=False):
@@ -215,7 +221,7 @@ class _IndexBackprop(torch.autograd.Function):
                 grad_nd = accumulation(ranks.gather(grad_code_nd))
                 hard = HardGradient(rows.index_n - ranks.start, grad_nd if hard is None else hard.grad_nd + grad_nd)
             if grad_sample is not None or grad_average_k is not None:
-                assignment = Assignment(*saved[len(Rows._fields) :], ctx.temperature)
+                assignment = Assignment(*saved[len(RowStatistics._fields) :], ctx.temperature)
                 sample_n = average_n = None
                 if grad_sample is not None:
                     sample_n = ranks.per_token(grad_sample)
@@ -230,27 +236,27 @@ class _IndexBackprop(torch.autograd.Function):
         return grad_z_nd, grad_codebook_kd, None, None, None, None, None
 
 
-def _over_all_shards(sweeps: Sweeps, rows: Rows, ranks: Alone) -> Rows:
-    """The rows of the whole codebook, the sums relative to its maximum. output_nd stays this shard's part of o."""
-    max_n, index_n = ranks.best(rows.max_n, rows.index_n, lambda: sweeps.scores(rows.index_n))
+def _over_all_shards(sweeps: Sweeps, rows: RowStatistics, ranks: Communicator) -> RowStatistics:
+    """Statistics over all ranks' codes. output_nd stays this shard's part of o."""
+    max_n, index_n = ranks.global_argmax(rows.max_n, rows.index_n, lambda: sweeps.scores(rows.index_n))
     if rows.sum_n is None:
-        return Rows(index_n, max_n, None, None)
+        return RowStatistics(index_n, max_n, None, None)
     scale_n = (rows.max_n - max_n).exp()
     sum_n = ranks.sum_(rows.sum_n * scale_n)
-    return Rows(index_n, max_n, sum_n, rows.output_nd.mul_((scale_n / sum_n)[:, None]))
+    return RowStatistics(index_n, max_n, sum_n, rows.output_nd.mul_((scale_n / sum_n)[:, None]))
 
 
-def _assignment(sum_n: Tensor, moment_n: Tensor, temperature: float, ranks: Alone, z_nd: Tensor) -> Assignment:
+def _assignment(sum_n: Tensor, moment_n: Tensor, temperature: float, ranks: Communicator, z_nd: Tensor) -> Assignment:
     sum_n, moment_n = ranks.sum_(sum_n.double()), ranks.sum_(moment_n.double())
     log_sum_n, dtype = sum_n.log(), accumulation_dtype(z_nd)
     return Assignment(log_sum_n.to(dtype), (log_sum_n - moment_n / sum_n).to(dtype), temperature)
 
 
 def accumulation_dtype(tensor: Tensor) -> torch.dtype:
-    """The type of the sums."""
+    """fp64 for fp64 tensors, otherwise fp32."""
     return torch.float64 if tensor.dtype == torch.float64 else torch.float32
 
 
 def accumulation(tensor: Tensor) -> Tensor:
-    """In the type of the sums, rows contiguous."""
+    """The tensor in its accumulation dtype, contiguous."""
     return tensor.to(accumulation_dtype(tensor)).contiguous()

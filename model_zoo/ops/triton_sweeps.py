@@ -1,13 +1,12 @@
-"""The sweeps of index backpropagation as Triton kernels (`model_zoo.ops.tiled`): fp32, bf16 and fp16 on CUDA.
+"""The sweeps of `model_zoo.ops.tiled` as Triton kernels: fp32, bf16 and fp16 on CUDA.
 
-A program holds a block of tokens (or, for sums over tokens, a tile of codes) and goes over the tiles that its list of
-live tiles names. Where that makes fewer programs than there are multiprocessors, several share a list, each writes its
-part, and the parts are added up in order. No kernel uses atomics, so equal input gives equal bits.
+A program holds a block of tokens (or, for sums over tokens, a tile of codes) and loops over its list of live tiles. If
+there are fewer programs than multiprocessors, several programs share a list; each writes a partial result, and these
+are added in a fixed order. No kernel uses atomics, so equal input gives equal bits.
 
-Products of half-precision operands are exact, and summed in fp32. The products behind o, dz and dC first round p and dl
-to the operands' type: in fp16 what is then below 2^-24 is lost, so that large codebooks are better off in bf16. For
-fp32 operands PyTorch's own switch holds: fp32 throughout where `torch.get_float32_matmul_precision()` is "highest",
-otherwise TF32 on the tensor cores.
+Products of half-precision operands are exact and accumulated in fp32. The products for o, dz and dC first round p and
+dl to the operands' dtype. In fp16 values below 2^-24 are lost, so bf16 suits large codebooks better. Products of fp32
+operands follow `torch.get_float32_matmul_precision()`: fp32 for "highest", otherwise TF32 on the tensor cores.
 """
 
 import math
@@ -19,31 +18,31 @@ import triton.language as tl
 from torch import Tensor
 
 from model_zoo.errors import ModelError
-from model_zoo.ops.tiled import Assignment, EntropyGradient, HardGradient, Rows, SoftGradient, Sweeps
+from model_zoo.ops.tiled import Assignment, EntropyGradient, HardGradient, RowStatistics, SoftGradient, Sweeps
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 LARGEST_DIM = 512
 INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
-CHOSEN_STEP = tl.constexpr(16)  # tokens at a time in the hard choice's sums: the least that Triton contracts
+CHOSEN_STEP = tl.constexpr(16)  # tokens at a time in the sums of the hard assignment: the minimum of tl.dot
 
 
 class Device(NamedTuple):
-    """What sizes depend on. shared_bytes: shared memory that one program may have; 0 for the interpreter."""
+    """Properties that block sizes depend on. shared_bytes: maximum shared memory of a program; 0 in the interpreter."""
 
     multiprocessors: int
     shared_bytes: int
 
 
-INTERPRETER = Device(8, 0)  # so that few blocks' lists are shared there too
+INTERPRETER = Device(8, 0)  # more than the blocks of most tests, so that lists are shared in the interpreter too
 
 
 class Shape(NamedTuple):
-    """Sizes of blocks.
+    """Block sizes.
 
-    tokens, codes: of a tile, powers of two. step: tokens at a time where a program holds a tile of codes.
-    depth: how much of D a product z C^T takes at a time. All of it, and a program keeps its own operands in shared
-    memory; or, in fp32, a slice, and it reads them again, from the cache, for each tile. Without tensor cores both
-    factors of a product are in registers, where no more fits; with them fewer registers spill.
+    tokens, codes: size of a tile, powers of two. step: tokens at a time if a program holds a tile of codes.
+    depth: number of dimensions of D that a product z C^T processes at a time. If it is all of D, a program keeps its
+    operands in shared memory. In fp32 it is a slice of D, and operands are read again for each tile, from the cache:
+    without tensor cores both factors must fit in registers, and with tensor cores slices avoid register spills.
     """
 
     tokens: int
@@ -53,8 +52,8 @@ class Shape(NamedTuple):
 
 
 def shape_of(width: int, dtype: torch.dtype, device: Device, tile: tuple[int, int] | None) -> Shape:
-    """For D padded to ``width``; ``tile`` may be prescribed. The precision of fp32 products makes no difference: it may
-    change before the backward pass, which needs the forward pass's maxima of tiles."""
+    """Block sizes for D padded to ``width``; ``tile`` overrides the tile's. They do not depend on the precision of fp32
+    products, which may change before the backward pass, while the maxima of the forward pass's tiles are reused."""
     if device == INTERPRETER:
         tokens, codes = tile or (16, 16)
         return Shape(tokens, codes, 16, min(width, 32) if dtype == torch.float32 else width)
@@ -62,7 +61,7 @@ def shape_of(width: int, dtype: torch.dtype, device: Device, tile: tuple[int, in
     if dtype == torch.float32:
         tokens, codes = tile or (64 if width <= 256 else 32, 32)
         return Shape(tokens, codes, min(tokens, 32), min(width, 32))
-    # 128 x 256 sums in fp32 are half of a multiprocessor's registers, and 64 x 512 proved too many.
+    # 128 x 256 accumulators in fp32 take half of a multiprocessor's registers; 64 x 512 turned out to be too many.
     tiles = [(128, 64), (64, 64), (64, 32), (32, 32), (16, 16)] if width <= 256 else [(32, 32), (16, 16)]
     for tokens, codes in [tile] if tile else tiles:
         if _stages(rows, 2 * tokens, codes) > 1:
@@ -74,22 +73,22 @@ def shape_of(width: int, dtype: torch.dtype, device: Device, tile: tuple[int, in
 
 
 def _stages(rows: int, kept: int, moving: int) -> int:
-    """Tiles in flight, at most three: how often the moving rows fit into shared memory of ``rows`` beside those kept.
-    One place stays free: for tiles of dl, and where tensor cores hold their operands longer (Blackwell)."""
+    """Number of pipeline stages, at most three: how many tiles of ``moving`` rows fit into shared memory of ``rows``
+    rows beside the ``kept`` rows. One tile stays free: for dl, and as Blackwell's tensor cores hold operands longer."""
     return max(0, min(3, (rows - kept) // moving - 1))
 
 
 def _precision(dtype: torch.dtype) -> str:
-    """Triton's name for the arithmetic of products; of no effect on half precision."""
+    """Triton's name for the precision of products; has no effect on half precision."""
     return "ieee" if dtype != torch.float32 or torch.get_float32_matmul_precision() == "highest" else "tf32"
 
 
-# A kernel's argument `rows` is a triple: a matrix, the numbers of the rows wanted, and how many rows there are.
+# An argument `rows` of a device function is a triple: a matrix, the numbers of the requested rows, the number of rows.
 
 
 @triton.jit
 def _load(rows, start, DIM: tl.constexpr, WIDTH: tl.constexpr):
-    """Columns from ``start`` on, ``(rows, WIDTH)``; zero beyond the matrix."""
+    """Columns ``[start, start + WIDTH)`` of the rows, ``(rows, WIDTH)``; zero outside the matrix."""
     matrix, at, count = rows
     d = start + tl.arange(0, WIDTH)
     inside = (at < count)[:, None]
@@ -101,14 +100,14 @@ def _load(rows, start, DIM: tl.constexpr, WIDTH: tl.constexpr):
 @triton.jit
 def _dot(left, right, sums, PRECISION: tl.constexpr):
     """sums + left right in fp32."""
-    if INTERPRETED:  # which multiplies the bits of bf16 as if they were integers
+    if INTERPRETED:  # the interpreter multiplies the bits of bf16 as integers
         left, right = left.to(tl.float32), right.to(tl.float32)
     return tl.dot(left, right, sums, input_precision=PRECISION)
 
 
 @triton.jit
 def _load_kept(rows, DIM: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr):
-    """The rows that a program keeps, where products take all of D; nothing where they read slices."""
+    """The rows that a program keeps if products process all of D at once; None if they read slices."""
     return _load(rows, 0, DIM, WIDTH) if DEPTH == WIDTH else None
 
 
@@ -117,7 +116,7 @@ def _products(
     left_rows, left, right_rows, right,
     DIM: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """left right^T: of the loaded rows, or slice by slice."""
+    """left right^T, from loaded rows or slice by slice."""
     products = tl.zeros([left_rows[1].shape[0], right_rows[1].shape[0]], tl.float32)
     if DEPTH == WIDTH:
         products = _dot(left, right.T, products, PRECISION)
@@ -131,7 +130,7 @@ def _products(
 
 @triton.jit
 def _share(first, last):
-    """This program's part of the steps ``[first, last)``: axis 1 of the grid shares them evenly and in order."""
+    """This program's part of the steps ``[first, last)``, which axis 1 of the grid divides evenly and in order."""
     split, splits, steps = tl.program_id(1), tl.num_programs(1), last - first
     return first + steps * split // splits, first + steps * (split + 1) // splits
 
@@ -155,7 +154,7 @@ def first_kernel(
     WITH_OUTPUT: tl.constexpr, TOKENS: tl.constexpr, CODES: tl.constexpr,
     DIM: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A block of tokens and a part of the tiles: running maxima, and online softmax."""
+    """For a block of tokens and a part of the tiles: running maxima and online softmax."""
     at = tl.program_id(0) * TOKENS + tl.arange(0, TOKENS)
     z_rows = (z_nd, at, tokens)
     z = _load_kept(z_rows, DIM, WIDTH, DEPTH)
@@ -172,7 +171,7 @@ def first_kernel(
         c = _load(c_rows, 0, DIM, WIDTH)
         logits = _products(z_rows, z, c_rows, c, DIM, WIDTH, DEPTH, PRECISION)
         logits = tl.where((code < codes)[None, :], logits, float("-inf"))
-        # Ties go to the lowest index: the first within a tile, and a later tile needs a larger logit.
+        # Ties go to the lowest index: the first within a tile, and a later tile must have a strictly larger logit.
         tile_max, column = tl.max(logits, 1, return_indices=True, return_indices_tie_break_left=True)
         tl.store(tile_max_pointers, tile_max, mask=at < tokens)
         tile_max_pointers += tokens
@@ -196,7 +195,7 @@ def first_kernel(
 
 @triton.jit
 def gap_kernel(tile_max_tn, max_n, gap_tb, tokens, tiles, blocks, TOKENS: tl.constexpr, TILES: tl.constexpr):
-    """How near each tile comes to the maximum of any token of a block: largest logit of the tile minus maximum."""
+    """For each tile and block, the largest difference over tokens between the tile's maximum and the row's maximum."""
     block = tl.program_id(0)
     at, tile = block * TOKENS + tl.arange(0, TOKENS), tl.program_id(1) * TILES + tl.arange(0, TILES)
     pointers = tile_max_tn + tile.to(tl.int64)[:, None] * tokens + at[None, :]
@@ -212,7 +211,7 @@ def assignment_rows_kernel(
     TOKENS: tl.constexpr, CODES: tl.constexpr,
     DIM: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of a block of tokens: q . values; or without values the sums of exp(x) and of exp(x) x."""
+    """For a block of tokens: q . values; or without values the sums of exp(x) and of exp(x) x."""
     block = tl.program_id(0)
     at = block * TOKENS + tl.arange(0, TOKENS)
     z_rows = (z_nd, at, tokens)
@@ -249,7 +248,7 @@ def assignment_columns_kernel(
     STEP: tl.constexpr, TOKENS: tl.constexpr, CODES: tl.constexpr,
     DIM: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of a tile of codes: the sums of q over tokens."""
+    """For a tile of codes: the sums of q over tokens."""
     tile = tl.program_id(0)
     code = tile * CODES + tl.arange(0, CODES)
     c_rows = (codebook_kd, code, codes)
@@ -276,7 +275,7 @@ def _step_of_list(numbers, i, TOKENS: tl.constexpr, STEP: tl.constexpr):
     return tl.load(numbers + i // steps) * TOKENS + (i % steps) * STEP + tl.arange(0, STEP)
 
 
-# Rows beyond the operands are zero as factors, but dl can be infinite there, and 0 times infinity is no number: masked.
+# Rows outside the operands are loaded as zero, but dl can be infinite there, and 0 times infinity is NaN: mask dl.
 
 
 @triton.jit
@@ -287,7 +286,7 @@ def grad_z_kernel(
     TOKENS: tl.constexpr, CODES: tl.constexpr,
     DIM: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of a block of tokens: dl C."""
+    """For a block of tokens: dl C."""
     block = tl.program_id(0)
     at = block * TOKENS + tl.arange(0, TOKENS)
     z_rows = (z_nd, at, tokens)
@@ -343,13 +342,13 @@ def grad_codebook_kernel(
     STEP: tl.constexpr, TOKENS: tl.constexpr, CODES: tl.constexpr,
     DIM: tl.constexpr, WIDTH: tl.constexpr, DEPTH: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Of a tile of codes: dl^T z, and the gradients of the tokens that chose them. Tiles are transposed, so that dl^T
-    is where the product wants it."""
+    """For a tile of codes: dl^T z plus the gradients of the tokens that chose these codes. Tiles are transposed, so
+    that dl^T has the layout that the product needs."""
     tile = tl.program_id(0)
     code = tile * CODES + tl.arange(0, CODES)
     grad_c = tl.zeros([CODES, WIDTH], tl.float32)
     if chosen_bounds_t is not None:
-        # Tokens are sorted by code, and those of this tile lie together. Products with their one-hot codes are sums.
+        # Tokens are sorted by code, so those of this tile are contiguous. A product with one-hot codes sums them.
         first, last = _share(tl.load(chosen_bounds_t + tile), tl.load(chosen_bounds_t + tile + 1))
         for start in range(first, last, CHOSEN_STEP):
             place = start + tl.arange(0, CHOSEN_STEP)
@@ -360,7 +359,7 @@ def grad_codebook_kernel(
             grad_c = _dot(one_hot, chosen_grad, grad_c, "ieee")
     c_rows = (codebook_kd, code, codes)
     c = _load_kept(c_rows, DIM, WIDTH, DEPTH)
-    # The entropies first: after the soft part their registers are two too many on sm_90.
+    # The entropies come first: after the soft part sm_90 would be two registers short.
     if hot_list is not None:
         values = tl.load(average_k + code, mask=code < codes, other=0.0)
         numbers = hot_list + tile.to(tl.int64) * tl.cdiv(tokens, TOKENS)
@@ -402,14 +401,14 @@ def grad_codebook_kernel(
 
 
 class TritonSweeps(Sweeps):
-    """CUDA tensors, or any in Triton's interpreter."""
+    """Sweeps on CUDA tensors, or on any tensors in Triton's interpreter."""
 
     def __init__(self, z_nd, codebook_kd, codes, settings, maxima=None):
         super().__init__(z_nd.contiguous(), codebook_kd.contiguous(), codes, settings, maxima)
         (tokens, dim), dtype = z_nd.shape, z_nd.dtype
         if dtype not in DTYPES or codebook_kd.dtype != dtype:
             raise ModelError(
-                "impl='triton' takes z and codebook alike in fp32, bf16 or fp16, not "
+                "impl='triton' takes z and codebook both in fp32, bf16 or fp16, not "
                 f"{dtype} and {codebook_kd.dtype}: use impl='chunked'"
             )
         if dim > LARGEST_DIM:
@@ -419,7 +418,7 @@ class TritonSweeps(Sweeps):
         self.shape = shape_of(self.width, dtype, self.device, settings.tile)
         self.blocks, self.tiles = -(-tokens // self.shape.tokens), -(-len(codebook_kd) // self.shape.codes)
 
-    def first(self, with_output: bool) -> Rows:
+    def row_statistics(self, with_output: bool) -> RowStatistics:
         parts = self._parts(self.blocks, self.tiles)
         self.maxima, max_sn = self._per_token(self.tiles), self._per_token(parts)
         index_sn = torch.empty_like(max_sn, dtype=torch.int32)
@@ -432,17 +431,17 @@ class TritonSweeps(Sweeps):
             first_kernel, parts, tile_max_tn=self.maxima, max_sn=max_sn, index_sn=index_sn,
             sum_sn=sum_sn, output_snd=output_snd, WITH_OUTPUT=with_output,
         )  # fmt: skip
-        # Earlier parts hold lower indices, and of equal maxima `max` takes the first.
+        # Earlier parts hold lower indices, and `max` returns the first of equal maxima.
         max_n, part_n = max_sn.max(dim=0)
         index_n = index_sn.gather(0, part_n[None])[0].long()
         if not with_output:
-            return Rows(index_n, max_n, None, None)
+            return RowStatistics(index_n, max_n, None, None)
         scale_sn = (max_sn - max_n).exp()
         sum_n, output_nd = sum_sn.mul_(scale_sn).sum(dim=0), output_snd.mul_(scale_sn[:, :, None]).sum(dim=0)
-        return Rows(index_n, max_n, sum_n, output_nd)
+        return RowStatistics(index_n, max_n, sum_n, output_nd)
 
-    def settle(self, max_n: Tensor) -> None:
-        """``maxima`` ``(tiles, tokens)`` become gaps ``(tiles, blocks)``: programs ask for blocks, not for tokens."""
+    def set_global_max(self, max_n: Tensor) -> None:
+        """Reduces ``maxima`` ``(tiles, tokens)`` to gaps ``(tiles, blocks)``: tiles are skipped for whole blocks."""
         tiles, gap_tb = 16, max_n.new_empty(self.tiles, self.blocks)
         arguments = {"tile_max_tn": self.maxima, "max_n": max_n, "gap_tb": gap_tb, "tokens": len(self.z_nd)}
         arguments |= {"tiles": self.tiles, "blocks": self.blocks, "TOKENS": self.shape.tokens, "TILES": tiles}
@@ -493,7 +492,7 @@ class TritonSweeps(Sweeps):
         grad_z_nd = grad_codebook_kd = None
         if needs[0] and (soft or entropy):
             parts = self._parts(self.blocks, self.tiles)
-            # One launch for both would do, but has too few registers for the largest blocks.
+            # Two launches, since one kernel with both terms would need too many registers for the largest blocks.
             no_soft, no_hot = self._soft_arguments(None) | _lists("soft", None), _lists("hot", None)
             terms = []
             if soft:
@@ -506,7 +505,7 @@ class TritonSweeps(Sweeps):
             grad_z_nd = grad_z_snd.sum(dim=0)
         if needs[1]:
             parts, codebook_kd = self._parts(self.tiles, self.blocks), self.codebook_kd
-            # Alone, a program writes what is returned; a second K x D in fp32 is for small codebooks only.
+            # Without sharing, programs write the result directly; only small codebooks need another K x D in fp32.
             dtype = max_n.dtype if parts > 1 else codebook_kd.dtype
             grad_codebook_skd = codebook_kd.new_empty(parts, *codebook_kd.shape, dtype=dtype)
             lists = _lists("soft", soft_live) | _lists("hot", hot_live) | self._chosen(hard)
@@ -519,7 +518,7 @@ class TritonSweeps(Sweeps):
     def _soft_arguments(self, soft: SoftGradient | None) -> dict:
         if soft is None:
             return dict.fromkeys(("grad_nd", "sum_n", "grad_output_n"))
-        # The gradient came in the operands' type, so that going back to it is exact.
+        # The gradient arrived in the operands' dtype, so converting it back is exact.
         return soft._asdict() | {"grad_nd": soft.grad_nd.to(self.z_nd.dtype).contiguous()}
 
     def _entropy_arguments(self, entropy: EntropyGradient | None) -> dict:
@@ -535,7 +534,7 @@ class TritonSweeps(Sweeps):
         return dict(zip(names, (*values, assignment.temperature), strict=True))
 
     def _chosen(self, hard: HardGradient | None) -> dict:
-        """The hard choice's tokens sorted by code, and where each tile's begin; others' codes lie outside."""
+        """Tokens sorted by their chosen code, and the range of each tile; other ranks' codes lie outside all ranges."""
         names = ("chosen_grad_nd", "chosen_index_n", "chosen_order_n", "chosen_bounds_t")
         if hard is None:
             return dict.fromkeys(names)
@@ -545,10 +544,10 @@ class TritonSweeps(Sweeps):
         return dict(zip(names, (hard.grad_nd.contiguous(), index_n, order_n, bounds), strict=True))
 
     def _live(self, name: str, temperature: float) -> Tensor:
-        """int8 ``(tiles, blocks)``: 1 where a tile holds more than rounding for any token of a block."""
+        """int8 ``(tiles, blocks)``: 1 if a tile contributes more than rounding error to any token of a block."""
         tokens = len(self.z_nd)
-        reach = self.reach(temperature) if self.settings.skip else math.inf
-        live_tb = (self.maxima >= -reach).to(torch.int8)
+        margin = self.skip_margin(temperature) if self.settings.skip else math.inf
+        live_tb = (self.maxima >= -margin).to(torch.int8)
         if self.settings.stats:
             rows_b = torch.full_like(live_tb[0], self.shape.tokens, dtype=torch.int64)
             rows_b[-1] = tokens - (self.blocks - 1) * self.shape.tokens
@@ -559,16 +558,16 @@ class TritonSweeps(Sweeps):
         return self.z_nd.new_empty(parts, len(self.z_nd), dtype=torch.float32)
 
     def _parts(self, programs: int, steps: int) -> int:
-        """Among how many programs each list is shared, so that there are as many as run at once."""
+        """Number of programs that share each list, so that all multiprocessors are busy."""
         return max(1, min(steps, self.device.multiprocessors // max(1, programs)))
 
     def _over_tiles(self, kernel, parts: int, **arguments) -> None:
-        """Programs with a block of tokens each, who keep its rows, and its gradients' rows where they use them."""
+        """Launches one program per block of tokens. It keeps the block's rows, and those of its gradients if used."""
         kept = self.shape.tokens * (1 if arguments.get("soft_list") is None else 2)
         self._launch(kernel, (self.blocks, parts), kept, self.shape.codes, arguments)
 
     def _over_tokens(self, kernel, parts: int, **arguments) -> None:
-        """Programs with a tile of codes each."""
+        """Launches one program per tile of codes."""
         moving = self.shape.step * (1 if arguments.get("soft_list") is None else 2)
         self._launch(kernel, (self.tiles, parts), self.shape.codes, moving, arguments | {"STEP": self.shape.step})
 
@@ -585,14 +584,14 @@ class TritonSweeps(Sweeps):
 
 
 def suits(z_nd: Tensor, codebook_kd: Tensor) -> bool:
-    """Whether the kernels take these operands on their device: an NVIDIA GPU of compute capability 8.0 or more."""
+    """Whether the kernels support these operands and their device: an NVIDIA GPU of compute capability 8.0 or more."""
     if not z_nd.is_cuda or torch.version.cuda is None or torch.cuda.get_device_capability(z_nd.device) < (8, 0):
         return False
     return z_nd.dtype == codebook_kd.dtype and z_nd.dtype in DTYPES and z_nd.shape[1] <= LARGEST_DIM
 
 
 def device_of(z_nd: Tensor) -> Device:
-    """Raises ModelError where no kernel can take the tensor."""
+    """The device of a tensor. Raises ModelError if the kernels do not support it."""
     if INTERPRETED:
         return INTERPRETER
     if not z_nd.is_cuda:
@@ -604,17 +603,17 @@ def device_of(z_nd: Tensor) -> Device:
 
 
 def launch(kernel, grid: tuple[int, int], arguments: dict, options: dict) -> None:
-    """All kernels start here, so that a test can take down what they start with."""
-    if 0 not in grid:  # CUDA refuses a grid without programs
+    """Launches a kernel. All launches go through here, so that a test can record their arguments."""
+    if 0 not in grid:  # CUDA rejects an empty grid
         with torch.cuda.device_of(next(value for value in arguments.values() if isinstance(value, Tensor))):
             kernel[grid](**arguments, **options)
 
 
 def _lists(name: str, live: Tensor | None) -> dict[str, Tensor | None]:
-    """A kernel's arguments: for each row of ``live`` the numbers of its live columns, in order, and how many."""
+    """Kernel arguments: for each row of ``live`` the numbers of its live columns in order, and their count."""
     if live is None:
         return {f"{name}_list": None, f"{name}_count": None}
-    # nonzero() would have to wait for the device.
+    # nonzero() would synchronise with the device.
     live = live.contiguous()
     numbers = live.argsort(dim=1, descending=True, stable=True).int()
     return {f"{name}_list": numbers, f"{name}_count": live.sum(dim=1, dtype=torch.int32)}

@@ -1,4 +1,4 @@
-"""Quantizers: features in, discrete codes out."""
+"""Quantizers map features to discrete codes."""
 
 from model_zoo.quantizers.base import CodebookQuantizer, Quantized, Quantizer
 

@@ -1,35 +1,35 @@
-"""What every quantizer takes and returns."""
+"""The interface of quantizers."""
 
 from typing import NamedTuple
 
 import torch
-from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model_zoo.ops import CodebookShard, IndexBackprop, lookup_code
+from model_zoo.ops.codebook_parallel import CodebookShard, lookup_code
+from model_zoo.ops.types import IndexBackprop
 
-INITIAL_BLOCK = 2**14  # codes drawn at a time
-FLOOR = 1e-3  # of the features' mean variance
-# How long codes among the features are, where the assignment is softmax(z C^T): features and codes draw each other to
-# one length, and its square decides how sharp the assignment becomes. Longer codes leave more of them unused; of 0.46
-# narrow ones did not learn to reconstruct (docs/LOG.md, 2026-11-27).
-LENGTH = 1.25
-RELATIVE_LENGTH = 0.5  # of the features' root mean square, where the assignment is by distance
+INITIAL_BLOCK = 2**14  # codes initialised at a time
+VARIANCE_FLOOR = 1e-3  # relative to the features' mean variance
+# Initial norm of codes for assignments by softmax(z C^T). During training features and codes converge to one norm,
+# whose square sets how sharp the assignment becomes. A larger norm leaves more codes unused; with a norm of 0.46 models
+# with few code dimensions did not learn to reconstruct (docs/LOG.md, 2026-11-27).
+CODE_NORM = 1.25
+RELATIVE_CODE_NORM = 0.5  # for assignments by distance; relative to the features' root mean square norm
 
 
 class Quantized(NamedTuple):
-    """A quantized feature map and the terms that train it. The terms are unweighted means over all elements.
+    """A quantized feature map and its loss terms, which are unweighted means over all elements.
 
-    quantized_bdhw: code vectors, differentiable towards encoder and codebook as the quantizer defines.
+    quantized_bdhw: code vectors; the quantizer defines their gradient with respect to features and codebook.
     index_bhw: int64 codes.
-    double_quantization: |z_q - z|^2 with the gradient-carrying z_q (paper eq. 12, first term); None where the
-        assignment is not soft.
-    commitment: |z - sg[C[i]]|^2, moves the features to their codes.
-    codebook: |sg[z] - C[i]|^2, moves the codes to their features; None where there is no codebook to move.
-    sample_entropy, average_probability_k: see `model_zoo.ops.IndexBackprop`; None where not asked for.
+    double_quantization: |z_q - z|^2 with gradient through z_q (paper eq. 12, first term); None unless the assignment is
+        soft.
+    commitment: |z - sg[C[i]]|^2, moves features towards their codes.
+    codebook: |sg[z] - C[i]|^2, moves codes towards their features; None without a learned codebook.
+    sample_entropy, average_probability_k: see `model_zoo.ops.IndexBackprop`; None if not requested.
     features_nd: the features that were quantized, without gradient.
-    shard: the quantizer's; average_probability_k then holds this rank's codes alone.
+    shard: the quantizer's shard; average_probability_k then covers this rank's codes only.
     """
 
     quantized_bdhw: Tensor
@@ -44,22 +44,22 @@ class Quantized(NamedTuple):
 
 
 class Quantizer(nn.Module):
-    """The rule that picks codes, and what it learns from. Always computes in fp32, whatever autocast says around it:
-    in bf16 near ties flip and half of a large codebook dies.
+    """Base class of quantizers: assigns codes to features and computes the loss terms. Always computes in fp32, also
+    under autocast: in bf16 near ties flip, and half of a large codebook falls out of use.
 
-    A quantizer is made with ``(codebook_size, code_dim, init_std, shard)``; see `CodebookQuantizer`.
+    The constructor takes ``(codebook_size, code_dim, init_std, shard)``; see `CodebookQuantizer`.
     """
 
-    # Whether the gradient comes through softmax(z C^T): only then is there a double quantization term (with a
-    # straight-through z_q it would have no gradient towards the codes).
+    # Whether the gradient flows through softmax(z C^T). Only then is there a double quantization term: with a
+    # straight-through z_q it would have no gradient with respect to the codes.
     soft_assignment: bool = False
     has_entropy: bool = False
-    # Of index backpropagation, for quantizers that have a choice; see `model_zoo.ops.index_backprop`.
+    # Implementation of index backpropagation, see `model_zoo.ops.index_backprop`; None for quantizers without it.
     impl: str | None = None
     shard: CodebookShard | None = None
 
     def assign(self, z_nd: Tensor, entropy_temperature: float | None) -> IndexBackprop:
-        """Picks a code for each fp32 token ``z_nd``."""
+        """Assigns a code to each fp32 token ``z_nd``."""
         raise NotImplementedError
 
     def nearest(self, z_nd: Tensor) -> Tensor:
@@ -71,22 +71,22 @@ class Quantizer(nn.Module):
         raise NotImplementedError
 
     def anneal(self, progress: float) -> None:
-        """Told before each training step how far training is, from 0 to 1."""
+        """Called before each training step with the progress of training, from 0 to 1."""
 
     def forward(self, z_bdhw: Tensor, entropy_temperature: float | None = None) -> Quantized:
-        """Quantizes a feature map; ``entropy_temperature`` asks for the entropy terms, where the quantizer has any."""
+        """Quantizes a feature map. With ``entropy_temperature``, quantizers that have entropy terms compute them."""
         b, _, h, w = z_bdhw.shape
         with torch.autocast(z_bdhw.device.type, enabled=False):
-            z_nd = rearrange(z_bdhw.float(), "b d h w -> (b h w) d")
+            z_nd = _flatten(z_bdhw.float())
             finite = z_nd.detach().isfinite()
-            if self.training:  # no code is nearest to NaN
+            if self.training:  # NaN has no nearest code
                 z_nd = torch.where(finite, z_nd, 0)
             out = self.assign(z_nd, entropy_temperature)
             if self.training:
-                # ... but it must reach the loss, by which all ranks then leave out this step together.
+                # Put NaN back into the output, so that it reaches the loss and all ranks skip this step together.
                 out = out._replace(quantized_nd=out.quantized_nd + torch.where(finite.all(), 0.0, torch.nan))
             return Quantized(
-                quantized_bdhw=rearrange(out.quantized_nd, "(b h w) d -> b d h w", b=b, h=h, w=w),
+                quantized_bdhw=_unflatten(out.quantized_nd, b, h, w),
                 index_bhw=out.index_n.view(b, h, w),
                 double_quantization=(out.quantized_nd - z_nd).square().mean() if self.soft_assignment else None,
                 commitment=(z_nd - out.code_nd.detach()).square().mean(),
@@ -102,19 +102,28 @@ class Quantizer(nn.Module):
         """Features ``(b, d, h, w)`` -> int64 codes ``(b, h, w)``."""
         b, _, h, w = z_bdhw.shape
         with torch.autocast(z_bdhw.device.type, enabled=False):
-            return self.nearest(rearrange(z_bdhw.float(), "b d h w -> (b h w) d")).view(b, h, w)
+            return self.nearest(_flatten(z_bdhw.float())).view(b, h, w)
 
     def lookup(self, index_bhw: Tensor) -> Tensor:
         """Codes ``(b, h, w)`` -> code vectors ``(b, d, h, w)``."""
-        b, h, w = index_bhw.shape
-        return rearrange(self.vectors(index_bhw.flatten()), "(b h w) d -> b d h w", b=b, h=h, w=w)
+        return _unflatten(self.vectors(index_bhw.flatten()), *index_bhw.shape)
+
+
+def _flatten(x_bdhw: Tensor) -> Tensor:
+    """``(b, d, h, w)`` -> ``(b h w, d)``."""
+    return x_bdhw.permute(0, 2, 3, 1).reshape(-1, x_bdhw.shape[1])
+
+
+def _unflatten(x_nd: Tensor, b: int, h: int, w: int) -> Tensor:
+    """``(b h w, d)`` -> ``(b, d, h, w)``."""
+    return x_nd.reshape(b, h, w, x_nd.shape[1]).permute(0, 3, 1, 2)
 
 
 class CodebookQuantizer(Quantizer):
-    """A quantizer that learns its codes.
+    """A quantizer with a learned codebook.
 
-    shard: the rows of the codebook that are here; None for all of them. With a shard all ranks of its group must make
-    the quantizer and call `forward`, `tokenize` and `lookup` together, each with its own tokens (or with none).
+    shard: this rank's rows of the codebook; None for all rows. With a shard all ranks of its group must construct the
+    quantizer and call `forward`, `tokenize` and `lookup` together, each with its own tokens (or with none).
     """
 
     def __init__(self, codebook_size: int, code_dim: int, init_std: float = 1.0, shard: CodebookShard | None = None):
@@ -130,32 +139,34 @@ class CodebookQuantizer(Quantizer):
         return lookup_code(index_n, self.embedding.weight, self.shard)
 
     @torch.no_grad()
-    def place_among(self, covariance_dd: Tensor) -> None:
-        """Gives the codes, whose directions are random until now, those of features of mean 0 and this covariance, and
-        one length for all: a code that is shorter than its neighbours, or that points where no feature does, has the
-        largest dot product with none. How long the features are does not change it, but where the assignment is by
-        distance. (Ours; the idea is the data-dependent start of Salimans and Kingma, arXiv 1602.07868.)
+    def match_features(self, covariance_dd: Tensor) -> None:
+        """Transforms the random initial codes so that their directions are distributed like those of features with mean
+        0 and this covariance, and gives all codes the same norm.
 
-        covariance_dd: fp64, of all ranks' features, which must vary, in two dimensions or more: in one of them there
-        are but two codes of one length.
+        A code that is shorter than its neighbours, or that points where no feature does, never has the largest dot
+        product. The norm does not depend on that of the features, except for assignments by distance. (Our own method,
+        after the data-dependent initialisation of Salimans and Kingma, arXiv 1602.07868.)
+
+        covariance_dd: fp64, over the features of all ranks, which must vary in at least two dimensions: in one
+        dimension there are only two codes of one norm.
         """
         variance, direction_dd = torch.linalg.eigh(covariance_dd)
-        # A part in every direction: features of few images span few dimensions.
-        spread = (variance.clamp(min=0) + FLOOR * variance.mean()).sqrt()
+        # The floor covers every direction, since the features of few images span few dimensions.
+        spread = (variance.clamp(min=0) + VARIANCE_FLOOR * variance.mean()).sqrt()
         root_dd = ((direction_dd * spread) @ direction_dd.T).float()
-        length = LENGTH if self.soft_assignment else RELATIVE_LENGTH * variance.sum().sqrt()
+        norm = CODE_NORM if self.soft_assignment else RELATIVE_CODE_NORM * variance.sum().sqrt()
         for rows_kd in self.embedding.weight.split(INITIAL_BLOCK):
-            rows_kd.copy_(F.normalize(rows_kd @ root_dd, dim=1) * length)
+            rows_kd.copy_(F.normalize(rows_kd @ root_dd, dim=1) * norm)
 
 
 def initial_codes(start: int, stop: int, codebook_size: int, code_dim: int, std: float) -> Tensor:
-    """Rows ``[start, stop)`` of a codebook from normal(0, std^2): the same ones however the codebook is spread.
+    """Rows ``[start, stop)`` of a codebook drawn from normal(0, std^2), independent of how the codebook is sharded.
 
-    The codebook has a random stream of its own, drawn a block at a time, so that a rank neither holds the others' rows
-    nor initialises the layers after it otherwise than the others do.
+    The codebook has its own random generator and is drawn in blocks. A rank therefore does not hold the other ranks'
+    rows, and the layers after the codebook are initialised equally on all ranks.
     """
     rows_kd = torch.empty(stop - start, code_dim)
-    if rows_kd.is_meta:  # a model without memory, to count its parameters
+    if rows_kd.is_meta:  # a model without storage, for counting parameters
         return rows_kd
     generator = torch.Generator(rows_kd.device).manual_seed(int(torch.randint(2**62, ())))
     for first in range(0, codebook_size, INITIAL_BLOCK):

@@ -2,12 +2,14 @@
 
 from torch import Tensor
 
-from model_zoo.ops import IndexBackprop, index_backprop, nearest_code
+from model_zoo.ops.chunked import nearest_code
+from model_zoo.ops.index_backprop import index_backprop
+from model_zoo.ops.types import IndexBackprop
 from model_zoo.quantizers.base import CodebookQuantizer
 
 
 class IndexBackpropQuantizer(CodebookQuantizer):
-    """Picks the code with the largest dot product; the gradient reaches every code through the softmax (eq. 5-8)."""
+    """Selects the code with the largest dot product; the gradient reaches every code through the softmax (eq. 5-8)."""
 
     soft_assignment = True
     has_entropy = True

@@ -5,17 +5,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model_zoo.errors import ModelError
-from model_zoo.ops import CodebookShard, IndexBackprop
+from model_zoo.ops.codebook_parallel import CodebookShard
+from model_zoo.ops.types import IndexBackprop
 from model_zoo.quantizers.base import Quantizer
 
 
 class LookupFreeQuantizer(Quantizer):
-    """A code is the signs of its features: 2^d codes of d dimensions, none of them learned. Bit j of a code, counted
-    from the lowest, is 1 where feature j is above 0. The gradient goes straight through.
+    """A code is the signs of its d features: 2^d codes, none of them learned. Bit j of a code, counted from the lowest,
+    is 1 if feature j is above 0. The gradient is straight-through.
 
-    Its entropies are those of softmax(2 z C^T / temperature) over all 2^d codes. That distribution is a product of d
-    coins, P(bit j) = sigmoid(4 z_j / temperature): the entropy of a token is the sum of its coins', and the mean over
-    tokens a product of two matrices of tokens x 2^(d / 2). Nothing of tokens x codes exists.
+    The entropies are those of softmax(2 z C^T / temperature) over all 2^d codes. This distribution factorises into d
+    Bernoulli variables, P(bit j) = sigmoid(4 z_j / temperature). The entropy of a token is the sum of their entropies,
+    and the mean over tokens is a product of two matrices of tokens x 2^(d / 2). No matrix of tokens x codes is built.
     """
 
     has_entropy = True
@@ -23,7 +24,7 @@ class LookupFreeQuantizer(Quantizer):
     def __init__(self, codebook_size: int, code_dim: int, init_std: float = 1.0, shard: CodebookShard | None = None):
         super().__init__()
         if shard is not None:
-            raise ModelError("model.quantizer=lfq has no codebook to spread: codebook_parallel=1")
+            raise ModelError("model.quantizer=lfq has no codebook to shard: set codebook_parallel=1")
         if codebook_size != 2**code_dim:
             bits = (codebook_size - 1).bit_length()
             raise ModelError(
@@ -39,7 +40,7 @@ class LookupFreeQuantizer(Quantizer):
         if entropy_temperature is None:
             return IndexBackprop(quantized_nd, index_n, None, None, code_nd)
         logit_nd = 4 * z_nd / entropy_temperature
-        # The entropy of a coin: softplus(x) - x sigmoid(x), which is even in x.
+        # The entropy of a Bernoulli variable is softplus(x) - x sigmoid(x), which is even in x.
         size_nd = logit_nd.abs()
         sample_entropy = (F.softplus(-size_nd) + size_nd * torch.sigmoid(-size_nd)).sum(dim=1).mean()
         low_na, high_nb = (joint_probability(half) for half in logit_nd.tensor_split([logit_nd.shape[1] // 2], dim=1))
@@ -54,7 +55,8 @@ class LookupFreeQuantizer(Quantizer):
 
 
 def joint_probability(logit_nd: Tensor) -> Tensor:
-    """Logits of d coins -> probabilities ``(n, 2^d)`` of their 2^d outcomes, coin 0 the lowest bit of an outcome."""
+    """Logits of d Bernoulli variables -> probabilities ``(n, 2^d)`` of their joint outcomes; variable 0 is the lowest
+    bit."""
     probability_nk = logit_nd.new_ones(len(logit_nd), 1)
     for up_n in logit_nd.unbind(dim=1):
         down_nk = probability_nk * torch.sigmoid(-up_n)[:, None]

@@ -1,4 +1,4 @@
-"""Names that recipes use -> classes. A new quantizer is one file, one line here, one recipe, one test."""
+"""Quantizer classes by their name in recipes. A new quantizer needs one file, one line here, one recipe, one test."""
 
 from model_zoo.quantizers.ibq import IndexBackpropQuantizer
 from model_zoo.quantizers.lfq import LookupFreeQuantizer

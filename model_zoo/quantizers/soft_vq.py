@@ -1,4 +1,4 @@
-"""Soft VQ: training sees a mixture of all codes, inference the likeliest one (a baseline of arXiv 2412.02692)."""
+"""Soft VQ: training uses a mixture of all codes, inference the most likely one (a baseline of arXiv 2412.02692)."""
 
 import math
 
@@ -7,16 +7,18 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model_zoo.errors import ModelError
-from model_zoo.ops import CodebookShard, IndexBackprop, nearest_code
+from model_zoo.ops.chunked import nearest_code
+from model_zoo.ops.codebook_parallel import CodebookShard
+from model_zoo.ops.types import IndexBackprop
 from model_zoo.quantizers.base import CodebookQuantizer
 
 
 class SoftVectorQuantizer(CodebookQuantizer):
-    """z_q = softmax(z C^T / T) C: every code gets a gradient, as in IBQ, but what the decoder is trained on is no code.
+    """z_q = softmax(z C^T / T) C. Every code gets a gradient, as in IBQ, but the decoder is trained on mixtures.
 
-    T falls from 0.9 to 1e-6 along half a cosine, so that the mixture ends as one code. The mixture is attention with
-    the features as queries and the codes as keys and values, so no matrix of tokens x codes is kept where PyTorch has
-    a fused kernel for it.
+    T decreases from 0.9 to 1e-6 on a cosine schedule, so that the mixture converges to one code. The mixture is
+    computed as attention with the features as queries and the codes as keys and values, so PyTorch's fused kernels
+    avoid a matrix of tokens x codes.
     """
 
     soft_assignment = True
@@ -26,12 +28,12 @@ class SoftVectorQuantizer(CodebookQuantizer):
         if shard is not None:
             raise ModelError("model.quantizer=soft_vq needs its whole codebook: codebook_parallel=1")
         super().__init__(codebook_size, code_dim, init_std)
-        # A tensor, so that a compiled model is not compiled anew at each step.
+        # A tensor, so that a compiled model is not recompiled at each step.
         self.register_buffer("temperature", torch.tensor(self.FIRST_TEMPERATURE), persistent=False)
 
     def anneal(self, progress: float) -> None:
-        falling = (1 + math.cos(math.pi * progress)) / 2
-        self.temperature.fill_(self.LAST_TEMPERATURE + falling * (self.FIRST_TEMPERATURE - self.LAST_TEMPERATURE))
+        cosine = (1 + math.cos(math.pi * progress)) / 2
+        self.temperature.fill_(self.LAST_TEMPERATURE + cosine * (self.FIRST_TEMPERATURE - self.LAST_TEMPERATURE))
 
     def assign(self, z_nd: Tensor, entropy_temperature: float | None) -> IndexBackprop:
         index_n = self.nearest(z_nd)

@@ -2,17 +2,18 @@
 
 from torch import Tensor
 
-from model_zoo.ops import IndexBackprop, nearest_code
+from model_zoo.ops.chunked import nearest_code
+from model_zoo.ops.types import IndexBackprop
 from model_zoo.quantizers.base import CodebookQuantizer
 
 
 class VectorQuantizer(CodebookQuantizer):
-    """Picks the code at the smallest Euclidean distance; only chosen codes ever get a gradient."""
+    """Selects the code at the smallest Euclidean distance; only chosen codes get a gradient."""
 
     def assign(self, z_nd: Tensor, entropy_temperature: float | None) -> IndexBackprop:
         index_n = self.nearest(z_nd)
         code_nd = self.vectors(index_n)
-        # Straight through: the decoder sees the code, the encoder gets the decoder's gradient unchanged.
+        # Straight-through: the decoder sees the code; the encoder gets the decoder's gradient unchanged.
         return IndexBackprop(z_nd + (code_nd - z_nd).detach(), index_n, None, None, code_nd)
 
     def nearest(self, z_nd: Tensor) -> Tensor:

@@ -1,32 +1,32 @@
-"""Fixtures of the tests that do a fault to a run and look at what is left of it."""
+"""Fixtures of the tests that inject a fault into a run of two ranks and look at what is left of it."""
 
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from faults.ranks import RANKS, Ranks
-from launching import Launch
+from faults.outcome import CHANGES
+from ranks import Ranks
 
 
 @pytest.fixture(scope="session")
-def launch(tmp_path_factory) -> Launch:
-    return Launch(tmp_path_factory.mktemp("cache"))
+def two_ranks(ranks: Ranks) -> SimpleNamespace:
+    """`train(run, changes, fault)`, `resume(source, *overrides)` and `start(*arguments)` of `Ranks` on two ranks."""
+    return SimpleNamespace(
+        train=lambda run, changes=None, fault=None: ranks.train(
+            2, "debug", run, {**CHANGES, **(changes or {})}, fault=fault
+        ),
+        resume=lambda source, *overrides, fault=None: ranks.resume(2, source, *overrides, fault=fault),
+        start=lambda *arguments, fault=None: ranks.start(2, *arguments, fault=fault),
+    )
 
 
 @pytest.fixture(scope="session")
-def ranks(launch, tmp_path_factory):
-    ranks = Ranks(launch, tmp_path_factory.mktemp("orders"))
-    yield ranks
-    ranks.end()
-    assert launch.finish(ranks.torchrun).status == 0
-
-
-@pytest.fixture(scope="session")
-def unbroken(ranks, tmp_path_factory) -> Path:
-    """The run that no fault has met: 12 steps, checkpoints of steps 2, 4, ... 12."""
+def unbroken(two_ranks, tmp_path_factory) -> Path:
+    """A run without a fault: 12 steps, checkpoints of steps 2, 4, ... 12."""
     run = tmp_path_factory.mktemp("unbroken") / "run"
-    ended = ranks.train(run, {"trainer.max_steps": 12, "trainer.keep_last": 6})
-    assert ended.statuses == [0] * RANKS, ended.err
+    ended = two_ranks.train(run, {"trainer.max_steps": 12, "trainer.keep_last": 6})
+    assert ended.statuses == [0, 0], ended.err
     return run
 
 

@@ -1,11 +1,10 @@
-"""Does a fault in a training process, at the very moment that a test asks for; the trainer itself knows nothing of it.
+"""Injects a fault into a training process at the moment that a test asks for. The trainer itself has no hooks for it:
+all patches of its internals are in this file.
 
 ``torchrun ... inject.py FAULT ARGUMENTS...`` in place of ``torchrun ... -m trainer ARGUMENTS...``. FAULT is JSON:
-``{"kind": "nan", "rank": 1, "step": 3}``, the name of a function here and what it is given.
+``{"kind": "nan", "rank": 1, "step": 3}``, the name of a function here and its arguments.
 
-``torchrun ... inject.py --orders FOLDER``: the processes wait for orders (`ranks.Ranks` gives them) and carry each out
-in processes forked off themselves, one per rank, that meet at a port of their own. Killing them is real; importing
-torch and DeepSpeed, which takes far longer than `debug` does, is done once for all tests.
+Warm ranks call `run` (see tests/ranks.py).
 """
 
 import hashlib
@@ -16,7 +15,6 @@ import shutil
 import signal
 import sys
 import time
-import traceback
 from pathlib import Path
 
 # Before DeepSpeed is imported, which chooses then.
@@ -125,9 +123,9 @@ def slow_steps(seconds: float) -> None:
 
 
 def nan(rank: int, step: int, last: int | None = None) -> None:
-    """A rank's loss of the generator is NaN in a step, or from ``step`` to ``last``. After each step every rank says
+    """A rank's loss of the tokenizer is NaN in a step, or from ``step`` to ``last``. After each step every rank says
     three hashes: of the weights that it holds whole, and of what it would save of the tokenizer and of all else."""
-    step_of_task, generator_loss = TokenizerTask.step, TokenizerTask._generator_loss
+    step_of_task, tokenizer_loss = TokenizerTask.step, TokenizerTask._loss
     now = []
 
     def telling_step(task, images, done: int):
@@ -135,26 +133,26 @@ def nan(rank: int, step: int, last: int | None = None) -> None:
         result = step_of_task(task, images, done)
         held = {
             f"{network}.{name}": parameter
-            for network, engine in task.engines().items()
+            for network, (engine, *_) in task.state.trained.items()
             for name, parameter in engine.parameters.items()
             if not hasattr(parameter, "to_local") and parameter.numel()  # cut neither by FSDP2 nor by ZeRO 3
         }
-        saved = {piece.name: piece.values for piece in task.pieces()}
+        saved = {shard.name: shard.values for shard in task.state.tensors()}
         tokenizer = {name: values for name, values in saved.items() if name.startswith("tokenizer")}
         rest = {name: values for name, values in saved.items() if name not in tokenizer}
         hashes = " ".join(_hash(tensors) for tensors in (held, tokenizer, rest))
         sys.stderr.write(f"step {done + 1} hashes {hashes}\n")
         return result
 
-    def poisoned(task, images_bchw, output, average_k, adversarial, scalars):
-        loss = generator_loss(task, images_bchw, output, average_k, adversarial, scalars)
+    def poisoned(task, images_bchw, output, average_k, adversarial_weight, metrics):
+        loss = tokenizer_loss(task, images_bchw, output, average_k, adversarial_weight, metrics)
         if rank != RANK or not step <= now[0] <= (last or step):
             return loss
-        scalars.set("loss/total", scalars.values["loss/total"] * math.nan)
+        metrics.set("loss/total", metrics.scalars["loss/total"] * math.nan)
         return loss * math.nan
 
     TokenizerTask.step = telling_step
-    TokenizerTask._generator_loss = poisoned
+    TokenizerTask._loss = poisoned
 
 
 def _hash(tensors: dict) -> str:
@@ -190,51 +188,11 @@ def arm(fault: dict) -> None:
     FAULTS[fault["kind"]](**{name: value for name, value in fault.items() if name != "kind"})
 
 
-def serve(orders: Path) -> int:
-    """Carries out orders until the file ``end`` lies there or torchrun is gone. Returns the exit status, in each forked
-    process too."""
-    import trainer.engines.deepspeed
-    import trainer.engines.fsdp2  # noqa: F401
-
-    torchrun, number = os.getppid(), 0
-    while not (orders / "end").exists() and os.getppid() == torchrun:
-        order = orders / f"{number:04d}.json"
-        if not order.exists():
-            time.sleep(0.01)
-            continue
-        pid = os.fork()
-        if pid == 0:
-            return _carry_out(order)
-        _appear(order.with_suffix(f".pid_{RANK}"), pid)
-        _, status = os.waitpid(pid, 0)
-        _appear(order.with_suffix(f".status_{RANK}"), os.waitstatus_to_exitcode(status))
-        number += 1
-    return 0
-
-
-def _carry_out(order: Path) -> int:
-    os.dup2(os.open(order.with_suffix(f".err_{RANK}"), os.O_WRONLY | os.O_CREAT), 2)
-    os.dup2(2, 1)
-    wanted = json.loads(order.read_text())
-    # Rank 0 opens a store of its own instead of torchrun's, where another order has left its keys.
-    os.environ |= {"TORCHELASTIC_USE_AGENT_STORE": "False", "MASTER_PORT": str(wanted["port"])}
-    arm(wanted["fault"])
-    try:
-        return main(wanted["arguments"])
-    except Exception:
-        traceback.print_exc()
-        return 1
-
-
-def _appear(file: Path, number: int) -> None:
-    """All of it at once, for one who waits for the file."""
-    unfinished = file.with_suffix(file.suffix + ".unfinished")
-    unfinished.write_text(str(number))
-    unfinished.replace(file)
+def run(fault: dict, arguments: list[str]) -> int:
+    """`python -m trainer ARGUMENTS` with a fault; returns the exit status."""
+    arm(fault)
+    return main(arguments)
 
 
 if __name__ == "__main__":
-    if sys.argv[1] == "--orders":
-        sys.exit(serve(Path(sys.argv[2])))
-    arm(json.loads(sys.argv[1]))
-    sys.exit(main(sys.argv[2:]))
+    sys.exit(run(json.loads(sys.argv[1]), sys.argv[2:]))

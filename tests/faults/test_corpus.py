@@ -15,8 +15,8 @@ import numpy as np
 import pytest
 from faults import corpus
 from faults.corpus import IMAGES, TARS, Delivered, Kind, Pixels, Refused, Skipped, Undetectable, named
-from launching import settings
 from PIL import Image
+from ranks import settings
 from torchvision.transforms import v2
 
 import data

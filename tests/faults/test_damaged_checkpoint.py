@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from faults.ranks import assert_resumed, loss_lines
+from faults.outcome import assert_resumed, loss_lines
 
 NEWEST, BEFORE = 6, 4
 PART = "rank_00001.safetensors"
@@ -31,31 +31,31 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_the_newest_whole_checkpoint_is_gone_on_from(ranks, unbroken, copy_of_unbroken, damage):
+def test_the_newest_whole_checkpoint_is_gone_on_from(two_ranks, unbroken, copy_of_unbroken, damage):
     run = copy_of_unbroken
     file, break_it, said = DAMAGES[damage]
     newest = run / f"checkpoints/step_{NEWEST:08d}"
     break_it(newest / file)
 
-    named = ranks.resume(newest, "trainer.max_steps=8")
+    named = two_ranks.resume(newest, "trainer.max_steps=8")
     assert named.statuses == [2, 2], named.err
     for err in named.errs:
         assert err.count("\n") == 1 and err.startswith(f"ibq: error: {newest} cannot be resumed from: {file} ")
         assert said in err and f"`ibq resume {run}` takes another" in err
 
-    resumed = ranks.resume(run, "trainer.max_steps=8")
+    resumed = two_ranks.resume(run, "trainer.max_steps=8")
     (note,) = [line for line in resumed.err.splitlines() if "passed over" in line]
     assert note.startswith(f"{newest.name} is passed over: {file} ") and said in note
     assert_resumed(resumed, run, after=BEFORE, last=8)
     assert loss_lines(run) == loss_lines(unbroken)[:8]
 
 
-def test_where_none_is_whole_each_is_named_in_one_line(ranks, copy_of_unbroken):
+def test_where_none_is_whole_each_is_named_in_one_line(two_ranks, copy_of_unbroken):
     run = copy_of_unbroken
     folders = sorted((run / "checkpoints").glob("step_*"))
     for folder in folders:
         (folder / PART).unlink()
-    refused = ranks.resume(run, "trainer.max_steps=8")
+    refused = two_ranks.resume(run, "trainer.max_steps=8")
     assert refused.statuses == [2, 2], refused.err
     for err in refused.errs:
         assert err.count("\n") == 1 and err.startswith(f"ibq: error: {run} holds no whole checkpoint: ")

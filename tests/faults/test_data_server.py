@@ -7,8 +7,8 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from launching import settings
 from PIL import Image
+from ranks import settings
 from serving import Server
 from webdataset.writer import TarWriter
 
@@ -71,7 +71,7 @@ def test_all_ranks_stop_together_and_go_on_once_the_server_is_well(launch, folde
         saved = checkpoint_folders(run)
         if saved:  # where the shard was not among the very first
             step = int(saved[-1].name.split("_")[1])
-            assert f"step {step} is saved: `ibq resume {run}` goes on" in lines[0]
+            assert f"step {step} is saved: resume with `ibq resume {run}`" in lines[0]
         server.faults.clear()
         again = ("--resume", run) if saved else ("debug", f"run={run}", *whole)
         ended = launch.torchrun(*again)

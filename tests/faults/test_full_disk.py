@@ -4,7 +4,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
-from faults.ranks import assert_resumed, assert_whole, latest, loss_lines, newest_step
+from faults.outcome import assert_resumed, assert_whole, latest, loss_lines, newest_step
 
 MEGABYTE = 1 << 20
 # A checkpoint of `debug` takes 11 MB: the first fits, the second does not, not even the first rank's part of it.
@@ -29,15 +29,15 @@ def enlarge(place: Path) -> None:
 
 
 @pytest.mark.parametrize("kind", ["async", "sync"])
-def test_a_checkpoint_that_does_not_fit_is_left_out_and_the_last_one_is_an_error(ranks, unbroken, small_disk, kind):
+def test_a_checkpoint_that_does_not_fit_is_left_out_and_the_last_one_is_an_error(two_ranks, unbroken, small_disk, kind):
     run = small_disk / "run"
-    ended = ranks.train(run, {"trainer.async_checkpoints": kind == "async"})
+    ended = two_ranks.train(run, {"trainer.async_checkpoints": kind == "async"})
     assert ended.statuses == [2, 2], ended.err
 
-    # Mid-run: said, and training goes on.
+    # Mid-run: an alarm, and training continues.
     (alarm,) = [line for line in ended.errs[0].splitlines() if line.startswith("ALARM")]
     assert "cannot write checkpoint step_00000004 (rank " in alarm and "o space left on device" in alarm
-    assert "training goes on, the next checkpoint is tried at its time" in alarm
+    assert "training continues without this checkpoint" in alarm
     assert loss_lines(run) == loss_lines(unbroken)[:6]
     # At the end: one line of each rank and status 2.
     for err in ended.errs:
@@ -51,5 +51,5 @@ def test_a_checkpoint_that_does_not_fit_is_left_out_and_the_last_one_is_an_error
     assert {path.name for path in (run / "checkpoints").iterdir()} == {"latest", "step_00000002"}
 
     enlarge(small_disk)
-    assert_resumed(ranks.resume(run), run, after=2, last=6)
+    assert_resumed(two_ranks.resume(run), run, after=2, last=6)
     assert loss_lines(run) == loss_lines(unbroken)[:6]

@@ -4,20 +4,21 @@ import json
 import re
 import time
 
-from faults.ranks import INJECT, TORCHRUN, assert_resumed, fault_settings, loss_lines, newest_step
+from faults.outcome import assert_resumed, fault_settings, loss_lines, newest_step
+from ranks import INJECT, TORCHRUN
 
 TIMEOUT_SECONDS = 5
 # Imports, the first steps, the watchdog's patience and the end of all processes, on a machine that is busy.
 ENOUGH_SECONDS = 90
 
 
-def test_every_rank_tells_where_it_stands(launch, ranks, unbroken, tmp_path):
+def test_every_rank_tells_where_it_stands(launch, two_ranks, unbroken, tmp_path):
     run = tmp_path / "run"
     # Rank 0 comes later to the step, and its watchdog later to its end: it must not lose its peer before it has told.
     fault = json.dumps({"kind": "fall_asleep", "rank": 1, "step": 5, "lag_seconds": 0.5})
     arguments = "debug", f"run={run}", *fault_settings({"trainer.timeout_seconds": TIMEOUT_SECONDS})
     began = time.monotonic()
-    ended = launch.finish(launch.start_python(*TORCHRUN, INJECT, fault, *arguments))
+    ended = launch.finish(launch.start_python(*TORCHRUN, 2, INJECT, fault, *arguments))
     assert time.monotonic() - began < ENOUGH_SECONDS
     assert ended.status != 0
     reports = re.findall(
@@ -30,5 +31,5 @@ def test_every_rank_tells_where_it_stands(launch, ranks, unbroken, tmp_path):
 
     newest = newest_step(run)
     assert newest in (2, 4)  # the latter may not have been finished
-    assert_resumed(ranks.resume(run, "trainer.timeout_seconds=300"), run, after=newest, last=6)
+    assert_resumed(two_ranks.resume(run, "trainer.timeout_seconds=300"), run, after=newest, last=6)
     assert loss_lines(run) == loss_lines(unbroken)[:6]

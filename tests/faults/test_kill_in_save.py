@@ -3,7 +3,7 @@
 import signal
 
 import pytest
-from faults.ranks import assert_resumed, assert_whole, latest, loss_lines, newest_step
+from faults.outcome import assert_resumed, assert_whole, latest, loss_lines, newest_step
 
 STEPS = 6
 SAVED, KILLED = 2, 4  # the checkpoint that is there, and the one in whose writing the kill comes
@@ -32,11 +32,11 @@ CASES += [("half of the part", 0, "sync"), ("after the part", 1, "sync")]
 
 
 @pytest.mark.parametrize(("phase", "rank", "kind"), CASES)
-def test_the_checkpoint_in_force_is_whole_and_the_run_goes_on(ranks, unbroken, tmp_path, phase, rank, kind):
+def test_the_checkpoint_in_force_is_whole_and_the_run_goes_on(two_ranks, unbroken, tmp_path, phase, rank, kind):
     run = tmp_path / "run"
     changes = {"trainer.keep_last": 1, "trainer.async_checkpoints": kind == "async"}
     fault = {"kind": "kill_in_save", "rank": rank, "step": KILLED, "phase": phase}
-    killed = ranks.train(run, changes, fault)
+    killed = two_ranks.train(run, changes, fault)
     assert killed.statuses[rank] == -signal.SIGKILL, killed.err
     assert killed.statuses[1 - rank] == 1, killed.err  # by itself, once its peer does not answer
 
@@ -44,17 +44,21 @@ def test_the_checkpoint_in_force_is_whole_and_the_run_goes_on(ranks, unbroken, t
     assert newest_step(run) == in_force
     assert_whole(latest(run))
 
-    assert_resumed(ranks.resume(run), run, after=in_force, last=STEPS)
+    assert_resumed(two_ranks.resume(run), run, after=in_force, last=STEPS)
     assert loss_lines(run) == loss_lines(unbroken)[:STEPS]
 
 
-def test_a_kill_while_a_checkpoint_is_replaced_leaves_the_one_that_was_resumed_from(ranks, unbroken, copy_of_unbroken):
+def test_a_kill_while_a_checkpoint_is_replaced_leaves_the_one_that_was_resumed_from(
+    two_ranks, unbroken, copy_of_unbroken
+):
     """A run that is resumed from before writes its steps anew, each in place of the former."""
     run = copy_of_unbroken
     fault = {"kind": "kill_in_save", "rank": 0, "step": 6, "phase": "before the rename"}
-    killed = ranks.resume(run / "checkpoints/step_00000004", "trainer.keep_last=1", "trainer.max_steps=8", fault=fault)
+    killed = two_ranks.resume(
+        run / "checkpoints/step_00000004", "trainer.keep_last=1", "trainer.max_steps=8", fault=fault
+    )
     assert killed.statuses[0] == -signal.SIGKILL, killed.err
-    resumed = ranks.resume(run)
+    resumed = two_ranks.resume(run)
     assert "step_00000006 is passed over: step_00000006 does not exist" in resumed.errs[0]
     assert_resumed(resumed, run, after=4, last=8)
     assert loss_lines(run) == loss_lines(unbroken)[:8]

@@ -6,12 +6,12 @@ import re
 from pathlib import Path
 
 import pytest
-from faults.ranks import assert_resumed, latest, loss_lines, newest_step
+from faults.outcome import assert_resumed, latest, loss_lines, newest_step
 
 from model_zoo.io.sharded_tensors import ShardedTensors
 
 ENGINES = {
-    "replicated": {},
+    "ddp": {},
     "zero2": {"engine.kind": "deepspeed", "engine.config": "zero2"},
     "zero3": {"engine.kind": "deepspeed", "engine.config": "zero3"},
     "fsdp2": {"engine.kind": "fsdp2"},
@@ -29,15 +29,15 @@ def skipped(run: Path) -> list[dict]:
 
 
 @pytest.mark.parametrize("engine", ENGINES)
-def test_one_ranks_nan_leaves_the_step_out_on_all_ranks(ranks, unbroken, tmp_path, engine):
+def test_one_ranks_nan_leaves_the_step_out_on_all_ranks(two_ranks, unbroken, tmp_path, engine):
     run = tmp_path / "run"
     changes = {**ENGINES[engine], "trainer.checkpoint_every_steps": 1, "trainer.keep_last": 6}
-    ended = ranks.train(run, changes, {"kind": "nan", "rank": 1, "step": BAD_STEP})
+    ended = two_ranks.train(run, changes, {"kind": "nan", "rank": 1, "step": BAD_STEP})
     assert ended.statuses == [0, 0], ended.err
-    assert f"step {BAD_STEP} is left out: loss or gradient of the generator is not finite" in ended.errs[0]
+    assert f"step {BAD_STEP} is skipped: loss or gradient of the tokenizer is not finite" in ended.errs[0]
 
     (left_out,) = skipped(run)
-    assert left_out["step"] == BAD_STEP and left_out["not_finite"] == ["generator"]
+    assert left_out["step"] == BAD_STEP and left_out["not_finite"] == ["tokenizer"]
     assert [len(keys) for keys in left_out["keys_of_ranks"]] == [4, 4]  # a rank's share of 8 images
 
     # What the ranks hold whole is the same on each, after every step.
@@ -51,7 +51,7 @@ def test_one_ranks_nan_leaves_the_step_out_on_all_ranks(ranks, unbroken, tmp_pat
         assert tokenizer[BAD_STEP - 2] == tokenizer[BAD_STEP - 1]
         assert len(set(tokenizer)) == 5 and len(set(rest)) == 6
     updates = json.loads((latest(run) / "state.json").read_text())["task"]["updates"]
-    assert updates == {"generator": 5, "codebook": 5, "discriminator": 6}
+    assert updates == {"tokenizer": 5, "codebook": 5, "discriminator": 6}
     # The checkpoint that was due waits for a good step.
     saved = sorted(path.name for path in (run / "checkpoints").glob("step_*"))
     assert saved == [f"step_{step:08d}" for step in (1, 2, 4, 5, 6)]
@@ -64,30 +64,30 @@ def test_one_ranks_nan_leaves_the_step_out_on_all_ranks(ranks, unbroken, tmp_pat
     for line, true_line in zip(lines[: BAD_STEP - 1], loss_lines(unbroken), strict=False):
         assert line == pytest.approx(true_line, rel=1e-4, abs=1e-6)
     assert [line["step"] for line in lines if line["loss/total"] is None] == [BAD_STEP]
-    assert all(math.isfinite(line["grad_norm/generator"]) for line in lines if line["step"] != BAD_STEP)
+    assert all(math.isfinite(line["grad_norm/tokenizer"]) for line in lines if line["step"] != BAD_STEP)
 
     # To resume from the step after it is to go on as the run itself did.
-    assert_resumed(ranks.resume(run / f"checkpoints/step_{BAD_STEP + 1:08d}"), run, after=BAD_STEP + 1, last=6)
+    assert_resumed(two_ranks.resume(run / f"checkpoints/step_{BAD_STEP + 1:08d}"), run, after=BAD_STEP + 1, last=6)
     again = loss_lines(run)
     del again[BAD_STEP - 1], lines[BAD_STEP - 1]  # whose nulls are no numbers to compare
     for line, true_line in zip(again, lines, strict=True):
-        assert line == (true_line if engine == "replicated" else pytest.approx(true_line, rel=1e-6, abs=1e-9))
+        assert line == (true_line if engine == "ddp" else pytest.approx(true_line, rel=1e-6, abs=1e-9))
 
 
-def test_nan_from_a_step_on_ends_the_run_with_the_keys(ranks, tmp_path):
+def test_nan_from_a_step_on_ends_the_run_with_the_keys(two_ranks, tmp_path):
     run = tmp_path / "run"
     fault = {"kind": "nan", "rank": 0, "step": BAD_STEP, "last": 1000}
-    ended = ranks.train(run, {"trainer.max_skipped_steps": 2, "trainer.max_steps": 8}, fault)
+    ended = two_ranks.train(run, {"trainer.max_skipped_steps": 2, "trainer.max_steps": 8}, fault)
     assert ended.statuses == [2, 2], ended.err
     left_out = skipped(run)
     assert [line["step"] for line in left_out] == [3, 4, 5]
     for err in ended.errs:
         (line,) = [line for line in err.splitlines() if line.startswith("ibq: error:")]
-        assert "not finite at step 5, the 3. in a row (trainer.max_skipped_steps=2)" in line
+        assert "not finite at step 5, number 3 in a row (trainer.max_skipped_steps=2)" in line
         assert all(key in line for keys in left_out[-1]["keys_of_ranks"] for key in keys)
         assert "Traceback" not in err
     newest = newest_step(run)
     assert newest == 2  # what is due at a step that was left out waits for a good one
     assert_finite(run, newest)
-    assert_resumed(ranks.resume(run), run, after=newest, last=8)
+    assert_resumed(two_ranks.resume(run), run, after=newest, last=8)
     assert_finite(run, 8)

@@ -4,7 +4,8 @@ import json
 import re
 
 import pytest
-from faults.ranks import INJECT, TORCHRUN, assert_whole, fault_settings, latest, loss_lines, newest_step
+from faults.outcome import assert_whole, fault_settings, latest, loss_lines, newest_step
+from ranks import INJECT, TORCHRUN
 
 STEPS = 8
 
@@ -14,7 +15,7 @@ STEPS = 8
 def test_a_killed_rank_is_started_again_and_the_run_ends_well(launch, unbroken, tmp_path, killed_at, goes_on_after):
     run = tmp_path / "run"
     fault = json.dumps({"kind": "kill_at_step", "rank": 1, "step": killed_at})
-    torchrun = *TORCHRUN, "--max-restarts", 1  # which must be enough
+    torchrun = *TORCHRUN, 2, "--max-restarts", 1  # which must be enough
     arguments = "debug", f"run={run}", *fault_settings({"trainer.max_steps": STEPS})
     ended = launch.finish(launch.start_python(*torchrun, INJECT, fault, *arguments))
     assert ended.status == 0, ended.err

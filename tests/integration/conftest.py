@@ -1,24 +1,23 @@
-"""Real processes with one thread each, by `ibq` or by torchrun; a run that several tests look at is made once."""
+"""Runs that several tests look at, each trained once on warm ranks."""
 
 import hashlib
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from launching import Finished, Launch, settings
+from ranks import Ended, Ranks, settings
 
 
 class Run(NamedTuple):
-    """A whole configuration by name: the recipe `debug` in so many processes with these changes."""
+    """The recipe `debug` on so many processes with these changes."""
 
     processes: int
     changes: dict[str, str | int | float]
 
 
 RUNS = {
-    # The truth, with the checkpoints of steps 5, 10, 15 and 20.
+    # The reference, with the checkpoints of steps 5, 10, 15 and 20.
     "one": Run(1, {"trainer.max_steps": 20}),
     "one, accumulating": Run(1, {"trainer.micro_batch_size": 2}),
     "stopped": Run(1, {"trainer.max_steps": 10, "trainer.checkpoint_every_steps": 10}),
@@ -29,47 +28,24 @@ RUNS = {
 
 
 class Runs:
-    """Trains each of RUNS once, two at a time. ``start`` begins several; ``runs[name]`` waits for one."""
+    """``runs[name]``: the folder of one of RUNS, which is trained when it is first asked for."""
 
-    def __init__(self, launch: Launch, folder: Path):
-        self.launch = launch
-        self.folder = folder
-        self.pool = ThreadPoolExecutor(2)
-        self.started: dict[str, Future] = {}
-
-    def start(self, *names: str) -> None:
-        for name in names:
-            if name not in self.started:
-                self.started[name] = self.pool.submit(self._train, name)
+    def __init__(self, ranks: Ranks, folder: Path):
+        self.ranks, self.folder = ranks, folder
+        self.ended: dict[str, Ended] = {}
 
     def __getitem__(self, name: str) -> Path:
-        """The run's folder."""
-        self.start(name)
-        finished = self.started[name].result()
-        assert finished.status == 0, finished.err
-        return self._place(name)
-
-    def _place(self, name: str) -> Path:
-        return self.folder / name.replace(", ", "_")
-
-    def _train(self, name: str) -> Finished:
-        processes, changes = RUNS[name]
-        arguments = "debug", f"run={self._place(name)}", *settings(changes)
-        if processes == 1:
-            return self.launch.ibq("train", *arguments)
-        return self.launch.torchrun(*arguments, processes=processes)
+        run = self.folder / name.replace(", ", "_")
+        if name not in self.ended:
+            processes, changes = RUNS[name]
+            self.ended[name] = self.ranks.train(processes, "debug", run, changes)
+        assert self.ended[name].status == 0, self.ended[name].err
+        return run
 
 
 @pytest.fixture(scope="session")
-def launch(tmp_path_factory) -> Launch:
-    return Launch(tmp_path_factory.mktemp("cache"))
-
-
-@pytest.fixture(scope="session")
-def runs(launch, tmp_path_factory):
-    runs = Runs(launch, tmp_path_factory.mktemp("runs"))
-    yield runs
-    runs.pool.shutdown(cancel_futures=True)
+def runs(ranks, tmp_path_factory) -> Runs:
+    return Runs(ranks, tmp_path_factory.mktemp("runs"))
 
 
 @pytest.fixture(scope="session")
@@ -95,7 +71,7 @@ def fingerprint() -> Callable[[Path], dict[str, str]]:
 def assert_refused() -> Callable[..., None]:
     """`assert_refused(finished, *said)`: a mistake of the user ends in one line, exit status 2 and no traceback."""
 
-    def check(finished: Finished, *said: str) -> None:
+    def check(finished: Ended, *said: str) -> None:
         assert finished.status == 2, finished.err
         assert finished.err.count("\n") == 1, finished.err
         assert finished.error_lines, finished.err
@@ -105,20 +81,27 @@ def assert_refused() -> Callable[..., None]:
     return check
 
 
+@pytest.fixture(scope="session")
+def cache(tmp_path_factory) -> Path:
+    """What commands in this process keep in IBQ_CACHE."""
+    return tmp_path_factory.mktemp("cache")
+
+
 @pytest.fixture
-def ibq_here(launch, monkeypatch, capfd) -> Callable[..., Finished]:
-    """`ibq ARGUMENTS` in this process: as good as a process of its own for finding mistakes, and seconds faster."""
+def ibq_here(cache, monkeypatch, capfd) -> Callable[..., Ended]:
+    """`ibq ARGUMENTS` in this process."""
     from tools import cli
 
-    for name in ("IBQ_CACHE", "OMP_NUM_THREADS"):
-        monkeypatch.setenv(name, launch.environment[name])
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # the trainer sets these two, and here they must not stay
+    monkeypatch.setenv("IBQ_CACHE", str(cache))
+    # The trainer sets these two; monkeypatch restores them.
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("LOCAL_RANK", "0")
 
-    def run(*arguments) -> Finished:
+    def run(*arguments) -> Ended:
         capfd.readouterr()
         with pytest.raises(SystemExit) as exited:
             cli.main([str(argument) for argument in arguments])
-        return Finished(exited.value.code or 0, *capfd.readouterr())
+        out, err = capfd.readouterr()
+        return Ended([exited.value.code or 0], [out], [err])
 
     return run

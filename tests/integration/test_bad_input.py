@@ -1,4 +1,4 @@
-"""Mistakes of the user: one line that names the mistake and the mend, exit status 2, nothing made or changed."""
+"""Mistakes of the user: one line that names the mistake and the fix, exit status 2, nothing created or changed."""
 
 import json
 import tarfile
@@ -9,11 +9,6 @@ import pytest
 import torch
 import yaml
 from PIL import Image
-
-
-@pytest.fixture(scope="module", autouse=True)
-def all_started(runs):
-    runs.start("one")
 
 
 @pytest.fixture
@@ -32,6 +27,7 @@ def place(tmp_path, monkeypatch):
     (tmp_path / "list.yaml").write_text("- a list\n")
     (tmp_path / "broken.yaml").write_text("trainer: {max_steps: 5")
     (tmp_path / "unknown_key.yaml").write_text("trainer:\n  max_step: 5\n")
+    (tmp_path / "two_names.yaml").write_text("trainer:\n  keep_checkpoints: 3\n  keep_last: 3\n")
     (tmp_path / "broken.json").write_text('{"train_batch_size": ')
     (tmp_path / "list.json").write_text("[1]")
     (tmp_path / "true.json").write_text('{"zero_optimization": true}')
@@ -65,10 +61,10 @@ TRAIN_MISTAKES = {
     "fraction of a step": (["debug", "trainer.max_steps=1.5"], ["trainer.max_steps=1.5", "nteger"]),
     "another engine's setting": (["debug", "engine.offload=true"], ["engine.kind=fsdp2"]),
     "another engine's file": (["debug", "engine.config=zero3"], ["engine.kind=deepspeed"]),
-    "a renamed key": (["debug", "trainer.keep_checkpoints=3"], ["is called trainer.keep_last now"]),
+    "recipe file with two names of a key": (["two_names.yaml"], ["is called trainer.keep_last now", "both are given"]),
     "no end of patience": (["debug", "trainer.timeout_seconds=1e12"], ["must be at most 2592000"]),
     "an empty folder name": (["debug", "run="], ["name a folder"]),
-    "unknown choice": (["debug", "engine.kind=magic"], ["engine.kind=magic", "replicated, deepspeed"]),
+    "unknown choice": (["debug", "engine.kind=magic"], ["engine.kind=magic", "ddp, deepspeed"]),
     "no key=value": (["debug", "optimizer.lr"], ["'optimizer.lr' is not key=value"]),
     "key given twice": (["debug", "seed=1", "seed=2"], ["seed is given twice"]),
     # data
@@ -249,11 +245,11 @@ def test_a_number_without_a_point_is_a_number(ibq_here, debug_settings, place):
     assert yaml.safe_load((place / "run/config.yaml").read_text())["optimizer"]["lr"] == 0.00001
 
 
-def test_a_compiled_zero_3_is_refused(ibq_here, place):
+def test_a_compiled_zero_3_is_refused(ranks, place):
     changes = "trainer.compile=true", "engine.kind=deepspeed", "engine.config=zero3"
-    finished = ibq_here("train", "debug", "run=run", "trainer.device=cpu", *changes)
+    finished = ranks.ibq("train", "debug", "run=run", "trainer.device=cpu", *changes, cwd=place)
     assert finished.status == 2, finished.err
-    assert "does not go with ZeRO 3" in finished.error_lines[0]
+    assert "does not work with ZeRO 3" in finished.error_lines[0]
     assert not (place / "run").exists()
 
 
@@ -263,14 +259,14 @@ def test_a_loss_that_is_not_finite_ends_the_run_without_a_checkpoint(ibq_here, d
     assert finished.status == 2, finished.err
     (line,) = finished.error_lines
     assert finished.err.endswith(line + "\n")
-    assert "is not finite at step 5, the 5. in a row" in line
+    assert "is not finite at step 5, number 5 in a row" in line
     assert "optimizer.lr" in line
     assert "Traceback" not in finished.err
     assert not list(place.rglob("*.safetensors"))
     assert not (place / "run/checkpoints/latest").exists()
 
 
-# ------------------------------------------------------------------ the same in processes as a user starts them
+# ------------------------------------------------------------------ in fresh processes and on several ranks
 
 
 def test_real_process_unknown_key(launch, assert_refused, fingerprint, tmp_path):
@@ -279,18 +275,18 @@ def test_real_process_unknown_key(launch, assert_refused, fingerprint, tmp_path)
     assert fingerprint(tmp_path) == {}
 
 
-def test_real_process_missing_weights(launch, assert_refused, fingerprint, tmp_path):
+def test_missing_weights(ranks, assert_refused, fingerprint, tmp_path):
     home = tmp_path / "torch"
     arguments = f"run={tmp_path / 'run'}", "trainer.device=cpu", "loss.perceptual.weight=1"
-    finished = launch.ibq("train", "debug", *arguments, TORCH_HOME=str(home))
+    finished = ranks.ibq("train", "debug", *arguments, environment={"TORCH_HOME": str(home)})
     assert_refused(finished, str(home / "hub/checkpoints/vgg16-397923af.pth"), "loss.perceptual.weight=0")
     assert fingerprint(tmp_path) == {}
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="Triton's kernels take CUDA tensors")
-def test_real_process_triton_without_a_gpu(launch, assert_refused, fingerprint, tmp_path):
+def test_triton_without_a_gpu(ranks, assert_refused, fingerprint, tmp_path):
     arguments = f"run={tmp_path / 'run'}", "trainer.device=cpu", "trainer.quantizer_impl=triton"
-    assert_refused(launch.ibq("train", "debug", *arguments), "trainer.quantizer_impl=triton: impl='triton' takes CUDA")
+    assert_refused(ranks.ibq("train", "debug", *arguments), "trainer.quantizer_impl=triton: impl='triton' takes CUDA")
     assert fingerprint(tmp_path) == {}
 
 
@@ -325,19 +321,19 @@ def test_an_error_is_one_write(monkeypatch):
         (["codebook_parallel=2", "trainer.quantizer_impl=dense"], "trainer.quantizer_impl=dense: impl='dense' takes"),
     ],
 )
-def test_two_real_processes_codebook_parallel(launch, fingerprint, tmp_path, changes, said):
-    finished = launch.torchrun("debug", f"run={tmp_path / 'run'}", "trainer.device=cpu", *changes)
-    assert finished.status != 0
+def test_two_ranks_codebook_parallel(ranks, fingerprint, tmp_path, changes, said):
+    finished = ranks.start(2, "debug", f"run={tmp_path / 'run'}", "trainer.device=cpu", *changes).wait()
+    assert finished.statuses == [2, 2]
     (line,) = set(finished.error_lines)
     assert said in line
     assert fingerprint(tmp_path) == {}
 
 
-def test_two_real_processes_run_folder_not_writable(launch, fingerprint, tmp_path):
-    """Only the first process finds out, and the other must not wait for it for ever."""
+def test_two_ranks_run_folder_not_writable(ranks, fingerprint, tmp_path):
+    """Rank 0 alone notices, and the other must not wait for it for ever."""
     (tmp_path / "file").touch()
-    finished = launch.torchrun("debug", f"run={tmp_path / 'file/run'}", "trainer.device=cpu")
-    assert finished.status != 0
+    finished = ranks.start(2, "debug", f"run={tmp_path / 'file/run'}", "trainer.device=cpu").wait()
+    assert finished.statuses == [2, 2]
     (line,) = set(finished.error_lines)
     assert "cannot write the run folder" in line
     assert list(fingerprint(tmp_path)) == ["file"]

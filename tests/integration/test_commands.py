@@ -16,11 +16,6 @@ from model_zoo.io.sharded_tensors import ShardedTensors
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
 
 
-@pytest.fixture(scope="module", autouse=True)
-def all_started(runs):
-    runs.start("one", "stopped", "vq", *(["compiled"] if COMPILER else []))
-
-
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
     """Twelve smooth pictures in two sub-folders, none of them square."""
@@ -53,9 +48,9 @@ def test_train_lowers_the_loss(runs):
     assert sum(reconstruction[-5:]) < 0.95 * sum(reconstruction[:5])
 
 
-def test_evaluate(runs, launch):
+def test_evaluate(runs, ranks):
     run = runs["one"]
-    finished = launch.ibq("evaluate", "reconstruction", run, "--device", "cpu")
+    finished = ranks.ibq("evaluate", "reconstruction", run, "--device", "cpu")
     assert finished.status == 0, finished.err
     report = json.loads((run / "report.json").read_text())
     for name in ("psnr", "ssim", "l1", "usage", "perplexity", "baseline_mean_color_psnr", "baseline_palette_psnr"):
@@ -70,9 +65,9 @@ def test_evaluate(runs, launch):
         assert str(path) in finished.out
 
 
-def test_reconstruct(runs, launch, pictures, tmp_path):
+def test_reconstruct(runs, ranks, pictures, tmp_path):
     arguments = "--images", pictures, "--out", tmp_path / "out", "--size", "original", "--weights", "raw"
-    finished = launch.ibq("reconstruct", runs["one"], *arguments, "--device", "cpu")
+    finished = ranks.ibq("reconstruct", runs["one"], *arguments, "--device", "cpu")
     assert finished.status == 0, finished.err
     assert "12 pictures" in finished.out
     written = sorted((tmp_path / "out").glob("*.png"))
@@ -82,25 +77,25 @@ def test_reconstruct(runs, launch, pictures, tmp_path):
             image.load()
 
 
-def test_recipes(launch):
-    finished = launch.ibq("recipes")
+def test_recipes(ranks):
+    finished = ranks.ibq("recipes")
     assert finished.status == 0
     assert {line.split()[0] for line in finished.out.splitlines()} >= {"debug", "quickstart", "ibq_16384"}
 
 
-def test_doctor(launch):
-    finished = launch.ibq("doctor")
+def test_doctor(ranks):
+    finished = ranks.ibq("doctor")
     assert finished.status in (0, 1)  # 1 where this machine lacks something, which is not what is tested here
     assert "Traceback" not in finished.err
     assert "torch" in finished.out
 
 
-def test_pack_and_train_on_tars(launch, pictures, debug_settings, tmp_path):
+def test_pack_and_train_on_tars(ranks, pictures, debug_settings, tmp_path):
     """As published, but for size: BatchNorm in the discriminator, bf16, adaptive weight, loader processes."""
     for split in ("train", "val"):
         out = tmp_path / "tars" / split
         options = "--prefix", split, "--max-samples-per-shard", "5", "--layout", "imagenet"
-        finished = launch.ibq("shards", "pack", pictures, "--out", out, *options)
+        finished = ranks.ibq("shards", "pack", pictures, "--out", out, *options)
         assert finished.status == 0, finished.err
         assert "packed 12 images into 3 tars" in finished.out
     run = tmp_path / "run"
@@ -115,7 +110,7 @@ def test_pack_and_train_on_tars(launch, pictures, debug_settings, tmp_path):
         "trainer.precision": "bf16",
         "trainer.max_steps": 6,
     }
-    finished = launch.ibq("train", "debug", f"run={run}", *debug_settings(changes))
+    finished = ranks.ibq("train", "debug", f"run={run}", *debug_settings(changes))
     assert finished.status == 0, finished.err
     lines = read_metrics(run)
     training = [line for line in lines if "loss/total" in line]
@@ -147,7 +142,7 @@ def test_tf32_is_pytorchs_switch(ibq_here, debug_settings, tmp_path):
         torch.set_float32_matmul_precision(before)
 
 
-@pytest.mark.slow
+@pytest.mark.full
 @pytest.mark.skipif(COMPILER is None, reason="torch.compile needs a C++ compiler on the CPU")
 def test_compiled_equals_eager(runs):
     compiled, eager = ([line for line in read_metrics(runs[name]) if line["step"] <= 2] for name in ("compiled", "one"))
@@ -156,11 +151,11 @@ def test_compiled_equals_eager(runs):
         assert line["loss/discriminator"] == pytest.approx(true_line["loss/discriminator"], rel=1e-3)
 
 
-def test_not_finite_in_a_resumed_run_leaves_its_checkpoint(runs, launch, fingerprint, tmp_path):
+def test_not_finite_in_a_resumed_run_leaves_its_checkpoint(runs, ranks, fingerprint, tmp_path):
     run = shutil.copytree(runs["stopped"], tmp_path / "run")
     before = fingerprint(run / "checkpoints")
     changes = "trainer.max_steps=14", "trainer.checkpoint_every_steps=1", "optimizer.lr=1e30"
-    finished = launch.ibq("resume", run, *changes)
+    finished = ranks.ibq("resume", run, *changes)
     assert finished.status == 2, finished.err
     (line,) = finished.error_lines
     assert "is not finite at step" in line

@@ -1,10 +1,4 @@
-"""`--dry-run`: what it says a rank holds is theory within 2%, and what real processes hold to the byte."""
-
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+"""`--dry-run`: the memory that it prints is the theory's within 2%, and equals that of real processes to the byte."""
 
 import pytest
 import torch
@@ -12,9 +6,12 @@ import torch
 from model_zoo.discriminator import PatchDiscriminator
 from model_zoo.tokenizer import Tokenizer
 from model_zoo.transformer import Transformer
-from trainer.config import load_recipe
+from trainer.dry_run import networks_held, plan_ranks
+from trainer.parallel import World
+from trainer.recipes import load_recipe
+from trainer.start_plan import plan_batch
+from trainer.tasks.tokenizer import TokenizerTask
 
-ROOT = Path(__file__).resolve().parents[2]
 RANKS = 64
 LPIPS_WEIGHTS = 14_714_688 + 1472  # VGG16's convolutions, LPIPS's heads
 
@@ -39,42 +36,58 @@ REAL = [
     ["engine.kind=deepspeed", "engine.config=zero1"],
     ["engine.kind=deepspeed", "engine.config=zero3"],
 ]
-# One process for all of them, for imports take as long as the work; not pytest's, whose threads a fork could harm.
-PLAN = """
-import json, sys
-from trainer.config import load_recipe
-from trainer.dry_run import plan_ranks
-recipe, processes, configurations = json.loads(sys.argv[1])
-plans = [plan_ranks(load_recipe(recipe, overrides), processes) for overrides in configurations]
-print(json.dumps([{plan.rank: plan.networks for plan in of_ranks} for of_ranks in plans]))
-"""
 
 
-def python(*arguments, cwd, **environment) -> subprocess.CompletedProcess:
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", **environment}
-    command = [sys.executable, *map(str, arguments)]
-    return subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300, check=False)
+def plans(recipe: str, processes: int, configurations: list[list[str]]) -> list[dict[int, dict]]:
+    """For each configuration: rank -> network -> [parameters, gradients, optimizer, EMA], in bytes."""
+    of_configurations = [plan_ranks(load_recipe(recipe, overrides), processes) for overrides in configurations]
+    return [{plan.rank: plan.networks for plan in of_ranks} for of_ranks in of_configurations]
 
 
-def plans(recipe: str, processes: int, configurations: list[list[str]], cwd: Path) -> list[dict[str, dict]]:
-    finished = python("-c", PLAN, json.dumps([recipe, processes, configurations]), cwd=cwd)
-    assert finished.returncode == 0, finished.stderr
-    return json.loads(finished.stdout)
+def held(configurations: list[list[str]]) -> list[dict[str, list[int]]]:
+    """The same of this rank, from tasks that are built; without DeepSpeed, gradients are those of a real backward."""
+    world = World(torch.distributed.get_rank(), torch.distributed.get_world_size(), torch.device("cpu"))
+    answers = []
+    for overrides in configurations:
+        config = load_recipe("debug", overrides)
+        task = TokenizerTask(config, world, *plan_batch(config, world))
+        networks = {name: list(of_network) for name, of_network in networks_held(task).items()}
+        if config.engine.kind != "deepspeed":
+            side, count = config.data.image_size, task.main_engine.micro_batch_size
+            gradients = real_gradients(task, [torch.zeros(count, 3, side, side, dtype=torch.uint8)])
+            for name, number in gradients.items():
+                networks[name][1] = number
+        answers.append(networks)
+    return answers
+
+
+def real_gradients(task: TokenizerTask, images: list[torch.Tensor]) -> dict[str, int]:
+    """Bytes of the gradients that the parameters have when the optimiser's step begins."""
+    seen = {}
+    for name, (engine, *_) in task.state.trained.items():
+
+        def step(*arguments, name=name, engine=engine, inner=engine.step):
+            seen[name] = sum(gradient.nbytes for gradient in engine._gradients())
+            inner(*arguments)
+
+        engine.step = step
+    task.step(images, 0)
+    return seen
 
 
 @pytest.fixture(scope="module")
-def planned(tmp_path_factory) -> dict[str, dict]:
-    """Name of a configuration -> rank -> network -> [parameters, gradients, optimizer, EMA], in bytes."""
-    answers = plans("ibq_262144", RANKS, list(CONFIGURATIONS.values()), tmp_path_factory.mktemp("planned"))
+def planned(ranks) -> dict[str, dict]:
+    """`plans` by the name of the configuration. In a warm rank, since forks of pytest's threads could deadlock."""
+    (answers,) = ranks.call(1, plans, "ibq_262144", RANKS, list(CONFIGURATIONS.values()), join=False)
     return dict(zip(CONFIGURATIONS, answers, strict=True))
 
 
 @pytest.fixture(scope="module")
-def generators_planned(tmp_path_factory) -> dict[str, dict]:
+def generators_planned(ranks) -> dict[str, dict]:
     """The same of `ar_xxl`."""
     batch = ["trainer.micro_batch_size=12"]
     configurations = [[*changes, *batch] for changes in GENERATORS.values()]
-    answers = plans("ar_xxl", RANKS, configurations, tmp_path_factory.mktemp("generators_planned"))
+    (answers,) = ranks.call(1, plans, "ar_xxl", RANKS, configurations, join=False)
     return dict(zip(GENERATORS, answers, strict=True))
 
 
@@ -106,11 +119,11 @@ def generator_theory(name: str, numbers: list[int]) -> list[float]:
 @pytest.mark.parametrize("rank", [0, RANKS - 1])
 @pytest.mark.parametrize("name", CONFIGURATIONS)
 def test_bytes_are_theory(planned, shapes, name, rank):
-    networks = planned[name][str(rank)]
+    networks = planned[name][rank]
     numbers, of_discriminator = shapes
     engine, _, sharded = name.partition(", ")
     codes = 4 * 262_144 * 256 / (8 if sharded else 1)
-    assert networks["generator"] == pytest.approx(generator_theory(engine, numbers), rel=0.02)
+    assert networks["tokenizer"] == pytest.approx(generator_theory(engine, numbers), rel=0.02)
     assert networks["codebook"] == pytest.approx([codes, codes, 2 * codes, codes], rel=0.02)
     discriminator = 4 * of_discriminator
     assert networks["discriminator"] == pytest.approx([discriminator, discriminator, 2 * discriminator, 0], rel=0.02)
@@ -124,7 +137,7 @@ def test_bytes_of_the_largest_generator_are_theory(generators_planned, name):
         numbers = [p.numel() for p in Transformer(load_recipe("ar_xxl", []).model).parameters()]
     head = 16_384 * 1_920
     for rank in (0, RANKS - 1):
-        networks = generators_planned[name][str(rank)]
+        networks = generators_planned[name][rank]
         if name == "fsdp2, head 8":
             assert networks["head"] == pytest.approx([4 * head / 8, 4 * head / 8, 8 * head / 8, 0], rel=0.02)
             expected = generator_theory("fsdp2", [*numbers, -head])
@@ -133,24 +146,22 @@ def test_bytes_of_the_largest_generator_are_theory(generators_planned, name):
         assert networks["generator"] == pytest.approx([*expected[:3], 0], rel=0.02)
 
 
-def test_two_real_processes_hold_what_was_said(tmp_path):
-    (tmp_path / "recipes.json").write_text(json.dumps(REAL))
-    launcher = "-m", "torch.distributed.run", "--nproc-per-node", 2, "--standalone"
-    script = ROOT / "tests/integration/holding.py"
-    finished = python(*launcher, script, tmp_path / "recipes.json", tmp_path / "real", cwd=tmp_path)
-    assert finished.returncode == 0, finished.stderr
-    real = [json.loads((tmp_path / f"real.{rank}").read_text()) for rank in range(2)]
-    for number, planned in enumerate(plans("debug", 2, REAL, tmp_path)):
-        assert planned == {str(rank): real[rank][number] for rank in range(2)}, REAL[number]
+def test_two_real_processes_hold_what_was_planned(ranks):
+    real = ranks.call(2, held, REAL)
+    (planned,) = ranks.call(1, plans, "debug", 2, REAL, join=False)
+    for number, of_ranks in enumerate(planned):
+        assert of_ranks == {rank: real[rank][number] for rank in range(2)}, REAL[number]
 
 
-def test_what_is_printed(tmp_path):
+def test_what_is_printed(ranks, tmp_path):
     """By torchrun's number of processes; without data, weights of VGG16, or anything written."""
     arguments = "debug", "--dry-run", "data.train=null", "loss.perceptual.weight=1", "codebook_parallel=2"
-    world = dict(WORLD_SIZE="8", TORCH_HOME=str(tmp_path / "torch"))
-    finished = python("-m", "trainer", *arguments, cwd=tmp_path, RANK="0", **world)
-    assert (finished.returncode, finished.stderr) == (0, "")
-    lines = [" ".join(line.split()) for line in finished.stdout.splitlines()]
+    world = {"WORLD_SIZE": "8", "TORCH_HOME": str(tmp_path / "torch")}
+    first, second = (
+        ranks.start(1, *arguments, cwd=tmp_path, environment={**world, "RANK": rank}).wait() for rank in ("0", "1")
+    )
+    assert (first.status, first.err) == (0, "")
+    lines = [" ".join(line.split()) for line in first.out.splitlines()]
     for line in (
         "codebook_size: 256",
         "processes 8 (which of them share a machine is for the launcher to say)",
@@ -160,9 +171,8 @@ def test_what_is_printed(tmp_path):
         "replicas ranks 0-6 by 2 and 1-7 by 2",
         "LPIPS, frozen 58.86 MB 0 0 0 58.86 MB",
     ):
-        assert line in lines, finished.stdout
-    silent = python("-m", "trainer", *arguments, cwd=tmp_path, RANK="1", **world)
-    assert (silent.returncode, silent.stdout, silent.stderr) == (0, "", "")
+        assert line in lines, first.out
+    assert (second.status, second.out, second.err) == (0, "", "")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -174,9 +184,9 @@ def test_what_is_printed(tmp_path):
         (["--processes", 64, "engine.kind=fsdp2", "engine.shard_over=7"], "engine.shard_over=7 must divide"),
     ],
 )
-def test_mistakes_are_one_line(tmp_path, changes, said):
-    finished = python("-m", "tools.cli", "train", "ibq_262144", "--dry-run", *changes, cwd=tmp_path)
-    assert finished.returncode == 2, finished.stderr
-    assert finished.stderr.startswith(f"ibq: error: {said}") and finished.stderr.count("\n") == 1
-    assert finished.stdout == ""
+def test_mistakes_are_one_line(ranks, tmp_path, changes, said):
+    ended = ranks.ibq("train", "ibq_262144", "--dry-run", *changes, cwd=tmp_path)
+    assert ended.status == 2, ended.err
+    assert ended.err.startswith(f"ibq: error: {said}") and ended.err.count("\n") == 1
+    assert ended.out == ""
     assert list(tmp_path.iterdir()) == []

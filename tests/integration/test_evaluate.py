@@ -5,8 +5,8 @@ import shutil
 
 import numpy as np
 import pytest
-from judged import write_networks
 from PIL import Image
+from random_networks import main, write_networks
 
 TIMES = ("seconds", "processes")
 
@@ -29,20 +29,15 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def evaluate(runs, launch, weights, tmp_path_factory):
-    """`evaluate(processes, images, ...)`: (what the command said, FILE.json or None)."""
+def evaluate(runs, ranks, weights, tmp_path_factory):
+    """`evaluate(processes, images, ...)`: (what the command ended with, FILE.json or None)."""
 
     def run(processes, images, *arguments, folder=weights):
         report = tmp_path_factory.mktemp("report") / "r.json"
         options = "--images", images, "--report", report, "--device", "cpu", *arguments
-        command = "tests/judged.py", "evaluate", "reconstruction", runs["stopped"], *options
-        if processes == 1:
-            process = launch.start_python(*command, IBQ_WEIGHTS=str(folder))
-        else:
-            launcher = "--nproc-per-node", processes, "--standalone"
-            process = launch.start("torch.distributed.run", *launcher, *command, IBQ_WEIGHTS=str(folder))
-        finished = launch.finish(process)
-        return finished, json.loads(report.read_text()) if report.is_file() else None
+        command = [str(word) for word in ("evaluate", "reconstruction", runs["stopped"], *options)]
+        ended = ranks.command(processes, main, command, environment={"IBQ_WEIGHTS": str(folder)})
+        return ended, json.loads(report.read_text()) if report.is_file() else None
 
     return run
 
@@ -61,7 +56,7 @@ def test_two_processes_report_what_one_does(evaluate, pictures):
     arguments = "--metrics", "rfid,lpips_alex", "--batch-size", 2
     finished, one = evaluate(1, pictures, *arguments)
     assert finished.status == 0, finished.err
-    assert "seconds: " in finished.out and "warning: rFID of 7 pictures" in finished.out
+    assert "seconds: " in finished.out and "warning: rFID of 7 images" in finished.out
     finished, two = evaluate(2, pictures, *arguments)
     assert finished.status == 0, finished.err
     assert finished.out.count("numbers: ") == 1
@@ -89,7 +84,7 @@ def test_mistakes_end_all_processes_in_one_line(evaluate, pictures, tmp_path, pr
         (("--resize", "bicubic"), "--resize bicubic is unknown"),
     ):
         finished, report = evaluate(processes, pictures, *arguments, folder=tmp_path)
-        assert finished.status == (2 if processes == 1 else 1)  # 1: torchrun's own
-        assert report is None and finished.error_lines and finished.err.count("Traceback") <= processes - 1
+        assert finished.statuses == [2] * processes
+        assert report is None and len(finished.error_lines) == processes and "Traceback" not in finished.err
         for line in finished.error_lines:
             assert message in line

@@ -1,8 +1,7 @@
-"""Models out of runs of real processes."""
+"""Models exported from runs of several processes."""
 
 import pytest
 import torch
-from launching import settings
 
 import model_zoo
 
@@ -18,12 +17,12 @@ def test_a_codebook_spread_over_two_processes_is_exported_whole(sharded, weights
 
 
 @pytest.fixture(scope="module")
-def sharded(launch, tmp_path_factory):
+def sharded(ranks, tmp_path_factory):
     """A run of two processes that hold half of the codebook each, and what was exported of it."""
     folder = tmp_path_factory.mktemp("sharded")
     changes = {"codebook_parallel": 2, "trainer.max_steps": 2, "trainer.checkpoint_every_steps": 2}
-    trained = launch.torchrun("debug", f"run={folder / 'run'}", *settings(changes))
+    trained = ranks.train(2, "debug", folder / "run", changes)
     assert trained.status == 0, trained.err
-    exported = launch.ibq("checkpoint", "export", folder / "run", "--out", folder / "out")
+    exported = ranks.ibq("checkpoint", "export", folder / "run", "--out", folder / "out")
     assert exported.status == 0, exported.err
     return folder / "run", folder / "out"

@@ -2,14 +2,13 @@
 
 import json
 import shutil
-from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
 from comparing import difference, differences, read_metrics
-from launching import settings
+from ranks import Ended, Ranks, settings
 
 from model_zoo import load_tokenizer
 from model_zoo.io.sharded_tensors import ShardedTensors
@@ -23,7 +22,7 @@ FROZEN = {
     "decoder": ("decoder.", "post_quant_conv."),
 }
 ENGINES = {
-    "replicated": {"engine.kind": "replicated"},
+    "ddp": {"engine.kind": "ddp"},
     **{name: {"engine.kind": "deepspeed", "engine.config": name} for name in ("zero0", "zero1", "zero2", "zero3")},
     "fsdp2": {"engine.kind": "fsdp2"},
 }
@@ -51,58 +50,55 @@ class Cell(NamedTuple):
     def name(self) -> str:
         return "_".join(map(str, self))
 
-    def arguments(self, folder: Path, source: Path) -> list[str]:
-        changes = {
+    def settings(self, source: Path) -> dict:
+        return {
             **CHANGES,
             **ENGINES[self.engine],
-            "start.source": source,
-            "start.freeze": self.freeze or "null",
+            "init_from.source": source,
+            "init_from.freeze": self.freeze or "null",
             "codebook_parallel": self.codebook_parallel,
             "loss.generator.adaptive": str(self.adaptive).lower(),
         }
-        return ["debug", f"run={folder / self.name}", *settings(changes)]
 
 
-TRUTHS = [Cell(1, "replicated", freeze, 1, adaptive) for freeze in FROZEN for adaptive in (False, True)]
+TRUTHS = [Cell(1, "ddp", freeze, 1, adaptive) for freeze in FROZEN for adaptive in (False, True)]
+# Every engine with a frozen encoder, and each other part and setting under two engines at least.
 CELLS = [
-    *(Cell(2, engine, "encoder") for engine in ENGINES),
-    *(Cell(2, engine, "encoder", 2, True) for engine in ("replicated", "zero2", "zero3", "fsdp2")),
-    *(Cell(2, engine, "decoder", 2, True) for engine in ("replicated", "zero2", "fsdp2")),
-    *(Cell(2, engine, "decoder") for engine in ("zero1", "zero3")),
-    *(Cell(2, engine, None, 2) for engine in ("replicated", "zero3", "fsdp2")),
+    *(Cell(2, engine, "encoder", 2, True) for engine in ("ddp", "zero2", "zero3", "fsdp2")),
+    *(Cell(2, engine, "encoder") for engine in ("zero0", "zero1")),
+    *(Cell(2, "fsdp2", "decoder", 2, True), Cell(2, "zero1", "decoder")),
+    *(Cell(2, engine, None, 2) for engine in ("ddp", "zero3")),
 ]
+OTHER_CELLS = [
+    *(Cell(2, engine, "encoder") for engine in ("ddp", "zero2", "zero3", "fsdp2")),
+    *(Cell(2, engine, "decoder", 2, True) for engine in ("ddp", "zero2")),
+    *(Cell(2, "zero3", "decoder"), Cell(2, "fsdp2", None, 2)),
+]
+CELLS += [pytest.param(cell, marks=pytest.mark.full) for cell in OTHER_CELLS]
 
 
 class FineTuned:
-    """All cells, trained one after another in the same processes, from the run of the fixture ``runs``."""
+    """Runs that start from the run ``source``, each trained when it is first asked for."""
 
-    def __init__(self, launch, folder: Path, source: Path):
-        self.launch, self.folder, self.source = launch, folder, source
-        self.pool = ThreadPoolExecutor(1)
-        self.finished: dict[int, Future] = {
-            processes: self.pool.submit(self._train, processes, cells) for processes, cells in ((1, TRUTHS), (2, CELLS))
-        }
-
-    def _train(self, processes: int, cells: list[Cell]):
-        runs = [cell.arguments(self.folder, self.source) for cell in cells]
-        file = self.folder / f"cells_of_{processes}.json"
-        return self.launch.several(runs, file, processes=processes, timeout_seconds=600)
+    def __init__(self, ranks: Ranks, folder: Path, source: Path):
+        self.ranks, self.folder, self.source = ranks, folder, source
+        self.ended: dict[Cell, Ended] = {}
 
     def __getitem__(self, cell: Cell) -> Path:
         """The run's folder."""
-        finished = self.finished[cell.processes].result()
-        assert f"{self.folder / cell.name} ended with status 0" in finished.out, finished.err[-5000:]
-        return self.folder / cell.name
+        run = self.folder / cell.name
+        if cell not in self.ended:
+            self.ended[cell] = self.ranks.train(cell.processes, "debug", run, cell.settings(self.source))
+        assert self.ended[cell].status == 0, self.ended[cell].err[-5000:]
+        return run
 
     def checkpoint(self, cell: Cell, step: int = STEPS) -> Path:
         return self[cell] / f"checkpoints/step_{step:08d}"
 
 
 @pytest.fixture(scope="module")
-def tuned(launch, runs, tmp_path_factory):
-    tuned = FineTuned(launch, tmp_path_factory.mktemp("tuned"), runs["one"])
-    yield tuned
-    tuned.pool.shutdown(cancel_futures=True)
+def tuned(ranks, runs, tmp_path_factory) -> FineTuned:
+    return FineTuned(ranks, tmp_path_factory.mktemp("tuned"), runs["one"])
 
 
 @pytest.fixture(scope="module")
@@ -111,7 +107,7 @@ def source(runs) -> dict[str, torch.Tensor]:
     return ShardedTensors(runs["one"] / "checkpoints/step_00000020").tensors("tokenizer_ema/")
 
 
-@pytest.mark.parametrize("cell", [*TRUTHS, *CELLS], ids=lambda cell: cell.name)
+@pytest.mark.parametrize("cell", [*TRUTHS, *CELLS], ids=Cell.name.fget)
 def test_what_is_frozen_stays_bit_for_bit_and_the_rest_learns(tuned, source, cell):
     files = ShardedTensors(tuned.checkpoint(cell))
     for weights in ("tokenizer/", "tokenizer_ema/"):
@@ -126,9 +122,9 @@ def test_what_is_frozen_stays_bit_for_bit_and_the_rest_learns(tuned, source, cel
     assert moments == {name for name in source if not name.startswith(FROZEN[cell.freeze])}
 
 
-@pytest.mark.parametrize("cell", CELLS, ids=lambda cell: cell.name)
+@pytest.mark.parametrize("cell", CELLS, ids=Cell.name.fget)
 def test_a_cell_equals_one_process(tuned, cell):
-    truth = Cell(1, "replicated", cell.freeze, 1, cell.adaptive)
+    truth = Cell(1, "ddp", cell.freeze, 1, cell.adaptive)
     for model, found in differences(tuned.checkpoint(truth), tuned.checkpoint(cell)).items():
         assert found.whole < (MOMENT_TOLERANCE if ".exp_avg" in model else TOLERANCE), model
     lines, expected = read_metrics(tuned[cell]), read_metrics(tuned[truth])
@@ -139,7 +135,7 @@ def test_a_cell_equals_one_process(tuned, cell):
 
 @pytest.mark.parametrize("freeze", [None, "encoder"])
 def test_held_out_photographs_come_back_better_than_at_the_start(tuned, runs, freeze):
-    validated = [line for line in read_metrics(tuned[Cell(1, "replicated", freeze)]) if "val/psnr" in line]
+    validated = [line for line in read_metrics(tuned[Cell(1, "ddp", freeze)]) if "val/psnr" in line]
     before = [line for line in read_metrics(runs["one"]) if "val/psnr" in line][-1]
     start, now = validated
     # What the source run found of its averages at its end is what the new run finds before its first step.
@@ -152,23 +148,23 @@ def test_held_out_photographs_come_back_better_than_at_the_start(tuned, runs, fr
 def test_the_fingerprint_stays_with_a_frozen_encoder_and_only_then(tuned, runs):
     before = load_tokenizer(runs["one"]).fingerprint()
     for freeze in FROZEN:
-        run = tuned[Cell(1, "replicated", freeze)]
-        assert json.loads((run / "start.json").read_text())["fingerprint"] == before
+        run = tuned[Cell(1, "ddp", freeze)]
+        assert json.loads((run / "init_from.json").read_text())["fingerprint"] == before
         for weights in ("ema", "raw"):
             assert (load_tokenizer(run, weights).fingerprint() == before) == (freeze == "encoder")
 
 
 @pytest.mark.parametrize("freeze", [None, "encoder"])
-def test_resumed_equals_unbroken_under_another_engine_without_the_source(tuned, launch, tmp_path, freeze):
+def test_resumed_equals_unbroken_under_another_engine_without_the_source(tuned, ranks, tmp_path, freeze):
     """One process's run, stopped at step 2, goes on as two of ZeRO 2, though its source is gone."""
-    cell = Cell(1, "replicated", freeze)
+    cell = Cell(1, "ddp", freeze)
     run = shutil.copytree(tuned[cell], tmp_path / "run")
     shutil.rmtree(run / "checkpoints/step_00000004")
     (run / "checkpoints/latest").write_text("step_00000002")
     config = run / "config.yaml"
     config.write_text(config.read_text().replace(str(tuned.source), str(tmp_path / "gone")))
     engine = "engine.kind=deepspeed", "engine.config=zero2", f"codebook_parallel={1 if freeze else 2}"
-    finished = launch.torchrun("--resume", run, *engine)
+    finished = ranks.resume(2, run, *engine)
     assert finished.status == 0, finished.err
     assert "steps 3 to 4" in finished.err
     for model, found in differences(tuned.checkpoint(cell), run / "checkpoints/step_00000004").items():
@@ -178,12 +174,12 @@ def test_resumed_equals_unbroken_under_another_engine_without_the_source(tuned, 
         assert line == pytest.approx(true_line, rel=1e-4, abs=1e-6)
 
 
-def test_resumed_equals_unbroken_bit_for_bit(tuned, launch, tmp_path):
-    cell = Cell(1, "replicated", "encoder")
+def test_resumed_equals_unbroken_bit_for_bit(tuned, ranks, tmp_path):
+    cell = Cell(1, "ddp", "encoder")
     run = shutil.copytree(tuned[cell], tmp_path / "run")
     shutil.rmtree(run / "checkpoints/step_00000004")
     (run / "checkpoints/latest").write_text("step_00000002")
-    finished = launch.ibq("resume", run)
+    finished = ranks.resume(1, run)
     assert finished.status == 0, finished.err
     file = "checkpoints/step_00000004/rank_00000.safetensors"
     assert (run / file).read_bytes() == (tuned[cell] / file).read_bytes()
@@ -193,18 +189,18 @@ def test_resumed_equals_unbroken_bit_for_bit(tuned, launch, tmp_path):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        ("start.source=nowhere", "start.source=nowhere"),
+        ("init_from.source=nowhere", "init_from.source=nowhere"),
         ("model.code_dim=8", "model.code_dim is 16 there and 8 here; give model.code_dim=16"),
-        ("start.freeze=quantizer", "choose one of null, encoder, decoder"),
-        ("start.weights=best", "choose one of ema, raw"),
+        ("init_from.freeze=quantizer", "choose one of null, encoder, decoder"),
+        ("init_from.weights=best", "choose one of ema, raw"),
     ],
 )
 def test_a_bad_start_ends_in_one_line_and_leaves_nothing(ibq_here, assert_refused, runs, tmp_path, change, said):
-    source = [] if change.startswith("start.source") else [f"start.source={runs['one']}"]
+    source = [] if change.startswith("init_from.source") else [f"init_from.source={runs['one']}"]
     assert_refused(ibq_here("train", "debug", f"run={tmp_path / 'run'}", *settings(), *source, change), said)
     assert not (tmp_path / "run").exists()
 
 
 def test_training_moves_weights_by_far_more_than_the_tolerance(tuned, source):
-    trained = ShardedTensors(tuned.checkpoint(Cell(1, "replicated", None))).tensors("tokenizer/")
+    trained = ShardedTensors(tuned.checkpoint(Cell(1, "ddp", None))).tensors("tokenizer/")
     assert difference(source, trained).whole > 50 * TOLERANCE

@@ -1,11 +1,11 @@
 """Whole runs of a generator on token shards: engines, numbers of processes, resuming, learning, mistakes."""
 
-from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import pytest
 from comparing import differences, read_metrics
-from launching import settings
+from ranks import settings
 from tokens import FINGERPRINT, write_tokens
 
 STEPS = 8
@@ -50,6 +50,8 @@ RUNS = {
     "fsdp2": (2, {"engine.kind": "fsdp2"}),
     "fsdp2, head": (2, {"engine.kind": "fsdp2", "vocabulary_parallel": 2}),
 }
+# Of each pair of runs of one engine, the simpler one; and the one that needs a compiler for a minute.
+FULL = ("one, compiled", "two", "zero2", "zero3", "fsdp2")
 
 
 @pytest.fixture(scope="module")
@@ -58,24 +60,20 @@ def shards(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(launch, shards, tmp_path_factory):
-    """name -> the finished run's folder. All are begun at once, two at a time."""
+def trained(ranks, shards, tmp_path_factory):
+    """name -> the finished run's folder."""
     folder = tmp_path_factory.mktemp("generators")
-    pool = ThreadPoolExecutor(2)
 
-    def train(name: str):
+    @cache
+    def train(name: str) -> Path:
         processes, changes = RUNS[name]
         run = folder / name.replace(", ", "_")
         data = {"data.train": shards, "data.val": shards}
-        arguments = "ar_debug", f"run={run}", *settings({**RECIPE, **data, **changes})
-        run_it = launch.ibq if processes == 1 else launch.torchrun
-        finished = run_it("train", *arguments) if processes == 1 else run_it(*arguments, processes=processes)
-        assert finished.status == 0, finished.err[-4000:]
+        ended = ranks.train(processes, "ar_debug", run, {**RECIPE, **data, **changes})
+        assert ended.status == 0, ended.err[-4000:]
         return run
 
-    started = {name: pool.submit(train, name) for name in RUNS}
-    yield lambda name: started[name].result()
-    pool.shutdown(cancel_futures=True)
+    return train
 
 
 def assert_equal(expected: Path, actual: Path) -> None:
@@ -85,7 +83,9 @@ def assert_equal(expected: Path, actual: Path) -> None:
         assert difference.whole < (MOMENT_TOLERANCE if ".exp" in model else TOLERANCE), model
 
 
-@pytest.mark.parametrize("name", [name for name in RUNS if name != "one"])
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.full] * (name in FULL)) for name in RUNS if name != "one"]
+)
 def test_every_engine_gives_what_one_process_gives(trained, name):
     expected, actual = trained("one"), trained(name)
     assert_equal(expected, actual)
@@ -104,8 +104,8 @@ def test_clipping_decay_and_learning_are_there(trained):
     assert "val/unigram_entropy" in lines[-1] and lines[-1]["val/loss"] > 0
 
 
-@pytest.mark.parametrize(("source", "engine"), [("two, head", "fsdp2"), ("zero3", "one")])
-def test_any_engine_goes_on_from_any_other(trained, launch, shards, tmp_path, source, engine):
+@pytest.mark.parametrize(("source", "engine"), [("two, head", "fsdp2"), ("zero3, cut", "one")])
+def test_any_engine_goes_on_from_any_other(trained, ranks, shards, tmp_path, source, engine):
     """From the middle of one run, under another engine on another number of processes, to the same end."""
     processes, changes = RUNS[engine]
     middle = trained(source) / f"checkpoints/step_{STEPS // 2:08d}"
@@ -115,32 +115,29 @@ def test_any_engine_goes_on_from_any_other(trained, launch, shards, tmp_path, so
     (run / "checkpoints").mkdir()
     (run / "checkpoints" / middle.name).symlink_to(middle)
     (run / "checkpoints" / "latest").write_text(middle.name)
-    overrides = {"engine.kind": "replicated", "vocabulary_parallel": 1, **changes}
+    overrides = {"engine.kind": "ddp", "vocabulary_parallel": 1, **changes}
     arguments = [f"{key}={value}" for key, value in overrides.items()]
-    if processes == 1:
-        finished = launch.ibq("resume", run, *arguments)
-    else:
-        finished = launch.torchrun("--resume", run, *arguments, processes=processes)
+    finished = ranks.resume(processes, run, *arguments)
     assert finished.status == 0, finished.err
     assert_equal(trained("one"), run)
 
 
-def test_a_run_with_dropout_goes_on_as_if_it_had_never_stopped(launch, shards, tmp_path):
+def test_a_run_with_dropout_goes_on_as_if_it_had_never_stopped(ranks, shards, tmp_path):
     changes = {
         **{"data.train": shards, "model.dropout": 0.1, "loss.label_dropout": 0.3, "trainer.max_steps": 6},
         **{"trainer.checkpoint_every_steps": 3, "trainer.keep_last": 4},
     }
-    finished = launch.ibq("train", "ar_debug", f"run={tmp_path / 'whole'}", *settings(changes))
+    finished = ranks.train(1, "ar_debug", tmp_path / "whole", changes)
     assert finished.status == 0, finished.err
     changes["trainer.max_steps"] = 3
-    finished = launch.ibq("train", "ar_debug", f"run={tmp_path / 'cut'}", *settings(changes))
+    finished = ranks.train(1, "ar_debug", tmp_path / "cut", changes)
     assert finished.status == 0, finished.err
-    finished = launch.ibq("resume", tmp_path / "cut", "trainer.max_steps=6")
+    finished = ranks.resume(1, tmp_path / "cut", "trainer.max_steps=6")
     assert finished.status == 0, finished.err
     assert read_metrics(tmp_path / "cut") == read_metrics(tmp_path / "whole")
 
 
-def test_it_learns_what_the_frequencies_of_codes_do_not_tell(launch, tmp_path):
+def test_it_learns_what_the_frequencies_of_codes_do_not_tell(ranks, tmp_path):
     shards = write_tokens(tmp_path / "tokens", count=256, per_shard=64)
     held_out = write_tokens(tmp_path / "held_out", count=32, seed=1)
     changes = {
@@ -148,7 +145,7 @@ def test_it_learns_what_the_frequencies_of_codes_do_not_tell(launch, tmp_path):
         **{"trainer.validate_every_steps": 150, "trainer.validation_images": 32, "trainer.checkpoint_every_steps": 150},
         **{"optimizer.epsilon": 1e-8, "optimizer.lr": 3e-3, "trainer.global_batch_size": 16},
     }
-    finished = launch.ibq("train", "ar_debug", f"run={tmp_path / 'run'}", *settings(changes))
+    finished = ranks.train(1, "ar_debug", tmp_path / "run", changes)
     assert finished.status == 0, finished.err
     last = read_metrics(tmp_path / "run")[-1]
     assert last["val/unigram_entropy"] > 5.3  # of 5.545, that of even frequencies

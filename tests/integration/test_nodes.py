@@ -1,7 +1,6 @@
 """Two nodes, which are network namespaces of this machine joined by a cable: they train as one, by torchrun and by the
 deepspeed launcher; what is killed is started again, and one goes on when the other is lost."""
 
-import json
 import os
 import re
 import shutil
@@ -14,7 +13,8 @@ from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from launching import ROOT, Finished, Launch, settings
+from comparing import read_metrics
+from ranks import ROOT, Finished, Launch, settings
 
 from model_zoo.io.sharded_tensors import ShardedTensors
 
@@ -116,18 +116,16 @@ def nodes(launch) -> Iterator[Nodes]:
 
 
 @pytest.fixture(scope="module")
-def one_node(launch, tmp_path_factory) -> Path:
+def one_node(ranks, tmp_path_factory) -> Path:
     """The run of two processes on one node."""
     run = tmp_path_factory.mktemp("one_node") / "run"
-    finished = launch.torchrun("debug", f"run={run}", *settings({"seed": SEED}))
-    assert finished.status == 0, finished.err
+    ended = ranks.train(2, "debug", run, {"seed": SEED})
+    assert ended.status == 0, ended.err
     return run
 
 
 def training_lines(run: Path) -> list[dict]:
-    """Of metrics.jsonl, without the speed."""
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [{k: v for k, v in line.items() if k != "images_per_second"} for line in lines if "loss/total" in line]
+    return [line for line in read_metrics(run) if "loss/total" in line]
 
 
 def losses(line: dict) -> dict[str, float]:
@@ -183,15 +181,13 @@ def assert_zero2_equals(one_node) -> Callable[[Path], None]:
 
 
 ZERO2 = {"seed": SEED, "engine.kind": "deepspeed", "engine.config": "zero2"}
-# DeepSpeed compiles its CPU collectives, for which it looks for ninja.
-PATH = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
 
 
 def test_two_nodes_by_deepspeed_started_on_each(launch, nodes, deepspeed, assert_zero2_equals, tmp_path):
     run = tmp_path / "run"
     command = [*deepspeed, "--no_ssh", "--master_addr", nodes.addresses[0], "--node_rank"]
     training = "--module", "trainer", "debug", f"run={run}", *settings(ZERO2)
-    first, _ = finish_all(launch, [nodes.start(node, *command, node, *training, PATH=PATH) for node in (0, 1)])
+    first, _ = finish_all(launch, [nodes.start(node, *command, node, *training) for node in (0, 1)])
     assert "2 x cpu (deepspeed zero2" in first.err
     assert_zero2_equals(run)
 
@@ -218,6 +214,7 @@ exit $status
 """
 
 
+@pytest.mark.full
 def test_two_nodes_by_deepspeed_over_ssh(launch, nodes, deepspeed, assert_zero2_equals, tmp_path):
     commands = tmp_path / "bin"
     commands.mkdir()
@@ -227,7 +224,7 @@ def test_two_nodes_by_deepspeed_over_ssh(launch, nodes, deepspeed, assert_zero2_
     # The launcher passes on what this file holds; nothing else of the environment reaches the nodes.
     environment = tmp_path / "deepspeed_env"
     passed_on = {name: launch.environment[name] for name in ("IBQ_CACHE", "OMP_NUM_THREADS")}
-    passed_on |= {"GLOO_SOCKET_IFNAME": DEVICE, "PATH": PATH}
+    passed_on |= {"GLOO_SOCKET_IFNAME": DEVICE, "PATH": launch.environment["PATH"]}
     environment.write_text("".join(f"{name}={value}\n" for name, value in passed_on.items()))
     run = tmp_path / "run"
     process = subprocess.Popen(
@@ -242,7 +239,7 @@ def test_two_nodes_by_deepspeed_over_ssh(launch, nodes, deepspeed, assert_zero2_
             *settings(ZERO2),
         ],
         cwd=ROOT,
-        env={**launch.environment, "PATH": f"{commands}:{PATH}", "DS_ENV_FILE": str(environment)},
+        env={**launch.environment, "PATH": f"{commands}:{launch.environment['PATH']}", "DS_ENV_FILE": str(environment)},
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
@@ -262,7 +259,8 @@ def wait_for_checkpoint(run: Path, process: subprocess.Popen, after: int = 0) ->
     return step
 
 
-def test_a_killed_process_is_started_again_and_the_node_that_is_left_finishes_alone(launch, nodes, tmp_path):
+@pytest.mark.full
+def test_a_killed_process_is_started_again_and_the_node_that_is_left_finishes_alone(launch, ranks, nodes, tmp_path):
     run, unbroken = tmp_path / "run", tmp_path / "unbroken"
     changes = {
         "seed": SEED,
@@ -280,8 +278,8 @@ def test_a_killed_process_is_started_again_and_the_node_that_is_left_finishes_al
     nodes.lose(1)
 
     # The time until the first node notices is enough for the run to compare with.
-    finished = launch.ibq("train", "debug", f"run={unbroken}", *settings(changes))
-    assert finished.status == 0, finished.err
+    ended = ranks.train(1, "debug", unbroken, changes)
+    assert ended.status == 0, ended.err
     (finished,) = finish_all(launch, [first])
     # Both nodes, both again, the first one alone; each time from the newest checkpoint, which a kill may have let pass.
     starts = [tuple(map(int, found)) for found in re.findall(r"(\d) x cpu .* steps (\d+) to 16", finished.err)]
@@ -298,7 +296,7 @@ def test_a_killed_process_is_started_again_and_the_node_that_is_left_finishes_al
     assert_weights_equal(unbroken, run, 16)
 
 
-def test_restarts_that_would_be_in_vain_are_refused(launch):
+def test_restarts_that_would_be_in_vain_are_refused(ranks):
     """What torchrun says to a process of two nodes' by default."""
     environment = {
         "TORCHELASTIC_USE_AGENT_STORE": "True",
@@ -306,6 +304,6 @@ def test_restarts_that_would_be_in_vain_are_refused(launch):
         "GROUP_WORLD_SIZE": "2",
         **{"RANK": "0", "WORLD_SIZE": "2", "LOCAL_RANK": "0"},
     }
-    finished = launch.finish(launch.start("trainer", "debug", "run=never", *settings(), **environment))
+    finished = ranks.start(1, "debug", "run=never", *settings(), environment=environment).wait()
     assert finished.status == 2 and not (ROOT / "never").exists()
     assert finished.err.count("\n") == 1 and "TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1" in finished.err

@@ -1,17 +1,12 @@
-"""A run that was stopped or killed and resumed is the run that never was."""
+"""A run that was stopped or killed and then resumed equals an uninterrupted run."""
 
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import pytest
 from comparing import differences, read_metrics
-
-
-@pytest.fixture(scope="module", autouse=True)
-def all_started(runs):
-    runs.start("one", "stopped", "zero1", "one, accumulating")
+from ranks import wait_for
 
 
 @pytest.fixture
@@ -35,9 +30,9 @@ def training_lines(lines: list[dict], first: int, last: int) -> list[dict]:
     return [line for line in lines if "loss/total" in line and first <= line["step"] <= last]
 
 
-def test_resumed_equals_unbroken_bit_for_bit(runs, launch, copy_of):
+def test_resumed_equals_unbroken_bit_for_bit(runs, ranks, copy_of):
     run = copy_of("stopped")
-    finished = launch.ibq("resume", run, "trainer.max_steps=20")
+    finished = ranks.resume(1, run, "trainer.max_steps=20")
     assert finished.status == 0, finished.err
     expected, actual = ([line for line in read_metrics(r) if line["step"] > 10] for r in (runs["one"], run))
     assert len(training_lines(actual, 11, 20)) == 10
@@ -60,19 +55,14 @@ def test_codes_are_placed_among_the_features_once_alone(ibq_here, debug_settings
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_a_killed_run_goes_on_from_its_newest_checkpoint(runs, launch, debug_settings, tmp_path):
+def test_a_killed_run_goes_on_from_its_newest_checkpoint(runs, ranks, debug_settings, tmp_path):
     run = tmp_path / "run"
     arguments = debug_settings({"trainer.max_steps": 1000, "trainer.checkpoint_every_steps": 7})
-    process = launch.start("tools.cli", "train", "debug", f"run={run}", *arguments)
+    job = ranks.start(1, "debug", f"run={run}", *arguments)
     latest, metrics = run / "checkpoints/latest", run / "metrics.jsonl"
-    deadline = time.monotonic() + 120
-    while process.poll() is None and time.monotonic() < deadline:
-        if latest.exists() and '"step": 9,' in metrics.read_text():
-            break
-        time.sleep(0.005)
-    process.kill()
-    _, err = process.communicate()
-    assert process.returncode == -signal.SIGKILL and latest.exists(), err
+    wait_for(lambda: latest.exists() and '"step": 9,' in metrics.read_text(), "checkpoint and ninth step", 120)
+    job.signal(0, signal.SIGKILL)
+    assert job.wait().statuses == [-signal.SIGKILL]
 
     step = int(latest.read_text().removeprefix("step_"))
     # What a kill in the middle of writing leaves, in case that this one came at another moment.
@@ -81,7 +71,7 @@ def test_a_killed_run_goes_on_from_its_newest_checkpoint(runs, launch, debug_set
     (run / "checkpoints/step_00000099.unfinished").mkdir()
 
     last = max(20, step + 3)
-    finished = launch.ibq("resume", run, f"trainer.max_steps={last}")
+    finished = ranks.resume(1, run, f"trainer.max_steps={last}")
     assert finished.status == 0, finished.err
     assert f"steps {step + 1} to {last}" in finished.err
     lines = read_metrics(run)
@@ -90,9 +80,9 @@ def test_a_killed_run_goes_on_from_its_newest_checkpoint(runs, launch, debug_set
     assert not list(run.rglob("*.unfinished"))
 
 
-def test_deepspeed_resumed_equals_unbroken(runs, launch, copy_of):
+def test_deepspeed_resumed_equals_unbroken(runs, ranks, copy_of):
     run = copy_of("zero1", step=5)
-    finished = launch.torchrun("--resume", run)
+    finished = ranks.resume(2, run)
     assert finished.status == 0, finished.err
     assert "steps 6 to 8" in finished.err
     for file, difference in differences(*(r / "checkpoints/step_00000008" for r in (runs["zero1"], run))).items():
@@ -103,12 +93,12 @@ def test_deepspeed_resumed_equals_unbroken(runs, launch, copy_of):
         assert line == pytest.approx(true_line, rel=1e-6, abs=1e-9)
 
 
-def test_replicated_goes_on_with_another_number_of_processes(runs, launch, copy_of):
+def test_ddp_goes_on_with_another_number_of_processes(runs, ranks, copy_of):
     # Two steps, for with each more a token may tie between two codes on some processor (docs/LOG.md).
     alone, run = copy_of("stopped", name="alone"), copy_of("stopped")
     for finished in (
-        launch.ibq("resume", alone, "trainer.max_steps=12"),
-        launch.torchrun("--resume", run, "trainer.max_steps=12"),
+        ranks.resume(1, alone, "trainer.max_steps=12"),
+        ranks.resume(2, run, "trainer.max_steps=12"),
     ):
         assert finished.status == 0, finished.err
     assert "2 x cpu" in finished.err
@@ -122,14 +112,14 @@ CHAIN = [
     (1, "deepspeed zero0", 1),
     (2, "deepspeed zero1", 2),
     (4, "deepspeed zero2", 4),
-    (3, "replicated", 3),
+    (3, "ddp", 3),
     (2, "deepspeed zero3", 1),
     (2, "fsdp2", 2),
     (1, "deepspeed zero1", 1),
 ]
 
 
-def test_a_chain_of_engines_and_numbers_of_processes_is_an_unbroken_run(launch, debug_settings, tmp_path):
+def test_a_chain_of_engines_and_numbers_of_processes_is_an_unbroken_run(ranks, debug_settings, tmp_path):
     """1 -> 2 -> 4 -> 3 -> 2 -> 1 processes, ZeRO 0 -> 1 -> 2 -> 3 -> 1, to FSDP2 and back: losses, weights, averages
     and the optimisers' moments."""
     changes = {"trainer.global_batch_size": 12, "model.codebook_size": 250, "trainer.checkpoint_every_steps": 1}
@@ -138,7 +128,7 @@ def test_a_chain_of_engines_and_numbers_of_processes_is_an_unbroken_run(launch, 
     unbroken, chain = tmp_path / "unbroken", tmp_path / "chain"
     last = len(CHAIN)
     arguments = debug_settings({**changes, "trainer.max_steps": last})
-    finished = launch.ibq("train", "debug", f"run={unbroken}", *arguments)
+    finished = ranks.start(1, "debug", f"run={unbroken}", *arguments).wait()
     assert finished.status == 0, finished.err
     for step, (processes, engine, shards) in enumerate(CHAIN, start=1):
         kind, _, config = engine.partition(" ")
@@ -150,7 +140,7 @@ def test_a_chain_of_engines_and_numbers_of_processes_is_an_unbroken_run(launch, 
         names = {argument.partition("=")[0] for argument in map(str, start)}
         given = [f"{key}={value}" for key, value in settings.items() if key not in names]
         start = [f"trainer.max_steps={step}" if str(a).startswith("trainer.max_steps=") else a for a in start]
-        finished = launch.torchrun(*start, *given, processes=processes)
+        finished = ranks.start(processes, *start, *given).wait()
         assert finished.status == 0, finished.err
         assert f"{processes} x cpu ({engine}, fp32" in finished.err
         assert f"steps {step} to {step}" in finished.err
@@ -164,19 +154,19 @@ def test_a_chain_of_engines_and_numbers_of_processes_is_an_unbroken_run(launch, 
     assert parts == [f"rank_{rank:05d}.safetensors" for rank in range(4)]
 
 
-def test_a_named_checkpoint_is_the_one_to_go_on_from(launch, copy_of, runs):
+def test_a_named_checkpoint_is_the_one_to_go_on_from(ranks, copy_of, runs):
     run = copy_of("one")
-    finished = launch.ibq("resume", run / "checkpoints/step_00000010", "trainer.max_steps=12")
+    finished = ranks.resume(1, run / "checkpoints/step_00000010", "trainer.max_steps=12")
     assert finished.status == 0, finished.err
     assert "steps 11 to 12" in finished.err
     assert training_lines(read_metrics(run), 1, 20) == training_lines(read_metrics(runs["one"]), 1, 12)
     assert (run / "checkpoints/latest").read_text() == "step_00000012"
 
 
-def test_checkpoints_written_in_the_background_are_those_written_at_once(launch, debug_settings, runs, tmp_path):
+def test_checkpoints_written_in_the_background_are_those_written_at_once(ranks, debug_settings, runs, tmp_path):
     run = tmp_path / "run"
     arguments = debug_settings({"trainer.max_steps": 10, "trainer.async_checkpoints": "false"})
-    finished = launch.ibq("train", "debug", f"run={run}", *arguments)
+    finished = ranks.start(1, "debug", f"run={run}", *arguments).wait()
     assert finished.status == 0, finished.err
     for step in (5, 10):
         file = f"checkpoints/step_{step:08d}/rank_00000.safetensors"
@@ -188,7 +178,7 @@ def test_another_model_is_refused_and_the_run_stays_as_it_was(ibq_here, assert_r
     run = copy_of("stopped")
     before = fingerprint(run)
     finished = ibq_here("resume", run, "trainer.max_steps=20", change)
-    assert_refused(finished, "cannot go on from", "was written with other settings")
+    assert_refused(finished, "cannot resume from", "was written with other settings")
     assert fingerprint(run) == before
 
 

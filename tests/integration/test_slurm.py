@@ -6,14 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import psutil
 import pytest
 from comparing import read_metrics
-from launching import ROOT, Finished, Launch, settings
+from ranks import ROOT, Finished, Launch, settings, wait_for
 
 SCRIPT = ROOT / "tools/ibq.sbatch"
 JOB = 4711
@@ -111,13 +110,14 @@ def step_said() -> Callable[[Path], int]:
     return read
 
 
-def test_a_job_stopped_by_its_time_limit_goes_on_when_queued_again(cluster, launch, step_said, fingerprint, tmp_path):
+@pytest.mark.full
+def test_a_job_stopped_by_its_time_limit_goes_on_when_queued_again(
+    cluster, launch, ranks, step_said, fingerprint, tmp_path
+):
     run, unbroken = tmp_path / "run", tmp_path / "unbroken"
     recipe = "debug", *settings({"trainer.max_steps": 30, "trainer.checkpoint_every_steps": 100})
     job = cluster.submit(*recipe, f"run={run}")
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while step_said(run) < 3 and job.poll() is None and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_for(lambda: step_said(run) >= 3, "third step", PATIENCE_SECONDS, job)
     # What `#SBATCH --signal=TERM@300` does: every process of the step, agents and trainers alike, not the script.
     for process in cluster.step_processes(job):
         process.terminate()
@@ -131,7 +131,7 @@ def test_a_job_stopped_by_its_time_limit_goes_on_when_queued_again(cluster, laun
     second = cluster.run(*recipe, f"run={run}")
     assert second.status == 0, second.err
     assert f"steps {saved + 1} to 30" in second.err
-    reference = launch.torchrun(*recipe, f"run={unbroken}")
+    reference = ranks.start(2, *recipe, f"run={unbroken}").wait()
     assert reference.status == 0, reference.err
     assert read_metrics(run) == read_metrics(unbroken)
 
@@ -168,9 +168,7 @@ def test_a_cancelled_job_stays_cancelled(cluster, tmp_path):
     saves = f"trap 'echo step_00000007 > {tmp_path}/checkpoints/latest; exit 75' TERM"
     cluster.command("srun", f"#!/bin/bash\n{saves}\ntouch {tmp_path}/began\nwhile true; do sleep 0.05; done\n")
     job = cluster.submit("debug", f"run={tmp_path}")
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not (tmp_path / "began").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
+    wait_for((tmp_path / "began").exists, "job's step", PATIENCE_SECONDS, job)
     srun = psutil.Process(job.pid).children()
     for process in [psutil.Process(job.pid), *srun]:
         process.terminate()
@@ -187,6 +185,7 @@ def test_a_run_without_a_folder_is_refused(cluster):
     assert finished.err.count("\n") == 1 and "run=FOLDER is missing" in finished.err
 
 
+@pytest.mark.process
 def test_what_slurm_reads_of_the_script():
     """bash takes it, and SLURM, which reads #SBATCH up to the first command, finds all options there."""
     assert subprocess.run(["bash", "-n", SCRIPT]).returncode == 0
@@ -200,6 +199,8 @@ def test_what_slurm_reads_of_the_script():
     assert {"--requeue", "--ntasks-per-node=1", "--open-mode=append"} <= set(options)
 
 
+@pytest.mark.process
+@pytest.mark.full
 def test_pip_installs_the_script(tmp_path):
     """Built from a copy, so that the source tree stays as it is."""
     for name in ("setup.py", "tools", "trainer", "model_zoo", "data", "ds_configs"):

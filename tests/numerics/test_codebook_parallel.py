@@ -13,10 +13,12 @@ import torch
 import torch.distributed as dist
 
 from model_zoo import ModelError
-from model_zoo.ops import CodebookShard, average_entropy, index_backprop, lookup_code, nearest_code, sum_over_shards
-from model_zoo.ops.chunked import ChunkedSweeps
+from model_zoo.ops import index_backprop
+from model_zoo.ops.chunked import ChunkedSweeps, nearest_code
+from model_zoo.ops.codebook_parallel import CodebookShard, lookup_code, sum_over_shards
 from model_zoo.ops.dense import index_backprop_dense
 from model_zoo.ops.tiled import Settings, index_backprop_tiled
+from model_zoo.ops.types import average_entropy
 from model_zoo.quantizers.base import INITIAL_BLOCK
 from model_zoo.quantizers.registry import QUANTIZERS
 

@@ -10,7 +10,8 @@ import pytest
 import torch
 
 from model_zoo import ModelError
-from model_zoo.ops import average_entropy, index_backprop
+from model_zoo.ops import index_backprop
+from model_zoo.ops.types import average_entropy
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 _spec = importlib.util.spec_from_file_location("make_index_backprop", GOLDEN / "make_index_backprop.py")

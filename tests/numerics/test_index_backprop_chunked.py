@@ -11,10 +11,12 @@ import pytest
 import torch
 
 from model_zoo import ModelError
-from model_zoo.ops import average_entropy, fastest_impl, index_backprop, nearest_code
-from model_zoo.ops.chunked import ChunkedSweeps
+from model_zoo.ops import index_backprop
+from model_zoo.ops.chunked import ChunkedSweeps, nearest_code
 from model_zoo.ops.dense import index_backprop_dense
+from model_zoo.ops.index_backprop import fastest_impl
 from model_zoo.ops.tiled import Settings, SkipStats, index_backprop_tiled
+from model_zoo.ops.types import average_entropy
 from model_zoo.quantizers.registry import QUANTIZERS
 
 GOLDEN = Path(__file__).parents[1] / "golden" / "index_backprop.json"
@@ -372,13 +374,14 @@ print(step(256, 2**16))
 """
 
 
+@pytest.mark.process
 def test_one_gradient_of_the_codebook_and_no_matrix_of_tokens_times_codes():
     """In a fresh process, with the VQ losses and both entropies: N x K is 64 MiB, K x D 32 MiB; 12 MiB are allowed."""
     done = subprocess.run([sys.executable, "-c", MEMORY], capture_output=True, text=True, check=True)
     assert float(done.stdout) < 12
 
 
-@pytest.mark.slow
+@pytest.mark.full
 def test_more_than_two_to_the_31_logits():
     codes, tokens = 2**22, 520
     codebook_kd = torch.zeros(codes, 8)

@@ -13,7 +13,8 @@ import torch
 import torch.distributed as dist
 
 from model_zoo import ModelError
-from model_zoo.ops import CodebookShard, linear_cross_entropy
+from model_zoo.ops import linear_cross_entropy
+from model_zoo.ops.codebook_parallel import CodebookShard
 
 RANKS = 3
 DIM = 12

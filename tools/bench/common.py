@@ -1,80 +1,268 @@
-"""What rows of `ibq bench` are measured with, each in a process of its own."""
+"""What the benchmarks share: option parsing, fresh processes, tables, and pictures. Imports no torch."""
 
 import contextlib
-import ctypes
 import json
-import resource
+import os
+import platform
+import shlex
+import signal
+import subprocess
 import sys
-import time
-import traceback
-from collections.abc import Callable
+from collections.abc import Iterator
+from datetime import datetime, timezone
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
-import torch
+import typer
 
-from model_zoo import ModelError
-
-
-def now(device: str) -> float:
-    """Seconds, once the device has done all."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
-def peak_bytes(device: str) -> int:
-    """Of the process, or on CUDA of what PyTorch allocates there."""
-    # Not getrusage, whose peak is at first that of the process that started this one.
-    return kibibytes("/proc/self/status", "VmHWM") * 2**10 if device == "cpu" else torch.cuda.max_memory_allocated()
-
-
-def reset_peak(device: str) -> None:
-    """From here on the peak counts from what is in use; where the system does not let us, from the peak so far."""
-    if device == "cuda":
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        ctypes.CDLL(None).malloc_trim(0)  # what was freed would be used again and not be seen
-        with contextlib.suppress(OSError):
-            Path("/proc/self/clear_refs").write_text("5")
+COLORS = {
+    "reference": "#7a7a7a",
+    "dense": "#c44e52",
+    "chunked": "#4c72b0",
+    "triton": "#55a868",
+    "attention": "#dd8452",
+    "uncached": "#c44e52",
+    "cached": "#4c72b0",
+    "cached-eager": "#8fa9d4",
+    "compiled": "#2f4b7c",
+    "checkpointed": "#55a868",
+    "selective": "#dd8452",
+    "bound": "#222222",
+    "ibq": "#4c72b0",
+    "webdataset": "#dd8452",
+    "discard": "#9a9a9a",
+}
 
 
-def bound_memory(device: str) -> None:
-    """A row that is too large fails in this process, and the machine stays usable."""
-    with contextlib.suppress(OSError):  # /proc may be read-only
-        Path("/proc/self/oom_score_adj").write_text("1000")
-    if device == "cpu":
-        available = kibibytes("/proc/meminfo", "MemAvailable") * 2**10
-        hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-        limit = available if hard == resource.RLIM_INFINITY else min(available, hard)
-        resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
+# ------------------------------------------------------------------------------------------------------------- options
 
 
-def kibibytes(path: str, name: str) -> int:
-    """The value of a line ``name: 1234 kB``."""
-    return next(int(line.split()[1]) for line in Path(path).read_text().splitlines() if line.startswith(f"{name}:"))
+def bad(option: str | None, message: str) -> typer.BadParameter:
+    """The error for a wrong value of an option, to be raised."""
+    return typer.BadParameter(message, param_hint=option)
 
 
-def failure(error: Exception) -> str:
-    """Why there are no numbers, in a few words. What is unexpected is told in full on stderr."""
-    if isinstance(error, torch.OutOfMemoryError):
-        return "out of GPU memory"
-    if isinstance(error, MemoryError) or "can't allocate memory" in str(error):
-        return "out of memory"
-    if isinstance(error, ModelError):
-        return str(error)
-    traceback.print_exception(error)
-    return f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-
-
-def answer(*jobs: Callable[..., NamedTuple]) -> None:
-    """A row's process: the name of one of the jobs and its arguments as JSON; what it gives is the last line of stdout,
-    JSON too."""
-    job = {job.__name__: job for job in jobs}[sys.argv[1]]
-    arguments = json.loads(sys.argv[2])
-    bound_memory(arguments["device"])
+def numbers(option: str, text: str, least: int = 1) -> list[int]:
+    """Parses "1024,4096". Raises BadParameter."""
     try:
-        given = job(**arguments)._asdict()
-    except Exception as error:
-        given = {"failed": failure(error)}
-    print(json.dumps(given))
+        found = [int(part) for part in text.split(",")]
+    except ValueError:
+        found = [least - 1]
+    if min(found) < least:
+        example = "1024,4096" if least else "0,2,4"
+        raise bad(option, f"{text!r} is not a list of integers >= {least}, such as {example}")
+    return found
+
+
+def names(option: str, text: str, choices: tuple[str, ...]) -> list[str]:
+    """Parses "dense,chunked". Raises BadParameter."""
+    found = text.split(",")
+    if wrong := [name for name in found if name not in choices]:
+        raise bad(option, f"{wrong[0]!r} is not one of {', '.join(choices)}")
+    return found
+
+
+def reference_path(checkout: Path, file: Path) -> str:
+    """A file of the reference project, given the folder of its checkout. Raises BadParameter."""
+    path = checkout / file
+    if not path.is_file():
+        fix = "git clone https://github.com/TencentARC/SEED-Voken and pass that folder"
+        raise bad("--reference", f"{checkout} has no {file}: {fix}")
+    return str(path.resolve())
+
+
+def check_out(out: Path | None, *suffixes: str) -> None:
+    """Fails before hours of measuring if FILE.md or a file beside it exists or cannot be written."""
+    if out is None:
+        return
+    if out.suffix != ".md":
+        raise bad("--out", f"{out} does not end in .md")
+    for path in (out, *map(out.with_suffix, suffixes)):
+        if path.exists():
+            raise bad("--out", f"{path} already exists; choose another name")
+    if not os.access(out.parent, os.W_OK):
+        raise bad("--out", f"{out.parent} is not a writable folder")
+
+
+def command_line(context: typer.Context) -> str:
+    """The command as it would be typed, without options left at their defaults."""
+    words = ["ibq", "bench", context.info_name]
+    for option in context.command.params:
+        if context.get_parameter_source(option.name).name == "COMMANDLINE":
+            value = context.params[option.name]
+            words += [option.opts[0]] if value is True else [option.opts[0], str(value)]
+    return shlex.join(words)
+
+
+# ----------------------------------------------------------------------------------------------------- fresh processes
+
+
+def run_job(module: str, job: str, **arguments) -> dict:
+    """Runs a function of tools.bench.MODULE in a fresh process.
+
+    Returns the fields of its named tuple, or {"failed": why}. The process imports from where this one does; `python -m`
+    would put the working directory first. It ends on Ctrl-C without a traceback.
+    """
+    script = f"""
+import signal, sys
+signal.signal(signal.SIGINT, signal.SIG_DFL)
+sys.path[:] = {sys.path!r}
+from tools.bench.measure import answer
+answer(*sys.argv[1:])"""
+    command = [sys.executable, "-c", script, module, job, json.dumps(arguments)]
+    done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+    if done.returncode == -signal.SIGKILL:
+        return {"failed": "killed, probably out of memory"}
+    if done.returncode < 0:
+        return {"failed": f"ended by {signal.Signals(-done.returncode).name}"}
+    if done.returncode > 0:
+        return {"failed": f"its process ended with status {done.returncode}"}
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def machine(device: str, threads: int | None, reference: list[str] | None) -> dict:
+    """The fields of `tools.bench.measure.Machine`. Raises BadParameter if the device or the reference is missing.
+
+    reference: a file of the reference project and the names that must be defined in it.
+    """
+    found = run_job("measure", "machine", device=device, threads=threads, reference=reference)
+    if "failed" in found:
+        raise bad(None, found["failed"])
+    return found
+
+
+def measure_rows(module: str, job: str, rows: list, **settings) -> Iterator:
+    """Yields the rows with `measured` set, or with `reason`. Rows that already have a reason are not measured."""
+    for number, row in enumerate(rows, start=1):
+        if row.reason:
+            yield row
+            continue
+        with status(f"measuring row {number} of {len(rows)}: {row.impl}, {row.shape}"):
+            found = run_job(module, job, impl=row.impl, **row.arguments, **settings)
+        failed = found.pop("failed", "")
+        yield row._replace(measured=None if failed else found, reason=failed)
+
+
+@contextlib.contextmanager
+def status(doing: str) -> Iterator[None]:
+    """A spinner if stderr is a terminal, otherwise one line on stderr."""
+    from rich.console import Console
+
+    console = Console(stderr=True)
+    if not console.is_terminal:
+        typer.echo(doing, err=True)
+    with console.status(doing) if console.is_terminal else contextlib.nullcontext():
+        yield
+
+
+# -------------------------------------------------------------------------------------------------------------- tables
+
+
+class Table(NamedTuple):
+    """For the terminal and for Markdown. A short row ends with the reason why it has no numbers."""
+
+    headings: list[str]
+    rows: list[list[str]]
+
+
+def line(cells: list[str], widths: list[int], left: int = 2) -> str:
+    """Aligns the first ``left`` cells to the left and the others to the right. A reason may exceed its width."""
+    aligned = zip(cells, widths, [str.ljust] * left + [str.rjust] * (len(cells) - left), strict=False)
+    return "  ".join(align(cell, width) for cell, width, align in aligned).rstrip()
+
+
+def lines(table: Table) -> list[str]:
+    """The table for the terminal, with columns as wide as their longest cell."""
+    rows = [table.headings, *table.rows]
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return [line(row, widths, left=1) for row in rows]
+
+
+def markdown_table(table: Table) -> str:
+    text = ["| " + " | ".join(table.headings) + " |", "|" + " --- |" * len(table.headings)]
+    for row in table.rows:
+        cells = [cell.replace("|", "/") for cell in row]
+        text.append("| " + " | ".join(cells + ["-"] * (len(table.headings) - len(cells))) + " |")
+    return "\n".join(text)
+
+
+def markdown_page(*parts: str) -> str:
+    """Joins the parts that are not empty by blank lines."""
+    return "\n\n".join(part for part in parts if part) + "\n"
+
+
+def present(report: Any, rows: Iterator, out: Path | None) -> None:
+    """Prints each row as it is measured, then legend and notes. Writes the table to ``out`` and the picture beside it.
+
+    The file is rewritten after each row, so that an interrupted benchmark keeps what it measured.
+    report: has `heading`, `headings`, `widths`, `rows`, `legend`, `cells(row)`, `notes()`, `markdown()` and
+    `draw(path)`.
+    """
+    typer.echo("\n".join([*report.heading, "", line(report.headings, report.widths)]))
+    for row in rows:
+        report.rows.append(row)
+        typer.echo(line(report.cells(row), report.widths))
+        if out is not None:
+            out.write_text(report.markdown(out.with_suffix(".png").name), encoding="utf-8")
+    typer.echo("\n".join(["", *([report.legend, ""] if report.legend else []), *report.notes()]).rstrip())
+    if out is not None:
+        typer.echo(f"\ntable: {out}")
+        if any(row.measured for row in report.rows):
+            report.draw(out.with_suffix(".png"))
+            typer.echo(f"picture: {out.with_suffix('.png')}")
+
+
+def machine_line(found: dict) -> str:
+    """Date, processor and versions, from `machine`."""
+    name = found["name"] if found["device"] == "cuda" else f"{found['name']}, {plural(found['threads'], 'thread')}"
+    return f"{today()}: {name}; PyTorch {found['torch']}, Python {found['python']}"
+
+
+def today() -> str:
+    return f"{datetime.now(timezone.utc):%Y-%m-%d}"
+
+
+def cpu_name() -> str:
+    found = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
+    return found[0].split(":")[1].strip() if found else platform.machine()
+
+
+def revision(reference: Path) -> str:
+    """Names the reference's checkout and, if it is a git repository, its commit."""
+    commit = "revision unknown"
+    if (reference / ".git").exists():
+        command = ["git", "-C", str(reference), "describe", "--always", "--dirty"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or commit
+    return f"reference: {reference} ({commit})"
+
+
+def share(ratio: float) -> str:
+    return f"1/{1 / ratio:.0f}" if ratio < 0.1 else f"{ratio:.2f}"
+
+
+def plural(number: int, what: str) -> str:
+    return f"{number} {what}" if number == 1 else f"{number or 'no'} {what}s"
+
+
+# ------------------------------------------------------------------------------------------------------------ pictures
+
+
+def pyplot():
+    """matplotlib.pyplot without a display."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    return pyplot
+
+
+def save(figure, path: Path) -> None:
+    for axis in figure.axes:
+        axis.spines[["top", "right"]].set_visible(False)
+    figure.savefig(path, dpi=110)
+    pyplot().close(figure)
+
+
+def bar_text(value: float) -> str:
+    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"

@@ -2,61 +2,49 @@
 
 import math
 import re
-from collections.abc import Callable, Iterator
 from dataclasses import asdict
-from functools import partial
 from importlib import metadata
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-import typer
-
-from model_zoo.transformer import TransformerConfig, flops_per_token
-from tools.bench import command as bench
-from tools.bench.data import Table, _markdown_table
-from trainer.config import GeneratorRun, load_recipe
+from model_zoo.config import TransformerConfig
+from model_zoo.transformer import flops_per_token
+from tools.bench import common
+from tools.bench.common import bad, names, numbers
+from trainer.config import GeneratorRun
+from trainer.recipes import load_recipe
 
 REFERENCE_FILE = Path("src/IBQ/modules/transformer/llama.py")
-DTYPES = ("float32", "bfloat16")
-PACKAGES = ("flash-attn", "liger-kernel", "apex")  # that are used on CUDA where they are installed
-NOT_ON_CPU = {"cached-eager": "without CUDA there are no graphs, and it is the same as cached"}
-COLORS = {
-    "reference": "#7a7a7a",
-    "uncached": "#c44e52",
-    "dense": "#c44e52",
-    "cached": "#4c72b0",
-    "ibq": "#4c72b0",
-    "cached-eager": "#8fa9d4",
-    "compiled": "#2f4b7c",
-    "checkpointed": "#55a868",
-    "selective": "#dd8452",
-}
+REFERENCE_NAMES = ("GPT", "sample_IBQ")
+PACKAGES = ("flash-attn", "liger-kernel", "apex")  # used on CUDA if installed
+NOT_ON_CPU = {"cached-eager": "the same as cached on a CPU, which has no graphs"}
 SAMPLE_LEGEND = """\
-Each row is a fresh process, its weights are normal(0, 0.02^2). A batch is drawn to warm up, and then the repeats, of
-which the fastest counts; all draw the same number of whole images, without top-k and top-p. Extra memory is the peak of
-the process (on CUDA: of what PyTorch allocates on the device) minus the weights; on the CPU that of compiled holds the
-compiler too. CPU s: in all threads; far below threads x time it says that others used the machine.
+Each row is a fresh process with weights normal(0, 0.02^2). One batch warms up, then the fastest repeat counts; all
+rows sample the same number of whole images, without top-k and top-p. Extra memory is the peak of the process (on
+CUDA: of what PyTorch allocates on the device) minus the weights; on a CPU that of compiled includes the compiler. CPU
+s: over all threads; far below threads x time means that other programs used the machine.
 
-cached: as `ibq sample` draws, keys and values kept, on CUDA with captured graphs; cached-eager: without graphs;
-compiled: those by torch.compile. uncached: a forward over all codes so far for each new one, the head on the last
-position alone. reference: TencentARC/SEED-Voken's own transformer and sampling, which keep keys and values too, eager,
-in float32: under autocast its cache takes no values."""
+cached: as `ibq sample` does it, with cached keys and values and, on CUDA, captured graphs. cached-eager: without
+graphs. compiled: cached, by torch.compile. uncached: one forward over all previous codes for each new code, the head
+on the last position only. reference: TencentARC/SEED-Voken's own transformer and sampling, which caches keys and
+values too, eager, in float32: its cache does not support autocast."""
 TRAIN_LEGEND = """\
 Each row is a fresh process. A step is forward, loss, backward and AdamW on random codes, with dropout; weights and
-moments are fp32, products in the row's type by autocast. Two steps warm up, and then the fastest repeat counts. MFU:
-three forwards' operations at the rate of a plain matrix product, measured in the same process, as a share of the time.
-Extra memory is the peak of the process (on CUDA: of what PyTorch allocates on the device) minus weights, moments and
-gradients. CPU s: in all threads; far below threads x time it says that others used the machine.
+moments are fp32, products in the row's dtype by autocast. Two steps warm up, then the fastest repeat counts. MFU: the
+operations of three forwards at the rate of a plain matrix product, measured in the same process, as a share of the
+time. Extra memory is the peak of the process (on CUDA: of what PyTorch allocates on the device) minus weights,
+moments and gradients. CPU s: over all threads; far below threads x time means that other programs used the machine.
 
-ibq: as `ibq train` does it, the loss without logits, fused AdamW; compiled: each block by torch.compile; checkpointed,
-selective: each block computes all, or what is cheap, again for the backward; dense: with all logits. reference:
-TencentARC/SEED-Voken's own transformer, PyTorch's cross-entropy of its logits, AdamW that is not fused."""
+ibq: as `ibq train` does it, the loss without logits, fused AdamW. compiled: each block by torch.compile.
+checkpointed, selective: each block recomputes all, or only cheap, activations in the backward pass. dense: with all
+logits. reference: TencentARC/SEED-Voken's own transformer, PyTorch's cross-entropy of its logits, AdamW that is not
+fused."""
 
 
 class Kind(NamedTuple):
-    """One of the two benchmarks. job: of `tools.bench.generator_rows`; unit, per: what speed and time are of; did: of
-    the units, in notes; bases: the impls that others are compared with."""
+    """One of the two benchmarks. job: in `tools.bench.generator_rows`; unit, per: of speed and time; did: the verb of
+    notes; bases: the impls that others are compared with."""
 
     job: str
     title: str
@@ -73,7 +61,7 @@ SAMPLE = Kind(
     title="Sampling images' codes",
     unit="images",
     per="batch",
-    did="draws",
+    did="samples",
     impls=("uncached", "cached-eager", "cached", "compiled"),
     bases=("uncached", "reference"),
     legend=SAMPLE_LEGEND,
@@ -91,7 +79,7 @@ TRAIN = Kind(
 
 
 class Shape(NamedTuple):
-    """What rows are compared at. recipe: its name or DEPTHxHEADS; units: of a batch or step."""
+    """What rows are compared at. recipe: its name or DEPTHxHEADS; units: images of a batch or tokens of a step."""
 
     recipe: str
     model: TransformerConfig
@@ -102,13 +90,17 @@ class Shape(NamedTuple):
 
 
 class Row(NamedTuple):
-    """measured: the fields of `tools.bench.generator_rows.Measured`, or None, and then why there are none."""
+    """measured: the fields of `tools.bench.generator_rows.Measured`, or None and the reason."""
 
     impl: str
     shape: Shape
     dtype: str
-    measured: dict | None
+    measured: dict | None = None
     reason: str = ""
+
+    @property
+    def arguments(self) -> dict:
+        return dict(model=asdict(self.shape.model), dtype=self.dtype)
 
     @property
     def speed(self) -> float:
@@ -117,7 +109,7 @@ class Row(NamedTuple):
 
     @property
     def mfu(self) -> float:
-        """Of training, whose units are tokens."""
+        """Of training, where units are tokens."""
         return 3 * flops_per_token(self.shape.model) * self.speed / self.measured["operations_per_second"]
 
     @property
@@ -129,45 +121,52 @@ class Row(NamedTuple):
         return self.measured["process_bytes"] / 2**20
 
 
-def compare_sampling(
-    *, recipe: str | None, impl: str | None, batch_size: int | None, guidance: float, **common
-) -> None:
-    """`ibq bench sample`; common: see `_compare`."""
+class Options(NamedTuple):
+    """The options of both commands. command: the command line."""
+
+    recipe: str | None
+    impl: str | None
+    dtype: str | None
+    reference: Path | None
+    out: Path | None
+    device: str
+    threads: int | None
+    repeats: int
+    command: str
+
+
+def compare_sampling(options: Options, batch_size: int | None, guidance: float) -> None:
+    """`ibq bench sample`: measures every impl of every recipe, prints the table, and writes it to ``options.out``."""
     if not 1 <= guidance < math.inf:
-        raise bench._bad("--guidance", f"{guidance} is no number from 1 on; 1 is none")
-    impls = impl and bench._names("--impl", impl, SAMPLE.impls)
-
-    def plan(cuda: bool) -> tuple[list[str], list[Shape], dict]:
-        batch = batch_size or (64 if cuda else 4)
-        models = _models(recipe or ("ar_b,ar_l,ar_xl,ar_xxl" if cuda else "6x6"))
-        shapes = [Shape(name, model, batch) for name, model in models.items()]
-        usual = ["uncached", "cached-eager", "cached"] if cuda else ["uncached", "cached"]
-        return impls or usual, shapes, dict(batch_size=batch, guidance=guidance)
-
-    _compare(SAMPLE, plan, **common)
+        raise bad("--guidance", f"{guidance} is not a finite number >= 1 (1 is no guidance)")
+    prepared = _prepare(SAMPLE, options)
+    cuda = prepared.device == "cuda"
+    batch = batch_size or (64 if cuda else 4)
+    models = _models(options.recipe or ("ar_b,ar_l,ar_xl,ar_xxl" if cuda else "6x6"))
+    shapes = [Shape(name, model, batch) for name, model in models.items()]
+    usual = ["uncached", "cached-eager", "cached"] if cuda else ["uncached", "cached"]
+    _compare(SAMPLE, options, prepared, usual, shapes, batch_size=batch, guidance=guidance)
 
 
-def compare_training(
-    *, recipe: str | None, impl: str | None, vocabulary: str, micro_batch: int | None, **common
-) -> None:
-    """`ibq bench train-ar`; common: see `_compare`."""
-    sizes = bench._numbers("--vocabulary", vocabulary)
-    impls = impl and bench._names("--impl", impl, TRAIN.impls)
-
-    def plan(cuda: bool) -> tuple[list[str], list[Shape], dict]:
-        batch = micro_batch or (16 if cuda else 2)
-        models = _models(recipe or ("ar_xl,ar_xxl" if cuda else "4x4"))
-        shapes = []
-        for (name, model), size in product(models.items(), sizes):
-            model = TransformerConfig(**{**asdict(model), "vocabulary": size})
-            shapes.append(Shape(name, model, batch * model.tokens))
-        return impls or list(TRAIN.impls), shapes, dict(micro_batch=batch)
-
-    _compare(TRAIN, plan, **common)
+def compare_training(options: Options, vocabulary: str, micro_batch: int | None) -> None:
+    """`ibq bench train-ar`: measures every impl of every recipe, prints the table, and writes it to ``options.out``."""
+    sizes = numbers("--vocabulary", vocabulary)
+    prepared = _prepare(TRAIN, options)
+    cuda = prepared.device == "cuda"
+    batch = micro_batch or (16 if cuda else 2)
+    models = _models(options.recipe or ("ar_xl,ar_xxl" if cuda else "4x4"))
+    shapes = []
+    for (name, model), size in product(models.items(), sizes):
+        model = TransformerConfig(**{**asdict(model), "vocabulary": size})
+        shapes.append(Shape(name, model, batch * model.tokens))
+    _compare(TRAIN, options, prepared, list(TRAIN.impls), shapes, micro_batch=batch)
 
 
 def _models(names: str) -> dict[str, TransformerConfig]:
-    """Of recipes, or DEPTHxHEADS: the published B with other numbers of blocks and heads. Raises TrainerError."""
+    """The models of recipes; DEPTHxHEADS is the published B with other numbers of blocks and heads.
+
+    Raises TrainerError and BadParameter.
+    """
     models = {}
     for name in names.split(","):
         if numbers := re.fullmatch(r"([1-9]\d*)x([1-9]\d*)", name):
@@ -175,93 +174,88 @@ def _models(names: str) -> dict[str, TransformerConfig]:
             continue
         run = load_recipe(name, [])
         if not isinstance(run, GeneratorRun):
-            raise bench._bad("--recipe", f"{name} is no generator's: give one of ar_b ... ar_xxl, or DEPTHxHEADS")
+            raise bad("--recipe", f"{name} is not a generator's recipe; use one of ar_b ... ar_xxl, or DEPTHxHEADS")
         models[name] = run.model
     return models
 
 
-def _compare(
-    kind: Kind,
-    plan: Callable[[bool], tuple[list[str], list[Shape], dict]],
-    *,
-    dtype: str | None,
-    reference: Path | None,
-    out: Path | None,
-    device: str,
-    threads: int | None,
-    repeats: int,
-    command: str,
-) -> None:
-    """Measures all rows, prints them, and writes them to `out` and beside it. plan(cuda): impls, shapes, and the job's
-    further arguments."""
-    if device not in ("auto", "cpu", "cuda"):
-        raise bench._bad("--device", f"{device!r} is none of auto, cpu, cuda")
-    if dtype not in (None, *DTYPES):
-        raise bench._bad("--dtype", f"{dtype!r} is none of {', '.join(DTYPES)}")
-    file = None if reference is None else bench._reference_file(reference, REFERENCE_FILE)
-    if out is not None:
-        bench._check_out(out, ".png")
-    machine = _run("machine", device=device, threads=threads, reference=file)
-    if "failed" in machine:
-        raise bench._bad(None, machine["failed"])
-    cuda = machine["device"] == "cuda"
-    impls, shapes, settings = plan(cuda)
-    settings |= dict(device=machine["device"], threads=threads, repeats=repeats, reference=file)
-    heading = [bench._machine_line(machine)]
-    if cuda:
+class Prepared(NamedTuple):
+    """What follows from the options and the machine. device: cpu or cuda; impls: None for the device's defaults."""
+
+    heading: list[str]
+    name: str
+    device: str
+    impls: list[str] | None
+    reference: str | None
+
+
+def _prepare(kind: Kind, options: Options) -> Prepared:
+    """Checks the options. Raises BadParameter."""
+    impls = options.impl and names("--impl", options.impl, kind.impls)
+    path = options.reference and common.reference_path(options.reference, REFERENCE_FILE)
+    common.check_out(options.out, ".png")
+    machine = common.machine(options.device, options.threads, path and [path, *REFERENCE_NAMES])
+    heading = [common.machine_line(machine)]
+    if machine["device"] == "cuda":
         heading.append(_packages())
-    if reference is not None:
-        heading.append(bench._revision(reference))
-    impls = (["reference"] if reference else []) + [impl for impl in kind.impls if impl in impls]  # bases first
-    report = Report(kind, [*heading, f"`{command}`"], [])
-    headings = _headings(kind)
-    widths = [max(6, len(text)) for text in headings]
-    widths[:2] = max(map(len, impls)), max(map(len, ["recipe", *(shape.recipe for shape in shapes)]))
-    typer.echo("\n".join([*heading, "", bench._line(headings, widths)]))
-    for row in _rows(kind, impls, shapes, dtype or ("bfloat16" if cuda else "float32"), settings):
-        report.rows.append(row)
-        typer.echo(bench._line(report.cells(row), widths))
-        if out is not None:
-            out.write_text(report.markdown(out.with_suffix(".png").name), encoding="utf-8")
-    typer.echo("\n".join(["", kind.legend, "", *report.notes()]).rstrip())
-    if out is not None:
-        typer.echo(f"\ntable: {out}")
-        if any(row.measured for row in report.rows):
-            _draw(report, machine["name"], out.with_suffix(".png"))
-            typer.echo(f"picture: {out.with_suffix('.png')}")
+    if options.reference is not None:
+        heading.append(common.revision(options.reference))
+    return Prepared(heading, machine["name"], machine["device"], impls, path)
 
 
-_run = partial(bench._run, module="generator_rows")
-
-
-def _rows(kind: Kind, impls: list[str], shapes: list[Shape], dtype: str, settings: dict) -> Iterator[Row]:
-    """Measures one row after the other, and says on stderr at which it is."""
-    jobs = list(product(shapes, impls))
-    for number, (shape, impl) in enumerate(jobs, start=1):
-        if impl in NOT_ON_CPU and settings["device"] == "cpu":
-            yield Row(impl, shape, dtype, None, NOT_ON_CPU[impl])
-            continue
-        own_dtype = "float32" if (kind.job, impl) == ("sample", "reference") else dtype  # it cannot do otherwise
-        with bench._saying(f"measuring row {number} of {len(jobs)}: {impl}, {shape}"):
-            answer = _run(kind.job, impl=impl, model=asdict(shape.model), dtype=own_dtype, **settings)
-        failed = answer.pop("failed", None)
-        yield Row(impl, shape, own_dtype, None if failed else answer, failed or "")
+def _compare(
+    kind: Kind, options: Options, prepared: Prepared, usual: list[str], shapes: list[Shape], **settings
+) -> None:
+    """Measures and shows all rows. usual: the impls of this device; settings: further arguments of the job."""
+    on_cpu = prepared.device == "cpu"
+    dtype = options.dtype or ("float32" if on_cpu else "bfloat16")
+    chosen = prepared.impls or usual
+    impls = (["reference"] if prepared.reference else []) + [impl for impl in kind.impls if impl in chosen]
+    rows = []
+    for shape, impl in product(shapes, impls):
+        own_dtype = "float32" if (kind, impl) == (SAMPLE, "reference") else dtype  # it supports no other
+        rows.append(Row(impl, shape, own_dtype, reason=NOT_ON_CPU.get(impl, "") if on_cpu else ""))
+    settings |= dict(device=prepared.device, threads=options.threads, repeats=options.repeats)
+    measured = common.measure_rows("generator_rows", kind.job, rows, reference=prepared.reference, **settings)
+    report = Report(kind, prepared.heading, [], options.command, prepared.name, tuple(rows))
+    common.present(report, measured, options.out)
 
 
 class Report(NamedTuple):
-    """All that was found so far."""
+    """The table of all rows measured so far. planned: all rows, which decide the widths of columns."""
 
     kind: Kind
     heading: list[str]
     rows: list[Row]
+    command: str = ""
+    machine: str = ""
+    planned: tuple[Row, ...] = ()
+
+    @property
+    def legend(self) -> str:
+        return self.kind.legend
+
+    @property
+    def headings(self) -> list[str]:
+        kind = self.kind
+        speed = [f"{kind.unit}/s", *(["MFU"] if kind is TRAIN else []), f"s/{kind.per}", "CPU s"]
+        bases = [f"x {base}" for base in kind.bases]
+        return [*("impl", "recipe", "V", "dtype"), *speed, "extra MiB", "peak MiB", *bases]
+
+    @property
+    def widths(self) -> list[int]:
+        widths = [max(6, len(text)) for text in self.headings]
+        widths[0] = max(len(row.impl) for row in self.planned)
+        widths[1] = max(map(len, ["recipe", *(row.shape.recipe for row in self.planned)]))
+        return widths
 
     def times(self, row: Row, base: str) -> float | None:
-        """How many times the base's speed a row's is; None where the base was not measured."""
+        """The speed of a row divided by its base's; None if the base was not measured."""
         bases = [other for other in self.rows if (other.impl, other.shape) == (base, row.shape) and other.measured]
         return row.speed / bases[0].speed if bases else None
 
     def cells(self, row: Row) -> list[str]:
-        """Its numbers; where there are none, the reason and nothing more."""
+        """The row's numbers, or the reason why it has none."""
         names = [row.impl, row.shape.recipe, f"{row.shape.model.vocabulary}", row.dtype]
         if row.measured is None:
             return [*names, f"not measured: {row.reason}"]
@@ -279,7 +273,7 @@ class Report(NamedTuple):
         ]
 
     def notes(self) -> list[str]:
-        """What the numbers say: the rows that are no base beside those that are."""
+        """Ratios of the other rows to the bases."""
         notes = []
         for row in self.rows:
             if not row.measured or row.impl in self.kind.bases:
@@ -295,26 +289,40 @@ class Report(NamedTuple):
         if not row.extra_mib or not other.extra_mib:
             return ""
         ratio = row.extra_mib / other.extra_mib
-        share = f"{bench._share(ratio)} of" if ratio < 1 else f"{ratio:.2f} times"
+        share = f"{common.share(ratio)} of" if ratio < 1 else f"{ratio:.2f} times"
         return f", with {share} its extra memory"
 
     def markdown(self, picture: str) -> str:
-        table = _markdown_table(Table(tuple(_headings(self.kind)), [self.cells(row) for row in self.rows]))
+        table = common.Table(self.headings, [self.cells(row) for row in self.rows])
         notes = "\n".join(f"- {note}" for note in self.notes())
-        parts = [
-            f"# {self.kind.title}",
-            *self.heading,
-            table,
-            notes,
-            self.kind.legend,
-            f"![Speed and memory]({picture})",
-        ]
-        return "\n\n".join(part for part in parts if part) + "\n"
+        heading = f"# {self.kind.title}", *self.heading, f"`{self.command}`"
+        picture = f"![Speed and memory]({picture})"
+        return common.markdown_page(*heading, common.markdown_table(table), notes, self.legend, picture)
 
-
-def _headings(kind: Kind) -> list[str]:
-    speed = [f"{kind.unit}/s", *(["MFU"] if kind is TRAIN else []), f"s/{kind.per}", "CPU s"]
-    return [*("impl", "recipe", "V", "dtype"), *speed, "extra MiB", "peak MiB", *(f"x {base}" for base in kind.bases)]
+    def draw(self, path: Path) -> None:
+        """Bars of speed and of extra memory for each shape."""
+        kind, rows = self.kind, self.rows
+        shapes = list(dict.fromkeys(str(row.shape) for row in rows))
+        impls = list(dict.fromkeys(row.impl for row in rows))
+        size = 11, 0.9 + len(shapes) * (0.8 + 0.3 * len(impls))
+        figure, axes = common.pyplot().subplots(len(shapes), 2, figsize=size, layout="constrained", squeeze=False)
+        values = (
+            (f"{kind.unit} per second (higher is better)", lambda row: row.speed),
+            ("extra memory, MiB (lower is better)", lambda row: row.extra_mib),
+        )
+        for (shape, pair), (column, (title, value)) in product(zip(shapes, axes, strict=True), enumerate(values)):
+            axis, own = pair[column], [row for row in rows if str(row.shape) == shape]
+            lengths = [value(row) if row.measured else 0 for row in own]
+            found = zip(own, lengths, strict=True)
+            texts = [common.bar_text(length) if row.measured else "not measured" for row, length in found]
+            colors = [common.COLORS[row.impl] for row in own]
+            bars = axis.barh([row.impl for row in own], lengths, 0.75, color=colors)
+            axis.bar_label(bars, texts, padding=3, fontsize=8)
+            axis.invert_yaxis()
+            axis.margins(x=0.15)
+            axis.set_title(f"{shape}: {title}", loc="left", fontsize=9)
+        figure.suptitle(f"{kind.title} ({rows[-1].dtype}; {self.machine})", fontsize=10)
+        common.save(figure, path)
 
 
 def _packages() -> str:
@@ -325,41 +333,3 @@ def _packages() -> str:
         except metadata.PackageNotFoundError:
             found.append(f"no {name}")
     return "packages: " + ", ".join(found)
-
-
-def _draw(report: Report, machine: str, path: Path) -> None:
-    """Bars of speed and of extra memory, for each shape a line of both."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    kind, rows = report.kind, report.rows
-    shapes = list(dict.fromkeys(str(row.shape) for row in rows))
-    impls = list(dict.fromkeys(row.impl for row in rows))
-    size = 11, 0.9 + len(shapes) * (0.8 + 0.3 * len(impls))
-    figure, axes = pyplot.subplots(len(shapes), 2, figsize=size, layout="constrained", squeeze=False)
-    values = (
-        (f"{kind.unit} per second (higher is better)", lambda row: row.speed),
-        ("extra memory, MiB (lower is better)", lambda row: row.extra_mib),
-    )
-    for shape, pair in zip(shapes, axes, strict=True):
-        own = [row for row in rows if str(row.shape) == shape]
-        for axis, (title, value) in zip(pair, values, strict=True):
-            lengths = [value(row) if row.measured else 0 for row in own]
-            texts = [
-                _bar_text(length) if row.measured else "not measured" for row, length in zip(own, lengths, strict=True)
-            ]
-            bars = axis.barh([row.impl for row in own], lengths, 0.75, color=[COLORS[row.impl] for row in own])
-            axis.bar_label(bars, texts, padding=3, fontsize=8)
-            axis.invert_yaxis()
-            axis.margins(x=0.15)
-            axis.set_title(f"{shape}: {title}", loc="left", fontsize=9)
-            axis.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(f"{kind.title} ({rows[-1].dtype}; {machine})", fontsize=10)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
-
-
-def _bar_text(value: float) -> str:
-    return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"

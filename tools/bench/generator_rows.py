@@ -1,11 +1,10 @@
-"""One row of `ibq bench sample` or `ibq bench train-ar`, measured in a process of its own.
+"""One row of `ibq bench sample` or `ibq bench train-ar`. Runs in a fresh process.
 
-The reference is imported from a checkout of its project; nothing of it is kept here.
+The reference is imported from a checkout of its project; this project contains none of its code.
 
-Shapes: b images, t positions, v codes of the vocabulary; n = b, or with guidance 2 b, those without a class behind.
+Shapes: b images, t positions, v codes of the vocabulary; n = b, or 2 b with guidance, the unconditional half last.
 """
 
-import importlib.util
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
@@ -16,25 +15,23 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model_zoo import ModelError
-from model_zoo.sampler import Sampler, Sampling, draw, keep_products_in, uniform
-from model_zoo.transformer import Transformer, TransformerConfig, checkpoint_blocks
-from tools.bench import quantizer as bench_quantizer
-from tools.bench.common import answer, now, peak_bytes, reset_peak
-from tools.bench.quantizer import Machine
+from model_zoo.config import Sampling, TransformerConfig
+from model_zoo.sampler import Sampler, draw, guidance_scale_t, keep_products_in, uniform
+from model_zoo.transformer import Transformer, checkpoint_blocks
+from tools.bench.generator import REFERENCE_NAMES
+from tools.bench.measure import load_reference, now, peak_bytes, reset_peak
 from trainer.config import OptimizerConfig
 from trainer.optim import adam
 from trainer.throughput import matmul_rate
 
-REFERENCE_NAMES = ("GPT", "sample_IBQ")
-WEIGHT_DECAY = 0.05  # the published configurations' and our recipes'
+WEIGHT_DECAY = 0.05  # of the published configurations and of our recipes
 
 
 class Measured(NamedTuple):
-    """Of the fastest repeat, a batch of images or a training step: seconds, and those of all processors together.
+    """One batch of images or one training step: wall seconds of the fastest repeat, and CPU seconds over all threads.
 
-    extra_bytes: the peak in all repeats minus weights and, in training, moments and gradients; process_bytes: the peak
-    in all. operations_per_second: of a plain matrix product in the row's type.
+    extra_bytes: the peak over all repeats minus weights and, in training, moments and gradients. process_bytes: the
+    peak. operations_per_second: of a plain matrix product in the row's dtype.
     """
 
     seconds: float
@@ -42,13 +39,6 @@ class Measured(NamedTuple):
     extra_bytes: int
     process_bytes: int
     operations_per_second: float
-
-
-def machine(device: str, threads: int | None, reference: str | None) -> Machine:
-    """Raises ModelError where ``device`` is not there or the reference cannot be imported."""
-    if reference is not None:
-        published(reference)
-    return bench_quantizer.machine(device, threads, None)
 
 
 # ------------------------------------------------------------------------------------------------------------- sampling
@@ -66,9 +56,9 @@ def sample(
     repeats: int,
     reference: str | None,
 ) -> Measured:
-    """Batches of whole images' codes. All weights are normal(0, 0.02^2), the head's too; no top-k, no top-p.
+    """Samples batches of whole images' codes. All weights are normal(0, 0.02^2), the head's too; no top-k, no top-p.
 
-    A batch more goes before the repeats, in which graphs are captured and code is compiled.
+    One batch before the repeats captures graphs and compiles.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -99,13 +89,13 @@ def sample(
 def sample_uncached(
     transformer: Transformer, class_b: Tensor, seeds: Sequence[int], settings: Sampling, dtype: torch.dtype | None
 ) -> Tensor:
-    """Codes ``(b, tokens)``, those of `Sampler.sample`, by a forward over all codes so far for each new one.
+    """The codes ``(b, tokens)`` of `Sampler.sample`, by one forward over all previous codes for each new code.
 
-    The head is spared all positions but the last, whose logits alone are needed.
+    The head computes the logits of the last position only.
     """
     config, device = transformer.config, class_b.device
     uniform_bt = torch.stack([uniform(seed, config.tokens) for seed in seeds]).to(device)
-    guidance_t = settings.guidance_t(config.tokens).to(device)
+    guidance_t = guidance_scale_t(settings, config.tokens).to(device)
     guided = settings.guidance != 1
     class_n = torch.cat([class_b, torch.full_like(class_b, config.classes)]) if guided else class_b
     index_bt = class_b.new_empty(len(class_b), 0)
@@ -139,7 +129,7 @@ def train(
 ) -> Measured:
     """Training steps on random codes, with dropout: forward, loss, backward, AdamW. Weights and moments are fp32.
 
-    Two steps go before: the first makes the moments and compiles.
+    Two warm-up steps: the first allocates the moments and compiles.
     """
     if threads:
         torch.set_num_threads(threads)
@@ -184,20 +174,12 @@ def train(
 
 
 def published(path: str) -> ModuleType:
-    """The reference's module at ``path``; ModelError where it cannot be had."""
-    spec = importlib.util.spec_from_file_location("ibq_bench_reference", path)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except ModuleNotFoundError as error:
-        raise ModelError(f"--reference: {path} needs the package {error.name}: install it here") from None
-    if missing := [name for name in REFERENCE_NAMES if not hasattr(module, name)]:
-        raise ModelError(f"--reference: {path} has no {missing[0]}: check out TencentARC/SEED-Voken's main")
-    return module
+    """The reference's module at ``path``. Raises ModelError."""
+    return load_reference(path, *REFERENCE_NAMES)
 
 
 def published_generator(path: str, config: TransformerConfig) -> nn.Module:
-    """The reference's of the same sizes, with the settings of its configurations."""
+    """The reference's generator of the same size, with the settings of its configurations."""
     return published(path).GPT(
         vocab_size=config.vocabulary,
         block_size=config.tokens,
@@ -216,7 +198,7 @@ def published_generator(path: str, config: TransformerConfig) -> nn.Module:
 def published_sampling(
     module: ModuleType, generator: nn.Module, class_b: Tensor, guidance: float
 ) -> Callable[[], Tensor]:
-    """As its evaluation scripts sample: no top-k (0; None would draw nothing), no top-p, one class for the batch."""
+    """Samples as the reference's evaluation scripts do: no top-k (0; None samples nothing), no top-p, one class."""
     class_b = torch.full_like(class_b, int(class_b[0]))
     none_b = torch.full_like(class_b, generator.class_emb.num_classes)
     class_n1 = (torch.cat([class_b, none_b]) if guidance > 1 else class_b)[:, None]
@@ -225,13 +207,13 @@ def published_sampling(
 
 
 def published_loss(generator: nn.Module, index_bt: Tensor, class_b: Tensor) -> Tensor:
-    """Of its training step."""
+    """The loss of the reference's training step."""
     logits_btv, _ = generator((index_bt[:, :-1], class_b[:, None]))
     return F.cross_entropy(logits_btv.flatten(0, 1), index_bt.flatten())
 
 
 def published_optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    """As it configures its own: PyTorch's AdamW, not the fused one, without decay of what has one dimension."""
+    """The reference's optimizer: AdamW, not fused, without weight decay of one-dimensional parameters."""
     matrices = [parameter for parameter in parameters if parameter.ndim > 1]
     others = [parameter for parameter in parameters if parameter.ndim <= 1]
     groups = [dict(params=matrices, weight_decay=WEIGHT_DECAY), dict(params=others, weight_decay=0.0)]
@@ -242,7 +224,7 @@ def published_optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer
 
 
 def _measured(run: Callable, device: str, dtype: str, repeats: int, gradients: int = 0) -> Measured:
-    """gradients: bytes that are no extra."""
+    """gradients: bytes not counted as extra memory."""
 
     def timed() -> tuple[float, float]:
         start, processor = now(device), time.process_time()
@@ -256,8 +238,3 @@ def _measured(run: Callable, device: str, dtype: str, repeats: int, gradients: i
     seconds, processor = min(timed() for _ in range(repeats))
     in_all = peak_bytes(device)
     return Measured(seconds, processor, max(0, in_all - before - gradients), in_all, rate)
-
-
-def main() -> None:
-    """The process of a row."""
-    answer(machine, sample, train)

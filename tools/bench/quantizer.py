@@ -1,283 +1,280 @@
-"""One row of `ibq bench quantizer`, measured in a process of its own.
+"""`ibq bench quantizer` and `ibq bench cross-entropy`: time and memory of the two operations over all codes."""
 
-The reference is imported from a checkout of its project; nothing of it is kept here.
-"""
-
-import importlib.util
-import platform
-import time
+import math
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from tools.bench import common
+from tools.bench.common import bad, names, numbers
 
-from model_zoo import ModelError
-from model_zoo.ops.chunked import ChunkedSweeps
-from model_zoo.ops.dense import index_backprop_dense
-from model_zoo.ops.tiled import Settings, SkipStats, index_backprop_tiled
-from tools.bench.common import answer, now, peak_bytes, reset_peak
-
-# A sweep is one product of all tokens with all codes. How many each counted pass makes with what it does not skip:
-# "first" is the logits, of which none is skipped. In Triton dz and dC come from two kernels, and each makes dl anew.
-PRODUCTS = {
-    "chunked": {
-        "first": 1,
-        "output": 1,
-        "assignment": 1,
-        "average": 1,
-        "soft_gradient": 4,
-        "average_gradient": 1,
-        "entropy_gradient": 3,
-    },
-    "triton": {
-        "first": 1,
-        "output": 1,
-        "assignment": 1,
-        "average": 1,
-        "soft_gradient": 6,
-        "average_gradient": 1,
-        "entropy_gradient": 4,
-    },
-}
-# Those that skip nothing. dense: logits and code vectors; backward g C^T, onehot^T g, dl C, dl^T z. reference: the same
-# and its second code vectors, for its VQ losses, with their gradient. attention: two forward, five backward.
-SWEEPS = {"dense": 6, "reference": 8, "attention": 7}
+IMPLS = ("dense", "chunked", "triton", "attention")
+CROSS_ENTROPY_IMPLS = ("dense", "chunked", "liger")
+NEED_CUDA = ("triton", "attention", "liger")
+DTYPES = ("float32", "bfloat16", "float16")
+REFERENCE_FILE = Path("src/IBQ/modules/vqvae/quantize.py")
 REFERENCE_CLASS = "IndexPropagationQuantize"
+LEGEND = """\
+skipped: tiles skipped in the gradients of the softmax / of the entropies. sweeps: products of all tokens with all codes
+that were computed. of rate: their time at the rate of a plain matrix product, as a share of the measured time."""
+LONG_LEGEND = """\
+Each row is measured in a fresh process. z is normal(0, scale^2), the codebook normal(0, 1), as at the start of
+training. The loss uses the quantized vectors and, unless the temperature is 0, both entropies. Times are those of the
+fastest repeat; processor time far below threads x time means that other programs used the machine. Extra memory is the
+peak of the process (on CUDA: of what PyTorch allocates on the device) minus operands and gradients, in the first
+repeat.
+
+A sweep is one product of all tokens with all codes, 2 N K D operations. Skipped tiles are not counted. The floor is the
+time of these sweeps at the rate of a plain matrix product, measured in the same process.
+
+reference: TencentARC/SEED-Voken's own quantizer, z as images of 16 x 16 tokens, with its VQ losses, which take two more
+sweeps. attention: q = z, k = v = codebook; the same softmax and its gradients, without choosing codes and without
+entropies."""
 
 
-class Machine(NamedTuple):
-    """Where rows are measured. device: cpu or cuda, never auto."""
+class Shape(NamedTuple):
+    """What rows are compared at."""
 
-    device: str
-    name: str
-    threads: int
-    torch: str
-    python: str
+    tokens: int
+    codes: int
+    dim: int
+    dtype: str
 
-
-class Measured(NamedTuple):
-    """Seconds of the fastest repeat, and of the first one the memory: extra_bytes is the peak minus what was there
-    before minus gradients, process_bytes the peak in all.
-
-    sweeps: products of all tokens with all codes that were made. operations_per_second: of a plain matrix product.
-    kernel: whose attention it was, or None.
-    """
-
-    forward_seconds: float
-    backward_seconds: float
-    processor_seconds: float
-    extra_bytes: int
-    process_bytes: int
-    skip_soft: float | None
-    skip_entropy: float | None
-    sweeps: float
-    operations_per_second: float
-    kernel: str | None
+    def __str__(self) -> str:
+        return f"N {self.tokens:,}, K {self.codes:,}, D {self.dim}, {self.dtype}"
 
 
-class Loss(NamedTuple):
-    """of(stats): the loss of one forward pass; a tiled impl counts in stats, or None, what it skips. kernel: as in
-    `Measured`."""
+class Row(NamedTuple):
+    """measured: the fields of `tools.bench.quantizer_rows.Measured`, or None and the reason."""
 
-    of: Callable[[SkipStats | None], Tensor]
-    kernel: str | None = None
+    impl: str
+    shape: Shape
+    measured: dict | None = None
+    reason: str = ""
+
+    @property
+    def arguments(self) -> dict:
+        return self.shape._asdict()
+
+    @property
+    def seconds(self) -> float:
+        return self.measured["forward_seconds"] + self.measured["backward_seconds"]
+
+    @property
+    def floor_seconds(self) -> float:
+        sweep = 2 * self.shape.tokens * self.shape.codes * self.shape.dim
+        return self.measured["sweeps"] * sweep / self.measured["operations_per_second"]
+
+    @property
+    def nanoseconds_per_logit(self) -> float:
+        return 1e9 * self.seconds / self.shape.tokens / self.shape.codes
+
+    @property
+    def extra_mib(self) -> float:
+        return self.measured["extra_bytes"] / 2**20
 
 
-def machine(device: str, threads: int | None, reference: str | None) -> Machine:
-    """Raises ModelError where ``device`` is not there or the reference cannot be imported."""
-    if device == "auto":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-    if device == "cuda" and not torch.cuda.is_available():
-        raise ModelError("--device cuda: PyTorch finds no CUDA device here: see `ibq doctor`, or use --device cpu")
-    if reference is not None:
-        reference_class(reference)
-    if device == "cuda":
-        name = torch.cuda.get_device_name()
-    else:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-        names = [line.split(":")[1].strip() for line in lines if line.startswith("model name")]
-        name = names[0] if names else platform.machine()
-    return Machine(device, name, threads or torch.get_num_threads(), torch.__version__, platform.python_version())
+class Column(NamedTuple):
+    """A column of the full table. terminal: its heading in the narrower one, or None."""
+
+    heading: str
+    terminal: str | None
+    cell: Callable[[Row], str]
 
 
-def measure(
+def _skipped(row: Row) -> str:
+    rates = [row.measured["skip_soft"], row.measured["skip_entropy"]]
+    return "-" if rates == [None, None] else " / ".join("-" if rate is None else f"{rate:.1%}" for rate in rates)
+
+
+SHAPE_COLUMNS = [
+    Column("impl", "impl", lambda row: row.impl),
+    Column("dtype", "dtype", lambda row: row.shape.dtype),
+    Column("N", "N", lambda row: str(row.shape.tokens)),
+    Column("K", "K", lambda row: str(row.shape.codes)),
+    Column("D", "D", lambda row: str(row.shape.dim)),
+]
+SKIPPED = Column("skipped, softmax / entropies", "   skipped    ", _skipped)
+SWEEPS = Column("sweeps computed", "sweeps", lambda row: f"{row.measured['sweeps']:.2f}")
+COLUMNS = [
+    Column("forward, s", "forward s", lambda row: f"{row.measured['forward_seconds']:.3f}"),
+    Column("backward, s", "backward s", lambda row: f"{row.measured['backward_seconds']:.3f}"),
+    Column("both, s", "both s", lambda row: f"{row.seconds:.3f}"),
+    Column("processor, s", None, lambda row: f"{row.measured['processor_seconds']:.3f}"),
+    Column("ns per N x K", None, lambda row: f"{row.nanoseconds_per_logit:.2f}"),
+    Column("extra memory, MiB", "extra MiB", lambda row: f"{row.extra_mib:.0f}"),
+    Column("peak of the process, MiB", None, lambda row: f"{row.measured['process_bytes'] / 2**20:.0f}"),
+    SKIPPED,
+    SWEEPS,
+    Column("matmul, GFLOP/s", None, lambda row: f"{row.measured['operations_per_second'] / 1e9:.0f}"),
+    Column("floor, s", None, lambda row: f"{row.floor_seconds:.3f}"),
+    Column("of matmul rate", "of rate", lambda row: f"{row.floor_seconds / row.seconds:.0%}"),
+]
+
+
+def compare_quantizers(
+    shapes: list[Shape],
+    impls: list[str],
     *,
-    impl: str,
-    dtype: str,
-    tokens: int,
-    codes: int,
-    dim: int,
-    temperature: float | None = 0.01,
-    scale: float = 1.0,
-    skip: bool = True,
-    tile: list[int] | None = None,
-    device: str = "cpu",
-    threads: int | None = None,
-    repeats: int = 1,
-    reference: str | None = None,
-) -> Measured:
-    """Forward and backward passes of z, normal(0, scale^2), with a codebook, normal(0, 1), as it is at the start.
-
-    The loss uses the quantized vectors and, with a temperature, both entropies (attention has none).
-    """
-    if threads:
-        torch.set_num_threads(threads)
-    on_cpu = device == "cpu"
-    generator = torch.Generator(device).manual_seed(0)
-
-    def normal(*shape: int) -> Tensor:
-        return torch.empty(shape, dtype=getattr(torch, dtype), device=device).normal_(generator=generator)
-
-    def operands(tokens: int, codes: int) -> tuple[Tensor, Tensor, nn.Parameter]:
-        shape = reference_shape(tokens, dim) if impl == "reference" else (tokens, dim)
-        return normal(*shape).mul_(scale).requires_grad_(), normal(*shape), nn.Parameter(normal(codes, dim))
-
-    def loss(z: Tensor, grad: Tensor, codebook_kd: nn.Parameter) -> Loss:
-        if impl == "reference":
-            return reference_loss(reference_class(reference), z, grad, codebook_kd, temperature)
-        if impl == "attention":
-            return attention_loss(z, grad, codebook_kd)
-        return index_backprop_loss(impl, z, grad, codebook_kd, temperature, skip, tile)
-
-    def run(loss: Loss, stats: SkipStats | None = None) -> tuple[float, float, float]:
-        start, processor = now(device), time.process_time()
-        value = loss.of(stats)
-        middle = now(device)
-        value.backward()
-        end = now(device)
-        return middle - start, end - middle, time.process_time() - processor
-
-    rate = matmul_rate(normal, device, tokens, dim)
-    run(loss(*operands(64, 600)))  # libraries, threads
-    z, grad, codebook_kd = operands(tokens, codes)
-    measured = loss(z, grad, codebook_kd)
-    stats = counted = SkipStats()
-    if not on_cpu:
-        run(measured, stats)  # kernels are compiled for the shapes they meet
-        stats = None  # on CUDA counting waits for the device
-        z.grad = codebook_kd.grad = None
-    reset_peak(device)
-    before = peak_bytes(device)
-    times = []
-    for number in range(repeats):
-        z.grad = codebook_kd.grad = None
-        times.append(run(measured, stats))
-        if number == 0:
-            in_all = peak_bytes(device)
-            extra = max(0, in_all - before - z.grad.nbytes - codebook_kd.grad.nbytes)
-    forward, backward, processor = min(times, key=lambda seconds: seconds[0] + seconds[1])
-
-    skipped = {name: counted.skip_rate(name) for name in counted.visited}
-    sweeps = SWEEPS.get(impl)
-    if sweeps is None:
-        sweeps = PRODUCTS[impl]["first"] + sum(PRODUCTS[impl][name] * (1 - skipped[name]) for name in skipped)
-    skip_soft, skip_entropy = skipped.get("soft_gradient"), skipped.get("entropy_gradient")
-    return Measured(forward, backward, processor, extra, in_all, skip_soft, skip_entropy, sweeps, rate, measured.kernel)
+    temperature: float,
+    scale: float,
+    skip: bool,
+    tile: str | None,
+    reference: Path | None,
+    out: Path | None,
+    device: str,
+    threads: int | None,
+    repeats: int,
+    command: str,
+) -> None:
+    """`ibq bench quantizer`: measures every impl at every shape, prints the table, and writes it to ``out``."""
+    if not 0 <= temperature < math.inf:
+        raise bad("--temperature", f"{temperature} is not a finite number >= 0 (0 leaves the entropies out)")
+    if not 0 < scale < 1e6:
+        raise bad("--scale", f"{scale} is not a number above 0 and below a million")
+    tile_size = tile and numbers("--tile", tile)
+    if tile_size and len(tile_size) != 2:
+        raise bad("--tile", f"{tile!r} is not TOKENS,CODES, as in 1024,256")
+    path = reference and common.reference_path(reference, REFERENCE_FILE)
+    common.check_out(out, ".png")
+    machine = common.machine(device, threads, path and [path, REFERENCE_CLASS])
+    heading = [common.machine_line(machine), *([common.revision(reference)] if reference else [])]
+    rows = _planned([*(["reference"] if reference else []), *impls], shapes, machine["device"])
+    settings = dict(temperature=temperature or None, scale=scale, skip=skip, tile=tile_size, reference=path)
+    settings |= dict(device=machine["device"], threads=threads, repeats=repeats)
+    report = Report(heading, rows, SHAPE_COLUMNS + COLUMNS, LEGEND, command, machine["name"])
+    common.present(report, common.measure_rows("quantizer_rows", "measure", rows, **settings), out)
 
 
-def index_backprop_loss(impl, z_nd, grad_nd, codebook_kd, temperature, skip, tile) -> Loss:
-    """Of this project's operation."""
-    if impl == "triton":
-        from model_zoo.ops.triton_sweeps import TritonSweeps  # triton is there on Linux only
-
-    def of(stats: SkipStats | None) -> Tensor:
-        if impl == "dense":
-            out = index_backprop_dense(z_nd, codebook_kd, temperature)
-        else:
-            settings = Settings(skip=skip, tile=tuple(tile) if tile else None, stats=stats)
-            sweeps = ChunkedSweeps if impl == "chunked" else TritonSweeps
-            out = index_backprop_tiled(z_nd, codebook_kd, temperature, sweeps=sweeps, settings=settings)
-        loss = (out.quantized_nd * grad_nd).sum()
-        return loss if temperature is None else loss + out.sample_entropy - out.average_entropy
-
-    return Loss(of)
+def compare_cross_entropies(
+    shapes: list[Shape], impls: list[str], *, device: str, threads: int | None, repeats: int
+) -> None:
+    """`ibq bench cross-entropy`: measures every impl at every shape and prints the table."""
+    machine = common.machine(device, threads, None)
+    rows = _planned(impls, shapes, machine["device"])
+    columns = SHAPE_COLUMNS + [column for column in COLUMNS if column not in (SKIPPED, SWEEPS)]
+    report = Report([common.machine_line(machine)], rows, columns)
+    settings = dict(device=machine["device"], threads=threads, repeats=repeats)
+    common.present(report, common.measure_rows("cross_entropy_rows", "measure", rows, **settings), None)
 
 
-def attention_loss(z_nd: Tensor, grad_nd: Tensor, codebook_kd: Tensor) -> Loss:
-    """Attention over the codebook, one head of size D: the peer that makes the same softmax and its gradients.
-
-    The package flash_attn where it is installed, or else PyTorch's: its flash kernel, or what it has for operands that
-    this one does not take.
-    """
-    dim = z_nd.shape[1]
-    if z_nd.is_cuda and flash_takes(z_nd) and importlib.util.find_spec("flash_attn"):
-        import flash_attn
-
-        def attention() -> Tensor:
-            q, kv = z_nd.view(1, -1, 1, dim), codebook_kd.view(1, -1, 1, dim)
-            return flash_attn.flash_attn_func(q, kv, kv, softmax_scale=1.0)
-
-        kernel = f"flash_attn {flash_attn.__version__}"
-    else:
-        flash = flash_takes(z_nd)
-        backends = SDPBackend.FLASH_ATTENTION if flash else [SDPBackend.EFFICIENT_ATTENTION, SDPBackend.CUDNN_ATTENTION]
-
-        def attention() -> Tensor:
-            q, kv = z_nd.view(1, 1, -1, dim), codebook_kd.view(1, 1, -1, dim)
-            with sdpa_kernel(backends):
-                return F.scaled_dot_product_attention(q, kv, kv, scale=1.0)
-
-        kernel = "PyTorch flash" if flash else "PyTorch, not flash"
-    return Loss(lambda _: (attention().reshape(grad_nd.shape) * grad_nd).sum(), kernel=kernel)
+def parse_shapes(tokens: str, codes: str, dim: str, dtype: str) -> list[Shape]:
+    """Every combination of the options' values. Raises BadParameter."""
+    sizes = numbers("--tokens", tokens), numbers("--codes", codes), numbers("--dim", dim)
+    return [Shape(*values) for values in product(*sizes, names("--dtype", dtype, DTYPES))]
 
 
-def flash_takes(z_nd: Tensor) -> bool:
-    """What FlashAttention is written for; PyTorch's on a CPU takes fp32 and any size."""
-    return not z_nd.is_cuda or (z_nd.dtype in (torch.float16, torch.bfloat16) and z_nd.shape[1] <= 256)
+def _planned(impls: list[str], shapes: list[Shape], device: str) -> list[Row]:
+    missing = NEED_CUDA if device != "cuda" else ()
+    return [Row(impl, shape, reason="needs CUDA" * (impl in missing)) for shape in shapes for impl in impls]
 
 
-def reference_loss(quantizer_class, z_bdhw, grad_bdhw, codebook_kd, temperature) -> Loss:
-    """The reference's own quantizer with our operands, its VQ losses and, with a temperature, its entropy loss."""
-    codes, dim = codebook_kd.shape
-    entropy = {} if temperature is None else {"entropy_temperature": temperature}
-    with torch.device("meta"):  # the codebook that it would make is not needed
-        quantizer = quantizer_class(codes, dim, use_entropy_loss=temperature is not None, **entropy)
-    quantizer.embedding.weight = codebook_kd
+class Report:
+    """The table of all rows measured so far. planned: all rows, which decide the widths of columns."""
 
-    def of(_) -> Tensor:
-        quantized_bdhw, losses, _ = quantizer(z_bdhw)
-        if temperature is not None:
-            quantization, _, _, entropy_loss = losses
-            losses = quantization + entropy_loss
-        return (quantized_bdhw * grad_bdhw).sum() + losses
+    def __init__(
+        self,
+        heading: list[str],
+        planned: list[Row],
+        columns: list[Column],
+        legend: str = "",
+        command: str = "",
+        machine: str = "",
+    ):
+        self.heading, self.columns, self.legend = heading, columns, legend
+        self.command, self.machine = command, machine
+        self.shown = [column for column in columns if column.terminal]
+        self.headings = [column.terminal for column in self.shown]
+        of_shapes = [max(len(column.cell(row)) for row in planned) for column in SHAPE_COLUMNS]
+        # 7 characters hold 999.999 seconds.
+        least = of_shapes + [7] * (len(self.shown) - len(of_shapes))
+        self.widths = [max(width, len(text)) for width, text in zip(least, self.headings, strict=True)]
+        self.rows: list[Row] = []
 
-    return Loss(of)
+    def cells(self, row: Row) -> list[str]:
+        return _cells(row, self.shown)
+
+    def markdown(self, picture: str) -> str:
+        table = common.Table(
+            [column.heading for column in self.columns], [_cells(row, self.columns) for row in self.rows]
+        )
+        notes = "\n".join(f"- {note}" for note in self.notes())
+        heading = *self.heading, f"`{self.command}`"
+        return common.markdown_page(
+            "# Index backpropagation", *heading, common.markdown_table(table), notes, LONG_LEGEND
+        )
+
+    def notes(self) -> list[str]:
+        """Ratios of the tiled impls to those that hold all logits, and the attention kernel."""
+        measured = {(row.impl, row.shape): row for row in self.rows if row.measured}
+        notes = []
+        for (impl, shape), row in measured.items():
+            for base in ("dense", "reference"):
+                if impl in ("chunked", "triton", "liger") and (base, shape) in measured:
+                    other = measured[base, shape]
+                    times = f"{common.share(row.seconds / other.seconds)} of {base}'s time"
+                    memory = ""
+                    if row.extra_mib and other.extra_mib:
+                        memory = f", {common.share(row.extra_mib / other.extra_mib)} of its extra memory"
+                    notes.append(f"{shape}: {impl} takes {times}{memory}")
+        kernels = sorted({row.measured["kernel"] for row in measured.values() if row.measured["kernel"]})
+        return notes + [f"attention: {kernel}" for kernel in kernels]
+
+    def draw(self, path: Path) -> None:
+        """Bars over K: time per N x K and extra memory, for every impl and whatever else differs between rows."""
+        rows = self.rows
+        varying = [name for name in ("tokens", "dim", "dtype") if len({getattr(row.shape, name) for row in rows}) > 1]
+        figure, axes = common.pyplot().subplots(1, 2, figsize=(11, 4.6), layout="constrained")
+        _draw_bars(axes[0], rows, varying, "time, ns per N x K", lambda row: row.nanoseconds_per_logit)
+        _draw_bars(axes[1], rows, varying, "extra memory, MiB", lambda row: row.extra_mib)
+        shape = rows[0].shape
+        shown = {"tokens": f"N {shape.tokens:,}", "dim": f"D {shape.dim}", "dtype": shape.dtype}
+        same = [text for name, text in shown.items() if name not in varying]
+        about = "; ".join([", ".join(same), self.machine] if same else [self.machine])
+        figure.suptitle(f"Index backpropagation, forward and backward ({about}). Lower is better.", fontsize=10)
+        handles = axes[0].get_legend_handles_labels()
+        figure.legend(*handles, loc="outside lower center", ncols=4, frameon=False, fontsize=9)
+        common.save(figure, path)
 
 
-def reference_shape(tokens: int, dim: int) -> tuple[int, int, int, int]:
-    """(B, D, H, W): pictures of 16 x 16 tokens, or one row of tokens where they do not come out even."""
-    return (1, dim, 1, tokens) if tokens % 256 else (tokens // 256, dim, 16, 16)
+def _cells(row: Row, columns: list[Column]) -> list[str]:
+    """The row's numbers, or the reason why it has none."""
+    if row.measured is not None:
+        return [column.cell(row) for column in columns]
+    return [*(column.cell(row) for column in SHAPE_COLUMNS), f"not measured: {row.reason}"]
 
 
-def reference_class(path: str) -> type[nn.Module]:
-    """The quantizer in the reference's file at ``path``; ModelError where it cannot be had."""
-    spec = importlib.util.spec_from_file_location("ibq_bench_reference", path)
-    module = importlib.util.module_from_spec(spec)
-    try:
-        spec.loader.exec_module(module)
-    except ModuleNotFoundError as error:
-        raise ModelError(f"--reference: {path} needs the package {error.name}: install it here") from None
-    if not hasattr(module, REFERENCE_CLASS):
-        raise ModelError(f"--reference: {path} has no class {REFERENCE_CLASS}: check out TencentARC/SEED-Voken's main")
-    return getattr(module, REFERENCE_CLASS)
+def _draw_bars(axis, rows: list[Row], varying: list[str], title: str, value: Callable[[Row], float]) -> None:
+    """A group of bars for each K on a logarithmic axis."""
 
+    def label(row: Row) -> str:
+        letters = {"tokens": "N ", "dim": "D ", "dtype": ""}
+        return ", ".join([row.impl, *(f"{letters[name]}{getattr(row.shape, name)}" for name in varying)])
 
-def matmul_rate(normal: Callable[..., Tensor], device: str, tokens: int, dim: int) -> float:
-    """Operations per second of the best of ten products of the tokens with 4096 codes."""
-    left, right = normal(tokens, dim), normal(4096, dim)
-    out = left @ right.T
-    best = float("inf")
-    for _ in range(10):
-        start = now(device)
-        torch.mm(left, right.T, out=out)
-        best = min(best, now(device) - start)
-    return 2 * tokens * 4096 * dim / best
-
-
-def main() -> None:
-    """The process of a row."""
-    answer(machine, measure)
+    labels = list(dict.fromkeys(map(label, rows)))
+    sizes = sorted({row.shape.codes for row in rows})
+    width = 0.85 / len(labels)
+    small = {"fontsize": 8 if len(labels) * len(sizes) <= 16 else 5}
+    for place, name in enumerate(labels):
+        own = [row for row in rows if label(row) == name]
+        of_impl = [other for other in labels if other.partition(",")[0] == own[0].impl]
+        at = [sizes.index(row.shape.codes) + (place - (len(labels) - 1) / 2) * width for row in own]
+        heights = [max(value(row), 1) if row.measured else math.nan for row in own]
+        shade = 1 - 0.7 * of_impl.index(name) / len(of_impl)
+        bars = axis.bar(at, heights, width * 0.92, label=name, color=common.COLORS[own[0].impl], alpha=shade)
+        axis.bar_label(bars, [common.bar_text(value(row)) if row.measured else "" for row in own], **small)
+        for row, x in zip(own, at, strict=True):
+            if not row.measured:
+                where = {"transform": axis.get_xaxis_transform(), "rotation": 90, "ha": "center", "va": "bottom"}
+                axis.text(x, 0.02, "not measured", color="gray", **where, **small)
+    # A logarithmic axis has no 0: bars start at the power of ten below half the smallest value, which counts as >= 1.
+    smallest = min(max(value(row), 1) for row in rows if row.measured)
+    axis.set_yscale("log")
+    axis.set_ylim(10 ** math.floor(math.log10(smallest / 2)), axis.get_ylim()[1] * 1.5)
+    axis.yaxis.set_major_formatter("{x:,g}")
+    axis.yaxis.set_minor_formatter("")
+    axis.set_xlim(-0.5, len(sizes) - 0.5)
+    axis.set_xticks(range(len(sizes)), [f"{size:,}" for size in sizes])
+    axis.set_xlabel("K, codes")
+    axis.set_title(title, loc="left")

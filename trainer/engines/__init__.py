@@ -28,7 +28,7 @@ def build_engine(
 
     ignored: parameters of the module that are not the engine's. gather_dtype: see `fsdp2.Fsdp2`.
     """
-    if config.kind == "replicated":
+    if config.kind == "ddp":
         return DataParallel(module, make_optimizer, ignored, **batch)
     if config.kind == "fsdp2":
         from trainer.engines.fsdp2 import Fsdp2

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
-from model_zoo.io.sharded_tensors import TensorShard, whole
+from model_zoo.io.sharded_tensors import TensorShard, whole_tensor
 from trainer.engines.base import Engine, MakeOptimizer, Memory, stored_bytes, trained_parameters
 from trainer.optim import start_moments
 from trainer.parallel import sum_over_ranks
@@ -59,7 +59,7 @@ class DataParallel(Engine):
         self.optimizer.zero_grad()  # sets them to None, as apex's does, which takes no argument
 
     def weights(self) -> list[TensorShard]:
-        return [whole(name, parameter) for name, parameter in self.parameters.items()]
+        return [whole_tensor(name, parameter) for name, parameter in self.parameters.items()]
 
     def moments(self, key: str) -> list[Tensor]:
         return [self.optimizer.state[parameter][key].view(-1) for parameter in self.parameters.values()]

@@ -1,1 +1,1 @@
-"""Evaluation of trained models: what is measured, by which protocol, beside which published results."""
+"""Evaluation of trained models: measures, protocols, and published results to compare with."""

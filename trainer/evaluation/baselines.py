@@ -1,11 +1,11 @@
-"""What a tokenizer's PSNR must be compared with: pictures made without any learning.
+"""Baselines for a tokenizer's PSNR that learn nothing.
 
 * mean colour: each image is replaced by its mean colour;
-* palette: as many colours as the codebook has codes, found by k-means, one colour for each token's patch. It spends the
-  same bits per token as the tokenizer, and it is fitted to the very pictures it is judged on, which favours it: to all
-  of their patches, or where those are many to as many of each picture, drawn at random.
+* palette: one colour for each token's patch, from as many colours as the codebook has codes, found by k-means. It has
+  the same bits per token as the tokenizer. It is fitted to the evaluated images, which favours it: to all patches, or,
+  if there are many, to an equal random subset of each image's patches.
 
-Both round their colours to the nearest level (the `paper` protocol's truncation would only weaken them).
+Both round colours to the nearest level (the ``paper`` protocol's truncation would only make them worse).
 """
 
 from collections.abc import Iterable, Sequence
@@ -19,18 +19,18 @@ from torch.nn import functional as F
 
 from trainer.metrics.image import padding
 
-# The palette is fitted to about 64 patches a colour, at least 2^16 and at most 2^20: more of them change its PSNR by
+# The palette is fitted to about 64 patches per colour, at least 2^16 and at most 2^20: more change its PSNR by
 # hundredths of a dB and take minutes.
 FITTED_PER_COLOR, LEAST_FITTED, MOST_FITTED = 64, 2**16, 2**20
 QUERIED_PATCHES = 2**20  # at a time
 
 
 def fit_palette(color_n3: np.ndarray, weight_n: np.ndarray, color_count: int, *, seed: int = 0) -> np.ndarray:
-    """At most `color_count` uint8 colours (k, 3) for colours in levels (0 to 255) with weights, by Lloyd's k-means.
+    """Lloyd's k-means on weighted colours in levels (0 to 255): at most ``color_count`` uint8 colours (k, 3).
 
-    Colours are first rounded to levels, as they will be drawn; where no more distinct ones are left than the palette
-    holds, they are the palette. A KD-tree finds the nearest colour, so that 262,144 colours for a million patches take
-    seconds an iteration.
+    Colours are first rounded to levels, as they will be drawn; if no more than ``color_count`` distinct ones are left,
+    these are the palette. A KD-tree finds the nearest colour: an iteration with 262,144 colours and a million patches
+    takes seconds.
     """
     distinct_u3, inverse_n = _distinct(np.rint(color_n3).astype(np.int64))
     if len(distinct_u3) <= color_count:
@@ -54,38 +54,38 @@ def fit_palette(color_n3: np.ndarray, weight_n: np.ndarray, color_count: int, *,
         filled_k = mass_k > 0
         palette_k3[filled_k] = sum_k3[filled_k] / mass_k[filled_k, None]
         idle_count = int((~filled_k).sum())
-        if idle_count:  # colours that nothing chose move to the points that are drawn worst
+        if idle_count:  # unused colours move to the points with the largest error
             palette_k3[~filled_k] = point_u3[np.argsort(error_u)[-idle_count:]]
     return np.rint(palette_k3).astype(np.uint8)
 
 
 def _distinct(color_n3: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Distinct rows (u, 3) of whole levels, and for each row the place of its colour among them (n,)."""
+    """Distinct rows (u, 3) of integer levels, and each row's index among them (n,)."""
     code_u, inverse_n = np.unique(color_n3 @ (65536, 256, 1), return_inverse=True)
     return np.stack([code_u >> 16, code_u >> 8 & 255, code_u & 255], axis=1), inverse_n
 
 
 class Patches(NamedTuple):
-    """Patches of the image at that place of the set: sums of levels over a patch's own pixels (padding apart), (n, 3),
-    and how many pixels these are, (n,)."""
+    """Patches of the image at that position of the set: sums of levels over each patch's pixels without padding (n, 3),
+    and the number of these pixels (n,)."""
 
-    place: int
+    position: int
     sum_n3: np.ndarray
     pixel_count_n: np.ndarray
 
 
 class _ImageSums(NamedTuple):
-    """All that the error of an image drawn in flat patches depends on: sum (x - c)^2 = sum x^2 - 2 c sum x + n c^2."""
+    """Sufficient statistics for the error of flat patches: sum (x - c)^2 = sum x^2 - 2 c sum x + n c^2."""
 
     patches: Patches
     square_sum: int
 
 
 class ColorBaselines:
-    """Collects images and tells the PSNR of their mean colours and of a palette; keeps 3 numbers a patch, no pixels.
+    """Accumulates images and computes the PSNR of both baselines; stores 3 numbers per patch, no pixels.
 
-    image_count: of the whole set, of which other processes may have their part. The palette depends on the set and on
-    the seed, not on who has what.
+    image_count: of the whole set, over all processes. The palette depends on the set and the seed, not on how images
+    are divided among processes.
     """
 
     def __init__(self, patch_size: int, color_count: int, *, image_count: int, seed: int = 0):
@@ -93,44 +93,44 @@ class ColorBaselines:
         fitted = min(max(FITTED_PER_COLOR * color_count, LEAST_FITTED), MOST_FITTED)
         self.fitted_per_image = max(1, fitted // max(1, image_count))
         self._images: list[_ImageSums] = []
-        self._pixel_counts: dict[tuple[int, int], np.ndarray] = {}  # those of equally large images are the same
+        self._pixel_counts: dict[tuple[int, int], np.ndarray] = {}  # by image size
 
-    def update(self, levels_bchw: Tensor, places: Sequence[int]) -> None:
-        """Takes uint8 images of one size, and their places in the set. Sides that no patch divides are padded like the
-        tokenizer's, the padding not counted."""
-        self._images.extend(self._sums(levels_bchw, places))
+    def update(self, levels_bchw: Tensor, positions: Sequence[int]) -> None:
+        """Adds uint8 images of one size with their positions in the set. Sides are padded like the tokenizer's; padding
+        does not count."""
+        self._images.extend(self._sums(levels_bchw, positions))
 
     def mean_color_psnr(self) -> list[float]:
-        """dB, an image each, in the order of the updates; infinite for an image of one colour."""
+        """dB of each image, in the order of updates; infinite for an image of one colour."""
         return [_psnr(image, np.rint(_mean_color(image.patches))) for image in self._images]
 
     def fitted(self) -> list[Patches]:
-        """Of each image the patches that the palette is to be fitted to, drawn by seed and place."""
+        """The patches of each image that the palette is fitted to, chosen by seed and position."""
         chosen = []
         for patches, _ in self._images:
             count = len(patches.pixel_count_n)
             if count > self.fitted_per_image:
-                random = np.random.default_rng((self.seed, patches.place))
+                random = np.random.default_rng((self.seed, patches.position))
                 which = random.choice(count, self.fitted_per_image, replace=False)
-                patches = Patches(patches.place, patches.sum_n3[which], patches.pixel_count_n[which])
+                patches = Patches(patches.position, patches.sum_n3[which], patches.pixel_count_n[which])
             chosen.append(patches)
         return chosen
 
     def fit(self, fitted: Iterable[Patches]) -> np.ndarray:
-        """The palette (k, 3), uint8, of what `fitted` gave of all images, each patch weighted by its pixels."""
-        fitted = sorted(fitted, key=lambda patches: patches.place)
+        """The palette (k, 3), uint8, for the `fitted` patches of all images, weighted by their numbers of pixels."""
+        fitted = sorted(fitted, key=lambda patches: patches.position)
         color_n3 = np.concatenate([_colors(patches) for patches in fitted])
         weight_n = np.concatenate([patches.pixel_count_n for patches in fitted])
         return fit_palette(color_n3, weight_n, self.color_count, seed=self.seed)
 
     def palette_psnr(self, palette_k3: np.ndarray) -> list[float]:
-        """dB, an image each, in the order of the updates, each patch drawn in the palette's nearest colour."""
+        """dB of each image, in the order of updates, with each patch in the palette's nearest colour."""
         tree, found = cKDTree(palette_k3), []
         patch_count = max((len(image.patches.pixel_count_n) for image in self._images), default=1)
         images_at_once = max(1, QUERIED_PATCHES // patch_count)
         for first in range(0, len(self._images), images_at_once):
             images = self._images[first : first + images_at_once]
-            # The nearest to a patch's mean is also the colour of least squared error over its pixels.
+            # The colour nearest to a patch's mean also has the least squared error over its pixels.
             _, nearest_n = tree.query(np.concatenate([_colors(image.patches) for image in images]), workers=-1)
             ends = np.cumsum([len(image.patches.pixel_count_n) for image in images])
             found += [_psnr(*pair) for pair in zip(images, np.split(palette_k3[nearest_n], ends[:-1]), strict=True)]
@@ -153,19 +153,19 @@ class ColorBaselines:
         drawn_hwc = drawn_hwc[pad.top : pad.top + height, pad.left : pad.left + width]
         return torch.from_numpy(drawn_hwc.transpose(2, 0, 1).copy())
 
-    def _sums(self, levels_bchw: Tensor, places: Sequence[int]) -> list[_ImageSums]:
-        levels_bchw = levels_bchw.double()  # whole numbers, exact
+    def _sums(self, levels_bchw: Tensor, positions: Sequence[int]) -> list[_ImageSums]:
+        levels_bchw = levels_bchw.double()  # integers, exact
         size = tuple(levels_bchw.shape[-2:])
         if size not in self._pixel_counts:
             self._pixel_counts[size] = self._patch_sums(torch.ones_like(levels_bchw[:1, :1]))[0, :, 0]
         squares_b = levels_bchw.square().sum(dim=(1, 2, 3)).tolist()
         return [
-            _ImageSums(Patches(place, sum_n3, self._pixel_counts[size]), int(square))
-            for place, sum_n3, square in zip(places, self._patch_sums(levels_bchw), squares_b, strict=True)
+            _ImageSums(Patches(position, sum_n3, self._pixel_counts[size]), int(square))
+            for position, sum_n3, square in zip(positions, self._patch_sums(levels_bchw), squares_b, strict=True)
         ]
 
     def _patch_sums(self, values_bchw: Tensor) -> np.ndarray:
-        """(b, n, c) of whole numbers from 0 to 255, in the smallest type that holds such sums."""
+        """(b, n, c) sums of integers from 0 to 255, in the smallest type that holds them."""
         pad = padding(*values_bchw.shape[-2:], self.patch_size)
         padded_bchw = F.pad(values_bchw, (pad.left, pad.right, pad.top, pad.bottom))
         sums_bcn = F.avg_pool2d(padded_bchw, self.patch_size, divisor_override=1).flatten(2)
@@ -181,7 +181,7 @@ def _mean_color(patches: Patches) -> np.ndarray:
 
 
 def _psnr(image: _ImageSums, color: np.ndarray) -> float:
-    """dB of the image with its patches drawn in whole-level colours, (n, 3) or one for all (3,)."""
+    """dB of the image with its patches in integer colours, (n, 3) or one for all (3,)."""
     color, sum_n3 = color.astype(np.int64), image.patches.sum_n3.astype(np.int64)
     pixel_count_n = image.patches.pixel_count_n.astype(np.int64)
     error = image.square_sum + (pixel_count_n[:, None] * color**2 - 2 * color * sum_n3).sum()

@@ -1,6 +1,6 @@
-"""How far apart two sets of pictures are, from the features of a network; float64 throughout.
+"""Distances between two sets of images from their features, in float64.
 
-The features, and with them the protocol, are `model_zoo.eval_nets.inception`'s affair.
+`model_zoo.eval_nets.inception` computes the features and so defines the protocol.
 """
 
 from collections.abc import Callable
@@ -12,16 +12,17 @@ from torch import Tensor
 
 from trainer import TrainerError
 
-# Of squared distances, which are computed as |a|^2 + |b|^2 - 2ab: over 2,048 dimensions in float64, and some reserve.
+# Relative rounding error of squared distances, computed as |a|^2 + |b|^2 - 2ab over 2,048 dimensions in float64, with a
+# margin.
 ROUNDING = 1e-12
 
 
 class GaussianMoments:
-    """Count, mean and covariance of features, over any number of batches and processes.
+    """Count, mean and covariance of features over any number of batches and processes.
 
-    Each batch is centred on its own mean before it is squared, and parts are put together by the formula of Chan,
-    Golub and LeVeque (1983): a large mean costs no digits, as it would in sums of squares. Each rank takes its own
-    features; `merged` puts the ranks' together.
+    Each batch is centred on its own mean, and batches are combined by the formula of Chan, Golub and LeVeque (1983), so
+    a large mean costs no precision, as it would in sums of squares. Each rank updates its own moments; `merged`
+    combines the ranks.
     """
 
     def __init__(self, dimensions: int, device: torch.device | str = "cpu"):
@@ -30,7 +31,7 @@ class GaussianMoments:
         self._scatter_dd = torch.zeros(dimensions, dimensions, dtype=torch.float64, device=device)
 
     def update(self, features_nd: Tensor) -> None:
-        """Takes features (n, d) of any float type."""
+        """Adds features (n, d) of any float type."""
         if len(features_nd) == 0:
             return
         features_nd = features_nd.detach().to(self._mean_d.device, torch.float64)
@@ -43,7 +44,7 @@ class GaussianMoments:
         self.count = count
 
     def merged(self, group: dist.ProcessGroup | None = None) -> "GaussianMoments":
-        """Those of all ranks of `group`, as a new object: this rank's own stay, so that nothing counts twice."""
+        """The moments of all ranks of ``group`` as a new object; this rank's own moments stay unchanged."""
         total = GaussianMoments(len(self._mean_d), self._mean_d.device)
         count = self._mean_d.new_tensor(self.count)
         sum_d = self.count * self._mean_d
@@ -64,28 +65,28 @@ class GaussianMoments:
         return self._mean_d.clone()
 
     def covariance(self) -> Tensor:
-        """(d, d) float64, over count - 1. Raises TrainerError for fewer than 2 features."""
+        """(d, d) float64, divided by count - 1. Raises TrainerError for fewer than 2 features."""
         if self.count < 2:
-            raise TrainerError(f"a covariance needs at least 2 pictures, not {self.count}")
+            raise TrainerError(f"a covariance needs at least 2 images, not {self.count}")
         return self._scatter_dd / (self.count - 1)
 
 
 def frechet_distance(mean_d: Tensor, covariance_dd: Tensor, other_mean_d: Tensor, other_covariance_dd: Tensor) -> float:
     """|m - n|^2 + tr(S) + tr(T) - 2 tr((S T)^(1/2)) of two Gaussians: FID's formula (Heusel et al. 2017).
 
-    With S = A A^T and T = B B^T, the eigenvalues of the symmetric A^T T A are those of S T, but for zeros, and their
-    roots are the singular values of A^T B. Taken as these they are no roots of rounding errors where a covariance is
-    singular, as that of fewer pictures than dimensions is. Raises TrainerError where a value is not finite.
+    With S = A A^T and T = B B^T, the nonzero eigenvalues of S T are those of the symmetric A^T T A, and their roots are
+    the singular values of A^T B. Computing these avoids roots of rounding errors if a covariance is singular, as it is
+    with fewer images than dimensions. Raises TrainerError if a value is not finite.
     """
     mean_d, covariance_dd, other_mean_d, other_covariance_dd = (
         values.double() for values in (mean_d, covariance_dd, other_mean_d, other_covariance_dd)
     )
     for values in (mean_d, covariance_dd, other_mean_d, other_covariance_dd):
         if not values.isfinite().all():
-            raise TrainerError("the features' mean or covariance is not finite: the pictures or statistics are damaged")
+            raise TrainerError("the features' mean or covariance is not finite: the images or statistics are damaged")
     roots_r = torch.linalg.svdvals(_factor(covariance_dd).T @ _factor(other_covariance_dd))
     trace = covariance_dd.trace() + other_covariance_dd.trace() - 2 * roots_r.sum()
-    return max(0.0, float((mean_d - other_mean_d).square().sum() + trace))  # below by rounding alone
+    return max(0.0, float((mean_d - other_mean_d).square().sum() + trace))  # negative values are rounding errors
 
 
 def _factor(covariance_dd: Tensor) -> Tensor:
@@ -97,26 +98,26 @@ def _factor(covariance_dd: Tensor) -> Tensor:
 
 
 class InceptionScore(NamedTuple):
-    """mean and standard deviation (over n, not n - 1) of the splits' scores."""
+    """Mean and standard deviation (divided by n, not n - 1) of the splits' scores."""
 
     mean: float
     std: float
 
 
 def inception_score(logits_nk: Tensor, splits: int = 10) -> InceptionScore:
-    """exp of the mean divergence of p(class | picture) from p(class) (Salimans et al. 2016), over consecutive splits.
+    """exp of the mean divergence of p(class | image) from p(class) (Salimans et al. 2016), over consecutive splits.
 
-    It depends on the order: pictures sorted by class have splits of few classes, and a poor score. Raises TrainerError
-    for fewer pictures than splits.
+    It depends on the order: if images are sorted by class, each split has few classes and a low score. Raises
+    TrainerError for fewer images than splits.
     """
     count = len(logits_nk)
     if count < splits:
-        raise TrainerError(f"the Inception score of {splits} splits needs at least {splits} pictures, not {count}")
+        raise TrainerError(f"the Inception score of {splits} splits needs at least {splits} images, not {count}")
     scores = []
     for i in range(splits):
         log_p_nk = logits_nk[i * count // splits : (i + 1) * count // splits].double().log_softmax(dim=1)
         p_nk = log_p_nk.exp()
-        # The entropy of the mean less the mean of the entropies; a class of probability 0 has none.
+        # The entropy of the mean minus the mean entropy; a class of probability 0 contributes 0.
         entropy_k = torch.special.entr(p_nk.mean(dim=0))
         scores.append((entropy_k.sum() + (p_nk * log_p_nk).sum(dim=1).mean()).exp())
     scores = torch.stack(scores)
@@ -124,7 +125,7 @@ def inception_score(logits_nk: Tensor, splits: int = 10) -> InceptionScore:
 
 
 class PrecisionRecall(NamedTuple):
-    """precision: share of samples within the reference's manifold; recall: share of the reference within theirs."""
+    """precision: share of samples in the reference's manifold. recall: share of the reference in the samples' one."""
 
     precision: float
     recall: float
@@ -138,26 +139,26 @@ def precision_recall(
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> PrecisionRecall:
     """Improved precision and recall (Kynkäänniemi et al. 2019): a set's manifold is the union of balls around its
-    features, each up to its k-th nearest neighbour.
+    features, each with the distance to its k-th nearest neighbour as radius.
 
-    At most ``block`` x ``block`` distances are held at once. on_progress: hears of blocks of rows done, of how many.
-    Raises TrainerError where a set has not more than k features.
+    At most ``block`` x ``block`` distances are in memory. on_progress: called with the number of finished blocks of
+    rows and the total. Raises TrainerError if a set has k features or fewer.
     """
     for name, features_nd in (("reference", reference_nd), ("samples", samples_nd)):
         if len(features_nd) <= k:
             raise TrainerError(
-                f"precision and recall with {k} neighbours need more than {k} pictures, not {len(features_nd)} ({name})"
+                f"precision and recall with {k} neighbours need more than {k} images, not {len(features_nd)} ({name})"
             )
     rows = [len(part) for part in (reference_nd, samples_nd, samples_nd, reference_nd)]
     total, done = sum(-(-count // block) for count in rows), 0
 
-    def tell() -> None:
+    def count_block() -> None:
         nonlocal done
         done += 1
         on_progress(done, total)
 
     def radii(features_nd: Tensor) -> Tensor:
-        """Squared distance of each to its k-th nearest among the others."""
+        """Squared distance of each feature to its k-th nearest neighbour."""
         parts = []
         for part_nd in features_nd.split(block):
             nearest_nk = None
@@ -165,21 +166,21 @@ def precision_recall(
                 distance_nm = _squared_distances(part_nd, other_nd)
                 if nearest_nk is not None:
                     distance_nm = torch.cat([nearest_nk, distance_nm], dim=1)
-                # One more, for the nearest is the feature itself.
+                # One more, because the nearest is the feature itself.
                 nearest_nk = distance_nm.topk(min(k + 1, distance_nm.shape[1]), largest=False).values
             parts.append(nearest_nk[:, k])
-            tell()
+            count_block()
         return torch.cat(parts)
 
     def share_within(features_nd: Tensor, centers_nd: Tensor, radius_n: Tensor) -> float:
-        """Of the features, those in any ball."""
+        """The share of features that lie in any ball."""
         within = 0
         for part_nd in features_nd.split(block):
             found_n = torch.zeros(len(part_nd), dtype=torch.bool, device=part_nd.device)
             for other_nd, other_n in zip(centers_nd.split(block), radius_n.split(block), strict=True):
                 found_n |= (_squared_distances(part_nd, other_nd) <= other_n).any(dim=1)
             within += int(found_n.sum())
-            tell()
+            count_block()
         return within / len(features_nd)
 
     reference_radius_n, sample_radius_n = radii(reference_nd), radii(samples_nd)
@@ -190,7 +191,7 @@ def precision_recall(
 
 
 def _squared_distances(x_nd: Tensor, y_md: Tensor) -> Tensor:
-    """(n, m) float64; those of equal features are exactly 0, so that copies lie within one another's balls."""
+    """(n, m) float64; exactly 0 for equal features, so that copies lie in each other's balls."""
     x_nd, y_md = x_nd.double(), y_md.double()
     scale_nm = x_nd.square().sum(dim=1, keepdim=True) + y_md.square().sum(dim=1)
     distance_nm = torch.addmm(scale_nm, x_nd, y_md.T, alpha=-2)

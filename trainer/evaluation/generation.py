@@ -1,8 +1,6 @@
-"""`ibq evaluate generation`: gFID, Inception score, precision and recall of sampled pictures, by protocol `adm`."""
+"""`ibq evaluate generation`: gFID, Inception score, precision and recall of samples, by protocol ``adm``."""
 
-import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,77 +8,53 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from data import DataError, cache_folder
-from data.npz import FORM, IMAGES, Npz
-from model_zoo.eval_nets.inception import FEATURES, InceptionFeatures
+from data.cache import cache_folder
+from model_zoo.eval_nets.inception import InceptionFeatures
 from trainer import TrainerError
 from trainer.evaluation.distribution import GaussianMoments, frechet_distance, inception_score, precision_recall
-from trainer.evaluation.features import PROTOCOL, FeatureMaker, FolderPictures, Made, NpzPictures, Pictures
+from trainer.evaluation.features import PROTOCOL, FeatureExtractor, ImageSet, SetFeatures
+from trainer.evaluation.generation_inputs import (
+    Reference,
+    Statistics,
+    open_reference,
+    open_samples,
+    sampling_record,
+)
+from trainer.evaluation.generation_report import (
+    SPLITS,
+    EvaluatedGeneration,
+    GenerationReport,
+    comparison_table,
+    write_evaluated_generation,
+)
 from trainer.evaluation.provenance import environment, weights_files
-from trainer.evaluation.reconstruction import Clock
-from trainer.evaluation.reference_results import Measure, markdown_table, published_rows, seconds_line
-from trainer.evaluation.run import choose_device, make_room
-from trainer.jobs.resumable import writing
-from trainer.jobs.sample import MANIFEST, bytes_of
-from trainer.parallel import as_trainer_error, run_on_all_ranks, run_on_main, start_world, stop_world
+from trainer.evaluation.reconstruction_report import check_report_path
+from trainer.evaluation.timing import StageTimer
+from trainer.jobs.setup import choose_device, job_world
+from trainer.parallel import World, as_trainer_error, run_on_all_ranks, run_on_main
 
 METRICS = {"fid": ("gfid",), "is": ("inception_score",), "pr": ("precision", "recall")}
-MEASURES = {  # by key of the report and of published.yaml
-    "gfid": Measure("gFID"),
-    "inception_score": Measure("Inception score"),
-    "precision": Measure("precision", ".4f"),
-    "recall": Measure("recall", ".4f"),
-}
-SPLITS = 10
 NEIGHBOURS = 3
-FEW_PICTURES = 10_000
+FEW_IMAGES = 10_000  # fewer than these bias gFID
 ORDER = "shuffled once, by numpy.random.default_rng(SEED).permutation(COUNT), for the Inception score's splits"
-WAIT_SECONDS = 7 * 86400.0  # of a process for the slowest
+
+Progress = Callable[[int, int, str], None]
 
 
-class Statistics(NamedTuple):
-    """Of pooled features, float64."""
+class _Inputs(NamedTuple):
+    """not_possible: of METRICS, each with the reason. metrics: those to measure."""
 
-    mean_d: Tensor
-    covariance_dd: Tensor
-
-
-class Reference(NamedTuple):
-    """What samples are held against. pictures: None where the file holds statistics alone; statistics: None where they
-    must be computed from the pictures."""
-
-    path: Path
-    pictures: Pictures | None
-    statistics: Statistics | None
+    samples: ImageSet
+    reference: Reference
+    not_possible: dict[str, str]
+    metrics: list[str]
 
 
-@dataclass(frozen=True)
-class GenerationReport:
-    """Figures are None where they were not measured. inception_score_std: of the splits' scores. reference_count: of
-    pictures, which precision and recall are measured on. reference_statistics: whence those of gFID are. not_measured:
-    of MEASURES, each with the reason."""
+class _Features(NamedTuple):
+    """reference: None if no measure needs its images."""
 
-    gfid: float | None
-    inception_score: float | None
-    inception_score_std: float | None
-    precision: float | None
-    recall: float | None
-    sample_count: int
-    reference_count: int
-    reference_statistics: str
-    protocol: str
-    not_measured: dict[str, str]
-    warnings: list[str]
-    manifest: dict
-
-
-class EvaluatedGeneration(NamedTuple):
-    """comparison: rows of words beside published ones, the first of them headings, as in FILE.md."""
-
-    report: GenerationReport
-    comparison: list[list[str]]
-    json_path: Path
-    markdown_path: Path
+    samples: SetFeatures
+    reference: SetFeatures | None
 
 
 def evaluate_generation(
@@ -93,112 +67,44 @@ def evaluate_generation(
     batch_size: int = 64,
     device: str = "auto",
     cache: str | Path | None = None,
-    on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    on_progress: Progress = lambda done, total, what: None,
 ) -> EvaluatedGeneration | None:
-    """Judges samples and writes FILE.json and FILE.md. All processes of torchrun call it; None on all but the first.
+    """Evaluates samples and writes FILE.json and FILE.md. All processes of torchrun call it; returns None on all ranks
+    but 0.
 
-    samples: an .npz with `arr_0`, uint8 (n, height, width, 3), or a folder of pictures of one size. reference: the
-    same, or ADM's .npz, whose stored `mu` and `sigma` then are gFID's. report_path: default NAME_generation.json beside
-    the samples. metrics: of METRICS, with commas between; default all that can be measured. seed: see ORDER. cache: a
-    folder for features, or "none"; default one in `cache_folder()`. on_progress: hears of how many are done, of how
-    many, and of what. Raises TrainerError, one line.
+    samples: an .npz with ``arr_0``, uint8 (n, height, width, 3), or a folder of images of one size. reference: the
+    same, or ADM's .npz, whose stored ``mu`` and ``sigma`` are then used for gFID. report_path: default
+    NAME_generation.json next to the samples. metrics: a comma-separated list of METRICS; default all that are
+    possible. seed: see ORDER. cache: a folder for features, or "none"; default one in `cache_folder`. on_progress:
+    called with the finished number, the total, and what is counted. Raises TrainerError, one line.
     """
     _check_options(metrics, seed, batch_size, device)
-    world = start_world(device, WAIT_SECONDS)
-    clock = Clock(world.device)
-    try:
+    with job_world(device) as world:
+        timer = StageTimer(world.device)
         json_path = Path(report_path) if report_path is not None else _default_report(Path(samples))
-        run_on_main(world, lambda: make_room(json_path))
+        run_on_main(world, lambda: check_report_path(json_path))
         weights = run_on_main(world, lambda: as_trainer_error(lambda: weights_files(["inception"])))
-        pictures, against = run_on_all_ranks(lambda: (open_samples(Path(samples)), open_reference(Path(reference))))
-        reasons = _impossible(metrics, pictures.count, against)
-        measured = [metric for metric in _wanted(metrics) if metric not in reasons]
-        maker = FeatureMaker(world, batch_size, _cache(cache))
-        with clock.part("samples"):
-            sampled = maker.make(pictures, lambda *progress: on_progress(*progress, "samples"))
-        referred = None
-        if "pr" in measured or ("fid" in measured and against.statistics is None):
-            with clock.part("reference"):
-                referred = maker.make(against.pictures, lambda *progress: on_progress(*progress, "reference pictures"))
+        inputs = run_on_all_ranks(lambda: _open(Path(samples), Path(reference), metrics))
+        extractor = FeatureExtractor(world, batch_size, _cache(cache))
+        features = _extract(inputs, extractor, timer, on_progress)
 
-        def judge() -> EvaluatedGeneration:
-            with clock.part("measures"):
-                figures = _figures(measured, sampled, referred, against.statistics, seed, world.device, on_progress)
-            manifest = {
-                "samples": {**_account(pictures, sampled), "sampling": _sampling(pictures.path, sampled.content)},
-                "reference": _account(against.pictures, referred) if referred else {"path": str(against.path)},
-                "order": ORDER,
+        def measure() -> EvaluatedGeneration:
+            with timer.stage("measures"):
+                values = _measure(inputs, features, seed, world.device, on_progress)
+            provenance = {
+                **_provenance(inputs, features, world),
                 "seed": seed,
-                "splits": SPLITS,
-                "neighbours": NEIGHBOURS,
                 "batch_size": batch_size,
                 "weights_files": weights,
-                "environment": environment(world.device),
-                "processes": world.size,
-                "seconds": clock.read(),
+                "seconds": timer.seconds(),
             }
-            report = GenerationReport(
-                **figures,
-                sample_count=pictures.count,
-                reference_count=against.pictures.count if against.pictures else 0,
-                reference_statistics=_whence(against),
-                protocol=PROTOCOL,
-                not_measured={
-                    measure: reasons.get(metric, "not asked for")
-                    for metric, measures in METRICS.items()
-                    for measure in measures
-                    if metric not in measured
-                },
-                warnings=_warnings(pictures, against) + maker.warnings,
-                manifest=manifest,
-            )
-            evaluated = EvaluatedGeneration(report, _comparison(report), json_path, json_path.with_suffix(".md"))
-            _write(evaluated)
+            report = _make_report(inputs, values, extractor.warnings, provenance)
+            evaluated = EvaluatedGeneration(report, comparison_table(report), json_path, json_path.with_suffix(".md"))
+            write_evaluated_generation(evaluated)
             return evaluated
 
-        evaluated = run_on_main(world, judge)
+        evaluated = run_on_main(world, measure)
         return evaluated if world.is_main else None
-    finally:
-        stop_world()
-
-
-def _figures(
-    measured: list[str],
-    sampled: Made,
-    referred: Made | None,
-    statistics: Statistics | None,
-    seed: int,
-    device: torch.device,
-    on_progress: Callable[[int, int, str], None],
-) -> dict[str, float | None]:
-    figures = dict.fromkeys(("gfid", "inception_score", "inception_score_std", "precision", "recall"))
-    samples = InceptionFeatures(*(rows.to(device) for rows in sampled.features))
-    reference_nd = referred.features.pool_nd.to(device) if referred else None
-    if "fid" in measured:
-        statistics = statistics or _statistics(reference_nd)
-        figures["gfid"] = frechet_distance(*_statistics(samples.pool_nd), *(value.to(device) for value in statistics))
-    if "is" in measured:
-        order_n = torch.from_numpy(np.random.default_rng(seed).permutation(len(samples.logits_nk))).to(device)
-        score = inception_score(samples.logits_nk[order_n], SPLITS)
-        figures |= {"inception_score": score.mean, "inception_score_std": score.std}
-    if "pr" in measured:
-        figures |= precision_recall(
-            reference_nd,
-            samples.pool_nd,
-            NEIGHBOURS,
-            on_progress=lambda *progress: on_progress(*progress, "blocks of precision and recall"),
-        )._asdict()
-    return figures
-
-
-def _statistics(features_nd: Tensor) -> Statistics:
-    moments = GaussianMoments(features_nd.shape[1], features_nd.device)
-    for part_nd in features_nd.split(2**12):
-        moments.update(part_nd)
-    return Statistics(moments.mean(), moments.covariance())
-
-
-# -------------------------------------------------------------------------------------------------------- what is asked
 
 
 def check_generation(
@@ -210,16 +116,16 @@ def check_generation(
     batch_size: int = 64,
     device: str = "auto",
 ) -> None:
-    """Raises what `evaluate_generation`, asked the same, would raise of ``count`` samples that are still to be made."""
+    """Raises what `evaluate_generation` with these options would raise for ``count`` samples that do not exist yet."""
     _check_options(metrics, seed, batch_size, device)
     if count < 2:
-        raise TrainerError(f"--count {count}: at least 2 samples are needed, and 50,000 for published figures")
+        raise TrainerError(f"--count {count}: at least 2 samples are needed, and 50,000 for published results")
     weights_files(["inception"])
-    _impossible(metrics, count, open_reference(Path(reference)))
+    _not_possible(metrics, count, open_reference(Path(reference)))
 
 
 def _check_options(metrics: str | None, seed: int, batch_size: int, device: str) -> None:
-    _wanted(metrics)
+    _parse_metrics(metrics)
     if batch_size < 1:
         raise TrainerError(f"--batch-size {batch_size} must be at least 1")
     if seed < 0:
@@ -227,186 +133,149 @@ def _check_options(metrics: str | None, seed: int, batch_size: int, device: str)
     choose_device(device)
 
 
-def _wanted(text: str | None) -> list[str]:
+def _parse_metrics(text: str | None) -> list[str]:
     names = list(METRICS) if text is None else [name.strip() for name in text.split(",")]
     for name in names:
         if name not in METRICS:
-            raise TrainerError(f"--metrics {name} is unknown: choose of {', '.join(METRICS)}, with commas between")
+            raise TrainerError(f"--metrics {name} is unknown: give a comma-separated list of {', '.join(METRICS)}")
     return list(dict.fromkeys(names))
 
 
-def _cache(asked: str | Path | None) -> Path | None:
-    if asked is None:
+def _cache(option: str | Path | None) -> Path | None:
+    if option is None:
         return cache_folder() / "features"
-    return None if str(asked) == "none" else Path(asked)
+    return None if str(option) == "none" else Path(option)
 
 
-def open_samples(path: Path) -> Pictures:
-    """Raises DataError where there are no pictures, or one alone."""
-    pictures = _open(path)
-    if not isinstance(pictures, FolderPictures):
-        if not pictures.count:
-            raise DataError(f"{path} holds no {IMAGES}: samples are {FORM}")
-        pictures = NpzPictures(pictures)
-    if pictures.count < 2:
-        raise DataError(f"{path} holds 1 picture: at least 2 samples are needed, and 50,000 for published figures")
-    return pictures
+def _default_report(samples: Path) -> Path:
+    path = samples.resolve()
+    return path.with_name(f"{path.name if path.is_dir() else path.stem}_generation.json")
 
 
-def open_reference(path: Path) -> Reference:
-    """Raises DataError where there are neither statistics nor pictures, or one picture alone."""
-    opened = _open(path)
-    if isinstance(opened, FolderPictures):
-        reference = Reference(path, opened, None)
-    else:
-        statistics = None
-        if {"mu", "sigma"} <= {*opened.names}:
-            statistics = Statistics(*(torch.from_numpy(_numbers(opened, name)).double() for name in ("mu", "sigma")))
-        reference = Reference(path, NpzPictures(opened) if opened.count else None, statistics)
-    if reference.pictures is None and reference.statistics is None:
-        raise DataError(
-            f"{path} holds neither {IMAGES}, pictures that are {FORM}, nor mu and sigma: it is no reference"
-        )
-    if reference.statistics is None and reference.pictures.count < 2:
-        raise DataError(f"{path} holds 1 picture: a reference needs at least 2, and published ones have 10,000")
-    return reference
+def _open(samples: Path, reference: Path, metrics: str | None) -> _Inputs:
+    opened, against = open_samples(samples), open_reference(reference)
+    not_possible = _not_possible(metrics, opened.count, against)
+    return _Inputs(
+        opened, against, not_possible, [name for name in _parse_metrics(metrics) if name not in not_possible]
+    )
 
 
-def _open(path: Path) -> Npz | FolderPictures:
-    if path.is_file():
-        return Npz(path)
-    if not path.is_dir():
-        raise DataError(f"no such file or folder: {path}")
-    pictures = FolderPictures(path)
-    if not pictures.count:
-        raise DataError(f"no picture in the folder {path}")
-    return pictures
-
-
-def _numbers(npz: Npz, name: str) -> np.ndarray:
-    values, shape = npz.array(name), {"mu": (FEATURES,), "sigma": (FEATURES, FEATURES)}[name]
-    if values.shape != shape or values.dtype.kind != "f":
-        raise DataError(f"{npz.path}: {name} is {values.dtype} of shape {values.shape}, but statistics are {shape}")
-    return values
-
-
-def _impossible(metrics: str | None, count: int, against: Reference) -> dict[str, str]:
-    """Of METRICS, what cannot be measured on ``count`` samples, and why. Raises TrainerError where it was asked for."""
+def _not_possible(metrics: str | None, count: int, reference: Reference) -> dict[str, str]:
+    """The METRICS that ``count`` samples do not allow, and why. Raises TrainerError if the user asked for one."""
     reasons = {}
     if count < SPLITS:
         reasons["is"] = f"{SPLITS} splits need at least {SPLITS} samples, not {count}"
-    if against.pictures is None:
-        reasons["pr"] = f"{against.path} holds statistics alone, and neighbours need pictures"
-    elif min(count, against.pictures.count) <= NEIGHBOURS:
+    if reference.images is None:
+        reasons["pr"] = f"{reference.path} holds statistics only, and precision and recall need images"
+    elif min(count, reference.images.count) <= NEIGHBOURS:
         reasons["pr"] = (
-            f"{NEIGHBOURS} neighbours need more than {NEIGHBOURS} pictures, not {count} samples and "
-            f"{against.pictures.count} of the reference"
+            f"{NEIGHBOURS} neighbours need more than {NEIGHBOURS} images, not {count} samples and "
+            f"{reference.images.count} reference images"
         )
-    if metrics is not None and (refused := [metric for metric in _wanted(metrics) if metric in reasons]):
+    if metrics is not None and (refused := [name for name in _parse_metrics(metrics) if name in reasons]):
         raise TrainerError(f"--metrics {refused[0]}: {reasons[refused[0]]}")
     return reasons
 
 
-# -------------------------------------------------------------------------------------------------------- what is told
-
-
-def _account(pictures: Pictures, made: Made) -> dict:
-    size = {"count": pictures.count, "height": pictures.height, "width": pictures.width}
-    return {"path": str(pictures.path), "sha256": made.content, **size}
-
-
-def _sampling(samples: Path, sha256: str) -> dict | None:
-    """What `ibq sample` told of them, without the list of classes; None where it did not make these very ones, or told
-    nothing to know them by. sha256: of the .npz."""
-    told = samples / MANIFEST if samples.is_dir() else samples.with_name(f"{samples.name}.json")
-    try:
-        account = json.loads(told.read_bytes())
-        made = account["finished"]
-        if made["bytes"] != bytes_of(samples) or (samples.is_file() and made["sha256"] != sha256):
-            return None
-        settings = {name: value for name, value in account["settings"].items() if name != "classes"}
-        return {"source": account["source"], "checkpoint": account["checkpoint"], **settings}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        return None
-
-
-def _whence(against: Reference) -> str:
-    if against.statistics:
-        return f"mu and sigma stored in {against.path.name}"
-    return f"computed from the {against.pictures.count:,} pictures of {against.path.name}"
-
-
-def _warnings(pictures: Pictures, against: Reference) -> list[str]:
-    found = []
-    if pictures.count < FEW_PICTURES:
-        found.append(f"only {pictures.count:,} samples: published figures are of 50,000, and gFID of fewer is higher")
-    if against.pictures and against.pictures.count < FEW_PICTURES:
-        found.append(f"only {against.pictures.count:,} reference pictures: ADM's reference has 10,000")
-    sizes = [(one.width, one.height) for one in (pictures, against.pictures) if one]
-    if len(set(sizes)) > 1:
-        (width, height), (other_width, other_height) = sizes
-        found.append(f"samples of {width}x{height} beside a reference of {other_width}x{other_height} pixels")
-    return found
-
-
-def in_words(report: GenerationReport, measure: str) -> str:
-    """A figure of MEASURES; ``-`` where there is none."""
-    value = getattr(report, measure)
-    return "-" if value is None else format(value, MEASURES[measure].measured)
-
-
-def _comparison(report: GenerationReport) -> list[list[str]]:
-    table = [["model", *(measure.title for measure in MEASURES.values())]]
-    table.append(["**measured here**", *(in_words(report, measure) for measure in MEASURES)])
-    for row in published_rows("imagenet_generation"):
-        table.append([row["model"], *(format(row[key], measure.published) for key, measure in MEASURES.items())])
-    return table
-
-
-def _default_report(samples: Path) -> Path:
-    place = samples.resolve()
-    return place.with_name(f"{place.name if place.is_dir() else place.stem}_generation.json")
-
-
-def _write(evaluated: EvaluatedGeneration) -> None:
-    """Both files, each whole or not at all; the numbers last."""
-    for path, text in (
-        (evaluated.markdown_path, markdown(evaluated)),
-        (evaluated.json_path, json.dumps(asdict(evaluated.report), indent=1, allow_nan=False) + "\n"),
-    ):
-        with writing(path, "--report"):
-            unfinished = path.with_name(f".unfinished_{path.name}")
-            unfinished.write_text(text, encoding="utf-8")
-            unfinished.replace(path)
-
-
-def markdown(evaluated: EvaluatedGeneration) -> str:
-    """The report as Markdown: figures beside published ones, and how they were measured."""
-    report, manifest = evaluated.report, evaluated.report.manifest
-    notes = [f"Warning: {warning}." for warning in report.warnings]
-    notes += [f"{MEASURES[measure].title} was not measured: {why}." for measure, why in report.not_measured.items()]
-    if report.inception_score is not None:
-        notes.append(
-            f"Standard deviation of the Inception score over {SPLITS} splits: {report.inception_score_std:.2f}."
+def _extract(inputs: _Inputs, extractor: FeatureExtractor, timer: StageTimer, on_progress: Progress) -> _Features:
+    """All processes call it together."""
+    with timer.stage("samples"):
+        samples = extractor.extract(inputs.samples, lambda *progress: on_progress(*progress, "samples"))
+    needs_images = "pr" in inputs.metrics or ("fid" in inputs.metrics and inputs.reference.statistics is None)
+    if not needs_images:
+        return _Features(samples, None)
+    with timer.stage("reference"):
+        images = inputs.reference.images
+        return _Features(
+            samples, extractor.extract(images, lambda *progress: on_progress(*progress, "reference images"))
         )
-    notes.append("Published: ImageNet 256 x 256, 50,000 samples, 50 of each class, ADM's reference batch.")
-    samples, weights = manifest["samples"], manifest["weights_files"]["inception"]
-    facts = {
-        "protocol": report.protocol,
-        "samples": f"{samples['path']}, SHA-256 {samples['sha256'][:16]}, {samples['width']} x {samples['height']}",
-        "gFID's reference": report.reference_statistics,
-        "order": manifest["order"].replace("SEED", str(manifest["seed"])).replace("COUNT", str(report.sample_count)),
-        "weights": f"{Path(weights['file']).name}, SHA-256 {weights['sha256'][:16]}",
-        "machine": f"{manifest['environment']['device']}, {manifest['processes']} processes",
-        "seconds": seconds_line(manifest["seconds"]),
+
+
+def _measure(
+    inputs: _Inputs, features: _Features, seed: int, device: torch.device, on_progress: Progress
+) -> dict[str, float | None]:
+    """Fields of `GenerationReport`."""
+    values = dict.fromkeys(("gfid", "inception_score", "inception_score_std", "precision", "recall"))
+    samples = InceptionFeatures(*(rows.to(device) for rows in features.samples.features))
+    reference_nd = features.reference.features.pool_nd.to(device) if features.reference else None
+    if "fid" in inputs.metrics:
+        statistics = inputs.reference.statistics or _statistics(reference_nd)
+        values["gfid"] = frechet_distance(*_statistics(samples.pool_nd), *(value.to(device) for value in statistics))
+    if "is" in inputs.metrics:
+        order_n = torch.from_numpy(np.random.default_rng(seed).permutation(len(samples.logits_nk))).to(device)
+        score = inception_score(samples.logits_nk[order_n], SPLITS)
+        values |= {"inception_score": score.mean, "inception_score_std": score.std}
+    if "pr" in inputs.metrics:
+        values |= precision_recall(
+            reference_nd,
+            samples.pool_nd,
+            NEIGHBOURS,
+            on_progress=lambda *progress: on_progress(*progress, "blocks of precision and recall"),
+        )._asdict()
+    return values
+
+
+def _statistics(features_nd: Tensor) -> Statistics:
+    moments = GaussianMoments(features_nd.shape[1], features_nd.device)
+    for part_nd in features_nd.split(2**12):
+        moments.update(part_nd)
+    return Statistics(moments.mean(), moments.covariance())
+
+
+def _provenance(inputs: _Inputs, features: _Features, world: World) -> dict:
+    """What a reader needs to repeat the measurement."""
+
+    def describe(images: ImageSet, found: SetFeatures) -> dict:
+        size = {"count": images.count, "height": images.height, "width": images.width}
+        return {"path": str(images.path), "sha256": found.sha256, **size}
+
+    samples, reference = inputs.samples, inputs.reference
+    sampling = sampling_record(samples.path, features.samples.sha256)
+    return {
+        "samples": {**describe(samples, features.samples), "sampling": sampling},
+        "reference": describe(reference.images, features.reference)
+        if features.reference
+        else {"path": str(reference.path)},
+        "order": ORDER,
+        "splits": SPLITS,
+        "neighbours": NEIGHBOURS,
+        "environment": environment(world.device),
+        "processes": world.size,
     }
-    if samples["sampling"]:
-        facts["sampling"] = ", ".join(f"{name} {value}" for name, value in samples["sampling"].items())
-    parts = [
-        f"# Generation: {report.sample_count:,} samples",
-        markdown_table(evaluated.comparison),
-        "\n".join(f"- {note}" for note in notes),
-        "## How",
-        "\n".join(f"- {name}: {fact}" for name, fact in facts.items()),
-    ]
-    return "\n\n".join(parts) + "\n"
+
+
+def _make_report(
+    inputs: _Inputs, values: dict[str, float | None], warnings: list[str], provenance: dict
+) -> GenerationReport:
+    samples, reference = inputs.samples, inputs.reference
+    return GenerationReport(
+        **values,
+        sample_count=samples.count,
+        reference_count=reference.images.count if reference.images else 0,
+        reference_statistics=reference.describe_statistics(),
+        protocol=PROTOCOL,
+        not_measured={
+            measure: inputs.not_possible.get(name, "not among --metrics")
+            for name, measures in METRICS.items()
+            for measure in measures
+            if name not in inputs.metrics
+        },
+        warnings=_warnings(samples, reference.images) + warnings,
+        provenance=provenance,
+    )
+
+
+def _warnings(samples: ImageSet, reference: ImageSet | None) -> list[str]:
+    found = []
+    if samples.count < FEW_IMAGES:
+        found.append(
+            f"only {samples.count:,} samples: published results use 50,000, and gFID of fewer is biased upwards"
+        )
+    if reference and reference.count < FEW_IMAGES:
+        found.append(f"only {reference.count:,} reference images: ADM's reference has 10,000")
+    if reference and (samples.width, samples.height) != (reference.width, reference.height):
+        found.append(
+            f"the samples have {samples.width}x{samples.height} pixels, the reference images "
+            f"{reference.width}x{reference.height}"
+        )
+    return found

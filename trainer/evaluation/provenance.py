@@ -1,10 +1,9 @@
-"""What a report says of itself: machine, versions, weights and pictures, so that its figures can be had again."""
+"""What a report records so that it can be reproduced: machine, versions, weights files and images."""
 
 import hashlib
 import platform
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from importlib import metadata
-from pathlib import Path
 
 import torch
 
@@ -14,29 +13,26 @@ PACKAGES = ("ibq", "torchvision", "torch-fidelity", "lpips", "numpy", "pillow", 
 
 
 def environment(device: torch.device | str) -> dict[str, str | None]:
-    """The device's name, and the versions of Python and of all that figures depend on; None for what is not there."""
+    """The device's name, and the versions of Python and the packages that results depend on; None if not installed."""
     is_cuda = torch.device(device).type == "cuda"
     return {
         "device": torch.cuda.get_device_name(device) if is_cuda else f"CPU ({platform.machine()})",
         "python": platform.python_version(),
-        "torch": torch.__version__,  # with the CUDA that it was built for
+        "torch": torch.__version__,  # includes the CUDA version
         **{package: _version(package) for package in PACKAGES},
     }
 
 
-def weights_files(keys: Iterable[str], paths: Mapping[str, str | Path | None] | None = None) -> dict[str, dict]:
-    """By key of `model_zoo.eval_nets.weights.WEIGHTS_FILES`: ``file`` and ``sha256`` of what was used.
+def weights_files(keys: Iterable[str]) -> dict[str, dict]:
+    """``file`` and ``sha256`` of weights files, by key of `model_zoo.eval_nets.weights.WEIGHTS_FILES`.
 
-    paths: where a key's file was named by the user. Raises ModelError where a file is missing or another one.
+    Raises ModelError if a file is missing or has another hash.
     """
-    return {
-        key: {"file": str(checked_weights(key, (paths or {}).get(key))), "sha256": WEIGHTS_FILES[key].sha256}
-        for key in keys
-    }
+    return {key: {"file": str(checked_weights(key)), "sha256": WEIGHTS_FILES[key].sha256} for key in keys}
 
 
 def image_list_hash(keys: Iterable[str]) -> str:
-    """The SHA-256 of the pictures' keys in their order: which pictures were judged, not what is in them."""
+    """The SHA-256 of the images' keys in order: it identifies which images were used, not their pixels."""
     digest = hashlib.sha256()
     for key in keys:
         digest.update(key.encode() + b"\n")

@@ -1,34 +1,37 @@
-"""Judges a generator at several settings of its sampling, and goes on where a former job ended."""
+"""Evaluates a generator at several sampling settings; running it again continues where it stopped."""
 
 import itertools
 import json
 from collections.abc import Callable
-from dataclasses import asdict, fields
+from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
-from model_zoo import ModelError, Sampling
+from model_zoo.config import Sampling
+from model_zoo.errors import ModelError
 from trainer import TrainerError
-from trainer.evaluation.generation import MEASURES, GenerationReport, check_generation, evaluate_generation, in_words
-from trainer.evaluation.reference_results import markdown_table
-from trainer.jobs.resumable import writing
-from trainer.jobs.sample import NO_FOLDERS, sample
+from trainer.evaluation.generation import check_generation, evaluate_generation
+from trainer.evaluation.generation_report import MEASURES, GenerationReport
+from trainer.files import write_files
+from trainer.jobs.sample import sample
+from trainer.jobs.sample_output import NOT_FOLDERS
+from trainer.reports.measures import markdown_table
 
-ACROSS = "guidance"  # what the chart runs over where it is swept
-FILES = (*NO_FOLDERS, ".npz", ".png", ".json", ".md")  # names of no folders
+X_AXIS = "guidance"  # of the chart, if it is swept
+FILES = (*NOT_FOLDERS, ".npz", ".png", ".json", ".md")  # suffixes of files
 
 
-class Judged(NamedTuple):
-    """One setting's report; settings: of those that are swept."""
+class EvaluatedSetting(NamedTuple):
+    """settings: values of the swept fields."""
 
     settings: dict
     report: GenerationReport
 
 
 class Sweep(NamedTuple):
-    """judged: in the order asked; table: in words, headings first."""
+    """evaluated: in the order of the grid. table: rows of text, the first one headings."""
 
-    judged: list[Judged]
+    evaluated: list[EvaluatedSetting]
     table: list[list[str]]
     json_path: Path
     markdown_path: Path
@@ -38,7 +41,7 @@ class Sweep(NamedTuple):
 def sweep(
     run: str | Path,
     reference: str | Path,
-    asked: list[str],
+    options: list[str],
     *,
     count: int,
     out: str | Path,
@@ -46,21 +49,21 @@ def sweep(
     scoring: dict,
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> Sweep | None:
-    """Samples each setting into OUT/NAME_VALUE....npz and judges it; after each, OUT/sweep.json, sweep.md and sweep.png
-    show all so far. All processes of torchrun call it; None on all but the first.
+    """Samples each setting into OUT/NAME_VALUE....npz and evaluates it; after each, OUT/sweep.json, sweep.md and
+    sweep.png show the results so far. All processes of torchrun call it; returns None on all ranks but 0.
 
-    asked: NAME=VALUE,VALUE ... with names of fields of `Sampling`; every combination is tried. sampling, scoring: more
-    options of `trainer.jobs.sample.sample` and `evaluate_generation`. on_progress: as of the latter. Raises
+    options: NAME=VALUE,VALUE ... with names of fields of `Sampling`; every combination is evaluated. sampling, scoring:
+    further options of `trainer.jobs.sample.sample` and `evaluate_generation`. on_progress: as for the latter. Raises
     TrainerError or ModelError, one line.
     """
-    grid, out = settings_grid(asked), Path(out)
+    grid, out = settings_grid(options), Path(out)
     if out.is_file() or out.suffix.lower() in FILES:
         raise TrainerError(f"--out {out}: name a folder, not a file")
     check_generation(reference, count, **{name: value for name, value in scoring.items() if name != "cache"})
-    judged: list[Judged] = []
+    evaluated: list[EvaluatedSetting] = []
     swept = None
     for number, settings in enumerate(grid, 1):
-        where = f"{in_one(settings)} ({number} of {len(grid)})"
+        where = f"{describe_settings(settings)} ({number} of {len(grid)})"
         file = out / f"{'_'.join(f'{name}_{value}' for name, value in settings.items())}.npz"
         sample(
             run,
@@ -72,34 +75,34 @@ def sweep(
             ),
             **sampling,
         )
-        evaluated = evaluate_generation(
+        result = evaluate_generation(
             file,
             reference,
             on_progress=lambda done, total, what, where=where: on_progress(done, total, f"{what}, {where}"),
             **scoring,
         )
-        if evaluated is not None:  # on the first process
-            judged.append(Judged(settings, evaluated.report))
-            swept = _write(judged, out)
+        if result is not None:  # on rank 0
+            evaluated.append(EvaluatedSetting(settings, result.report))
+            swept = _write(evaluated, out)
     return swept
 
 
-def settings_grid(asked: list[str]) -> list[dict]:
-    """Every combination of ``NAME=VALUE,VALUE``, each checked. Raises TrainerError."""
+def settings_grid(options: list[str]) -> list[dict]:
+    """Every combination of the values of ``NAME=VALUE,VALUE`` options. Raises TrainerError."""
     kinds = {field.name: type(field.default) for field in fields(Sampling)}
     values: dict[str, list] = {}
-    for text in asked:
+    for text in options:
         name, equals, listed = text.partition("=")
         if name not in kinds or not equals:
             raise TrainerError(f"--sweep {text}: write NAME=VALUE,VALUE with a name of {', '.join(kinds)}")
         if name in values:
-            raise TrainerError(f"--sweep {text}: {name} is swept already; list all its values at once")
+            raise TrainerError(f"--sweep {text}: {name} is given twice; list all its values in one option")
         try:
             values[name] = [kinds[name](value) for value in listed.split(",")]
         except ValueError as error:
             raise TrainerError(f"--sweep {text}: {error}") from error
         if len(set(values[name])) < len(values[name]):
-            raise TrainerError(f"--sweep {text}: a value is there twice")
+            raise TrainerError(f"--sweep {text}: a value is given twice")
     grid = [dict(zip(values, combination, strict=True)) for combination in itertools.product(*values.values())]
     for settings in grid:
         try:
@@ -109,61 +112,58 @@ def settings_grid(asked: list[str]) -> list[dict]:
     return grid
 
 
-def in_one(settings: dict) -> str:
+def describe_settings(settings: dict) -> str:
     return ", ".join(f"{name} {value}" for name, value in settings.items())
 
 
-def _write(judged: list[Judged], out: Path) -> Sweep:
-    names = list(judged[0].settings)
+def _write(evaluated: list[EvaluatedSetting], out: Path) -> Sweep:
+    names = list(evaluated[0].settings)
     table = [[*names, *(measure.title for measure in MEASURES.values())]]
-    for settings, report in judged:
-        table.append([*map(str, settings.values()), *(in_words(report, measure) for measure in MEASURES)])
-    swept = Sweep(judged, table, out / "sweep.json", out / "sweep.md", out / "sweep.png")
-    rows = [{"settings": settings, **asdict(report)} for settings, report in judged]
-    warnings = dict.fromkeys(f"- Warning: {warning}." for one in judged for warning in one.report.warnings)
-    title = f"# Sampling settings: {judged[0].report.sample_count:,} samples each"
+    for settings, report in evaluated:
+        table.append([*map(str, settings.values()), *report.formatted()])
+    swept = Sweep(evaluated, table, out / "sweep.json", out / "sweep.md", out / "sweep.png")
+    rows = [{"settings": settings, **report.to_json()} for settings, report in evaluated]
+    as_json = json.dumps(rows, indent=1, allow_nan=False) + "\n"
+    warnings = dict.fromkeys(f"- Warning: {warning}." for one in evaluated for warning in one.report.warnings)
+    title = f"# Sampling settings: {evaluated[0].report.sample_count:,} samples each"
     text = "\n\n".join([title, markdown_table(table), *["\n".join(warnings)] * bool(warnings), "![sweep](sweep.png)"])
     writers = {
-        swept.chart_path: lambda path: draw(judged, path),
+        swept.chart_path: lambda path: draw(evaluated, path),
         swept.markdown_path: lambda path: path.write_text(text + "\n", encoding="utf-8"),
-        swept.json_path: lambda path: path.write_text(json.dumps(rows, indent=1, allow_nan=False) + "\n"),
+        swept.json_path: lambda path: path.write_text(as_json),
     }
-    for path, write in writers.items():
-        with writing(path):
-            unfinished = path.with_name(f".unfinished_{path.name}")
-            write(unfinished)
-            unfinished.replace(path)
+    write_files(writers)
     return swept
 
 
-def draw(judged: list[Judged], path: Path) -> None:
-    """gFID and Inception score, or without them what was measured, over the guidance, or what else was swept first; a
-    line for each combination of the rest."""
+def draw(evaluated: list[EvaluatedSetting], path: Path) -> None:
+    """Plots gFID and Inception score, or the other measures without these, over guidance, or over the first swept
+    setting; one line per combination of the other settings."""
     import matplotlib
 
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
-    names = list(judged[0].settings)
-    across = ACROSS if ACROSS in names else names[0]
-    lines: dict[str, list[Judged]] = {}
-    for one in judged:
-        rest = {name: value for name, value in one.settings.items() if name != across}
-        lines.setdefault(in_one(rest), []).append(one)
-    measured = [name for name in MEASURES if getattr(judged[0].report, name) is not None]
+    names = list(evaluated[0].settings)
+    x_axis = X_AXIS if X_AXIS in names else names[0]
+    lines: dict[str, list[EvaluatedSetting]] = {}
+    for one in evaluated:
+        rest = {name: value for name, value in one.settings.items() if name != x_axis}
+        lines.setdefault(describe_settings(rest), []).append(one)
+    measured = [name for name in MEASURES if getattr(evaluated[0].report, name) is not None]
     shown = [name for name in measured if name in ("gfid", "inception_score")] or measured
     figure, axes = pyplot.subplots(1, len(shown), figsize=(5.2 * len(shown), 4), layout="constrained", squeeze=False)
     for axis, name in zip(axes.flat, shown, strict=True):
         for label, ones in lines.items():
-            points = sorted((one.settings[across], getattr(one.report, name)) for one in ones)
+            points = sorted((one.settings[x_axis], getattr(one.report, name)) for one in ones)
             axis.plot(*zip(*points, strict=True), marker="o", label=label)
-        axis.set_xlabel(across)
+        axis.set_xlabel(x_axis)
         better = "lower" if name == "gfid" else "higher"
         axis.set_title(f"{MEASURES[name].title} ({better} is better)", loc="left", fontsize=10, fontweight="bold")
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     if len(lines) > 1:
         axes.flat[0].legend(frameon=False, fontsize=8)
-    figure.suptitle(f"{judged[0].report.sample_count:,} samples for each setting", fontsize=11)
+    figure.suptitle(f"{evaluated[0].report.sample_count:,} samples per setting", fontsize=11)
     figure.savefig(path, dpi=110, format="png")
     pyplot.close(figure)

@@ -1,5 +1,5 @@
-"""Tables of comparisons: a recipe trained in several variants and by several seeds, each judged alike, its figures and
-curves beside the published ones."""
+"""`ibq ablate`: tables of a recipe trained in several variants and with several seeds, each evaluated in the same way,
+with published results."""
 
 import functools
 import json
@@ -14,24 +14,26 @@ from typing import NamedTuple
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from model_zoo import ModelError
+from model_zoo.errors import ModelError
 from model_zoo.io.load import find_checkpoint
 from trainer import TrainerError
-from trainer.config import ABLATIONS, RunConfig, explain, find_recipe, leaves, load_recipe, load_run_config, read_recipe
-from trainer.jobs.resumable import check_same
+from trainer.config import RunConfig
+from trainer.files import write_files
+from trainer.jobs.resumable import check_same_settings
+from trainer.recipes import ABLATIONS, explain, find_recipe, leaves, load_recipe, load_run_config, read_recipe, renamed
 from trainer.telemetry import metric_lines
 
 CURVES = {
-    "codebook/usage": "codebook usage in training",
-    "val/usage": "usage, held-out",
-    "val/psnr": "PSNR, held-out (dB)",
+    "codebook/usage": "codebook usage, training",
+    "val/usage": "codebook usage, validation",
+    "val/psnr": "PSNR, validation (dB)",
 }
-JUDGED = "ablation.txt"  # beside a report: the options that it was made with
+OPTIONS = "ablation.txt"  # next to a report: the options of its evaluation
 
 
 @dataclass
 class Row:
-    """set: what the variant changes in the recipe, ``key=value``; published: its figures, where there are any."""
+    """set: the variant's changes to the recipe, ``key=value``. published: its published results."""
 
     set: list[str] = field(default_factory=list)
     published: dict[str, float] = field(default_factory=dict)
@@ -39,8 +41,8 @@ class Row:
 
 @dataclass
 class Ablation:
-    """recipe: a name, or a file beside the table's; set: what all rows change in it; figures: columns, names of
-    report.json; rows: by name."""
+    """recipe: a name, or a file next to the table's. set: changes to the recipe in all rows. figures: the columns,
+    which are keys of report.json. rows: by name."""
 
     recipe: str
     title: str
@@ -50,7 +52,7 @@ class Ablation:
 
 
 class Cell(NamedTuple):
-    """One run of a table: of a row by a seed."""
+    """One run: a row with a seed."""
 
     row: str
     seed: int
@@ -59,17 +61,19 @@ class Cell(NamedTuple):
 
     @property
     def report(self) -> Path:
-        """Of its own, which no other evaluation of the run writes over."""
+        """A file that other evaluations of the run do not overwrite."""
         return self.run / "ablation.json"
 
 
 def load_ablation(name: str) -> Ablation:
-    """The table of that name, or in that YAML file. Raises TrainerError, one line."""
+    """Reads the table of that name, or that YAML file. Raises TrainerError, one line."""
     path, schema = find_recipe(name, [ABLATIONS]), OmegaConf.structured(Ablation)
     try:
         ablation = OmegaConf.to_object(OmegaConf.merge(schema, read_recipe(path)))
     except OmegaConfBaseException as error:
         raise TrainerError(f"{path}: {explain(error, schema)}") from error
+    for table in (ablation, *ablation.rows.values()):
+        table.set = list(map(renamed, table.set))
     if not ablation.rows:
         raise TrainerError(f"{path} has no rows")
     if ablation.recipe.endswith((".yaml", ".yml")):
@@ -80,19 +84,19 @@ def load_ablation(name: str) -> Ablation:
 def cells_of(
     ablation: Ablation, rows: list[str] | None, seeds: list[int], overrides: list[str], out: Path
 ) -> list[Cell]:
-    """Every run of the rows (None: all). The command's overrides win over the table's. Raises TrainerError."""
+    """All runs of the rows (None: all rows). Overrides replace the table's settings. Raises TrainerError."""
     for row in rows or ():
         if row not in ablation.rows:
             raise TrainerError(f"the table has no row {row!r}: choose among {'; '.join(ablation.rows)}")
     for override in overrides:
         if override.partition("=")[0] in ("run", "seed"):
-            raise TrainerError(f"{override} cannot be set: --out and --seeds decide")
+            raise TrainerError(f"{override} cannot be set: use --out and --seeds")
     for what, chosen in (("--seeds", seeds), ("--rows", rows or [])):
         if len(set(chosen)) < len(chosen):
-            raise TrainerError(f"{what} names one twice: {', '.join(map(str, chosen))}")
+            raise TrainerError(f"{what} contains a duplicate: {', '.join(map(str, chosen))}")
     folders = {row: re.sub(r"[^\w.]+", "_", row.lower()).strip("_.") for row in ablation.rows}
     if len(set(folders.values()) - {""}) < len(folders):
-        raise TrainerError(f"two rows of the table would have one folder: rename one of {'; '.join(folders)}")
+        raise TrainerError(f"two rows would have the same folder: rename one of {'; '.join(folders)}")
     cells = []
     for row in rows or ablation.rows:
         chosen = {
@@ -104,41 +108,43 @@ def cells_of(
     return cells
 
 
-def seeds_there(out: Path) -> list[int]:
-    """Of runs that former commands left in the table's folder."""
+def existing_seeds(out: Path) -> list[int]:
+    """The seeds of all runs in the table's folder."""
     return sorted({int(run.name.removeprefix("seed_")) for run in out.glob("*/seed_*") if run.name[5:].isdecimal()})
 
 
 def is_trained(ablation: Ablation, cell: Cell) -> bool:
-    """Whether the cell's run is at its end. Raises TrainerError where the folder holds one of other settings."""
+    """Whether the cell's run has finished. Raises TrainerError if the folder holds a run of other settings."""
     if not (cell.run / "config.yaml").is_file():
         return False
-    asked, found = load_recipe(ablation.recipe, cell.overrides), load_run_config(cell.run, [])
-    check_same(cell.run, "a run", _settings(found), _settings(asked), lambda key, former: f"{key}={former.get(key)}")
-    return _step(cell.run) == asked.trainer.max_steps
+    config, former = load_recipe(ablation.recipe, cell.overrides), load_run_config(cell.run, [])
+    check_same_settings(
+        cell.run, "a run", _settings(former), _settings(config), lambda key, values: f"{key}={values.get(key)}"
+    )
+    return _last_step(cell.run) == config.trainer.max_steps
 
 
 def is_begun(cell: Cell) -> bool:
-    """Whether there is a checkpoint to go on from. Raises TrainerError for a run without any."""
+    """Whether there is a checkpoint to resume from. Raises TrainerError for a run without one."""
     if not (cell.run / "config.yaml").is_file():
         return False
-    if _step(cell.run) == 0:
-        raise TrainerError(f"{cell.run} was begun and holds no checkpoint: remove it")
+    if _last_step(cell.run) == 0:
+        raise TrainerError(f"{cell.run} has no checkpoint to resume from: remove it")
     return True
 
 
-def is_judged(cell: Cell, options: str) -> bool:
-    """Whether its report is there, made with these options of `ibq evaluate reconstruction`."""
-    note = cell.run / JUDGED
-    return cell.report.is_file() and note.is_file() and note.read_text() == options
+def is_evaluated(cell: Cell, options: str) -> bool:
+    """Whether its report exists and was made with these options of `ibq evaluate reconstruction`."""
+    path = cell.run / OPTIONS
+    return cell.report.is_file() and path.is_file() and path.read_text() == options
 
 
-def note_judged(cell: Cell, options: str) -> None:
-    """After its report was made with these options."""
-    (cell.run / JUDGED).write_text(options)
+def mark_evaluated(cell: Cell, options: str) -> None:
+    """Records the options of the cell's report."""
+    (cell.run / OPTIONS).write_text(options)
 
 
-def _step(run: Path) -> int:
+def _last_step(run: Path) -> int:
     try:
         return int(find_checkpoint(run).name.removeprefix("step_"))
     except ModelError:
@@ -146,14 +152,14 @@ def _step(run: Path) -> int:
 
 
 def _settings(config: RunConfig) -> dict:
-    """By dotted key."""
+    """All settings by dotted key."""
     node = OmegaConf.structured(config)
     plain = OmegaConf.to_container(node)
     return {key: functools.reduce(operator.getitem, key.split("."), plain) for key in leaves(node)}
 
 
 class Figure(NamedTuple):
-    """Over the seeds; spread is the sample standard deviation, 0 for one."""
+    """A result over seeds. spread: the sample standard deviation, 0 for one seed."""
 
     mean: float
     spread: float
@@ -161,7 +167,7 @@ class Figure(NamedTuple):
 
 
 def figures(ablation: Ablation, cells: list[Cell]) -> dict[str, dict[str, Figure]]:
-    """Row -> name -> its figure over the cells, which are judged."""
+    """Row -> key of report.json -> figure, over evaluated cells."""
     found: dict[str, dict[str, list[float]]] = {}
     for cell in cells:
         report = json.loads(cell.report.read_text())
@@ -178,24 +184,21 @@ def figures(ablation: Ablation, cells: list[Cell]) -> dict[str, dict[str, Figure
 
 
 def write_table(ablation: Ablation, cells: list[Cell], out: Path) -> list[Path]:
-    """table.json, table.md and curves.png of cells that are judged; returns their paths."""
+    """Writes table.json, table.md and curves.png of evaluated cells; returns their paths. Raises TrainerError."""
     measured = figures(ablation, cells)
     tree = {row: {name: figure._asdict() for name, figure in named.items()} for row, named in measured.items()}
     as_json = json.dumps({"title": ablation.title, "rows": tree}, indent=1) + "\n"
-    makers = {
-        "table.json": lambda path: path.write_text(as_json),
-        "table.md": lambda path: path.write_text(markdown(ablation, measured)),
-        "curves.png": lambda path: draw_curves(ablation, cells, path),
+    writers = {
+        out / "table.json": lambda path: path.write_text(as_json),
+        out / "table.md": lambda path: path.write_text(markdown(ablation, measured)),
+        out / "curves.png": lambda path: draw_curves(ablation, cells, path),
     }
-    for name, make in makers.items():
-        unfinished = out / f".unfinished_{name}"
-        make(unfinished)
-        unfinished.replace(out / name)
-    return [out / name for name in makers]
+    write_files(writers)
+    return list(writers)
 
 
 def markdown(ablation: Ablation, measured: dict[str, dict[str, Figure]]) -> str:
-    """The table: measured mean and spread over seeds, and the published figures where there are any."""
+    """The table: mean and spread over seeds, and published results."""
     published = {name for row in ablation.rows.values() for name in row.published}
     columns = [name for name in ablation.figures if any(name in named for named in measured.values())]
     also = [name for name in ablation.figures if name in published] + sorted(published - set(ablation.figures))
@@ -226,7 +229,7 @@ def _number(name: str, value: float | None) -> str:
 
 
 def draw_curves(ablation: Ablation, cells: list[Cell], path: Path) -> None:
-    """What was logged as training went: a panel for each of CURVES, a colour for each row, a line for each seed."""
+    """Plots logged metrics: one panel for each of CURVES, one colour per row, one line per seed."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -254,5 +257,5 @@ def draw_curves(ablation: Ablation, cells: list[Cell], path: Path) -> None:
     if named:
         figure.legend(loc="outside lower center", ncols=5, fontsize=8)
     figure.suptitle(ablation.title)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, format="png")
     pyplot.close(figure)

@@ -1,33 +1,27 @@
-"""What jobs share that write a folder or file in parts, and go on where a former one ended."""
+"""What jobs share that write their output in parts and, when started again, write the missing parts only."""
 
-import contextlib
 import json
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 from trainer import TrainerError
 
-SHOWN = 60  # characters of a setting's two values
+SHOWN = 60  # characters: longer values are not shown in the message
 
 
-@contextlib.contextmanager
-def writing(out: Path, option: str = "--out") -> Iterator[None]:
-    """What the system refuses becomes a TrainerError of one line; `option` chooses another place."""
-    try:
-        yield
-    except OSError as error:
-        raise TrainerError(
-            f"cannot write {out}: {error.strerror or error}; mend that, or choose another place with {option}"
-        ) from error
+def check_same_settings(
+    out: Path, contents: str, former: dict, current: dict, how_to_repeat: Callable[[str, dict], str]
+) -> None:
+    """Raises TrainerError if a setting differs from that of the job that began the output.
 
-
-def check_same(out: Path, holds: str, former: dict, now: dict, again: Callable[[str, dict], str]) -> None:
-    """Raises TrainerError where a job that would go on has other settings than the former one.
-
-    holds: what is in ``out``; again: what to give for the setting of that name, so that it is the former's."""
-    for name, value in now.items():
+    contents: what ``out`` holds. how_to_repeat: the option or words that set the setting of that name to its former
+    value.
+    """
+    for name, value in current.items():
         if former.get(name) != value:
-            before, after = (json.dumps(settings.get(name)) for settings in (former, now))
+            before, after = (json.dumps(settings.get(name)) for settings in (former, current))
             what = f"{name} {before}, now {after}" if len(before + after) < SHOWN else f"other {name}"
-            mend = f"give {again(name, former)} again to go on, or name another place with --out"
-            raise TrainerError(f"{out} holds {holds} of other settings ({what}): {mend}")
+            raise TrainerError(
+                f"{out} holds {contents} of other settings ({what}): give {how_to_repeat(name, former)} again to "
+                "continue, or name another path with --out"
+            )

@@ -1,4 +1,4 @@
-"""How much of a codebook is used, and how evenly."""
+"""Codebook usage and perplexity."""
 
 import math
 
@@ -11,20 +11,20 @@ from torch import Tensor
 class CodebookUsage:
     """Counts how often each code was chosen, over any number of batches.
 
-    `counts_k` is int64, on the device of the process group's tensors, for a rank may have nothing to count. Each rank
-    counts its own tokens; `merged` sums them.
+    ``counts_k`` is int64 and on the process group's device from the start, because a rank may have nothing to count.
+    Each rank counts its own tokens; `merged` sums over ranks.
     """
 
     def __init__(self, codebook_size: int, device: torch.device | str = "cpu"):
         self.counts_k = torch.zeros(codebook_size, dtype=torch.int64, device=device)
 
     def update(self, index: Tensor) -> None:
-        """Counts the codes of an integer tensor of any shape; codes beyond the codebook are an error."""
+        """Counts the codes of an integer tensor of any shape; codes outside the codebook are an error."""
         index_n = index.detach().flatten().to(self.counts_k.device, torch.int64)
         self.counts_k.scatter_add_(0, index_n, torch.ones_like(index_n))
 
     def merged(self, group: dist.ProcessGroup | None = None) -> "CodebookUsage":
-        """The sum over the ranks of `group`, as a new object: this rank's own counts stay, so nothing counts twice."""
+        """The sum over the ranks of ``group`` as a new object; this rank's own counts stay unchanged."""
         total = CodebookUsage(len(self.counts_k), self.counts_k.device)
         total.counts_k += self.counts_k
         if dist.is_initialized():
@@ -39,7 +39,7 @@ class CodebookUsage:
         return float((self.counts_k > 0).double().mean())
 
     def perplexity(self) -> float:
-        """exp(entropy of the codes' empirical distribution), from 1 to the codebook size; 0 before the first token."""
+        """exp(entropy) of the empirical code distribution, from 1 to the codebook size; 0 before the first token."""
         counts = self.counts_k[self.counts_k > 0].double()
         if len(counts) == 0:
             return 0.0
@@ -54,18 +54,18 @@ USAGE_WINDOW_TOKENS = 65_536
 
 
 def window_usage(index_n: np.ndarray, codebook_size: int, window_tokens: int = USAGE_WINDOW_TOKENS) -> float | None:
-    """Distinct codes / codebook size in each whole window of consecutive tokens, mean over the windows; None without
-    one. LlamaGen's usage (arXiv 2406.06525): that of a set grows with the set, this does not."""
+    """Distinct codes / codebook size per complete window of consecutive tokens, mean over the windows; None without
+    one. This is LlamaGen's usage (arXiv 2406.06525), which does not grow with the size of the set."""
     count = len(index_n) // window_tokens
     windows = np.asarray(index_n)[: count * window_tokens].reshape(count, window_tokens)
     return math.fsum(len(np.unique(window)) for window in windows) / (count * codebook_size) if count else None
 
 
 class CodebookHealth:
-    """Whether training keeps the codebook in use: from the chosen codes of every step, O(codebook size) numbers a rank.
+    """Monitors codebook usage during training from the codes of every step; O(codebook size) memory per rank.
 
-    ``usage`` is that of a sliding window: the steps in which WINDOW_TOKENS tokens per code went by, so that a code
-    chosen as often as the others is missed once in a million windows and one that is not there is dead.
+    ``usage`` covers a sliding window of WINDOW_TOKENS tokens per code. A code of average frequency is absent from such
+    a window with a probability of one in a million, so an absent code counts as dead.
     """
 
     WINDOW_TOKENS = 16
@@ -74,22 +74,21 @@ class CodebookHealth:
 
     def __init__(self, codebook_size: int, tokens_per_step: int, device: torch.device | str = "cpu"):
         self.window_steps = -(-self.WINDOW_TOKENS * codebook_size // tokens_per_step)
-        self.recent = CodebookUsage(codebook_size, device)  # this rank's, since the last reading
-        self.since_start = CodebookUsage(codebook_size, device)  # all ranks'
+        self.recent = CodebookUsage(codebook_size, device)  # of this rank, since the last `read`
+        self.since_start = CodebookUsage(codebook_size, device)  # of all ranks
         self.last_step_k = torch.full((codebook_size,), -1, dtype=torch.int64, device=device)
         self.best_usage = torch.zeros((), dtype=torch.float64)
         self.alarm: str | None = None
 
     def update(self, index: Tensor, step: int) -> None:
-        """Counts one micro-batch's codes of step ``step`` (from 0)."""
+        """Counts the codes of one micro-batch of step ``step`` (from 0)."""
         self.recent.update(index)
         self.last_step_k[index.flatten()] = step
 
     def read(self, step: int) -> dict[str, float]:
-        """Scalars to log after step ``step`` (from 0), over all ranks, which call together; ``alarm`` is set by them.
+        """Scalars to log after step ``step`` (from 0) over all ranks, which call it together; also sets ``alarm``.
 
-        usage: of the window. usage_since_start. dead_codes: those that the window has not seen. perplexity: since the
-        last reading.
+        usage, dead_codes: of the window. perplexity: since the last `read`.
         """
         recent = self.recent.merged()
         self.since_start.counts_k += recent.counts_k
@@ -115,7 +114,7 @@ class CodebookHealth:
         }
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What a resumed run goes on from; the same on all ranks right after a reading."""
+        """The state to save; equal on all ranks directly after `read`."""
         return {
             "counts_k": self.since_start.counts_k,
             "last_step_k": self.last_step_k,
@@ -123,22 +122,22 @@ class CodebookHealth:
         }
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
-        """Takes what `state_dict` gave."""
+        """Restores a `state_dict`."""
         for name, value in self.state_dict().items():
             value.copy_(state[name])
 
 
 def moments(rows_nd: Tensor) -> Tensor:
-    """``(3, d)`` in float64: the number of rows, their sum and their sum of squares. Those of parts add up."""
+    """``(3, d)`` in float64: the number of rows, their sum and their sum of squares. Moments of parts can be added."""
     total = torch.zeros(3, rows_nd.shape[1], dtype=torch.float64, device=rows_nd.device)
-    for part_nd in rows_nd.detach().split(2**14):  # so that a codebook is never copied whole
+    for part_nd in rows_nd.detach().split(2**14):  # avoids a float64 copy of a whole codebook
         part_nd = part_nd.double()
         total += torch.stack([torch.full_like(total[0], len(part_nd)), part_nd.sum(dim=0), part_nd.square().sum(dim=0)])
     return total
 
 
 def gaussian_distance(first: Tensor, second: Tensor) -> float:
-    """2-Wasserstein distance between the Gaussians of two `moments`, each with independent dimensions, over sqrt(d)."""
+    """2-Wasserstein distance between the diagonal Gaussians of two `moments`, divided by sqrt(d)."""
     (mean, std), (other_mean, other_std) = (
         (sums[1] / sums[0], (sums[2] / sums[0] - (sums[1] / sums[0]).square()).clamp(min=0).sqrt())
         for sums in (first, second)

@@ -1,8 +1,8 @@
-"""PSNR, SSIM and L1 of single images, by the protocol behind the published tables of tokenizers ("paper").
+"""PSNR, SSIM and L1 per image, by the protocol of the published tokenizer tables ("paper").
 
-The protocol: reconstructions are clamped to [-1, 1]; both pictures go to [0, 1] and through a truncating uint8;
-PSNR and SSIM have a data range of 1; SSIM has a uniform 7x7 window, the sample covariance, and no border of 3 pixels.
-Every function returns one value an image, so that a mean is taken over images and never over means of batches.
+The protocol: reconstructions are clamped to [-1, 1]; both images are scaled to [0, 1] and truncated to uint8; PSNR and
+SSIM have a data range of 1; SSIM uses a uniform 7x7 window and the sample covariance, without a border of 3 pixels.
+Every function returns one value per image, so that means are taken over images and never over means of batches.
 """
 
 import math
@@ -16,16 +16,16 @@ SSIM_WINDOW = 7
 
 
 def to_levels(images_bchw: Tensor) -> Tensor:
-    """The uint8 levels of float images in [-1, 1]: clamped, then truncated, as the published numbers were computed.
+    """The uint8 levels of float images in [-1, 1]: clamped, then truncated, as in the published results.
 
-    Truncation after the way through float32 lowers some of the levels 1 to 95 by one. It is kept, since both pictures
-    suffer it alike and the published tables contain it.
+    Because of float32 rounding, truncation lowers some of the levels 1 to 95 by one. This is kept, since it affects
+    both images alike and the published tables include it.
     """
     return ((images_bchw.float().clamp(-1, 1) + 1) / 2 * 255).to(torch.uint8)
 
 
 def psnr(x_bchw: Tensor, y_bchw: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio in dB of float images in [-1, 1]; (b,) float64, infinite where both are identical."""
+    """Peak signal-to-noise ratio in dB of float images in [-1, 1]; (b,) float64, infinite if both are identical."""
     error_bchw = to_levels(x_bchw).int() - to_levels(y_bchw).int()
     return -10 * torch.log10(error_bchw.square().sum(dim=(1, 2, 3)).double() / (error_bchw[0].numel() * 255**2))
 
@@ -38,7 +38,7 @@ def ssim(x_bchw: Tensor, y_bchw: Tensor) -> Tensor:
     if min(x_bchw.shape[-2:]) < SSIM_WINDOW:
         height, width = x_bchw.shape[-2:]
         raise ValueError(f"SSIM needs images of at least {SSIM_WINDOW}x{SSIM_WINDOW} pixels, not {width}x{height}")
-    # One at a time: what it takes then stays in a CPU's cache, which makes it three times as fast.
+    # One image at a time fits into a CPU's cache, which is three times as fast.
     pairs = zip(to_levels(x_bchw).float(), to_levels(y_bchw).float(), strict=True)
     return torch.stack([_ssim_of_levels(x_chw, y_chw) for x_chw, y_chw in pairs])
 
@@ -54,9 +54,9 @@ def _ssim_of_levels(x_chw: Tensor, y_chw: Tensor) -> Tensor:
 
 
 def _window_sum(values_chw: Tensor) -> Tensor:
-    """Over windows of 7x7, without padding, so that the border of 3 pixels is dropped; float64, because the variances
-    are differences of nearly equal numbers. Its float32 sums of levels' products are exact: 2 x 49 x 255^2 < 2^24."""
-    for dim in (-2, -1):  # shifted pictures added up: on CPUs much faster than pooling
+    """Sums over 7x7 windows without padding, which drops a border of 3 pixels. float64, because variances are
+    differences of nearly equal numbers; the float32 sums of products of levels are exact: 2 x 49 x 255^2 < 2^24."""
+    for dim in (-2, -1):  # adding shifted images is much faster than pooling on a CPU
         length = values_chw.shape[dim] - SSIM_WINDOW + 1
         values_chw = sum(values_chw.narrow(dim, shift, length) for shift in range(SSIM_WINDOW))
     return values_chw.double()
@@ -73,7 +73,7 @@ class FiniteMean(NamedTuple):
 
 
 def finite_mean(values: Iterable[float]) -> FiniteMean:
-    """The mean of the finite values, and how many were infinite; the mean is infinite where all of them are."""
+    """The mean of the finite values and the number of infinite ones; the mean is infinite if all values are."""
     values = list(values)
     finite = [value for value in values if not math.isinf(value)]
     return FiniteMean(math.fsum(finite) / len(finite) if finite else math.inf, len(values) - len(finite))
@@ -89,6 +89,6 @@ class Padding(NamedTuple):
 
 
 def padding(height: int, width: int, multiple: int) -> Padding:
-    """What brings both sides to a multiple, the smaller half at the left and the top."""
+    """Padding that makes both sides multiples of ``multiple``, the smaller half at the left and the top."""
     extra_h, extra_w = -height % multiple, -width % multiple
     return Padding(extra_w // 2, extra_w - extra_w // 2, extra_h // 2, extra_h - extra_h // 2)

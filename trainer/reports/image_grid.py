@@ -1,4 +1,4 @@
-"""Pictures to look at: originals beside what a tokenizer made of them."""
+"""Grids of images: originals next to their reconstructions."""
 
 import heapq
 import math
@@ -14,7 +14,7 @@ EXAMPLE_COUNT = 8
 
 
 class Example(NamedTuple):
-    """One picture to look at; all pictures are uint8 (3, h, w) on the CPU. place: in the set. lpips: where measured."""
+    """An image and its reconstruction; images are uint8 (3, h, w) on the CPU. position: in the evaluated set."""
 
     key: str
     psnr: float  # dB
@@ -22,47 +22,47 @@ class Example(NamedTuple):
     reconstruction_chw: Tensor
     mean_color_chw: Tensor | None = None
     palette_chw: Tensor | None = None
-    place: int = 0
-    lpips: float | None = None
+    position: int = 0
+    lpips: float | None = None  # None if not measured
 
     @property
     def distance(self) -> float:
-        """The larger, the worse its reconstruction: LPIPS, or without it PSNR."""
+        """Larger for a worse reconstruction: LPIPS if it was measured, else negative PSNR."""
         return -self.psnr if self.lpips is None else self.lpips
 
     @property
     def caption(self) -> str:
-        """How near the reconstruction is."""
+        """The reconstruction's PSNR, and LPIPS if it was measured."""
         psnr = "exact" if math.isinf(self.psnr) else f"{self.psnr:.1f} dB"
         return psnr if self.lpips is None else f"{psnr}, LPIPS {self.lpips:.3f}"
 
 
-# What the examples of a report are chosen by, smallest first.
+# Sort keys of the examples that a report shows.
 ORDERS: dict[str, Callable[[Example], tuple]] = {
-    "first": lambda example: (example.place,),
-    "worst": lambda example: (-example.distance, example.place),
-    "best": lambda example: (example.distance, example.place),
+    "first": lambda example: (example.position,),
+    "worst": lambda example: (-example.distance, example.position),
+    "best": lambda example: (example.distance, example.position),
 }
 
 
 class Gallery:
-    """Keeps the first EXAMPLE_COUNT pictures of all that it is offered, and as many of the worst and the best ones."""
+    """Keeps the first, the worst and the best EXAMPLE_COUNT examples of all that it is given."""
 
     def __init__(self):
         self.examples: dict[str, list[Example]] = {name: [] for name in ORDERS}
 
-    def offer(self, examples: Iterable[Example]) -> None:
-        """Pictures of any process; those that stay are copied, since they may be views of a whole batch."""
+    def add(self, examples: Iterable[Example]) -> None:
+        """Copies the examples that it keeps, since they may be views of a whole batch."""
         examples = list(examples)
         for name, order in ORDERS.items():
             kept = self.examples[name]
             best = heapq.nsmallest(EXAMPLE_COUNT, [*kept, *examples], key=order)
-            known = {example.place for example in kept}
-            self.examples[name] = [example if example.place in known else _copied(example) for example in best]
+            known = {example.position for example in kept}
+            self.examples[name] = [example if example.position in known else _copy(example) for example in best]
 
 
-def merged(galleries: Iterable[dict[str, list[Example]]]) -> dict[str, list[Example]]:
-    """What one gallery would hold that had been offered what these were."""
+def merge_galleries(galleries: Iterable[dict[str, list[Example]]]) -> dict[str, list[Example]]:
+    """The examples of one gallery that was given the examples of all galleries."""
     galleries = list(galleries)
     return {
         name: heapq.nsmallest(EXAMPLE_COUNT, (example for one in galleries for example in one[name]), key=order)
@@ -70,7 +70,7 @@ def merged(galleries: Iterable[dict[str, list[Example]]]) -> dict[str, list[Exam
     }
 
 
-def _copied(example: Example) -> Example:
+def _copy(example: Example) -> Example:
     original_chw, reconstruction_chw = (
         picture_chw.to("cpu", copy=True) for picture_chw in (example.original_chw, example.reconstruction_chw)
     )
@@ -81,10 +81,10 @@ _BACKGROUND, _TEXT, _FAINT = (24, 26, 31), (235, 236, 240), (160, 165, 175)
 
 
 def side_by_side(examples: Sequence[Example], *, columns: int = 4, cell: int = 256) -> Image.Image:
-    """A sheet of examples: bands of up to `columns` pictures; below each other original, palette, reconstruction.
+    """A grid of examples in bands of up to ``columns``; each band has rows of originals, palettes and reconstructions.
 
-    The palette's row is left out where examples have none. Small pictures are enlarged by whole factors, so that each
-    pixel stays a square; large ones are shrunk to `cell` pixels.
+    Without palettes that row is omitted. Small images are enlarged by integer factors, so that pixels stay square;
+    large ones are reduced to ``cell`` pixels.
     """
     rows = ["original_chw", "palette_chw", "reconstruction_chw"]
     rows = [name for name in rows if getattr(examples[0], name) is not None]
@@ -92,10 +92,10 @@ def side_by_side(examples: Sequence[Example], *, columns: int = 4, cell: int = 2
     columns = math.ceil(len(examples) / bands)
     gap, label = 12, 36
     band_height = len(rows) * (label + cell) + label + gap
-    sheet = Image.new("RGB", (gap + columns * (cell + gap), gap + bands * band_height), _BACKGROUND)
-    draw = ImageDraw.Draw(sheet)
+    grid = Image.new("RGB", (gap + columns * (cell + gap), gap + bands * band_height), _BACKGROUND)
+    draw = ImageDraw.Draw(grid)
     font, small = ImageFont.load_default(26), ImageFont.load_default(20)
-    titles = {"palette_chw": "palette (one colour a token)"}
+    titles = {"palette_chw": "palette (one colour per token)"}
     for i, example in enumerate(examples):
         band, column = divmod(i, columns)
         left, top = gap + column * (cell + gap), gap + band * band_height
@@ -104,26 +104,26 @@ def side_by_side(examples: Sequence[Example], *, columns: int = 4, cell: int = 2
             if column == 0:
                 draw.text((gap, y), titles.get(name, name.removesuffix("_chw")), fill=_TEXT, font=font)
             picture = _fit(getattr(example, name), cell)
-            sheet.paste(picture, (left + (cell - picture.width) // 2, y + label + (cell - picture.height) // 2))
+            grid.paste(picture, (left + (cell - picture.width) // 2, y + label + (cell - picture.height) // 2))
         caption = _shorten(f"{example.caption}  {Path(example.key).name}", small, cell)
         draw.text((left, top + len(rows) * (label + cell) + 4), caption, fill=_FAINT, font=small)
-    return sheet
+    return grid
 
 
 def pair(example: Example) -> Image.Image:
-    """Original and reconstruction of one picture beside each other, in its own size (small ones enlarged)."""
+    """Original and reconstruction next to each other at the image's own size; small ones are enlarged."""
     original, reconstruction = (
         _fit(picture_chw, max(256, *picture_chw.shape[-2:]))
         for picture_chw in (example.original_chw, example.reconstruction_chw)
     )
     gap, label = 12, 30
-    sheet = Image.new("RGB", (3 * gap + 2 * original.width, original.height + label + 2 * gap), _BACKGROUND)
-    draw, font = ImageDraw.Draw(sheet), ImageFont.load_default(20)
+    grid = Image.new("RGB", (3 * gap + 2 * original.width, original.height + label + 2 * gap), _BACKGROUND)
+    draw, font = ImageDraw.Draw(grid), ImageFont.load_default(20)
     texts = ("original", f"reconstruction, {example.caption}")
     for x, picture, text in zip((gap, 2 * gap + original.width), (original, reconstruction), texts, strict=True):
         draw.text((x, gap // 2), _shorten(text, font, picture.width), fill=_TEXT, font=font)
-        sheet.paste(picture, (x, gap // 2 + label))
-    return sheet
+        grid.paste(picture, (x, gap // 2 + label))
+    return grid
 
 
 def _fit(image_chw: Tensor, cell: int) -> Image.Image:

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from model_zoo.discriminator import PatchDiscriminator
 from model_zoo.losses import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, Lecam
 from trainer.config import TokenizerRun
-from trainer.engines import DataParallel
+from trainer.engines.ddp import DataParallel
 from trainer.parallel import World, mean_over_ranks
 from trainer.schedules import ramp
 from trainer.tasks.base import StepMetrics

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from data import Batch
 from trainer import TrainerError
 from trainer.config import RunConfig
-from trainer.engines import Engine, build_engine, clip_scale
-from trainer.init_from import Start
+from trainer.engines import build_engine
+from trainer.engines.base import Engine, clip_scale
+from trainer.init_from import InitRecord
 from trainer.model_state import ModelState
 from trainer.optim import adam, set_weight_decay
 from trainer.parallel import RowGroups, World, any_rank, mean_over_ranks
@@ -94,7 +95,7 @@ class Task(ABC):
         """Bytes of the networks that are not trained, by a name to print."""
         return {}
 
-    def load_initial_weights(self) -> Start | None:
+    def load_initial_weights(self) -> InitRecord | None:
         """Loads the weights that a new run starts from, if the recipe names any; all ranks call together."""
         return None
 

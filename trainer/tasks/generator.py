@@ -15,7 +15,7 @@ from model_zoo.sampler import Sampler
 from model_zoo.transformer import Transformer, checkpoint_blocks, flops_per_token
 from trainer import TrainerError
 from trainer.config import GeneratorRun
-from trainer.engines import RowSharded
+from trainer.engines.row_sharded import RowSharded
 from trainer.metrics.codebook import CodebookUsage
 from trainer.model_state import ModelState, Network
 from trainer.parallel import World, raise_on_all_ranks, row_groups, sum_over_ranks

@@ -9,25 +9,25 @@ from torch.nn import functional as F
 
 from model_zoo import ModelError
 from model_zoo.io.weights import Weights, check_names
-from model_zoo.quantizers import Quantizer
+from model_zoo.quantizers.base import Quantizer
 from trainer import TrainerError
 from trainer.config import TokenizerRun
-from trainer.init_from import Start, load_start
+from trainer.init_from import InitRecord, load_init_weights
 from trainer.model_state import ModelState
 from trainer.parallel import run_on_all_ranks, sum_over_ranks
 
 ROUNDING = 1e-12  # features whose variance is below this share of their squared mean are constant up to fp32 rounding
 
 
-def load_initial_weights(config: TokenizerRun, state: ModelState, discriminator: nn.Module | None) -> Start:
-    """Loads the weights that ``start.source`` names; all ranks call together. Raises TrainerError."""
-    weights, fingerprint = run_on_all_ranks(lambda: load_start(config))
+def load_initial_weights(config: TokenizerRun, state: ModelState, discriminator: nn.Module | None) -> InitRecord:
+    """Loads the weights that ``init_from.source`` names; all ranks call together. Raises TrainerError."""
+    weights, fingerprint = run_on_all_ranks(lambda: load_init_weights(config))
     state.write("tokenizer", weights.tensors)
-    return Start(
+    return InitRecord(
         weights.origin,
         fingerprint,
-        config.start.freeze,
-        _load_discriminator(discriminator, weights, wanted=config.start.discriminator),
+        config.init_from.freeze,
+        _load_discriminator(discriminator, weights, wanted=config.init_from.discriminator),
     )
 
 
@@ -36,7 +36,7 @@ def _load_discriminator(network: nn.Module | None, weights: Weights, wanted: boo
     if network is None:
         return "none"
     if not wanted:
-        return "anew (start.discriminator=false)"
+        return "anew (init_from.discriminator=false)"
     if weights.discriminator is None:
         return "anew (the source has none)"
     try:
@@ -81,7 +81,7 @@ def place_codes_among_features(
         if shard.name == "quant_conv.bias":  # in CPU memory where the engine offloads
             shard.values.sub_(mean_d[shard.start : shard.start + len(shard.values)].to(shard.values))
     if covariance_dd.trace() > ROUNDING * mean_d.square().sum():
-        quantizer.place_among(covariance_dd)
+        quantizer.match_features(covariance_dd)
     # Processors may differ in the last bits, copies of a code must not.
     dist.broadcast(quantizer.embedding.weight.data, group=code_replicas, group_src=0)
     state.main_engine.sync_weights()

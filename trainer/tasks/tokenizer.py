@@ -12,13 +12,14 @@ from model_zoo import ModelError, Tokenizer
 from model_zoo.autoencoder import checkpoint_activations
 from model_zoo.eval_nets.lpips import SMALLEST_SIDE, Perceptual
 from model_zoo.losses import entropy_penalty, quantizer_loss
-from model_zoo.ops import fastest_impl
-from model_zoo.quantizers import Quantized
+from model_zoo.ops.index_backprop import fastest_impl
+from model_zoo.quantizers.base import Quantized
 from model_zoo.tokenizer import TokenizerOutput
 from trainer import TrainerError
 from trainer.config import TokenizerRun
-from trainer.engines import DataParallel, RowSharded
-from trainer.init_from import Start
+from trainer.engines.ddp import DataParallel
+from trainer.engines.row_sharded import RowSharded
+from trainer.init_from import InitRecord
 from trainer.metrics.codebook import CodebookHealth, CodebookUsage, gaussian_distance, moments
 from trainer.metrics.image import psnr
 from trainer.model_state import ModelState, Network
@@ -28,7 +29,7 @@ from trainer.tasks.adversarial import Adversary
 from trainer.tasks.base import Step, StepMetrics, Task, Validation
 from trainer.tasks.initialization import load_initial_weights, place_codes_among_features
 
-# Value of start.freeze -> prefixes of the parameters that it freezes.
+# Value of init_from.freeze -> prefixes of the parameters that it freezes.
 FROZEN = {"encoder": ("encoder.", "quant_conv.", "quantize."), "decoder": ("decoder.", "post_quant_conv.")}
 PICTURES = 8  # validation images whose reconstructions are shown during training
 
@@ -54,7 +55,7 @@ class TokenizerTask(Task):
         self.perceptual = self._build_perceptual()
         if config.trainer.activation_checkpointing:
             checkpoint_activations(self.tokenizer)
-        self.codes_frozen = config.start.freeze == "encoder"
+        self.codes_frozen = config.init_from.freeze == "encoder"
         trained, frozen = self._build_engines()
         self.adversary = Adversary(config, world, self.tokenizer.decoder, self.make_adam, self.autocast, **self.batch)
         self.trained = [network.engine for network in trained.values()]  # updated together
@@ -96,7 +97,7 @@ class TokenizerTask(Task):
         codebook = list(quantizer.parameters())
         rest = sum(p.numel() for p in self.tokenizer.parameters()) - sum(p.numel() for p in codebook)
         self.parameters = rest + (config.model.codebook_size * config.model.code_dim if codebook else 0)
-        prefixes = FROZEN.get(config.start.freeze, ())
+        prefixes = FROZEN.get(config.init_from.freeze, ())
         held = [p.requires_grad_(False) for name, p in self.tokenizer.named_parameters() if name.startswith(prefixes)]
         main = self.build_main_engine(self.tokenizer, ignored=[*codebook, *held])
         trained, frozen = {"tokenizer": Network(main, "tokenizer")}, {}
@@ -354,22 +355,22 @@ class TokenizerTask(Task):
         return Validation({"val/psnr": psnr_mean, "val/l1": l1_mean, "val/usage": usage.usage()}, drawn, [])
 
     def describe(self) -> list[str]:
-        model, start = self.config.model, self.config.start
+        model, init_from = self.config.model, self.config.init_from
         learns = self.tokenizer.quantize.impl and not self.codes_frozen
         rule = model.quantizer + (f" {self.impl()}" if learns else "")
         spread = f", codebook over {self.config.codebook_parallel}" if self.config.codebook_parallel > 1 else ""
-        begun = [f"begun from {start.source} ({start.weights})"] if start.source else []
-        frozen = [f"{start.freeze} frozen"] if start.freeze else []
+        begun = [f"begun from {init_from.source} ({init_from.weights})"] if init_from.source else []
+        frozen = [f"{init_from.freeze} frozen"] if init_from.freeze else []
         return [f"{model.codebook_size} codes of {model.code_dim} ({rule}{spread})", *begun, *frozen]
 
-    def load_initial_weights(self) -> Start | None:
-        if self.config.start.source is None:
+    def load_initial_weights(self) -> InitRecord | None:
+        if self.config.init_from.source is None:
             return None
         discriminator = self.adversary.engine.module if self.adversary.engine else None
         return load_initial_weights(self.config, self.state, discriminator)
 
     def init_from_data(self, micro_batches: Iterable[Tensor]) -> None:
-        if self.config.model.codebook_init != "features" or not self.codebook or self.config.start.source:
+        if self.config.model.codebook_init != "features" or not self.codebook or self.config.init_from.source:
             return
 
         def encode(images_bchw: Tensor) -> Tensor:
@@ -386,7 +387,7 @@ class TokenizerTask(Task):
         sizes = {"LPIPS, frozen": sum(p.nbytes for p in self.perceptual.parameters())} if self.perceptual else {}
         shards = [shard for network in self.state.frozen.values() for shard in network.engine.weights()]
         if shards:
-            sizes[f"{self.config.start.freeze}, frozen"] = sum(shard.values.nbytes for shard in shards)
+            sizes[f"{self.config.init_from.freeze}, frozen"] = sum(shard.values.nbytes for shard in shards)
         return sizes
 
     def _buffers(self) -> dict[str, Tensor]:

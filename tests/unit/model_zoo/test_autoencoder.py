@@ -150,7 +150,7 @@ def test_sides_that_do_not_divide_name_the_mend():
 
 
 def test_attention_factor_without_a_level_names_the_choices():
-    with pytest.raises(ModelError, match=r"\[16\] fit no level.*\[1, 2, 4\]"):
+    with pytest.raises(ModelError, match=r"\[16\] match no level.*\[1, 2, 4\]"):
         Decoder(**{**TINY, "attention_factors": [4, 16]})
 
 

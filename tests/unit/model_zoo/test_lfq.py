@@ -4,8 +4,9 @@ import pytest
 import torch
 
 from model_zoo import ModelError
-from model_zoo.losses import EntropyLoss, QuantizerLoss, entropy_penalty, quantizer_loss
-from model_zoo.ops import CodebookShard
+from model_zoo.config import EntropyLoss, QuantizerLoss
+from model_zoo.losses import entropy_penalty, quantizer_loss
+from model_zoo.ops.codebook_parallel import CodebookShard
 from model_zoo.quantizers.lfq import LookupFreeQuantizer
 
 

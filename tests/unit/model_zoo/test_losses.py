@@ -2,18 +2,10 @@ import numpy as np
 import pytest
 import torch
 
-from model_zoo.losses import (
-    DISCRIMINATOR_LOSSES,
-    GENERATOR_LOSSES,
-    EntropyLoss,
-    Lecam,
-    LossConfig,
-    QuantizerLoss,
-    entropy_penalty,
-    quantizer_loss,
-)
+from model_zoo.config import EntropyLoss, LossConfig, QuantizerLoss
+from model_zoo.losses import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, Lecam, entropy_penalty, quantizer_loss
 from model_zoo.ops import index_backprop
-from model_zoo.quantizers import Quantized
+from model_zoo.quantizers.base import Quantized
 from model_zoo.quantizers.registry import QUANTIZERS
 
 

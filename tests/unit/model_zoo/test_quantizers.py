@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from model_zoo.quantizers import Quantizer
+from model_zoo.quantizers.base import Quantizer
 from model_zoo.quantizers.registry import QUANTIZERS
 
 BOTH = ["ibq", "vq"]  # the others have files of their own

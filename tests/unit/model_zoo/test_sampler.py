@@ -2,13 +2,14 @@
 
 import math
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
 from model_zoo import ModelError, Sampler, Sampling, Transformer, TransformerConfig
-from model_zoo.sampler import draw, keep_products_in
+from model_zoo.sampler import draw, guidance_scale_t, keep_products_in
 
 # More positions than a bucket of static steps, so that there are two.
 TINY = TransformerConfig(vocabulary=40, classes=5, grid=[9, 8], depth=2, heads=2, head_dim=8, dropout=0.0)
@@ -80,7 +81,7 @@ def test_codes_are_drawn_with_the_probabilities_of_the_forward():
 
 @pytest.mark.parametrize(("schedule", "middle"), [("constant", 3.0), ("linear", 2.0), ("cosine", 2.0)])
 def test_guidance_schedules(schedule, middle):
-    guidance_t = Sampling(guidance=3.0, guidance_schedule=schedule).guidance_t(5)
+    guidance_t = guidance_scale_t(Sampling(guidance=3.0, guidance_schedule=schedule), 5)
     assert guidance_t.shape == (5,)
     assert guidance_t[0] == (3.0 if schedule == "constant" else 1.0)
     assert guidance_t[2].item() == pytest.approx(middle) and guidance_t[4].item() == pytest.approx(3.0)
@@ -168,8 +169,10 @@ def test_static_steps_draw_the_same_codes(settings):
         assert torch.equal(sampled(static, IMAGES, settings), expected)
 
 
-@pytest.mark.slow
-def test_compiled_steps_draw_the_same_codes():
+@pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=[pytest.mark.full, pytest.mark.process])])
+def test_compiled_steps_draw_the_same_codes(monkeypatch, backend):
+    """``eager`` traces the step without generating code: it shows that the step is one graph."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
     transformer = tiny()
     assert torch.equal(sampled(Sampler(transformer, 8, compile=True), IMAGES), sampled(Sampler(transformer, 8), IMAGES))
 
@@ -207,7 +210,10 @@ def test_captured_steps_draw_the_same_codes(settings):
         ({"temperature": math.nan}, "temperature nan"),
         ({"guidance": -1.0}, "guidance -1.0 must be at least 0"),
         ({"guidance": math.nan}, "guidance nan"),
-        ({"guidance_schedule": "square"}, "'square': choose one of constant, linear, cosine"),
+        (
+            {"guidance_schedule": "square"},
+            "guidance_schedule square is unknown: choose one of constant, linear, cosine",
+        ),
         ({"top_k": -1}, "top_k -1 must be at least 0"),
         ({"top_p": 0.0}, "top_p 0.0 must be above 0"),
         ({"top_p": 1.1}, "top_p 1.1"),
@@ -220,7 +226,7 @@ def test_settings_that_cannot_be_are_refused(settings, message):
 
 def test_batches_that_cannot_be_are_refused():
     sampler = Sampler(tiny(), 2)
-    with pytest.raises(ModelError, match="3 classes and 3 seeds: give as many, up to 2"):
+    with pytest.raises(ModelError, match="3 classes and 3 seeds: give equally many, at most 2"):
         sampled(sampler, IMAGES[:3])
     with pytest.raises(ModelError, match=r"classes must lie in \[0, 5\]"):
         sampled(sampler, [(6, 1)])
@@ -233,7 +239,7 @@ def test_batches_that_cannot_be_are_refused():
 def test_settings_that_found_no_room_are_tried_again(monkeypatch):
     sampler = Sampler(tiny(), 2)
     with monkeypatch.context() as patch:
-        patch.setattr(sampler.transformer, "new_pasts", lambda *_: (_ for _ in ()).throw(MemoryError))
+        patch.setattr(sampler.transformer, "new_caches", lambda *_: (_ for _ in ()).throw(MemoryError))
         with pytest.raises(MemoryError):
             sampled(sampler, IMAGES[:2])
     assert torch.equal(sampled(sampler, IMAGES[:2]), sampled(Sampler(tiny(), 2), IMAGES[:2]))

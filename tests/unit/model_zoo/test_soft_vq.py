@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from model_zoo import ModelError
-from model_zoo.ops import CodebookShard
+from model_zoo.ops.codebook_parallel import CodebookShard
 from model_zoo.quantizers.soft_vq import SoftVectorQuantizer
 
 

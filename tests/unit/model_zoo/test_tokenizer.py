@@ -1,3 +1,4 @@
+import shutil
 from dataclasses import asdict, replace
 
 import pytest
@@ -5,7 +6,7 @@ import torch
 from omegaconf import OmegaConf
 
 from model_zoo import ModelError, Tokenizer, TokenizerConfig, load_tokenizer
-from model_zoo.io.sharded_tensors import save_shards, whole
+from model_zoo.io.sharded_tensors import save_shards, whole_tensor
 from model_zoo.quantizers.registry import QUANTIZERS
 
 TINY = TokenizerConfig(
@@ -122,10 +123,10 @@ def test_unknown_quantizer_names_the_choices():
         tiny(quantizer="nearest")
 
 
-@pytest.mark.parametrize("change", [{"codebook_size": 1}, {"code_dim": 0}])
-def test_codebooks_that_cannot_be_are_refused(change):
-    with pytest.raises(ModelError, match="codebook_size must be at least 2"):
-        tiny(**change)
+@pytest.mark.parametrize(("name", "size", "least"), [("codebook_size", 1, 2), ("code_dim", 0, 1)])
+def test_codebooks_that_cannot_be_are_refused(name, size, least):
+    with pytest.raises(ModelError, match=f"model.{name}={size} must be at least {least}"):
+        tiny(**{name: size})
 
 
 @pytest.mark.parametrize(
@@ -140,7 +141,7 @@ def test_codebooks_that_cannot_be_are_refused(change):
     ],
 )
 def test_sizes_that_cannot_be_are_refused(name, size):
-    with pytest.raises(ModelError, match=rf"model\.{name}=.* must be at least 1"):
+    with pytest.raises(ModelError, match=rf"model\.{name}=.* must (be|have) at least 1"):
         tiny(**{name: size})
 
 
@@ -148,24 +149,29 @@ def write_checkpoint(folder, **models):
     """As two ranks would: each holds a share of every tensor of every model."""
     folder.mkdir(parents=True, exist_ok=True)
     for rank in range(2):
-        pieces = [
-            whole(f"{model}/{name}", value).share(rank, 2)
+        shards = [
+            whole_tensor(f"{model}/{name}", value).part(rank, 2)
             for model, tokenizer in models.items()
             for name, value in tokenizer.state_dict().items()
         ]
-        save_shards(folder / f"rank_{rank:05d}.safetensors", pieces)
+        save_shards(folder / f"rank_{rank:05d}.safetensors", shards)
 
 
-@pytest.fixture
-def run(tmp_path):
-    """A run folder with two checkpoints, `latest` naming the second, whose raw and EMA weights differ."""
-    run = tmp_path / "run"
+@pytest.fixture(scope="module")
+def written_run(tmp_path_factory):
+    run = tmp_path_factory.mktemp("written") / "run"
     for step in (5, 10):
         models = {"tokenizer": tiny(seed=step), "tokenizer_ema": tiny(seed=step + 1)}
         write_checkpoint(run / "checkpoints" / f"step_{step:08d}", **models, discriminator=torch.nn.Linear(2, 2))
     (run / "checkpoints" / "latest").write_text("step_00000010\n")
     OmegaConf.save({"seed": 3, "model": asdict(TINY)}, run / "config.yaml")
     return run
+
+
+@pytest.fixture
+def run(written_run, tmp_path):
+    """A run folder with two checkpoints, `latest` naming the second, whose raw and EMA weights differ."""
+    return shutil.copytree(written_run, tmp_path / "run")
 
 
 def assert_is(tokenizer, expected):
@@ -233,13 +239,13 @@ def test_load_tokenizer_refuses_other_names_of_weights(run):
 def test_load_tokenizer_refuses_a_checkpoint_with_a_part_missing(run):
     (run / "checkpoints" / "step_00000010" / "rank_00001.safetensors").unlink()
     message = refused(run)
-    assert "step_00000010 is not whole: tokenizer_ema/" in message and "lacks its elements from" in message
+    assert "step_00000010 is incomplete: tokenizer_ema/" in message and "lacks its elements from" in message
 
 
 def test_load_tokenizer_refuses_a_damaged_part(run):
     part = run / "checkpoints" / "step_00000010" / "rank_00001.safetensors"
     part.write_bytes(part.read_bytes()[:-1])
-    assert f"{part} is no part of a checkpoint" in refused(run)
+    assert f"{part} is not a file of a checkpoint" in refused(run)
 
 
 @pytest.mark.parametrize("change", [{"codebook_size": 64}, {"num_res_blocks": 2}, {"attention_factors": [2, 4]}])

@@ -9,9 +9,9 @@ from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
 from model_zoo import ModelError, Transformer, TransformerConfig, load_generator
-from model_zoo.io.sharded_tensors import save_shards, whole
+from model_zoo.io.sharded_tensors import save_shards, whole_tensor
 from model_zoo.ops.attention import causal_attention
-from model_zoo.transformer import Now, checkpoint_blocks, flops_per_token, rope_table, rotate
+from model_zoo.transformer import DecodePosition, checkpoint_blocks, flops_per_token, rope_table, rotate
 
 TINY = TransformerConfig(vocabulary=40, classes=5, grid=[3, 4], depth=2, heads=2, head_dim=8, code_dim=6, dropout=0.0)
 
@@ -54,12 +54,12 @@ def test_the_class_changes_all_logits():
 
 
 def cached_logits(transformer, index_bt, class_b, masked):
-    pasts, tokens = transformer.new_pasts(len(class_b)), transformer.config.tokens
+    caches, tokens = transformer.new_caches(len(class_b)), transformer.config.tokens
     logits = []
     for position in range(tokens):
         mask_1t = (torch.arange(tokens) <= position)[None] if masked else None
-        now = Now(torch.tensor([position]), position == 0, tokens if masked else position + 1, mask_1t)
-        logits.append(transformer.next_logits(index_bt[:, position - 1] if position else None, class_b, pasts, now))
+        at = DecodePosition(torch.tensor([position]), position == 0, tokens if masked else position + 1, mask_1t)
+        logits.append(transformer.next_logits(index_bt[:, position - 1] if position else None, class_b, caches, at))
     return torch.stack(logits, dim=1)
 
 
@@ -175,7 +175,7 @@ def test_codebook_embedding_is_a_projection_of_frozen_code_vectors():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"embedding": "random"}, "unknown model.embedding 'random'"),
+        ({"embedding": "random"}, "model.embedding=random is unknown: choose one of learned, codebook"),
         ({"head_dim": 6}, "model.head_dim=6 must be a multiple of 4"),
         ({"grid": [16]}, r"model.grid=\[16\] must be rows and columns"),
         ({"grid": [0, 3]}, r"model.grid=\[0, 3\]"),
@@ -199,8 +199,10 @@ def run(tmp_path):
     folder = run / "checkpoints" / "step_00000010"
     folder.mkdir(parents=True)
     models = {"generator": tiny(1, embedding="codebook"), "generator_ema": tiny(2, embedding="codebook")}
-    pieces = [whole(f"{kind}/{name}", value) for kind, m in models.items() for name, value in m.state_dict().items()]
-    save_shards(folder / "rank_00000.safetensors", pieces)
+    shards = [
+        whole_tensor(f"{kind}/{name}", value) for kind, m in models.items() for name, value in m.state_dict().items()
+    ]
+    save_shards(folder / "rank_00000.safetensors", shards)
     (folder.parent / "latest").write_text("step_00000010\n")
     OmegaConf.save({"task": "generator", "model": asdict(replace(TINY, embedding="codebook"))}, run / "config.yaml")
     return run

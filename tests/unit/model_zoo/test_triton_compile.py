@@ -63,9 +63,9 @@ triton_sweeps.device_of = lambda z_nd: triton_sweeps.Device(multiprocessors=100,
 
 z_nd, codebook_kd = (torch.empty(n, dim, dtype=getattr(torch, dtype), device="meta") for n in (4096, 16384))
 sweeps = triton_sweeps.TritonSweeps(z_nd, codebook_kd, len(codebook_kd), Settings())
-sweeps.first(with_output=False)
-index_n, max_n, sum_n, output_nd = sweeps.first(with_output=True)
-sweeps.settle(max_n)
+sweeps.row_statistics(with_output=False)
+index_n, max_n, sum_n, output_nd = sweeps.row_statistics(with_output=True)
+sweeps.set_global_max(max_n)
 assignment = Assignment(*sweeps.assignment_sums(max_n, 0.01), 0.01)
 average_k = sweeps.assignment_columns(max_n, assignment)
 average_n = sweeps.assignment_dot(max_n, assignment, average_k)
@@ -117,7 +117,8 @@ def compilations():
         pool.shutdown(cancel_futures=True)
 
 
-@pytest.mark.slow
+@pytest.mark.full
+@pytest.mark.process
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_every_kernel_fits_the_device(case, compilations):
     arch, dtype, dim, _ = case

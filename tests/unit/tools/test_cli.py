@@ -1,4 +1,4 @@
-"""The `ibq` command: quick to start, an example in every help, mistakes in one line."""
+"""The `ibq` command: it starts quickly, every help has an example, mistakes are one line."""
 
 import subprocess
 import sys
@@ -35,8 +35,9 @@ def leaves(command, path=()):
 LEAVES = sorted(leaves(typer.main.get_command(cli.app)))
 
 
+@pytest.mark.process
 def test_start_up_imports_nothing_heavy():
-    heavy = ["torch", "numpy", "deepspeed", "trainer", "model_zoo", "data"]
+    heavy = ["torch", "numpy", "deepspeed", "trainer", "model_zoo", "data", "rich.progress"]
     script = f"import sys, tools.cli; print([name for name in {heavy} if name in sys.modules])"
     result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
     assert result.stdout.strip() == "[]"
@@ -127,9 +128,9 @@ def test_train_and_resume_pass_their_arguments_on(capsys, monkeypatch):
     ]
 
 
-def test_recipes_are_listed_with_their_story(capsys):
+def test_recipes_are_listed_with_a_description(capsys):
     status, out, _ = run(capsys, "recipes")
     assert status == 0
     listed = dict(line.split(maxsplit=1) for line in out.splitlines())
     assert {"quickstart", "debug", "ibq_16384", "vqgan_16384"} <= set(listed)
-    assert not any(story.startswith("#") for story in listed.values())
+    assert not any(text.startswith("#") for text in listed.values())

@@ -1,4 +1,4 @@
-"""The checks of `ibq doctor`, each on a machine made up for it."""
+"""The checks of `ibq doctor`, each on a simulated machine."""
 
 import hashlib
 import os
@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from model_zoo.eval_nets.weights import WEIGHTS_FILES
-from tools import doctor
+from tools import cli, doctor
 from tools.doctor import OK, OPTIONAL, PROBLEM, Finding
 
 
@@ -41,9 +41,9 @@ def test_apex(tmp_path, monkeypatch, files, status, said):
     assert finding.status == status
     assert said in finding.found
     if status == OPTIONAL and not files:
-        assert "another project" in finding.mend
+        assert "another project" in finding.fix
     if status == PROBLEM:
-        assert finding.mend == "pip uninstall apex"
+        assert finding.fix == "pip uninstall apex"
 
 
 def test_versions_are_held_against_the_ranges_of_the_metadata(monkeypatch):
@@ -64,7 +64,7 @@ def test_versions_are_held_against_the_ranges_of_the_metadata(monkeypatch):
         "deepspeed": PROBLEM,
         "lpips": PROBLEM,
     }
-    assert findings["deepspeed"].mend == "pip install 'deepspeed<0.20,>=0.19'"
+    assert findings["deepspeed"].fix == "pip install 'deepspeed<0.20,>=0.19'"
     assert findings["lpips"].found == "not installed"
 
 
@@ -74,12 +74,12 @@ def test_ibq_that_is_not_installed_is_a_problem(monkeypatch):
 
     monkeypatch.setattr(metadata, "requires", requires)
     [finding] = doctor.check_requirements()
-    assert (finding.status, finding.mend) == (PROBLEM, f"pip install -e {doctor.ROOT}")
+    assert (finding.status, finding.fix) == (PROBLEM, f"pip install -e {doctor.ROOT}")
 
 
 @pytest.mark.parametrize(("native", "status"), [(True, OK), (False, OPTIONAL)])
 def test_cuda_devices(monkeypatch, native, status):
-    """On a machine made up, for most that run the tests have none."""
+    """Simulated: most machines that run the tests have none."""
     properties = SimpleNamespace(name="NVIDIA H200", total_memory=140 * 2**30, major=9, minor=0)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
@@ -98,7 +98,7 @@ def test_weights_files(tmp_path, monkeypatch):
         assert finding.status == OPTIONAL
         assert str(tmp_path / WEIGHTS_FILES[key].file) in finding.found
         for part in (WEIGHTS_FILES[key].purpose, WEIGHTS_FILES[key].url, "IBQ_WEIGHTS"):
-            assert part in finding.mend
+            assert part in finding.fix
 
     for key in ("vgg16", "inception"):
         (tmp_path / WEIGHTS_FILES[key].file).write_bytes(b"half a download")
@@ -118,7 +118,7 @@ def test_a_lock_left_by_a_killed_build_is_a_problem(tmp_path):
     os.utime(lock, (an_hour_ago, an_hour_ago))
     [finding] = doctor.stale_locks(tmp_path)
     assert finding.status == PROBLEM
-    assert f"rm {lock}" in finding.mend
+    assert f"rm {lock}" in finding.fix
 
 
 def test_a_check_that_breaks_is_a_problem():
@@ -133,10 +133,11 @@ def test_a_check_that_breaks_is_a_problem():
 
 @pytest.mark.parametrize("status", [OK, OPTIONAL, PROBLEM])
 def test_the_report(monkeypatch, capsys, status):
-    mend = "" if status == OK else f"rename /{'a_folder_whose_name_no_table_has_room_for' * 3}/data"
-    finding = Finding("package data", status, "Python imports another", mend)
-    monkeypatch.setattr(doctor, "examine", lambda: [finding])
-    assert doctor.doctor() == (status != PROBLEM)
+    fix = "" if status == OK else f"rename /{'a_folder_whose_name_no_table_has_room_for' * 3}/data"
+    monkeypatch.setattr(doctor, "examine", lambda: [Finding("package data", status, "Python imports another", fix)])
+    with pytest.raises(SystemExit) as exited:
+        cli.main(["doctor"])
+    assert (exited.value.code or 0) == (status == PROBLEM)
     out = capsys.readouterr().out
-    assert mend in out
+    assert fix in out
     assert ("1 problem" in out) == (status == PROBLEM)

@@ -1,4 +1,4 @@
-"""What pip makes of setup.py: an installed wheel works outside the checkout, and our generic names are ours."""
+"""Packaging: an installed wheel works outside the checkout, and other packages named like ours are reported."""
 
 import json
 import os
@@ -10,12 +10,15 @@ from pathlib import Path
 
 import pytest
 
+# Every test starts pip or an interpreter outside the checkout.
+pytestmark = [pytest.mark.process, pytest.mark.full]
+
 ROOT = Path(__file__).resolve().parents[3]
 PACKAGES = ["trainer", "model_zoo", "data", "tools", "ds_configs"]
 
 
 def run(*command, cwd, **environment):
-    """The finished process. Neither this checkout nor an index can be reached from it."""
+    """The finished process, which can reach neither this checkout nor an index."""
     variables = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     variables |= {"PIP_NO_INDEX": "1", "OMP_NUM_THREADS": "1", **environment}
     return subprocess.run([str(part) for part in command], cwd=cwd, env=variables, capture_output=True, text=True)
@@ -28,7 +31,7 @@ def pip(*arguments, cwd):
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory):
-    """A copy of the source, for pip leaves build folders where it builds."""
+    """A copy of the source, since pip leaves build folders behind."""
     copy = tmp_path_factory.mktemp("packaging") / "checkout"
     copy.mkdir()
     for name in ("setup.py", "pyproject.toml", "LICENSE"):
@@ -47,7 +50,7 @@ def wheel(checkout):
 
 @pytest.fixture
 def site(wheel, tmp_path):
-    """A folder that the wheel is installed into, for PYTHONPATH."""
+    """A folder for PYTHONPATH with the wheel installed."""
     pip("install", "--no-deps", "--no-compile", "--target", tmp_path / "site", wheel, cwd=tmp_path)
     return tmp_path / "site"
 
@@ -108,14 +111,14 @@ def test_a_package_that_shadows_ours_is_named(site, elsewhere):
     (elsewhere / "data").mkdir()
     culprit = elsewhere / "data" / "__init__.py"
     culprit.touch()
-    mend = f"rename {elsewhere / 'data'}, or start from another folder"
+    fix = f"rename {elsewhere / 'data'}, or run from another folder"
 
     result = run(sys.executable, "-m", "tools.cli", "doctor", cwd=elsewhere, PYTHONPATH=str(site))
     assert result.returncode == 1, result.stderr
-    assert f"problem: package data: {mend}" in result.stdout
+    assert f"problem: package data: {fix}" in result.stdout
 
     result = run(sys.executable, "-m", "tools.cli", "train", "debug", cwd=elsewhere, PYTHONPATH=str(site))
-    said = f"ibq: error: Python imports {culprit} as `data`, not ibq's own package: {mend}\n"
+    said = f"ibq: error: Python imports {culprit} as `data` instead of ibq's package: {fix}\n"
     assert (result.returncode, result.stdout, result.stderr) == (2, "", said)
 
 
@@ -130,8 +133,8 @@ def test_a_distribution_that_writes_into_our_folder_is_named(site, elsewhere):
 
 
 def test_an_editable_install_is_a_plain_path_entry(checkout, tmp_path):
-    """An import hook instead would be asked last: any folder called `data` in the working directory would win."""
-    # Without --ignore-installed pip would first uninstall the ibq of the environment that runs the tests.
+    """Import hooks come last: with one, a folder called `data` in the working directory would win."""
+    # Without --ignore-installed pip would uninstall the ibq of the environment that runs the tests.
     elsewhere = "--ignore-installed", "--prefix", tmp_path
     pip("install", "--no-deps", "--no-build-isolation", *elsewhere, "--editable", checkout, cwd=tmp_path)
     [entry] = tmp_path.rglob("__editable__*.pth")

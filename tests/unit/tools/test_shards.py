@@ -1,11 +1,10 @@
-"""`ibq shards check` and `ibq shards stats`, as they are typed: what they say, write and return."""
+"""`ibq shards check` and `ibq shards stats`: what they print, write and return."""
 
 import gzip
 import io
 import json
 import os
 import pty
-import subprocess
 import sys
 from collections import Counter
 from pathlib import Path
@@ -22,11 +21,11 @@ from data.index import Index
 from data.prep.stats import Histogram
 from tools import cli, histograms
 
-ROOT = Path(__file__).resolve().parents[3]
-
 
 def run(capsys, *arguments):
-    """Exit status, stdout and stderr of `ibq shards ARGUMENTS`, in this process."""
+    """Exit status, stdout and stderr of `ibq shards ARGUMENTS`, in this process and without others."""
+    if arguments[:1] in (("check",), ("stats",)) and "--jobs" not in arguments:
+        arguments = *arguments, "--jobs", 1
     with pytest.raises(SystemExit) as exited:
         cli.main(["shards", *map(str, arguments)])
     captured = capsys.readouterr()
@@ -85,7 +84,7 @@ BROKEN = {4: "truncated", 5: "truncated", 6: "corrupt", 7: "corrupt", 8: "corrup
 
 
 def test_twelve_tars_with_eight_damages(capsys, damaged, tmp_path):
-    status, out, err = run(capsys, "check", damaged, "--decode", "--json", tmp_path / "found.json", "--jobs", 2)
+    status, out, err = run(capsys, "check", damaged, "--decode", "--json", tmp_path / "found.json")
     assert status == 1 and err == ""
     lines = out.splitlines()
     for shard, kind in BROKEN.items():
@@ -149,7 +148,7 @@ def test_whole_tars_are_ok_and_an_index_is_written_and_compared(capsys, folder):
 def test_no_index_is_written_over_broken_tars_unless_they_are_left_out(capsys, damaged, tmp_path):
     status, out, _ = run(capsys, "check", damaged, "--write-index")
     assert status == 1
-    assert "wrote no index: move the broken tars elsewhere, or leave them out of it with --skip-broken" in out
+    assert "wrote no index: move the broken tars elsewhere, or leave them out with --skip-broken" in out
     assert not (damaged / "index.safetensors").exists()
     status, out, _ = run(
         capsys, "check", damaged, "--write-index", "--skip-broken", "--index", tmp_path / "i.safetensors"
@@ -178,7 +177,7 @@ def test_patterns_lists_doubled_names_and_remote_tars(capsys, folder, tmp_path):
     with Server(folder=folder) as server:
         urls = server.url("/train-{000000..000003}.tar?token=secret")
         status, out, err = run(capsys, "check", urls, "--write-index")
-        assert status == 2 and "say where with --index FILE" in err
+        assert status == 2 and "choose a place with --index FILE" in err
         place = tmp_path / "remote.safetensors"
         status, out, err = run(capsys, "check", urls, "--write-index", "--index", place, "--json", "-")
         assert status == 0 and "4 tars, 24 samples" in err
@@ -194,9 +193,9 @@ def test_patterns_lists_doubled_names_and_remote_tars(capsys, folder, tmp_path):
         (["check", "nowhere"], "no such tar or folder: nowhere"),
         (
             ["check", "{tars}", "--write-index", "i.safetensors"],
-            "i.safetensors is no tar: an index is named as --index",
+            "i.safetensors is not a tar; to use an index, write --index",
         ),
-        (["check", "{tars}", "--skip-broken"], "--skip-broken is for --write-index"),
+        (["check", "{tars}", "--skip-broken"], "--skip-broken needs --write-index"),
         (["check", "{tars}", "--index", "none.safetensors"], "cannot read the index none.safetensors"),
         (["check", "{tars}", "--json", "nowhere/found.json"], "cannot write nowhere/found.json"),
         (
@@ -221,26 +220,23 @@ def test_mistakes_are_one_line_and_status_2(capsys, folder, monkeypatch, argumen
     assert sorted(path.name for path in folder.parent.iterdir()) == ["tars"]
 
 
-def test_the_command_itself(damaged):
-    """In a process of its own, and with a terminal to draw a bar on."""
-    command = [sys.executable, "-m", "tools.cli", "shards", "check", str(damaged)]
-    plain = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert plain.returncode == 1 and plain.stderr == ""
-    assert "\x1b" not in plain.stdout and "6 broken" in plain.stdout
+def test_a_bar_is_drawn_on_a_terminal(capsys, monkeypatch, damaged):
+    status, plain, err = run(capsys, "check", damaged)
+    assert (status, err) == (1, "") and "\x1b" not in plain and "6 broken" in plain
     leader, follower = pty.openpty()
-    with subprocess.Popen(
-        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=follower, env={**os.environ, "TERM": "xterm"}
-    ) as shown:
-        os.close(follower)
-        out, drawn = shown.stdout.read().decode(), b""
-        try:
-            while piece := os.read(leader, 1 << 16):
-                drawn += piece
-        except OSError:  # Linux's way to say that the other end is closed
-            pass
+    monkeypatch.setenv("TERM", "xterm")
+    with os.fdopen(follower, "w") as terminal, monkeypatch.context() as patch:
+        patch.setattr(sys, "stderr", terminal)
+        status, out, _ = run(capsys, "check", damaged)
+        drawn = os.read(leader, 1 << 16)
     os.close(leader)
-    assert shown.returncode == 1 and out == plain.stdout
+    assert (status, out) == (1, plain)
     assert b"checking" in drawn and b"/12" in drawn
+
+
+@pytest.mark.process
+def test_several_processes_find_the_same(capsys, damaged):
+    assert run(capsys, "check", damaged, "--jobs", 2) == run(capsys, "check", damaged)
 
 
 # --------------------------------------------------------------------------------------------------------------- stats
@@ -271,14 +267,14 @@ def test_stats_in_words_bars_json_and_a_picture(capsys, folder, tmp_path):
 
 
 def test_stats_of_some_samples_and_as_json_alone(capsys, folder):
-    status, out, err = run(capsys, "stats", folder, "--samples", 5, "--json", "-", "--jobs", 1)
+    status, out, err = run(capsys, "stats", folder, "--samples", 5, "--json", "-")
     assert status == 0 and err.startswith(f"{folder}: 4 shards, 5 of 24 samples\n")
     found = json.loads(out)
     assert (found["samples"], found["samples_in_all"]) == (5, 24)
     assert "unusable" in found and sum(found["histograms"]["shorter_side"].values()) == 5
 
 
-def test_stats_tell_what_is_missing(capsys, tmp_path):
+def test_stats_report_what_is_missing(capsys, tmp_path):
     with TarWriter(str(tmp_path / "a.tar"), encoder=False, mtime=0) as writer:
         for n, punsafe in enumerate((0.1, 0.3, "n/a", None)):
             metadata = json.dumps({"punsafe": punsafe, "similarity": 0.5}).encode()
@@ -291,7 +287,7 @@ def test_stats_tell_what_is_missing(capsys, tmp_path):
     assert "  nsfw (punsafe): 3, missing in 1, from 0.1 to 0.3, mean 0.2, no number in 1" in lines
     assert "  similarity (similarity): all, from 0.5 to 0.5, mean 0.5" in lines
     assert "  watermark (pwatermark): none" in lines
-    assert lines[9:11] == ["  cannot be used: 1", f"    bad in {tmp_path}/a.tar: no JPEG, PNG or WebP image"]
+    assert lines[9:11] == ["  unusable: 1", f"    bad in {tmp_path}/a.tar: no JPEG, PNG or WebP image"]
 
 
 def test_stats_of_nothing_that_can_be_used(capsys, tmp_path):
@@ -301,7 +297,7 @@ def test_stats_of_nothing_that_can_be_used(capsys, tmp_path):
     assert status == 0
     assert out.splitlines() == [
         f"{tmp_path}/a.tar: 1 shard, 1 samples",
-        "  cannot be used: 1",
+        "  unusable: 1",
         f"    bad in {tmp_path}/a.tar: no JPEG, PNG or WebP image",
     ]
     assert not (tmp_path / "a.png").exists()
@@ -329,9 +325,9 @@ def test_bars_of_any_share():
 
 def test_token_shards_are_checked_indexed_and_counted(capsys, tmp_path):
     folder = write_tokens(tmp_path / "tokens", count=20, per_shard=8)
-    status, out, err = run(capsys, "check", folder, "--write-index", "--jobs", 1)
+    status, out, err = run(capsys, "check", folder, "--write-index")
     assert (status, err) == (0, "") and "3 tars, 20 samples" in out and (folder / "index.safetensors").is_file()
-    status, out, _ = run(capsys, "stats", folder, "--json", tmp_path / "stats.json", "--jobs", 1)
+    status, out, _ = run(capsys, "stats", folder, "--json", tmp_path / "stats.json")
     assert status == 0
     assert f"  tokens of tokenizer {FINGERPRINT}: 256 codes, 8 x 8, 1 view: 20" in out
     assert "a sample: 20 of tokens" in out and "  classes: all in 4 classes of 5 to 5" in out

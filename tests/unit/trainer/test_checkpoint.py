@@ -6,7 +6,7 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
-from model_zoo.io.sharded_tensors import ShardedTensors, whole
+from model_zoo.io.sharded_tensors import ShardedTensors, whole_tensor
 from trainer import TrainerError, checkpoint
 from trainer.checkpoint import (
     CheckpointError,
@@ -32,7 +32,7 @@ def save(run, world, *steps: int, asynchronous=False, keep_last=3, keep_every_st
         run, world, keep_last=keep_last, keep_every_steps=keep_every_steps, asynchronous=asynchronous
     )
     for step in steps:
-        checkpoints.save(step, STATE, [whole(name, tensor) for name, tensor in tensors(step).items()])
+        checkpoints.save(step, STATE, [whole_tensor(name, tensor) for name, tensor in tensors(step).items()])
     checkpoints.finish()
 
 
@@ -102,7 +102,7 @@ def test_training_goes_on_while_it_is_written_and_does_not_change_it(world, tmp_
     monkeypatch.setattr(checkpoint, "write_part", slow)
     checkpoints = Checkpoints(tmp_path, world, keep_last=3, asynchronous=True)
     held = tensors(10)
-    checkpoints.save(10, STATE, [whole(name, tensor) for name, tensor in held.items()])
+    checkpoints.save(10, STATE, [whole_tensor(name, tensor) for name, tensor in held.items()])
     held["weights"].zero_()  # the next step
     for _ in range(3):
         checkpoints.poll()
@@ -124,7 +124,7 @@ def test_training_goes_on_while_it_is_written_and_does_not_change_it(world, tmp_
 
 def test_polling_seals_what_is_written(world, tmp_path):
     checkpoints = Checkpoints(tmp_path, world, keep_last=3, asynchronous=True)
-    checkpoints.save(10, STATE, [whole(name, tensor) for name, tensor in tensors(10).items()])
+    checkpoints.save(10, STATE, [whole_tensor(name, tensor) for name, tensor in tensors(10).items()])
     checkpoints.writing.join(60)
     checkpoints.poll()
     assert checkpoints.writing is None
@@ -157,7 +157,7 @@ def test_a_failure_at_any_moment_leaves_the_former_checkpoint_in_force(
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, stage, failing)
         with pytest.raises(CheckpointError) as error:
-            checkpoints.save(20, STATE, [whole(name, tensor) for name, tensor in tensors(20).items()])
+            checkpoints.save(20, STATE, [whole_tensor(name, tensor) for name, tensor in tensors(20).items()])
             checkpoints.finish()
     message = one_line(error)
     assert "cannot write checkpoint step_00000020 (" in message and "No space left on device" in message
@@ -165,7 +165,7 @@ def test_a_failure_at_any_moment_leaves_the_former_checkpoint_in_force(
     assert_in_force(tmp_path, world, 10)
     assert not [name for name in names(tmp_path) if name.endswith(".unfinished") and name.startswith("step")]
     # The same writer goes on: what was in the way is gone.
-    checkpoints.save(20, STATE, [whole(name, tensor) for name, tensor in tensors(20).items()])
+    checkpoints.save(20, STATE, [whole_tensor(name, tensor) for name, tensor in tensors(20).items()])
     checkpoints.finish()
     assert names(tmp_path) == ["latest", "step_00000010", "step_00000020"]
     assert_in_force(tmp_path, world, 20)

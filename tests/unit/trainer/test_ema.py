@@ -2,10 +2,10 @@ import pytest
 import torch
 from torch import nn
 
-from model_zoo.io.sharded_tensors import whole
+from model_zoo.io.sharded_tensors import whole_tensor
 from trainer.config import OptimizerConfig
 from trainer.ema import Ema
-from trainer.engines import Replicated
+from trainer.engines.ddp import DataParallel
 from trainer.optim import adam
 
 pytestmark = pytest.mark.usefixtures("world")
@@ -16,11 +16,11 @@ def model(seed=0) -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), nn.Embedding(5, 3))
 
 
-def engine(module) -> Replicated:
+def engine(module) -> DataParallel:
     def make_adam(parameters):
         return adam(parameters, 1e-3, OptimizerConfig())
 
-    return Replicated(module, make_adam, micro_batch_size=1, micro_batches=1)
+    return DataParallel(module, make_adam, micro_batch_size=1, micro_batches=1)
 
 
 def set_weights(module, seed):
@@ -29,7 +29,7 @@ def set_weights(module, seed):
 
 
 def averages(ema, of) -> dict[str, torch.Tensor]:
-    return {piece.name: piece.values.view(piece.shape).clone() for piece in ema.pieces(of)}
+    return {piece.name: piece.values.view(piece.shape).clone() for piece in ema.shards(of)}
 
 
 def weights(module) -> dict[str, torch.Tensor]:
@@ -102,7 +102,7 @@ def test_each_engine_has_its_own_pieces_beside_its_weights():
     engines = [engine(model(seed)) for seed in range(3)]
     ema = Ema(iter(engines), decay=0.9)
     for seed, of in enumerate(engines):
-        pieces = ema.pieces(of)
+        pieces = ema.shards(of)
         assert [piece[:3] for piece in pieces] == [piece[:3] for piece in of.weights()]
         assert equal(averages(ema, of), weights(model(seed)))
 
@@ -116,7 +116,7 @@ def test_goes_on_from_what_is_written_into_its_pieces_bit_for_bit():
     set_weights(module, seed=2)
     other = engine(model(seed=2))
     resumed = Ema((other,), decay=0.9)
-    for into, saved in zip(resumed.pieces(other), ema.pieces(of), strict=True):
+    for into, saved in zip(resumed.shards(other), ema.shards(of), strict=True):
         into.values.copy_(saved.values)
     assert not equal(averages(resumed, other), weights(module))
     for average in (ema, resumed):
@@ -124,7 +124,7 @@ def test_goes_on_from_what_is_written_into_its_pieces_bit_for_bit():
     assert equal(averages(ema, of), averages(resumed, other))
 
 
-class Published(Replicated):
+class Published(DataParallel):
     """Computes with a copy of its weights, as ZeRO does, until told to take them over."""
 
     def __init__(self, module):
@@ -132,10 +132,10 @@ class Published(Replicated):
         self.flat = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
     def weights(self):
-        return [whole(name, values) for name, values in self.flat.items()]
+        return [whole_tensor(name, values) for name, values in self.flat.items()]
 
     @torch.no_grad()
-    def publish(self):
+    def sync_weights(self):
         for name, parameter in self.parameters.items():
             parameter.copy_(self.flat[name])
 
@@ -148,7 +148,7 @@ def test_averages_and_weights_change_places_and_back_bit_for_bit(kind):
     for of in engines:
         for piece in of.weights():
             piece.values.mul_(1.1)
-        of.publish()
+        of.sync_weights()
     ema.update(0)
     raw, average = [weights(module) for module in modules], [averages(ema, of) for of in engines]
     assert not equal(raw[0], average[0]) and not equal(raw[1], average[1])

@@ -15,7 +15,7 @@ from model_zoo import Tokenizer, TokenizerConfig
 from model_zoo.io.sharded_tensors import ShardedTensors, save_shards
 from model_zoo.transformer import flops_per_token
 from trainer import TrainerError
-from trainer.config import load_recipe
+from trainer.recipes import load_recipe
 from trainer.start_plan import plan_batch
 from trainer.tasks import generator as task_module
 from trainer.tasks.generator import Codes, GeneratorTask
@@ -106,15 +106,15 @@ def test_accumulating_changes_nothing(build):
 def test_a_loss_that_is_no_number_leaves_everything_as_it_was(build):
     task = build("ema.decay=0.9")
     task.step([codes()], 0)
-    before, average = weights(task), [value.clone() for value in task.ema.averages]
+    before, average = weights(task), [value.clone() for value in task.state.ema.averages]
     with torch.no_grad():
         task.transformer.head.weight[0, 0] = math.nan
     result = task.step([codes()], 1)
     assert result.skipped == ["generator"]
     after = weights(task)
     assert all(torch.equal(value, after[name]) for name, value in before.items() if name != "head.weight")
-    assert all(torch.equal(*pair) for pair in zip(average, task.ema.averages, strict=True))
-    assert task.generator.updates == 1
+    assert all(torch.equal(*pair) for pair in zip(average, task.state.ema.averages, strict=True))
+    assert task.main_engine.updates == 1
 
 
 @pytest.mark.usefixtures("tokenizer")
@@ -123,16 +123,16 @@ def test_a_checkpoint_holds_all_that_a_run_goes_on_from(build, tmp_path):
     overrides = (*overrides, "loss.label_dropout=0", "data.image_size=16")
     task = build(*overrides)
     task.step([codes(0)], 0)
-    save_shards(tmp_path / "rank.safetensors", task.pieces())
-    state = task.state()
+    save_shards(tmp_path / "rank.safetensors", task.state.tensors())
+    state = task.state.numbers()
     other = build(*overrides, "seed=9")
     other.transformer.tok_emb.codebook_vd.zero_()
-    other.load(ShardedTensors(tmp_path), state)
+    other.state.load(ShardedTensors(tmp_path), state)
     for each in (task, other):
         each.step([codes(1)], 1)
     for name, value in weights(task).items():
         assert torch.equal(value, weights(other)[name]), name
-    assert all(torch.equal(*pair) for pair in zip(task.ema.averages, other.ema.averages, strict=True))
+    assert all(torch.equal(*pair) for pair in zip(task.state.ema.averages, other.state.ema.averages, strict=True))
     assert {"generator/tok_emb.codebook_vd", "generator_ema/tok_emb.codebook_vd"} <= set(
         ShardedTensors(tmp_path).names()
     )

@@ -7,25 +7,24 @@ import pytest
 import torch
 
 from model_zoo import TokenizerConfig, load_tokenizer
+from model_zoo.config import EntropyLoss, LossConfig, PerceptualLoss
 from model_zoo.io.sharded_tensors import ShardedTensors, save_shards
-from model_zoo.losses import EntropyLoss, LossConfig, PerceptualLoss
 from trainer import TrainerError
 from trainer.config import (
     DiscriminatorConfig,
     EmaConfig,
     GeneratorRun,
-    StartConfig,
+    InitFromConfig,
     TokenizerOptimizerConfig,
     TokenizerRun,
     TokenizerTrainerConfig,
-    load_recipe,
-    load_run_config,
-    save_config,
 )
-from trainer.init_from import Start, load_start, read_start, save_start
+from trainer.init_from import InitRecord, load_init_weights, read_init_record, save_init_record
 from trainer.jobs.export import export
+from trainer.loop import resume
+from trainer.recipes import load_recipe, load_run_config, save_config
 from trainer.reports.report import write_report
-from trainer.start_plan import plan_batch, resume
+from trainer.start_plan import plan_batch
 from trainer.tasks.tokenizer import FROZEN, TokenizerTask
 
 MODEL = TokenizerConfig(
@@ -74,9 +73,9 @@ def write_run(task, folder):
     checkpoint.mkdir(parents=True)
     save_config(task.config, folder / "config.yaml")
     # Copies, as `Checkpoints` takes them: what is frozen is weight and average at once.
-    pieces = [piece._replace(values=piece.values.clone()) for piece in task.pieces()]
+    pieces = [piece._replace(values=piece.values.clone()) for piece in task.state.tensors()]
     save_shards(checkpoint / "rank_00000.safetensors", pieces)
-    (checkpoint / "state.json").write_text(json.dumps({"step": 3, "task": task.state()}))
+    (checkpoint / "state.json").write_text(json.dumps({"step": 3, "task": task.state.numbers()}))
     (folder / "checkpoints/latest").write_text(checkpoint.name)
     return folder
 
@@ -119,7 +118,7 @@ def equal(first, second):
 
 def held(task, kind):
     """What a checkpoint of the task holds of its tokenizer."""
-    named = {piece.name: piece for piece in task.pieces() if piece.name.startswith(f"{kind}/")}
+    named = {piece.name: piece for piece in task.state.tensors() if piece.name.startswith(f"{kind}/")}
     return {name.removeprefix(f"{kind}/"): piece.values.view(piece.shape).clone() for name, piece in named.items()}
 
 
@@ -133,17 +132,17 @@ def test_weights_come_from_every_source_and_the_average_begins_with_them(build, 
     assert not equal(
         expected.state_dict(), load_tokenizer(sources["run"], "raw" if weights == "ema" else "ema").state_dict()
     )
-    task = build(start=StartConfig(str(sources[kind]), weights))
-    start = task.begin()
-    assert start.fingerprint == expected.fingerprint()
-    assert str(sources[kind]) in start.origin and weights in start.origin
+    task = build(init_from=InitFromConfig(str(sources[kind]), weights))
+    record = task.load_initial_weights()
+    assert record.fingerprint == expected.fingerprint()
+    assert str(sources[kind]) in record.origin and weights in record.origin
     for found in (held(task, "tokenizer"), held(task, "tokenizer_ema"), task.tokenizer.state_dict()):
         assert equal(found, expected.state_dict())
 
 
 def test_the_first_loss_is_that_of_the_loaded_weights(build, run):
-    task = build(start=StartConfig(str(run)))
-    task.begin()
+    task = build(init_from=InitFromConfig(str(run)))
+    task.load_initial_weights()
     scalars = task.step([images(9)], 0).scalars
     images_bchw = images(9).float() / 127.5 - 1
     with torch.no_grad():
@@ -153,11 +152,12 @@ def test_the_first_loss_is_that_of_the_loaded_weights(build, run):
 
 
 def test_all_but_the_weights_begins_anew(build, run):
-    task, scratch = build(start=StartConfig(str(run))), build()
-    task.begin()
-    assert task.state() == scratch.state()
-    assert not any(values.any() for engine in task.engines().values() for values in engine.moments("exp_avg"))
-    found, fresh = ({name: value for name, value in of.buffers().items()} for of in (task, scratch))
+    task, scratch = build(init_from=InitFromConfig(str(run))), build()
+    task.load_initial_weights()
+    assert task.state.numbers() == scratch.state.numbers()
+    engines = [network.engine for network in task.state.trained.values()]
+    assert not any(values.any() for engine in engines for values in engine.moments("exp_avg"))
+    found, fresh = ({name: value for name, value in of.state.buffers().items()} for of in (task, scratch))
     for name in fresh:
         assert name.startswith("discriminator/") or torch.equal(found[name], fresh[name])
 
@@ -165,7 +165,7 @@ def test_all_but_the_weights_begins_anew(build, run):
 def test_without_a_source_nothing_is_loaded(build):
     task = build()
     before = held(task, "tokenizer")
-    assert task.begin() is None
+    assert task.load_initial_weights() is None
     assert equal(held(task, "tokenizer"), before)
 
 
@@ -174,11 +174,11 @@ def test_without_a_source_nothing_is_loaded(build):
 
 @pytest.mark.parametrize("kind", ["run", "published", "export"])
 def test_the_discriminator_is_the_sources_with_its_statistics(build, sources, kind):
-    task = build(start=StartConfig(str(sources[kind])))
-    assert task.begin().discriminator == "the source's"
+    task = build(init_from=InitFromConfig(str(sources[kind])))
+    assert task.load_initial_weights().discriminator == "the source's"
     saved = ShardedTensors(sources["run"] / "checkpoints/step_00000003").tensors("discriminator/")
     assert any("running_mean" in name for name in saved)
-    assert equal(task.discriminator.module.state_dict(), saved)
+    assert equal(task.adversary.engine.module.state_dict(), saved)
 
 
 @pytest.mark.parametrize(
@@ -186,22 +186,23 @@ def test_the_discriminator_is_the_sources_with_its_statistics(build, sources, ki
     [
         ({"discriminator": DiscriminatorConfig(channels=16, layers=1)}, "holds main.0.weight of shape [8, 3, 4, 4]"),
         ({"discriminator": DiscriminatorConfig(channels=8, layers=1, norm="group")}, "holds main.3.running_mean"),
-        ({"start": {"discriminator": False}}, "start.discriminator=false"),
+        ({"init_from": {"discriminator": False}}, "init_from.discriminator=false"),
     ],
 )
 def test_another_discriminator_begins_anew_and_it_is_said(build, run, changes, said):
-    start = StartConfig(str(run), **changes.pop("start", {}))
-    task = build(start=start, **changes)
-    fresh = build(**changes).discriminator.module.state_dict()
-    found = task.begin().discriminator
+    init_from = InitFromConfig(str(run), **changes.pop("init_from", {}))
+    task = build(init_from=init_from, **changes)
+    fresh = build(**changes).adversary.engine.module.state_dict()
+    found = task.load_initial_weights().discriminator
     assert found.startswith("anew") and said in found
-    assert equal(task.discriminator.module.state_dict(), fresh)
+    assert equal(task.adversary.engine.module.state_dict(), fresh)
 
 
 def test_a_source_without_a_discriminator_is_said_to_have_none(build, run, published):
     state = torch.load(published)["state_dict"]
     torch.save({"state_dict": {n: t for n, t in state.items() if "discriminator" not in n}}, published)
-    assert build(start=StartConfig(str(published))).begin().discriminator == "anew (the source has none)"
+    task = build(init_from=InitFromConfig(str(published)))
+    assert task.load_initial_weights().discriminator == "anew (the source has none)"
 
 
 # ----------------------------------------------------------------------------------------------------------- freezing
@@ -220,9 +221,9 @@ def test_what_is_frozen_stays_to_the_bit_and_the_rest_learns(build, run, freeze,
     source = write_run(build(model=replace(MODEL, quantizer=quantizer)), run.parent / "source")
     trainer = TokenizerTrainerConfig(max_steps=20, global_batch_size=4, precision="fp32", **batch)
     task = build(
-        model=replace(MODEL, quantizer=quantizer), trainer=trainer, start=StartConfig(str(source), freeze=freeze)
+        model=replace(MODEL, quantizer=quantizer), trainer=trainer, init_from=InitFromConfig(str(source), freeze=freeze)
     )
-    task.begin()
+    task.load_initial_weights()
     before = held(task, "tokenizer")
     for step in range(3):
         task.step(list(images(step).chunk(2)) if batch else [images(step)], step)
@@ -233,20 +234,21 @@ def test_what_is_frozen_stays_to_the_bit_and_the_rest_learns(build, run, freeze,
             stays = name.startswith(FROZEN[freeze]) or name.endswith(".k.bias")  # whose gradient is 0
             assert stays or not torch.equal(tensor, before[name]), name
             assert not name.startswith(FROZEN[freeze]) or torch.equal(tensor, before[name]), name
-    with_moments = {piece.name.split("/")[1] for piece in task.pieces() if piece.name.startswith("tokenizer.exp_avg/")}
+    names = [shard.name for shard in task.state.tensors()]
+    with_moments = {name.split("/")[1] for name in names if name.startswith("tokenizer.exp_avg/")}
     assert with_moments == {name for name in before if not name.startswith(FROZEN[freeze])}
 
 
 def test_a_frozen_encoder_costs_no_assignment_no_graph_and_no_term_of_the_quantizer(build, run, monkeypatch):
-    task = build(start=StartConfig(str(run), freeze="encoder"))
-    task.begin()
+    task = build(init_from=InitFromConfig(str(run), freeze="encoder"))
+    task.load_initial_weights()
     quantizer = task.tokenizer.quantize
 
     def refuse(*_):
         raise AssertionError("the soft assignment was computed")
 
     monkeypatch.setattr(quantizer, "assign", refuse)
-    output = task._generate(images().float() / 127.5 - 1)
+    output = task._forward(images().float() / 127.5 - 1)
     assert not output.quantized.quantized_bdhw.requires_grad and output.reconstruction_bchw.requires_grad
     scalars = task.step([images()], 0).scalars
     assert not any("entropy" in name or "codebook" in name or "double" in name for name in scalars)
@@ -263,15 +265,15 @@ def test_a_frozen_encoder_costs_no_assignment_no_graph_and_no_term_of_the_quanti
 def test_a_frozen_encoder_leaves_the_decoder_the_gradient_that_it_has_in_the_whole_model(build, run):
     gradients = []
     for freeze in (None, "encoder"):
-        task = build(start=StartConfig(str(run), freeze=freeze))
-        task.begin()
-        step, seen = task.generator.step, {}
+        task = build(init_from=InitFromConfig(str(run), freeze=freeze))
+        task.load_initial_weights()
+        step, seen = task.main_engine.step, {}
 
         def look(*arguments, task=task, step=step, seen=seen):
             seen |= {name: p.grad.clone() for name, p in task.tokenizer.decoder.named_parameters()}
             return step(*arguments)
 
-        task.generator.step = look
+        task.main_engine.step = look
         task.step([images()], 0)
         gradients.append(seen)
     for name, gradient in gradients[0].items():
@@ -281,8 +283,8 @@ def test_a_frozen_encoder_leaves_the_decoder_the_gradient_that_it_has_in_the_who
 def test_lfq_which_has_no_codebook_can_be_frozen_too(build, tmp_path):
     model = replace(MODEL, quantizer="lfq", codebook_size=64)
     source = write_run(build(model=model, seed=3), tmp_path / "source")
-    task = build(model=model, start=StartConfig(str(source), freeze="encoder"))
-    task.begin()
+    task = build(model=model, init_from=InitFromConfig(str(source), freeze="encoder"))
+    task.load_initial_weights()
     before = load_tokenizer(source)
     task.step([images()], 0)
     assert task.tokenizer.fingerprint() == before.fingerprint()
@@ -290,29 +292,30 @@ def test_lfq_which_has_no_codebook_can_be_frozen_too(build, tmp_path):
 
 
 def test_a_checkpoint_with_frozen_parts_is_a_whole_tokenizer_and_resumes(build, run, tmp_path):
-    settings = dict(start=StartConfig(str(run), freeze="encoder"))
+    settings = dict(init_from=InitFromConfig(str(run), freeze="encoder"))
     task = build(**settings)
-    task.begin()
+    task.load_initial_weights()
     task.step([images(1)], 0)
     folder = write_run(task, tmp_path / "tuned")
     assert load_tokenizer(folder).fingerprint() == load_tokenizer(run).fingerprint()
     resumed = build(**settings)
-    resumed.load(ShardedTensors(folder / "checkpoints/step_00000003"), json.loads(json.dumps(task.state())))
+    files, numbers = ShardedTensors(folder / "checkpoints/step_00000003"), json.dumps(task.state.numbers())
+    resumed.state.load(files, json.loads(numbers))
     for of in (task, resumed):
         of.step([images(2)], 1)
-    first, second = ({piece.name: piece.values for piece in of.pieces()} for of in (task, resumed))
+    first, second = ({piece.name: piece.values for piece in of.state.tensors()} for of in (task, resumed))
     assert equal(first, second)
 
 
 def test_what_is_frozen_is_counted_as_such(build, run):
-    task = build(start=StartConfig(str(run), freeze="encoder"))
+    task = build(init_from=InitFromConfig(str(run), freeze="encoder"))
     frozen = [p for name, p in task.tokenizer.named_parameters() if name.startswith(FROZEN["encoder"])]
     assert task.frozen_bytes() == {"encoder, frozen": sum(p.nbytes for p in frozen)}
-    assert "encoder frozen" in task.describe() and "codebook" not in task.engines()
+    assert "encoder frozen" in task.describe() and "codebook" not in task.state.trained
 
 
 def test_few_codes_of_a_frozen_encoder_are_no_alarm(build, run):
-    task = build(start=StartConfig(str(run), freeze="encoder"))
+    task = build(init_from=InitFromConfig(str(run), freeze="encoder"))
     task.health.alarm = "it collapses"
     assert task.alarm is None
 
@@ -328,25 +331,27 @@ def refused(function, *arguments) -> str:
 
 
 def test_a_source_that_is_missing_or_holds_no_such_weights(build, run, tmp_path):
-    message = refused(load_start, tiny_config(start=StartConfig(str(tmp_path / "nowhere"))))
-    assert "start.source=" in message and "nowhere" in message
+    message = refused(load_init_weights, tiny_config(init_from=InitFromConfig(str(tmp_path / "nowhere"))))
+    assert "init_from.source=" in message and "nowhere" in message
     (tmp_path / "empty").mkdir()
-    assert "no run folder" in refused(load_start, tiny_config(start=StartConfig(str(tmp_path / "empty"))))
+    assert "no run folder" in refused(load_init_weights, tiny_config(init_from=InitFromConfig(str(tmp_path / "empty"))))
     bare = write_run(build(ema=EmaConfig(decay=0.0)), tmp_path / "bare")
-    message = refused(load_start, tiny_config(start=StartConfig(str(bare))))
-    assert "start.weights=ema" in message and "raw" in message
+    message = refused(load_init_weights, tiny_config(init_from=InitFromConfig(str(bare))))
+    assert "init_from.weights=ema" in message and "raw" in message
     generator = tmp_path / "generator"
     (generator / "checkpoints/step_00000001").mkdir(parents=True)
     save_config(GeneratorRun(), generator / "config.yaml")
     (generator / "checkpoints/latest").write_text("step_00000001")
-    piece = build().pieces()[0]._replace(name="generator/head.weight")
+    piece = build().state.tensors()[0]._replace(name="generator/head.weight")
     save_shards(generator / "checkpoints/step_00000001/rank_00000.safetensors", [piece])
-    assert "is of a generator's run" in refused(load_start, tiny_config(start=StartConfig(str(generator))))
+    assert "is of a generator's run" in refused(
+        load_init_weights, tiny_config(init_from=InitFromConfig(str(generator)))
+    )
 
 
 def test_the_source_may_have_any_shape_but_that_of_the_recipe_and_the_mend_is_what_to_type(run, published):
     other = replace(MODEL, codebook_size=32, channel_multipliers=[1, 1, 2], attention_factors=[], quantizer="vq")
-    message = refused(load_start, tiny_config(model=other, start=StartConfig(str(run))))
+    message = refused(load_init_weights, tiny_config(model=other, init_from=InitFromConfig(str(run))))
     assert "model.codebook_size is 24 there and 32 here" in message
     mend = message.partition("; give ")[2]
     for change in ("model.codebook_size=24", "'model.channel_multipliers=[1,2]'", "'model.attention_factors=[2]'"):
@@ -355,76 +360,89 @@ def test_the_source_may_have_any_shape_but_that_of_the_recipe_and_the_mend_is_wh
     changes = [change.strip("'") for change in mend.split()]
     assert load_recipe("debug", changes).model.channel_multipliers == [1, 2]
     # A published file does not say which rule its codes are picked by, so that is the recipe's affair.
-    assert "quantizer" not in refused(load_start, tiny_config(model=other, start=StartConfig(str(published))))
+    assert "quantizer" not in refused(
+        load_init_weights, tiny_config(model=other, init_from=InitFromConfig(str(published)))
+    )
 
 
 def test_a_shape_that_the_configuration_does_not_tell(run):
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("code_dim: 6", "code_dim: 5"))
-    message = refused(load_start, tiny_config(model=replace(MODEL, code_dim=5), start=StartConfig(str(run))))
+    message = refused(
+        load_init_weights, tiny_config(model=replace(MODEL, code_dim=5), init_from=InitFromConfig(str(run)))
+    )
     assert "holds quant_conv.weight of shape [6, 12, 1, 1], expected [5, 12, 1, 1]" in message
 
 
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        (["start.freeze=quantizer"], "start.freeze=quantizer is unknown: choose one of null, encoder, decoder"),
-        (["start.freeze=encoder"], "start.freeze=encoder would keep random weights"),
-        (["start.weights=best", "start.source=runs/a"], "choose one of ema, raw"),
-        (["start.from=runs/a"], "unknown key start.from"),
+        (["init_from.freeze=quantizer"], "init_from.freeze=quantizer is unknown: choose one of null, encoder, decoder"),
+        (["init_from.freeze=encoder"], "init_from.freeze=encoder would freeze random weights"),
+        (["init_from.weights=best", "init_from.source=runs/a"], "choose one of ema, raw"),
+        (["init_from.from=runs/a"], "unknown key init_from.from"),
     ],
 )
-def test_settings_of_the_start_that_mean_nothing(changes, said):
+def test_settings_that_mean_nothing(changes, said):
     assert said in refused(load_recipe, "debug", changes)
-    assert load_recipe("debug", ["start.source=runs/a", "start.freeze=encoder"]).start.freeze == "encoder"
+    assert load_recipe("debug", ["init_from.source=runs/a", "init_from.freeze=encoder"]).init_from.freeze == "encoder"
 
 
-def test_the_start_cannot_be_changed_by_resuming(run):
+def test_the_source_cannot_be_changed_by_resuming(run):
     before = (run / "config.yaml").read_text()
-    message = refused(resume, run, ["start.freeze=encoder"])
-    assert "cannot be changed by resuming" in message and "start.source=RUN" in message
+    message = refused(resume, run, ["init_from.freeze=encoder"])
+    assert "cannot be changed by resuming" in message and "init_from.source=RUN" in message
     assert (run / "config.yaml").read_text() == before
 
 
-def test_runs_from_before_there_was_a_start_are_read(run):
+def test_runs_from_before_init_from_existed_are_read(run):
     config = run / "config.yaml"
     lines = config.read_text().splitlines()
-    first = lines.index("start:")
+    first = lines.index("init_from:")
     config.write_text("\n".join(lines[:first] + lines[first + 5 :]))
-    assert load_run_config(run, []).start == StartConfig()
+    assert load_run_config(run, []).init_from == InitFromConfig()
 
 
 # ------------------------------------------------------------------------------------------------------------- report
 
 
-START = Start("runs/a/checkpoints/step_00000003 (ema weights)", "0123456789abcdef", "encoder", "the source's")
+RECORD = InitRecord("runs/a/checkpoints/step_00000003 (ema weights)", "0123456789abcdef", "encoder", "the source's")
 
 
-def test_the_account_tells_both_ends(run):
-    assert read_start(run) is None
-    save_start(run, START)
-    assert read_start(run) == START._asdict()
+def test_the_record_has_the_first_and_the_last_validation(run):
+    assert read_init_record(run) is None
+    save_init_record(run, RECORD)
+    assert read_init_record(run) == RECORD._asdict()
     lines = [
         {"step": 0, "val/psnr": 20.0, "val/l1": 0.2, "val/usage": 0.5},
         {"step": 5, "loss/total": 1.0},
         {"step": 10, "val/psnr": 21.5, "val/l1": 0.1, "val/usage": 0.5},
     ]
     (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
-    assert read_start(run)["validation"] == {
+    assert read_init_record(run)["validation"] == {
         "start": {"step": 0, "psnr": 20.0, "l1": 0.2, "usage": 0.5},
         "now": {"step": 10, "psnr": 21.5, "l1": 0.1, "usage": 0.5},
     }
     page = write_report(run).read_text()
-    for text in ("What it started from", START.origin, START.fingerprint, "stay valid", "20.00", "21.50", "0.1000"):
+    for text in ("Initial weights", RECORD.origin, RECORD.fingerprint, "stay valid", "20.00", "21.50", "0.1000"):
         assert text in page
 
 
 def test_a_run_from_scratch_has_no_such_section_and_one_without_validation_says_so(run):
-    assert "What it started from" not in write_report(run).read_text()
-    save_start(run, START)
+    assert "Initial weights" not in write_report(run).read_text()
+    save_init_record(run, RECORD)
     assert "it was not validated" in write_report(run).read_text()
 
 
-def test_a_damaged_account_is_one_line(run):
-    (run / "start.json").write_text('{"origin": 3')
-    assert "start.json is damaged" in refused(read_start, run)
+@pytest.mark.parametrize("name", ["init_from.json", "start.json"])
+def test_a_damaged_record_is_one_line(run, name):
+    (run / name).write_text('{"origin": 3')
+    assert f"{name} is damaged" in refused(read_init_record, run)
+
+
+def test_the_record_of_a_former_run_is_read_until_there_is_a_new_one(run):
+    save_init_record(run, RECORD)
+    (run / "init_from.json").rename(run / "start.json")
+    assert read_init_record(run) == RECORD._asdict()
+    save_init_record(run, RECORD._replace(freeze=None))
+    assert read_init_record(run)["freeze"] is None

@@ -1,7 +1,4 @@
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,9 +7,9 @@ import skimage.metrics
 import torch
 from scipy.cluster.vq import kmeans2
 
-import trainer
-from trainer import metrics
-from trainer.metrics.codebook import CodebookUsage
+from trainer.evaluation.baselines import ColorBaselines, fit_palette
+from trainer.metrics import image as metrics
+from trainer.metrics.codebook import USAGE_WINDOW_TOKENS, CodebookUsage, window_usage
 
 
 def photographs(side=64):
@@ -108,36 +105,22 @@ def test_a_code_beyond_the_codebook_is_an_error():
         CodebookUsage(8).update(torch.tensor([8]))
 
 
-COUNT_ON_A_RANK = """
-import sys, torch
-from trainer.metrics import CodebookUsage
-rank, store = int(sys.argv[1]), sys.argv[2]
-torch.distributed.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
-usage = CodebookUsage(4)
-usage.update(torch.tensor([0, 0, 1] if rank == 0 else [0, 3]))
-for _ in range(2):  # merging twice must not count twice
-    assert usage.merged().counts_k.tolist() == [3, 1, 0, 1]
-assert usage.merged().usage() == 0.75
-assert usage.token_count() == (3 if rank == 0 else 2)
-torch.distributed.destroy_process_group()
-"""
+def count_on_a_rank() -> None:
+    rank = torch.distributed.get_rank()
+    usage = CodebookUsage(4)
+    usage.update(torch.tensor([0, 0, 1] if rank == 0 else [0, 3]))
+    for _ in range(2):  # merging twice must not count twice
+        assert usage.merged().counts_k.tolist() == [3, 1, 0, 1]
+    assert usage.merged().usage() == 0.75
+    assert usage.token_count() == (3 if rank == 0 else 2)
 
 
-def test_counts_of_two_ranks_merge(tmp_path):
-    command = [sys.executable, "-c", COUNT_ON_A_RANK]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], cwd=Path(trainer.__file__).parents[1])
-        for rank in range(2)
-    ]
-    try:
-        assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
+def test_counts_of_two_ranks_merge(ranks):
+    ranks.call(2, count_on_a_rank)
 
 
 def test_palette_with_room_for_every_colour_is_exact():
-    baselines = metrics.ColorBaselines(patch_size=1, color_count=4096, image_count=4)
+    baselines = ColorBaselines(patch_size=1, color_count=4096, image_count=4)
     levels = photographs(16)
     baselines.update(levels, range(4))
     palette = baselines.fit(baselines.fitted())
@@ -149,7 +132,7 @@ def test_palette_with_room_for_every_colour_is_exact():
 @pytest.mark.parametrize("height, width", [(64, 64), (37, 61)])
 def test_baseline_psnr_is_that_of_the_drawn_pictures(height, width):
     levels = photographs()[:, :, :height, :width]
-    baselines = metrics.ColorBaselines(patch_size=8, color_count=20, image_count=4)
+    baselines = ColorBaselines(patch_size=8, color_count=20, image_count=4)
     baselines.update(levels, range(4))
     palette = baselines.fit(baselines.fitted())
     mean_psnr, palette_psnr = baselines.mean_color_psnr(), baselines.palette_psnr(palette)
@@ -169,10 +152,10 @@ def test_palette_is_seeded_and_as_good_as_scipy():
     random = np.random.default_rng(3)
     color = random.normal(128, 30, (4000, 3)).clip(0, 255)
     weight = np.ones(len(color))
-    palette = metrics.fit_palette(color, weight, 64, seed=1)
+    palette = fit_palette(color, weight, 64, seed=1)
     assert palette.shape == (64, 3)
-    assert np.array_equal(palette, metrics.fit_palette(color, weight, 64, seed=1))
-    assert not np.array_equal(palette, metrics.fit_palette(color, weight, 64, seed=2))
+    assert np.array_equal(palette, fit_palette(color, weight, 64, seed=1))
+    assert not np.array_equal(palette, fit_palette(color, weight, 64, seed=2))
 
     def cost(palette_k3):
         return ((color[:, None] - palette_k3[None]) ** 2).sum(-1).min(1).mean()
@@ -185,10 +168,10 @@ def test_a_large_set_is_fitted_by_a_part_of_each_image_whoever_has_it(monkeypatc
     monkeypatch.setattr("trainer.evaluation.baselines.LEAST_FITTED", 100)
     levels = photographs(64)
 
-    def baselines(*places, image_count=4):
-        part = metrics.ColorBaselines(patch_size=2, color_count=16, image_count=image_count)
-        for place in places:
-            part.update(levels[place : place + 1], [place])
+    def baselines(*positions, image_count=4):
+        part = ColorBaselines(patch_size=2, color_count=16, image_count=image_count)
+        for position in positions:
+            part.update(levels[position : position + 1], [position])
         return part
 
     whole, first, second = baselines(0, 1, 2, 3), baselines(1, 2), baselines(0, 3)
@@ -196,7 +179,7 @@ def test_a_large_set_is_fitted_by_a_part_of_each_image_whoever_has_it(monkeypatc
     palette = whole.fit(whole.fitted())
     assert np.array_equal(palette, whole.fit(first.fitted() + second.fitted()))
     apart = dict(zip((1, 2, 0, 3), first.palette_psnr(palette) + second.palette_psnr(palette), strict=True))
-    assert whole.palette_psnr(palette) == [apart[place] for place in range(4)]
+    assert whole.palette_psnr(palette) == [apart[position] for position in range(4)]
     everything = baselines(0, 1, 2, 3, image_count=1)  # all patches of each
 
     def error(palette_k3):
@@ -212,6 +195,6 @@ def test_window_usage_counts_whole_windows_only(count):
     while start + 100 <= count:
         shares.append(len(set(index[start : start + 100].tolist())) / 60)
         start += 100
-    usage = metrics.window_usage(index, 60, window_tokens=100)
+    usage = window_usage(index, 60, window_tokens=100)
     assert usage is None if count < 100 else usage == pytest.approx(np.mean(shares))
-    assert metrics.USAGE_WINDOW_TOKENS == 65536
+    assert USAGE_WINDOW_TOKENS == 65536

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from trainer.config import OptimizerConfig
-from trainer.engines import Replicated
+from trainer.engines.ddp import DataParallel
 from trainer.optim import MOMENTS, adam, adam_settings, get_step, set_step, set_weight_decay, start_moments
 
 CONFIG = OptimizerConfig(betas=[0.6, 0.8], epsilon=1e-3, weight_decay=0.1)
@@ -183,7 +183,7 @@ def test_either_goes_on_from_moments_and_step_of_the_other(make, remake):
 def test_an_engine_steps_skips_and_clears_by_apex_too():
     module = nn.Linear(2, 1)
     module.weight, module.bias = OnGpu(torch.ones(1, 2)), OnGpu(torch.zeros(1))
-    engine = Replicated(module, lambda p: adam(p, 0.1, CONFIG), micro_batch_size=1, micro_batches=1)
+    engine = DataParallel(module, lambda p: adam(p, 0.1, CONFIG), micro_batch_size=1, micro_batches=1)
     assert type(engine.optimizer) is FusedAdam
     for number in (1, 2):
         engine.backward(engine(torch.ones(1, 2)).sum(), last=True)

@@ -10,8 +10,7 @@ import torch
 from torch.nn import functional as F
 
 from model_zoo import ModelError, TokenizerConfig
-from model_zoo.io.sharded_tensors import ShardedTensors, save_shards
-from model_zoo.losses import (
+from model_zoo.config import (
     EntropyLoss,
     GeneratorLoss,
     LecamLoss,
@@ -20,7 +19,9 @@ from model_zoo.losses import (
     QuantizerLoss,
     ReconstructionLoss,
 )
-from model_zoo.ops import average_entropy
+from model_zoo.io.sharded_tensors import ShardedTensors, save_shards
+from model_zoo.losses import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES
+from model_zoo.ops.types import average_entropy
 from model_zoo.quantizers.registry import QUANTIZERS
 from trainer import TrainerError
 from trainer.config import (
@@ -33,7 +34,8 @@ from trainer.config import (
 )
 from trainer.start_plan import plan_batch
 from trainer.tasks import tokenizer as task_module
-from trainer.tasks.tokenizer import TokenizerTask, frozen
+from trainer.tasks.adversarial import frozen
+from trainer.tasks.tokenizer import TokenizerTask
 
 
 def tiny_config(**changes) -> TokenizerRun:
@@ -94,19 +96,19 @@ def weights(module):
 
 def averages(task):
     """The EMA's, by the names of the tokenizer's state dict."""
-    engines = ((task.generator, ""), (task.codebook, "quantize."))
-    pieces = [(f"{prefix}{piece.name}", piece) for engine, prefix in engines for piece in task.ema.pieces(engine)]
+    engines = ((task.main_engine, ""), (task.codebook, "quantize."))
+    pieces = [(f"{prefix}{piece.name}", piece) for engine, prefix in engines for piece in task.state.ema.shards(engine)]
     return {name: piece.values.view(piece.shape).clone() for name, piece in pieces}
 
 
 def save(task, folder):
     """Writes a checkpoint's tensors; returns what to give to `load`."""
-    save_shards(folder / "rank_00000.safetensors", task.pieces())
-    return folder, json.dumps(task.state())
+    save_shards(folder / "rank_00000.safetensors", task.state.tensors())
+    return folder, json.dumps(task.state.numbers())
 
 
 def load(task, folder, state):
-    task.load(ShardedTensors(folder), json.loads(state))
+    task.state.load(ShardedTensors(folder), json.loads(state))
 
 
 def equal(first, second):
@@ -128,9 +130,9 @@ def watch(engine, look):
 
 def test_generators_backward_leaves_the_discriminator_untouched(build):
     task = build()
-    network = task.discriminator.module
+    network = task.adversary.engine.module
     behind_update = []
-    watch(task.generator, lambda: behind_update.append((gradients(network), weights(network))))
+    watch(task.main_engine, lambda: behind_update.append((gradients(network), weights(network))))
     before = weights(network)
     task.step([images()], 0)
     (at_generators_update, updated) = behind_update[0]
@@ -143,7 +145,7 @@ def test_generators_backward_leaves_the_discriminator_untouched(build):
 def test_discriminators_backward_leaves_the_generator_untouched(build):
     task = build()
     before = weights(task.tokenizer)
-    seen = watch(task.discriminator, lambda: (gradients(task.tokenizer), weights(task.tokenizer)))
+    seen = watch(task.adversary.engine, lambda: (gradients(task.tokenizer), weights(task.tokenizer)))
     task.step([images()], 0)
     assert all(gradient is None for gradient in seen[0][0].values())
     assert equal(seen[0][1], before)
@@ -195,11 +197,11 @@ DEFAULT_WEIGHTS = {
 def test_generator_learns_from_the_whole_loss_against_the_updated_discriminator(build):
     task = build()
     original = copy.deepcopy(task.tokenizer)
-    old_discriminator = copy.deepcopy(task.discriminator.module)
-    seen = watch(task.generator, lambda: gradients(task.tokenizer))
+    old_discriminator = copy.deepcopy(task.adversary.engine.module)
+    seen = watch(task.main_engine, lambda: gradients(task.tokenizer))
     scalars = task.step([images()], 0).scalars
 
-    updated_discriminator = copy.deepcopy(task.discriminator.module)
+    updated_discriminator = copy.deepcopy(task.adversary.engine.module)
     terms = generator_loss_by_hand(original, updated_discriminator, as_float(images()))
     loss = sum(DEFAULT_WEIGHTS[name] * term for name, term in terms.items())
     loss.backward()
@@ -213,12 +215,12 @@ def test_generator_learns_from_the_whole_loss_against_the_updated_discriminator(
 
 def test_discriminator_learns_hinge_and_lecam_from_real_and_reconstructed_images(build):
     task = build()
-    task.lecam.mean_real.fill_(0.3)
-    task.lecam.mean_fake.fill_(-0.2)
-    network = copy.deepcopy(task.discriminator.module)
+    task.adversary.lecam.mean_real.fill_(0.3)
+    task.adversary.lecam.mean_fake.fill_(-0.2)
+    network = copy.deepcopy(task.adversary.engine.module)
     with torch.no_grad():
         fake_bchw = task.tokenizer(as_float(images())).reconstruction_bchw
-    seen = watch(task.discriminator, lambda: gradients(task.discriminator.module))
+    seen = watch(task.adversary.engine, lambda: gradients(task.adversary.engine.module))
     scalars = task.step([images()], 0).scalars
 
     real, fake = network(as_float(images())), network(fake_bchw)
@@ -235,8 +237,8 @@ def test_discriminator_learns_hinge_and_lecam_from_real_and_reconstructed_images
         assert float(scalars[name]) == pytest.approx(value.item(), rel=1e-4, abs=1e-6), name
     for name, gradient in gradients(network).items():
         torch.testing.assert_close(seen[0][name], gradient, rtol=1e-3, atol=1e-6, msg=name)
-    assert task.lecam.mean_real.item() == pytest.approx(0.999 * 0.3 + 0.001 * real.mean().item(), rel=1e-5)
-    assert task.lecam.mean_fake.item() == pytest.approx(-0.999 * 0.2 + 0.001 * fake.mean().item(), rel=1e-5)
+    assert task.adversary.lecam.mean_real.item() == pytest.approx(0.999 * 0.3 + 0.001 * real.mean().item(), rel=1e-5)
+    assert task.adversary.lecam.mean_fake.item() == pytest.approx(-0.999 * 0.2 + 0.001 * fake.mean().item(), rel=1e-5)
 
 
 @pytest.mark.parametrize(
@@ -259,10 +261,10 @@ def test_discriminator_learns_hinge_and_lecam_from_real_and_reconstructed_images
 def test_adversarial_terms_start_and_grow_as_the_recipe_says(build, changes, expected):
     task = build(**{f"loss__{key}": value for key, value in changes.items()})
     for step, learns, weight in expected:
-        before, means = weights(task.discriminator.module), weights(task.lecam)
+        before, means = weights(task.adversary.engine.module), weights(task.adversary.lecam)
         scalars = task.step([images(step)], step).scalars
-        assert equal(before, weights(task.discriminator.module)) != learns
-        assert equal(means, weights(task.lecam)) != learns
+        assert equal(before, weights(task.adversary.engine.module)) != learns
+        assert equal(means, weights(task.adversary.lecam)) != learns
         for name in ("loss/discriminator", "loss/lecam", "lr/discriminator", "grad_norm/discriminator"):
             assert (name in scalars) == learns
         for name in ("weight/generator", "loss/generator"):
@@ -276,10 +278,10 @@ def test_adversarial_terms_start_and_grow_as_the_recipe_says(build, changes, exp
 
 def test_without_an_adversarial_term_there_is_no_discriminator(build, tmp_path):
     task = build(loss__generator__weight=0.0)
-    assert task.discriminator is None
+    assert task.adversary.engine is None
     scalars = task.step([images()], 0).scalars
     adversarial = {name for name in scalars if "generator" in name or "discriminator" in name or "lecam" in name}
-    assert adversarial == {"lr/generator", "grad_norm/generator"}
+    assert not adversarial
     load(task, *save(task, tmp_path))
 
 
@@ -325,7 +327,7 @@ def test_adaptive_weight_compares_gradients_at_the_last_layer(build):
     task = build(loss__generator__adaptive=True, loss__reconstruction__weight=2.0)
     tokenizer = copy.deepcopy(task.tokenizer)
     scalars = task.step([images()], 0).scalars
-    terms = generator_loss_by_hand(tokenizer, task.discriminator.module, as_float(images()))
+    terms = generator_loss_by_hand(tokenizer, task.adversary.engine.module, as_float(images()))
     last_layer = tokenizer.decoder.conv_out.weight
     reconstruction, generator = (
         torch.autograd.grad(term, last_layer, retain_graph=True)[0].norm().item()
@@ -347,11 +349,11 @@ def test_adaptive_weight_is_capped_and_ramped(build):
 
 def test_batch_norm_never_mixes_real_and_fake(build):
     task = build(discriminator__norm="batch")
-    network = copy.deepcopy(task.discriminator.module)
+    network = copy.deepcopy(task.adversary.engine.module)
     with torch.no_grad():
         fake_bchw = task.tokenizer(as_float(images())).reconstruction_bchw
     mixed = copy.deepcopy(network)
-    seen = watch(task.discriminator, lambda: gradients(task.discriminator.module))
+    seen = watch(task.adversary.engine, lambda: gradients(task.adversary.engine.module))
     task.step([images()], 0)
 
     # Real and fake apart for its own update, then fake again, by the updated weights, for the generator's.
@@ -360,9 +362,9 @@ def test_batch_norm_never_mixes_real_and_fake(build):
     (loss + 0.05 * (real.relu().square().mean() + (-fake).relu().square().mean())).backward()
     for name, gradient in gradients(network).items():
         torch.testing.assert_close(seen[0][name], gradient, rtol=1e-3, atol=1e-6, msg=name)
-    network.load_state_dict(dict(task.discriminator.module.named_parameters()), strict=False)
+    network.load_state_dict(dict(task.adversary.engine.module.named_parameters()), strict=False)
     network(fake_bchw)
-    buffers = dict(task.discriminator.module.named_buffers())
+    buffers = dict(task.adversary.engine.module.named_buffers())
     assert buffers
     for name, expected in network.named_buffers():
         torch.testing.assert_close(buffers[name], expected, rtol=1e-4, atol=1e-6, msg=name)
@@ -373,7 +375,7 @@ def test_batch_norm_never_mixes_real_and_fake(build):
 def test_group_norm_judges_real_and_fake_in_one_forward(build):
     task = build()
     sizes = []
-    task.discriminator.module.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
+    task.adversary.engine.module.register_forward_hook(lambda _, inputs, __: sizes.append(len(inputs[0])))
     task.step([images()], 0)
     assert sizes == [16, 8]
 
@@ -384,10 +386,10 @@ def test_a_step_does_not_depend_on_how_its_batch_is_cut(build, kind):
     for micro_batch_size in (8, 2):
         task = build(trainer__micro_batch_size=micro_batch_size, loss__discriminator__kind=kind)
         micro_batches = list(images().split(micro_batch_size))
-        assert len(micro_batches) == task.generator.micro_batches
+        assert len(micro_batches) == task.main_engine.micro_batches
         seen = [
             watch(engine, lambda module=engine.module: gradients(module))
-            for engine in (task.generator, task.discriminator)
+            for engine in (task.main_engine, task.adversary.engine)
         ]
         scalars = task.step(micro_batches, 0).scalars
         results.append((seen, scalars, task))
@@ -399,8 +401,8 @@ def test_a_step_does_not_depend_on_how_its_batch_is_cut(build, kind):
             torch.testing.assert_close(parts_gradients[0][name], gradient, **close, msg=name)
     for first, second in [
         (whole_task.tokenizer, parts_task.tokenizer),
-        (whole_task.discriminator.module, parts_task.discriminator.module),
-        (whole_task.lecam, parts_task.lecam),
+        (whole_task.adversary.engine.module, parts_task.adversary.engine.module),
+        (whole_task.adversary.lecam, parts_task.adversary.lecam),
     ]:
         for name, value in first.state_dict().items():
             torch.testing.assert_close(second.state_dict()[name], value, rtol=0, atol=1e-6, msg=name)
@@ -417,21 +419,21 @@ def test_rates_follow_the_schedule_for_both_networks(build):
         schedule=ScheduleConfig(kind="multistep", warmup_steps=4, milestones=[6], factor=0.1),
         optimizer__discriminator_lr=4e-3,
     )
-    before = weights(task.tokenizer), weights(task.discriminator.module)
+    before = weights(task.tokenizer), weights(task.adversary.engine.module)
     rates = []
     for step in (0, 1, 4, 6):
         scalars = task.step([images()], step).scalars
-        rates.append((scalars["lr/generator"], scalars["lr/discriminator"]))
+        rates.append((scalars["lr/tokenizer"], scalars["lr/discriminator"]))
         if step == 0:  # the first rate of the warm-up is 0
-            assert equal(before[0], weights(task.tokenizer)) and equal(before[1], weights(task.discriminator.module))
-        for engine, rate in zip((task.generator, task.discriminator), rates[-1], strict=True):
+            assert equal(before[0], weights(task.tokenizer)) and equal(before[1], weights(task.adversary.engine.module))
+        for engine, rate in zip((task.main_engine, task.adversary.engine), rates[-1], strict=True):
             assert [group["lr"] for group in engine.optimizer.param_groups] == [rate]
     assert rates == [pytest.approx((1e-3 * share, 4e-3 * share)) for share in (0.0, 0.25, 1.0, 0.1)]
 
 
 def test_a_discriminator_rate_of_zero_is_zero_and_none_is_the_generators(build):
-    assert build(optimizer__discriminator_lr=0.0).discriminator_lr == 0.0
-    assert build(optimizer__discriminator_lr=None).discriminator_lr == 1e-3
+    assert build(optimizer__discriminator_lr=0.0).adversary.lr == 0.0
+    assert build(optimizer__discriminator_lr=None).adversary.lr == 1e-3
 
 
 def test_clipping_bounds_the_update_and_logs_the_norm_before_it(build):
@@ -439,12 +441,12 @@ def test_clipping_bounds_the_update_and_logs_the_norm_before_it(build):
     for clip in (None, 1e-3):
         task = build(trainer__gradient_clip_norm=clip, loss__generator__weight=0.0)
         original = [p.detach().clone() for p in task.tokenizer.parameters()]
-        for engine in (task.generator, task.codebook):  # one norm for both
+        for engine in (task.main_engine, task.codebook):  # one norm for both
             parameters = [p for group in engine.optimizer.param_groups for p in group["params"]]
             engine.optimizer = torch.optim.SGD(parameters, lr=1.0)
         scalars = task.step([images()], 0).scalars
         moved = torch.stack([(p - o).norm() for p, o in zip(task.tokenizer.parameters(), original, strict=True)]).norm()
-        norms.append((float(scalars["grad_norm/generator"]), moved.item() / 1e-3))
+        norms.append((float(scalars["grad_norm/tokenizer"]), moved.item() / 1e-3))
     (norm, moved), (clipped_norm, clipped_moved) = norms
     assert norm > 0.01 and clipped_norm == pytest.approx(norm, rel=1e-5)
     assert moved == pytest.approx(norm, rel=1e-3)
@@ -468,7 +470,7 @@ def test_bf16_keeps_weights_and_gradients_in_fp32_and_stays_near_fp32(build):
     steps = {}
     for precision in ("fp32", "bf16"):
         task = build(trainer__precision=precision)
-        seen = watch(task.generator, lambda task=task: gradients(task.tokenizer))
+        seen = watch(task.main_engine, lambda task=task: gradients(task.tokenizer))
         steps[precision] = task.step([images()], 0).scalars
         assert all(gradient.dtype == torch.float32 for gradient in seen[0].values())
         assert all(p.dtype == torch.float32 for p in task.tokenizer.parameters())
@@ -485,7 +487,7 @@ def features(task, images_bchw):
 def test_a_new_run_begins_with_centred_features_and_codes_among_them(build, quantizer):
     task, batch = build(model__quantizer=quantizer), images()
     before = features(task, batch)
-    task.fit([batch])
+    task.init_from_data([batch])
     after = features(task, batch)
     torch.testing.assert_close(after, before - before.mean(dim=0), atol=1e-6, rtol=0)
     codes_kd = task.tokenizer.quantize.embedding.weight.detach().double()
@@ -499,7 +501,7 @@ def test_codes_point_where_features_do(scale):
     quantizer = QUANTIZERS["ibq"](4096, 8)
     basis_dd = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
     variance = torch.tensor([8.0, 4, 2, 1, 0.5, 0, 0, 0], dtype=torch.float64)
-    quantizer.place_among(scale * (basis_dd * variance) @ basis_dd.T)
+    quantizer.match_features(scale * (basis_dd * variance) @ basis_dd.T)
     along = (quantizer.embedding.weight.detach().double() @ basis_dd).square().mean(dim=0)
     assert along.sum().item() == pytest.approx(1.25**2, rel=1e-5)
     assert along.tolist() == sorted(along.tolist(), reverse=True)[:5] + along[5:].tolist()
@@ -512,7 +514,7 @@ def test_features_that_do_not_vary_leave_the_codes(build):
     with torch.no_grad():
         task.tokenizer.quant_conv.weight.mul_(1e-9)  # a variance that only rounding makes, of any sign
         task.tokenizer.quant_conv.bias.fill_(1.3)
-    task.fit([images()])
+    task.init_from_data([images()])
     assert torch.equal(task.tokenizer.quantize.embedding.weight, before)
     assert features(task, images()).abs().max() < 1e-6
 
@@ -523,14 +525,14 @@ def test_features_that_are_not_finite_end_in_a_line_before_anything_moves(build)
         task.tokenizer.quant_conv.weight[0, 0] = torch.inf
     before = weights(task.tokenizer)
     with pytest.raises(TrainerError, match="not finite"):
-        task.fit([images()])
+        task.init_from_data([images()])
     assert equal(weights(task.tokenizer), before)
 
 
 def test_the_start_does_not_depend_on_how_the_batch_is_cut(build):
     batch, whole, cut = images(), build(), build(trainer__micro_batch_size=2)
-    whole.fit([batch])
-    cut.fit(list(batch.split(2)))
+    whole.init_from_data([batch])
+    cut.init_from_data(list(batch.split(2)))
     for name, value in weights(whole.tokenizer).items():
         torch.testing.assert_close(weights(cut.tokenizer)[name], value, atol=2e-6, rtol=0)
 
@@ -546,7 +548,7 @@ def test_the_start_does_not_depend_on_how_the_batch_is_cut(build):
 def test_a_start_that_is_another_stays_as_it_is(build, changes):
     task = build(**changes)
     before = {name: value.clone() for name, value in weights(task.tokenizer).items()}
-    task.fit([images()])
+    task.init_from_data([images()])
     assert equal(weights(task.tokenizer), before)
 
 
@@ -554,7 +556,7 @@ def test_same_seed_same_start_and_another_seed_another(build):
     first, same, other = build(seed=1), build(seed=1), build(seed=2)
     for module in ("tokenizer", "discriminator"):
         states = [
-            weights(task.tokenizer if module == "tokenizer" else task.discriminator.module)
+            weights(task.tokenizer if module == "tokenizer" else task.adversary.engine.module)
             for task in (first, same, other)
         ]
         assert equal(states[0], states[1]) and not equal(states[0], states[2])
@@ -567,7 +569,7 @@ def test_ema_follows_the_weights_after_each_update(build):
     assert averages(task).keys() == start.keys()
     for name, value in task.tokenizer.state_dict().items():
         torch.testing.assert_close(averages(task)[name], 2 / 11 * start[name] + 9 / 11 * value, rtol=1e-5, atol=1e-7)
-    assert build(ema__decay=0.0).ema is None
+    assert build(ema__decay=0.0).state.ema is None
 
 
 def test_evaluation_shows_ema_weights_in_eval_mode_and_gives_the_raw_ones_back(build):
@@ -624,13 +626,13 @@ def everything(task):
     """All that a step may change of what a checkpoint holds, by name."""
     parts = {
         "tokenizer": weights(task.tokenizer),
-        "discriminator": weights(task.discriminator.module),
-        "lecam": weights(task.lecam),
+        "discriminator": weights(task.adversary.engine.module),
+        "lecam": weights(task.adversary.lecam),
         "ema": averages(task),
         "health": weights(task.health),
     }
-    for engine in ("generator", "codebook", "discriminator"):
-        parts[f"moments of the {engine}"] = optimizer_tensors(getattr(task, engine))
+    for name, network in task.state.trained.items():
+        parts[f"moments of the {name}"] = optimizer_tensors(network.engine)
     return parts
 
 
@@ -651,7 +653,7 @@ def test_saved_and_loaded_it_goes_on_bit_for_bit(build, tmp_path, norm):
     assert len(unlike(everything(task), everything(resumed))) == 8
     load(resumed, *save(task, tmp_path))
     assert not unlike(everything(task), everything(resumed))
-    assert task.lecam.mean_real != 0 and task.lecam.mean_fake != 0
+    assert task.adversary.lecam.mean_real != 0 and task.adversary.lecam.mean_fake != 0
     for step in (2, 3):
         one, other = (it.step([images(step)], step).scalars for it in (task, resumed))
         assert {name: float(value) for name, value in one.items()} == {k: float(v) for k, v in other.items()}
@@ -662,14 +664,15 @@ def test_a_checkpoint_holds_each_tensor_once_by_the_names_of_the_state_dicts(bui
     task = build(discriminator__norm="batch")
     folder, _ = save(task, tmp_path)
     files = ShardedTensors(folder)
-    modules = {"tokenizer": task.tokenizer, "discriminator": task.discriminator.module, "lecam": task.lecam}
+    adversary = task.adversary
+    modules = {"tokenizer": task.tokenizer, "discriminator": adversary.engine.module, "lecam": adversary.lecam}
     expected = {
         f"{model}/{name}": value for model, module in modules.items() for name, value in weights(module).items()
     }
     expected |= {f"tokenizer_ema/{name}": value for name, value in averages(task).items()}
     expected |= {f"codebook_health/{name}": value for name, value in weights(task.health).items()}
     trained = [(f"tokenizer{{}}/{name}", p) for name, p in task.tokenizer.named_parameters()]
-    trained += [(f"discriminator{{}}/{name}", p) for name, p in task.discriminator.module.named_parameters()]
+    trained += [(f"discriminator{{}}/{name}", p) for name, p in task.adversary.engine.module.named_parameters()]
     for key in (".exp_avg", ".exp_avg_sq"):
         expected |= {name.format(key): torch.zeros_like(p) for name, p in trained}
     assert sorted(files.names()) == sorted(expected)
@@ -690,7 +693,7 @@ def test_adams_settings_are_the_recipes_also_after_loading(build, tmp_path):
     task.step([images()], 0)
     resumed = build(optimizer__betas=[0.8, 0.9], optimizer__epsilon=1e-5, optimizer__weight_decay=0.1)
     load(resumed, *save(task, tmp_path))
-    for engine in (resumed.generator, resumed.codebook, resumed.discriminator):
+    for engine in (resumed.main_engine, resumed.codebook, resumed.adversary.engine):
         matrices, *others = engine.param_groups
         assert matrices["weight_decay"] == 0.1
         assert all(group["weight_decay"] == 0 for group in others)
@@ -698,12 +701,12 @@ def test_adams_settings_are_the_recipes_also_after_loading(build, tmp_path):
         assert engine.updates == 1
 
 
-def poison(monkeypatch, kind, value=float("nan"), losses=task_module.GENERATOR_LOSSES):
+def poison(monkeypatch, kind, value=float("nan"), losses=GENERATOR_LOSSES):
     """The adversarial loss of that kind gives the value wherever it is asked, and a gradient of that kind."""
     monkeypatch.setitem(losses, kind, lambda *logits_bchw: sum(logits.mean() for logits in logits_bchw) * value)
 
 
-GENERATORS = {"tokenizer", "ema", "moments of the generator", "moments of the codebook"}
+GENERATORS = {"tokenizer", "ema", "moments of the tokenizer", "moments of the codebook"}
 DISCRIMINATORS = {"discriminator", "lecam", "moments of the discriminator"}
 
 
@@ -715,11 +718,11 @@ def test_a_generator_loss_that_is_not_finite_leaves_its_networks_as_they_were(bu
     with monkeypatch.context() as patch:
         poison(patch, "non_saturating", value)
         result = task.step([images(1)], 1)
-    assert result.skipped == ["generator"]
+    assert result.skipped == ["tokenizer"]
     assert not math.isfinite(float(result.scalars["loss/total"]))
     # The codes were counted, and the discriminator, whose loss was well, learned.
     assert unlike(before, everything(task)) == DISCRIMINATORS | {"health"}
-    assert (task.generator.updates, task.codebook.updates, task.discriminator.updates) == (1, 1, 2)
+    assert (task.main_engine.updates, task.codebook.updates, task.adversary.engine.updates) == (1, 1, 2)
     assert all(gradient is None for gradient in gradients(task.tokenizer).values())
     assert task.step([images(2)], 2).skipped == []
     assert unlike(before, everything(task)) == GENERATORS | DISCRIMINATORS | {"health"}
@@ -731,11 +734,11 @@ def test_a_discriminator_loss_that_is_not_finite_leaves_it_and_lecam_as_they_wer
     task.step([images(0)], 0)
     before = everything(task)
     with monkeypatch.context() as patch:
-        poison(patch, "hinge", losses=task_module.DISCRIMINATOR_LOSSES)
+        poison(patch, "hinge", losses=DISCRIMINATOR_LOSSES)
         result = task.step([images(1)], 1)
     assert result.skipped == ["discriminator"]
     assert unlike(before, everything(task)) == GENERATORS | {"health"}
-    assert (task.generator.updates, task.discriminator.updates) == (2, 1)
+    assert (task.main_engine.updates, task.adversary.engine.updates) == (2, 1)
     assert task.step([images(2)], 2).skipped == []
 
 
@@ -744,13 +747,11 @@ def test_a_gradient_that_is_not_finite_counts_though_the_loss_is(build, monkeypa
     before = everything(task)
     with monkeypatch.context() as patch:
         # The square root of 0 has the gradient infinity, times 0: NaN.
-        patch.setitem(
-            task_module.GENERATOR_LOSSES, task.config.loss.generator.kind, lambda x: (0 * x).square().sum().sqrt()
-        )
+        patch.setitem(GENERATOR_LOSSES, task.config.loss.generator.kind, lambda x: (0 * x).square().sum().sqrt())
         result = task.step([images()], 0)
     assert math.isfinite(float(result.scalars["loss/total"]))
-    assert not math.isfinite(float(result.scalars["grad_norm/generator"]))
-    assert result.skipped == ["generator"]
+    assert not math.isfinite(float(result.scalars["grad_norm/tokenizer"]))
+    assert result.skipped == ["tokenizer"]
     assert not unlike(before, everything(task)) & GENERATORS
 
 
@@ -758,10 +759,10 @@ def test_a_loss_that_is_not_finite_counts_though_its_gradient_is(build, monkeypa
     task = build()
     before = everything(task)
     with monkeypatch.context() as patch:
-        patch.setitem(task_module.GENERATOR_LOSSES, task.config.loss.generator.kind, lambda x: x.mean() + math.inf)
+        patch.setitem(GENERATOR_LOSSES, task.config.loss.generator.kind, lambda x: x.mean() + math.inf)
         result = task.step([images()], 0)
-    assert math.isfinite(float(result.scalars["grad_norm/generator"]))
-    assert result.skipped == ["generator"]
+    assert math.isfinite(float(result.scalars["grad_norm/tokenizer"]))
+    assert result.skipped == ["tokenizer"]
     assert not unlike(before, everything(task)) & GENERATORS
 
 
@@ -770,7 +771,7 @@ def test_features_that_are_not_finite_leave_both_networks_as_they_were(build):
     task.step([images(0)], 0)
     before = everything(task)
     hook = task.tokenizer.quant_conv.register_forward_hook(lambda _, __, z_bdhw: z_bdhw * float("nan"))
-    assert task.step([images(1)], 1).skipped == ["discriminator", "generator"]
+    assert task.step([images(1)], 1).skipped == ["discriminator", "tokenizer"]
     hook.remove()
     assert unlike(before, everything(task)) == {"health"}
     assert task.step([images(2)], 2).skipped == []
@@ -788,7 +789,7 @@ def test_one_bad_micro_batch_skips_the_whole_step(build, micro_batch_size):
 
     before = everything(task)
     hook = task.tokenizer.quant_conv.register_forward_hook(of_the_last)
-    assert task.step(micro_batches, 0).skipped == ["discriminator", "generator"]
+    assert task.step(micro_batches, 0).skipped == ["discriminator", "tokenizer"]
     hook.remove()
     assert unlike(before, everything(task)) <= {"health"}
     assert all(gradient is None for gradient in gradients(task.tokenizer).values())
@@ -796,7 +797,7 @@ def test_one_bad_micro_batch_skips_the_whole_step(build, micro_batch_size):
 
 def test_an_overflow_of_fp16_is_the_scales_doing_until_it_is_one(build, monkeypatch):
     task = build(trainer__precision="fp16")
-    scale = task.loss_scales["generator"]
+    scale = task.state.loss_scales["tokenizer"]
     scale.value = 4.0
     before = everything(task)
     kind = task.config.loss.generator.kind
@@ -805,23 +806,23 @@ def test_an_overflow_of_fp16_is_the_scales_doing_until_it_is_one(build, monkeypa
         seen = []
         for step in range(3):
             result = task.step([images()], step)
-            seen.append((result.scalars["loss_scale/generator"], result.skipped))
-    assert seen == [(4.0, []), (2.0, []), (1.0, ["generator"])]
+            seen.append((result.scalars["loss_scale/tokenizer"], result.skipped))
+    assert seen == [(4.0, []), (2.0, []), (1.0, ["tokenizer"])]
     assert not unlike(before, everything(task)) & GENERATORS  # nothing was learned of any of them
-    assert task.generator.updates == 0
-    assert scale.value == 1.0 and task.loss_scales["discriminator"].value == 2.0**16
+    assert task.main_engine.updates == 0
+    assert scale.value == 1.0 and task.state.loss_scales["discriminator"].value == 2.0**16
 
 
 def test_the_loss_scale_changes_neither_gradients_nor_what_is_logged(build):
     steps = []
     for value in (1.0, 1024.0):
         task = build(trainer__precision="fp16", trainer__gradient_clip_norm=0.01)
-        for scale in task.loss_scales.values():
+        for scale in task.state.loss_scales.values():
             scale.value = value
         result = task.step([images()], 0)
-        assert result.skipped == [] and result.scalars.pop("loss_scale/generator") == value
+        assert result.skipped == [] and result.scalars.pop("loss_scale/tokenizer") == value
         assert result.scalars.pop("loss_scale/discriminator") == value
-        steps.append((result.scalars, weights(task.tokenizer), weights(task.discriminator.module)))
+        steps.append((result.scalars, weights(task.tokenizer), weights(task.adversary.engine.module)))
     (plain, *plain_weights), (scaled, *scaled_weights) = steps
     for name, value in plain.items():
         assert float(scaled[name]) == pytest.approx(float(value), rel=1e-2, abs=1e-4), name
@@ -836,11 +837,11 @@ def test_other_precisions_log_no_loss_scale(build):
 
 def test_the_loss_scale_is_gone_on_with(build, tmp_path):
     task = build(trainer__precision="fp16")
-    task.loss_scales["generator"].value = 32.0
+    task.state.loss_scales["tokenizer"].value = 32.0
     resumed = build(trainer__precision="fp16")
     load(resumed, *save(task, tmp_path))
-    assert {name: scale.value for name, scale in resumed.loss_scales.items()} == {
-        "generator": 32.0,
+    assert {name: scale.value for name, scale in resumed.state.loss_scales.items()} == {
+        "tokenizer": 32.0,
         "discriminator": 2.0**16,
     }
 

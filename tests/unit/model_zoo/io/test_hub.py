@@ -82,14 +82,14 @@ def test_without_a_network_the_cache_serves(hub):
     hub.network = False
     assert load_tokenizer("owner/name").fingerprint() == expected(1).fingerprint()
     with pytest.raises(
-        ModelError, match=r"the model hub does not give it \(no route\): give the path of a file"
+        ModelError, match=r"nor available on the model hub \(no route\): give the path of a file"
     ) as error:
         load_tokenizer("owner/name@v2")
     assert "\n" not in str(error.value)
 
 
 def test_what_the_hub_has_not_is_refused(hub):
-    with pytest.raises(ModelError, match=r"owner/other is no path here.*404"):
+    with pytest.raises(ModelError, match=r"owner/other is neither a path nor available.*404"):
         load_tokenizer("owner/other")
     with pytest.raises(ModelError, match=r"holds neither a \.ckpt nor model\.safetensors with config\.yaml"):
         load_tokenizer("owner/empty")
@@ -98,7 +98,7 @@ def test_what_the_hub_has_not_is_refused(hub):
 def test_without_the_package_its_name_is_told(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ModelError, match=r"there is no path owner/name.*pip install huggingface_hub"):
+    with pytest.raises(ModelError, match=r"owner/name does not exist.*pip install huggingface_hub"):
         load_tokenizer("owner/name")
 
 

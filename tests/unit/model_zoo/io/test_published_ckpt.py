@@ -165,7 +165,7 @@ def test_a_tensor_that_only_an_average_is_of_is_told(write, prefix, lost):
     state = behind(prefix, tokenizer(1))
     del state[prefix + lost]
     message = refused(load_tokenizer, write(state, averages(prefix, tokenizer(2))))
-    assert f"lacks {prefix + lost if lost.startswith('decoder') else lost}" in message and "take it out" not in message
+    assert f"lacks {prefix + lost if lost.startswith('decoder') else lost}" in message and "remove it" not in message
 
 
 def test_a_generators_and_a_discriminators_tensor_that_only_an_average_is_of_is_told(write):
@@ -194,16 +194,16 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path, write):
     path = tmp_path / "bad.ckpt"
     for content in (b"no zip file", b""):
         path.write_bytes(content)
-        assert "bad.ckpt is damaged or no checkpoint: download it again" in refused(load_generator, path)
+        assert "bad.ckpt is damaged or not a checkpoint: download it again" in refused(load_generator, path)
     torch.save({"state_dict": tokenizer().state_dict()}, path, _use_new_zipfile_serialization=False)
-    assert "old format, and only the zip format is read: save it anew" in refused(load_tokenizer, path)
+    assert "old format, but only zip files are supported: save it again" in refused(load_tokenizer, path)
     torch.save([torch.zeros(3)], path)
     assert "holds no state_dict" in refused(load_generator, path)
     torch.save({"state_dict": {}, "hyper_parameters": TOKENIZER}, path)
     assert "holds more than tensors" in refused(load_generator, path)
     whole = write(behind("transformer.", generator()))
     whole.write_bytes(whole.read_bytes()[:-100])
-    assert "is damaged or no checkpoint: download it again" in refused(load_generator, whole)
+    assert "is damaged or not a checkpoint: download it again" in refused(load_generator, whole)
     assert "'ema' or 'raw', not 'best'" in refused(load_generator, whole, "best")
 
 
@@ -212,7 +212,7 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path, write):
     [
         ("decoder.mid.block_1.norm1.weight", (31,), "of shape [31], expected [32]"),
         ("quantize.embedding.weight", (32,), "of shape [32], expected 2 dimensions"),
-        ("encoder.conv_in.weight", (17, 3, 3, 3), "16 channels, no multiple of the 17 of encoder.conv_in.weight"),
+        ("encoder.conv_in.weight", (17, 3, 3, 3), "16 channels, not a multiple of the 17 of encoder.conv_in.weight"),
         ("loss.discriminator.main.2.weight", (8, 4, 3, 3), "of shape [8, 4, 3, 3], expected [8, 4, 4, 4]"),
         ("loss.discriminator.main.0.weight", (3,), "of shape [3], expected 4 dimensions"),
     ],
@@ -242,7 +242,7 @@ def test_keys_that_no_published_model_has_are_told(write, name):
 
 def test_what_is_no_tensor_is_told(write):
     message = refused(load_tokenizer, write(behind("", tokenizer()), {"encoder.scale": 3.0}))
-    assert "encoder.scale in its state_dict is no tensor" in message
+    assert "encoder.scale in its state_dict is not a tensor" in message
 
 
 # -------------------------------------------------------------------------------------------- the published code itself
@@ -286,7 +286,7 @@ def test_a_generator_computes_what_the_published_code_computes(golden):
 def test_every_key_of_the_published_code_is_accounted_for(golden):
     published = open_published(golden / "tokenizer.ckpt")
     part, left_out = published.parts["tokenizer"], dict(published.left_out)
-    assert left_out.pop("training's state, beside state_dict") == ["global_step", "optimizer_states"]
+    assert left_out.pop("training state beside state_dict") == ["global_step", "optimizer_states"]
     (perceptual,) = left_out.values()
     assert all(name.startswith("loss.perceptual_loss.") for name in perceptual)
     averaging = 2  # decay and num_updates
@@ -330,13 +330,13 @@ def test_laying_out_what_was_read_gives_the_published_codes_keys_and_bits(golden
 )
 def test_tokenizers_that_the_published_code_cannot_build_are_not_laid_out(golden, change, named):
     raw = read_weights(golden / "tokenizer.ckpt", "tokenizer", "raw")
-    with pytest.raises(ModelError, match=f"the published layout has no place for {named}.*safetensors") as error:
+    with pytest.raises(ModelError, match=f"the published layout does not support {named}.*safetensors") as error:
         published_state("tokenizer", raw._replace(config=raw.config | change))
     assert "\n" not in str(error.value)
 
 
 @pytest.mark.parametrize(
-    ("change", "named"), [({"embedding": "codebook"}, "model.embedding=codebook"), ({"grid": [4, 8]}, "no square")]
+    ("change", "named"), [({"embedding": "codebook"}, "model.embedding=codebook"), ({"grid": [4, 8]}, "not square")]
 )
 def test_generators_that_the_published_code_cannot_build_are_not_laid_out(golden, change, named):
     raw = read_weights(golden / "generator.ckpt", "generator", "raw")

@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import save_file
 
 from model_zoo import ModelError
-from model_zoo.io.sharded_tensors import ShardedTensors, TensorShard, save_shards, whole
+from model_zoo.io.sharded_tensors import ShardedTensors, TensorShard, save_shards, whole_tensor
 
 TENSORS = {
     "matrix": torch.arange(35, dtype=torch.float32).view(5, 7),
@@ -23,8 +23,8 @@ def write_cut(folder, name, tensor, ends):
     flat = tensor.reshape(-1)
     starts = [0, *ends]
     for number, (start, end) in enumerate(zip(starts, [*ends, len(flat)], strict=True)):
-        piece = TensorShard(name, tuple(tensor.shape), start, flat[start:end])
-        save_shards(folder / f"part_{len(starts) - number}.safetensors", [piece])
+        shard = TensorShard(name, tuple(tensor.shape), start, flat[start:end])
+        save_shards(folder / f"part_{len(starts) - number}.safetensors", [shard])
 
 
 def refused(action) -> str:
@@ -38,8 +38,8 @@ def refused(action) -> str:
 def test_what_any_number_of_holders_writes_is_read_whole(tmp_path, holders):
     """16 holders of a scalar, a flag and nine bf16 numbers: most of their shares are empty."""
     for rank in range(holders):
-        pieces = [whole(name, tensor).share(rank, holders) for name, tensor in TENSORS.items()]
-        save_shards(tmp_path / f"rank_{rank:05d}.safetensors", pieces)
+        shards = [whole_tensor(name, tensor).part(rank, holders) for name, tensor in TENSORS.items()]
+        save_shards(tmp_path / f"rank_{rank:05d}.safetensors", shards)
     files = ShardedTensors(tmp_path)
     assert sorted(files.names()) == sorted(TENSORS)
     for name, tensor in TENSORS.items():
@@ -49,12 +49,12 @@ def test_what_any_number_of_holders_writes_is_read_whole(tmp_path, holders):
 
 
 def test_shares_follow_one_another_and_are_even():
-    piece = TensorShard("it", (100,), 20, torch.arange(20, 31))
+    shard = TensorShard("it", (100,), 20, torch.arange(20, 31))
     for count in (1, 3, 4, 20):
-        shares = [piece.share(index, count) for index in range(count)]
-        assert torch.equal(torch.cat([share.values for share in shares]), piece.values)
-        assert all(share.start == 20 + sum(len(s.values) for s in shares[:i]) for i, share in enumerate(shares))
-        lengths = [len(share.values) for share in shares]
+        parts = [shard.part(index, count) for index in range(count)]
+        assert torch.equal(torch.cat([part.values for part in parts]), shard.values)
+        assert all(part.start == 20 + sum(len(p.values) for p in parts[:i]) for i, part in enumerate(parts))
+        lengths = [len(part.values) for part in parts]
         assert max(lengths) - min(lengths) <= 1
 
 
@@ -78,7 +78,7 @@ def test_stretches_that_several_files_hold_are_read_once(tmp_path):
 
 
 def test_values_are_read_in_place_and_in_the_precision_asked_for(tmp_path):
-    save_shards(tmp_path / "all.safetensors", [whole("it", torch.tensor([1 / 3, 2 / 3]))])
+    save_shards(tmp_path / "all.safetensors", [whole_tensor("it", torch.tensor([1 / 3, 2 / 3]))])
     held = torch.zeros(4, dtype=torch.float64)
     ShardedTensors(tmp_path).fill(TensorShard("it", (2,), 0, held[1:3]))
     assert held.tolist() == [0, pytest.approx(1 / 3, abs=1e-7), pytest.approx(2 / 3, abs=1e-7), 0]
@@ -86,8 +86,10 @@ def test_values_are_read_in_place_and_in_the_precision_asked_for(tmp_path):
 
 def test_names_are_found_by_their_beginning(tmp_path):
     ones = torch.ones(2)
-    save_shards(tmp_path / "a.safetensors", [whole("model/weight", ones), whole("model_ema/weight", 2 * ones)])
-    save_shards(tmp_path / "b.safetensors", [whole("model/bias", 3 * ones)])
+    save_shards(
+        tmp_path / "a.safetensors", [whole_tensor("model/weight", ones), whole_tensor("model_ema/weight", 2 * ones)]
+    )
+    save_shards(tmp_path / "b.safetensors", [whole_tensor("model/bias", 3 * ones)])
     files = ShardedTensors(tmp_path)
     assert "model/bias" in files and "bias" not in files
     tensors = files.tensors("model/")
@@ -95,18 +97,18 @@ def test_names_are_found_by_their_beginning(tmp_path):
     assert torch.equal(tensors["weight"], ones) and torch.equal(tensors["bias"], 3 * ones)
 
 
-def test_a_whole_piece_is_a_view_without_gradient():
+def test_a_whole_shard_is_a_view_without_gradient():
     parameter = torch.nn.Parameter(torch.zeros(2, 3))
-    piece = whole("it", parameter)
-    assert (piece.shape, piece.start, piece.values.shape) == ((2, 3), 0, (6,)) and not piece.values.requires_grad
-    piece.values[4] = 5
+    shard = whole_tensor("it", parameter)
+    assert (shard.shape, shard.start, shard.values.shape) == ((2, 3), 0, (6,)) and not shard.values.requires_grad
+    shard.values[4] = 5
     assert parameter[1, 1] == 5
 
 
-def test_a_file_holds_one_piece_of_a_tensor(tmp_path):
-    pieces = [whole("it", torch.ones(4)).share(index, 2) for index in range(2)]
-    with pytest.raises(ValueError, match="one piece of a tensor"):
-        save_shards(tmp_path / "all.safetensors", pieces)
+def test_a_file_holds_one_shard_of_a_tensor(tmp_path):
+    shards = [whole_tensor("it", torch.ones(4)).part(index, 2) for index in range(2)]
+    with pytest.raises(ValueError, match="only one shard of a tensor"):
+        save_shards(tmp_path / "all.safetensors", shards)
     assert not list(tmp_path.iterdir())
 
 
@@ -116,12 +118,12 @@ def test_a_folder_without_files_holds_nothing(tmp_path):
 
 
 def test_a_missing_name_is_one_line(tmp_path):
-    save_shards(tmp_path / "all.safetensors", [whole("it", torch.ones(2))])
+    save_shards(tmp_path / "all.safetensors", [whole_tensor("it", torch.ones(2))])
     files = ShardedTensors(tmp_path)
     for read in (
         lambda: files.shape("other"),
         lambda: files.tensor("other"),
-        lambda: files.fill(whole("other", torch.ones(2))),
+        lambda: files.fill(whole_tensor("other", torch.ones(2))),
     ):
         assert refused(read) == f"{tmp_path} holds no other"
 
@@ -142,7 +144,7 @@ def test_a_gap_is_one_line_that_says_where_and_what_lies_beside_it_is_read(tmp_p
 
 
 def test_another_shape_is_refused_even_where_the_number_of_elements_fits(tmp_path):
-    save_shards(tmp_path / "all.safetensors", [whole("it", torch.ones(4, 3))])
+    save_shards(tmp_path / "all.safetensors", [whole_tensor("it", torch.ones(4, 3))])
     values = torch.zeros(12)
     message = refused(lambda: ShardedTensors(tmp_path).fill(TensorShard("it", (3, 4), 0, values)))
     assert message == f"it has shape [4, 3] in {tmp_path}, not [3, 4]"
@@ -203,18 +205,18 @@ def not_flat(path):
     ],
 )
 def test_a_damaged_file_is_named_in_one_line(tmp_path, damage):
-    save_shards(tmp_path / "good.safetensors", [whole("other", torch.ones(2))])
+    save_shards(tmp_path / "good.safetensors", [whole_tensor("other", torch.ones(2))])
     path = tmp_path / "bad.safetensors"
-    save_shards(path, [whole("it", torch.ones(2))])
+    save_shards(path, [whole_tensor("it", torch.ones(2))])
     damage(path)
-    assert f"{path} is no part of a checkpoint: " in refused(lambda: ShardedTensors(tmp_path))
+    assert f"{path} is not a file of a checkpoint: " in refused(lambda: ShardedTensors(tmp_path))
 
 
 @pytest.mark.parametrize("change", ["unlink", "cut_short"])
 def test_a_file_that_goes_bad_after_its_header_was_read_is_named_in_one_line(tmp_path, change):
     path = tmp_path / "all.safetensors"
-    save_shards(path, [whole("it", torch.ones(2))])
+    save_shards(path, [whole_tensor("it", torch.ones(2))])
     files = ShardedTensors(tmp_path)
     path.unlink() if change == "unlink" else cut_short(path)
-    for read in (lambda: files.fill(whole("it", torch.zeros(2))), lambda: files.tensor("it")):
+    for read in (lambda: files.fill(whole_tensor("it", torch.zeros(2))), lambda: files.tensor("it")):
         assert f"{path} cannot be read: " in refused(read)

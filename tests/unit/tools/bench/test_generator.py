@@ -1,4 +1,4 @@
-"""`ibq bench sample` and `train-ar`: what rows measure, the tables, the reference's checkout, mistakes in one line."""
+"""`ibq bench sample` and `train-ar`: what rows measure, the tables, the reference's checkout, mistakes."""
 
 import os
 from dataclasses import asdict
@@ -8,15 +8,13 @@ import pytest
 import torch
 from torch import nn
 
-from model_zoo import ModelError
-from model_zoo.sampler import Sampler, Sampling
-from model_zoo.transformer import Transformer, TransformerConfig, flops_per_token
-from tools import cli
-from tools.bench import generator as bench_generator
-from tools.bench import generator_rows as bench_generator_rows
+from model_zoo.config import Sampling, TransformerConfig
+from model_zoo.sampler import Sampler
+from model_zoo.transformer import Transformer, flops_per_token
+from tools.bench import common, generator, generator_rows
 
 TINY = TransformerConfig(vocabulary=40, classes=5, grid=[4, 4], depth=2, heads=2, head_dim=8)
-# A clone of TencentARC/SEED-Voken, against which the rows of the reference are tried where it is given.
+# A clone of TencentARC/SEED-Voken: if it is given, the rows of the reference are tested with it.
 CHECKOUT = os.environ.get("IBQ_TEST_SEED_VOKEN")
 # The interface of the published generator, and a stand-in's few lines.
 STAND_IN = """
@@ -39,7 +37,6 @@ class GPT(nn.Module):
         return self.head(torch.cat([self.classes(classes), self.codes(codes)], dim=1)), None
 
 def sample_IBQ(x, model, steps, top_k, top_p, cfg_scale):
-    print("a library that talks on stdout")
     time.sleep(0.02)
     asked.append((x.flatten().tolist(), steps, top_k, top_p, cfg_scale))
     return torch.zeros(len(x) // 2, steps)
@@ -48,42 +45,14 @@ asked = []
 """
 
 
-def checkout(folder, text=STAND_IN):
-    """A folder like a checkout of the reference."""
-    path = folder / bench_generator.REFERENCE_FILE
-    path.parent.mkdir(parents=True)
-    path.write_text(text)
-    return folder
-
-
-def run(*arguments):
-    """The exit status of `ibq bench ARGUMENTS`."""
-    with pytest.raises(SystemExit) as exited:
-        cli.main(["bench", *map(str, arguments)])
-    return exited.value.code or 0
-
-
-def table(text):
-    """Rows of cells of the table in a Markdown file, with the headings as the first."""
-    lines = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| ---")]
-    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-
-
 @pytest.fixture
-def in_this_process(monkeypatch):
-    """Spares a fresh process for each row."""
-
-    def answer(job, **arguments):
-        try:
-            return getattr(bench_generator_rows, job)(**arguments)._asdict()
-        except ModelError as error:
-            return {"failed": str(error)}
-
-    monkeypatch.setattr(bench_generator, "_run", answer)
+def published(checkout):
+    """A checkout of the reference that holds STAND_IN."""
+    return checkout(generator.REFERENCE_FILE, STAND_IN)
 
 
 def measured(seconds, mebibytes, rate=1e12):
-    return bench_generator_rows.Measured(seconds, seconds, mebibytes * 2**20, 2**30, rate)._asdict()
+    return generator_rows.Measured(seconds, seconds, mebibytes * 2**20, 2**30, rate)._asdict()
 
 
 # -------------------------------------------------------------------------------------------------------------- figures
@@ -97,49 +66,51 @@ def test_without_a_cache_the_same_codes_come_out(guidance):
     for parameter in transformer.parameters():
         nn.init.normal_(parameter, std=0.3)
     class_b, settings = torch.tensor([1, 4, 2]), Sampling(guidance=guidance)
-    codes_bt = bench_generator_rows.sample_uncached(transformer, class_b, [5, 6, 7], settings, None)
+    codes_bt = generator_rows.sample_uncached(transformer, class_b, [5, 6, 7], settings, None)
     cached_bhw = Sampler(transformer, 3).sample(class_b, [5, 6, 7], settings)
     assert torch.equal(codes_bt, cached_bhw.flatten(1))
     assert len(codes_bt.unique()) > 10
     assert transformer(codes_bt[:, :-1], class_b).shape == (3, 16, 40)  # the head takes all positions again
 
 
-def test_the_reference_samples_one_class_beside_none_and_all_codes(tmp_path):
-    module = bench_generator_rows.published(str(checkout(tmp_path) / bench_generator.REFERENCE_FILE))
-    generator = bench_generator_rows.published_generator(module.__file__, TINY)
-    bench_generator_rows.published_sampling(module, generator, torch.tensor([3, 4]), 2.0)()
-    bench_generator_rows.published_sampling(module, generator, torch.tensor([3, 4]), 1.0)()
+def test_the_reference_samples_one_class_beside_none_and_all_codes(published):
+    module = generator_rows.published(str(published / generator.REFERENCE_FILE))
+    gpt = generator_rows.published_generator(module.__file__, TINY)
+    generator_rows.published_sampling(module, gpt, torch.tensor([3, 4]), 2.0)()
+    generator_rows.published_sampling(module, gpt, torch.tensor([3, 4]), 1.0)()
     assert module.asked == [([3, 3, 5, 5], 16, 0, 1.0, 2.0), ([3, 3], 16, 0, 1.0, 1.0)]
 
 
-def test_the_references_loss_is_of_all_codes(tmp_path):
-    path = str(checkout(tmp_path) / bench_generator.REFERENCE_FILE)
-    generator = bench_generator_rows.published_generator(path, TINY)
-    nn.init.zeros_(generator.head.weight)
-    nn.init.zeros_(generator.head.bias)
-    loss = bench_generator_rows.published_loss(generator, torch.randint(40, (2, 16)), torch.tensor([0, 5]))
+def test_the_references_loss_is_of_all_codes(published):
+    gpt = generator_rows.published_generator(str(published / generator.REFERENCE_FILE), TINY)
+    nn.init.zeros_(gpt.head.weight)
+    nn.init.zeros_(gpt.head.bias)
+    loss = generator_rows.published_loss(gpt, torch.randint(40, (2, 16)), torch.tensor([0, 5]))
     torch.testing.assert_close(loss, torch.tensor(40.0).log())
 
 
 def test_the_references_optimizer_is_its_own():
-    optimizer = bench_generator_rows.published_optimizer(list(nn.Linear(2, 3).parameters()))
+    optimizer = generator_rows.published_optimizer(list(nn.Linear(2, 3).parameters()))
     assert not optimizer.defaults["fused"]
     decays = [(group["params"][0].ndim, group["weight_decay"]) for group in optimizer.param_groups]
     assert decays == [(2, 0.05), (1, 0.0)]
 
 
+@pytest.mark.process
+@pytest.mark.full
 def test_extra_memory_of_a_step_is_that_of_the_logits():
-    """In processes of their own. N x V is 64 MiB, and a dense loss holds it more than once."""
+    """In fresh processes. A logits matrix is 64 MiB, and a dense loss holds several."""
     model = asdict(TransformerConfig(vocabulary=2**16, grid=[16, 16], depth=1, heads=1, head_dim=8))
     settings = dict(model=model, dtype="float32", micro_batch=1, device="cpu", threads=1, repeats=1, reference=None)
-    rows = {impl: bench_generator._run("train", impl=impl, **settings) for impl in ("dense", "ibq")}
-    assert rows["dense"]["extra_bytes"] > 2 * 64 * 2**20 > rows["ibq"]["extra_bytes"]
+    dense, ibq = (common.run_job("generator_rows", "train", impl=impl, **settings) for impl in ("dense", "ibq"))
+    assert dense["extra_bytes"] > 2 * 64 * 2**20 > ibq["extra_bytes"]
 
 
 @pytest.mark.parametrize("impl", ["ibq", "dense", "checkpointed", "selective"])
-def test_each_impl_trains(impl):
+def test_each_impl_trains(monkeypatch, impl):
+    monkeypatch.setattr(generator_rows, "matmul_rate", lambda *_: 1e12)  # seconds in bfloat16 on a CPU
     arguments = dict(micro_batch=2, device="cpu", threads=1, repeats=1, reference=None)
-    found = bench_generator_rows.train(impl=impl, model=asdict(TINY), dtype="bfloat16", **arguments)
+    found = generator_rows.train(impl=impl, model=asdict(TINY), dtype="bfloat16", **arguments)
     assert found.seconds > 0 and found.process_bytes > found.extra_bytes >= 0
 
 
@@ -147,16 +118,16 @@ def test_each_impl_trains(impl):
 
 
 def report(kind, **seconds):
-    shape = bench_generator.Shape("tiny", TINY, 8)
+    shape = generator.Shape("tiny", TINY, 8)
     rows = [
-        bench_generator.Row(impl.replace("_", "-"), shape, "float32", measured(value, 10 * value))
+        generator.Row(impl.replace("_", "-"), shape, "float32", measured(value, 10 * value))
         for impl, value in seconds.items()
     ]
-    return bench_generator.Report(kind, ["a machine", "`a command`"], rows)
+    return generator.Report(kind, ["a machine", "`a command`"], rows)
 
 
 def test_ratios_are_quotients_of_the_speeds():
-    sampling = report(bench_generator.SAMPLE, reference=3, uncached=16, cached=2)
+    sampling = report(generator.SAMPLE, reference=3, uncached=16, cached=2)
     assert [cells[-2:] for cells in map(sampling.cells, sampling.rows)] == [
         ["5.33", "1.00"],
         ["1.00", "0.19"],
@@ -164,10 +135,10 @@ def test_ratios_are_quotients_of_the_speeds():
     ]
     assert [cells[4] for cells in map(sampling.cells, sampling.rows)] == ["2.667", "0.500", "4.000"]
     assert sampling.notes() == [
-        "tiny, V 40: cached draws 8.00 times the images of uncached per second, with 0.12 of its extra memory",
-        "tiny, V 40: cached draws 1.50 times the images of reference per second, with 0.67 of its extra memory",
+        "tiny, V 40: cached samples 8.00 times the images of uncached per second, with 0.12 of its extra memory",
+        "tiny, V 40: cached samples 1.50 times the images of reference per second, with 0.67 of its extra memory",
     ]
-    training = report(bench_generator.TRAIN, ibq=4, dense=2)
+    training = report(generator.TRAIN, ibq=4, dense=2)
     assert training.notes() == [
         "tiny, V 40: ibq trains on 0.50 times the tokens of dense per second, with 2.00 times its extra memory"
     ]
@@ -175,36 +146,29 @@ def test_ratios_are_quotients_of_the_speeds():
 
 
 def test_mfu_is_three_forwards_at_the_rate_of_a_product():
-    (row,) = report(bench_generator.TRAIN, ibq=4).rows
+    (row,) = report(generator.TRAIN, ibq=4).rows
     assert row.mfu == pytest.approx(3 * flops_per_token(TINY) * (8 / 4) / 1e12)
 
 
 def test_rows_of_other_shapes_are_no_base():
-    sampling = report(bench_generator.SAMPLE, uncached=16)
-    other = bench_generator.Shape("tiny", TransformerConfig(), 8)
-    row = bench_generator.Row("cached", other, "float32", measured(2, 1))
+    sampling = report(generator.SAMPLE, uncached=16)
+    other = generator.Shape("tiny", TransformerConfig(), 8)
+    row = generator.Row("cached", other, "float32", measured(2, 1))
     assert sampling.times(row, "uncached") is None
 
 
-@pytest.fixture(scope="module")
-def sampled(tmp_path_factory):
-    """One run of the command, its rows in fresh processes."""
-    folder = tmp_path_factory.mktemp("sample")
-    reference = ["--reference", checkout(folder / "published")]
+def test_the_table_and_the_files(bench, jobs_here, published, table_rows, tmp_path):
     arguments = ["--recipe", "ar_debug", "--impl", "cached,uncached,cached-eager", "--repeats", "1", "--threads", "1"]
-    assert run("sample", *arguments, *reference, "--device", "cpu", "--out", folder / "table.md") == 0
-    return folder
-
-
-def test_the_files_hold_the_table_and_bars(sampled):
-    assert (sampled / "table.png").read_bytes().startswith(b"\x89PNG")
-    text = (sampled / "table.md").read_text()
-    heading, *rows = table(text)
+    out = tmp_path / "table.md"
+    assert bench("sample", *arguments, "--reference", published, "--device", "cpu", "--out", out)[0] == 0
+    assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
+    text = out.read_text()
+    heading, *rows = table_rows(text)
     assert heading[4] == "images/s" and heading[-2:] == ["x uncached", "x reference"]
     assert [row[:4] for row in rows] == [
         [impl, "ar_debug", "256", "float32"] for impl in ("reference", "uncached", "cached-eager", "cached")
     ]
-    assert rows[2][4].startswith("not measured: without CUDA")
+    assert rows[2][4] == "not measured: the same as cached on a CPU, which has no graphs"
     for row in (rows[0], rows[1], rows[3]):
         assert float(row[-2]) == pytest.approx(float(row[4]) / float(rows[1][4]), rel=0.02, abs=0.01)
         assert float(row[4]) * float(row[5]) == pytest.approx(4, rel=0.1)  # images of a batch
@@ -212,10 +176,11 @@ def test_the_files_hold_the_table_and_bars(sampled):
     assert "revision unknown" in text and "PyTorch " in text
 
 
-def test_a_row_that_does_not_fit_says_so_and_the_table_goes_on(capsys):
-    arguments = ["--recipe", "ar_debug", "--impl", "ibq,dense", "--vocabulary", "1000000000000,40"]
-    assert run("train-ar", *arguments, "--repeats", "1", "--device", "cpu", "--threads", "1") == 0
-    lines = capsys.readouterr().out.splitlines()
+def test_a_row_that_does_not_fit_is_reported_and_the_table_continues(bench, jobs_here):
+    arguments = ["--recipe", "ar_debug", "--impl", "ibq,dense", "--vocabulary", "1000000000000000,40"]
+    status, out, _ = bench("train-ar", *arguments, "--repeats", "1", "--device", "cpu", "--threads", "1")
+    assert status == 0
+    lines = out.splitlines()
     start = next(number for number, line in enumerate(lines) if line.startswith("impl "))
     rows = [line.split() for line in lines[start + 1 : start + 5]]
     assert [row[0] for row in rows] == 2 * ["dense", "ibq"]
@@ -224,15 +189,15 @@ def test_a_row_that_does_not_fit_says_so_and_the_table_goes_on(capsys):
     assert all(len(line) <= 120 for line in lines)
 
 
-def test_a_package_that_is_missing_is_a_reason(monkeypatch, capsys):
-    def answer(job, **arguments):
+def test_a_missing_package_is_a_reason(bench, answers):
+    def answer(job, arguments):
         if job == "machine":
             return dict(device="cuda", name="a GPU", threads=2, torch="0", python="0")
         return {"failed": "liger cannot be imported"} if arguments["impl"] == "ibq" else measured(2, 1)
 
-    monkeypatch.setattr(bench_generator, "_run", answer)
-    assert run("train-ar", "--impl", "ibq,selective") == 0
-    out = capsys.readouterr().out
+    answers(answer)
+    status, out, _ = bench("train-ar", "--impl", "ibq,selective")
+    assert status == 0
     assert out.count("not measured: liger cannot be imported") == 4  # of ar_xl and ar_xxl, with both vocabularies
     assert "ar_xxl  262144  bfloat16      2048" in out  # 16 x 256 tokens in 2 seconds
     assert "packages: " in out and "liger-kernel" in out
@@ -245,52 +210,44 @@ def test_a_package_that_is_missing_is_a_reason(monkeypatch, capsys):
         (True, 64, ["uncached", "cached-eager", "cached"], ["ar_b", "ar_l", "ar_xl", "ar_xxl"], "bfloat16"),
     ],
 )
-def test_the_defaults_suit_the_device(monkeypatch, capsys, cuda, batch, impls, recipes, dtype):
-    asked = []
-
-    def answer(job, **arguments):
-        if job == "machine":
-            return dict(device="cuda" if cuda else "cpu", name="one", threads=2, torch="0", python="0")
-        asked.append(arguments)
-        return measured(1, 1)
-
-    monkeypatch.setattr(bench_generator, "_run", answer)
-    assert run("sample") == 0
-    assert [row["impl"] for row in asked] == impls * len(recipes)
-    assert {(row["batch_size"], row["guidance"], row["dtype"]) for row in asked} == {(batch, 2.0, dtype)}
-    assert [line.split()[1] for line in capsys.readouterr().out.splitlines() if line.startswith("cached ")] == recipes
+def test_the_defaults_suit_the_device(bench, answers, cuda, batch, impls, recipes, dtype):
+    machine = dict(device="cuda" if cuda else "cpu", name="one", threads=2, torch="0", python="0")
+    asked = answers(lambda job, _: machine if job == "machine" else measured(1, 1))
+    status, out, _ = bench("sample")
+    assert status == 0
+    rows = [arguments for _, arguments in asked[1:]]
+    assert [row["impl"] for row in rows] == impls * len(recipes)
+    assert {(row["batch_size"], row["guidance"], row["dtype"]) for row in rows} == {(batch, 2.0, dtype)}
+    assert [line.split()[1] for line in out.splitlines() if line.startswith("cached ")] == recipes
 
 
 def test_a_size_by_numbers_is_b_with_other_numbers():
-    assert bench_generator._models("3x5") == {"3x5": TransformerConfig(depth=3, heads=5)}
+    assert generator._models("3x5") == {"3x5": TransformerConfig(depth=3, heads=5)}
 
 
-def test_the_reference_is_sampled_in_fp32(in_this_process, capsys, tmp_path):
-    arguments = ["--recipe", "ar_debug", "--impl", "cached", "--dtype", "bfloat16", "--repeats", "1", "--device", "cpu"]
-    assert run("sample", *arguments, "--reference", checkout(tmp_path)) == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert [
-        next(line for line in lines if line.startswith(f"{impl} ")).split()[3] for impl in ("reference", "cached")
-    ] == [
-        "float32",
-        "bfloat16",
-    ]
+def test_the_reference_is_sampled_in_fp32(bench, answers, published):
+    machine = dict(device="cpu", name="one", threads=2, torch="0", python="0")
+    asked = answers(lambda job, _: machine if job == "machine" else measured(1, 1))
+    arguments = ["--recipe", "ar_debug", "--impl", "cached", "--dtype", "bfloat16"]
+    assert bench("sample", *arguments, "--reference", published)[0] == 0
+    rows = [(row["impl"], row["dtype"]) for _, row in asked[1:]]
+    assert rows == [("reference", "float32"), ("cached", "bfloat16")]
 
 
 @pytest.mark.skipif(CHECKOUT is None, reason="IBQ_TEST_SEED_VOKEN names no checkout of TencentARC/SEED-Voken")
 @pytest.mark.parametrize(("command", "impl"), [("sample", "cached"), ("train-ar", "ibq")])
-def test_the_published_code_runs(in_this_process, capsys, command, impl):
+def test_the_published_code_runs(bench, jobs_here, command, impl):
     arguments = ["--recipe", "ar_debug", "--impl", impl, "--repeats", "1", "--device", "cpu", "--dtype", "bfloat16"]
     few = ["--vocabulary", "256"] if command == "train-ar" else []
-    assert run(command, *arguments, *few, "--reference", CHECKOUT) == 0
-    out = capsys.readouterr().out
+    status, out, _ = bench(command, *arguments, *few, "--reference", CHECKOUT)
+    assert status == 0
     assert "not measured" not in out and f"ar_debug, V 256: {impl} " in out
 
 
 @pytest.mark.skipif(CHECKOUT is None, reason="IBQ_TEST_SEED_VOKEN names no checkout of TencentARC/SEED-Voken")
 def test_the_published_generator_has_our_sizes():
-    path = str(Path(CHECKOUT) / bench_generator.REFERENCE_FILE)
-    theirs, ours = bench_generator_rows.published_generator(path, TINY), Transformer(TINY)
+    path = str(Path(CHECKOUT) / generator.REFERENCE_FILE)
+    theirs, ours = generator_rows.published_generator(path, TINY), Transformer(TINY)
     sizes = [sorted(tuple(p.shape) for p in model.parameters()) for model in (theirs, ours)]
     assert sizes[0] == sizes[1]
 
@@ -303,48 +260,45 @@ def test_the_published_generator_has_our_sizes():
     ("arguments", "said"),
     [
         (["--recipe", "ar_huge"], "unknown recipe 'ar_huge'"),
-        (["--recipe", "ibq_1024"], "--recipe: ibq_1024 is no generator's: give one of ar_b ... ar_xxl, or DEPTHxHEADS"),
+        (
+            ["--recipe", "ibq_1024"],
+            "--recipe: ibq_1024 is not a generator's recipe; use one of ar_b ... ar_xxl, or DEPTHxHEADS",
+        ),
         (["--recipe", "0x4"], "unknown recipe '0x4'"),
-        (["--impl", "fast"], "--impl: 'fast' is none of "),
-        (["--dtype", "float16"], "--dtype: 'float16' is none of float32, bfloat16"),
-        (["--device", "tpu"], "--device: 'tpu' is none of auto, cpu, cuda"),
+        (["--impl", "fast"], "--impl: 'fast' is not one of "),
+        (["--dtype", "float16"], "'float16' is not one of 'float32', 'bfloat16'"),
+        (["--device", "tpu"], "'tpu' is not one of 'auto', 'cpu', 'cuda'"),
         (["--repeats", "0"], "--repeats"),
-        (["--reference", "nowhere"], "nowhere holds no src/IBQ/modules/transformer/llama.py: git clone https://"),
+        (["--reference", "nowhere"], "nowhere has no src/IBQ/modules/transformer/llama.py: git clone https://"),
         (["--out", "table.txt"], "does not end in .md"),
     ],
 )
-def test_mistakes_are_one_line(in_this_process, capsys, tmp_path, monkeypatch, command, arguments, said):
+def test_mistakes_are_one_line(assert_refused, answers, tmp_path, monkeypatch, command, arguments, said):
     monkeypatch.chdir(tmp_path)
-    assert run(command, *arguments) == 2
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1
-    assert captured.err.startswith("ibq: error: ") and said in captured.err
+    answers(lambda job, _: dict(device="cpu", name="one", threads=2, torch="0", python="0"))
+    assert_refused(said, command, *arguments)
 
 
 @pytest.mark.parametrize(
     ("arguments", "said"),
     [
-        (["sample", "--guidance", "0.5"], "--guidance: 0.5 is no number from 1 on"),
-        (["sample", "--guidance", "nan"], "--guidance: nan is no number from 1 on"),
+        (["sample", "--guidance", "0.5"], "--guidance: 0.5 is not a finite number >= 1"),
+        (["sample", "--guidance", "nan"], "--guidance: nan is not a finite number >= 1"),
         (["sample", "--batch-size", "0"], "--batch-size"),
-        (["train-ar", "--vocabulary", "0"], "--vocabulary: '0' is no list of whole numbers above 0"),
+        (["train-ar", "--vocabulary", "0"], "--vocabulary: '0' is not a list of integers >= 1"),
         (["train-ar", "--micro-batch", "0"], "--micro-batch"),
     ],
 )
-def test_mistakes_of_either_are_one_line(capsys, arguments, said):
-    assert run(*arguments) == 2
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1 and said in captured.err
+def test_mistakes_of_either_are_one_line(assert_refused, arguments, said):
+    assert_refused(said, *arguments)
 
 
 @pytest.mark.parametrize(
     ("text", "said"),
     [
-        ("import a_package_that_nobody_has\n", "needs the package a_package_that_nobody_has: install it here"),
-        ("GPT = None\n", "has no sample_IBQ: check out TencentARC/SEED-Voken's main"),
+        ("import a_package_that_nobody_has\n", "needs the package a_package_that_nobody_has; install it"),
+        ("GPT = None\n", "has no sample_IBQ; check out TencentARC/SEED-Voken's main branch"),
     ],
 )
-def test_a_reference_that_cannot_be_had_is_one_line(capsys, tmp_path, text, said):
-    assert run("sample", "--reference", checkout(tmp_path, text)) == 2
-    captured = capsys.readouterr()
-    assert captured.out == "" and captured.err.count("\n") == 1 and said in captured.err
+def test_a_reference_that_cannot_be_loaded_is_one_line(assert_refused, jobs_here, checkout, text, said):
+    assert_refused(said, "sample", "--reference", checkout(generator.REFERENCE_FILE, text))

@@ -1,7 +1,4 @@
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,7 +8,6 @@ from torch_fidelity.metric_fid import fid_features_to_statistics, fid_statistics
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
-import trainer
 from trainer import TrainerError
 from trainer.evaluation.distribution import (
     GaussianMoments,
@@ -58,44 +54,28 @@ def test_moments_of_too_few():
     assert moments.merged().count == moments.count == 0
     moments.update(torch.ones(1, 3))
     assert torch.equal(moments.mean(), torch.ones(3, dtype=torch.float64))
-    with pytest.raises(TrainerError, match="at least 2 pictures, not 1"):
+    with pytest.raises(TrainerError, match="at least 2 images, not 1"):
         moments.covariance()
 
 
-MERGE_ON_A_RANK = """
-import sys, torch
-from trainer.evaluation.distribution import GaussianMoments
-rank, size, store = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-torch.distributed.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=size)
-features_nd = torch.randn(40, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1000
-moments, whole = GaussianMoments(5), GaussianMoments(5)
-whole.update(features_nd)
-cuts = [0, 31, 40] if size == 2 else [0, 31, 40, 40]  # the last of three has nothing
-moments.update(features_nd[cuts[rank] : cuts[rank + 1]])
-for _ in range(2):  # merging twice must not count twice
-    merged = moments.merged()
-    assert merged.count == 40
-    torch.testing.assert_close(merged.mean(), whole.mean(), rtol=1e-9, atol=0)
-    torch.testing.assert_close(merged.covariance(), whole.covariance(), rtol=1e-9, atol=0)
-assert moments.count == cuts[rank + 1] - cuts[rank]
-torch.distributed.destroy_process_group()
-"""
+def merge_on_a_rank() -> None:
+    rank, size = torch.distributed.get_rank(), torch.distributed.get_world_size()
+    features_nd = torch.randn(40, 5, generator=torch.Generator().manual_seed(0), dtype=torch.float64) + 1000
+    moments, total = GaussianMoments(5), GaussianMoments(5)
+    total.update(features_nd)
+    cuts = [0, 31, 40] if size == 2 else [0, 31, 40, 40]  # the last of three has nothing
+    moments.update(features_nd[cuts[rank] : cuts[rank + 1]])
+    for _ in range(2):  # merging twice must not count twice
+        merged = moments.merged()
+        assert merged.count == 40
+        torch.testing.assert_close(merged.mean(), total.mean(), rtol=1e-9, atol=0)
+        torch.testing.assert_close(merged.covariance(), total.covariance(), rtol=1e-9, atol=0)
+    assert moments.count == cuts[rank + 1] - cuts[rank]
 
 
 @pytest.mark.parametrize("size", [2, 3])
-def test_moments_of_several_ranks_merge(tmp_path, size):
-    command = [sys.executable, "-c", MERGE_ON_A_RANK]
-    ranks = [
-        subprocess.Popen(
-            [*command, str(rank), str(size), str(tmp_path / "store")], cwd=Path(trainer.__file__).parents[1]
-        )
-        for rank in range(size)
-    ]
-    try:
-        assert [rank.wait(timeout=60) for rank in ranks] == [0] * size
-    finally:
-        for rank in ranks:
-            rank.kill()
+def test_moments_of_several_ranks_merge(ranks, size):
+    ranks.call(size, merge_on_a_rank)
 
 
 @pytest.mark.parametrize("counts", [(50, 60), (4, 5)], ids=["regular", "singular"])
@@ -162,7 +142,7 @@ def test_inception_score_is_the_number_of_classes_that_are_told_apart_and_ruined
 
 
 def test_inception_score_of_fewer_pictures_than_splits_is_refused():
-    with pytest.raises(TrainerError, match="at least 10 pictures, not 9"):
+    with pytest.raises(TrainerError, match="at least 10 images, not 9"):
         inception_score(logits(9))
 
 
@@ -205,7 +185,7 @@ def test_copies_lie_within_one_another():
 
 @pytest.mark.parametrize("counts", [(3, 10), (10, 3)])
 def test_precision_and_recall_of_too_few_are_refused(counts):
-    with pytest.raises(TrainerError, match="more than 3 pictures, not 3"):
+    with pytest.raises(TrainerError, match="more than 3 images, not 3"):
         precision_recall(features(counts[0]), features(counts[1]))
 
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from judging import one_thread, pass_for_published, write_inception
-from launching import ROOT, Launch
 from PIL import Image
+from random_networks import accept, hashes_of, one_thread, write_inception
+from random_networks import main as ibq_with_random_networks
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
@@ -17,26 +17,15 @@ from data.npz import Npz
 from model_zoo.eval_nets.weights import WEIGHTS_FILES
 from tools import cli
 from trainer import TrainerError
-from trainer.evaluation.features import FeatureMaker, FolderPictures, NpzPictures, _gathered
-from trainer.evaluation.generation import _sampling, evaluate_generation
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    """A folder with an Inception file of random weights."""
-    return write_inception(tmp_path_factory.mktemp("weights")).parent
+from trainer.evaluation.features import FeatureExtractor, FolderImages, NpzImages, _gathered
+from trainer.evaluation.generation import evaluate_generation
+from trainer.evaluation.generation_inputs import sampling_record
 
 
 @pytest.fixture(autouse=True)
-def places(weights, tmp_path, monkeypatch):
-    """That file passes for the published one; a cache of the test's own."""
-    monkeypatch.setenv("IBQ_WEIGHTS", str(weights))
+def cache(weights, alone, tmp_path, monkeypatch):
+    """Each test has an empty cache."""
     monkeypatch.setenv("IBQ_CACHE", str(tmp_path / "cache"))
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # start_world sets it; so it is taken back afterwards
-    monkeypatch.setitem(WEIGHTS_FILES, "inception", WEIGHTS_FILES["inception"])
-    pass_for_published("inception", weights / WEIGHTS_FILES["inception"].file)
 
 
 def pictures(count: int, seed: int = 0, side: int = 16) -> np.ndarray:
@@ -112,8 +101,9 @@ def test_all_figures_are_those_of_torch_fidelitys_features(samples, reference, w
     told = json.loads(evaluated.json_path.read_text())
     assert told["gfid"] == report.gfid and told["protocol"] == "adm" and told["not_measured"] == {}
     assert (told["sample_count"], told["reference_count"]) == (12, 10)
-    assert told["reference_statistics"] == "computed from the 10 pictures of reference.npz"
+    assert told["reference_statistics"] == "computed from the 10 images of reference.npz"
     assert len(told["warnings"]) == 2 and all("only" in warning for warning in told["warnings"])
+    assert "provenance" not in told
     manifest = told["manifest"]
     assert manifest["seed"] == 3 and "permutation" in manifest["order"]
     assert manifest["samples"]["path"] == str(samples) and manifest["reference"]["count"] == 10
@@ -126,7 +116,7 @@ def test_all_figures_are_those_of_torch_fidelitys_features(samples, reference, w
         "Warning",
     ):
         assert part in text
-    assert {what for _, _, what in heard} == {"samples", "reference pictures", "blocks of precision and recall"}
+    assert {what for _, _, what in heard} == {"samples", "reference images", "blocks of precision and recall"}
     assert heard[2] == (12, 12, "samples")
 
 
@@ -147,8 +137,8 @@ def test_fid_takes_the_statistics_that_the_reference_stores_and_not_its_pictures
     report = evaluate(samples, tmp_path / "alone.npz")
     assert report.gfid == 1.5 and report.precision is None and report.reference_count == 0
     assert set(report.not_measured) == {"precision", "recall"}
-    assert "statistics alone" in report.not_measured["recall"]
-    with pytest.raises(TrainerError, match=r"--metrics pr: .*alone\.npz holds statistics alone"):
+    assert "statistics only" in report.not_measured["recall"]
+    with pytest.raises(TrainerError, match=r"--metrics pr: .*alone\.npz holds statistics only"):
         evaluate(samples, tmp_path / "alone.npz", metrics="fid,pr")
 
 
@@ -160,7 +150,7 @@ def test_a_folder_and_an_npz_of_the_same_pictures_have_the_same_figures(samples,
     of_folder = evaluate(folder, reference, metrics="is,pr")
     for name in ("inception_score", "inception_score_std", "precision", "recall"):
         assert getattr(of_folder, name) == getattr(of_npz, name)
-    assert of_folder.gfid is None and of_folder.not_measured == {"gfid": "not asked for"}
+    assert of_folder.gfid is None and of_folder.not_measured == {"gfid": "not among --metrics"}
 
 
 def test_the_shuffle_mends_an_order_by_class_and_its_seed_is_told(reference, tmp_path):
@@ -175,43 +165,43 @@ def few(tmp_path) -> Path:
     return write_npz(tmp_path / "few.npz", pictures(4))
 
 
-def make(pictures, cache, world) -> tuple[np.ndarray, bool]:
-    made = FeatureMaker(world, 4, cache).make(pictures, lambda *progress: None)
-    return made.features.pool_nd.numpy(), made.was_kept
+def extract(pictures, cache, world) -> tuple[np.ndarray, bool]:
+    found = FeatureExtractor(world, 4, cache).extract(pictures, lambda *progress: None)
+    return found.features.pool_nd.numpy(), found.from_cache
 
 
 def test_features_are_kept_for_the_same_content_and_weights_alone(few, tmp_path, world, weights):
     cache = tmp_path / "kept"
-    own = NpzPictures(Npz(few))
-    first_nd, was_kept = make(own, cache, world)
-    assert not was_kept
-    again_nd, was_kept = make(own, cache, world)
-    assert was_kept and np.array_equal(first_nd, again_nd)
-    assert not make(own, None, world)[1]
+    own = NpzImages(Npz(few))
+    first_nd, from_cache = extract(own, cache, world)
+    assert not from_cache
+    again_nd, from_cache = extract(own, cache, world)
+    assert from_cache and np.array_equal(first_nd, again_nd)
+    assert not extract(own, None, world)[1]
 
     # Other content under the same name, other pictures, a pixel that changed.
     changed = pictures(4)
     changed[2, 0, 0, 0] ^= 1
     write_npz(few, changed)
-    other_nd, was_kept = make(NpzPictures(Npz(few)), cache, world)
-    assert not was_kept and not np.array_equal(first_nd[2], other_nd[2]) and np.array_equal(first_nd[3], other_nd[3])
+    other_nd, from_cache = extract(NpzImages(Npz(few)), cache, world)
+    assert not from_cache and not np.array_equal(first_nd[2], other_nd[2]) and np.array_equal(first_nd[3], other_nd[3])
 
     # Other weights.
     write_npz(few, pictures(4))
-    assert make(NpzPictures(Npz(few)), cache, world)[1]
+    assert extract(NpzImages(Npz(few)), cache, world)[1]
     (tmp_path / "other").mkdir()
     os.environ["IBQ_WEIGHTS"] = str(tmp_path / "other")  # the fixture takes it back
-    pass_for_published("inception", write_inception(tmp_path / "other", seed=1))
-    other_nd, was_kept = make(NpzPictures(Npz(few)), cache, world)
-    assert not was_kept and not np.allclose(first_nd, other_nd)
+    accept(hashes_of(write_inception(tmp_path / "other", seed=1).parent))
+    other_nd, from_cache = extract(NpzImages(Npz(few)), cache, world)
+    assert not from_cache and not np.allclose(first_nd, other_nd)
 
 
 def test_a_folder_is_known_by_its_files_content(tmp_path, world):
     folder = write_folder(tmp_path / "folder", pictures(6))
-    make(FolderPictures(folder), tmp_path / "kept", world)
-    assert make(FolderPictures(folder), tmp_path / "kept", world)[1]
+    extract(FolderImages(folder), tmp_path / "kept", world)
+    assert extract(FolderImages(folder), tmp_path / "kept", world)[1]
     Image.fromarray(pictures(1, seed=9)[0]).save(folder / "part_1" / "003.png")
-    assert not make(FolderPictures(folder), tmp_path / "kept", world)[1]
+    assert not extract(FolderImages(folder), tmp_path / "kept", world)[1]
 
 
 def cut_off(path: Path) -> None:
@@ -233,21 +223,21 @@ def of_another(path: Path) -> None:
 
 @pytest.mark.parametrize("damage", [cut_off, flip_a_bit, of_another])
 def test_a_damaged_cache_is_made_anew(few, tmp_path, world, damage):
-    own, cache = NpzPictures(Npz(few)), tmp_path / "kept"
-    first_nd, _ = make(own, cache, world)
+    own, cache = NpzImages(Npz(few)), tmp_path / "kept"
+    first_nd, _ = extract(own, cache, world)
     [file] = cache.iterdir()
     damage(file)
-    again_nd, was_kept = make(own, cache, world)
-    assert not was_kept and np.array_equal(first_nd, again_nd)
+    again_nd, from_cache = extract(own, cache, world)
+    assert not from_cache and np.array_equal(first_nd, again_nd)
     assert [path.name for path in cache.iterdir()] == [file.name]
-    assert make(own, cache, world)[1]
+    assert extract(own, cache, world)[1]
 
 
 def test_a_cache_that_cannot_be_written_is_a_warning(samples, reference, tmp_path):
     (tmp_path / "file").touch()
     report = evaluate(samples, reference, metrics="is", cache=tmp_path / "file" / "kept")
     assert report.inception_score > 0
-    assert any("features were not kept" in warning for warning in report.warnings)
+    assert any("features were not cached" in warning for warning in report.warnings)
 
 
 def test_a_place_that_is_there_twice_is_found(world):
@@ -255,26 +245,24 @@ def test_a_place_that_is_there_twice_is_found(world):
         _gathered(world, [0, 1, 1], torch.zeros(3, 3056))
 
 
-def test_three_processes_have_the_figures_of_one(samples, tmp_path, weights):
-    """One batch of the samples falls to each, and of the two batches of the folder none to the last."""
+def test_three_processes_have_the_results_of_one(samples, tmp_path, weights, ranks):
+    """Each process has one batch of the samples; the last one has none of the two batches of the folder."""
     folder = write_folder(tmp_path / "folder", pictures(7, seed=1))
-    with one_thread():  # as each of the three; the deviation of near scores shows every rounding
+    with one_thread():  # as each of the three; the standard deviation of similar scores is sensitive to rounding
         alone = evaluate(samples, folder, metrics="is,pr", cache="none")
-    launch = Launch(tmp_path / "cache")
-    launcher = "torch.distributed.run", "--nproc-per-node", 3, "--standalone", ROOT / "tests" / "judged.py"
     arguments = "evaluate", "generation", "--samples", samples, "--reference", folder, "--metrics", "is,pr"
     options = "--batch-size", 4, "--device", "cpu", "--report", tmp_path / "many.json"
-    finished = launch.finish(
-        launch.start(*launcher, *arguments, *options, IBQ_WEIGHTS=str(weights), PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}")
-    )
+    environment = {"IBQ_WEIGHTS": str(weights), "IBQ_CACHE": str(tmp_path / "cache")}
+    command = [str(word) for word in (*arguments, *options)]
+    finished = ranks.command(3, ibq_with_random_networks, command, environment=environment)
     assert finished.status == 0, finished.err
     assert finished.out.count("12 samples (protocol: adm)") == 1
     together = json.loads((tmp_path / "many.json").read_text())
     for name in ("inception_score", "inception_score_std", "precision", "recall"):
         assert together[name] == pytest.approx(getattr(alone, name), rel=1e-6)
     assert together["manifest"]["processes"] == 3
-    # What they kept is whole and in order: a process alone finds it.
-    assert evaluate(samples, folder, metrics="is,pr").manifest["seconds"]["samples"] < 2
+    # Their cached features are complete and in order: one process uses them.
+    assert evaluate(samples, folder, metrics="is,pr").provenance["seconds"]["samples"] < 2
 
 
 @pytest.fixture
@@ -313,14 +301,14 @@ def test_mistakes_of_the_user_are_one_line(samples, reference, tmp_path, assert_
     nine = write_npz(tmp_path / "nine.npz", pictures(9))
     for (first, second, *more), said in {
         (tmp_path / "x.npz", reference): "no such file or folder",
-        (one, reference): "holds 1 picture: at least 2 samples",
-        (samples, one): "holds 1 picture: a reference needs at least 2",
+        (one, reference): "holds 1 image: at least 2 samples",
+        (samples, one): "holds 1 image: a reference needs at least 2",
         (floats, reference): "arr_0 is float64 of shape (3, 16, 16, 3), but images are uint8",
         (tmp_path / "none.npz", reference): "holds no arr_0",
         (samples, tmp_path / "none.npz"): "neither arr_0",
-        (samples, tmp_path / "statistics.npz"): "mu is float64 of shape (5,), but statistics are (2048,)",
-        (tmp_path / "empty", reference): "no picture in the folder",
-        (sizes, reference): "part_1/002.png is 32x32, part_0/000.png is 16x16: the pictures must be of one size",
+        (samples, tmp_path / "statistics.npz"): "mu is float64 of shape (5,), but must be (2048,) floats",
+        (tmp_path / "empty", reference): "no image in the folder",
+        (sizes, reference): "part_1/002.png is 32x32, part_0/000.png is 16x16: all images must have one size",
         (unreadable, reference): "001.png",
         (nine, reference, "--metrics", "is"): "--metrics is: 10 splits need at least 10 samples, not 9",
         (samples, reference, "--metrics", "rfid"): "--metrics rfid is unknown",
@@ -341,7 +329,7 @@ def test_a_report_of_sampling_is_believed_of_the_very_samples_only(samples, tmp_
         manifest = tmp_path / "samples.npz.json" if path == samples else path / "sample.json"
         account = {"settings": {"seed": 3, "classes": [1]}, "source": "run", "checkpoint": "step_1"}
         manifest.write_text(json.dumps({**account, "finished": finished}))
-        return _sampling(path, content)
+        return sampling_record(path, content)
 
     size, sha256 = samples.stat().st_size, hashlib.sha256(samples.read_bytes()).hexdigest()
     believed = {"source": "run", "checkpoint": "step_1", "seed": 3}
@@ -360,5 +348,5 @@ def test_what_few_pictures_do_not_allow_is_left_out_with_the_reason(reference, t
     assert report.gfid == 1.5
     assert report.inception_score is None and report.precision is None
     assert "at least 10 samples, not 3" in report.not_measured["inception_score"]
-    assert "more than 3 pictures, not 3 samples" in report.not_measured["recall"]
-    assert "samples of 32x32 beside a reference of 16x16 pixels" in report.warnings
+    assert "more than 3 images, not 3 samples" in report.not_measured["recall"]
+    assert "the samples have 32x32 pixels, the reference images 16x16" in report.warnings

@@ -9,7 +9,6 @@ import scipy.linalg
 import skimage.data
 import skimage.metrics
 import torch
-from judged import accept_networks, write_networks
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from data import EvaluationImage
@@ -17,12 +16,13 @@ from model_zoo import ModelError
 from model_zoo.eval_nets.weights import WEIGHTS_FILES, weights_path
 from trainer import TrainerError
 from trainer.evaluation import reconstruction
-from trainer.evaluation.reconstruction import Networks, evaluate_reconstruction, load_networks, reconstruct_images
-from trainer.parallel import World
+from trainer.evaluation.networks import Networks, load_networks
+from trainer.evaluation.reconstruction import evaluate_reconstruction, reconstruct_images
+from trainer.evaluation.timing import StageTimer
 
 
 class GreyTokenizer:
-    """Each patch's mean grey as one of 16 codes; notes the shape of each batch and checks that fp32 comes in."""
+    """Encodes each patch's mean grey as one of 16 codes; records batch shapes and checks that inputs are fp32."""
 
     downsampling_factor = 4
     config = SimpleNamespace(codebook_size=16)
@@ -43,7 +43,7 @@ class GreyTokenizer:
 
 
 class ExactTokenizer(GreyTokenizer):
-    """Gives the pictures back as they came."""
+    """Returns its input unchanged."""
 
     def tokenize(self, images_bchw):
         self.images_bchw = images_bchw
@@ -66,7 +66,7 @@ def photographs(*sizes):
 
 @pytest.fixture
 def evaluate(world):
-    """`evaluate(tokenizer, images)`: the report of this process alone."""
+    """`evaluate(tokenizer, images)`: the report of one process."""
 
     def report(tokenizer, images, **options):
         return evaluate_reconstruction(tokenizer, images, world=world, **{"batch_size": 2, **options})
@@ -135,10 +135,10 @@ def test_training_precision_does_not_leak_in(evaluate):
     assert tokenizer.dtype == torch.float32
 
 
-def test_no_picture_is_one_clear_line_and_tiny_ones_are_skipped(evaluate):
-    with pytest.raises(TrainerError, match="no picture to evaluate: give"):
+def test_no_image_is_an_error_and_tiny_images_are_skipped(evaluate):
+    with pytest.raises(TrainerError, match="no image to evaluate: give"):
         evaluate(GreyTokenizer(), [])
-    with pytest.raises(TrainerError, match=r"no picture to evaluate \(1 skipped, the first: 0\.png: smaller than"):
+    with pytest.raises(TrainerError, match=r"no image to evaluate \(1 skipped, the first: 0\.png: smaller than"):
         evaluate(GreyTokenizer(), photographs((6, 32)))
     heard = []
     images = photographs((6, 32), (32, 32))
@@ -147,12 +147,12 @@ def test_no_picture_is_one_clear_line_and_tiny_ones_are_skipped(evaluate):
     assert "0.png: smaller" in report.skipped[0] and report.image_count == 1
 
 
-def test_batches_do_not_depend_on_who_has_them():
-    """Each process's batches are among those of one process alone, also where a picture is missing."""
+def test_batches_do_not_depend_on_the_number_of_processes():
+    """Also if an image is missing."""
     images = [image for image in photographs(*[(32, 32)] * 11) if image.index != 4]
 
     def batches(own):
-        return [r.places for r in reconstruct_images(GreyTokenizer(), own, batch_size=3, device="cpu")]
+        return [r.positions for r in reconstruct_images(GreyTokenizer(), own, batch_size=3, device="cpu")]
 
     whole = batches(images)
     assert whole == [[0, 1, 2], [3, 5], [6, 7, 8], [9, 10]]
@@ -162,7 +162,9 @@ def test_batches_do_not_depend_on_who_has_them():
 
 @torch.no_grad()
 def test_usage_windows_are_those_of_the_tokens_in_order(evaluate, monkeypatch):
-    monkeypatch.setattr("trainer.metrics.window_usage", lambda index_n, size: (index_n.tolist(), size))
+    monkeypatch.setattr(
+        "trainer.evaluation.reconstruction.window_usage", lambda index_n, size: (index_n.tolist(), size)
+    )
     images = photographs((32, 32), (16, 32), (32, 32))
     report = evaluate(GreyTokenizer(), images)
     want = []
@@ -181,31 +183,16 @@ def test_examples_are_the_first_the_worst_and_the_best(evaluate):
     assert torch.equal(palette_chw[:, :4, :4], palette_chw[:, :1, :1].expand(3, 4, 4))
 
 
-def test_a_diverged_model_is_one_clear_line(evaluate):
+def test_a_diverged_model_is_an_error(evaluate):
     class Diverged(GreyTokenizer):
         def detokenize(self, index_bhw):
             return super().detokenize(index_bhw) * math.nan
 
-    with pytest.raises(TrainerError, match="or a picture beside it is not finite"):
+    with pytest.raises(TrainerError, match="or of an image in its batch, is not finite"):
         evaluate(Diverged(), photographs((32, 32)))
 
 
 # ------------------------------------------------------------------------------------------------------- with networks
-
-
-@pytest.fixture(scope="module")
-def networks_folder(tmp_path_factory):
-    return write_networks(tmp_path_factory.mktemp("weights"))
-
-
-@pytest.fixture
-def weights(networks_folder, monkeypatch):
-    """The folder of all three files, which pass for the published ones."""
-    monkeypatch.setenv("IBQ_WEIGHTS", str(networks_folder))
-    for key, wanted in WEIGHTS_FILES.items():
-        monkeypatch.setitem(WEIGHTS_FILES, key, wanted)  # so that it is put back
-    accept_networks()
-    return networks_folder
 
 
 def independent_lpips(net, key, x_chw, y_chw):
@@ -280,8 +267,8 @@ def test_one_readable_picture_has_no_rfid(evaluate, monkeypatch):
     monkeypatch.setattr(reconstruction, "FEATURES", 3)
     images = photographs((6, 32), (32, 32))
     report = evaluate(GreyTokenizer(), images, networks=Networks(Features()))
-    assert report.rfid is None and report.not_measured["rfid"] == "one picture has no covariance"
-    with pytest.raises(TrainerError, match="rFID needs at least 2 readable pictures"):
+    assert report.rfid is None and report.not_measured["rfid"] == "it needs at least 2 images"
+    with pytest.raises(TrainerError, match="rFID needs at least 2 readable images"):
         evaluate(GreyTokenizer(), images, networks=Networks(Features(), required=frozenset({"rfid"})))
 
 
@@ -294,17 +281,22 @@ def test_auto_measures_what_is_there_and_says_what_is_not(weights, tmp_path, mon
         assert WEIGHTS_FILES[key].file in networks.not_measured[measure]
         assert str(tmp_path) in networks.not_measured[measure]
     small = load_networks("auto", 24, 10)
-    assert not small.lpips and "takes 31 and more" in small.not_measured["lpips_alex"]
+    assert not small.lpips and "needs at least 31" in small.not_measured["lpips_alex"]
 
 
 @pytest.mark.parametrize(
     "asked, size, count, message",
     [
         ("all", 256, 10, "vgg16-397923af.pth, for "),
-        ("rfid", 256, 1, "rFID cannot be measured: fewer than 2 pictures"),
-        ("psnr,lpips_vgg", 8, 10, "LPIPS (VGG) cannot be measured: pictures of 8 pixels are too small, it takes 16"),
-        ("psnr,fid", 256, 10, "'fid' is unknown: choose auto, all, or of rfid, lpips_vgg"),
-        ("auto,psnr", 256, 10, "auto and all stand alone"),
+        ("rfid", 256, 1, "rFID cannot be measured: it needs at least 2 images"),
+        (
+            "psnr,lpips_vgg",
+            8,
+            10,
+            "LPIPS (VGG) cannot be measured: images of 8 pixels are too small, it needs",
+        ),
+        ("psnr,fid", 256, 10, "'fid' is unknown: choose auto, all, or a list of rfid, lpips_vgg"),
+        ("auto,psnr", 256, 10, "auto and all cannot be combined"),
         ("lpips_alex", 256, 10, "is not the published alexnet"),
     ],
 )
@@ -317,11 +309,11 @@ def test_what_cannot_be_measured_is_refused_in_one_line(weights, tmp_path, monke
     assert message in str(error.value) and "\n" not in str(error.value)
 
 
-def test_the_clock_accounts_for_all_seconds(world: World):
-    clock = reconstruction.Clock(world.device)
-    assert list(clock.waiting("decode", range(3))) == [0, 1, 2]
-    with clock.part("model"):
+def test_the_timer_accounts_for_all_seconds():
+    timer = StageTimer("cpu")
+    assert list(timer.iterate("decode", range(3))) == [0, 1, 2]
+    with timer.stage("model"):
         pass
-    seconds = clock.read()
+    seconds = timer.seconds()
     assert list(seconds) == ["decode", "model", "rest", "total"]
     assert sum(value for name, value in seconds.items() if name != "total") == pytest.approx(seconds["total"], abs=2e-3)

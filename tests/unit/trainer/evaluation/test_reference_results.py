@@ -2,17 +2,15 @@ import pytest
 import yaml
 
 from trainer import TrainerError
-from trainer.config import EVALUATION, load_recipe, recipe_paths
 from trainer.evaluation.reference_results import (
-    MEASURES,
     EvaluationRecipe,
-    comparison,
+    comparison_table,
     differences,
     load_evaluation_recipe,
-    markdown_table,
-    published_rows,
-    seconds_line,
+    reference_rows,
 )
+from trainer.recipes import EVALUATION, load_recipe, recipe_paths
+from trainer.reports.measures import MEASURES, describe_seconds, markdown_table
 
 RECIPES = recipe_paths([EVALUATION])
 
@@ -21,7 +19,7 @@ RECIPES = recipe_paths([EVALUATION])
 def test_every_recipe_reads_and_names_rows_and_measures_that_are_there(name):
     recipe = load_evaluation_recipe(name)
     assert recipe.expected_images in (5000, 50000)
-    for row in published_rows(recipe.published):
+    for row in reference_rows(recipe.published):
         assert set(row) - {"model"} <= MEASURES.keys()
     story = RECIPES[name].read_text().split("\n\n")[0]
     assert f"--recipe {name} --images" in story and "# Data: " in story and "# Expected score" in story
@@ -52,12 +50,12 @@ def test_mistakes_in_a_file_are_named_in_one_line(tmp_path, text, message):
 
 def test_rows_of_an_unknown_name_are_refused():
     with pytest.raises(TrainerError, match="published: imagenet_val is unknown: choose one of imagenet, "):
-        published_rows("imagenet_val")
+        reference_rows("imagenet_val")
 
 
 def test_a_comparison_writes_figures_as_they_were_published():
     rows = [{"model": "A", "rfid": 1.0, "usage": 0.053}, {"model": "B", "rfid": 2.24, "lpips_vgg": 0.258}]
-    table = comparison({"rfid": 3.14159, "lpips_vgg": None, "usage": 0.5, "psnr": 20.0}, rows)
+    table = comparison_table({"rfid": 3.14159, "lpips_vgg": None, "usage": 0.5, "psnr": 20.0}, rows)
     assert table == [
         ["model", "rFID", "LPIPS (VGG)", "codebook usage"],
         ["measured here", "3.14", "-", "50.0%"],
@@ -75,7 +73,7 @@ def test_differences_name_every_condition():
     assert differences(recipe, same, 50000) == []
     other = {**same, "recipe": None, "image_size": 64, "resize": "pil_antialias", "weights": "raw"}
     assert [line.split(":")[0] for line in differences(recipe, other, 10)] == [
-        "pictures", "number of pictures", "size", "resize", "weights"
+        "images", "number of images", "size", "resize", "weights"
     ]  # fmt: skip
     original = {**same, "image_size": "original", "resize": "pil_antialias"}
     assert differences(recipe, original, 50000) == ["size: original, published: 256"]
@@ -87,7 +85,7 @@ def test_the_published_file_keeps_its_tables():
     assert [row["rfid"] for row in tables["imagenet"]] == [2.24, 1.87, 1.37, 1.00, 3.98]
 
 
-def test_seconds_are_told_from_the_largest_part_on():
-    assert seconds_line({"decode": 1.0, "model": 5.25, "rest": 0.25, "total": 6.5}) == (
-        "6.5 in all: model 5.2, decode 1.0, rest 0.2"
+def test_seconds_are_listed_from_the_largest():
+    assert describe_seconds({"decode": 1.0, "model": 5.25, "rest": 0.25, "total": 6.5}) == (
+        "6.5 in total: model 5.2, decode 1.0, rest 0.2"
     )

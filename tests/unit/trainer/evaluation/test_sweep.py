@@ -4,36 +4,26 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from judging import one_thread, pass_for_published, write_inception
-from launching import ROOT, Launch
 from PIL import Image
+from random_networks import main as ibq_with_random_networks
+from random_networks import one_thread
 
 import trainer.evaluation.features
-import trainer.jobs.sample
+import trainer.jobs.sample_output
 from data import DataError
 from model_zoo import ModelError, Tokenizer, TokenizerConfig, Transformer, TransformerConfig
-from model_zoo.eval_nets.weights import WEIGHTS_FILES
-from model_zoo.io.sharded_tensors import save_shards, whole
+from model_zoo.io.sharded_tensors import save_shards, whole_tensor
 from tools import cli
 from trainer import TrainerError
-from trainer.config import GeneratorRun, TokenizerRun, save_config
+from trainer.config import GeneratorRun, TokenizerRun
 from trainer.evaluation.sweep import settings_grid, sweep
-
-
-@pytest.fixture(scope="module")
-def weights(tmp_path_factory) -> Path:
-    return write_inception(tmp_path_factory.mktemp("weights")).parent
+from trainer.recipes import save_config
 
 
 @pytest.fixture(autouse=True)
-def places(weights, tmp_path, monkeypatch):
-    monkeypatch.setenv("IBQ_WEIGHTS", str(weights))
+def cache(weights, alone, tmp_path, monkeypatch):
+    """Each test has an empty cache."""
     monkeypatch.setenv("IBQ_CACHE", str(tmp_path / "cache"))
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # start_world sets it; so it is taken back afterwards
-    monkeypatch.setitem(WEIGHTS_FILES, "inception", WEIGHTS_FILES["inception"])
-    pass_for_published("inception", weights / WEIGHTS_FILES["inception"].file)
 
 
 @pytest.fixture
@@ -57,7 +47,7 @@ def run(tmp_path) -> Path:
         checkpoint = tmp_path / kind / "checkpoints" / "step_00000001"
         checkpoint.mkdir(parents=True)
         kept = {"tokenizer": "tokenizer_ema", "generator": "generator"}[kind]
-        pieces = [whole(f"{kept}/{name}", value) for name, value in model.state_dict().items()]
+        pieces = [whole_tensor(f"{kept}/{name}", value) for name, value in model.state_dict().items()]
         save_shards(checkpoint / "rank_00000.safetensors", pieces)
         (checkpoint.parent / "latest").write_text(f"{checkpoint.name}\n")
         config = TokenizerRun(model=model.config) if kind == "tokenizer" else GeneratorRun(model=model.config)
@@ -110,7 +100,7 @@ def test_a_sweep_that_was_cut_off_goes_on(run, reference, tmp_path, monkeypatch)
     whole_rows = json.loads(swept(run, reference, tmp_path / "whole").json_path.read_text())
 
     calls, scored = [], []
-    real = trainer.jobs.sample.Job.write
+    real = trainer.jobs.sample_output.SampleOutput.write
 
     def write(job, chunk, images):
         calls.append(chunk)
@@ -118,12 +108,14 @@ def test_a_sweep_that_was_cut_off_goes_on(run, reference, tmp_path, monkeypatch)
             raise KeyboardInterrupt
         real(job, chunk, images)
 
-    monkeypatch.setattr(trainer.jobs.sample.Job, "write", write)
+    monkeypatch.setattr(trainer.jobs.sample_output.SampleOutput, "write", write)
     with pytest.raises(KeyboardInterrupt):
         swept(run, reference, tmp_path / "out")
     assert len(json.loads((tmp_path / "out" / "sweep.json").read_text())) == 1
     monkeypatch.setattr(
-        trainer.evaluation.features.FeatureMaker, "_part", lambda self, pictures, on_progress: scored.append(pictures)
+        trainer.evaluation.features.FeatureExtractor,
+        "_own_features",
+        lambda self, pictures, on_progress: scored.append(pictures),
     )
     monkeypatch.setattr(trainer.evaluation.features, "_gathered", lambda *_: pytest.fail("the features were there"))
     rows = json.loads(swept(run, reference, tmp_path / "out").json_path.read_text())
@@ -132,19 +124,16 @@ def test_a_sweep_that_was_cut_off_goes_on(run, reference, tmp_path, monkeypatch)
     assert [[row[key] for key in figures] for row in rows] == [[row[key] for key in figures] for row in whole_rows]
 
 
-def test_two_processes_have_the_figures_of_one(run, reference, tmp_path, weights):
+def test_two_processes_have_the_results_of_one(run, reference, tmp_path, weights, ranks):
     with one_thread():  # as each of the two
         alone = json.loads(swept(run, reference, tmp_path / "alone", ["guidance=1,2"]).json_path.read_text())
-    launch = Launch(tmp_path / "another_cache")
-    launcher = "torch.distributed.run", "--nproc-per-node", 2, "--standalone", ROOT / "tests" / "judged.py"
     options = "--count", 10, "--metrics", "is,pr", "--batch-size", 5, "--sample-batch-size", 5, "--device", "cpu"
-    finished = launch.finish(
-        launch.start(
-            *launcher, "evaluate", "generation", "--generator", run, "--sweep", "guidance=1,2",
-            "--reference", reference, "--out", tmp_path / "out", *options,
-            IBQ_WEIGHTS=str(weights), PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}",
-        )
+    command = (
+        "evaluate", "generation", "--generator", run, "--sweep", "guidance=1,2", "--reference", reference,
+        "--out", tmp_path / "out", *options,
     )  # fmt: skip
+    environment = {"IBQ_WEIGHTS": str(weights), "IBQ_CACHE": str(tmp_path / "another_cache")}
+    finished = ranks.command(2, ibq_with_random_networks, [*map(str, command)], environment=environment)
     assert finished.status == 0, finished.err
     assert finished.out.count("10 samples for each setting") == 1
     together = json.loads((tmp_path / "out" / "sweep.json").read_text())
@@ -166,7 +155,7 @@ def test_the_grid():
         (["heat=1"], "with a name of temperature, guidance"),
         (["guidance=1,x"], "could not convert"),
         (["guidance=1,1.0"], "twice"),
-        (["guidance=1", "guidance=2"], "swept already"),
+        (["guidance=1", "guidance=2"], "given twice"),
         (["temperature=1,0"], "temperature 0.0 must be above 0"),
     ],
 )

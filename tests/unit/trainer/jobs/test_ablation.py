@@ -1,15 +1,20 @@
 import json
 import re
+import runpy
+import subprocess
 import sys
+from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
+from types import SimpleNamespace
+from unittest.mock import patch
 
 import pytest
 from typer.testing import CliRunner
 
 from tools.cli import app
 from trainer import TrainerError
-from trainer.config import ABLATIONS, load_recipe, recipe_paths
 from trainer.jobs.ablation import Figure, cells_of, figures, load_ablation, markdown
+from trainer.recipes import ABLATIONS, load_recipe, recipe_paths
 
 DATA = ["data.train=bundled:train", "data.val=bundled:val"]
 
@@ -67,6 +72,15 @@ def test_the_commands_settings_win_over_the_rows_and_those_over_the_tables(tmp_p
     assert slow.run == tmp_path / "slow_1" / "seed_0"
 
 
+def test_former_names_in_a_table_are_read_as_the_new_ones(tmp_path):
+    former = TWO_ROWS.replace("optimizer.lr=1e-3", "engine.kind=replicated").replace(
+        "optimizer.lr=1e-6", "start.source=a"
+    )
+    _, slow = cells_of(load_ablation(table(tmp_path, former)), None, [0], [], tmp_path)
+    config = load_recipe("debug", slow.overrides)
+    assert (config.engine.kind, config.init_from.source) == ("ddp", "a")
+
+
 def test_figures_are_means_and_spreads_over_seeds(tmp_path):
     ablation = load_ablation(table(tmp_path, TWO_ROWS))
     cells = cells_of(ablation, None, [0, 1, 2], [], tmp_path)
@@ -100,16 +114,16 @@ def test_a_file_that_is_no_table_is_one_line(tmp_path, text, complaint):
 
 def test_settings_that_the_command_decides_and_unknown_rows_are_refused(tmp_path):
     ablation = load_ablation(table(tmp_path, TWO_ROWS))
-    with pytest.raises(TrainerError, match="--seeds decide"):
+    with pytest.raises(TrainerError, match="use --out and --seeds"):
         cells_of(ablation, None, [0], ["seed=3"], tmp_path)
     with pytest.raises(TrainerError, match="no row 'IBQ': choose among As it is; Slow, 1"):
         cells_of(ablation, ["IBQ"], [0], [], tmp_path)
     with pytest.raises(TrainerError, match="unknown recipe 'depht'"):
         load_ablation("depht")
-    with pytest.raises(TrainerError, match="--seeds names one twice: 0, 1, 0"):
+    with pytest.raises(TrainerError, match="--seeds contains a duplicate: 0, 1, 0"):
         cells_of(ablation, None, [0, 1, 0], [], tmp_path)
     twins = load_ablation(table(tmp_path, "title: x\nrecipe: debug\nrows: {A b: {}, a_b: {}}\n"))
-    with pytest.raises(TrainerError, match="one folder: rename one of A b; a_b"):
+    with pytest.raises(TrainerError, match="the same folder: rename one of A b; a_b"):
         cells_of(twins, None, [0], [], tmp_path)
     letters = load_ablation(table(tmp_path, "title: x\nrecipe: debug\nrows: {é: {}, ü: {}}\n"))
     assert len({cell.run for cell in cells_of(letters, None, [0], [], tmp_path)}) == 2
@@ -122,7 +136,7 @@ def test_settings_that_the_command_decides_and_unknown_rows_are_refused(tmp_path
         (["--judge", "'"], "--judge .*quotation"),
         (["--launch", "no_such_launcher -x"], "no such command"),
         (["--launch", ""], "no such command"),
-        (["--seeds", "0,x"], "no whole numbers"),
+        (["--seeds", "0,x"], "not a list of integers"),
         (["--rows", "Quick"], "no row 'Quick'"),
     ],
 )
@@ -138,8 +152,26 @@ def ablate(*arguments):
     return CliRunner().invoke(app, ["ablate", *map(str, arguments)])
 
 
-def test_a_table_is_trained_judged_drawn_and_not_made_again(tmp_path, monkeypatch, capfd):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+def run_in_this_process(command, check):
+    """`subprocess.run` of `python -m MODULE ARGUMENTS` or `python -c CODE`, without starting a process."""
+    python, option, what, *arguments = command
+    assert python == sys.executable
+    # A process writes to the real streams, not to those of CliRunner.
+    streams = redirect_stdout(sys.__stdout__), redirect_stderr(sys.__stderr__)
+    with patch.object(sys, "argv", [what, *arguments]), streams[0], streams[1]:
+        try:
+            runpy.run_module(what, run_name="__main__") if option == "-m" else exec(what)
+        except SystemExit as ended:
+            return subprocess.CompletedProcess(command, ended.code or 0)
+    return subprocess.CompletedProcess(command, 0)
+
+
+def test_a_table_is_trained_evaluated_drawn_and_not_made_again(tmp_path, monkeypatch, capfd):
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
+    monkeypatch.setenv("IBQ_WEIGHTS", str(tmp_path))
+    monkeypatch.setattr("tools.ablate.subprocess", SimpleNamespace(run=run_in_this_process))
     mine, out = table(tmp_path, TWO_ROWS), tmp_path / "out"
     data = ["data.train=bundled:val", "data.val=bundled:val", "data.workers=0"]
     arguments = [mine, *data, "--out", out, "--seeds", "0", "--rows", "As it is", "--judge", "--size 32"]

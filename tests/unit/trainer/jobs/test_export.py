@@ -19,7 +19,7 @@ from model_zoo import (
 from model_zoo.discriminator import PatchDiscriminator
 from model_zoo.io.hashing import fingerprint_of, sha256_of
 from model_zoo.io.load import read_weights
-from model_zoo.io.sharded_tensors import save_shards, whole
+from model_zoo.io.sharded_tensors import save_shards, whole_tensor
 from trainer import TrainerError
 from trainer.jobs.export import export, export_published, import_published, info
 
@@ -54,9 +54,11 @@ def write_run(run, config, **models):
     """A run's folder with a checkpoint by two ranks, each of which wrote half of every tensor."""
     folder = run / "checkpoints" / "step_00000010"
     folder.mkdir(parents=True)
-    pieces = [whole(f"{kind}/{name}", value) for kind, m in models.items() for name, value in m.state_dict().items()]
+    pieces = [
+        whole_tensor(f"{kind}/{name}", value) for kind, m in models.items() for name, value in m.state_dict().items()
+    ]
     for rank in range(2):
-        save_shards(folder / f"rank_{rank:05d}.safetensors", [piece.share(rank, 2) for piece in pieces])
+        save_shards(folder / f"rank_{rank:05d}.safetensors", [piece.part(rank, 2) for piece in pieces])
     (folder / "state.json").write_text('{"step": 10}')
     files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in folder.iterdir()}
     (folder / "manifest.json").write_text(json.dumps({"files": files}))
@@ -108,7 +110,7 @@ def test_an_export_of_a_sharded_run_gives_the_same_models(run, tmp_path):
     expected = discriminator().state_dict()
     assert all(torch.equal(value, found.discriminator[name]) for name, value in expected.items())
     assert found.step == 10 and found.average == (0.99, -1) and found.weights == "ema"
-    assert "16 codes of 4 dimensions" in made.account[0] and "weights: ema and raw" in made.account[0]
+    assert "16 codes of 4 dimensions" in made.summary[0] and "weights: ema and raw" in made.summary[0]
 
 
 @pytest.mark.parametrize("quantizer", ["lfq", "soft_vq"])
@@ -127,8 +129,8 @@ def test_the_model_card_says_what_how_and_how_good(run, tmp_path):
         'tokenizer = model_zoo.load_tokenizer("out")',
         "on 7 images of flowers.tar, 64 x 64 (cv2_bilinear):",
         "| PSNR, dB | 21.23 |",
-        f"made of: {run}, step 10",
-        "Licence: to be stated",
+        f"source: {run}, step 10",
+        "Licence: to be added",
         tokenizer(2).fingerprint(),
     ):
         assert said in card
@@ -138,7 +140,7 @@ def test_the_model_card_says_what_how_and_how_good(run, tmp_path):
 def test_the_model_card_has_figures_of_the_very_weights_alone(run, tmp_path):
     export(run, tmp_path / "raw", "raw")  # the report is of averages
     card = (tmp_path / "raw" / "README.md").read_text()
-    assert "PSNR" not in card and "Not measured: the run's report.json names other weights, or none" in card
+    assert "PSNR" not in card and "Not measured: the run's report.json is not of these weights" in card
     write_report(run, tokenizer(1), images=["a.tar", "b.tar"], image_size="original")
     export(run, tmp_path / "ema", "ema")
     assert "PSNR" not in (tmp_path / "ema" / "README.md").read_text()
@@ -163,7 +165,7 @@ def test_an_export_of_one_set_of_weights(run, tmp_path, weights, seed):
 
 def test_a_generators_export_holds_its_tokenizer(generator_run, tmp_path):
     made = export(generator_run, tmp_path / "out")
-    assert len(made.account) == 2
+    assert len(made.summary) == 2
     assert_same(load_generator(tmp_path / "out"), generator(3))
     assert_same(load_tokenizer(tmp_path / "out"), tokenizer(2))
     assert_same(load_tokenizer(tmp_path / "out" / "tokenizer"), tokenizer(2))
@@ -174,7 +176,7 @@ def test_a_generators_export_holds_its_tokenizer(generator_run, tmp_path):
 def test_a_generators_export_without_its_tokenizer_says_so(generator_run, run, tmp_path):
     run.rename(tmp_path / "moved")
     made = export(generator_run, tmp_path / "out")
-    assert made.account[1].startswith(f"without its tokenizer: {run} is no run folder")
+    assert made.summary[1].startswith(f"without its tokenizer: {run} is no run folder")
     assert_same(load_generator(tmp_path / "out"), generator(3))
 
 
@@ -183,7 +185,7 @@ def test_a_generators_export_holds_no_tokenizer_of_other_codes(generator_run, tm
     recipe.tokenizer.fingerprint = "0123456789abcdef"
     OmegaConf.save(recipe, generator_run / "config.yaml")
     made = export(generator_run, tmp_path / "out")
-    assert "is not the one whose codes it learned (0123456789abcdef)" in made.account[1]
+    assert "is not the tokenizer that it was trained with (0123456789abcdef)" in made.summary[1]
     assert not (tmp_path / "out" / "tokenizer").exists()
     recipe.tokenizer.fingerprint = tokenizer(2).fingerprint()
     OmegaConf.save(recipe, generator_run / "config.yaml")
@@ -211,7 +213,7 @@ def test_a_tokenizers_round_trip_through_the_published_layout(run, tmp_path):
     for weights, seed in (("raw", 1), ("ema", 2)):
         assert_same(load_tokenizer(tmp_path / "published.ckpt", weights), tokenizer(seed))
     made = import_published(tmp_path / "published.ckpt", tmp_path / "out")
-    assert any(line.startswith(f"keys: {len(state)}: ") for line in made.account)
+    assert any(line.startswith(f"keys: {len(state)}: ") for line in made.summary)
     export_published(tmp_path / "out", tmp_path / "again.ckpt")
     assert same_files(tmp_path / "published.ckpt", tmp_path / "again.ckpt")
     assert_nothing_left(tmp_path, "run", "published.ckpt", "out", "again.ckpt")
@@ -238,7 +240,7 @@ def test_what_the_published_layout_has_no_place_for(tmp_path):
         export_published(run, tmp_path / "out.ckpt")
     models = {"tokenizer": tokenizer(1), "discriminator": discriminator("group")}
     made = export_published(write_run(tmp_path / "group", {}, **models), tmp_path / "out.ckpt")
-    assert made.account[-1].startswith("without its discriminator")
+    assert made.summary[-1].startswith("without its discriminator")
     assert not any("discriminator" in name for name in torch.load(tmp_path / "out.ckpt")["state_dict"])
     assert_nothing_left(tmp_path, "patches", "group", "out.ckpt")
 
@@ -253,7 +255,7 @@ def test_places_that_are_taken_are_refused(run, tmp_path):
         with pytest.raises(ModelError, match="is there already: name another place with --out"):
             export(run, taken)
     (tmp_path / "out.ckpt").touch()
-    with pytest.raises(TrainerError, match="is there already"):
+    with pytest.raises(TrainerError, match="already exists"):
         export_published(run, tmp_path / "out.ckpt")
     with pytest.raises(TrainerError, match=r"must end in \.ckpt"):
         export_published(run, tmp_path / "out")
@@ -278,7 +280,7 @@ def test_weights_that_are_not_there_are_refused(generator_run, tmp_path):
         export(generator_run, tmp_path / "out", "ema")
     with pytest.raises(TrainerError, match="--weights best is unknown: choose one of all, ema, raw"):
         export(generator_run, tmp_path / "out", "best")
-    with pytest.raises(TrainerError, match=r"is no published \.ckpt: `ibq checkpoint export` takes runs"):
+    with pytest.raises(TrainerError, match=r"is no published \.ckpt: use `ibq checkpoint export` for runs"):
         import_published(generator_run, tmp_path / "out")
 
 

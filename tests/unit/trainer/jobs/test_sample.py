@@ -1,22 +1,23 @@
 import hashlib
 import json
 import signal
-import time
 from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
-from launching import Launch
 from PIL import Image
+from ranks import wait_for
 
-import trainer.jobs.sample
-from model_zoo import ModelError, Tokenizer, TokenizerConfig, Transformer, TransformerConfig
-from model_zoo.io.sharded_tensors import save_shards, whole
+import trainer.jobs.sample_output
+from model_zoo import ModelError, Sampler, Sampling, Tokenizer, TokenizerConfig, Transformer, TransformerConfig
+from model_zoo.io.sharded_tensors import save_shards, whole_tensor
 from tools import cli
 from trainer import TrainerError
-from trainer.config import GeneratorRun, TokenizerRun, save_config
-from trainer.jobs.sample import sample, seed_of
+from trainer.config import GeneratorRun, TokenizerRun
+from trainer.jobs.sample import sample
+from trainer.jobs.sample_output import seed_of
+from trainer.recipes import save_config
 
 TOKENIZER = TokenizerConfig(
     codebook_size=32, code_dim=4, channels=8, channel_multipliers=[1], num_res_blocks=1, attention_factors=[],
@@ -28,7 +29,9 @@ GENERATOR = TransformerConfig(vocabulary=32, classes=6, grid=[2, 3], depth=1, he
 def write_run(run, config, **models):
     checkpoint = run / "checkpoints" / "step_00000004"
     checkpoint.mkdir(parents=True)
-    pieces = [whole(f"{kind}/{name}", value) for kind, m in models.items() for name, value in m.state_dict().items()]
+    pieces = [
+        whole_tensor(f"{kind}/{name}", value) for kind, m in models.items() for name, value in m.state_dict().items()
+    ]
     save_shards(checkpoint / "rank_00000.safetensors", pieces)
     (checkpoint.parent / "latest").write_text(f"{checkpoint.name}\n")
     config.trainer.max_steps, config.trainer.global_batch_size = 4, 2
@@ -64,11 +67,6 @@ def run(tmp_path):
     """A generator's run, without an average, that names its tokenizer's."""
     tokenizer = write_tokenizer_run(tmp_path / "tokenizer", tokenizer_of())
     return write_generator_run(tmp_path / "run", generator_of(), tokenizer)
-
-
-@pytest.fixture(scope="module")
-def launch(tmp_path_factory):
-    return Launch(tmp_path_factory.mktemp("cache"))
 
 
 def load(path):
@@ -122,18 +120,18 @@ def test_grid_has_a_row_for_each_class(run, tmp_path):
     for count, size in ((5, (3 * 12, 2 * 8)), (2, (2 * 12, 8))):
         sample(run, classes="1,4", count=count, batch_size=2, out=tmp_path / f"{count}.png")
         sample(run, classes="1,4", count=count, batch_size=2, out=tmp_path / f"{count}.npz")
-        sheet = Image.open(tmp_path / f"{count}.png")
-        assert sheet.size == size
-    sheet, images = np.array(Image.open(tmp_path / "5.png")), load(tmp_path / "5.npz")["arr_0"]
-    assert np.array_equal(sheet[:8, 12:24], images[2]) and np.array_equal(sheet[8:, 12:24], images[3])
-    assert (sheet[8:, 24:] == 255).all()  # the sixth is not
+        grid = Image.open(tmp_path / f"{count}.png")
+        assert grid.size == size
+    grid, images = np.array(Image.open(tmp_path / "5.png")), load(tmp_path / "5.npz")["arr_0"]
+    assert np.array_equal(grid[:8, 12:24], images[2]) and np.array_equal(grid[8:, 12:24], images[3])
+    assert (grid[8:, 24:] == 255).all()  # the sixth is not
 
 
 def test_images_are_the_tokenizers_rounded(run, tmp_path):
     sample(run, classes="2", count=2, out=tmp_path / "x.npz", sampling={"guidance": 2.0, "top_k": 9})
     generator, decoder = generator_of().eval(), tokenizer_of().eval()
-    sampler = trainer.jobs.sample.Sampler(generator, 32)
-    settings = trainer.jobs.sample.Sampling(guidance=2.0, top_k=9)
+    sampler = Sampler(generator, 32)
+    settings = Sampling(guidance=2.0, top_k=9)
     index_bhw = sampler.sample(torch.tensor([2, 2]), [seed_of(0, 2, 0), seed_of(0, 2, 1)], settings)
     images_bhwc = decoder.detokenize(index_bhw).permute(0, 2, 3, 1)
     expected = ((images_bhwc.clamp(-1, 1) + 1) / 2 * 255).round().numpy().astype(np.uint8)
@@ -181,7 +179,7 @@ def test_a_job_that_is_done_says_so_and_other_settings_are_refused(run, tmp_path
         before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
         assert sample(run, **options).made == 0
         with pytest.raises(
-            TrainerError, match=r"other settings \(temperature 1.0, now 0.5\): give --temperature 1.0 again to go on"
+            TrainerError, match=r"other settings \(temperature 1.0, now 0.5\): give --temperature 1.0 again to continue"
         ):
             sample(run, **options, sampling={"temperature": 0.5})
         assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
@@ -210,14 +208,14 @@ def test_a_job_goes_on_where_it_ended(run, tmp_path, out):
 
 
 def test_kill_between_merging_and_the_report_loses_nothing(run, tmp_path, monkeypatch):
-    write_json = trainer.jobs.sample._write_json
+    write_json = trainer.jobs.sample_output.write_json
 
     def killed(path, content):
         if path.suffix == ".json" and path.parent == tmp_path:
             raise KeyboardInterrupt
         write_json(path, content)
 
-    monkeypatch.setattr(trainer.jobs.sample, "_write_json", killed)
+    monkeypatch.setattr(trainer.jobs.sample_output, "write_json", killed)
     with pytest.raises(KeyboardInterrupt):
         sample(run, count=3, out=tmp_path / "x.npz")
     monkeypatch.undo()
@@ -226,37 +224,27 @@ def test_kill_between_merging_and_the_report_loses_nothing(run, tmp_path, monkey
     assert not (tmp_path / "x.npz.parts").exists()
 
 
-def torchrun(launch, processes, *arguments):
-    launcher = "torch.distributed.run", "--nproc-per-node", processes, "--standalone", "-m", "tools.cli", "sample"
-    return launch.start(*launcher, *arguments)
-
-
-@pytest.mark.slow
-def test_any_number_of_processes_makes_the_same_images_and_goes_on_after_a_kill(run, tmp_path, launch):
-    common = run, "--count", 9, "--batch-size", 2, "--device", "cpu"
-    one = launch.ibq("sample", *common, "--out", tmp_path / "one.npz")
-    assert one.status == 0, one.err
-    assert "9 images sampled" in one.out and str(tmp_path / "one.npz") in one.out
-    two = launch.finish(torchrun(launch, 2, *common, "--out", tmp_path / "two.npz"))
+def test_any_number_of_processes_makes_the_same_images_and_continues_after_a_kill(run, tmp_path, ranks):
+    common = ["sample", str(run), "--device", "cpu", "--count"]
+    sample(run, count=9, batch_size=2, device="cpu", out=tmp_path / "one.npz")
+    two = ranks.command(2, cli.main, [*common, "9", "--batch-size", "2", "--out", str(tmp_path / "two.npz")])
     assert two.status == 0, two.err
-    assert two.out.count("images sampled") == 1
+    assert two.out.count("9 images sampled") == 1 and str(tmp_path / "two.npz") in two.out
     assert json.loads((tmp_path / "two.npz.json").read_text())["finished"]["processes"] == 2
     assert load(tmp_path / "one.npz")["arr_0"].tobytes() == load(tmp_path / "two.npz")["arr_0"].tobytes()
 
-    many = run, "--count", 3000, "--batch-size", 1, "--device", "cpu", "--out", tmp_path / "killed.npz"
-    process = torchrun(launch, 2, *many)
-    parts = tmp_path / "killed.npz.parts"
-    deadline = time.monotonic() + 120
-    while len(list(parts.glob("chunk_*.npy"))) < 5 and time.monotonic() < deadline:
-        time.sleep(0.02)
-    process.send_signal(signal.SIGTERM)
-    launch.finish(process)
+    many = [*common, "1000", "--batch-size", "1", "--out", str(tmp_path / "killed.npz")]
+    job, parts = ranks.start_command(2, cli.main, many), tmp_path / "killed.npz.parts"
+    wait_for(lambda: len(list(parts.glob("chunk_*.npy"))) >= 5, "chunks", 120)
+    for rank in range(2):
+        job.signal(rank, signal.SIGKILL)
+    assert job.wait().statuses == [-signal.SIGKILL] * 2
     left = len(list(parts.glob("chunk_*.npy")))
-    assert 5 <= left < 3000
-    assert launch.ibq("sample", *many).status == 0
-    report = json.loads((tmp_path / "killed.npz.json").read_text())
-    assert report["finished"]["images_made"] == 3000 - left
-    assert load(tmp_path / "killed.npz")["arr_0"].shape == (3000, 8, 12, 3)
+    assert 5 <= left < 1000
+    assert ranks.ibq(*many).status == 0
+    record = json.loads((tmp_path / "killed.npz.json").read_text())
+    assert record["finished"]["images_made"] == 1000 - left
+    assert load(tmp_path / "killed.npz")["arr_0"].shape == (1000, 8, 12, 3)
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
@@ -288,7 +276,7 @@ def test_any_number_of_processes_makes_the_same_images_and_goes_on_after_a_kill(
         (["--out", "/proc/nothing/x.npz"], "cannot write /proc/nothing/x.npz"),
         (["--out", "/dev/null/x"], "cannot write /dev/null/x"),
         (["--out", "/dev/null"], "cannot write /dev/null: Not a directory"),
-        (["--out", "x.png", "--count", "2000"], "one picture holds up to 1024 images"),
+        (["--out", "x.png", "--count", "2000"], "a grid holds up to 1024 images"),
         (["--out", "x.jpg"], "x.jpg cannot be written: name a folder, FILE.npz or FILE.png"),
         (["--out", "x.TAR"], "x.TAR cannot be written"),
         (["--count", "many"], "--count"),
@@ -307,18 +295,19 @@ def test_bad_input_is_one_line(run, tmp_path, monkeypatch, capsys, options, mess
 
 def test_runs_that_do_not_fit_are_refused(run, tmp_path):
     tokenizer = tmp_path / "tokenizer"
-    with pytest.raises(TrainerError, match="is a tokenizer's run: name a generator's"):
+    with pytest.raises(TrainerError, match="is a tokenizer run: `ibq sample` needs a generator run"):
         sample(tokenizer)
     with pytest.raises(TrainerError, match="is no run folder"):
         sample(tmp_path / "nowhere")
     with pytest.raises(ModelError, match=r"nowhere\.ckpt does not exist"):
         sample(tmp_path / "nowhere.ckpt")
     with pytest.raises(
-        TrainerError, match=r"no tokenizer: .* is of a generator's run: name a tokenizer's; --tokenizer"
+        TrainerError,
+        match=r"no tokenizer: .* is of a generator's run: .*; name another with --tokenizer",
     ):
         sample(run, tokenizer=run)
     lonely = write_generator_run(tmp_path / "lonely", generator_of())
-    with pytest.raises(TrainerError, match="knows no tokenizer: name its run or checkpoint with --tokenizer"):
+    with pytest.raises(TrainerError, match="names no tokenizer: give its run or checkpoint with --tokenizer"):
         sample(lonely)
     small = write_tokenizer_run(tmp_path / "small", tokenizer_of(codebook_size=16))
     with pytest.raises(TrainerError, match="the tokenizer has 16 codes, the generator 32"):
@@ -327,7 +316,7 @@ def test_runs_that_do_not_fit_are_refused(run, tmp_path):
     config = GeneratorRun(model=GENERATOR)
     config.tokenizer.fingerprint = tokenizer_of(0).fingerprint()
     strict = write_run(tmp_path / "strict", config, generator=generator_of())
-    with pytest.raises(TrainerError, match="is not the one whose codes the generator learned"):
+    with pytest.raises(TrainerError, match="is not the one that the generator was trained with"):
         sample(strict, tokenizer=other)
     assert sample(strict, tokenizer=tokenizer, count=1).made == 1
 
@@ -343,12 +332,12 @@ def test_what_lies_in_the_way_stays(run, tmp_path):
     (tmp_path / "folder" / "000000_class_0000.png").write_text("mine")
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for name, message in (
-        ("x.npz", "exists, and not by"),
-        ("y.npz", "is in the way"),
-        ("z.npz", r"z\.npz\.parts is in the way"),
+        ("x.npz", "already exists and was not written by `ibq sample`: choose another --out"),
+        ("y.npz", r"y\.npz\.json already exists"),
+        ("z.npz", r"z\.npz\.parts already exists"),
         ("file", "is a file: name a folder"),
         ("folder.png", r"is a folder: name a file, or a folder without \.png"),
-        ("folder", "exists, and not by"),
+        ("folder", "already exists"),
     ):
         with pytest.raises(TrainerError, match=message):
             sample(run, count=1, out=tmp_path / name)
@@ -367,7 +356,7 @@ def test_only_its_own_parts_are_removed(run, tmp_path, out):
 
     sample(run, **options, on_progress=put)
     assert [path.name for path in theirs.parent.iterdir()] == ["mine.txt"]
-    chunk.write_text("mine")  # no manifest beside it
+    chunk.write_text("mine")  # without a record next to it
     assert sample(run, **options).made == 0
     assert sorted(path.name for path in theirs.parent.iterdir()) == ["chunk_000009.npy", "mine.txt"]
 
@@ -383,7 +372,7 @@ def test_outputs_of_one_name_have_reports_of_their_own(run, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"batch_size": 3}, "batch_size 2, now 3): give --batch-size 2 again to go on, or name another place"),
+        ({"batch_size": 3}, "batch_size 2, now 3): give --batch-size 2 again to continue, or name another path"),
         ({"classes": "1"}, "give the same --classes again"),
         ({"weights": "raw", "tokenizer": "other"}, "give the same --tokenizer again"),
     ],
@@ -407,7 +396,7 @@ def test_a_full_disk_is_told_and_what_was_made_stays(run, tmp_path, monkeypatch)
             raise OSError(28, "No space left on device")
         write(file, array)
 
-    monkeypatch.setattr(trainer.jobs.sample.np, "save", full)
+    monkeypatch.setattr(trainer.jobs.sample_output.np, "save", full)
     with pytest.raises(TrainerError, match=r"cannot write .*x\.npz: No space left on device"):
         sample(run, count=8, batch_size=2, out=tmp_path / "x.npz")
     monkeypatch.undo()

@@ -4,15 +4,13 @@ import io
 import json
 import os
 import shutil
-import subprocess
-import sys
+import signal
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from launching import Launch
 from omegaconf import OmegaConf
 from PIL import Image
 from serving import Server
@@ -25,11 +23,12 @@ from data.prep.check import check_shards
 from data.tar_format import scan
 from data.tar_reader import TarShard
 from data.transforms import pixels_chw, resize_and_center_crop, resize_named
-from model_zoo.io.sharded_tensors import save_shards, whole
+from model_zoo.io.sharded_tensors import save_shards, whole_tensor
 from tools import cli
 from trainer import TrainerError
 from trainer.jobs import tokenize as module
-from trainer.jobs.tokenize import image_views, tokenize
+from trainer.jobs.tokenize import tokenize
+from trainer.jobs.views import image_views
 
 SIDE = 32
 MODEL = dict(
@@ -54,7 +53,7 @@ def run(tmp_path_factory):
     for seed, name in enumerate(("tokenizer", "tokenizer_ema")):
         torch.manual_seed(seed)
         tokenizer = model_zoo.Tokenizer(model_zoo.TokenizerConfig(**MODEL))
-        pieces = [whole(f"{name}/{key}", value) for key, value in tokenizer.state_dict().items()]
+        pieces = [whole_tensor(f"{name}/{key}", value) for key, value in tokenizer.state_dict().items()]
         save_shards(checkpoint / f"rank_{seed:05d}.safetensors", pieces)
     (folder / "checkpoints" / "latest").write_text("step_00000003")
     OmegaConf.save({"task": "tokenizer", "model": MODEL, "data": {"image_size": SIDE}}, folder / "config.yaml")
@@ -207,7 +206,7 @@ def test_the_fingerprint_is_of_what_makes_codes():
 
 def test_it_goes_on_where_it_was_stopped(run, tars, flipped, tmp_path, monkeypatch):
     out, written = tmp_path / "out", []
-    real = module._codes_of
+    real = module._encode
 
     def stop(*arguments):
         written.append(1)
@@ -215,7 +214,7 @@ def test_it_goes_on_where_it_was_stopped(run, tars, flipped, tmp_path, monkeypat
             raise KeyboardInterrupt
         return real(*arguments)
 
-    monkeypatch.setattr(module, "_codes_of", stop)
+    monkeypatch.setattr(module, "_encode", stop)
     with pytest.raises(KeyboardInterrupt):
         go(run, tars, out, views="flip")
     monkeypatch.undo()
@@ -245,25 +244,20 @@ def test_progress_counts_what_was_there(run, tars, flipped, tmp_path):
     assert told[0] == (12, 15) and told[-1] == (15, 15)
 
 
-def test_two_processes_write_the_same_files_as_one(run, tars, flipped, tmp_path):
-    launch = Launch(tmp_path / "cache")
+def test_two_processes_write_the_same_files_as_one(run, tars, flipped, tmp_path, ranks):
     arguments = run, "--images", tars, "--out", tmp_path / "out", "--views", "flip", "--samples-per-shard", 3
-    launcher = "torch.distributed.run", "--nproc-per-node", 2, "--standalone", "-m", "tools", "tokenize"
-    finished = launch.finish(launch.start(*launcher, *arguments, "--device", "cpu"))
+    finished = ranks.command(2, cli.main, ["tokenize", *map(str, arguments), "--device", "cpu"])
     assert finished.status == 0, finished.err
     assert f"14 samples of tokenizer {flipped.tokenizer} in 6 tars in {tmp_path / 'out'}" in finished.out
     assert finished.out.count("1 image skipped") == 1
     assert files(tmp_path / "out") == files(flipped.out)
 
 
-def test_a_mistake_ends_all_processes_with_a_line(run, tars, tmp_path):
-    launch = Launch(tmp_path / "cache")
+def test_a_mistake_ends_all_processes_with_a_line(run, tars, tmp_path, ranks):
     arguments = run, "--images", tmp_path / "none", "--out", tmp_path / "out", "--device", "cpu"
-    launcher = "torch.distributed.run", "--nproc-per-node", 2, "--standalone", "-m", "tools", "tokenize"
-    finished = launch.finish(launch.start(*launcher, *arguments))
-    assert (
-        finished.status == 1 and len(finished.error_lines) == 2 and "no such tar or folder" in finished.error_lines[0]
-    )
+    finished = ranks.command(2, cli.main, ["tokenize", *map(str, arguments)])
+    assert finished.statuses == [2, 2] and len(finished.error_lines) == 2
+    assert "no such tar or folder" in finished.error_lines[0]
     assert not (tmp_path / "out").exists()
 
 
@@ -273,7 +267,7 @@ def test_a_mistake_ends_all_processes_with_a_line(run, tars, tmp_path):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"views": "flip"}, 'other settings (views "original", now "flip"): give --views original again to go on'),
+        ({"views": "flip"}, 'other settings (views "original", now "flip"): give --views original again to continue'),
         ({"weights": "raw"}, "other settings (tokenizer "),
         ({"image_size": 40}, "other settings (grid [4, 4], now [5, 5]): give --size 32 again"),
         ({"samples_per_shard": 4}, "other settings (samples_per_shard 3, now 4): give --samples-per-shard 3 again"),
@@ -318,14 +312,14 @@ def test_bad_input_gets_one_line(capsys, run, tars, tmp_path):
         ({"batch-size": 0}, "--batch-size 0 must be at least 1"),
         ({"samples-per-shard": 0}, "--samples-per-shard 0 must be at least 1"),
         ({"workers": 0}, "--workers 0 must be at least 1"),
-        ({"source": "nothing"}, "--source nothing: the catalogue has"),
+        ({"source": "nothing"}, "--source nothing is unknown: choose one of"),
         ({"images": tmp_path / "empty"}, "neither jpg, jpeg, png, webp nor tars under"),
         ({"images": tmp_path / "bad"}, "none of the 1 images in"),
         ({"out": tmp_path / "file"}, "is a file: name a folder with --out"),
         ({"out": tmp_path / "damaged"}, "tokens.json is damaged"),
-        ({"out": tmp_path / "theirs"}, "tokens.json is damaged, or not by `ibq tokenize`"),
+        ({"out": tmp_path / "theirs"}, "tokens.json is damaged, or `ibq tokenize` did not write it"),
         ({"out": "/dev/null/out"}, "cannot write /dev/null/out"),
-        ({"out": tars}, "holds tars, and not by `ibq tokenize`"),
+        ({"out": tars}, "holds tars that `ibq tokenize` did not write"),
     ]:
         given = {"run": run, "images": tars, "out": out, "device": "cpu", **changes}
         options = [word for name, value in given.items() if name != "run" for word in (f"--{name}", value)]
@@ -345,7 +339,7 @@ def test_a_mistake_does_not_bind_the_folder(run, tars, tmp_path):
 
 
 def test_tokens_are_not_tokenized(run, flipped, tmp_path):
-    with pytest.raises(TrainerError, match=r"--images .*: these are tokens already, name images"):
+    with pytest.raises(TrainerError, match=r"--images .* holds tokens already: name images"):
         go(run, flipped.out, tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
@@ -354,7 +348,9 @@ def test_another_run_is_named(capsys, run, tars, tmp_path):
     other = shutil.copytree(run, tmp_path / "run")
     for path in other.glob("checkpoints/*/*.safetensors"):
         path.unlink()
-    save_shards(other / "checkpoints/step_00000003/rank_00000.safetensors", [whole("generator/a", torch.zeros(2))])
+    save_shards(
+        other / "checkpoints/step_00000003/rank_00000.safetensors", [whole_tensor("generator/a", torch.zeros(2))]
+    )
     status, err = said(capsys, other, "--images", tars, "--out", tmp_path / "out", "--weights", "raw")
     assert status == 2 and "is of a generator's run: name a tokenizer's" in err
 
@@ -369,24 +365,25 @@ def test_damage_in_a_later_shard_leaves_the_finished_ones(run, tars, tmp_path, m
     assert len(list((tmp_path / "out").glob("tokens-*.tar"))) == 3 and not list((tmp_path / "out").glob("*unfinished"))
 
 
-def test_a_killed_process_is_gone_on_after(run, tars, flipped, tmp_path):
-    """SIGKILL in the middle of a unit: what is not whole is written anew."""
-    script = f"""
-import os
-from trainer import tokenize as module
-real, calls = module._codes_of, []
-def killed(*arguments):
-    calls.append(1)
-    if len(calls) == 3:
-        os.kill(os.getpid(), 9)
-    return real(*arguments)
-module._codes_of = killed
-module.tokenize({str(run)!r}, images={str(tars)!r}, out={str(tmp_path / "out")!r}, views="flip", samples_per_shard=3,
-                device="cpu")
-"""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).resolve().parents[4])}
-    ended = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, timeout=120)
-    assert ended.returncode == -9, ended.stderr
+def tokenize_until_killed(arguments: list[str]) -> None:
+    """`ibq tokenize`, ended by SIGKILL in its third batch."""
+    real, calls = module._encode, []
+
+    def killed(*inputs):
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return real(*inputs)
+
+    module._encode = killed
+    cli.main(["tokenize", *arguments])
+
+
+def test_a_killed_job_continues(run, tars, flipped, tmp_path, ranks):
+    """SIGKILL while a shard is written: incomplete shards are written again."""
+    arguments = [run, "--images", tars, "--out", tmp_path / "out", "--views", "flip", "--samples-per-shard", 3]
+    ended = ranks.command(1, tokenize_until_killed, [*map(str, arguments), "--device", "cpu"])
+    assert ended.statuses == [-signal.SIGKILL], ended.err
     assert len(list((tmp_path / "out").glob("tokens-*.tar"))) == 2
     done = go(run, tars, tmp_path / "out", views="flip")
     assert done.made == 14 - 5 and files(tmp_path / "out") == files(flipped.out)

@@ -9,7 +9,9 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from trainer import TrainerError
-from trainer.reports.report import Chart, Point, draw_chart, read_metrics, training_seconds, verdict, write_report
+from trainer.reports.charts import Chart, Point, draw_chart
+from trainer.reports.report import read_metrics, training_seconds, write_report
+from trainer.reports.tokenizer_report import verdict
 
 EVALUATION = {
     "psnr": 20.61, "ssim": 0.61, "l1": 0.12, "usage": 0.79, "perplexity": 410.2, "baseline_mean_color_psnr": 13.2,
@@ -93,10 +95,9 @@ def test_a_finished_run_has_all_sections_and_needs_nothing_from_elsewhere(run):
     assert page.open == [] and page.elsewhere == []
     assert not re.search(r"url\(|@import|<script", html)
     assert "my <run>" in page.text and "my <run>" not in html
-    assert [
-        heading in page.text for heading in ("Results", "Pictures", "Training", "How it learned", "Where to go next")
-    ]
-    assert "64\N{MULTIPLICATION SIGN}64 pixels into 16\N{MULTIPLICATION SIGN}16 = 256 tokens" in page.text
+    for heading in ("Results", "Reconstructions", "Training", "Images during training", "The run", "Next steps"):
+        assert heading in page.text
+    assert "64\N{MULTIPLICATION SIGN}64 pixels to 16\N{MULTIPLICATION SIGN}16 = 256 tokens" in page.text
     assert "1,024 codes (10 bits)" in page.text
     assert "That is 38 times fewer bits" in page.text
     for value in ("20.61", "22.34", "13.20", "0.610", "79.0%", "+7.4 dB"):
@@ -113,7 +114,7 @@ def test_only_what_was_logged_is_drawn(run):
     charts = Page(write_report(run).read_text()).charts
     assert [label.split(" over ")[0] for label in charts] == [
         "Reconstruction",
-        "Held-out pictures",
+        "Validation",
         "Codebook usage",
         "Speed",
     ]
@@ -148,7 +149,7 @@ def test_an_exact_reconstruction_is_reported(run):
     exact = {**EVALUATION, "psnr": None, "infinite_psnr_count": 8, "skipped": ["broken.png"]}
     (run / "report.json").write_text(json.dumps(exact))
     text = Page(write_report(run).read_text()).text
-    assert "8 pictures came back exact" in text and "1 picture skipped" in text
+    assert "8 images reconstructed exactly" in text and "1 image skipped" in text
 
 
 def test_metrics_survive_resume_nulls_and_a_cut_last_line(tmp_path):

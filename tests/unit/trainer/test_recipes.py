@@ -1,22 +1,18 @@
+import dataclasses
+
 import pytest
 import torch
 
 from model_zoo import ModelError, Tokenizer
+from model_zoo.config import DiscriminatorLoss, GeneratorLoss, Sampling, broken_rule
+from model_zoo.losses import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES
+from model_zoo.sampler import SCHEDULES
 from model_zoo.transformer import Transformer
 from trainer import TrainerError
-from trainer.config import (
-    CHOICES,
-    GeneratorRun,
-    RunConfig,
-    TokenizerRun,
-    load_recipe,
-    load_run_config,
-    recipe_paths,
-    save_config,
-)
+from trainer.config import GeneratorRun, InitFromConfig, RunConfig, TokenizerRun
+from trainer.recipes import TASKS, load_recipe, load_run_config, recipe_paths, save_config
 
 SMALLEST = "trainer: {max_steps: 10, global_batch_size: 4}\n"
-OF_GENERATORS = ("trainer.activation_checkpointing", "loss.impl")
 
 
 @pytest.fixture
@@ -196,15 +192,106 @@ def test_values_out_of_range_are_refused(recipe, override):
     assert message.startswith(override.split("=")[0]) and "must" in message
 
 
-@pytest.mark.parametrize("key", CHOICES)
-def test_bad_choices_list_the_good_ones(recipe, key):
-    task = "generator" if key in OF_GENERATORS else "tokenizer"
+def rules_of(config, prefix: str = ""):
+    """(dotted key, metadata) of every value in a configuration."""
+    for field in dataclasses.fields(config):
+        value = getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            yield from rules_of(value, f"{prefix}{field.name}.")
+        else:
+            yield f"{prefix}{field.name}", field.metadata
+
+
+RULES = [(task, key, rules) for task, config in TASKS.items() for key, rules in rules_of(config()) if rules]
+CHOICES = [(task, key, rules["choices"]) for task, key, rules in RULES if "choices" in rules]
+BOUNDS = [(task, key, *each) for task, key, rules in RULES for each in rules.items() if each[0] != "choices"]
+LISTS = ("optimizer.betas", "model.channel_multipliers", "model.grid")
+# A tokenizer refuses `selective`, and `sampling` has messages of its own: tested below.
+EXCEPTIONS = (("tokenizer", "trainer.activation_checkpointing"), ("generator", "sampling.guidance_schedule"))
+
+
+@pytest.mark.parametrize(("task", "key", "choices"), [each for each in CHOICES if each[:2] not in EXCEPTIONS])
+def test_bad_choices_list_the_good_ones(recipe, task, key, choices):
     path = recipe(f"task: {task}\n{SMALLEST}")
-    words = ["null" if choice is None else str(choice) for choice in CHOICES[key]]
+    words = ["null" if choice is None else str(choice) for choice in choices]
     assert refused(path, f"{key}=other") == f"{key}=other is unknown: choose one of {', '.join(words)}"
-    source = ["start.source=runs/a"] if key.startswith("start.") else []  # without one there is nothing to freeze
+    source = ["init_from.source=runs/a"] if key.startswith("init_from.") else []  # without it, nothing can be frozen
     for word in words:
         load_recipe(path, [f"{key}={word}", *source])
+
+
+@pytest.mark.parametrize(("task", "key", "rule", "bound"), [each for each in BOUNDS if each[1] not in LISTS])
+def test_every_bound_is_enforced(recipe, task, key, rule, bound):
+    beyond = {"at_least": bound - 1, "above": bound, "at_most": bound + 1, "below": bound}[rule]
+    message = refused(recipe(f"task: {task}\n{SMALLEST}"), f"{key}={beyond}")
+    assert key.rpartition(".")[2] in message and f"must be {rule.replace('_', ' ')} {bound}" in message
+
+
+def test_a_rule_that_does_not_exist_is_an_error():
+    assert broken_rule(1, {"at_least": 1, "below": 2}) is None
+    with pytest.raises(KeyError, match="atleast"):
+        broken_rule(1, {"atleast": 1})
+
+
+@pytest.mark.parametrize(
+    ("config", "name", "functions"),
+    [
+        (GeneratorLoss, "kind", GENERATOR_LOSSES),
+        (DiscriminatorLoss, "kind", DISCRIMINATOR_LOSSES),
+        (Sampling, "guidance_schedule", SCHEDULES),
+    ],
+)
+def test_every_choice_has_its_function(config, name, functions):
+    (field,) = [field for field in dataclasses.fields(config) if field.name == name]
+    assert set(field.metadata["choices"]) == set(functions)
+
+
+@pytest.mark.parametrize(
+    ("override", "said"),
+    [
+        ("start.source=runs/a", "start.source is called init_from.source now"),
+        ("start.freeze=encoder", "start.freeze is called init_from.freeze now"),
+        ("start={source: runs/a}", "start is called init_from now"),
+        ("engine.kind=replicated", "engine.kind=replicated is called engine.kind=ddp now"),
+        ("trainer.keep_checkpoints=3", "trainer.keep_checkpoints is called trainer.keep_last now"),
+    ],
+)
+def test_an_override_with_a_former_name_is_answered_with_the_new_one(recipe, tmp_path, override, said):
+    assert refused(recipe(), override) == said
+    save_config(load_recipe(recipe(), []), tmp_path / "config.yaml")
+    with pytest.raises(TrainerError, match=said):
+        load_run_config(tmp_path, [override])
+
+
+OLD = """trainer: {max_steps: 10, global_batch_size: 4, keep_checkpoints: 7}
+engine: {kind: replicated}
+start: {source: runs/a, weights: raw, discriminator: false, freeze: decoder}
+"""
+
+
+def test_former_names_in_files_are_read_and_saved_as_the_new_ones(recipe, tmp_path):
+    config = load_recipe(recipe(OLD), ["init_from.freeze=null"])
+    assert config.init_from == InitFromConfig("runs/a", "raw", False, None)
+    assert (config.engine.kind, config.trainer.keep_last) == ("ddp", 7)
+    (tmp_path / "config.yaml").write_text(OLD)
+    resumed = load_run_config(tmp_path, [])
+    assert resumed.init_from == InitFromConfig("runs/a", "raw", False, "decoder")
+    assert (resumed.engine.kind, resumed.trainer.keep_last) == ("ddp", 7)
+    save_config(resumed, tmp_path / "config.yaml")
+    text = (tmp_path / "config.yaml").read_text()
+    assert "init_from:" in text and "kind: ddp" in text and "start:" not in text and "keep_checkpoints" not in text
+    assert load_run_config(tmp_path, []) == resumed
+
+
+@pytest.mark.parametrize("section", ["start", "init_from"])
+def test_mistakes_in_a_section_of_either_name_are_one_line(recipe, section):
+    assert "unknown key init_from.sauce" in refused(recipe(f"{SMALLEST}{section}: {{sauce: a}}\n"))
+    assert "mine.yaml" in refused(recipe(f"{SMALLEST}{section}: 5\nengine: 5\n"))
+
+
+def test_a_file_with_both_names_of_a_section_is_refused(recipe):
+    message = refused(recipe(f"{SMALLEST}start: {{source: a}}\ninit_from: {{source: b}}\n"))
+    assert "mine.yaml: start is called init_from now" in message and "remove start" in message
 
 
 @pytest.mark.parametrize(

@@ -1,33 +1,9 @@
 import json
 
 import pytest
-import torch
 
 from trainer import TrainerError
-from trainer.config import TokenizerRun, TokenizerTrainerConfig
-from trainer.parallel import World
 from trainer.skipped_steps import SkippedSteps
-from trainer.start_plan import plan_batch
-
-
-def planned(total, micro, processes) -> tuple[int, int]:
-    config = TokenizerRun(trainer=TokenizerTrainerConfig(max_steps=1, global_batch_size=total, micro_batch_size=micro))
-    return plan_batch(config, World(0, processes, torch.device("cpu")))
-
-
-@pytest.mark.parametrize(
-    ("total", "micro", "processes", "expected"),
-    [(24, None, 1, (24, 1)), (24, None, 4, (6, 1)), (24, 2, 4, (2, 3)), (24, 6, 4, (6, 1)), (24, 1, 1, (1, 24))],
-)
-def test_the_global_batch_is_what_all_processes_take_in_a_step(total, micro, processes, expected):
-    assert planned(total, micro, processes) == expected
-
-
-def test_batches_that_do_not_divide_are_refused():
-    with pytest.raises(TrainerError, match=r"global_batch_size=24 must be a multiple of the 5 processes"):
-        planned(24, None, 5)
-    with pytest.raises(TrainerError, match=r"micro_batch_size=4 must divide the 6 images that each of 4 processes"):
-        planned(24, 4, 4)
 
 
 def keys(*numbers) -> list[str]:
@@ -71,7 +47,7 @@ def test_more_than_the_limit_in_a_row_end_the_run_with_the_keys(world, tmp_path)
         skips.update(3, ["generator"], keys(30, 31))
     message = str(error.value)
     assert message.startswith(
-        "loss or gradient of the generator is not finite at step 3, the 3. in a row (trainer.max_skipped_steps=2); "
+        "loss or gradient of the generator is not finite at step 3, number 3 in a row (trainer.max_skipped_steps=2); "
         "its samples: shard-30, shard-31. Checkpoints hold finite weights"
     )
     assert "\n" not in message
@@ -82,13 +58,13 @@ def test_a_good_step_between_begins_the_count_anew(world, tmp_path):
     skips = SkippedSteps(tmp_path, world, limit=2)
     for step, skipped in enumerate([["generator"], ["generator"], [], ["generator"], ["discriminator"]]):
         assert (skips.update(step, skipped, keys(step)) is None) == (not skipped)
-    with pytest.raises(TrainerError, match=r"at step 5, the 3\. in a row"):
+    with pytest.raises(TrainerError, match=r"at step 5, number 3 in a row"):
         skips.update(5, ["generator"], keys(5))
 
 
 def test_with_a_limit_of_none_the_first_one_ends_the_run(world, tmp_path):
     with pytest.raises(
-        TrainerError, match=r"the 1\. in a row \(trainer\.max_skipped_steps=0\); its samples: shard-1\."
+        TrainerError, match=r"number 1 in a row \(trainer\.max_skipped_steps=0\); its samples: shard-1\."
     ):
         SkippedSteps(tmp_path, world, limit=0).update(1, ["generator"], keys(1))
 

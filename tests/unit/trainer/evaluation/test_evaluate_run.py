@@ -10,10 +10,11 @@ from typer.testing import CliRunner
 import model_zoo
 from data import DataError
 from model_zoo import ModelError
-from model_zoo.io.sharded_tensors import save_shards, whole
+from model_zoo.io.sharded_tensors import save_shards, whole_tensor
 from tools.evaluate import app
 from trainer import TrainerError
-from trainer.evaluation.run import evaluate_run, write_reconstructions
+from trainer.evaluation.evaluate_run import evaluate_run
+from trainer.evaluation.write_reconstructions import write_reconstructions
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -43,7 +44,7 @@ def run(tmp_path_factory):
     for seed, name in enumerate(("tokenizer", "tokenizer_ema")):
         torch.manual_seed(seed)
         tokenizer = model_zoo.Tokenizer(model_zoo.TokenizerConfig(**model))
-        pieces = [whole(f"{name}/{key}", value) for key, value in tokenizer.state_dict().items()]
+        pieces = [whole_tensor(f"{name}/{key}", value) for key, value in tokenizer.state_dict().items()]
         save_shards(checkpoint / f"rank_{seed:05d}.safetensors", pieces)
     (folder / "checkpoints" / "latest").write_text("step_00000003")
     data = {"val": str(photos), "image_size": 32, "resize": "pil_antialias"}
@@ -66,15 +67,15 @@ def test_a_run_is_evaluated_on_its_own_validation_data(run, tmp_path):
     assert set(written["not_measured"]) == {"rfid", "lpips_vgg", "lpips_alex"}
     assert manifest["pictures"] == {"first": "report.png", "worst": "report_worst.png", "best": "report_best.png"}
     for name in manifest["pictures"].values():
-        with Image.open(run / name) as sheet:
-            assert sheet.width > 600
+        with Image.open(run / name) as grid:
+            assert grid.width > 600
     markdown = (run / "report.md").read_text()
     assert f"| PSNR (dB) | {written['psnr']:.2f} |" in markdown and "IBQ, 16,384 codes" in markdown
-    assert "number of pictures: 3, published: 50,000" in markdown and "size: 32, published: 256" in markdown
+    assert "number of images: 3, published: 50,000" in markdown and "size: 32, published: 256" in markdown
     assert not [path for path in run.iterdir() if "unfinished" in path.name]
     raw = evaluate_run(run, weights="raw", report_path=tmp_path / "raw.json", device="cpu")
     assert raw.report.psnr != evaluated.report.psnr
-    assert raw.manifest["fingerprint"] != manifest["fingerprint"] and "weights: raw" in raw.differences[-1]
+    assert raw.provenance["fingerprint"] != manifest["fingerprint"] and "weights: raw" in raw.differences[-1]
     assert (tmp_path / "raw.json").is_file() and (tmp_path / "raw.png").is_file()
 
 
@@ -90,7 +91,7 @@ def test_original_size_goes_one_picture_at_a_time(run, tmp_path):
         ({"image_size": "big"}, "--size big"),
         ({"image_size": "0"}, "--size 0"),
         ({"report_path": "report.txt"}, "--report report.txt: name a file that ends in .json"),
-        ({"image_size": "5"}, "--size 5 is neither"),
+        ({"image_size": "5"}, "--size 5: give at least 7 pixels"),
         ({"resize": "bicubic"}, "--resize bicubic is unknown: choose one of pil_antialias, cv2_bilinear"),
         ({"measures": "all"}, "for rFID, gFID, Inception score, precision and recall, must be put there"),
         ({"measures": "psnr,fid"}, "'fid' is unknown"),
@@ -111,7 +112,7 @@ def test_mistakes_are_named_in_one_line(run, options, message):
 
 
 def test_a_report_that_cannot_be_written_is_found_before_any_work(run, tmp_path, monkeypatch):
-    monkeypatch.setattr("trainer.evaluation.run.read_weights", lambda *_: pytest.fail("the work began"))
+    monkeypatch.setattr("trainer.evaluation.evaluate_run.read_weights", lambda *_: pytest.fail("the work began"))
     with pytest.raises(TrainerError, match=r"cannot write /proc/report\.json: .*--report"):
         evaluate_run(run, report_path="/proc/report.json", device="cpu")  # no new files there
     with pytest.raises(TrainerError, match="name a file that ends in"):
@@ -135,7 +136,7 @@ def test_the_command_prints_the_table_and_the_files(run, tmp_path):
     written = json.loads(report.read_text())
     for value in (written["psnr"], written["baseline_palette_psnr"], written["baseline_mean_color_psnr"]):
         assert f"{value:.2f}" in result.output
-    assert f"numbers: {report}" in result.output and "1 pictures skipped" in result.output
+    assert f"numbers: {report}" in result.output and "1 image skipped" in result.output
 
 
 def test_reconstruct_writes_each_picture_and_an_overview(run, tmp_path):
@@ -157,7 +158,7 @@ def test_reconstruct_writes_each_picture_and_an_overview(run, tmp_path):
     Image.new("RGB", (9, 9)).save(tmp_path / "file.png")
     with pytest.raises(TrainerError, match="cannot write"):
         write_reconstructions(run, images=photos, out=tmp_path / "file.png", device="cpu")
-    with pytest.raises(TrainerError, match=r"no readable picture in .* \(1 skipped, the first: .*broken\.png: no JPEG"):
+    with pytest.raises(TrainerError, match=r"no readable image in .* \(1 skipped, the first: .*broken\.png: no JPEG"):
         write_reconstructions(run, images=f"{photos}/broken.png", out=tmp_path / "none", device="cpu")
     assert not (tmp_path / "none").exists()
 
@@ -165,9 +166,9 @@ def test_reconstruct_writes_each_picture_and_an_overview(run, tmp_path):
 def test_a_recipe_gives_the_conditions_and_options_win(run, tmp_path):
     options = {"recipe": "eval_coco_zero_shot", "measures": "psnr", "device": "cpu"}
     evaluated = evaluate_run(run, image_size=32, report_path=tmp_path / "coco.json", **options)
-    assert evaluated.manifest["image_size"] == 32 and evaluated.manifest["resize"] == "pil_antialias"
+    assert evaluated.provenance["image_size"] == 32 and evaluated.provenance["resize"] == "pil_antialias"
     assert evaluated.warnings == ["not the published set: 3 of 5,000 images"]
-    assert evaluated.differences == ["number of pictures: 3, published: 5,000", "size: 32, published: 256"]
+    assert evaluated.differences == ["number of images: 3, published: 5,000", "size: 32, published: 256"]
     assert [row[0] for row in evaluated.comparison[1:]] == [
         "measured here", "IBQ pretrained, 16,384 codes", "IBQ pretrained, 262,144 codes"
     ]  # fmt: skip
@@ -175,7 +176,7 @@ def test_a_recipe_gives_the_conditions_and_options_win(run, tmp_path):
     original = evaluate_run(
         run, recipe="eval_original_resolution", measures="psnr", report_path=tmp_path / "o.json", device="cpu"
     )
-    assert original.manifest["image_size"] == "original" and original.report.token_count == 3 * 7 * 10
+    assert original.provenance["image_size"] == "original" and original.report.token_count == 3 * 7 * 10
 
 
 def test_one_checkpoint_and_a_published_one_have_reports_of_their_own(run, tmp_path, monkeypatch):
@@ -184,17 +185,17 @@ def test_one_checkpoint_and_a_published_one_have_reports_of_their_own(run, tmp_p
     assert evaluated.json_path.name == "tiny_step_00000003_reconstruction.json" and evaluated.json_path.is_file()
     published = tmp_path / "published.ckpt"
     tokenizer = model_zoo.Tokenizer(model_zoo.TokenizerConfig(codebook_size=32, code_dim=8, channels=32,
-        channel_multipliers=[1, 1], num_res_blocks=1, attention_factors=[], latent_channels=8))  # fmt: skip
+        channel_multipliers=[1, 1, 1, 1], num_res_blocks=1, attention_factors=[], latent_channels=8))  # fmt: skip
     torch.save({"state_dict": tokenizer.state_dict()}, published)
-    with pytest.raises(TrainerError, match=r"is no run with a data\.val: say which pictures with --images PATH"):
+    with pytest.raises(TrainerError, match=r"is no run with a data\.val: name the images with --images PATH"):
         evaluate_run(published, device="cpu")
     photos = OmegaConf.load(run / "config.yaml").data.val
     evaluated = evaluate_run(published, images=f"{photos}/coffee.png", device="cpu")
     assert evaluated.json_path.name == "published_reconstruction.json" and evaluated.report.image_count == 1
-    assert (evaluated.manifest["image_size"], evaluated.manifest["resize"]) == (256, "cv2_bilinear")
-    assert evaluated.manifest["step"] is None and evaluated.manifest["held_out"] is False
+    assert (evaluated.provenance["image_size"], evaluated.provenance["resize"]) == (256, "cv2_bilinear")
+    assert evaluated.provenance["step"] is None and evaluated.provenance["held_out"] is False
     # It has no averages: what was used is told, not what was asked for.
-    assert evaluated.manifest["weights"] == "raw" and evaluated.differences[-1] == "weights: raw, published: ema"
+    assert evaluated.provenance["weights"] == "raw" and evaluated.differences[-1] == "weights: raw, published: ema"
     assert ", raw weights, " in evaluated.markdown_path.read_text()
 
 

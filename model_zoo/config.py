@@ -1,0 +1,204 @@
+"""Settings of models, losses and sampling, as plain dataclasses: reading a recipe imports no model and no torch.
+
+The metadata of a field hold the rules for its value; `broken_rule` applies them.
+"""
+
+import math
+import operator
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields
+from typing import Any
+
+from model_zoo.errors import ModelError
+
+COMPARISONS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
+
+
+def broken_rule(value: Any, rules: Mapping[str, Any]) -> str | None:
+    """What is wrong with a field's value, to follow ``key=value`` in an error message; None if nothing is.
+
+    rules: the field's metadata. ``choices``: all allowed values. ``at_least``, ``above``, ``at_most``, ``below``:
+    bounds of a number, or of every number in a list; they allow None. Whatever the rules, floats must be finite.
+    """
+    if "choices" in rules:
+        choices = ", ".join("null" if choice is None else str(choice) for choice in rules["choices"])
+        return None if value in rules["choices"] else f"is unknown: choose one of {choices}"
+    numbers = value if isinstance(value, list | tuple) else [value]
+    if any(isinstance(number, float) and not math.isfinite(number) for number in numbers):
+        return "must be finite"
+    for rule, bound in rules.items():
+        if not all(number is None or COMPARISONS[rule](number, bound) for number in numbers):
+            return f"must be {rule.replace('_', ' ')} {bound}"
+    return None
+
+
+def check_fields(config: "TokenizerConfig | TransformerConfig") -> None:
+    """Raises ModelError for a value that its field's metadata do not allow."""
+    for each in fields(config):
+        value = getattr(config, each.name)
+        if problem := broken_rule(value, each.metadata):
+            raise ModelError(f"model.{each.name}={value} {problem}")
+
+
+@dataclass
+class TokenizerConfig:
+    """Architecture of a tokenizer. The defaults are the published ImageNet model with 16,384 codes."""
+
+    quantizer: str = "ibq"
+    codebook_size: int = field(default=16384, metadata={"at_least": 2})
+    code_dim: int = field(default=256, metadata={"at_least": 1})
+    channels: int = field(default=128, metadata={"at_least": 1})
+    channel_multipliers: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 4], metadata={"at_least": 1})
+    num_res_blocks: int = field(default=4, metadata={"at_least": 1})
+    # Downsampling factors at which attention follows the residual blocks.
+    attention_factors: list[int] = field(default_factory=lambda: [16])
+    latent_channels: int = field(default=256, metadata={"at_least": 1})
+    # Above 1, the encoder begins with a strided patch convolution: for small models that work at token resolution.
+    patch_size: int = field(default=1, metadata={"at_least": 1})
+    # Layer norm per position and no attention, so that a code depends only on its neighbourhood: for small models.
+    local: bool = False
+    # How the codebook is initialized. "features": from the features of the first step's images
+    # (`CodebookQuantizer.match_features`). "normal", as published: from normal(0, codebook_init_std^2); a model that is
+    # built outside training is initialized this way in either case.
+    codebook_init: str = field(default="features", metadata={"choices": ("features", "normal")})
+    codebook_init_std: float = field(default=1.0, metadata={"above": 0})  # only for "normal"
+
+
+@dataclass
+class TransformerConfig:
+    """Architecture of a generator. The defaults are the published B model for 16,384 codes."""
+
+    vocabulary: int = field(default=16384, metadata={"at_least": 1})
+    classes: int = field(default=1000, metadata={"at_least": 1})
+    # Rows and columns of an image's codes.
+    grid: list[int] = field(default_factory=lambda: [16, 16], metadata={"at_least": 1})
+    depth: int = field(default=16, metadata={"at_least": 1})
+    heads: int = field(default=16, metadata={"at_least": 1})
+    head_dim: int = field(default=64, metadata={"at_least": 4})
+    # Of the codes. "codebook": the tokenizer's code vectors, frozen, followed by a linear layer.
+    embedding: str = field(default="learned", metadata={"choices": ("learned", "codebook")})
+    code_dim: int = field(default=256, metadata={"at_least": 1})
+    # Applied to embeddings and to the outputs of attention and feed-forward layers.
+    dropout: float = field(default=0.1, metadata={"at_least": 0, "below": 1})
+    # Factor on the initial weights of the gates; a small one makes the blocks of a deep model start near the identity.
+    gate_init: float = 1e-3
+
+    @property
+    def width(self) -> int:
+        """Size of the hidden state of a position."""
+        return self.heads * self.head_dim
+
+    @property
+    def hidden(self) -> int:
+        """Size of the feed-forward layer: 2/3 of 4 x width, rounded up to a multiple of 256."""
+        return -(-int(8 * self.width / 3) // 256) * 256
+
+    @property
+    def tokens(self) -> int:
+        """Codes of an image."""
+        return self.grid[0] * self.grid[1]
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How codes are sampled from the logits. The steps, in order:
+
+    guidance: classifier-free guidance (arXiv 2207.12598), ``uncond + s_t (cond - uncond)`` with
+        ``s_t = 1 + (guidance - 1) f(x)`` and f from `model_zoo.sampler.SCHEDULES`; 1 disables it.
+    temperature: divides the logits.
+    top_k: keeps the k likeliest codes; 0 keeps all.
+    top_p: keeps the fewest codes whose total probability reaches top_p; 1 keeps all.
+
+    Raises ModelError for values out of range.
+    """
+
+    temperature: float = field(default=1.0, metadata={"above": 0})
+    guidance: float = field(default=1.0, metadata={"at_least": 0})
+    guidance_schedule: str = field(default="constant", metadata={"choices": ("constant", "linear", "cosine")})
+    top_k: int = field(default=0, metadata={"at_least": 0})
+    top_p: float = field(default=1.0, metadata={"above": 0, "at_most": 1})
+
+    def __post_init__(self):
+        for each in fields(self):
+            value = getattr(self, each.name)
+            if problem := broken_rule(value, each.metadata):
+                raise ModelError(f"{each.name} {value} {problem}")
+
+
+@dataclass
+class ReconstructionLoss:
+    """Mean absolute error on [-1, 1]."""
+
+    weight: float = field(default=1.0, metadata={"at_least": 0})
+
+
+@dataclass
+class PerceptualLoss:
+    """LPIPS with VGG16. vgg16_weights: path of the weights file; None: torch's cache."""
+
+    weight: float = field(default=1.0, metadata={"at_least": 0})
+    vgg16_weights: str | None = None
+
+
+@dataclass
+class GeneratorLoss:
+    """The adversarial loss of the tokenizer."""
+
+    weight: float = field(default=0.1, metadata={"at_least": 0})
+    kind: str = field(default="non_saturating", metadata={"choices": ("non_saturating", "linear")})
+    # VQGAN's adaptive weight: weight x |grad of reconstruction| / |grad of this term| at the last layer, capped.
+    adaptive: bool = False
+    adaptive_cap: float = field(default=1e4, metadata={"at_least": 0})
+    # First step at which the term is used; None: that of the discriminator.
+    start_step: int | None = None
+    # Number of steps over which the weight grows linearly from 0.
+    ramp_steps: int = field(default=0, metadata={"at_least": 0})
+
+
+@dataclass
+class DiscriminatorLoss:
+    """The discriminator's own loss; it is trained from ``start_step`` on."""
+
+    kind: str = field(default="hinge", metadata={"choices": ("hinge", "vanilla")})
+    start_step: int = field(default=0, metadata={"at_least": 0})
+
+
+@dataclass
+class LecamLoss:
+    """LeCAM regularisation of the discriminator. decay: of the running means of the logits."""
+
+    weight: float = field(default=0.05, metadata={"at_least": 0})
+    decay: float = field(default=0.999, metadata={"at_least": 0, "below": 1})
+
+
+@dataclass
+class QuantizerLoss:
+    """VQ losses. form: which of the two terms beta weights; see `model_zoo.losses.quantizer_loss`."""
+
+    weight: float = field(default=1.0, metadata={"at_least": 0})
+    form: str = field(default="reference", metadata={"choices": ("reference", "paper")})
+    beta: float = field(default=0.25, metadata={"at_least": 0})
+    double_quantization_weight: float = 1.0
+
+
+@dataclass
+class EntropyLoss:
+    """weight x (sample_weight x sample entropy - average_weight x average entropy)."""
+
+    weight: float = field(default=0.05, metadata={"at_least": 0})
+    temperature: float = field(default=0.01, metadata={"at_least": 1e-6})
+    sample_weight: float = 1.0
+    average_weight: float = 1.0
+
+
+@dataclass
+class LossConfig:
+    """All losses of tokenizer training. The defaults are the published ones."""
+
+    reconstruction: ReconstructionLoss = field(default_factory=ReconstructionLoss)
+    perceptual: PerceptualLoss = field(default_factory=PerceptualLoss)
+    generator: GeneratorLoss = field(default_factory=GeneratorLoss)
+    discriminator: DiscriminatorLoss = field(default_factory=DiscriminatorLoss)
+    lecam: LecamLoss = field(default_factory=LecamLoss)
+    quantizer: QuantizerLoss = field(default_factory=QuantizerLoss)
+    entropy: EntropyLoss = field(default_factory=EntropyLoss)

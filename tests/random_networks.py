@@ -1,0 +1,97 @@
+"""Weights files of random Inception, VGG16 and AlexNet networks that replace the published ones.
+
+``python tests/random_networks.py ARGUMENTS``, also with torchrun, is `ibq ARGUMENTS` with the files in $IBQ_WEIGHTS.
+"""
+
+import hashlib
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from unittest.mock import patch
+
+import torch
+import torchvision
+from torch_fidelity import feature_extractor_inceptionv3
+
+from model_zoo.eval_nets.weights import WEIGHTS_FILES, weights_path
+
+TRUNKS = {"vgg16": "vgg16", "alexnet": "alexnet"}  # key of WEIGHTS_FILES -> torchvision's model
+
+
+@contextmanager
+def one_thread() -> Iterator[None]:
+    """With several threads, convolutions add in another order and round differently."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+def write_inception(folder: Path, seed: int = 0) -> Path:
+    """Writes a file in torch-fidelity's format, with weights that neither shrink nor amplify features."""
+
+    class Unfilled(feature_extractor_inceptionv3.FeatureExtractorInceptionV3):
+        def load_state_dict(self, state):
+            pass
+
+    with (
+        torch.device("meta"),
+        patch.object(feature_extractor_inceptionv3, "load_state_dict_from_url", lambda *_, **__: {}),
+    ):
+        state = Unfilled("unfilled", ["2048"]).state_dict()
+    path = folder / WEIGHTS_FILES["inception"].file
+    torch.save(_filled(state, seed), path)
+    return path
+
+
+def _filled(state: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in state.items():
+        if tensor.ndim > 1:
+            deviation = (2 / tensor[0].numel()) ** 0.5
+            state[name] = torch.empty(tensor.shape).normal_(std=deviation, generator=generator)
+        elif name.endswith(("bn.weight", "running_var")):
+            state[name] = torch.empty(tensor.shape).uniform_(0.5, 1.5, generator=generator)
+        elif tensor.ndim:
+            state[name] = torch.empty(tensor.shape).normal_(std=0.1, generator=generator)
+        else:
+            state[name] = torch.tensor(0)
+    return state
+
+
+def write_networks(folder: Path) -> Path:
+    """Writes all three files; the trunks of LPIPS without their classifiers."""
+    write_inception(folder)
+    for seed, (key, model) in enumerate(TRUNKS.items()):
+        with torch.device("meta"):
+            trunk = getattr(torchvision.models, model)().features
+        state = _filled({f"features.{name}": tensor for name, tensor in trunk.state_dict().items()}, seed)
+        torch.save(state, folder / WEIGHTS_FILES[key].file)
+    return folder
+
+
+def hashes_of(folder: Path) -> dict[str, str]:
+    """The SHA-256 of the weights files in a folder, by key of WEIGHTS_FILES."""
+    paths = {key: folder / entry.file for key, entry in WEIGHTS_FILES.items()}
+    return {key: hashlib.sha256(path.read_bytes()).hexdigest() for key, path in paths.items() if path.is_file()}
+
+
+def accept(hashes: dict[str, str]) -> None:
+    """From here on, in this process, these are the hashes of the published files."""
+    for key, sha256 in hashes.items():
+        WEIGHTS_FILES[key] = WEIGHTS_FILES[key]._replace(sha256=sha256)
+
+
+def main(arguments: list[str]) -> None:
+    """`ibq ARGUMENTS`."""
+    from tools.cli import main as ibq
+
+    accept(hashes_of(weights_path("inception").parent))
+    ibq(arguments)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,97 @@
+"""`ibq bench` in this process."""
+
+from collections.abc import Callable, Iterator
+from importlib import import_module
+from pathlib import Path
+
+import pytest
+import torch
+
+from data import tar_format
+from tools import cli
+from tools.bench import common
+from tools.bench.measure import failure
+
+
+@pytest.fixture
+def bench(capsys) -> Callable[..., tuple[int, str, str]]:
+    """`bench(*arguments)`: exit status, stdout and stderr of `ibq bench ARGUMENTS`."""
+
+    def run(*arguments) -> tuple[int, str, str]:
+        capsys.readouterr()
+        with pytest.raises(SystemExit) as exited:
+            cli.main(["bench", *map(str, arguments)])
+        return exited.value.code or 0, *capsys.readouterr()
+
+    return run
+
+
+@pytest.fixture
+def assert_refused(bench) -> Callable[..., None]:
+    """`assert_refused(said, *arguments)`: the command ends with status 2 and one line that contains ``said``."""
+
+    def check(said: str, *arguments) -> None:
+        status, out, err = bench(*arguments)
+        assert (status, out) == (2, "")
+        assert err.startswith("ibq: error: ") and err.count("\n") == 1
+        assert said in err
+
+    return check
+
+
+@pytest.fixture
+def jobs_here(monkeypatch) -> Iterator[None]:
+    """Jobs run in this process instead of fresh ones."""
+    threads = torch.get_num_threads()
+
+    def run_job(module: str, job: str, **arguments) -> dict:
+        tar_format._scan.cache_clear()
+        try:
+            return getattr(import_module(f"tools.bench.{module}"), job)(**arguments)._asdict()
+        except Exception as error:
+            return {"failed": failure(error)}
+
+    monkeypatch.setattr(common, "run_job", run_job)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def answers(monkeypatch) -> Callable[..., list[tuple[str, dict]]]:
+    """`answers(function)`: jobs are answered by `function(job, arguments)`, and appended to the returned list."""
+
+    def use(function: Callable[[str, dict], dict]) -> list[tuple[str, dict]]:
+        asked = []
+
+        def run_job(module: str, job: str, **arguments) -> dict:
+            asked.append((f"{module}.{job}", arguments))
+            return function(job, arguments)
+
+        monkeypatch.setattr(common, "run_job", run_job)
+        return asked
+
+    return use
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Callable[[Path, str], Path]:
+    """`checkout(file, text)`: a folder like a checkout of the reference, with one file."""
+
+    def make(file: Path, text: str) -> Path:
+        path = tmp_path / "published" / file
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+        return tmp_path / "published"
+
+    return make
+
+
+@pytest.fixture
+def table_rows() -> Callable[[str], list[list[str]]]:
+    """`table_rows(text)`: the cells of a Markdown file's first table, headings first."""
+
+    def read(text: str) -> list[list[str]]:
+        lines = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| ---")]
+        return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+
+    return read

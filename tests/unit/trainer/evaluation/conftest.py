@@ -1,0 +1,31 @@
+from pathlib import Path
+
+import pytest
+from random_networks import accept, hashes_of, write_networks
+
+from model_zoo.eval_nets.weights import WEIGHTS_FILES
+
+
+@pytest.fixture(scope="session")
+def _networks(tmp_path_factory) -> tuple[Path, dict[str, str]]:
+    folder = write_networks(tmp_path_factory.mktemp("weights"))
+    return folder, hashes_of(folder)
+
+
+@pytest.fixture
+def weights(_networks, monkeypatch) -> Path:
+    """The folder of random Inception, VGG16 and AlexNet networks, which replace the published ones."""
+    folder, hashes = _networks
+    monkeypatch.setenv("IBQ_WEIGHTS", str(folder))
+    for key, entry in WEIGHTS_FILES.items():
+        monkeypatch.setitem(WEIGHTS_FILES, key, entry)  # restores it after the test
+    accept(hashes)
+    return folder
+
+
+@pytest.fixture
+def alone(monkeypatch) -> None:
+    """This process is not one of several ranks."""
+    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # start_world sets it; this restores it after the test

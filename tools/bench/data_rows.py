@@ -1,0 +1,303 @@
+"""The measurements of `ibq bench data`. Each job runs in a fresh process."""
+
+import contextlib
+import functools
+import io
+import itertools
+import json
+import math
+import multiprocessing
+import os
+import random
+import time
+from collections.abc import Iterator
+from importlib import resources
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+import webdataset
+from PIL import Image
+from webdataset.writer import TarWriter
+
+from data.config import DataConfig
+from data.errors import DataError, ImageError
+from data.index import INDEX_NAME, key_hash, write_index
+from data.loader import open_sources, train_batches, transform_of
+from data.parallel import cores, in_processes
+from data.prep.check import check_shards
+from data.prep.photographs import PHOTOGRAPHS
+from data.samples import IMAGE_SUFFIXES
+from data.shards import expand
+from data.sources import Source
+from data.storage import bytes_read
+from data.transforms import decode
+from tools.bench.common import plural
+from tools.bench.data_report import SAMPLES_OF_TAR, TARS, Bytes, Memory, Rate
+
+BATCH = 32
+SHUFFLED = 1000  # size of webdataset's shuffle buffer, as in its documentation
+WARM_UP_BATCHES = 6  # of each process; a DataLoader prefetches two
+SMALL_IMAGE, SMALL_BATCH = 32, 8  # for jobs where speed does not matter
+LOOKS = 100  # measurements of the workers' memory
+
+
+class Tars(NamedTuple):
+    """What a row reads: a path as in `data.train`, and the image size in pixels."""
+
+    root: str
+    image_size: int
+
+    def config(self, workers: int = 0) -> DataConfig:
+        return DataConfig(train=self.root, image_size=self.image_size, workers=workers)
+
+
+class Generated(NamedTuple):
+    tars: int
+
+
+class Delivered(NamedTuple):
+    """A delivered sample."""
+
+    tar: str
+    key: str
+
+
+def generate(folder: str) -> Generated:
+    """Makes tars with an index: crops of scikit-image's photographs, shorter side 512 pixels, with captions."""
+    source = resources.files("skimage") / "data"
+    names = itertools.chain(*PHOTOGRAPHS.values())
+    photographs = {name: decode((source / name).read_bytes()) for name in names}
+    write = functools.partial(_write_tar, folder=Path(folder), photographs=photographs)
+    paths = list(in_processes(write, range(TARS), min(cores(), TARS)))
+    checked = list(check_shards(paths))
+    write_index(Path(folder) / INDEX_NAME, paths, [one.table for one in checked], [one.sha256 for one in checked])
+    return Generated(len(paths))
+
+
+def _write_tar(number: int, folder: Path, photographs: dict[str, Image.Image]) -> str:
+    rng, path = random.Random(number), str(folder / f"photographs-{number:06d}.tar")
+    with TarWriter(path, encoder=False, mtime=0) as writer:
+        for sample in range(SAMPLES_OF_TAR):
+            name = rng.choice(list(photographs))
+            part = _part(photographs[name], rng)
+            buffer = io.BytesIO()
+            part.save(buffer, "JPEG", quality=90)
+            about = {"width": part.width, "height": part.height, "source": name}
+            texts = {"txt": f"part of {name}".encode(), "json": json.dumps(about).encode()}
+            writer.write({"__key__": f"{number:06d}-{sample:06d}", "jpg": buffer.getvalue(), **texts})
+    return path
+
+
+def _part(image: Image.Image, rng: random.Random, side: int = 512) -> Image.Image:
+    """A random crop: half to all of the shorter side, portrait or landscape, up to 3:2."""
+    shorter = round(min(image.size) * rng.uniform(0.5, 1))
+    longer = round(shorter * rng.uniform(1, 1.5))
+    size = (longer, shorter) if rng.random() < 0.5 else (shorter, longer)
+    width, height = min(size[0], image.width), min(size[1], image.height)
+    left, top = rng.randint(0, image.width - width), rng.randint(0, image.height - height)
+    scale = side / min(width, height)
+    box = (left, top, left + width, top + height)
+    return image.resize((round(scale * width), round(scale * height)), Image.Resampling.BICUBIC, box)
+
+
+# --------------------------------------------------------------------------------------------------------- the schemes
+
+
+def ibq_batches(tars: Tars, workers: int, rank: int = 0, world: int = 1) -> Iterator[list[Delivered]]:
+    """Endless."""
+    stream = train_batches(
+        tars.config(workers),
+        global_batch_size=BATCH * world,
+        micro_batch_size=BATCH,
+        rank=rank,
+        world_size=world,
+        seed=0,
+    )
+    for batch in stream:
+        yield [Delivered(info.shard, info.key) for info in batch.infos]
+
+
+def webdataset_batches(
+    tars: Tars, workers: int, rank: int = 0, world: int = 1, *, endless: bool = True
+) -> Iterator[list[Delivered]]:
+    """As in webdataset's documentation: tars are distributed over ranks and workers."""
+    return _webdataset(tars, workers, rank, world, slice(None), endless)
+
+
+def discard_batches(
+    tars: Tars, workers: int, rank: int = 0, world: int = 1, *, endless: bool = True
+) -> Iterator[list[Delivered]]:
+    """As in TencentARC/SEED-Voken: each rank decodes all samples and keeps every W-th."""
+    return _webdataset(tars, workers, 0, 1, slice(rank, None, world), endless)
+
+
+def _webdataset(
+    tars: Tars, workers: int, rank: int, world: int, keep: slice, endless: bool
+) -> Iterator[list[Delivered]]:
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))  # where split_by_node looks
+    urls, transform, rng = expand(tars.root), transform_of(tars.config()), random.Random(0)
+    if len(urls) < world * max(1, workers):
+        raise DataError(f"there are fewer tars than {plural(world, 'rank')} x {plural(max(1, workers), 'worker')}")
+
+    def prepared(sample: dict) -> tuple[str, str, torch.Tensor]:
+        content = next(sample[suffix] for suffix in IMAGE_SUFFIXES if suffix in sample)
+        return sample["__url__"], sample["__key__"], torch.from_numpy(transform(content, rng))
+
+    split = {"nodesplitter": webdataset.split_by_node, "workersplitter": webdataset.split_by_worker}
+    samples = webdataset.WebDataset(urls, shardshuffle=len(urls), **split).shuffle(SHUFFLED)
+    if endless:
+        samples = samples.repeat()
+    samples = samples.map(prepared, handler=webdataset.ignore_and_continue)
+    batches = samples.slice(keep.start, keep.stop, keep.step).batched(BATCH)
+    for names, keys, _ in webdataset.WebLoader(batches, batch_size=None, num_workers=workers):
+        yield [Delivered(name, key) for name, key in zip(names, keys, strict=True)]
+
+
+# --------------------------------------------------------------------------------------------------------------- speed
+
+
+def measure(root: str, image_size: int, scheme: str, workers: int, world: int, seconds: float) -> Rate:
+    """Measures whole passes over the samples, as many as fill ``seconds``."""
+    tars = Tars(root, image_size)
+    if scheme == "bound":
+        return bound(tars, workers, seconds)
+    images_in_pass = sum(len(shard) for shard in _source(tars).shards)
+    if scheme == "ibq":
+        batches = ibq_batches(tars, workers)
+    elif scheme == "webdataset":
+        batches = webdataset_batches(tars, workers)
+    else:
+        batches, images_in_pass = discard_batches(tars, workers, 0, world), math.ceil(images_in_pass / world)
+    for _ in range(WARM_UP_BATCHES * max(1, workers)):
+        next(batches)
+    start, processor, images = time.perf_counter(), _processor_seconds(), 0
+    for passes in itertools.count(1):
+        while images < passes * images_in_pass:
+            images += len(next(batches))
+        passed = time.perf_counter() - start
+        if passed >= seconds:
+            return Rate(images, images / passed, _processor_seconds() - processor)
+
+
+def bound(tars: Tars, workers: int, seconds: float) -> Rate:
+    """Measures the transform alone, in this process or in ``workers`` processes."""
+    contents = []
+    for shard in _source(tars).shards:
+        for index in range(len(shard)):
+            with contextlib.suppress(ImageError):
+                contents.append(shard.read(index).image())
+    transform, count = transform_of(tars.config()), max(1, workers)
+    context = multiprocessing.get_context("fork")
+    ready, rates = context.Barrier(count, timeout=600), context.SimpleQueue()
+
+    def work(first: int) -> None:
+        own, rng, images = contents[first::count], random.Random(first), 0
+        for content in own[: WARM_UP_BATCHES * BATCH]:
+            with contextlib.suppress(ImageError):
+                transform(content, rng)
+        ready.wait()
+        start, processor, passed = time.perf_counter(), time.process_time(), 0.0
+        while passed < seconds:
+            for content in own:
+                with contextlib.suppress(ImageError):
+                    transform(content, rng)
+                    images += 1
+            passed = time.perf_counter() - start
+        rates.put(Rate(images, images / passed, time.process_time() - processor))
+
+    processes = [context.Process(target=work, args=(first,)) for first in range(workers)]
+    for process in processes:
+        process.start()
+    if not workers:
+        work(0)
+    for process in processes:
+        process.join()
+    if any(process.exitcode for process in processes):
+        raise DataError("a process was killed, probably out of memory")
+    return Rate(*(sum(values) for values in zip(*(rates.get() for _ in range(count)), strict=True)))
+
+
+def _source(tars: Tars) -> Source:
+    """Opens the tars by their index, or scans them."""
+    return open_sources(tars.config())[0]
+
+
+def _processor_seconds() -> float:
+    """CPU time of this process and its workers so far."""
+    return time.process_time() + sum(map(_processor_seconds_of, _workers()))
+
+
+def _processor_seconds_of(pid: int) -> float:
+    fields = (
+        Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
+    )  # the process name before may contain spaces
+    return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
+
+
+def _workers() -> list[int]:
+    return sorted(process.pid for process in multiprocessing.active_children())
+
+
+# --------------------------------------------------------------------------------------------------------------- bytes
+
+
+def count_bytes(root: str, scheme: str, world: int) -> Bytes:
+    """Counts bytes of one epoch of ``world`` ranks, one after the other, without workers; small images save time."""
+    tars = Tars(root, SMALL_IMAGE)
+    before = _bytes_read()
+    shards = _source(tars).shards
+    scanned = _bytes_read() - before
+    size = {}
+    for shard in shards:
+        places = zip(shard.table.keys_n, shard.table.stops_n - shard.table.starts_n, strict=True)
+        size.update({(shard.name, int(key)): int(count) for key, count in places})
+    steps = len(size) // (BATCH * world)
+    if not steps and scheme == "ibq":
+        raise DataError(
+            f"{len(size)} samples are fewer than {world} ranks x {BATCH}: use more samples or a smaller --world"
+        )
+    before, storage_before, delivered = _bytes_read(), bytes_read(), []
+    for rank in range(world):
+        if scheme == "ibq":
+            batches = itertools.islice(ibq_batches(tars, 0, rank, world), steps)
+        elif scheme == "webdataset":
+            batches = webdataset_batches(tars, 0, rank, world, endless=False)
+        else:
+            batches = discard_batches(tars, 0, rank, world, endless=False)
+        delivered += itertools.chain.from_iterable(batches)
+    read, by_storage = _bytes_read() - before, bytes_read() - storage_before if scheme == "ibq" else None
+    needed = sum(size[one.tar, key_hash(one.key)] for one in delivered)
+    return Bytes(scheme, len(delivered), len(set(delivered)), read, needed, by_storage, scanned)
+
+
+def _bytes_read() -> int:
+    """Read by this process so far, cached or not."""
+    return int(Path("/proc/self/io").read_text().split()[1])  # "rchar: 1234" is its first line
+
+
+# -------------------------------------------------------------------------------------------------------------- memory
+
+
+def watch_memory(root: str, workers: int, batches: int) -> Memory:
+    """Watches the memory of the training stream's workers."""
+    config = Tars(root, SMALL_IMAGE).config(workers)
+    stream = train_batches(
+        config, global_batch_size=SMALL_BATCH, micro_batch_size=SMALL_BATCH, rank=0, world_size=1, seed=0
+    )
+    memory = Memory([], [], [])
+    marks = {math.ceil(batches * n / LOOKS) for n in range(1, LOOKS + 1)}
+    for number in range(1, batches + 1):
+        next(stream)
+        if number in marks:
+            sizes = [_mebibytes(pid) for pid in _workers()]
+            memory.batches_n.append(number)
+            memory.resident_mib_nw.append([size["Rss"] for size in sizes])
+            memory.proportional_mib_nw.append([size["Pss"] for size in sizes])
+    stream.close()
+    return memory
+
+
+def _mebibytes(pid: int) -> dict[str, float]:
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()[1:]
+    return {line.split(":")[0]: int(line.split()[1]) / 1024 for line in lines}

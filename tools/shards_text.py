@@ -1,0 +1,94 @@
+"""What `ibq shards check` and `ibq shards stats` print."""
+
+from collections import Counter
+from collections.abc import Iterator
+from typing import TYPE_CHECKING
+
+import typer
+
+if TYPE_CHECKING:
+    from data.prep.check import Checked
+    from data.prep.stats import Counted, Score
+
+NAMED_OF_KIND = 3  # problems of one kind in one tar that are printed
+COLORS = {"ok": typer.colors.GREEN, "flawed": typer.colors.YELLOW, "broken": typer.colors.RED}
+
+
+def problems(found: list["Checked"]) -> Iterator[str]:
+    """The problems of each tar, and the totals."""
+    from data.addresses import redacted
+    from data.index import common_root, without_query
+
+    root = redacted(common_root([checked.url for checked in found]))
+    names = [redacted(without_query(checked.url)).removeprefix(root) for checked in found]
+    for checked, name in zip(found, names, strict=True):
+        for kind, count in checked.counts.items():
+            shown = [problem for problem in checked.problems if problem.kind == kind][:NAMED_OF_KIND]
+            texts = [f"sample {one.sample}: {one.message}" if one.sample is not None else one.message for one in shown]
+            if count > len(shown):
+                texts.append(f"and {count - len(shown):,} more")
+            for text in texts:
+                yield f"{_colored(checked.status)}  {name}  {kind}: {text}"
+    statuses = Counter(checked.status for checked in found)
+    counts = ", ".join(f"{statuses[status]:,} {_colored(status)}" for status in COLORS if statuses[status])
+    samples, size = sum(checked.samples for checked in found), sum(checked.bytes or 0 for checked in found)
+    yield f"{len(found):,} tars, {samples:,} samples, {_bytes(size)}: {counts}"
+    if broken := [name for checked, name in zip(found, names, strict=True) if checked.status == "broken"]:
+        yield f"to train without the broken ones: 'data.quarantine=[{','.join(broken)}]'"
+
+
+def _colored(status: str) -> str:
+    return typer.style(status, fg=COLORS[status])
+
+
+def title(paths: list[str], shards: int, samples: int | None, counted: "Counted") -> str:
+    from data.addresses import redacted
+
+    where = redacted(paths[0]) if len(paths) == 1 else f"{len(paths):,} paths"
+    of_all = "" if samples == counted.samples or samples is None else f" of {samples:,}"
+    return f"{where}: {shards:,} {'shard' if shards == 1 else 'shards'}, {counted.samples:,}{of_all} samples"
+
+
+def summary(counted: "Counted", fields: dict[str, str]) -> Iterator[str]:
+    """Everything without a histogram. fields: a score's name -> its field in the samples' json."""
+    from data.prep.stats import spread
+
+    if counted.formats or counted.tokens:
+        kinds = [f"{count:,} {name}" for name, count in counted.formats.most_common()]
+        kinds += [f"{tokens:,} of tokens"] if (tokens := counted.tokens.total()) else []
+        yield f"  {_bytes(counted.bytes)}, {_bytes(counted.bytes / counted.samples)} a sample: {', '.join(kinds)}"
+        for header, count in counted.tokens.most_common():
+            (rows, columns), views = header.grid, f"{header.views} view{'s' * (header.views != 1)}"
+            what = f"{header.vocabulary:,} codes, {rows} x {columns}, {views}"
+            yield f"  tokens of tokenizer {header.tokenizer}: {what}: {count:,}"
+        yield f"  captions: {_with_missing(sum(counted.lengths.values()), counted.missing_captions)}"
+        images = spread(Counter(counted.classes.values()))
+        classes = f" in {len(counted.classes):,} classes of {images.min:,} to {images.max:,}" if images else ""
+        yield f"  classes: {_with_missing(counted.classes.total(), counted.missing_classes)}{classes}"
+    for name, score in counted.scores.items():
+        yield f"  {name} ({fields[name]}): {_score(score)}"
+    if counted.unusable_samples:
+        yield f"  unusable: {counted.unusable_samples:,}"
+        for text in counted.unusable[:NAMED_OF_KIND]:
+            yield f"    {text}"
+
+
+def _with_missing(there: int, missing: int) -> str:
+    return f"{there:,}, missing in {missing:,}" if there and missing else "none" if missing else "all"
+
+
+def _score(score: "Score") -> str:
+    parts = [_with_missing(score.numbers + score.not_numeric, score.missing)]
+    if score.numbers:
+        parts.append(f"from {score.least:.4g} to {score.most:.4g}, mean {score.total / score.numbers:.4g}")
+    if score.not_numeric:
+        parts.append(f"no number in {score.not_numeric:,}")
+    return ", ".join(parts)
+
+
+def _bytes(number: float) -> str:
+    for unit in ("bytes", "kB", "MB", "GB"):
+        if number < 999.5:
+            return f"{number:.3g} {unit}" if unit != "bytes" else f"{number:.0f} bytes"
+        number /= 1000
+    return f"{number:,.3g} TB"

@@ -1,0 +1,53 @@
+"""`ibq train` and `ibq resume`."""
+
+from typing import Annotated
+
+import typer
+
+from tools.options import Overrides
+
+
+def train(
+    recipe: Annotated[
+        str, typer.Argument(metavar="RECIPE", help="A recipe's name (see `ibq recipes`) or the path of a .yaml file.")
+    ],
+    overrides: Overrides = None,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only print recipe, mesh, batch and the memory of each process.")
+    ] = False,
+    processes: Annotated[
+        int | None, typer.Option(min=1, metavar="N", help="With --dry-run: number of processes of the run.")
+    ] = None,
+) -> None:
+    """Train a recipe in one process.
+
+    In many processes: torchrun --nproc-per-node 8 -m trainer RECIPE [KEY=VALUE]...
+
+    Example: ibq train debug run=runs/mine optimizer.lr=2e-4
+
+    Memory of each of 64 processes: ibq train ibq_262144 --dry-run --processes 64 engine.config=zero3
+    """
+    if dry_run:
+        from trainer.dry_run import dry_run as print_plan
+
+        return print_plan(recipe, overrides or [], processes)
+    if processes is not None:
+        raise typer.BadParameter("--processes needs --dry-run; to train in many processes use torchrun")
+    from trainer import loop
+
+    loop.train(recipe, overrides or [])
+
+
+def resume(
+    run: Annotated[str, typer.Argument(metavar="RUN", help="The run's folder, or one of its checkpoints.")],
+    overrides: Overrides = None,
+) -> None:
+    """Resume a run from its newest complete checkpoint, or from the checkpoint given.
+
+    The number of processes and the engine may change: torchrun --nproc-per-node 8 -m trainer --resume RUN
+
+    Example: ibq resume runs/mine trainer.max_steps=20000
+    """
+    from trainer import loop
+
+    loop.resume(run, overrides or [])

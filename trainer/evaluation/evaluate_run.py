@@ -1,0 +1,184 @@
+"""`ibq evaluate reconstruction`: measures a tokenizer and writes the report's files."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple
+
+from model_zoo.config import TokenizerConfig
+from model_zoo.io.hashing import fingerprint_of
+from model_zoo.io.load import build_model, is_standalone, read_weights
+from model_zoo.io.run_layout import run_folder
+from model_zoo.tokenizer import Tokenizer
+from trainer import TrainerError
+from trainer.evaluation.images import ImageSource, open_images
+from trainer.evaluation.networks import Networks, load_networks
+from trainer.evaluation.provenance import environment, image_list_hash, weights_files
+from trainer.evaluation.reconstruction import evaluate_reconstruction
+from trainer.evaluation.reconstruction_report import (
+    EvaluatedRun,
+    ReconstructionReport,
+    check_report_path,
+    write_evaluated_run,
+)
+from trainer.evaluation.reference_results import (
+    DEFAULT_RECIPE,
+    EvaluationRecipe,
+    comparison_table,
+    differences,
+    load_evaluation_recipe,
+    reference_rows,
+)
+from trainer.evaluation.timing import StageTimer
+from trainer.init_from import read_init_record
+from trainer.jobs.setup import common_checkpoint, job_world
+from trainer.parallel import World, run_on_all_ranks, run_on_main
+from trainer.reports.image_grid import ORDERS
+
+RUN_REPORT = "report.json"
+FEW_IMAGES = 10_000  # fewer than these bias rFID
+
+
+class _Inputs(NamedTuple):
+    """held_weights: ``ema`` or ``raw``, as found; a file without EMA weights has only ``raw``."""
+
+    checkpoint: Path
+    tokenizer: Tokenizer
+    held_weights: str
+    fingerprint: str
+    source: ImageSource
+    networks: Networks
+
+
+def evaluate_run(
+    source: str | Path,
+    *,
+    images: str | list[str] | None = None,
+    image_size: int | str | None = None,
+    resize: str | None = None,
+    recipe: str | None = None,
+    measures: str | None = None,
+    weights: str = "ema",
+    report_path: str | Path | None = None,
+    batch_size: int = 16,
+    device: str = "auto",
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> EvaluatedRun | None:
+    """Evaluates a tokenizer and writes FILE.json, FILE.md and grids of example images next to them. All processes of
+    torchrun call it; returns None on all ranks but 0.
+
+    source: as for `model_zoo.load_tokenizer`. images: default the run's ``data.val``. image_size: pixels, or
+    "original" (one image at a time); resize: a protocol of `data.transforms`; measures: as for `load_networks`; the
+    default of these three is the recipe's, else the run's (measures: auto). recipe: a name in recipes/evaluation, or a
+    file. report_path: default RUN/report.json, or NAME_reconstruction.json in the working directory if the source is
+    not a run folder. Raises TrainerError, ModelError or DataError, each with one line.
+    """
+    if batch_size < 1:
+        raise TrainerError(f"the batch size must be at least 1, not {batch_size}")
+    conditions = load_evaluation_recipe(recipe) if recipe else None
+    if conditions:
+        image_size = conditions.size if image_size is None else image_size
+        resize = resize or conditions.resize
+        measures = measures or conditions.metrics
+    with job_world(device) as world:
+        checkpoint = common_checkpoint(world, source)
+        json_path = Path(report_path) if report_path is not None else _default_report(Path(source), checkpoint)
+        run_on_main(world, lambda: check_report_path(json_path))
+
+        def prepare() -> _Inputs:
+            opened = open_images(checkpoint, images, image_size, resize, world, batch_size)
+            return _load(checkpoint, weights, opened, measures or "auto", world)
+
+        inputs = run_on_all_ranks(prepare)
+        timer = StageTimer(world.device)
+        report = evaluate_reconstruction(
+            inputs.tokenizer.to(world.device),
+            inputs.source.images,
+            world=world,
+            batch_size=inputs.source.batch_size,
+            networks=inputs.networks.to(world.device),
+            timer=timer,
+            on_progress=on_progress,
+        )
+        evaluated = None
+        if world.is_main:
+            provenance = {"run": str(source), "recipe": recipe, **_provenance(inputs, report, world, json_path)}
+            provenance["held_out"] = images is None  # other images than data.val may have been in the training set
+            provenance["seconds"] = timer.seconds()
+            evaluated = _compare(report, provenance, conditions, json_path)
+        run_on_main(world, lambda: write_evaluated_run(evaluated))
+        return evaluated
+
+
+def _load(checkpoint: Path, weights: str, source: ImageSource, measures: str, world: World) -> _Inputs:
+    found = read_weights(checkpoint, "tokenizer", weights)
+    tokenizer = build_model(found, "tokenizer", TokenizerConfig, Tokenizer)
+    fingerprint = fingerprint_of(tokenizer.state_dict()) if world.is_main else ""
+    image_count = sum(len(shard) for shard in source.images.shards)
+    networks = load_networks(measures, source.image_size, image_count)
+    return _Inputs(checkpoint, tokenizer, found.weights, fingerprint, source, networks)
+
+
+def _provenance(inputs: _Inputs, report: ReconstructionReport, world: World, json_path: Path) -> dict:
+    """What a reader needs to repeat the measurement."""
+    checkpoint, source = inputs.checkpoint, inputs.source
+    step = checkpoint.name.removeprefix("step_")
+    return {
+        "checkpoint": checkpoint.name,
+        "checkpoint_path": str(checkpoint),
+        "step": int(step) if step.isdecimal() else None,
+        "fingerprint": inputs.fingerprint,  # of all weights, unlike `Tokenizer.fingerprint`
+        "weights": inputs.held_weights,
+        "start": read_init_record(run_folder(checkpoint)),
+        "images": source.path,
+        "image_list": image_list_hash(score.key for score in report.images),
+        "image_size": "original" if source.image_size is None else source.image_size,
+        "resize": source.resize,
+        "batch_size": source.batch_size,
+        "pictures": {name: path.name for name, path in _grid_paths(json_path).items()},
+        "weights_files": weights_files(inputs.networks.weights_keys),
+        "environment": environment(world.device),
+        "processes": world.size,
+    }
+
+
+def _compare(
+    report: ReconstructionReport, provenance: dict, conditions: EvaluationRecipe | None, json_path: Path
+) -> EvaluatedRun:
+    """The report next to the published results of its recipe."""
+    reference = conditions or load_evaluation_recipe(DEFAULT_RECIPE)
+    rows = reference_rows(reference.published)
+    return EvaluatedRun(
+        report,
+        provenance,
+        _warnings(report, conditions),
+        comparison_table(report.to_json(), rows),
+        differences(reference, provenance, report.image_count) if rows else [],
+        json_path,
+        json_path.with_suffix(".md"),
+        _grid_paths(json_path),
+    )
+
+
+def _default_report(source: Path, checkpoint: Path) -> Path:
+    """report.json in a run folder; for one checkpoint, or a source that is no run, a file in the working directory."""
+    if is_standalone(checkpoint):
+        return Path(f"{source.name.removesuffix('.ckpt')}_reconstruction.json")
+    run = run_folder(checkpoint)
+    return run / RUN_REPORT if source == run else Path(f"{run.name}_{checkpoint.name}_reconstruction.json")
+
+
+def _grid_paths(json_path: Path) -> dict[str, Path]:
+    return {
+        name: json_path.with_name(f"{json_path.stem}{'' if name == 'first' else f'_{name}'}.png") for name in ORDERS
+    }
+
+
+def _warnings(report: ReconstructionReport, conditions: EvaluationRecipe | None) -> list[str]:
+    found, count = [], report.image_count
+    if report.rfid is not None and count < FEW_IMAGES:
+        found.append(
+            f"rFID of {count:,} images is biased upwards: compare it only with rFID of the same number of images"
+        )
+    if conditions and conditions.expected_images not in (None, count):
+        found.append(f"not the published set: {count:,} of {conditions.expected_images:,} images")
+    return found

@@ -1,0 +1,108 @@
+"""The results of a generation evaluation, and the files that hold them."""
+
+import json
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import NamedTuple
+
+from trainer.evaluation.reference_results import reference_rows
+from trainer.files import write_files
+from trainer.reports.measures import Measure, describe_seconds, markdown_table
+
+SPLITS = 10  # of the Inception score
+MEASURES = {  # by key of the report and of published.yaml
+    "gfid": Measure("gFID"),
+    "inception_score": Measure("Inception score"),
+    "precision": Measure("precision", ".4f"),
+    "recall": Measure("recall", ".4f"),
+}
+
+
+@dataclass(frozen=True)
+class GenerationReport:
+    """Values are None if not measured. inception_score_std: over the splits. reference_count: images for precision and
+    recall. reference_statistics: where gFID's come from. not_measured: key of MEASURES -> reason."""
+
+    gfid: float | None
+    inception_score: float | None
+    inception_score_std: float | None
+    precision: float | None
+    recall: float | None
+    sample_count: int
+    reference_count: int
+    reference_statistics: str
+    protocol: str
+    not_measured: dict[str, str]
+    warnings: list[str]
+    provenance: dict
+
+    def to_json(self) -> dict:
+        """The content of FILE.json. "manifest" is the key that former versions wrote and that users' scripts read."""
+        content = asdict(self)
+        content["manifest"] = content.pop("provenance")
+        return content
+
+    def formatted(self) -> list[str]:
+        """The values of MEASURES as text."""
+        return [measure.format_measured(getattr(self, key)) for key, measure in MEASURES.items()]
+
+
+class EvaluatedGeneration(NamedTuple):
+    """comparison: rows of text with published results, the first one headings."""
+
+    report: GenerationReport
+    comparison: list[list[str]]
+    json_path: Path
+    markdown_path: Path
+
+
+def comparison_table(report: GenerationReport) -> list[list[str]]:
+    """Headings, the measured values, and the published results."""
+    table = [["model", *(measure.title for measure in MEASURES.values())]]
+    table.append(["**measured here**", *report.formatted()])
+    for row in reference_rows("imagenet_generation"):
+        table.append([row["model"], *(measure.format_published(row[key]) for key, measure in MEASURES.items())])
+    return table
+
+
+def write_evaluated_generation(evaluated: EvaluatedGeneration) -> None:
+    """Writes FILE.md and, last, FILE.json."""
+    as_json = json.dumps(evaluated.report.to_json(), indent=1, allow_nan=False) + "\n"
+    writers = {
+        evaluated.markdown_path: lambda path: path.write_text(to_markdown(evaluated), encoding="utf-8"),
+        evaluated.json_path: lambda path: path.write_text(as_json),
+    }
+    write_files(writers, "--report")
+
+
+def to_markdown(evaluated: EvaluatedGeneration) -> str:
+    """The report: measured and published results, and how it was measured."""
+    report, provenance = evaluated.report, evaluated.report.provenance
+    notes = [f"Warning: {warning}." for warning in report.warnings]
+    notes += [f"{MEASURES[measure].title} was not measured: {why}." for measure, why in report.not_measured.items()]
+    if report.inception_score is not None:
+        notes.append(
+            f"Standard deviation of the Inception score over {SPLITS} splits: {report.inception_score_std:.2f}."
+        )
+    notes.append("Published: ImageNet 256 x 256, 50,000 samples, 50 of each class, ADM's reference batch.")
+    samples, weights = provenance["samples"], provenance["weights_files"]["inception"]
+    order = provenance["order"].replace("SEED", str(provenance["seed"])).replace("COUNT", str(report.sample_count))
+    facts = {
+        "protocol": report.protocol,
+        "samples": f"{samples['path']}, SHA-256 {samples['sha256'][:16]}, {samples['width']} x {samples['height']}",
+        "gFID's reference": report.reference_statistics,
+        "order": order,
+        "weights": f"{Path(weights['file']).name}, SHA-256 {weights['sha256'][:16]}",
+        "machine": f"{provenance['environment']['device']}, {provenance['processes']} processes",
+        "seconds": describe_seconds(provenance["seconds"]),
+    }
+    if samples["sampling"]:
+        facts["sampling"] = ", ".join(f"{name} {value}" for name, value in samples["sampling"].items())
+    parts = [
+        f"# Generation: {report.sample_count:,} samples",
+        markdown_table(evaluated.comparison),
+        "\n".join(f"- {note}" for note in notes),
+        "## Provenance",
+        "\n".join(f"- {name}: {fact}" for name, fact in facts.items()),
+    ]
+    return "\n\n".join(parts) + "\n"

@@ -1,0 +1,222 @@
+"""The output of `ibq sample`: a folder of PNGs, an .npz in the format of ADM's evaluation, or one PNG grid."""
+
+import contextlib
+import hashlib
+import json
+import math
+import os
+import re
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+from PIL import Image
+
+from data.folder_reader import find_images
+from model_zoo.io.hashing import sha256_of
+from trainer import TrainerError
+from trainer.files import unfinished, write_json, writing
+from trainer.jobs.resumable import check_same_settings
+
+SEEDS = "the first 63 bits of SHA-256 of 'SEED CLASS NTH', NTH the image's number among those of its class, from 0"
+MAX_GRID_IMAGES = 1024  # a grid is built in memory
+RECORD = "sample.json"
+NOT_FOLDERS = (".jpg", ".jpeg", ".webp", ".gif", ".tar", ".zip")  # suffixes that no folder is meant to have
+
+
+class ImageToSample(NamedTuple):
+    label: int
+    seed: int
+
+
+def seed_of(seed: int, label: int, nth: int) -> int:
+    """See SEEDS. It depends on neither the other classes of a job nor its size."""
+    return int.from_bytes(hashlib.sha256(f"{seed} {label} {nth}".encode()).digest()[:8], "big") >> 1
+
+
+def output_bytes(out: Path) -> int:
+    """The size of a file, or of all images in a folder."""
+    return sum((out / image).stat().st_size for image in find_images(out)) if out.is_dir() else out.stat().st_size
+
+
+class SampleOutput:
+    """The output and its chunks, one per batch: the PNGs of a folder, or the .npy files in FILE.parts until a file is
+    complete. Chunks are renamed when they are complete, so a chunk that has its name is valid."""
+
+    def __init__(self, out: Path, classes: list[int], count: int, seed: int, batch_size: int, no_class: int):
+        self.out, self.classes, self.count, self.seed, self.batch_size = out, classes, count, seed, batch_size
+        self.no_class = no_class
+        self.kind = out.suffix.lower() if out.suffix.lower() in (".npz", ".png") else "folder"
+        self.is_folder = self.kind == "folder"
+        self.parts = out if self.is_folder else out.with_name(f"{out.name}.parts")
+        self.record = out / RECORD if self.is_folder else out.with_name(f"{out.name}.json")
+        self.chunks = math.ceil(count / batch_size)
+
+    def images(self, chunk: int) -> list[ImageToSample]:
+        """The images of a chunk, in order."""
+        labels = [(number, self._label(number)) for number in self._numbers(chunk)]
+        return [ImageToSample(label, seed_of(self.seed, label, n // len(self.classes))) for n, label in labels]
+
+    def _numbers(self, chunk: int) -> range:
+        return range(chunk * self.batch_size, min((chunk + 1) * self.batch_size, self.count))
+
+    def _label(self, number: int) -> int:
+        return self.classes[number % len(self.classes)]
+
+    def _names(self, chunk: int) -> list[str]:
+        """The files of a chunk."""
+        if not self.is_folder:
+            return [f"chunk_{chunk:06d}.npy"]
+        labels = [(number, self._label(number)) for number in self._numbers(chunk)]
+        return [f"{n:06d}_class_{'none' if label == self.no_class else f'{label:04d}'}.png" for n, label in labels]
+
+    def missing(self) -> list[int]:
+        """The chunks that are not complete. Raises TrainerError."""
+        with writing(self.out):
+            existing = set(os.listdir(self.parts))
+        return [chunk for chunk in range(self.chunks) if not existing.issuperset(self._names(chunk))]
+
+    def finished_images(self, missing: list[int]) -> int:
+        """The number of images outside the missing chunks."""
+        return self.count - sum(len(self._numbers(chunk)) for chunk in missing)
+
+    def begin(self, record: dict) -> bool:
+        """Creates the output, or continues that of a job with the same settings; returns whether it is complete
+        already. Raises TrainerError if the path is in use otherwise."""
+        if self.kind == ".png" and self.count > MAX_GRID_IMAGES:
+            raise TrainerError(
+                f"a grid holds up to {MAX_GRID_IMAGES} images, not {self.count}: name a folder or FILE.npz with --out"
+            )
+        with writing(self.out):
+            self._check_name()
+            finished, begun = _read_record(self.record), _read_record(self.parts / RECORD)
+            former = finished or begun
+            if former is None and self.out.exists() and not (self.is_folder and not any(self.out.iterdir())):
+                raise _not_ours(self.out)
+            if former is not None:
+                check_same_settings(self.out, "samples", former["settings"], record["settings"], _how_to_repeat)
+                if former["finished"] and self.out.exists() and not (self.is_folder and self.missing()):
+                    self._remove_parts()
+                    return True
+            self.parts.mkdir(parents=True, exist_ok=True)
+            ours = {unfinished(self.parts / RECORD).name}
+            if begun is None and not self.is_folder and not {*os.listdir(self.parts)} <= ours:
+                raise _not_ours(self.parts)
+            write_json(self.parts / RECORD, {**record, "finished": None})
+        return False
+
+    def write(self, chunk: int, images_bhwc: np.ndarray) -> None:
+        """Raises TrainerError."""
+        arrays = images_bhwc if self.is_folder else [images_bhwc]
+        with writing(self.out):
+            for name, array in zip(self._names(chunk), arrays, strict=True):
+                with _complete_file(self.parts / name) as file:
+                    if self.is_folder:
+                        Image.fromarray(array).save(file, "PNG")
+                    else:
+                        np.save(file, array)
+
+    def finish(self, record: dict) -> None:
+        """Merges the chunks into the file, writes the record, and removes the chunks. Raises TrainerError."""
+        counts = np.bincount(np.arange(self.count) % len(self.classes))
+        record["images_per_class"] = dict(zip(map(str, self.classes), counts.tolist(), strict=False))
+        with writing(self.out):
+            if not self.is_folder:
+                with _complete_file(self.out) as file:
+                    self._write_npz(file) if self.kind == ".npz" else self._grid().save(file, "PNG")
+            # An evaluation checks these to see that the record describes these files.
+            record["finished"]["bytes"] = output_bytes(self.out)
+            if self.kind == ".npz":
+                record["finished"]["sha256"] = sha256_of(self.out)
+            write_json(self.record, record)
+            self._remove_parts()
+
+    def _check_name(self) -> None:
+        """Raises TrainerError for an unknown kind of output, and for a folder in place of a file or the reverse."""
+        if self.out.suffix.lower() in NOT_FOLDERS:
+            raise TrainerError(f"{self.out} cannot be written: name a folder, FILE.npz or FILE.png with --out")
+        if self.is_folder:
+            if self.out.is_file():
+                raise TrainerError(f"{self.out} is a file: name a folder, FILE.npz or FILE.png with --out")
+        elif self.out.is_dir():
+            raise TrainerError(f"{self.out} is a folder: name a file, or a folder without {self.kind}, with --out")
+
+    def _remove_parts(self) -> None:
+        """Removes the chunks of a file, the record last, and leaves files that are not ours."""
+        if self.is_folder or _read_record(self.parts / RECORD) is None:
+            return
+        for name in os.listdir(self.parts):
+            if re.fullmatch(r"chunk_\d+\.npy|\.chunk_\d+\.npy\.unfinished", name):
+                (self.parts / name).unlink()
+        for path in (unfinished(self.parts / RECORD), self.parts / RECORD):
+            path.unlink(missing_ok=True)
+        if not os.listdir(self.parts):
+            self.parts.rmdir()
+
+    def _arrays(self) -> Iterator[np.ndarray]:
+        return (np.load(self.parts / name) for chunk in range(self.chunks) for name in self._names(chunk))
+
+    def _write_npz(self, file) -> None:
+        """``arr_0`` uint8 (n, h, w, 3), as ADM's evaluation reads it, and ``classes`` int64 (n,); chunk by chunk."""
+        arrays = self._arrays()
+        first_bhwc = next(arrays)
+        header = {"descr": "|u1", "fortran_order": False, "shape": (self.count, *first_bhwc.shape[1:])}
+        with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+            # ZipInfo's default date makes the file depend on the images only.
+            with archive.open(zipfile.ZipInfo("arr_0.npy"), "w", force_zip64=True) as member:
+                np.lib.format.write_array_header_1_0(member, header)
+                member.write(first_bhwc.tobytes())
+                for images_bhwc in arrays:
+                    member.write(images_bhwc.tobytes())
+            with archive.open(zipfile.ZipInfo("classes.npy"), "w") as member:
+                labels = np.resize(np.array(self.classes, dtype=np.int64), self.count)
+                np.lib.format.write_array(member, labels)
+
+    def _grid(self) -> Image.Image:
+        """One row per class if there are several images of each, else as square as possible."""
+        images_nhwc = np.concatenate(list(self._arrays()))
+        classes = min(len(self.classes), self.count)
+        by_class = 1 < classes < self.count
+        columns = math.ceil(self.count / classes if by_class else math.sqrt(self.count))
+        rows = classes if by_class else math.ceil(self.count / columns)
+        height, width = images_nhwc.shape[1:3]
+        grid_hwc = np.full((rows * height, columns * width, 3), 255, dtype=np.uint8)
+        for number, image_hwc in enumerate(images_nhwc):
+            row, column = (number % classes, number // classes) if by_class else divmod(number, columns)
+            grid_hwc[row * height :, column * width :][:height, :width] = image_hwc
+        return Image.fromarray(grid_hwc)
+
+
+@contextlib.contextmanager
+def _complete_file(path: Path) -> Iterator:
+    """A binary file that is renamed to ``path`` when it is complete."""
+    with unfinished(path).open("wb") as file:
+        yield file
+    unfinished(path).replace(path)
+
+
+def _read_record(path: Path) -> dict | None:
+    """A job's record; None if there is none."""
+    try:
+        record = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not {"settings", "finished"} <= record.keys():
+        raise _not_ours(path)
+    return record
+
+
+def _not_ours(path: Path) -> TrainerError:
+    return TrainerError(f"{path} already exists and was not written by `ibq sample`: choose another --out")
+
+
+def _how_to_repeat(key: str, former: dict) -> str:
+    value = former.get(key)
+    if key == "generator":
+        return "the same weights of the generator"
+    option = f"--{key.replace('_', '-')}"
+    return f"the same {option}" if value is None or key in ("classes", "tokenizer") else f"{option} {value}"

@@ -1,0 +1,62 @@
+"""What the commands that use trained models share: the device, the processes, and what belongs to a checkpoint."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from data.config import DataConfig
+from data.parallel import cores
+from model_zoo.io.load import find_checkpoint, is_standalone
+from model_zoo.io.run_layout import run_folder
+from trainer import TrainerError
+from trainer.parallel import World, as_trainer_error, run_on_main, start_world, stop_world
+
+TIMEOUT_SECONDS = 7 * 86400.0  # until a process stops waiting for the slowest one
+
+
+def choose_device(name: str) -> torch.device:
+    """``auto`` is the GPU if there is one. Raises TrainerError for a device that this machine does not have."""
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if name not in ("cpu", "cuda"):
+        raise TrainerError(f"--device {name} is unknown: choose auto, cpu or cuda")
+    if name == "cuda" and not torch.cuda.is_available():
+        raise TrainerError("--device cuda: this machine has 0 GPUs; choose auto or cpu")
+    return torch.device(name)
+
+
+@contextlib.contextmanager
+def job_world(device: str) -> Iterator[World]:
+    """The process group of a command that any number of processes run together."""
+    choose_device(device)
+    try:
+        yield start_world(device, TIMEOUT_SECONDS)
+    finally:
+        stop_world()
+
+
+def common_checkpoint(world: World, source: str | Path) -> Path:
+    """The checkpoint that rank 0 finds, on all ranks: of one step, even while training writes new ones."""
+    return Path(run_on_main(world, lambda: as_trainer_error(lambda: str(find_checkpoint(Path(source))))))
+
+
+def data_config(checkpoint: Path) -> DataConfig | None:
+    """The ``data`` section of the checkpoint's run; None if it belongs to no run. Raises TrainerError."""
+    if is_standalone(checkpoint):
+        return None
+    path = run_folder(checkpoint) / "config.yaml"
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), OmegaConf.load(path).data))
+    except OmegaConfBaseException as error:
+        raise TrainerError(f"the data section of {path}: {str(error).splitlines()[0]}") from error
+
+
+def threads_per_process(limit: int | None = None) -> int:
+    """This machine's cores divided among its processes, at most ``limit``."""
+    threads = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return threads if limit is None else min(limit, threads)

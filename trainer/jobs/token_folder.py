@@ -1,0 +1,119 @@
+"""The output folder of `ibq tokenize`: token shards, the settings that made them, skipped images, and an index."""
+
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+from data.index import INDEX_NAME, Index, write_index
+from data.parallel import cores
+from data.prep.check import check_shards
+from trainer import TrainerError
+from trainer.files import write_json, write_text, writing
+from trainer.jobs.resumable import check_same_settings
+from trainer.parallel import as_trainer_error
+
+RECORD = "tokens.json"
+SKIPPED = "skipped.jsonl"
+
+
+def shard_path(out: Path, number: int) -> Path:
+    return out / f"tokens-{number:06d}.tar"
+
+
+def write_skipped(out: Path, number: int, records: list[dict]) -> None:
+    """Replaces what is recorded of the images that one shard left out."""
+    path = out / f".skipped-{number:06d}.jsonl"
+    if records:
+        write_text(path, "".join(json.dumps({"shard": number, **record}) + "\n" for record in records))
+    else:
+        path.unlink(missing_ok=True)
+
+
+def begin_folder(out: Path, settings: dict, shard_count: int) -> list[int]:
+    """Creates the folder, or continues that of a job with the same settings; returns the numbers of the missing shards.
+    Raises TrainerError."""
+    with writing(out):
+        if out.exists() and not out.is_dir():
+            raise TrainerError(f"{out} is a file: name a folder with --out")
+        out.mkdir(parents=True, exist_ok=True)
+        former = _former_settings(out / RECORD)
+        if former is None and any(out.glob("*.tar")):
+            raise TrainerError(f"{out} holds tars that `ibq tokenize` did not write: name another folder with --out")
+        if any(out.glob("tokens-*.tar")):
+            check_same_settings(out, "tokens", former, settings, _how_to_repeat)
+        elif former is not None:  # without shards there is nothing to continue
+            for path in (out / SKIPPED, *out.glob(".skipped-*.jsonl")):
+                path.unlink(missing_ok=True)
+        write_json(out / RECORD, settings)
+    return [number for number in range(shard_count) if not shard_path(out, number).exists()]
+
+
+def _former_settings(path: Path) -> dict | None:
+    """The settings of the job that began the folder; None if there was none. Raises TrainerError."""
+    try:
+        former = json.loads(path.read_bytes())
+    except FileNotFoundError:
+        return None
+    except ValueError:
+        former = None
+    if not isinstance(former, dict) or not {"tokenizer", "views", "input"} <= former.keys():
+        raise TrainerError(f"{path} is damaged, or `ibq tokenize` did not write it: name another folder with --out")
+    return former
+
+
+def _how_to_repeat(name: str, former: dict) -> str:
+    if name in ("views", "source", "samples_per_shard"):
+        return f"--{name.replace('_', '-')} {former.get(name)}"
+    if name in ("grid", "image_size"):
+        return f"--size {former.get('image_size')}"
+    return "the same --images" if name == "input" else "the same tokenizer and --weights"
+
+
+class FinishedFolder(NamedTuple):
+    """skipped: images left out, each with the reason, those of former jobs included."""
+
+    shards: int
+    samples: int
+    skipped: list[str]
+
+
+def finish_folder(out: Path, images: str) -> FinishedFolder:
+    """Merges the lists of skipped images, checks the shards and writes their index. Raises TrainerError."""
+    with writing(out):
+        skipped = _merge_skipped(out)
+    urls = sorted(str(path) for path in out.glob("tokens-*.tar"))
+    if not urls:
+        raise TrainerError(f"none of the {len(skipped):,} images in {images} can be read: {skipped[0]}")
+    path = out / INDEX_NAME
+    if (index := as_trainer_error(lambda: Index(path)) if path.exists() else None) and _describes(index, urls):
+        return FinishedFolder(len(urls), int(index.first[-1]), skipped)
+    found = as_trainer_error(lambda: list(check_shards(urls, jobs=min(cores(), len(urls)))))
+    if bad := next((checked for checked in found if checked.table is None), None):
+        raise TrainerError(f"{bad.name} is damaged ({bad.problems[0].message}): remove it and run the command again")
+    digests = [checked.sha256 for checked in found]
+    as_trainer_error(lambda: write_index(path, urls, [checked.table for checked in found], digests))
+    return FinishedFolder(len(urls), sum(checked.samples for checked in found), skipped)
+
+
+def _describes(index: Index, urls: list[str]) -> bool:
+    sizes = [os.path.getsize(url) for url in urls]
+    return index.names == [os.path.basename(url) for url in urls] and index.tensors["bytes"].tolist() == sizes
+
+
+def _merge_skipped(out: Path) -> list[str]:
+    """Merges the lists of single shards into skipped.jsonl, in order of shards; lists of former jobs are kept."""
+    lines: dict[int, list[str]] = {}
+    merged = out / SKIPPED
+    for line in merged.read_text(encoding="utf-8").splitlines() if merged.exists() else []:
+        lines.setdefault(json.loads(line)["shard"], []).append(line)
+    parts = sorted(out.glob(".skipped-*.jsonl"))
+    for part in parts:
+        lines[int(part.stem.rpartition("-")[2])] = part.read_text(encoding="utf-8").splitlines()
+    ordered = [line for _, of_shard in sorted(lines.items()) for line in of_shard]
+    if ordered:
+        write_text(merged, "".join(f"{line}\n" for line in ordered))
+    for part in parts:
+        part.unlink()
+    records = [json.loads(line) for line in ordered]
+    return [f"{record['source']}, {record['key']}: {record['reason']}" for record in records]

@@ -1,0 +1,243 @@
+"""Finds, reads and checks recipes: a YAML file and ``key=value`` overrides make a `trainer.config.RunConfig`.
+
+An unknown key is an error. A former name of a key is translated in a file; on the command line it is an error that
+names the new one.
+"""
+
+import dataclasses
+import difflib
+from collections.abc import Iterable
+from importlib import resources
+from pathlib import Path
+
+import yaml
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from model_zoo.config import broken_rule
+from trainer import TrainerError
+from trainer.config import GeneratorRun, RunConfig, TokenizerRun
+
+TASKS = {"tokenizer": TokenizerRun, "generator": GeneratorRun}
+EVALUATION = "evaluation"  # the folder of recipes for evaluations
+ABLATIONS = "ablations"  # the folder of tables of trainings
+# Former names of keys and sections (a section's name stands for all keys in it), and of values.
+RENAMED_KEYS = {"trainer.keep_checkpoints": "trainer.keep_last", "start": "init_from"}
+RENAMED_VALUES = {("engine.kind", "replicated"): "ddp"}
+# What runs did before these keys existed, by task: defaults for the config.yaml of a run folder.
+FORMER = {"tokenizer": {"model": {"codebook_init": "normal"}}}
+
+
+def recipe_paths(kinds: Iterable[str] = TASKS) -> dict[str, Path]:
+    """Name -> file of every recipe of these kinds in the package."""
+    folder = Path(str(resources.files("model_zoo"))) / "recipes"
+    return {path.stem: path for kind in kinds for path in sorted((folder / kind).glob("*.yaml"))}
+
+
+def find_recipe(recipe: str, kinds: Iterable[str] = TASKS) -> Path:
+    """The file of the recipe of that name, or that YAML file. Raises TrainerError, one line."""
+    paths = recipe_paths(kinds)
+    if recipe in paths:
+        return paths[recipe]
+    if recipe.endswith((".yaml", ".yml")):
+        if not Path(recipe).is_file():
+            raise TrainerError(f"recipe file {recipe} does not exist")
+        return Path(recipe)
+    if recipe in recipe_paths([EVALUATION]):
+        raise TrainerError(f"{recipe} trains nothing: give it to `ibq evaluate reconstruction RUN --recipe {recipe}`")
+    if recipe in recipe_paths([ABLATIONS]):
+        raise TrainerError(f"{recipe} is a table of several trainings: `ibq ablate {recipe}`")
+    if recipe in recipe_paths():
+        raise TrainerError(f"{recipe} is a recipe for training; here it is one of {', '.join(paths)}")
+    raise TrainerError(f"unknown recipe {recipe!r}{_closest(recipe, paths)}; `ibq recipes` lists them")
+
+
+def load_recipe(recipe: str, overrides: list[str]) -> RunConfig:
+    """The recipe of that name, or in that YAML file, with ``key=value`` overrides. Raises TrainerError, one line."""
+    return _resolve(find_recipe(recipe), overrides)
+
+
+def load_run_config(run: str | Path, overrides: list[str]) -> RunConfig:
+    """The resolved configuration of a run folder, with ``key=value`` overrides. Raises TrainerError, one line."""
+    path = Path(run) / "config.yaml"
+    if not path.is_file():
+        raise TrainerError(f"{run} is no run folder (no config.yaml in it): give the folder that `ibq train` wrote")
+    return _resolve(path, overrides, FORMER)
+
+
+def save_config(config: RunConfig, path: Path) -> None:
+    """Writes the resolved configuration. If the process is killed meanwhile, an existing file stays as it was."""
+    unfinished = path.with_suffix(".unfinished")
+    OmegaConf.save(OmegaConf.structured(config), unfinished)
+    unfinished.replace(path)
+
+
+def read_recipe(path: Path) -> DictConfig:
+    """The content of a recipe's file, with any keys. Raises TrainerError, one line."""
+    try:
+        from_file = OmegaConf.load(path)
+    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+        raise TrainerError(f"{path} is not valid YAML: {' '.join(str(error).split())}") from error
+    if not OmegaConf.is_dict(from_file):
+        raise TrainerError(f"{path} is not a recipe: it must map keys to values")
+    return from_file
+
+
+def renamed(override: str) -> str:
+    """An override with the present names of its key and its value."""
+    key, equals, value = override.partition("=")
+    for old, new in RENAMED_KEYS.items():
+        if key == old or key.startswith(f"{old}."):
+            key = new + key.removeprefix(old)
+    return f"{key}{equals}{RENAMED_VALUES.get((key, value), value)}"
+
+
+def _rename(from_file: DictConfig, path: Path) -> None:
+    """Replaces former names in the content of a file."""
+
+    def parent_of(key: str):
+        parent = from_file.get(key.rpartition(".")[0]) if "." in key else from_file
+        return parent if OmegaConf.is_dict(parent) else {}
+
+    for old, new in RENAMED_KEYS.items():
+        parent, old_name, new_name = parent_of(old), old.rpartition(".")[2], new.rpartition(".")[2]
+        if old_name in parent:
+            if new_name in parent:
+                raise TrainerError(f"{path}: {old} is called {new} now, and both are given: remove {old}")
+            parent[new_name] = parent.pop(old_name)
+    for (key, old), new in RENAMED_VALUES.items():
+        parent, name = parent_of(key), key.rpartition(".")[2]
+        if parent.get(name) == old:
+            parent[name] = new
+
+
+def _resolve(path: Path, overrides: list[str], defaults: dict | None = None) -> RunConfig:
+    """defaults: by task, values of keys that neither the file nor an override gives, in place of the schema's."""
+    from_file = read_recipe(path)
+    _rename(from_file, path)
+    task = from_file.get("task", "tokenizer")
+    if task not in TASKS:
+        raise TrainerError(f"{path}: task={task} is unknown: choose one of {', '.join(TASKS)}")
+    schema = OmegaConf.structured(TASKS[task])
+    try:
+        merged = OmegaConf.merge(schema, (defaults or {}).get(task, {}), from_file)
+    except OmegaConfBaseException as error:
+        raise TrainerError(f"{path}: {explain(error, schema)}") from error
+    keys = _keys_of(overrides)
+    if "task" in keys:
+        raise TrainerError(f"task= cannot be changed: {path.stem} is a recipe for a {task}")
+    for key, override in zip(keys, overrides, strict=True):
+        try:
+            merged = _override(merged, key, override)
+        except (OmegaConfBaseException, yaml.YAMLError) as error:
+            raise TrainerError(f"{override!r}: {explain(error, schema)}") from error
+    try:
+        config = OmegaConf.to_object(merged)
+    except OmegaConfBaseException as error:
+        raise TrainerError(f"{path}: {explain(error, schema)}") from error
+    _check_fields(config)
+    _check(config)
+    if "engine.config" in keys and config.engine.kind != "deepspeed":
+        raise TrainerError(f"engine.config is for engine.kind=deepspeed, not {config.engine.kind}: give that too")
+    return config
+
+
+def _keys_of(overrides: list[str]) -> list[str]:
+    """The key of each override. Raises TrainerError for one that is not ``key=value`` or uses a former name."""
+    keys = []
+    for override in overrides:
+        key, equals, _ = override.partition("=")
+        if not equals or not key:
+            raise TrainerError(f"{override!r} is not key=value, as in optimizer.lr=1e-4")
+        if (new := renamed(override)) != override:
+            new_key = new.partition("=")[0]
+            old, new = (key, new_key) if new_key != key else (override, new)
+            raise TrainerError(f"{old} is called {new} now")
+        if key in keys:
+            raise TrainerError(f"{key} is given twice; put a pattern with braces in quotes, or the shell expands it")
+        if override == "run=":
+            raise TrainerError("run= is empty: name a folder")
+        keys.append(key)
+    return keys
+
+
+def _override(config: DictConfig, key: str, override: str) -> DictConfig:
+    """The configuration with one override. A number in the key is an index of a list: data.sources.0.weight=2."""
+    if not any(part.isdecimal() for part in key.split(".")):
+        return OmegaConf.merge(config, OmegaConf.from_dotlist([override]))
+    try:
+        OmegaConf.update(config, key, OmegaConf.from_dotlist([f"value={override.partition('=')[2]}"]).value)
+    except (IndexError, AttributeError, TypeError, AssertionError) as error:
+        raise TrainerError(f"{override!r}: there is no {key}; the first item of a list is 0") from error
+    return config
+
+
+def _check_fields(config, prefix: str = "") -> None:
+    """Raises TrainerError for a value that its field's metadata do not allow."""
+    for field in dataclasses.fields(config):
+        key, value = f"{prefix}{field.name}", getattr(config, field.name)
+        if dataclasses.is_dataclass(value):
+            _check_fields(value, f"{key}.")
+        elif problem := broken_rule(value, field.metadata):
+            raise TrainerError(f"{key}={value} {problem}")
+
+
+def _check(config: RunConfig) -> None:
+    """Raises TrainerError for values that do not fit each other."""
+    engine = config.engine
+    if engine.kind != "fsdp2" and (engine.offload or engine.shard_over is not None or not engine.reshard):
+        raise TrainerError("engine.offload, engine.shard_over and engine.reshard are settings of engine.kind=fsdp2")
+    if len(config.optimizer.betas) != 2:
+        raise TrainerError(f"optimizer.betas={config.optimizer.betas} must be two numbers")
+    if isinstance(config, TokenizerRun):
+        _check_tokenizer(config)
+
+
+def _check_tokenizer(config: TokenizerRun) -> None:
+    model = config.model
+    if config.trainer.activation_checkpointing == "selective":
+        raise TrainerError("trainer.activation_checkpointing=selective is for generators: use true for a tokenizer")
+    if config.data.content != "images":
+        raise TrainerError(f"data.content={config.data.content}: a tokenizer learns from images; leave it out")
+    if not model.channel_multipliers:
+        raise TrainerError("model.channel_multipliers=[] must have at least one level")
+    if model.codebook_init == "features" and model.code_dim < 2 and model.quantizer != "lfq":
+        raise TrainerError("model.codebook_init=features needs a model.code_dim of 2 or more: use normal")
+    if config.init_from.freeze and config.init_from.source is None:
+        raise TrainerError(
+            f"init_from.freeze={config.init_from.freeze} would freeze random weights: name trained ones with "
+            "init_from.source=SOURCE"
+        )
+    first = config.loss.generator.start_step
+    if first is not None and first < config.loss.discriminator.start_step:
+        raise TrainerError(
+            f"loss.generator.start_step={first} is before loss.discriminator.start_step="
+            f"{config.loss.discriminator.start_step}: the adversarial loss would use an untrained discriminator"
+        )
+
+
+def explain(error: Exception, schema: DictConfig) -> str:
+    """OmegaConf's message in one line, with the closest known key if a key is unknown."""
+    message = str(error).splitlines()[0]
+    key = getattr(error, "full_key", None)
+    if "not in" in message and key:
+        return f"unknown key {key}{_closest(str(key), leaves(schema))}"
+    if "missing mandatory value" in message.lower():
+        return f"{key} must be given"
+    return f"{key}: {message}" if key and str(key) not in message else message
+
+
+def leaves(node: DictConfig, prefix: str = "") -> list[str]:
+    """The dotted keys of all values in a configuration."""
+    keys = []
+    for key in node:
+        child = None if OmegaConf.is_missing(node, key) else node[key]
+        keys += leaves(child, f"{prefix}{key}.") if OmegaConf.is_dict(child) else [f"{prefix}{key}"]
+    return keys
+
+
+def _closest(name: str, known) -> str:
+    known = list(known)
+    ends = [key for key in known if key.rsplit(".", 1)[-1] == name.rsplit(".", 1)[-1]]
+    close = ends or difflib.get_close_matches(name, known, n=2, cutoff=0.5)
+    return f"; did you mean {' or '.join(close[:3])}?" if close else ""
