@@ -3,6 +3,7 @@
 import copy
 import io
 import time
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -26,9 +27,9 @@ def encoded(image: Image.Image, kind="JPEG", **options) -> bytes:
     return buffer.getvalue()
 
 
-def write_tar(path, samples):
-    """samples: dicts of member suffix to bytes, with __key__."""
-    with TarWriter(str(path), encoder=False, mtime=0) as writer:
+def write_tar(path, samples, mtime=0):
+    """samples: dicts of member suffix to bytes, with __key__. mtime: a float gives each member a PAX header."""
+    with TarWriter(str(path), encoder=False, mtime=mtime) as writer:
         for sample in samples:
             writer.write(sample)
     return str(path)
@@ -42,13 +43,13 @@ class InProcessWorkers:
     """
 
     def __init__(self, dataset, workers):
-        self.reads = [copy.deepcopy(dataset) for _ in range(workers)]
         transform = dataset.reader.transform
         shape = (workers, SLOTS, dataset.assignment.images_per_read, *transform.shape)
         self.shared = np.empty(shape, transform.dtype)
-        for one in self.reads:
-            one.shared = self.shared
-        self.reads = [one.reads(worker) for worker, one in enumerate(self.reads)]
+        self.reads = []
+        for worker in range(workers):
+            reader = replace(dataset.reader, states=copy.deepcopy(dataset.reader.states))
+            self.reads.append(replace(dataset, reader=reader, shared=self.shared).reads(worker))
         self.ahead = [[] for _ in range(workers)]
         self.taken = 0
         self.closed = False

@@ -110,7 +110,7 @@ def test_odd_names(tmp_path):
     names = ["/tars/with space.tar", "/tars/caf\udce9.tar", "/tars/猫.tar", "/tars/#1?.tar"]
     index = written(tmp_path / "i.safetensors", names)
     assert [len(index.table(name, "")) for name in names] == [1, 2, 3, 4]
-    with pytest.raises(DataError, match="holds a line break: rename it"):
+    with pytest.raises(DataError, match="contains a line break: rename it"):
         written(tmp_path / "other.safetensors", ["/tars/a\nb.tar"])
     assert not (tmp_path / "other.safetensors").exists()
 
@@ -124,7 +124,7 @@ def test_a_failure_leaves_the_former_index_whole(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "replace", fail)
-    with pytest.raises(DataError, match=r"cannot write the index .*No space left on device; name another place"):
+    with pytest.raises(DataError, match=r"cannot write the index .*No space left on device; choose another file"):
         written(place, ["/tars/a.tar", "/tars/b.tar"])
     assert place.read_bytes() == before and os.listdir(tmp_path) == [place.name]
     with pytest.raises(DataError, match=r"cannot write the index .*No such file"):
@@ -146,18 +146,18 @@ def test_what_is_no_index_or_damaged_is_said(tmp_path):
         return len(text).to_bytes(8, "little") + text + content[8 + length :]
 
     cases = {
-        b"": "is no index",
-        b"text": "is no index",
-        b"text " * 1000: "is no index",
-        content[: 8 + length // 2]: "is no index",
+        b"": "is not an index",
+        b"text": "is not an index",
+        b"text " * 1000: "is not an index",
+        content[: 8 + length // 2]: "is not an index",
         content[: len(content) // 2]: "is cut off: copy it again",
-        content[:8] + content[8 : 8 + length].replace(b"{", b"[") + content[8 + length :]: "is no index",
-        content[:8] + bytes(length) + content[8 + length :]: "is no index",
-        with_header(lambda h: h.pop("keys")): "is no index",
-        with_header(lambda h: h["keys"].update(dtype="F64")): "is no index",
-        with_header(lambda h: h["keys"].update(shape=[7])): "is no index",
-        with_header(lambda h: h["keys"].update(data_offsets=[-8, 8])): "is no index",
-        with_header(lambda h: h.update(keys=[1])): "is no index",
+        content[:8] + content[8 : 8 + length].replace(b"{", b"[") + content[8 + length :]: "is not an index",
+        content[:8] + bytes(length) + content[8 + length :]: "is not an index",
+        with_header(lambda h: h.pop("keys")): "is not an index",
+        with_header(lambda h: h["keys"].update(dtype="F64")): "is not an index",
+        with_header(lambda h: h["keys"].update(shape=[7])): "is not an index",
+        with_header(lambda h: h["keys"].update(data_offsets=[-8, 8])): "is not an index",
+        with_header(lambda h: h.update(keys=[1])): "is not an index",
         with_header(lambda h: h.update(stops={**h["starts"], "shape": [1], "data_offsets": [0, 8]})): "is damaged",
         with_header(lambda h: h.update(sha256={"dtype": "U8", "shape": [32], "data_offsets": [0, 32]})): "is damaged",
         with_header(lambda h: h.update(bytes=h["starts"])): "is damaged",

@@ -30,7 +30,7 @@ from data.storage import Timeouts
 def whole(tmp_path, make_tar, make_picture, encode):
     """The path of a tar of six samples part/0 to part/5, each jpg and txt."""
     samples = [{"__key__": f"part/{n}", "jpg": encode(make_picture(n)), "txt": b"a caption"} for n in range(6)]
-    return make_tar(tmp_path / "whole.tar", samples)
+    return make_tar(tmp_path / "whole.tar", samples, mtime=0.0)  # a time with a fraction: in PAX headers
 
 
 # -------------------------------------------------------------------------------------------------------------- damage
