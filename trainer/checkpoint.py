@@ -1,7 +1,7 @@
 """Checkpoints.
 
-All ranks write into a temporary folder. A manifest lists the files with their hashes. The complete folder is renamed, and
-``latest`` is set to it. A kill, a full disk or a lost rank at any moment leaves the previous checkpoint in use.
+All ranks write into a temporary folder. A manifest lists the files with their hashes. The complete folder is renamed,
+and ``latest`` is set to it. A kill, a full disk or a lost rank at any moment leaves the previous checkpoint in use.
 """
 
 import json
