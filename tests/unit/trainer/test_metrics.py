@@ -1,7 +1,4 @@
 import math
-import subprocess
-import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -10,7 +7,6 @@ import skimage.metrics
 import torch
 from scipy.cluster.vq import kmeans2
 
-import trainer
 from trainer.evaluation.baselines import ColorBaselines, fit_palette
 from trainer.metrics import image as metrics
 from trainer.metrics.codebook import USAGE_WINDOW_TOKENS, CodebookUsage, window_usage
@@ -109,32 +105,18 @@ def test_a_code_beyond_the_codebook_is_an_error():
         CodebookUsage(8).update(torch.tensor([8]))
 
 
-COUNT_ON_A_RANK = """
-import sys, torch
-from trainer.metrics.codebook import CodebookUsage
-rank, store = int(sys.argv[1]), sys.argv[2]
-torch.distributed.init_process_group("gloo", init_method="file://" + store, rank=rank, world_size=2)
-usage = CodebookUsage(4)
-usage.update(torch.tensor([0, 0, 1] if rank == 0 else [0, 3]))
-for _ in range(2):  # merging twice must not count twice
-    assert usage.merged().counts_k.tolist() == [3, 1, 0, 1]
-assert usage.merged().usage() == 0.75
-assert usage.token_count() == (3 if rank == 0 else 2)
-torch.distributed.destroy_process_group()
-"""
+def count_on_a_rank() -> None:
+    rank = torch.distributed.get_rank()
+    usage = CodebookUsage(4)
+    usage.update(torch.tensor([0, 0, 1] if rank == 0 else [0, 3]))
+    for _ in range(2):  # merging twice must not count twice
+        assert usage.merged().counts_k.tolist() == [3, 1, 0, 1]
+    assert usage.merged().usage() == 0.75
+    assert usage.token_count() == (3 if rank == 0 else 2)
 
 
-def test_counts_of_two_ranks_merge(tmp_path):
-    command = [sys.executable, "-c", COUNT_ON_A_RANK]
-    ranks = [
-        subprocess.Popen([*command, str(rank), str(tmp_path / "store")], cwd=Path(trainer.__file__).parents[1])
-        for rank in range(2)
-    ]
-    try:
-        assert [rank.wait(timeout=60) for rank in ranks] == [0, 0]
-    finally:
-        for rank in ranks:
-            rank.kill()
+def test_counts_of_two_ranks_merge(ranks):
+    ranks.call(2, count_on_a_rank)
 
 
 def test_palette_with_room_for_every_colour_is_exact():
