@@ -9,7 +9,6 @@ import os
 import re
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -85,7 +84,7 @@ class Checkpoints:
             self.poll()
             if self.writing:
                 self.beat()
-                time.sleep(0.02)
+                self.writing.join(0.02)
 
     def _seal(self) -> None:
         writing, self.writing = self.writing, None
