@@ -3,7 +3,7 @@
     python benchmarks/claims/gradient.py 'claims/usage/ibq/seed_*' --images PATH
 
 g is the gradient of L1 with respect to the code vectors, which VQ passes to the features unchanged; s is the gradient
-that IBQ passes on through softmax(z C^T). Prints |s| / |g| over all tokens, their cosine, and the entropy of the softmax
+that IBQ passes on through softmax(z C^T). Prints |s| / |g| over all tokens, their cosine, and the softmax's entropy
 beside that of a uniform distribution. Uses the raw weights, not the EMA, and the first 32 images.
 """
 

@@ -29,7 +29,7 @@ from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
 @torch.no_grad()
 def reach(run: Path, paths: list[str], size: int) -> dict:
-    """Tokens and usage after every eighth image, perplexity after each path, and the share of the most frequent code."""
+    """Tokens and usage after every eighth image, perplexity after each path, the share of the commonest code."""
     config = load_run_config(run, [])
     tokenizer = model_zoo.load_tokenizer(run)
     usage = CodebookUsage(tokenizer.config.codebook_size)
