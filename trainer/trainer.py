@@ -123,7 +123,7 @@ class Trainer:
 
     def after_step(self, step: int, result: Step) -> None:
         """Logs, validates and saves, where it is time; ends all ranks together where any of them must stop."""
-        stopping, starving = any_rank(self.world, self.stop.wished, self.batches.failed is not None)
+        stopping, starving = any_rank(self.world, self.stop.requested, self.batches.failed is not None)
         try:
             note = self.skipped.update(step, result.skipped, self.keys, step == self.config.trainer.max_steps)
         except TrainerError:

@@ -1,4 +1,4 @@
-"""What watches over a long run: signals, processes that hang, losses that jump."""
+"""Supervision of a long run: SIGTERM, processes that hang, loss spikes."""
 
 import faulthandler
 import math
@@ -19,13 +19,14 @@ HUNG = 124  # exit status of the watchdog (as of timeout(1))
 
 
 class Stopped(Exception):
-    """A run ended early, at the wish of a signal, with everything saved."""
+    """A run ended early, after SIGTERM, with everything saved."""
 
 
 class StopSignal:
-    """SIGTERM as a wish: ``with StopSignal() as stop: ... if stop.wished``. A second signal ends the process at once.
+    """Makes SIGTERM a request to stop: ``with StopSignal() as stop: ... if stop.requested``. A second SIGTERM ends the
+    process at once.
 
-    Launchers and schedulers both pass a signal on, so what comes within GRACE_SECONDS of the first is still the first.
+    Launchers and schedulers both forward a signal, so signals within GRACE_SECONDS of the first count as one.
     clock, end: for tests; `end` gets the exit status.
     """
 
@@ -33,49 +34,49 @@ class StopSignal:
 
     def __init__(self, *, clock: Callable[[], float] = time.monotonic, end: Callable[[int], None] = os._exit):
         self.clock, self.end = clock, end
-        self.wished_at: float | None = None
+        self.requested_at: float | None = None
 
     @property
-    def wished(self) -> bool:
-        return self.wished_at is not None
+    def requested(self) -> bool:
+        return self.requested_at is not None
 
     def __enter__(self) -> "StopSignal":
-        # A handler in Python has to wait for the main thread to leave C code, which one that hangs in a collective
-        # never does. So a thread hears of every signal too.
-        hearing, self.telling = socket.socketpair()
-        self.telling.setblocking(False)
-        threading.Thread(target=self._listen, args=(hearing,), name="stop signal", daemon=True).start()
-        self.before = signal.signal(signal.SIGTERM, self._wish)
-        self.told_before = signal.set_wakeup_fd(self.telling.fileno(), warn_on_full_buffer=False)
+        # Python runs signal handlers in the main thread, after it has left C code. A main thread that hangs in a
+        # collective never does, so another thread is notified too.
+        receiver, self.sender = socket.socketpair()
+        self.sender.setblocking(False)
+        threading.Thread(target=self._listen, args=(receiver,), name="stop signal", daemon=True).start()
+        self.handler_before = signal.signal(signal.SIGTERM, self._request)
+        self.wakeup_before = signal.set_wakeup_fd(self.sender.fileno(), warn_on_full_buffer=False)
         return self
 
     def __exit__(self, *_) -> None:
-        signal.set_wakeup_fd(self.told_before)
-        signal.signal(signal.SIGTERM, self.before)
-        self.telling.close()  # which ends the thread
+        signal.set_wakeup_fd(self.wakeup_before)
+        signal.signal(signal.SIGTERM, self.handler_before)
+        self.sender.close()  # ends the thread
 
-    def _wish(self, *_) -> None:
-        if self.wished_at is None:
-            self.wished_at = self.clock()
+    def _request(self, *_) -> None:
+        if self.requested_at is None:
+            self.requested_at = self.clock()
 
-    def _listen(self, hearing: socket.socket) -> None:
-        with hearing:
-            while numbers := hearing.recv(1):
+    def _listen(self, receiver: socket.socket) -> None:
+        with receiver:
+            while numbers := receiver.recv(1):
                 if numbers[0] == signal.SIGTERM:
-                    self._wish()
-                    if self.clock() - self.wished_at > self.GRACE_SECONDS:
+                    self._request()
+                    if self.clock() - self.requested_at > self.GRACE_SECONDS:
                         self.end(128 + signal.SIGTERM)
 
 
 class Watchdog:
     """Ends a process that makes no progress: ``with Watchdog(...) as watchdog: ... watchdog.beat(step)``.
 
-    Where ``timeout_seconds`` pass without a beat, the process writes the stack of each of its threads to stderr and
-    exits with status HUNG. Where one rank hangs all do, so each of them tells where it stands.
+    If there is no beat for ``timeout_seconds``, the process prints the stack traces of its threads and exits with
+    status HUNG. If one rank hangs, all do, so each prints its own.
     """
 
-    # From the report to the exit: other ranks, whose last beat was later, are to report before they lose a peer.
-    PARTING_SECONDS = 5.0
+    # Time between the report and the exit, so that ranks whose last beat was later can report before they lose a peer.
+    EXIT_DELAY_SECONDS = 5.0
 
     def __init__(self, rank: int, size: int, timeout_seconds: float, clock: Callable[[], float] = time.monotonic):
         self.rank, self.size, self.timeout_seconds, self.clock = rank, size, timeout_seconds, clock
@@ -83,15 +84,15 @@ class Watchdog:
         self.last, self.step = clock(), 0
 
     def beat(self, step: int | None = None) -> None:
-        """There was progress; ``step``: which one is under way."""
+        """Call it after any progress. step: the step in progress."""
         self.last = self.clock()
         if step is not None:
             self.step = step
-        # Written in C: it also fires where a hung call keeps the interpreter's lock.
+        # Implemented in C, so it also works when a hung call holds the GIL.
         faulthandler.dump_traceback_later(2 * self.timeout_seconds, exit=True)
 
     def seconds_left(self) -> float:
-        """Until the process ends, unless there is a beat before."""
+        """Time until the process ends, unless there is a beat before."""
         return self.last + self.timeout_seconds - self.clock()
 
     def __enter__(self) -> "Watchdog":
@@ -108,7 +109,7 @@ class Watchdog:
             if self.seconds_left() <= 0:
                 sys.stderr.write(self._report())
                 sys.stderr.flush()
-                time.sleep(min(self.PARTING_SECONDS, self.timeout_seconds / 4))
+                time.sleep(min(self.EXIT_DELAY_SECONDS, self.timeout_seconds / 4))
                 os._exit(HUNG)
 
     def _report(self) -> str:
@@ -120,26 +121,28 @@ class Watchdog:
         ]
         return (
             f"ibq: error: rank {self.rank} of {self.size} ({socket.gethostname()}, process {os.getpid()}) made no "
-            f"progress for {self.timeout_seconds:g} s in step {self.step} (trainer.timeout_seconds); it stands here:\n"
+            f"progress for {self.timeout_seconds:g} s in step {self.step} (trainer.timeout_seconds). Stack traces:\n"
             + "".join(stacks)
         )
 
 
 class LossSpikes:
-    """Says when the loss jumps, once there are enough steps: when for PATIENCE steps it is above the median of the last
-    WINDOW by more than that median's size, and by more than STEPS times what it usually moves from step to step. (The
-    entropy penalty may bring the median near 0, where any step is large beside it; and one hard batch is no jump.)
+    """Detects a sustained jump of the loss, once ENOUGH steps are known.
+
+    A jump is reported when the loss has exceeded the median of the last WINDOW steps for PATIENCE steps, by more than
+    the median's absolute value and by more than STEPS times the median change between steps. (The entropy penalty can
+    bring the median near 0, where any change is relatively large; and a single hard batch is no jump.)
     """
 
     STEPS, PATIENCE, WINDOW, ENOUGH = 6.0, 3, 128, 32
 
     def __init__(self):
         self.losses: deque[float] = deque(maxlen=self.WINDOW)
-        self.high = 0  # for so many steps
+        self.high = 0  # consecutive steps above the limit
 
     def update(self, loss: float) -> str | None:
-        """Takes the loss of a step; returns what to say where a jump begins."""
-        if not math.isfinite(loss):  # of a step that was left out
+        """Call with the loss of each step. Returns a line to print where a jump is detected, else None."""
+        if not math.isfinite(loss):  # a skipped step
             return None
         usual = high = None
         if len(self.losses) >= self.ENOUGH:
