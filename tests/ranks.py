@@ -494,5 +494,6 @@ if __name__ == "__main__":
     if sys.argv[1:]:
         sys.modules["ranks"] = sys.modules["__main__"]  # clients pickle orders under this name
         serve(sys.argv[1])
+        _exit(0)
     else:
         import_everything()
