@@ -33,7 +33,6 @@ setup(
         "typer>=0.19",
         "rich>=13",
         "safetensors>=0.4",
-        "einops>=0.8",
         "scikit-image>=0.24",
         "scipy>=1.11",
         "matplotlib>=3.8",

@@ -349,6 +349,7 @@ def import_everything() -> None:
     """Imports the modules that jobs use, and the extension modules that DeepSpeed compiles."""
     sys.path[:0] = [str(ROOT), str(TESTS)]
     os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed chooses when it is imported
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton decorates its own library when it is imported
     for package in ("data", "model_zoo", "trainer", "tools"):
         for module in pkgutil.walk_packages([str(ROOT / package)], f"{package}."):
             # Triton looks at a job's TRITON_INTERPRET when it decorates a kernel.

@@ -1,12 +1,14 @@
-"""Checkpoints: written aside by all ranks, named in a manifest with their hashes, renamed when whole, then named in
-``latest``. A kill, a full disk or a lost rank at any moment leaves the former one in force."""
+"""Checkpoints.
+
+All ranks write into a temporary folder. A manifest lists the files with their hashes. The complete folder is renamed,
+and ``latest`` is set to it. A kill, a full disk or a lost rank at any moment leaves the previous checkpoint in use.
+"""
 
 import json
 import os
 import re
 import shutil
 import threading
-import time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -22,15 +24,15 @@ STATE, MANIFEST = "state.json", "manifest.json"
 
 
 class CheckpointError(TrainerError):
-    """A checkpoint could not be written; the former one is as it was."""
+    """A checkpoint could not be written; earlier ones are unchanged."""
 
 
 class Checkpoints:
     """Writes the checkpoints of a run; all ranks call every method together.
 
-    keep_last: how many of the newest stay. keep_every_steps: those of its multiples stay for good.
-    asynchronous: a thread writes what `save` copied, and training goes on; `poll` between steps, or `finish`, seals it.
-    beat: called ever again while waiting for disks.
+    keep_last: the number of newest checkpoints to keep. keep_every_steps: checkpoints at its multiples are always kept.
+    asynchronous: a thread writes what `save` copied while training continues; `poll` between steps, or `finish`,
+    completes the checkpoint. beat: called repeatedly while waiting for disks, so that the watchdog sees progress.
     """
 
     def __init__(
@@ -50,9 +52,9 @@ class Checkpoints:
         self.writing: _Writing | None = None
 
     def save(self, step: int, state: dict, pieces: Iterable[TensorShard]) -> None:
-        """Takes a copy of this rank's pieces and begins to write ``step_XXXXXXXX`` with it, after the former is done.
+        """Copies this rank's shards and starts to write ``step_XXXXXXXX``, after completing the previous checkpoint.
 
-        state: small JSON-able values (step, data position), the same on all ranks. Raises CheckpointError.
+        state: small JSON-able values (data position, counters), equal on all ranks. Raises CheckpointError.
         """
         self.finish()
         unfinished = self.folder / f"step_{step:08d}.unfinished"
@@ -68,20 +70,21 @@ class Checkpoints:
             self.finish()
 
     def poll(self) -> None:
-        """Seals the checkpoint that is being written, if all ranks have written their part. Raises CheckpointError."""
+        """Completes the checkpoint that is being written, if all ranks have written their part. Raises
+        CheckpointError."""
         if self.writing and not any_rank(self.world, self.writing.is_alive())[0]:
             self._seal()
 
     def finish(self) -> None:
-        """Waits for the checkpoint that is being written and seals it. Raises CheckpointError.
+        """Waits for the checkpoint that is being written and completes it. Raises CheckpointError.
 
-        No rank stays long in a collective, however slow another's disk is.
+        Ranks poll instead of blocking in a collective, so that a slow disk of one rank does not time out the others.
         """
         while self.writing:
             self.poll()
             if self.writing:
                 self.beat()
-                time.sleep(0.02)
+                self.writing.join(0.02)
 
     def _seal(self) -> None:
         writing, self.writing = self.writing, None
@@ -94,14 +97,14 @@ class Checkpoints:
             manifest = dict(part for part, _ in parts)
             _agree(self.world, lambda: self._publish(unfinished, writing.state, manifest))
         except CheckpointError as error:
-            # What it took of a full disk is given back; at worst the next save removes it.
+            # Frees the space that it took of a full disk; if that fails, the next save removes it.
             _agree(self.world, lambda: shutil.rmtree(unfinished, ignore_errors=True))
             raise self._refusal(unfinished, error) from error
 
     def _refusal(self, unfinished: Path, error: CheckpointError) -> CheckpointError:
-        mend = "free some space" if "space" in str(error) else "mend that"
+        fix = "free some space" if "space" in str(error) else "fix that"
         return CheckpointError(
-            f"cannot write checkpoint {unfinished.stem} ({error}); those written before are untouched: {mend}, "
+            f"cannot write checkpoint {unfinished.stem} ({error}); earlier ones are untouched: {fix}, "
             f"then `ibq resume {self.folder.parent}`"
         )
 
@@ -109,12 +112,12 @@ class Checkpoints:
         folder = unfinished.with_suffix("")
         _write_manifest(unfinished, state, files)
         replaced = folder.with_suffix(".replaced.unfinished")
-        if folder.exists():  # the same step of a run that was resumed from before it
+        if folder.exists():  # the run was resumed from an earlier step and has reached this one again
             folder.rename(replaced)
         _rename(unfinished, folder)
         _point(self.folder, folder)
         shutil.rmtree(replaced, ignore_errors=True)
-        # Later ones, of a run that was resumed from before them, must not push out the one just written.
+        # Later checkpoints, left from before the run was resumed, must not push out the one just written.
         past = [path for path in checkpoint_folders(self.folder.parent) if path <= folder]
         for old in past[: -self.keep_last]:
             if not self.keep_every_steps or step_of(old) % self.keep_every_steps:
@@ -122,10 +125,13 @@ class Checkpoints:
 
 
 class _Writing(threading.Thread):
-    """One rank's part of a checkpoint. ``part`` is then (file name, its entry in the manifest), or ``error`` is set."""
+    """Writes one rank's part of a checkpoint. At the end either ``part`` is set, to (file name, its manifest entry), or
+    ``error`` is."""
 
     def __init__(self, unfinished: Path, state: dict, file: Path, pieces: list[TensorShard]):
-        super().__init__(name=f"writing {file}", daemon=True)  # a process that ends leaves it unfinished
+        super().__init__(
+            name=f"writing {file}", daemon=True
+        )  # ends with the process, which leaves the checkpoint incomplete
         self.unfinished, self.state, self.file, self.pieces = unfinished, state, file, pieces
         self.part: tuple[str, dict] | None = None
         self.error: str | None = None
@@ -139,13 +145,13 @@ class _Writing(threading.Thread):
             self.part = self.file.name, _entry(self.file)
         except (OSError, SafetensorError, CheckpointError) as error:
             self.error = getattr(error, "strerror", None) or str(error)
-        except Exception as error:  # a thread's exception ends nothing: told to all ranks, it is an error of the save
+        except Exception as error:  # would end only this thread; reported to all ranks, it fails the save
             self.error = f"{type(error).__name__}: {error}"
         self.pieces = []
 
 
 def write_part(file: Path, pieces: list[TensorShard]) -> None:
-    """One rank's pieces, on the disk when it returns."""
+    """Writes one rank's shards, and returns when they are on the disk."""
     save_shards(file, pieces)
     _sync(file)
 
@@ -162,10 +168,10 @@ def checkpoint_folders(run: Path) -> list[Path]:
 
 
 def find_checkpoint(source: Path, world: World) -> tuple[Path, list[str]]:
-    """(the checkpoint to go on from, what was wrong with those that were passed over). All ranks call together.
+    """Returns the checkpoint to resume from, and what was wrong with newer ones; all ranks call together.
 
-    source: a run's folder: the checkpoint that ``latest`` names or, where it is not whole, the newest before it that
-    is. Or a checkpoint's own folder, for which none stands in. Raises TrainerError where there is none that is whole.
+    source: a run's folder, which means the checkpoint that ``latest`` names or, if that is damaged, the newest intact
+    one before it; or one checkpoint's folder, which has no replacement. Raises TrainerError if there is no intact one.
     """
     if (run := run_folder(source)) != source:
         if wrong := damage(source, world):
@@ -178,25 +184,27 @@ def find_checkpoint(source: Path, world: World) -> tuple[Path, list[str]]:
             return folder, passed_over
         passed_over.append(f"{folder.name} is passed over: {wrong}")
     if not passed_over:
-        raise TrainerError(f"{source} holds no finished checkpoint to resume from; start it anew with `ibq train`")
+        raise TrainerError(
+            f"{source} holds no finished checkpoint to resume from: start the run again with `ibq train`"
+        )
     more = f"; and {len(passed_over) - 3} more" if len(passed_over) > 3 else ""
     raise TrainerError(f"{source} holds no whole checkpoint: {'; '.join(passed_over[:3])}{more}")
 
 
 def _candidates(run: Path) -> list[Path]:
-    """Newest first, from the one that ``latest`` names on; from the very newest where it names none."""
+    """Newest first, starting with the one that ``latest`` names, or with the newest if it names none."""
     folders = checkpoint_folders(run)
     pointer = run / "checkpoints" / "latest"
     named = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
     if re.fullmatch(r"step_\d+", named):
         folders = [folder for folder in folders if folder.name <= named]
         if not folders or folders[-1].name != named:
-            folders.append(pointer.parent / named)  # which is not there, and is said to be so
+            folders.append(pointer.parent / named)  # missing, and reported as such
     return folders[::-1]
 
 
 def damage(folder: Path, world: World) -> str | None:
-    """What is wrong with a checkpoint, or None: every file's hash is compared with the manifest, each by one rank."""
+    """What is wrong with a checkpoint, or None. Compares every file's hash with the manifest; ranks share the files."""
     try:
         files = run_on_main(world, lambda: _manifest(folder))
     except TrainerError as error:
@@ -212,7 +220,7 @@ def _manifest(folder: Path) -> dict[str, dict]:
     try:
         files = json.loads((folder / MANIFEST).read_text())["files"]
         files = {name: {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])} for name, entry in files.items()}
-        # Both are in every checkpoint; and what the folder holds besides was not written by it.
+        # Every checkpoint has the state and a part of a rank; a tensor file that the manifest does not name is foreign.
         if files.keys() - {STATE} != {path.name for path in folder.glob("*.safetensors")} | (files.keys() - {STATE}):
             raise ValueError("a file that the manifest does not name")
         if STATE not in files or not any(re.fullmatch(r"rank_\d+\.safetensors", name) for name in files):
@@ -239,7 +247,7 @@ def _wrong(file: Path, entry: dict) -> str | None:
 
 
 def load_state(folder: Path) -> dict:
-    """The small state that `Checkpoints.save` was given. Raises TrainerError where the file is damaged."""
+    """The ``state`` that `Checkpoints.save` was given, with the step. Raises TrainerError if the file is damaged."""
     try:
         return {**json.loads((folder / STATE).read_text())}
     except (OSError, ValueError, TypeError) as error:
@@ -256,7 +264,7 @@ def _write_manifest(unfinished: Path, state: dict, files: dict) -> None:
     (unfinished / STATE).write_text(json.dumps(state))
     _sync(unfinished / STATE)
     files = {**files, STATE: _entry(unfinished / STATE)}
-    for name, entry in files.items():  # that what other nodes wrote has arrived here
+    for name, entry in files.items():  # whether what other nodes wrote is visible here
         if (size := (unfinished / name).stat().st_size) != entry["bytes"]:
             raise CheckpointError(f"{name} has {size} bytes instead of {entry['bytes']}")
     (unfinished / MANIFEST).write_text(json.dumps({"files": files}, indent=1))
@@ -282,7 +290,7 @@ def _entry(file: Path) -> dict:
 
 
 def _agree(world: World, action) -> None:
-    """`run_on_main`, with what the file system refuses as a CheckpointError on all ranks."""
+    """`run_on_main` for an action on files: its OSError becomes a CheckpointError on all ranks."""
 
     def guarded() -> str | None:
         try:

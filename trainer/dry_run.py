@@ -158,8 +158,9 @@ def _imagine(config: RunConfig) -> None:
         fsdp2.init_device_mesh = _with_values(fsdp2.init_device_mesh)
         fsdp2.compute_local_shape_and_global_offset = _with_values(fsdp2.compute_local_shape_and_global_offset)
     if config.engine.kind == "deepspeed":
-        # Collectives through shared memory would be compiled. (`deepspeed.comm.torch` as an attribute is torch.)
-        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+        from trainer.engines.deepspeed_internals import disable_shared_memory_collectives
+
+        disable_shared_memory_collectives()
 
 
 def _codes_without_values(start: int, stop: int, codebook_size: int, code_dim: int, std: float) -> Tensor:

@@ -1,4 +1,4 @@
-"""Adam, by the fastest of its implementations that is here; its state, by names that every one of them has."""
+"""AdamW by the fastest implementation that is installed, and its state under names that all implementations share."""
 
 from collections.abc import Iterable
 
@@ -12,9 +12,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 def adam(parameters: Iterable[nn.Parameter], lr: float, config: OptimizerConfig, apex: bool = True) -> Optimizer:
-    """AdamW with the recipe's settings: NVIDIA apex's FusedAdam for CUDA where apex is, else PyTorch's fused one.
+    """AdamW with the recipe's settings: apex's FusedAdam on CUDA if apex is installed, else PyTorch's fused one.
 
-    apex: False where parameters are DTensors, which apex's kernels do not take.
+    apex: False for parameters that apex cannot update, such as DTensors.
     """
     parameters = list(parameters)
     settings = dict(lr=lr, **adam_settings(config))
@@ -30,8 +30,8 @@ def adam(parameters: Iterable[nn.Parameter], lr: float, config: OptimizerConfig,
 
 
 def decay_groups(parameters: list[nn.Parameter], config: OptimizerConfig) -> list[dict]:
-    """The optimiser's groups: matrices (and kernels) apart from what has one dimension, which weight decay is not for.
-    One group where there is no decay at all."""
+    """Parameter groups: matrices and kernels are decayed, one-dimensional parameters are not. Without weight decay,
+    there is one group."""
     if not config.weight_decay and config.final_weight_decay is None:
         return [dict(params=parameters)]
     matrices = [parameter for parameter in parameters if parameter.ndim > 1]
@@ -41,19 +41,19 @@ def decay_groups(parameters: list[nn.Parameter], config: OptimizerConfig) -> lis
 
 
 def set_weight_decay(groups: list[dict], decay: float) -> None:
-    """Of those of an optimiser's groups that have one."""
+    """Sets the weight decay of the parameter groups that are decayed."""
     for group in groups:
         if group.get("decays"):
             group["weight_decay"] = decay
 
 
 def adam_settings(config: OptimizerConfig) -> dict:
-    """What a resumed run takes from its recipe rather than from its checkpoint."""
+    """Settings that a resumed run takes from its recipe, not from its checkpoint."""
     return dict(betas=tuple(config.betas), eps=config.epsilon, weight_decay=config.weight_decay)
 
 
 def start_moments(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
-    """Zero moments and step 0 for each parameter, so that they can be read and written before the first step."""
+    """Creates zero moments and step 0 for each parameter, so that they can be loaded before the first step."""
     for parameter in parameters:
         state = optimizer.state[parameter]
         for key in MOMENTS:
@@ -65,7 +65,7 @@ def start_moments(optimizer: Optimizer, parameters: Iterable[Tensor]) -> None:
 
 
 def get_step(optimizer: Optimizer) -> int:
-    """How many updates the moments have seen."""
+    """The number of updates that the moments have seen."""
     for state in optimizer.state.values():
         if "step" in state:
             return int(state["step"])
@@ -73,7 +73,7 @@ def get_step(optimizer: Optimizer) -> int:
 
 
 def set_step(optimizer: Optimizer, step: int) -> None:
-    """Goes on as if the moments had seen that many updates."""
+    """Sets the number of updates that the moments have seen."""
     for state in optimizer.state.values():
         if "step" in state:
             state["step"].fill_(step)

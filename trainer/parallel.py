@@ -1,4 +1,4 @@
-"""Processes: who we are among them, the device, and the few collectives that training needs."""
+"""The process group: rank, size and device of this process, and the collectives that training needs."""
 
 import itertools
 import os
@@ -15,12 +15,13 @@ from model_zoo import ModelError
 from model_zoo.ops.codebook_parallel import CodebookShard
 from trainer import TrainerError
 
-# A collective's own limit lies so far above `trainer.timeout_seconds` that the watchdog, which tells more, is first.
-PATIENCE_SECONDS = 60.0
+# Collectives time out this much later than `trainer.timeout_seconds`, so that the watchdog, which reports more, is
+# first.
+COLLECTIVE_MARGIN_SECONDS = 60.0
 
 
 class World(NamedTuple):
-    """This process among all: rank, size, device."""
+    """Rank of this process, number of processes, and this process's device."""
 
     rank: int
     size: int
@@ -32,13 +33,14 @@ class World(NamedTuple):
 
 
 def start_world(device: str = "auto", timeout_seconds: float = 1800.0) -> World:
-    """Joins the processes that torchrun or the deepspeed launcher started; alone, a world of one.
+    """Joins the process group of the processes that torchrun or the deepspeed launcher started; without a launcher, a
+    group of one.
 
-    timeout_seconds: how long a rank may wait for another.
+    timeout_seconds: how long a rank may wait for another. Raises TrainerError.
     """
     _check_restarts()
     if device == "cuda" and not torch.cuda.is_available():
-        raise TrainerError("trainer.device=cuda, but no CUDA device can be used here; `ibq doctor` says more")
+        raise TrainerError("trainer.device=cuda, but no CUDA device can be used here: run `ibq doctor` for details")
     use_cuda = torch.cuda.is_available() if device == "auto" else device == "cuda"
     local_rank = int(os.environ.get("LOCAL_RANK", 0))
     if use_cuda:
@@ -49,10 +51,10 @@ def start_world(device: str = "auto", timeout_seconds: float = 1800.0) -> World:
             )
         torch.cuda.set_device(local_rank)
     else:
-        # DeepSpeed chooses its accelerator at import; without this it may settle on another one than we did.
+        # DeepSpeed chooses its accelerator when it is imported, and could choose another one.
         os.environ["DS_ACCELERATOR"] = "cpu"
     if "RANK" in os.environ:
-        _meet("nccl" if use_cuda else "gloo", _patience(timeout_seconds))
+        _join_group("nccl" if use_cuda else "gloo", _collective_timeout(timeout_seconds))
     else:
         dist.init_process_group("nccl" if use_cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
     where = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
@@ -60,10 +62,10 @@ def start_world(device: str = "auto", timeout_seconds: float = 1800.0) -> World:
 
 
 def _check_restarts() -> None:
-    """Raises TrainerError where torchrun would start processes again on several nodes in vain.
+    """Raises TrainerError where torchrun could not restart processes on several nodes.
 
-    In the agents' shared store the processes meet under the number of their attempt. Where one of them fails, its agent
-    counts an attempt, but the other agents see a change of membership, which they do not count.
+    The processes rendezvous in the agents' shared store under the number of their attempt. When a process fails, its
+    agent counts an attempt, but the other agents see a membership change, which they do not count.
     """
     if (
         os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
@@ -72,49 +74,67 @@ def _check_restarts() -> None:
     ):
         raise TrainerError(
             "--max-restarts on several nodes needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment: "
-            "without it the processes that are started again never meet"
+            "without it restarted processes never find each other"
         )
 
 
-_meetings = itertools.count()
+_rendezvous_count = itertools.count()
 
 
-def _meet(backend: str, patience: timedelta) -> None:
-    """Joins the process group. In torchrun's own store, which outlives the processes, those that it starts again meet
-    under the number of their attempt, and of their meeting, where they have met and parted before: they would find the
-    addresses of the dead there, and call them in vain."""
+def _join_group(backend: str, timeout: timedelta) -> None:
+    """Joins the process group.
+
+    torchrun's store outlives the processes, so it still holds the addresses of processes that ended. Each attempt, and
+    each group within an attempt, therefore uses a key prefix of its own.
+    """
     where = {}
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        store, where["rank"], where["world_size"] = next(dist.rendezvous("env://", timeout=patience))
-        store.set_timeout(patience)
-        attempt = f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}_meeting_{next(_meetings)}"
+        store, where["rank"], where["world_size"] = next(dist.rendezvous("env://", timeout=timeout))
+        store.set_timeout(timeout)
+        attempt = f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}_meeting_{next(_rendezvous_count)}"
         where["store"] = dist.PrefixStore(attempt, store)
-    dist.init_process_group(backend, timeout=patience, **where)
+    dist.init_process_group(backend, timeout=timeout, **where)
 
 
-def _patience(timeout_seconds: float) -> timedelta:
-    return timedelta(seconds=timeout_seconds + PATIENCE_SECONDS)
+def _collective_timeout(timeout_seconds: float) -> timedelta:
+    return timedelta(seconds=timeout_seconds + COLLECTIVE_MARGIN_SECONDS)
+
+
+_before_stop: set[Callable[[], None]] = set()
+
+
+def before_stop(action: Callable[[], None]) -> None:
+    """`stop_world` calls the action once, before it destroys the process groups: for whoever keeps references to them
+    that outlive training."""
+    _before_stop.add(action)
 
 
 def stop_world() -> None:
-    """Leaves the process group, if there is one."""
+    """Destroys the process groups, if there are any, and ends gloo's threads.
+
+    `destroy_process_group` drops PyTorch's references to a group; gloo joins its threads when the last reference is
+    gone. A thread that outlives this call may free the tensors of the last collective while the interpreter finalizes:
+    it waits for the GIL, CPython ends it, and the process aborts although the run finished (pytorch/pytorch#190489).
+    """
     if dist.is_initialized():
+        while _before_stop:
+            _before_stop.pop()()
         dist.destroy_process_group()
 
 
 class RowGroups(NamedTuple):
-    """Who shares the rows of a codebook, or of a generator's head, with this rank: ``shard`` names its own (None: all
-    of them), ``replicas`` are the ranks that hold the same ones (None: all ranks)."""
+    """How the rows of a codebook, or of a generator's head, are distributed. shard: this rank's rows (None: all rows).
+    replicas: the ranks that hold the same rows (None: all ranks)."""
 
     shard: CodebookShard | None
     replicas: dist.ProcessGroup | None
 
 
 def row_groups(world: World, key: str, parallel: int, rows: int, timeout_seconds: float = 1800.0) -> RowGroups:
-    """Spreads ``rows`` over each ``parallel`` ranks that follow one another; all ranks call it. key: what the recipe
-    calls ``parallel``.
+    """Shards ``rows`` over every ``parallel`` consecutive ranks; all ranks call together. key: the recipe's name for
+    ``parallel``. Raises TrainerError.
 
-    Neighbours share the rows, so that what they tell each other stays within a node where it can.
+    Consecutive ranks form a group, so that its traffic stays within a node where possible.
     """
     if parallel == 1:
         return RowGroups(None, None)
@@ -126,13 +146,13 @@ def row_groups(world: World, key: str, parallel: int, rows: int, timeout_seconds
     if rows < parallel:
         raise TrainerError(f"{rows} codes cannot be spread over {key}={parallel} processes")
     groups = {}
-    # Every rank makes every group, in the same order.
+    # Every rank must create every group, in the same order.
     for ranks in [range(first, first + parallel) for first in range(0, world.size, parallel)]:
-        group = dist.new_group(list(ranks), timeout=_patience(timeout_seconds))
+        group = dist.new_group(list(ranks), timeout=_collective_timeout(timeout_seconds))
         if world.rank in ranks:
             groups["shard"] = CodebookShard.even(rows, group)
     for ranks in [range(first, world.size, parallel) for first in range(parallel)]:
-        group = dist.new_group(list(ranks), timeout=_patience(timeout_seconds))
+        group = dist.new_group(list(ranks), timeout=_collective_timeout(timeout_seconds))
         if world.rank in ranks:
             groups["replicas"] = group
     return RowGroups(**groups)
@@ -154,7 +174,7 @@ def sum_over_ranks(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Te
 
 
 def any_rank(world: World, *flags: bool) -> list[bool]:
-    """Which of the flags are set on any rank; all ranks call together."""
+    """For each flag, whether it is set on any rank; all ranks call together."""
     if world.size == 1:
         return list(flags)
     tensor = torch.tensor(flags, dtype=torch.int32, device=world.device)
@@ -163,21 +183,21 @@ def any_rank(world: World, *flags: bool) -> list[bool]:
 
 
 def gather_objects(value) -> list:
-    """Every rank's small JSON-able value, on every rank, in order of rank."""
+    """Gathers a small JSON-able value of every rank, in order of rank."""
     values = [None] * dist.get_world_size()
     dist.all_gather_object(values, value)
     return values
 
 
 def raise_on_all_ranks(message: str | None) -> None:
-    """Raises the first rank's message that is not None as a TrainerError, on every rank; all call together."""
+    """Raises the first message of any rank as a TrainerError on every rank; all ranks call together."""
     for found in gather_objects(message):
         if found is not None:
             raise TrainerError(found)
 
 
 def as_trainer_error(action: Callable):
-    """What the action gives; its mistakes are TrainerErrors, which all ranks can be told of."""
+    """Returns the action's result; a DataError or ModelError becomes a TrainerError."""
     try:
         return action()
     except (DataError, ModelError) as error:
@@ -185,7 +205,8 @@ def as_trainer_error(action: Callable):
 
 
 def run_on_all_ranks(action: Callable):
-    """What the action gives on this rank, unless it fails on any: then the first rank's mistake, on every rank."""
+    """Runs an action on every rank and returns this rank's result. If it fails on any rank, all ranks raise the first
+    rank's TrainerError."""
     result = message = None
     try:
         result = as_trainer_error(action)
@@ -196,8 +217,8 @@ def run_on_all_ranks(action: Callable):
 
 
 def run_on_main(world: World, action):
-    """Runs ``action`` on rank 0 alone and gives its result to all; its TrainerError reaches all ranks too,
-    so that bad input ends every process at once instead of leaving the others to wait."""
+    """Runs an action on rank 0 and returns its result on all ranks. If it raises a TrainerError, all ranks raise it, so
+    that bad input ends every process instead of leaving the others waiting."""
     message = [None, None]
     if world.is_main:
         try:

@@ -1,4 +1,4 @@
-"""What a forward computes in, the loss scale that fp16 needs, and full precision for measuring."""
+"""Precision of the forward pass, loss scaling for fp16, and full precision for evaluation."""
 
 import contextlib
 import math
@@ -8,16 +8,16 @@ import torch
 
 
 def autocast_dtype(precision: str) -> torch.dtype | None:
-    """What ``trainer.precision`` lets a forward compute in; None: fp32. The weights stay in fp32."""
+    """The autocast dtype of ``trainer.precision``; None for fp32. Weights stay in fp32."""
     return {"fp32": None, "bf16": torch.bfloat16, "fp16": torch.float16}[precision]
 
 
 class LossScale:
     """Dynamic loss scaling (Micikevicius et al., arXiv 1710.03740): losses are multiplied by ``value`` before the
-    backward pass, so that small gradients do not vanish in fp16. Halved where gradients overflow, doubled after
-    GROWTH_STEPS steps without. Always 1 where it is not ``needed``.
+    backward pass, so that small gradients do not vanish in fp16. The scale is halved when gradients overflow, and
+    doubled after GROWTH_STEPS steps without overflow. It is always 1 if not ``needed``.
 
-    PyTorch's GradScaler does the same, but wants to step the optimiser itself, which here is an engine's.
+    PyTorch's GradScaler does the same, but steps the optimizer itself, which here is the engine's part.
     """
 
     FIRST, GROWTH_STEPS, LARGEST = 2.0**16, 2000, 2.0**24
@@ -28,7 +28,7 @@ class LossScale:
         self.good_steps = 0
 
     def update(self, finite: bool) -> bool:
-        """After a step; returns whether a step that was not finite is this scale's doing."""
+        """Call after each step. Returns whether a step that was not finite is due to the scale."""
         if not self.needed:
             return False
         if not finite:
@@ -44,14 +44,14 @@ class LossScale:
         return {"value": self.value, "good_steps": self.good_steps}
 
     def load_state_dict(self, state: dict[str, float]) -> None:
-        """Takes what `state_dict` gave, of a run in any precision."""
+        """Restores the `state_dict` of a run in any precision."""
         if self.needed and state["value"] > 1 and math.isfinite(state["value"]):
             self.value, self.good_steps = float(state["value"]), int(state["good_steps"])
 
 
 @contextlib.contextmanager
 def full_precision(device_type: str) -> Iterator[None]:
-    """fp32 arithmetic without gradients, whatever training around it has switched on (autocast, TF32)."""
+    """Within the context: fp32 arithmetic without gradients, autocast or TF32."""
     matmul_precision = torch.get_float32_matmul_precision()
     torch.set_float32_matmul_precision("highest")
     try:

@@ -1,4 +1,4 @@
-"""The random numbers of every rank: seeded at the start, saved, restored."""
+"""Random number generators of every rank: seeded at the start, saved and restored."""
 
 import torch
 
@@ -7,19 +7,19 @@ from trainer.parallel import World
 
 
 def seed_everything(seed: int, step: int, world: World) -> None:
-    """Streams of their own for each rank and each place that a run goes on from."""
+    """Seeds this rank's generators. Each rank, and each step that a run starts or resumes from, gets another stream."""
     torch.manual_seed((seed * 1_000_003 + step) * 65_537 + world.rank & (1 << 63) - 1)
 
 
 def random_state(world: World) -> list[TensorShard]:
-    """This rank's generators, to be saved."""
+    """The state of this rank's generators, as tensors of a checkpoint."""
     return [whole_tensor(name, state) for name, state in _states(world).items()]
 
 
 def restore_random_state(files: ShardedTensors, world: World) -> None:
-    """Goes on from what `random_state` gave at the same number of ranks."""
+    """Restores what `random_state` returned with the same number of ranks."""
     for name in _states(world):
-        if name not in files:  # of a run that had no GPU
+        if name not in files:  # saved by a run without a GPU
             continue
         state = files.tensor(name)
         if "/cuda/" in name:

@@ -11,6 +11,7 @@ import threading
 import time
 import traceback
 from collections import deque
+from collections.abc import Callable
 from itertools import pairwise
 
 STOPPED = 75  # exit status after SIGTERM: a checkpoint was written (EX_TEMPFAIL: try again)
@@ -25,11 +26,13 @@ class StopSignal:
     """SIGTERM as a wish: ``with StopSignal() as stop: ... if stop.wished``. A second signal ends the process at once.
 
     Launchers and schedulers both pass a signal on, so what comes within GRACE_SECONDS of the first is still the first.
+    clock, end: for tests; `end` gets the exit status.
     """
 
     GRACE_SECONDS = 2.0
 
-    def __init__(self):
+    def __init__(self, *, clock: Callable[[], float] = time.monotonic, end: Callable[[int], None] = os._exit):
+        self.clock, self.end = clock, end
         self.wished_at: float | None = None
 
     @property
@@ -53,15 +56,15 @@ class StopSignal:
 
     def _wish(self, *_) -> None:
         if self.wished_at is None:
-            self.wished_at = time.monotonic()
+            self.wished_at = self.clock()
 
     def _listen(self, hearing: socket.socket) -> None:
         with hearing:
             while numbers := hearing.recv(1):
                 if numbers[0] == signal.SIGTERM:
                     self._wish()
-                    if time.monotonic() - self.wished_at > self.GRACE_SECONDS:
-                        os._exit(128 + signal.SIGTERM)
+                    if self.clock() - self.wished_at > self.GRACE_SECONDS:
+                        self.end(128 + signal.SIGTERM)
 
 
 class Watchdog:
@@ -74,18 +77,22 @@ class Watchdog:
     # From the report to the exit: other ranks, whose last beat was later, are to report before they lose a peer.
     PARTING_SECONDS = 5.0
 
-    def __init__(self, rank: int, size: int, timeout_seconds: float):
-        self.rank, self.size, self.timeout_seconds = rank, size, timeout_seconds
+    def __init__(self, rank: int, size: int, timeout_seconds: float, clock: Callable[[], float] = time.monotonic):
+        self.rank, self.size, self.timeout_seconds, self.clock = rank, size, timeout_seconds, clock
         self.ended = threading.Event()
-        self.last, self.step = time.monotonic(), 0
+        self.last, self.step = clock(), 0
 
     def beat(self, step: int | None = None) -> None:
         """There was progress; ``step``: which one is under way."""
-        self.last = time.monotonic()
+        self.last = self.clock()
         if step is not None:
             self.step = step
         # Written in C: it also fires where a hung call keeps the interpreter's lock.
         faulthandler.dump_traceback_later(2 * self.timeout_seconds, exit=True)
+
+    def seconds_left(self) -> float:
+        """Until the process ends, unless there is a beat before."""
+        return self.last + self.timeout_seconds - self.clock()
 
     def __enter__(self) -> "Watchdog":
         self.beat()
@@ -97,8 +104,8 @@ class Watchdog:
         faulthandler.cancel_dump_traceback_later()
 
     def _watch(self) -> None:
-        while not self.ended.wait(max(0.05, self.last + self.timeout_seconds - time.monotonic())):
-            if time.monotonic() - self.last >= self.timeout_seconds:
+        while not self.ended.wait(max(0.05, self.seconds_left())):
+            if self.seconds_left() <= 0:
                 sys.stderr.write(self._report())
                 sys.stderr.flush()
                 time.sleep(min(self.PARTING_SECONDS, self.timeout_seconds / 4))

@@ -1,4 +1,4 @@
-"""Curves of any runs, by name, as `ibq ablate` draws those of a table, and what their last validations say.
+"""Draws curves of any runs, as `ibq ablate` does for a table, and prints their last validations.
 
 python benchmarks/claims/curves.py VQ='claims/long/vq/seed_*' IBQ='claims/long/ibq/seed_*' --out curves.png
 """

@@ -1,10 +1,10 @@
-"""Claim (a): how much of the reconstruction's gradient comes through IBQ's softmax to the features.
+"""Claim (a): how much of the reconstruction gradient reaches the features through IBQ's softmax.
 
     python benchmarks/claims/gradient.py 'claims/usage/ibq/seed_*' --images PATH
 
-For the gradient g of L1 towards the code vectors, as VQ hands it on, and s, what IBQ makes of it through
-softmax(z C^T): |s| / |g| over all tokens together, the cosine of the two, and the softmax's entropy beside that of
-codes equally likely. Of the weights as trained, not their averages; of the first 32 pictures.
+g is the gradient of L1 with respect to the code vectors, which VQ passes to the features unchanged; s is the gradient
+that IBQ passes on through softmax(z C^T). Prints |s| / |g| over all tokens, their cosine, and the softmax's entropy
+beside that of a uniform distribution. Uses the raw weights, not the EMA, and the first 32 images.
 """
 
 import argparse

@@ -1,10 +1,10 @@
-"""Claim (a): how many codes some runs use as more tokens are evaluated, beside what as many tokens could reach.
+"""Claim (a): codebook usage of runs as a function of the number of evaluated tokens, beside its upper bound.
 
     python benchmarks/claims/reach.py VQ='claims/usage/vq/seed_*' IBQ='claims/usage/ibq/seed_*' --images TARS
 
-Pictures are taken at 256 x 256, those of ``--images`` in their order. The bound is what n tokens of K equally likely
-codes are expected to touch: 1 - (1 - 1/K)^n. Said beside it: what n tokens drawn at random from all the pictures are
-expected to touch, for codes are never equally likely, and tokens of one picture are alike.
+Images are 256 x 256, in the order of ``--images``. The bound is the expected usage of n tokens if all K codes are
+equally likely: 1 - (1 - 1/K)^n. Also prints the expected usage of n tokens drawn at random from all images, since codes
+are never equally likely and tokens of one image are similar.
 """
 
 import argparse
@@ -29,7 +29,7 @@ from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
 @torch.no_grad()
 def reach(run: Path, paths: list[str], size: int) -> dict:
-    """Tokens and usage after every eighth picture; after each path perplexity, too; the commonest code's share."""
+    """Tokens and usage after every eighth image, perplexity after each path, the share of the commonest code."""
     config = load_run_config(run, [])
     tokenizer = model_zoo.load_tokenizer(run)
     usage = CodebookUsage(tokenizer.config.codebook_size)
@@ -62,17 +62,17 @@ def reach(run: Path, paths: list[str], size: int) -> dict:
 
 
 def rarefied(counts_k: torch.Tensor, tokens: int) -> float:
-    """The share of codes that so many of the counted tokens are expected to touch, drawn without putting them back:
-    1 - C(N - c, n) / C(N, n) of each code (Hurlbert 1971)."""
+    """Expected share of codes used by this many of the counted tokens, drawn without replacement: the mean of
+    1 - C(N - c, n) / C(N, n) over codes (Hurlbert 1971)."""
     c_k, total = counts_k.double(), float(counts_k.sum())
-    left_k = total - c_k - tokens  # below 0: the code cannot be missed
+    left_k = total - c_k - tokens  # below 0: the code is certainly drawn
     log_missed_k = torch.lgamma(total - c_k + 1) - torch.lgamma(left_k.clamp(min=0) + 1)
     log_missed_k += math.lgamma(total - tokens + 1) - math.lgamma(total + 1)
     return 1 - torch.where(left_k < 0, 0.0, log_missed_k.exp()).mean().item()
 
 
 def bound(tokens: np.ndarray, codes: int) -> np.ndarray:
-    """The share of equally likely codes that so many tokens are expected to touch."""
+    """Expected share of codes used by this many tokens if all codes are equally likely."""
     return -np.expm1(tokens * np.log1p(-1 / codes))
 
 

@@ -1,4 +1,4 @@
-"""Claim (b): how far what Soft VQ trains on is from what it is used as, at each checkpoint of some runs.
+"""Claim (b): PSNR of Soft VQ from soft mixtures (as trained) and from codes (as used), at each checkpoint of runs.
 
 python benchmarks/claims/soft_gap.py RUN [RUN ...] --images PATH --out soft_gap.png
 """
@@ -22,7 +22,7 @@ from matplotlib import pyplot
 
 
 class Gap(NamedTuple):
-    """PSNR in dB, means over images: decoded from the mixtures of that step's temperature, and from codes."""
+    """PSNR in dB, means over images: decoded from mixtures at that step's temperature, and from codes."""
 
     step: int
     temperature: float

@@ -1,11 +1,11 @@
-"""Trains IBQ with VQ's straight-through gradient added: what the reconstruction says of a code vector goes on to its
-feature unchanged, besides through softmax(z C^T). For claim (a); an experiment, not a method of this project.
+"""Trains IBQ with VQ's straight-through gradient added: the gradient of a code vector also goes to its feature
+unchanged, not only through softmax(z C^T). For claim (a); an experiment, not a method of this project.
 
     python benchmarks/claims/straight_through.py benchmarks/claims/small.yaml data.train=TARS data.val=TARS \
         trainer.max_steps=400 seed=0 run=claims/straight_through/seed_0
 
-Arguments are those of `python -m trainer`. The run says model.quantizer=ibq_straight_through, which only this script
-knows: `--resume RUN` with it, too.
+Arguments are those of `python -m trainer`. The run has model.quantizer=ibq_straight_through, which only this script
+defines; use the script for `--resume RUN` too.
 """
 
 import sys

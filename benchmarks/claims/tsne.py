@@ -1,8 +1,8 @@
-"""Claim (e): codes and features of some runs in one plane each, as in the paper's figures 1 and 2.
+"""Claim (e): t-SNE of codes and features of runs, as in the paper's figures 1 and 2.
 
     python benchmarks/claims/tsne.py VQ=runs/vq IBQ=runs/ibq --images PATH --out tsne.png
 
-Needs scikit-learn (pip install scikit-learn), which nothing else here does.
+Needs scikit-learn (pip install scikit-learn), which is not a dependency of ibq.
 """
 
 import argparse
@@ -25,7 +25,7 @@ POINTS = 2000  # of each kind, drawn by a fixed seed
 
 @torch.no_grad()
 def features_and_codes(run: Path, path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Features (POINTS, d), codes (POINTS, d), and whether each of these codes is chosen by any feature."""
+    """Features (POINTS, d), codes (POINTS, d), and whether any feature chooses each code."""
     config = load_run_config(run, [])
     tokenizer = model_zoo.load_tokenizer(run)
     images = evaluation_images(path, image_size=config.data.image_size, resize=config.data.resize)

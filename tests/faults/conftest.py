@@ -13,8 +13,8 @@ from ranks import Ranks
 def two_ranks(ranks: Ranks) -> SimpleNamespace:
     """`train(run, changes, fault)`, `resume(source, *overrides)` and `start(*arguments)` of `Ranks` on two ranks."""
     return SimpleNamespace(
-        train=lambda run, changes=None, fault=None: ranks.train(
-            2, "debug", run, {**CHANGES, **(changes or {})}, fault=fault
+        train=lambda run, changes=None, fault=None, **options: ranks.train(
+            2, "debug", run, {**CHANGES, **(changes or {})}, fault=fault, **options
         ),
         resume=lambda source, *overrides, fault=None: ranks.resume(2, source, *overrides, fault=fault),
         start=lambda *arguments, fault=None: ranks.start(2, *arguments, fault=fault),

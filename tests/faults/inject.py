@@ -7,6 +7,7 @@ all patches of its internals are in this file.
 Warm ranks call `run` (see tests/ranks.py).
 """
 
+import ctypes
 import hashlib
 import json
 import math
@@ -14,6 +15,7 @@ import os
 import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -24,7 +26,7 @@ import trainer.checkpoint as checkpoint
 from trainer.__main__ import main
 from trainer.parallel import gather_objects
 from trainer.tasks.tokenizer import TokenizerTask
-from trainer.watchdog import Watchdog
+from trainer.watchdog import StopSignal, Watchdog
 
 RANK = int(os.environ.get("RANK", 0))
 
@@ -94,25 +96,43 @@ def kill_at_step(rank: int, step: int) -> None:
     _in_step(rank, step, lambda: os.kill(os.getpid(), signal.SIGKILL))
 
 
-def fall_asleep(rank: int, step: int, marker: str | None = None, lag_seconds: float = 0.0) -> None:
-    """A rank hangs in a step. marker: a file that appears when it does. lag_seconds: how much later others begin."""
+def hang(
+    rank: int,
+    step: int,
+    *,
+    holds_lock: bool = False,
+    marker: str | None = None,
+    timeout_seconds: float | None = None,
+    grace_seconds: float = StopSignal.GRACE_SECONDS,
+) -> None:
+    """A rank hangs in a step. holds_lock: in C code, with the interpreter's lock. marker: a file that appears then.
+    timeout_seconds: the watchdogs' from this step on, so that slow steps before it do not count. The hanging rank's
+    begins first: it must report before it loses its peer."""
 
     def sleeping_beauty() -> None:
         if marker:
             Path(marker).touch()
-        time.sleep(600)
+        (ctypes.PyDLL(None).sleep if holds_lock else time.sleep)(600)  # PyDLL keeps the lock
 
-    def lagging_beat(watchdog, beaten_step: int | None = None) -> None:
-        if rank != RANK and beaten_step == step:
-            time.sleep(lag_seconds)
+    def beat_of_step(watchdog, beaten_step: int | None = None) -> None:
+        if timeout_seconds and beaten_step == step:
+            time.sleep(0.0 if rank == RANK else 0.2)
+            watchdog.timeout_seconds = timeout_seconds
+            threading.Thread(target=watchdog._watch, daemon=True).start()  # the first one waits for the former timeout
         beat(watchdog, beaten_step)
 
-    beat, Watchdog.beat = Watchdog.beat, lagging_beat
+    beat, Watchdog.beat = Watchdog.beat, beat_of_step
+    StopSignal.GRACE_SECONDS = grace_seconds
     _in_step(rank, step, sleeping_beauty)
 
 
+def terminate(rank: int, step: int) -> None:
+    """SIGTERM comes to a rank in the middle of a step."""
+    _in_step(rank, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+
+
 def slow_steps(seconds: float) -> None:
-    """Every step takes so much longer, so that a signal comes in the middle of one."""
+    """Every step takes longer, so that a signal from outside arrives before the run's end."""
     step = TokenizerTask.step
 
     def slow_step(task, *arguments):
@@ -162,13 +182,8 @@ def _hash(tensors: dict) -> str:
     return digest.hexdigest()[:16]
 
 
-def nothing() -> None:
-    """No fault."""
-
-
 def _in_step(rank: int, step: int, action) -> None:
-    """Does it once: where torchrun has started the processes again, they are left in peace."""
-    if rank != RANK or os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+    if rank != RANK:
         return
     step_of_task = TokenizerTask.step
 
@@ -180,11 +195,13 @@ def _in_step(rank: int, step: int, action) -> None:
     TokenizerTask.step = step_with_fault
 
 
-FAULTS = {fault.__name__: fault for fault in (nothing, kill_in_save, kill_at_step, fall_asleep, slow_steps, nan)}
+FAULTS = {fault.__name__: fault for fault in (kill_in_save, kill_at_step, hang, terminate, slow_steps, nan)}
 
 
 def arm(fault: dict) -> None:
-    """Prepares a fault."""
+    """Prepares a fault, unless torchrun has restarted the processes: each fault happens once."""
+    if os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0":
+        return
     FAULTS[fault["kind"]](**{name: value for name, value in fault.items() if name != "kind"})
 
 

@@ -379,11 +379,11 @@ def tar_with_bad_ones(path: Path, images: int, every: int) -> list[str]:
     return keys
 
 
-def test_a_run_with_a_few_bad_images_comes_to_its_end(launch, tmp_path):
+def test_a_run_with_a_few_bad_images_comes_to_its_end(ranks, tmp_path):
     """One in twelve (8%), below data.max_bad_fraction; 160 images in 20 steps are more than one epoch."""
     bad = tar_with_bad_ones(tmp_path / "photos.tar", 132, 12)
     run = settings({"trainer.max_steps": 20, "data.train": tmp_path / "photos.tar", "data.val": "null"})
-    finished = launch.ibq("train", "debug", f"run={tmp_path / 'run'}", *run)
+    finished = ranks.ibq("train", "debug", f"run={tmp_path / 'run'}", *run)
     assert finished.status == 0, finished.err
     skips = re.findall(r"skipped (\S+) in (\S+): (.+)", finished.err)
     assert len(skips) >= 10 and {key for key, _, _ in skips} <= set(bad)
@@ -392,10 +392,10 @@ def test_a_run_with_a_few_bad_images_comes_to_its_end(launch, tmp_path):
     assert "Traceback" not in finished.err and "Warning" not in finished.err
 
 
-def test_a_run_with_bad_images_only_stops_with_one_line(launch, tmp_path):
+def test_a_run_with_bad_images_only_stops_with_one_line(ranks, tmp_path):
     tar_with_bad_ones(tmp_path / "photos.tar", 200, 1)
     run = settings({"data.train": tmp_path / "photos.tar", "data.val": "null"})
-    finished = launch.ibq("train", "debug", f"run={tmp_path / 'run'}", *run)
+    finished = ranks.ibq("train", "debug", f"run={tmp_path / 'run'}", *run)
     assert finished.status == 2, finished.err
     (line,) = finished.error_lines
     assert finished.err.endswith(line + "\n")

@@ -1,4 +1,5 @@
-"""A checkpoint that lost a bit, an end or a file is never gone on from: a run falls back to the newest whole one."""
+"""A damaged checkpoint is never resumed from: a run falls back to the newest whole one. One process meets every kind of
+damage in tests/unit/trainer/test_checkpoint.py."""
 
 from pathlib import Path
 
@@ -19,7 +20,7 @@ def flip_one_bit(file: Path) -> None:
     file.write_bytes(content)
 
 
-# (file, what happens to it, what is said of it)
+# (file, how it is damaged, what the message says)
 DAMAGES = {
     "part cut": (PART, cut, "bytes instead of"),
     "bit flipped": (PART, flip_one_bit, "is not what was written (its sha256 differs)"),
@@ -30,8 +31,11 @@ DAMAGES = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES)
-def test_the_newest_whole_checkpoint_is_gone_on_from(two_ranks, unbroken, copy_of_unbroken, damage):
+IN_FULL = {"part cut", "part missing", "state's bit flipped", "manifest missing"}
+
+
+@pytest.mark.parametrize("damage", [pytest.param(d, marks=pytest.mark.full) if d in IN_FULL else d for d in DAMAGES])
+def test_the_newest_whole_checkpoint_is_resumed_from(two_ranks, unbroken, copy_of_unbroken, damage):
     run = copy_of_unbroken
     file, break_it, said = DAMAGES[damage]
     newest = run / f"checkpoints/step_{NEWEST:08d}"

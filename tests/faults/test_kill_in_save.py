@@ -29,9 +29,17 @@ CASES += [
     (phase, 1, "async") for phase in ("half of the part", "after the part", "before the manifest", "after latest")
 ]
 CASES += [("half of the part", 0, "sync"), ("after the part", 1, "sync")]
+# The rest are only in `make test-full`.
+REPRESENTATIVE = [
+    *[(phase, 0, "async") for phase in ("half of the part", "after the manifest", "after the rename")],
+    *[("before the manifest", 1, "async"), ("half of the pruning", 0, "async"), ("half of the part", 0, "sync")],
+]
 
 
-@pytest.mark.parametrize(("phase", "rank", "kind"), CASES)
+@pytest.mark.parametrize(
+    ("phase", "rank", "kind"),
+    [case if case in REPRESENTATIVE else pytest.param(*case, marks=pytest.mark.full) for case in CASES],
+)
 def test_the_checkpoint_in_force_is_whole_and_the_run_goes_on(two_ranks, unbroken, tmp_path, phase, rank, kind):
     run = tmp_path / "run"
     changes = {"trainer.keep_last": 1, "trainer.async_checkpoints": kind == "async"}

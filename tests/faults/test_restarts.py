@@ -1,26 +1,47 @@
-"""torchrun --max-restarts: processes started again go on from the newest checkpoint by themselves."""
+"""torchrun --max-restarts: restarted processes resume from the newest checkpoint by themselves."""
 
 import json
 import re
+import signal
 
 import pytest
 from faults.outcome import assert_whole, fault_settings, latest, loss_lines, newest_step
 from ranks import INJECT, TORCHRUN
 
 STEPS = 8
+KILL_IN_SAVE = {"kind": "kill_in_save", "rank": 1, "step": 6, "phase": "half of the part"}
+KILL_AT_STEP_2 = {"kind": "kill_at_step", "rank": 1, "step": 2}
 
 
-# The checkpoint of step 4 is finished at the latest when that of step 6 begins; that one may not be finished at step 7.
-@pytest.mark.parametrize(("killed_at", "goes_on_after"), [(7, {4, 6}), (2, {0})], ids=["saved", "nothing saved yet"])
-def test_a_killed_rank_is_started_again_and_the_run_ends_well(launch, unbroken, tmp_path, killed_at, goes_on_after):
-    run = tmp_path / "run"
-    fault = json.dumps({"kind": "kill_at_step", "rank": 1, "step": killed_at})
-    torchrun = *TORCHRUN, 2, "--max-restarts", 1  # which must be enough
-    arguments = "debug", f"run={run}", *fault_settings({"trainer.max_steps": STEPS})
-    ended = launch.finish(launch.start_python(*torchrun, INJECT, fault, *arguments))
-    assert ended.status == 0, ended.err
-    first, *again = re.findall(rf"steps (\d+) to {STEPS}$", ended.err, re.MULTILINE)
-    assert first == "1" and len(again) == 1 and int(again[0]) - 1 in goes_on_after
+def assert_restarted(err: str, run, unbroken, after: int) -> None:
+    """The run started, then resumed after that step, and came to its end."""
+    steps = re.findall(rf"steps (\d+) to {STEPS}$", err, re.MULTILINE)
+    assert steps == ["1", str(after + 1)], err
     assert newest_step(run) == STEPS
     assert_whole(latest(run))
     assert loss_lines(run) == loss_lines(unbroken)[:STEPS]
+
+
+@pytest.mark.parametrize(
+    ("fault", "after"),
+    [(KILL_IN_SAVE, 4), pytest.param(KILL_AT_STEP_2, 0, marks=pytest.mark.full)],
+    ids=["in a save", "nothing saved yet"],
+)
+def test_torchrun_restarts_after_a_kill_and_the_run_completes(launch, unbroken, tmp_path, fault, after):
+    run = tmp_path / "run"
+    torchrun = *TORCHRUN, 2, "--max-restarts", 1  # which must be enough
+    arguments = "debug", f"run={run}", *fault_settings({"trainer.max_steps": STEPS})
+    ended = launch.finish(launch.start_python(*torchrun, INJECT, json.dumps(fault), *arguments))
+    assert ended.status == 0, ended.err
+    assert_restarted(ended.err, run, unbroken, after)
+
+
+def test_a_restart_before_the_first_checkpoint_starts_afresh(two_ranks, unbroken, tmp_path):
+    run = tmp_path / "run"
+    steps = {"trainer.max_steps": STEPS}
+    restarts = {"TORCHELASTIC_MAX_RESTARTS": "1"}  # as torchrun sets it
+    killed = two_ranks.train(run, steps, KILL_AT_STEP_2, environment=restarts)
+    assert killed.statuses[1] == -signal.SIGKILL
+    again = two_ranks.train(run, steps, environment=restarts)
+    assert again.statuses == [0, 0], again.err
+    assert_restarted(killed.err + again.err, run, unbroken, after=0)

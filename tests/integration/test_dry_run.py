@@ -1,5 +1,7 @@
 """`--dry-run`: the memory that it prints is the theory's within 2%, and equals that of real processes to the byte."""
 
+from functools import cache
+
 import pytest
 import torch
 
@@ -76,19 +78,21 @@ def real_gradients(task: TokenizerTask, images: list[torch.Tensor]) -> dict[str,
 
 
 @pytest.fixture(scope="module")
-def planned(ranks) -> dict[str, dict]:
-    """`plans` by the name of the configuration. In a warm rank, since forks of pytest's threads could deadlock."""
-    (answers,) = ranks.call(1, plans, "ibq_262144", RANKS, list(CONFIGURATIONS.values()), join=False)
-    return dict(zip(CONFIGURATIONS, answers, strict=True))
+def planned(ranks):
+    """`planned(recipe, *overrides)`: `plans` of one configuration on RANKS processes, in a warm rank, since forks of
+    pytest's threads could deadlock."""
+
+    @cache
+    def plan(recipe: str, *overrides: str) -> dict[int, dict]:
+        ((networks_of_ranks,),) = ranks.call(1, plans, recipe, RANKS, [[*overrides]], join=False)
+        return networks_of_ranks
+
+    return plan
 
 
-@pytest.fixture(scope="module")
-def generators_planned(ranks) -> dict[str, dict]:
-    """The same of `ar_xxl`."""
-    batch = ["trainer.micro_batch_size=12"]
-    configurations = [[*changes, *batch] for changes in GENERATORS.values()]
-    (answers,) = ranks.call(1, plans, "ar_xxl", RANKS, configurations, join=False)
-    return dict(zip(GENERATORS, answers, strict=True))
+def in_full(names, *full: str) -> list:
+    """Parameters, some of them for the full tier."""
+    return [pytest.param(name, marks=[pytest.mark.full] * (name in full)) for name in names]
 
 
 @pytest.fixture(scope="module")
@@ -117,9 +121,9 @@ def generator_theory(name: str, numbers: list[int]) -> list[float]:
 
 
 @pytest.mark.parametrize("rank", [0, RANKS - 1])
-@pytest.mark.parametrize("name", CONFIGURATIONS)
+@pytest.mark.parametrize("name", in_full(CONFIGURATIONS, "zero2, codebook 8", "fsdp2"))
 def test_bytes_are_theory(planned, shapes, name, rank):
-    networks = planned[name][rank]
+    networks = planned("ibq_262144", *CONFIGURATIONS[name])[rank]
     numbers, of_discriminator = shapes
     engine, _, sharded = name.partition(", ")
     codes = 4 * 262_144 * 256 / (8 if sharded else 1)
@@ -130,14 +134,14 @@ def test_bytes_are_theory(planned, shapes, name, rank):
     assert networks["LPIPS, frozen"] == [4 * LPIPS_WEIGHTS, 0, 0, 0]
 
 
-@pytest.mark.parametrize("name", GENERATORS)
-def test_bytes_of_the_largest_generator_are_theory(generators_planned, name):
+@pytest.mark.parametrize("name", in_full(GENERATORS, "zero3", "fsdp2"))
+def test_bytes_of_the_largest_generator_are_theory(planned, name):
     """2.1B parameters, of which no process ever had the values."""
     with torch.device("meta"):
         numbers = [p.numel() for p in Transformer(load_recipe("ar_xxl", []).model).parameters()]
     head = 16_384 * 1_920
     for rank in (0, RANKS - 1):
-        networks = generators_planned[name][rank]
+        networks = planned("ar_xxl", *GENERATORS[name], "trainer.micro_batch_size=12")[rank]
         if name == "fsdp2, head 8":
             assert networks["head"] == pytest.approx([4 * head / 8, 4 * head / 8, 8 * head / 8, 0], rel=0.02)
             expected = generator_theory("fsdp2", [*numbers, -head])

@@ -1,12 +1,6 @@
-"""A codebook spread over ranks against one process that has all tokens and all codes. Real processes, gloo.
-
-This file is the test and, under torchrun, the ranks: they write what they got, and the test compares.
+"""A codebook spread over ranks against one process that has all tokens and all codes. Real processes, gloo:
+the warm ranks return their results, and the tests compare them.
 """
-
-import os
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -180,8 +174,8 @@ def quantizers(group):
     return found
 
 
-def rank_main(folder: Path):
-    dist.init_process_group("gloo")
+def rank_main() -> dict:
+    """Every result of one rank."""
     rank, found = dist.get_rank(), {"cases": {}, "mistakes": {}}
     groups = {size: dist.new_group(list(range(size))) for size in (2, 3, 4)}
     for name, (tokens, *_) in CASES.items():
@@ -193,23 +187,13 @@ def rank_main(folder: Path):
         found["mistakes"][name] = mistaken(name, groups[4], rank)
     if rank < 2:
         found["quantizers"] = quantizers(groups[2])
-    torch.save(found, folder / f"rank_{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """What each rank found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    root = Path(__file__).parents[2]
-    # The ranks are processes on the CPU, also where the other tests have a GPU.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(root), "TRITON_INTERPRET": "1"}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
-    command += [__file__, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in range(RANKS)]
+def results(ranks) -> list[dict]:
+    """Of each rank."""
+    return ranks.call(RANKS, rank_main, environment={"TRITON_INTERPRET": "1"})
 
 
 def truth(name):
@@ -237,10 +221,10 @@ def truth(name):
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_ranks_equal_one_process_with_all_tokens(ranks, name):
+def test_ranks_equal_one_process_with_all_tokens(results, name):
     tokens, _, dtype, temperature = CASES[name]
     expected = truth(name)
-    found = [ranks[rank]["cases"][name] for rank in range(len(tokens))]
+    found = [results[rank]["cases"][name] for rank in range(len(tokens))]
     assert ("sample_entropy" in found[0]) == (temperature is not None)
     tolerance = 1e-11 if dtype == torch.float64 else 1e-5
     for key in found[0]:
@@ -257,32 +241,32 @@ def test_ranks_equal_one_process_with_all_tokens(ranks, name):
             assert (actual.detach() - true).norm() <= tolerance * true.norm().clamp(min=1e-3), key
 
 
-def test_ties_across_shards_go_to_the_lowest_index(ranks):
-    for rank in ranks:
+def test_ties_across_shards_go_to_the_lowest_index(results):
+    for rank in results:
         for index_n in rank["ties"]:
             assert index_n.max() < TIES[0] and len(index_n.unique()) > 20
     for name, (tokens, *_) in CASES.items():
-        assert ranks[len(tokens) - 1]["cases"][name]["index_n"][-1] == 0, name
+        assert results[len(tokens) - 1]["cases"][name]["index_n"][-1] == 0, name
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_of_one_rank_is_told_to_all_at_once(ranks, name):
-    messages = [message for rank in ranks for message in rank["mistakes"][name]]
+def test_a_mistake_of_one_rank_is_told_to_all_at_once(results, name):
+    messages = [message for rank in results for message in rank["mistakes"][name]]
     assert len(messages) == 2 * RANKS
     (message,) = set(messages)
     assert message.startswith(MISTAKES[name]) and "\n" not in message
 
 
-def test_codes_beyond_the_codebook_and_shards_that_end_before_it(ranks):
-    for rank in ranks:
+def test_codes_beyond_the_codebook_and_shards_that_end_before_it(results):
+    for rank in results:
         *of_codes, of_shards = rank["beyond"]
         assert of_codes == 2 * ["codes of rank 1 in the group must lie in [0, 40)"]
         assert of_shards.endswith("are not the codebook's 50 codes, one after the other")
 
 
 @pytest.mark.parametrize("name", SPREADABLE)
-def test_sharded_quantizers_equal_the_whole_one(ranks, name):
-    first, second = (ranks[rank]["quantizers"][name] for rank in range(2))
+def test_sharded_quantizers_equal_the_whole_one(results, name):
+    first, second = (results[rank]["quantizers"][name] for rank in range(2))
     torch.manual_seed(3)
     quantizer = QUANTIZERS[name](INITIAL_BLOCK + 13, 8, 1.0)
     assert torch.equal(torch.cat([first["rows"], second["rows"]]), quantizer.embedding.weight)
@@ -302,7 +286,3 @@ def test_sharded_quantizers_equal_the_whole_one(ranks, name):
         assert (torch.cat([first[key], second[key]]) - true).norm() < 1e-5 * true.norm()
     assert second["lookup"].shape == (0, 8, 2, 3)
     assert torch.equal(first["lookup"], quantizer.lookup(out.index_bhw[:1]).detach())
-
-
-if __name__ == "__main__":
-    rank_main(Path(sys.argv[1]))

@@ -53,8 +53,8 @@ def run(op, z_nd, codebook_kd, upstream, temperature, dtype=None, **settings):
     return {name: v.detach().double() for name, v in values.items() if v is not None}, out.index_n
 
 
-def error(value, truth, least=1e-30):
-    return ((value - truth).abs().max() / truth.abs().max().clamp(min=least)).item()
+def error(value, exact, least=1e-30):
+    return ((value - exact).abs().max() / exact.abs().max().clamp(min=least)).item()
 
 
 @pytest.mark.parametrize("temperature", [None, 0.01, 0.5, 3.0])
@@ -62,21 +62,21 @@ def error(value, truth, least=1e-30):
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_error_is_no_larger_than_that_of_dense(dtype, shape, temperature):
     z_nd, codebook_kd, upstream = random_operands(*shape, dtype)
-    truth, index_n = run(index_backprop_dense, z_nd, codebook_kd, upstream, temperature, torch.float64)
+    exact, index_n = run(index_backprop_dense, z_nd, codebook_kd, upstream, temperature, torch.float64)
     # The tiles compute in fp32 where the operands are half precision; dense, which does not, would be a lax measure.
     half = dtype.itemsize == 2
     dense, _ = run(index_backprop_dense, z_nd, codebook_kd, upstream, temperature, torch.float32 if half else dtype)
     for settings in ({"tile": TILE}, {"tile": TILE, "skip": False}, {}):
         chunked, chunked_index_n = run(index_backprop_chunked, z_nd, codebook_kd, upstream, temperature, **settings)
         assert torch.equal(chunked_index_n, index_n)
-        assert chunked.keys() == truth.keys()
-        for name in truth:
+        assert chunked.keys() == exact.keys()
+        for name in exact:
             # Rounding of the logits counts 1 / temperature times, and gradients are rounded to the operands' type.
             sums = torch.float32 if half else dtype
-            allowed = error(dense[name], truth[name]) + TOLERANCE[sums] / min(1, temperature or 1)
+            allowed = error(dense[name], exact[name]) + TOLERANCE[sums] / min(1, temperature or 1)
             if half and name.endswith("grad"):
                 allowed += TOLERANCE[dtype]
-            assert error(chunked[name], truth[name]) <= allowed, (name, settings)
+            assert error(chunked[name], exact[name]) <= allowed, (name, settings)
 
 
 @pytest.mark.parametrize("temperature", [0.02, 0.7])
@@ -84,11 +84,11 @@ def test_error_is_no_larger_than_that_of_dense(dtype, shape, temperature):
 def test_each_upstream_gradient_alone_and_together(used, temperature):
     z_nd, codebook_kd, upstream = random_operands(33, 257, 16)
     upstream = {name: upstream[name] for name in used}
-    truth, _ = run(index_backprop_dense, z_nd, codebook_kd, upstream, temperature)
+    exact, _ = run(index_backprop_dense, z_nd, codebook_kd, upstream, temperature)
     chunked, _ = run(index_backprop_chunked, z_nd, codebook_kd, upstream, temperature, tile=TILE)
-    assert chunked.keys() == truth.keys()  # so that the gradient of z is None for code_nd alone
-    for name in truth:
-        torch.testing.assert_close(chunked[name], truth[name], rtol=1e-10, atol=1e-12)
+    assert chunked.keys() == exact.keys()  # so that the gradient of z is None for code_nd alone
+    for name in exact:
+        torch.testing.assert_close(chunked[name], exact[name], rtol=1e-10, atol=1e-12)
 
 
 @pytest.mark.parametrize("wanted", ["z", "codebook"])
@@ -217,9 +217,9 @@ def test_logits_of_ten_thousand_give_no_nan(tile, temperature, dtype):
     values, index_n = run(index_backprop_chunked, z_nd, codebook_kd, upstream, temperature, dtype, tile=tile)
     assert index_n.tolist() == [4, 0, 3, 0]
     assert all(value.isfinite().all() for value in values.values())
-    truth, _ = run(index_backprop_dense, z_nd, codebook_kd, upstream, temperature, torch.float64)
-    for name in truth:
-        torch.testing.assert_close(values[name], truth[name], rtol=2 * TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    exact, _ = run(index_backprop_dense, z_nd, codebook_kd, upstream, temperature, torch.float64)
+    for name in exact:
+        torch.testing.assert_close(values[name], exact[name], rtol=2 * TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

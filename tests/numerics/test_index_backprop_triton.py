@@ -66,8 +66,8 @@ def run(op, z_nd, codebook_kd, upstream, temperature, dtype=None, **settings):
     return {name: v.detach().double() for name, v in values.items() if v is not None}, out.index_n
 
 
-def error(value, truth):
-    return ((value - truth).abs().max() / truth.abs().max().clamp(min=1e-30)).item()
+def error(value, exact):
+    return ((value - exact).abs().max() / exact.abs().max().clamp(min=1e-30)).item()
 
 
 def combinations():
@@ -81,7 +81,7 @@ def combinations():
 @pytest.mark.parametrize(("dtype", "shape", "temperature"), list(combinations()))
 def test_error_is_no_larger_than_that_of_dense(dtype, shape, temperature):
     z_nd, codebook_kd, upstream = random_operands(*shape, dtype)
-    truth, index_n = run(index_backprop_dense, z_nd, codebook_kd, upstream, temperature, torch.float64)
+    exact, index_n = run(index_backprop_dense, z_nd, codebook_kd, upstream, temperature, torch.float64)
     dense, _ = run(index_backprop_dense, z_nd, codebook_kd, upstream, temperature, torch.float32)
     # The interpreter's time counts: there one setting, of every other shape the one that skips.
     settings = [{"tile": TILE, "skip": SHAPES.index(shape) % 2 == 0}]
@@ -90,24 +90,24 @@ def test_error_is_no_larger_than_that_of_dense(dtype, shape, temperature):
     for setting in settings:
         values, triton_index_n = run(index_backprop_triton, z_nd, codebook_kd, upstream, temperature, **setting)
         assert torch.equal(triton_index_n, index_n)
-        assert values.keys() == truth.keys()
-        for name in truth:
+        assert values.keys() == exact.keys()
+        for name in exact:
             # Rounding of the logits counts 1 / temperature times.
-            allowed = error(dense[name], truth[name]) + VALUES / min(1, temperature or 1)
+            allowed = error(dense[name], exact[name]) + VALUES / min(1, temperature or 1)
             if "grad" in name and dtype != torch.float32:
                 allowed += GRADIENTS[dtype]
-            assert error(values[name], truth[name]) <= allowed, (name, setting)
+            assert error(values[name], exact[name]) <= allowed, (name, setting)
 
 
 @pytest.mark.parametrize("used", [[name] for name in OUTPUTS] + [OUTPUTS[2:]], ids="+".join)
 def test_each_upstream_gradient_alone(used):
     z_nd, codebook_kd, upstream = random_operands(20, 70, 16)
     upstream = {name: upstream[name] for name in used}
-    truth, _ = run(index_backprop_dense, z_nd, codebook_kd, upstream, 0.7, torch.float64)
+    exact, _ = run(index_backprop_dense, z_nd, codebook_kd, upstream, 0.7, torch.float64)
     values, _ = run(index_backprop_triton, z_nd, codebook_kd, upstream, 0.7, tile=TILE)
-    assert values.keys() == truth.keys()  # so that the gradient of z is None for code_nd alone
-    for name in truth:
-        torch.testing.assert_close(values[name], truth[name], rtol=1e-4, atol=1e-5)
+    assert values.keys() == exact.keys()  # so that the gradient of z is None for code_nd alone
+    for name in exact:
+        torch.testing.assert_close(values[name], exact[name], rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("wanted", ["z", "codebook"])
@@ -135,8 +135,8 @@ def test_golden_numbers(number):
     tolerance = VALUES / min(1, case["temperature"] or 1)
     for name, value in values.items():
         if value is not None and name in case:
-            truth = torch.tensor(case[name], dtype=torch.float64)
-            assert error(value.detach().double().cpu(), truth) <= tolerance, name
+            exact = torch.tensor(case[name], dtype=torch.float64)
+            assert error(value.detach().double().cpu(), exact) <= tolerance, name
 
 
 def test_ties_go_to_the_lowest_index_within_and_across_tiles_and_parts_of_lists():
@@ -173,11 +173,11 @@ def test_logits_of_ten_thousand_give_no_nan(temperature, dtype):
     z_nd = torch.tensor([[100.0, 0, 0], [-100, 0, 0], [100, 100, 0], [0, 0, 0], [0, 0, -100]], device=DEVICE)
     upstream = random_operands(5, 23, 3, dtype)[2]
     values, index_n = run(index_backprop_triton, z_nd, codebook_kd, upstream, temperature, dtype, tile=(16, 16))
-    truth, true_index_n = run(index_backprop_dense, z_nd, codebook_kd, upstream, temperature, torch.float64)
-    assert torch.equal(index_n, true_index_n)
-    for name in truth:
+    exact, exact_index_n = run(index_backprop_dense, z_nd, codebook_kd, upstream, temperature, torch.float64)
+    assert torch.equal(index_n, exact_index_n)
+    for name in exact:
         assert values[name].isfinite().all(), name
-        assert error(values[name], truth[name]) <= VALUES + GRADIENTS[dtype], name
+        assert error(values[name], exact[name]) <= VALUES + GRADIENTS[dtype], name
 
 
 def test_skipping_changes_rounding_only_and_is_counted():

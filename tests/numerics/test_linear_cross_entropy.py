@@ -50,8 +50,8 @@ def run(impl, hidden_nd, weight_vd, target_n, z_weight=0.0, factor=1.0, dtype=No
     return {name: value.detach().double() for name, value in values.items()}
 
 
-def error(value, truth):
-    return ((value - truth).abs().max() / truth.abs().max().clamp(min=1e-30)).item()
+def error(value, exact):
+    return ((value - exact).abs().max() / exact.abs().max().clamp(min=1e-30)).item()
 
 
 def test_dense_is_pytorchs_cross_entropy():
@@ -69,15 +69,15 @@ def test_dense_is_pytorchs_cross_entropy():
 @pytest.mark.parametrize("dtype", list(TOLERANCE))
 def test_error_is_no_larger_than_that_of_dense(few_tokens, dtype, shape, z_weight, factor):
     operands = random_operands(*shape, dtype, scale=2.0)
-    truth = run("dense", *operands, z_weight, factor, torch.float64)
+    exact = run("dense", *operands, z_weight, factor, torch.float64)
     dense = run("dense", *operands, z_weight, factor)
     for tokens in (1, 7, 16, shape[0]):
         few_tokens(tokens, operands[1])
         chunked = run("chunked", *operands, z_weight, factor)
-        assert chunked.keys() == truth.keys()
-        for name in truth:
+        assert chunked.keys() == exact.keys()
+        for name in exact:
             # The dense path's losses are as exact as its logits; a rounding of one logit is what half precision allows.
-            assert error(chunked[name], truth[name]) <= 1.5 * error(dense[name], truth[name]) + TOLERANCE[dtype], name
+            assert error(chunked[name], exact[name]) <= 1.5 * error(dense[name], exact[name]) + TOLERANCE[dtype], name
 
 
 def test_chunks_are_of_equal_length(few_tokens):
@@ -121,12 +121,12 @@ def test_autocast_makes_products_in_its_type_and_gives_gradients_in_the_paramete
     expected = run("chunked", *rounded, 0.1)
     with torch.autocast("cpu", dtype):
         found, dense = run("chunked", *operands, 0.1), run("dense", *operands, 0.1)
-    truth = run("dense", *operands, 0.1, dtype=torch.float64)
+    exact = run("dense", *operands, 0.1, dtype=torch.float64)
     for name in expected:
         # The losses are the same to the last bit; gradients need no rounding to half precision.
         assert error(found[name], expected[name]) <= (TOLERANCE[dtype] if name.endswith("grad") else 0), name
-        assert error(found[name], truth[name]) <= 1.5 * error(dense[name], truth[name]) + TOLERANCE[dtype], name
-    assert error(found["weight.grad"], truth["weight.grad"]) > 1e-5  # so the products were not fp32's
+        assert error(found[name], exact[name]) <= 1.5 * error(dense[name], exact[name]) + TOLERANCE[dtype], name
+    assert error(found["weight.grad"], exact["weight.grad"]) > 1e-5  # so the products were not fp32's
 
 
 def test_fp16_does_not_lose_what_is_small_before_a_loss_is_scaled():
@@ -134,9 +134,9 @@ def test_fp16_does_not_lose_what_is_small_before_a_loss_is_scaled():
     hidden_nd, weight_vd, target_n = random_operands(4096, 300, 16, torch.float16, scale=0.1)
     weight_vd = weight_vd / 64
     found = run("chunked", hidden_nd, weight_vd, target_n, factor=2.0**12)
-    truth = run("dense", hidden_nd, weight_vd, target_n, factor=2.0**12, dtype=torch.float64)
-    for name in truth:
-        assert error(found[name], truth[name]) < 2e-3, name
+    exact = run("dense", hidden_nd, weight_vd, target_n, factor=2.0**12, dtype=torch.float64)
+    for name in exact:
+        assert error(found[name], exact[name]) < 2e-3, name
 
 
 def test_without_gradients_only_the_loss_is_made(few_tokens):
@@ -211,11 +211,11 @@ def test_logits_of_ten_thousand_stay_finite(few_tokens, dtype, z_weight):
     target_n = torch.tensor([0, 2, 4, 1])
     few_tokens(3, weight_vd)
     found = run("chunked", hidden_nd, weight_vd, target_n, z_weight, dtype=dtype)
-    truth = run("dense", hidden_nd, weight_vd, target_n, z_weight, dtype=torch.float64)
+    exact = run("dense", hidden_nd, weight_vd, target_n, z_weight, dtype=torch.float64)
     assert found["cross_entropy"] > 7000
-    for name in truth:
+    for name in exact:
         assert found[name].isfinite().all(), name
-        torch.testing.assert_close(found[name], truth[name], rtol=2 * TOLERANCE[dtype], atol=TOLERANCE[dtype])
+        torch.testing.assert_close(found[name], exact[name], rtol=2 * TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("impl", ["dense", "chunked"])
@@ -355,11 +355,11 @@ def test_liger_equals_dense(monkeypatch, dtype, z_weight):
     """In Triton's interpreter: liger's own kernels have not been run on a GPU from here."""
     operands = random_operands(20, 301, 16, dtype)
     monkeypatch.setitem(OP.CHUNK_BYTES, "cuda", 8 * dtype.itemsize * 301)  # so it takes several chunks
-    truth = run("dense", *operands, z_weight, 2.0, torch.float64)
+    exact = run("dense", *operands, z_weight, 2.0, torch.float64)
     dense = run("dense", *operands, z_weight, 2.0)
     found = run("liger", *operands, z_weight, 2.0)
-    for name in truth:
-        assert error(found[name], truth[name]) <= 1.5 * error(dense[name], truth[name]) + 2 * TOLERANCE[dtype], name
+    for name in exact:
+        assert error(found[name], exact[name]) <= 1.5 * error(dense[name], exact[name]) + 2 * TOLERANCE[dtype], name
 
 
 @needs_liger

@@ -1,12 +1,8 @@
-"""A vocabulary spread over ranks against one process that has all tokens and all codes. Real processes, gloo.
-
-This file is the test and, under torchrun, the ranks: they write what they got, and the test compares.
+"""A vocabulary spread over ranks against one process that has all tokens and all codes. Real processes, gloo:
+the warm ranks return their results, and the tests compare them.
 """
 
-import os
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -86,8 +82,8 @@ def nan(group, rank):
     return linear_cross_entropy(torch.ones(4, 8), weight_vd, torch.zeros(4).long(), shard=shard).loss
 
 
-def rank_main(folder: Path):
-    dist.init_process_group("gloo")
+def rank_main() -> dict:
+    """Every result of one rank."""
     rank = dist.get_rank()
     groups = {size: dist.new_group(list(range(size))) for size in (2, 3)}
     found = {"cases": {}, "mistakes": {name: mistaken(name, groups[3], rank) for name in MISTAKES}}
@@ -99,25 +95,17 @@ def rank_main(folder: Path):
         chunk_bytes["cpu"] = CHUNK_TOKENS * bytes_per_logit * rows_per_rank
         if rank < len(tokens):
             found["cases"][name] = rank_of(name, groups[len(tokens)], rank)
-    torch.save(found, folder / f"rank_{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
+    return found
 
 
 @pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    """What each rank found."""
-    folder = tmp_path_factory.mktemp("ranks")
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
-    command += [__file__, str(folder)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    return [torch.load(folder / f"rank_{rank}.pt", weights_only=False) for rank in range(RANKS)]
+def results(ranks) -> list[dict]:
+    """Of each rank."""
+    return ranks.call(RANKS, rank_main)
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_ranks_equal_one_process_with_all_tokens(ranks, name):
+def test_ranks_equal_one_process_with_all_tokens(results, name):
     """Each rank's losses are of its own tokens, and all gradients those of the sum of the ranks' losses."""
     tokens, _, dtype, z_weight, factor = CASES[name]
     hidden_nd, weight_vd, target_n = whole(name)
@@ -127,7 +115,7 @@ def test_ranks_equal_one_process_with_all_tokens(ranks, name):
         for part_nd, part_n in zip(hidden.split(tokens), target_n.split(tokens), strict=True)
     ]
     (factor * sum(out.loss for out in losses)).backward()
-    found = [ranks[rank]["cases"][name] for rank in range(len(tokens))]
+    found = [results[rank]["cases"][name] for rank in range(len(tokens))]
     tolerance = {torch.float64: 1e-13, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     for rank, out in zip(found, losses, strict=True):
         for field in out._fields:
@@ -139,12 +127,12 @@ def test_ranks_equal_one_process_with_all_tokens(ranks, name):
 
 
 @pytest.mark.parametrize("name", MISTAKES)
-def test_a_mistake_of_one_rank_is_told_to_all_at_once(ranks, name):
-    assert [rank["mistakes"][name] for rank in ranks] == RANKS * [MISTAKES[name]]
+def test_a_mistake_of_one_rank_is_told_to_all_at_once(results, name):
+    assert [rank["mistakes"][name] for rank in results] == RANKS * [MISTAKES[name]]
 
 
-def test_nan_of_one_rank_is_that_of_all(ranks):
-    assert all(rank["nan"].isnan() for rank in ranks)
+def test_nan_of_one_rank_is_that_of_all(results):
+    assert all(rank["nan"].isnan() for rank in results)
 
 
 def test_dense_takes_no_shard():
@@ -152,7 +140,3 @@ def test_dense_takes_no_shard():
         linear_cross_entropy(
             torch.ones(2, 8), torch.ones(4, 8), torch.zeros(2).long(), impl="dense", shard=CodebookShard(0, 4, None)
         )
-
-
-if __name__ == "__main__":
-    rank_main(Path(sys.argv[1]))

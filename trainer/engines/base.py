@@ -1,4 +1,4 @@
-"""The boundary between a task's step and the way its module is spread over ranks."""
+"""The interface between a task's step and the way a module is distributed over ranks."""
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable
@@ -6,17 +6,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
 from model_zoo.io.sharded_tensors import TensorShard
 from trainer.optim import get_step, set_step
 
-MakeOptimizer = Callable[..., Optimizer]  # of parameters; apex=False: see `trainer.optim.adam`
+MakeOptimizer = Callable[..., Optimizer]  # takes parameters; apex=False: see `trainer.optim.adam`
 
 
 class Memory(NamedTuple):
-    """Bytes that a rank holds between a backward and the optimiser's step, when its gradients are all there."""
+    """Bytes that a rank holds between the backward pass and the optimizer step, when all gradients exist."""
 
     parameters: int
     gradients: int
@@ -24,29 +23,30 @@ class Memory(NamedTuple):
 
 
 def stored_bytes(tensors: Iterable[Tensor]) -> int:
-    """Bytes of the memory behind tensors: what several of them share counts once, padding counts too."""
-    tensors = [tensor.to_local() if isinstance(tensor, DTensor) else tensor for tensor in tensors]
+    """Bytes of the storages behind tensors: a shared storage counts once, padding counts too."""
+    # Only a DTensor has `to_local`; importing its class would take as long as half of torch.
+    tensors = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
     storages = [tensor.untyped_storage() for tensor in tensors]
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
 
 
 class Engine(ABC):
-    """A module, its optimiser, and gradients that are averaged over ranks.
+    """A module, its optimizer, and gradients that are averaged over ranks.
 
     One step is: for every micro-batch ``loss = ...``, ``engine.backward(loss, last=...)``; then ``engine.grad_norm()``
     and ``engine.step(lr, scale)``, or ``engine.skip()``. Losses are means over the micro-batch; the engine divides by
     the number of micro-batches and of ranks, so that the gradient is that of the mean over the global batch.
 
-    Where parameters, gradients and optimiser state lie is the engine's affair; what others need of them are the flat
-    pieces that are here: `weights` and `moments`.
+    The engine decides where parameters, gradients and optimizer state are stored. Other code sees this rank's flat
+    shards of them: `weights` and `moments`.
     """
 
     optimizer: Optimizer
-    # Which of how many ranks with the very same pieces this is: together they write one copy of them.
+    # (index, count) among the ranks that hold the same shards: together they write one copy.
     replica: tuple[int, int] = (0, 1)
-    # Whether a forward is a collective, so that all ranks must run as many of them, evaluation included.
+    # Whether a forward is a collective, so that all ranks must run equally many, in evaluation too.
     forwards_together = False
-    # Whether optimiser state, and what else the engine's settings say, is kept in the CPU's memory.
+    # Whether optimizer state, and parameters where the settings say so, are kept in CPU memory.
     offloads = False
 
     def __init__(self, module: nn.Module, *, micro_batch_size: int, micro_batches: int):
@@ -56,7 +56,7 @@ class Engine(ABC):
 
     @property
     def param_groups(self) -> list[dict]:
-        """The optimiser's."""
+        """The optimizer's parameter groups."""
         return self.optimizer.param_groups
 
     def __call__(self, *args, **kwargs):
@@ -64,51 +64,51 @@ class Engine(ABC):
         return self.run(self.module, *args, **kwargs)
 
     def run(self, function: Callable, *args, **kwargs):
-        """Calls a function that computes with the module's weights, such as one of its methods."""
+        """Calls a function that uses the module's weights, such as one of its methods."""
         return function(*args, **kwargs)
 
     @abstractmethod
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Adds the gradient of one micro-batch's mean loss; ``last``: the step's last one, gradients are reduced."""
+        """Adds the gradient of one micro-batch's mean loss. last: of the step, so gradients are reduced."""
 
     @abstractmethod
     def grad_norm(self) -> Tensor:
-        """Reduces what is still to be reduced; returns the norm of the gradient over all ranks, on all of them. Once a
-        step. Not finite where any rank's gradient is not."""
+        """Finishes the reduction and returns the norm of the global gradient on all ranks. Call it once per step. The
+        norm is not finite if any rank's gradient is not."""
 
     @abstractmethod
     def step(self, lr: float, scale: Tensor | float = 1.0) -> None:
-        """Multiplies the gradients by ``scale`` (for clipping; at most 1), updates by rate ``lr``, clears them."""
+        """Multiplies the gradients by ``scale`` (for clipping; at most 1), updates the parameters, clears gradients."""
 
     @abstractmethod
     def skip(self) -> None:
-        """Clears the gradients without an update; in place of `step`."""
+        """Clears the gradients without an update; call it instead of `step`."""
 
     @abstractmethod
     def weights(self) -> list[TensorShard]:
-        """The trained parameters that are here, in fp32, by the names of the module's state dict. Their values are
-        views: written to, they count after `sync_weights`."""
+        """This rank's shards of the parameters, in fp32, named as in the module's state dict. Their values are views:
+        after writing to them, call `sync_weights`."""
 
     @abstractmethod
     def moments(self, key: str) -> list[Tensor]:
-        """The optimiser's state of that name (`trainer.optim.MOMENTS`), a view beside each of `weights`."""
+        """Views of the optimizer state of that name (`trainer.optim.MOMENTS`), in the order of `weights`."""
 
     @abstractmethod
     def resident_bytes(self) -> Memory:
-        """What this rank holds of parameters, of their gradients once a backward has run, and of the optimiser's state,
-        by the tensors that are there. Activations and buffers for communication are not in it."""
+        """Bytes of the tensors that this rank holds: parameters, their gradients after a backward, optimizer state.
+        Activations and communication buffers are not included."""
 
     def optimizer_bytes(self) -> int:
-        """Of the optimiser's state that is here."""
+        """Bytes of this rank's optimizer state."""
         states = self.optimizer.state.values()
         return stored_bytes(value for state in states for value in state.values() if isinstance(value, Tensor))
 
     def sync_weights(self) -> None:  # noqa: B027 (most engines have nothing to do)
-        """After writing to `weights`: the module computes with them from now on. All ranks call together."""
+        """Makes the module compute with what was written to `weights`. All ranks call together."""
 
     @property
     def updates(self) -> int:
-        """How many updates the optimiser has seen."""
+        """The number of updates that the optimizer has made."""
         return get_step(self.optimizer)
 
     @updates.setter
@@ -117,10 +117,10 @@ class Engine(ABC):
 
 
 class Root(nn.Module):
-    """The part of a module that an engine takes over, and a forward that runs any function.
+    """The part of a module that an engine owns, with a forward that runs any function.
 
-    Engines that shard parameters hook into modules and want their outermost one to be called first.
-    ignored: parameters of the module that are another engine's; a direct child that has one is left out whole.
+    Engines that shard parameters attach hooks to modules, and need their root module to be called first.
+    ignored: parameters that belong to another engine; a direct child that has one of them is left out.
     """
 
     def __init__(self, module: nn.Module, ignored: Iterable[nn.Parameter]):
@@ -134,11 +134,11 @@ class Root(nn.Module):
 
 
 def trained_parameters(module: nn.Module, ignored: Iterable[nn.Parameter]) -> dict[str, nn.Parameter]:
-    """Name -> parameter of all but the ignored ones."""
+    """The module's parameters by name, without the ignored ones."""
     ignored = set(ignored)
     return {name: parameter for name, parameter in module.named_parameters() if parameter not in ignored}
 
 
 def clip_scale(norm: Tensor, clip_norm: float | None) -> Tensor | float:
-    """The factor that brings gradients of that global norm down to ``clip_norm``; never above 1."""
+    """The factor, at most 1, that scales a gradient of global norm ``norm`` down to ``clip_norm``."""
     return 1.0 if clip_norm is None else torch.clamp(clip_norm / (norm + 1e-6), max=1.0)

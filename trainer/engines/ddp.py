@@ -1,4 +1,5 @@
-"""Every rank holds everything; gradients are averaged by one all-reduce. The readable truth for the other engines."""
+"""Plain data parallelism: every rank holds everything, and one all-reduce averages the gradients. The other engines are
+tested against it."""
 
 from collections.abc import Iterable
 
@@ -14,8 +15,8 @@ from trainer.parallel import sum_over_ranks
 
 
 class DataParallel(Engine):
-    """Plain PyTorch. It adds no hook to the module and broadcasts no buffer, so that a discriminator may run several
-    forwards before its backward, and its BatchNorm statistics stay each rank's own."""
+    """Adds no hooks to the module and broadcasts no buffers. A discriminator can therefore run several forwards before
+    its backward, and each rank keeps its own BatchNorm statistics."""
 
     def __init__(
         self,
@@ -25,8 +26,8 @@ class DataParallel(Engine):
         replicas: dist.ProcessGroup | None = None,
         **batch,
     ):
-        """make_optimizer: None for parameters that are frozen, whose `weights` alone are asked for. replicas: the ranks
-        that hold the same parameters; None: all."""
+        """make_optimizer: None for frozen parameters, of which only `weights` is used. replicas: the ranks that hold
+        the same parameters; None: all ranks."""
         super().__init__(module, **batch)
         self.parameters = trained_parameters(module, ignored)
         if make_optimizer:
@@ -56,7 +57,7 @@ class DataParallel(Engine):
         self.skip()
 
     def skip(self) -> None:
-        self.optimizer.zero_grad()  # sets them to None, as apex's does, which takes no argument
+        self.optimizer.zero_grad()  # sets gradients to None by default; apex's takes no argument
 
     def weights(self) -> list[TensorShard]:
         return [whole_tensor(name, parameter) for name, parameter in self.parameters.items()]

@@ -1,7 +1,6 @@
-"""DeepSpeed: ZeRO shards optimiser state (1), gradients (2), parameters (3) over ranks, and can offload to the CPU."""
+"""DeepSpeed: ZeRO shards optimizer state (1), gradients (2), parameters (3) over ranks, and can offload to the CPU."""
 
 import json
-import math
 import os
 import sys
 import sysconfig
@@ -9,26 +8,25 @@ import warnings
 from collections.abc import Iterable
 from importlib import resources
 from pathlib import Path
-from typing import NamedTuple
 
 import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.config import DeepSpeedConfigError
-from deepspeed.runtime.utils import combine_grad_norm_groups
 from torch import Tensor, nn
 
 from model_zoo.io.sharded_tensors import TensorShard
 from trainer import TrainerError
-from trainer.engines.base import Engine, MakeOptimizer, Memory, Root, stored_bytes, trained_parameters
+from trainer.engines.base import Engine, MakeOptimizer, Memory, Root, trained_parameters
+from trainer.engines.deepspeed_internals import zero_stage
 from trainer.optim import start_moments
 
-# DeepSpeed calls torch's collectives by their former names, and would say so on every rank.
+# DeepSpeed calls PyTorch's collectives by deprecated names, which would print a warning on every rank.
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 
 
-# What a configuration may hold. Others were not tried with this trainer, change what the recipe decides, or lay pieces
-# out otherwise than `_place` reads them (round_robin_gradients).
+# Keys that a configuration may have. Other keys were not tested with this trainer, change what the recipe decides, or
+# change the memory layout that `deepspeed_internals` reads (round_robin_gradients).
 KEYS = (
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
     *("zero_optimization", "zero_force_ds_cpu_optimizer", "zero_allow_untested_optimizer"),
@@ -93,25 +91,11 @@ def load_deepspeed_config(name: str, *, micro_batch_size: int, micro_batches: in
     return config
 
 
-class Place(NamedTuple):
-    """Where a part of a parameter is: elements from ``start`` on are ``flat[offset : offset + length]``."""
-
-    name: str
-    shape: tuple[int, ...]
-    start: int
-    flat: Tensor
-    offset: int
-    length: int
-
-    def piece(self, flat: Tensor) -> TensorShard:
-        """The same place of another flat tensor, such as the optimiser's state."""
-        values = flat.detach().reshape(-1)[self.offset : self.offset + self.length]
-        return TensorShard(self.name, self.shape, self.start, values)
-
-
 class DeepSpeed(Engine):
-    """Parameters are kept in fp32 (trainer.precision is an autocast around the forward); ZeRO's stage says what is
-    spread. DeepSpeed is handed a `Root`, whose parameters are all its own: it overwrites them by rank 0's at its start.
+    """ZeRO stages 0 to 3, as ``config`` says.
+
+    Parameters are kept in fp32; trainer.precision is an autocast around the forward. DeepSpeed is given a `Root` that
+    holds only the parameters it may own, because it overwrites all of them by rank 0's when it is initialized.
     """
 
     def __init__(
@@ -124,40 +108,36 @@ class DeepSpeed(Engine):
     ):
         super().__init__(module, **batch)
         settings = load_deepspeed_config(config, **batch)
-        # DeepSpeed compiles its CPU collectives with the ninja that pip put beside python, but looks for it on PATH.
+        # DeepSpeed compiles its CPU collectives with the ninja that pip installed beside python, but looks on PATH.
         os.environ["PATH"] = sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"]
-        os.environ.setdefault("LOCAL_RANK", "0")  # a single process needs no launcher, but DeepSpeed insists on it
+        os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, even for a single process
         if dist.get_rank() == 0 and not torch.cuda.is_available():
-            print("DeepSpeed's first start on a CPU compiles for about a minute ...", file=sys.stderr, flush=True)
+            print("DeepSpeed compiles for about a minute when it first runs on a CPU ...", file=sys.stderr, flush=True)
         self.parameters = trained_parameters(module, ignored)
         shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
         self.root = Root(module, ignored)
         try:
-            # apex's kernels are for CUDA, and count steps for a whole group where ZeRO 3 steps by parts of it.
+            # apex's kernels are for CUDA only. They count steps per parameter group, but ZeRO 3 steps parts of a group.
             zero = settings.get("zero_optimization", {})
             apex = zero.get("stage", 0) < 3 and "offload_optimizer" not in zero
-            optimizer = make_optimizer(self.parameters.values(), apex=apex)
-            self.engine, *_ = deepspeed.initialize(model=self.root, optimizer=optimizer, config=settings)
+            self.optimizer = make_optimizer(self.parameters.values(), apex=apex)
+            self.engine, *_ = deepspeed.initialize(model=self.root, optimizer=self.optimizer, config=settings)
         except (ValueError, AssertionError, DeepSpeedConfigError) as error:  # pydantic's errors are ValueErrors
             what = " ".join(str(error).split())[:300]
             raise TrainerError(f"DeepSpeed refuses engine.config={config}: {what}") from error
-        self.zero = self.engine.optimizer if self.engine.zero_optimization() else None
-        self.stage = int(self.engine.zero_optimization_stage())
-        self.optimizer = optimizer
-        self.forwards_together = self.stage == 3
-        self.offloads = bool(
-            self.zero and getattr(self.zero, "offload_optimizer" if self.stage == 3 else "cpu_offload")
-        )
-        if self.stage == 0:
+        self.zero = zero_stage(self.engine, self.parameters)
+        stage = int(self.engine.zero_optimization_stage())
+        self.forwards_together = stage == 3
+        self.offloads = self.zero.offloads
+        if stage == 0:
             self.replica = dist.get_rank(), dist.get_world_size()
-        self._places = [self._place(name, shapes[name]) for name in self.parameters]
-        start_moments(optimizer, {id(place.flat): place.flat for place in self._places}.values())
+        self.ranges = [self.zero.locate(name, shapes[name]) for name in self.parameters]
+        start_moments(self.optimizer, {id(part.flat): part.flat for part in self.ranges}.values())
 
     def run(self, function, *args, **kwargs):
-        # Not the engine's forward: it adds hooks to the outputs that the adaptive weight's extra gradients would set
-        # off, and switches autocast off. What it does besides: without this ZeRO 3 forgets all micro-batches but one.
-        if self.zero:
-            self.zero.clear_backward_seen_flag()
+        # Not the DeepSpeed engine's forward: it attaches hooks to the outputs, which the adaptive weight's extra
+        # gradients would trigger, and it turns autocast off.
+        self.zero.before_forward()
         return self.root(function, *args, **kwargs)
 
     def backward(self, loss: Tensor, last: bool) -> None:
@@ -165,88 +145,25 @@ class DeepSpeed(Engine):
         self.engine.backward(loss)  # divides by gradient_accumulation_steps itself
 
     def grad_norm(self) -> Tensor:
-        if self.stage == 3:
-            self.norm = combine_grad_norm_groups(self.zero._get_norm_groups())
-        elif self.zero:
-            self.norm = self.zero.scaled_global_norm()
-        else:  # the gradients are whole and reduced
-            self.norm = torch.nn.utils.get_total_norm(self._gradients())
+        self.norm = self.zero.grad_norm()
         return self.norm.to(self.engine.device)
 
     def step(self, lr: float, scale: Tensor | float = 1.0) -> None:
         for group in self.param_groups:
             group["lr"] = lr
-        if self.zero:
-            # ZeRO divides by (norm + 1e-6) / clip_grad where that is above 1; 0 switches it off.
-            self.zero.clip_grad = float((self.norm + 1e-6) * float(scale)) if scale < 1 else 0.0
-        else:
-            torch._foreach_mul_(self._gradients(), scale)
-        self._finish(self.norm)
+        self.zero.step(self.norm, scale)
 
     def skip(self) -> None:
-        if self.zero:
-            self._finish(torch.full_like(self.norm, float("inf")))  # which ZeRO takes as a step to be left out
-        else:
-            self.engine.zero_grad()
-
-    def _finish(self, norm: Tensor) -> None:
-        """ZeRO's step, by a norm that it need not take again."""
-        if self.stage == 3:
-            self.zero._get_norm_groups = lambda: [norm]
-        elif self.zero:
-            self.zero.scaled_global_norm = lambda norm_type=2: norm
-        try:
-            self.engine.step()
-        finally:
-            if self.zero:
-                del self.zero.__dict__["_get_norm_groups" if self.stage == 3 else "scaled_global_norm"]
+        self.zero.skip(self.norm)
 
     def weights(self) -> list[TensorShard]:
-        return [place.piece(place.flat) for place in self._places]
+        return [part.of(part.flat) for part in self.ranges]
 
     def moments(self, key: str) -> list[Tensor]:
-        return [place.piece(self.optimizer.state[place.flat][key]).values for place in self._places]
+        return [part.of(self.optimizer.state[part.flat][key]).values for part in self.ranges]
 
     def resident_bytes(self) -> Memory:
-        parameters = list(self.parameters.values())
-        if self.stage == 3:
-            # Small parameters are gathered after the first step and stay so; the others are empty but in a forward.
-            persistent = self.zero.persistent_parameters
-            parts = [p.ds_tensor for p in parameters] + self.zero.fp32_partitioned_groups_flat
-            held = stored_bytes(parts) + sum(p.ds_numel * p.element_size() for p in persistent)
-            gradients = stored_bytes([self.zero.grad_partitions_flat_buffer])
-        else:
-            masters = self.zero.single_partition_of_fp32_groups if self.zero else []
-            held = stored_bytes([*parameters, *masters])
-            # ZeRO 2 lets go of what other ranks step as it is reduced.
-            gradients = sum(part.nbytes for part in (masters if self.stage == 2 else parameters))
-        return Memory(held, gradients, self.optimizer_bytes())
+        return Memory(self.zero.parameter_bytes(), self.zero.gradient_bytes(), self.optimizer_bytes())
 
     def sync_weights(self) -> None:
-        if self.stage == 3:
-            self.zero._partition_all_parameters()  # lets go of what is still gathered of the weights before
-            for group in range(len(self.zero.fp16_groups)):
-                self.zero._reassign_or_swap_out_partitioned_parameters(group)
-            if self.zero.persistent_parameters:
-                self.zero.persistent_parameters[0].all_gather(self.zero.persistent_parameters)
-        elif self.zero:
-            self.zero.update_lp_params()
-
-    def _place(self, name: str, shape: tuple[int, ...]) -> "Place":
-        parameter = self.parameters[name]
-        if self.stage == 0:
-            return Place(name, shape, 0, parameter, 0, parameter.numel())
-        if self.stage == 3:
-            group, offset, length = self.zero.grad_position[self.zero.get_param_id(parameter)]
-            start = length * dist.get_rank()  # the last parts are padded, or nothing but padding
-            length = max(0, min(length, math.prod(shape) - start))
-            return Place(name, shape, start, self.zero.fp32_partitioned_groups_flat[group], offset, length)
-        mapping = parameter._hp_mapping  # DeepSpeed's own record of where a parameter's fp32 part is
-        partitions = self.zero.single_partition_of_fp32_groups
-        if mapping is None:
-            return Place(name, shape, 0, partitions[0], 0, 0)
-        here, there = mapping.lp_fragment_address, mapping.get_hp_fragment_address()
-        return Place(name, shape, here.start, partitions[mapping.param_group_index], there.start, here.numel)
-
-    def _gradients(self) -> list[Tensor]:
-        return [p.grad for p in self.parameters.values() if p.grad is not None]
+        self.zero.sync_weights()

@@ -1,13 +1,16 @@
 """FSDP2 (PyTorch's `fully_shard`): parameters, gradients and optimiser state are cut by rows over ranks."""
 
+import gc
 import math
 import warnings
 from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed import ProcessGroup
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_common import DataParallelMeshInfo
 from torch.distributed.tensor._utils import compute_local_shape_and_global_offset
 
 from model_zoo.io.sharded_tensors import TensorShard
@@ -15,7 +18,7 @@ from trainer import TrainerError
 from trainer.config import EngineConfig
 from trainer.engines.base import Engine, MakeOptimizer, Memory, Root, stored_bytes, trained_parameters
 from trainer.optim import start_moments
-from trainer.parallel import World, sum_over_ranks
+from trainer.parallel import World, before_stop, sum_over_ranks
 
 # The tokenizer returns views; nothing here changes an output in place.
 warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor", UserWarning)
@@ -46,6 +49,7 @@ class Fsdp2(Engine):
         if world.size % shards:
             raise TrainerError(f"engine.shard_over={shards} must divide the number of processes, {world.size}")
         copies = world.size // shards
+        before_stop(_release_groups)
         if copies > 1:
             mesh = init_device_mesh(world.device.type, (copies, shards), mesh_dim_names=("replicate", "shard"))
             self.replica = mesh.get_local_rank("replicate"), copies
@@ -130,3 +134,17 @@ def _units(module: nn.Module) -> list[nn.Module]:
     for child in module.children():
         units += list(child) if isinstance(child, nn.ModuleList) else _units(child)
     return [unit for unit in units if any(True for _ in unit.parameters())]
+
+
+def _release_groups() -> None:
+    """Drops every reference to a process group that FSDP2 leaves behind, so that `stop_world` ends the group's threads.
+
+    The objects are searched for, because DTensor caches meshes for the life of the process.
+    """
+    for found in gc.get_objects():
+        if issubclass(type(found), DeviceMesh):
+            found._pg_registry.clear()
+        elif issubclass(type(found), (DataParallelMeshInfo, Fsdp2)):
+            for name, value in list(vars(found).items()):
+                if isinstance(value, ProcessGroup):
+                    setattr(found, name, None)

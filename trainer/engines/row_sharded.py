@@ -1,5 +1,4 @@
-"""The engine of a module that exists by rows, one for each code: rows, gradient and optimiser state are on the ranks
-that own them, and nowhere else."""
+"""The engine of a module with one row per code: each rank holds only its rows, their gradient and optimizer state."""
 
 from torch import Tensor, nn
 
@@ -10,13 +9,13 @@ from trainer.parallel import RowGroups, sum_over_ranks
 
 
 class RowSharded(DataParallel):
-    """A quantizer, or a generator's head, whose rows are spread over ``groups.shard``, with copies among
+    """A quantizer, or a generator's head, whose rows are sharded over ``groups.shard`` and replicated over
     ``groups.replicas``.
 
-    The gradients that such a module gives are those of the sum of its group's losses; so a sum over the replicas,
-    divided by the number of all ranks, is the gradient of the mean loss. Backward is the main engine's.
+    The module's gradient is that of the sum of its group's losses. The sum over the replicas, divided by the number of
+    all ranks, is therefore the gradient of the mean loss. The main engine runs the backward pass.
 
-    rows: how many there are in all.
+    rows: number of rows in the whole module.
     """
 
     def __init__(self, module: nn.Module, make_optimizer: MakeOptimizer | None, rows: int, groups: RowGroups, **batch):

@@ -54,10 +54,10 @@ def test_entropies_are_those_of_the_softmax_over_all_codes(d, temperature):
         sample_entropy=assigned.sample_entropy, average_probability_k=assigned.average_probability_k
     )
     penalty = entropy_penalty(as_quantized, assigned.average_probability_k, EntropyLoss())
-    truth = sample_entropy + (average_k * (average_k + 1e-5).log()).sum()
-    assert penalty.loss.item() == pytest.approx(truth.item(), rel=1e-9, abs=1e-12)
+    exact = sample_entropy + (average_k * (average_k + 1e-5).log()).sum()
+    assert penalty.loss.item() == pytest.approx(exact.item(), rel=1e-9, abs=1e-12)
     penalty.loss.backward()
-    truth.backward()
+    exact.backward()
     torch.testing.assert_close(mine_nd.grad, z_nd.grad, rtol=1e-7, atol=1e-11)
 
 

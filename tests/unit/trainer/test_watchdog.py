@@ -1,156 +1,118 @@
+"""Clocks are injected, so that nothing sleeps. tests/faults lets signals and hangs end real processes."""
+
 import os
 import signal
-import subprocess
-import sys
-import time
+import socket
+import threading
 
 import pytest
 
-from trainer.watchdog import HUNG, STOPPED, LossSpikes, StopSignal
-
-PATIENCE_SECONDS = 60
+from trainer.watchdog import HUNG, STOPPED, LossSpikes, StopSignal, Watchdog
 
 
-def start(script: str) -> subprocess.Popen:
-    """A process that runs the script; its output is read line by line."""
-    return subprocess.Popen(
-        [sys.executable, "-u", "-c", script], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
-    )
+class Clock:
+    """A clock that moves when a test moves it."""
 
+    now = 0.0
 
-def end_of(process: subprocess.Popen) -> tuple[int, str, str]:
-    """(exit status, what it wrote after what was read, stderr)."""
-    try:
-        out, errors = process.communicate(timeout=PATIENCE_SECONDS)
-    finally:
-        process.kill()
-    return process.returncode, out, errors
+    def __call__(self) -> float:
+        return self.now
 
 
 def test_exit_statuses_are_those_that_schedulers_know():
     assert (STOPPED, HUNG) == (75, 124)  # EX_TEMPFAIL of sysexits.h, and of timeout(1)
 
 
-STOPPING = """
-import time
-from trainer.watchdog import StopSignal
-
-StopSignal.GRACE_SECONDS = {grace}
-with StopSignal() as stop:
-    print("ready")
-    while not stop.wished:
-        time.sleep(0.01)
-    print("wished")
-    time.sleep({work})  # the step that is under way, and its checkpoint
-    print("saved")
-"""
+def listen(stop: StopSignal, *signals: int) -> None:
+    """Passes signals to the loop of the listening thread."""
+    telling, hearing = socket.socketpair()
+    telling.send(bytes(signals))
+    telling.close()
+    stop._listen(hearing)
 
 
-def test_sigterm_is_a_wish_and_the_step_under_way_is_finished():
-    process = start(STOPPING.format(grace=60, work=0.3))
-    assert process.stdout.readline() == "ready\n"
-    os.kill(process.pid, signal.SIGTERM)
-    assert process.stdout.readline() == "wished\n"
-    # A launcher and a scheduler that both pass the signal on send it twice: still the one wish.
-    os.kill(process.pid, signal.SIGTERM)
-    assert end_of(process) == (0, "saved\n", "")
+def test_only_a_sigterm_after_the_grace_period_ends_the_process():
+    clock, statuses = Clock(), []
+    stop = StopSignal(clock=clock, end=statuses.append)
+    listen(stop, signal.SIGWINCH, signal.SIGCHLD)
+    assert not stop.wished
+    listen(stop, signal.SIGTERM)
+    assert stop.wished
+    # A launcher and a scheduler that both pass the signal on send it twice: this is still the first request.
+    clock.now = StopSignal.GRACE_SECONDS
+    listen(stop, signal.SIGTERM, signal.SIGTERM)
+    clock.now += 0.1
+    listen(stop, signal.SIGWINCH)
+    assert statuses == []
+    listen(stop, signal.SIGTERM)
+    assert statuses == [143]
 
 
-def test_a_second_sigterm_after_the_grace_ends_the_process_at_once():
-    process = start(STOPPING.format(grace=0.2, work=PATIENCE_SECONDS))
-    assert process.stdout.readline() == "ready\n"
-    os.kill(process.pid, signal.SIGTERM)
-    assert process.stdout.readline() == "wished\n"
-    time.sleep(0.4)
-    sent = time.monotonic()
-    os.kill(process.pid, signal.SIGTERM)
-    assert end_of(process) == (143, "", "")
-    assert time.monotonic() - sent < PATIENCE_SECONDS / 2
-
-
-def test_afterwards_signals_are_handled_as_before():
-    heard = []
+def test_a_signal_reaches_the_handler_and_the_thread_and_afterwards_the_former_handler():
+    heard, statuses, clock = [], [], Clock()
     before = signal.signal(signal.SIGTERM, lambda *_: heard.append("outer"))
+    wakeup_before = signal.set_wakeup_fd(-1)
     try:
-        with pytest.raises(RuntimeError, match="inside"), StopSignal() as stop:
+        with pytest.raises(RuntimeError, match="inside"), StopSignal(clock=clock, end=statuses.append) as stop:
             assert not stop.wished
             os.kill(os.getpid(), signal.SIGTERM)
             assert stop.wished and heard == []
+            (listening,) = [thread for thread in threading.enumerate() if thread.name == "stop signal"]
+            clock.now = 2 * StopSignal.GRACE_SECONDS
+            os.kill(os.getpid(), signal.SIGTERM)
             raise RuntimeError("inside")
+        listening.join(60)
+        assert not listening.is_alive()
+        assert statuses in ([143], [143, 143])  # the thread may hear of the first signal late
         os.kill(os.getpid(), signal.SIGTERM)
         assert heard == ["outer"]
     finally:
+        signal.set_wakeup_fd(wakeup_before)
         signal.signal(signal.SIGTERM, before)
 
 
-WATCHED = """
-import threading
-import time
-from trainer.watchdog import Watchdog
-
-def hangs_in_a_collective():
-    time.sleep({hang})
-
-def waits_for_the_disk(ready):
-    ready.set()
-    time.sleep({hang})
-
-with Watchdog(3, 8, timeout_seconds={timeout}) as watchdog:
-    ready = threading.Event()
-    threading.Thread(target=waits_for_the_disk, args=[ready], name="writing", daemon=True).start()
-    ready.wait()
-    for step in range(41, 43):
-        watchdog.beat(step)
-        time.sleep({timeout} / 4)
-    hangs_in_a_collective()
-print("done")
-"""
-
-
-def test_a_process_that_hangs_tells_where_and_ends():
-    began = time.monotonic()
-    status, out, errors = end_of(start(WATCHED.format(timeout=1, hang=2 * PATIENCE_SECONDS)))
-    assert status == HUNG and out == ""
-    first, stacks = errors.split("\n", 1)
-    assert first.startswith("ibq: error: rank 3 of 8 (")
-    assert "made no progress for 1 s in step 42 (trainer.timeout_seconds); it stands here:" in first
-    assert "  thread MainThread:\n" in stacks and "in hangs_in_a_collective\n" in stacks
-    assert "  thread writing:\n" in stacks and "in waits_for_the_disk\n" in stacks
-    assert "_watch" not in stacks  # itself it leaves out
-    assert time.monotonic() - began < PATIENCE_SECONDS
-
-
-def test_beats_keep_it_alive_for_as_long_as_they_come():
-    script = """
-import time
-from trainer.watchdog import Watchdog
-
-with Watchdog(0, 1, timeout_seconds=1.5) as watchdog:
-    for step in range(7):
+def test_each_beat_postpones_both_ends(monkeypatch):
+    """The report of the thread comes after `timeout_seconds` without a beat, that of the C side after twice as many."""
+    clock, armed = Clock(), []
+    monkeypatch.setattr("faulthandler.dump_traceback_later", lambda seconds, exit: armed.append((seconds, exit)))
+    monkeypatch.setattr("faulthandler.cancel_dump_traceback_later", lambda: armed.append("cancelled"))
+    with Watchdog(0, 1, timeout_seconds=1000, clock=clock) as watchdog:
+        (watching,) = [thread for thread in threading.enumerate() if thread.name == "watchdog"]
+        for step in range(7):
+            clock.now += 900
+            assert watchdog.seconds_left() == 100
+            watchdog.beat(step)
+            assert watchdog.seconds_left() == 1000 and watchdog.step == step
         watchdog.beat()
-        time.sleep(0.3)
-    watchdog.beat()
-time.sleep(3.2)  # it watches no longer, nor does what it left to the C side
-print("done")
-"""
-    assert end_of(start(script)) == (0, "done\n", "")
+        assert watchdog.step == 6
+        clock.now += 1001
+        assert watchdog.seconds_left() == -1
+    watching.join(60)
+    assert not watching.is_alive()
+    assert armed == [(2000, True)] * 9 + ["cancelled"]
 
 
-def test_a_process_that_keeps_the_interpreter_to_itself_ends_too():
-    """The interpreter's lock is held by C code, so that no Python thread can tell; the traceback is written in C."""
-    script = """
-import ctypes
-from trainer.watchdog import Watchdog
+def test_the_report_names_rank_step_and_the_stack_of_every_thread():
+    may_end, reports = threading.Event(), []
 
-def holds_the_lock():
-    ctypes.PyDLL(None).sleep(PATIENCE)  # PyDLL keeps the lock
+    def waits_for_the_disk() -> None:
+        may_end.wait(60)
 
-with Watchdog(0, 1, timeout_seconds=0.5) as watchdog:
-    holds_the_lock()
-""".replace("PATIENCE", str(2 * PATIENCE_SECONDS))
-    status, _, errors = end_of(start(script))
-    assert status == 1
-    assert errors.startswith("Timeout (0:00:01)!") and "in holds_the_lock" in errors
+    writing = threading.Thread(target=waits_for_the_disk, name="writing")
+    writing.start()
+    watchdog = Watchdog(3, 8, timeout_seconds=1.5)
+    watchdog.step = 42
+    reporting = threading.Thread(target=lambda: reports.append(watchdog._report()), name="reporting")
+    reporting.start()
+    reporting.join(60)
+    may_end.set()
+    writing.join(60)
+    first, stacks = reports[0].split("\n", 1)
+    assert first.startswith("ibq: error: rank 3 of 8 (")
+    assert f"process {os.getpid()}) made no progress for 1.5 s in step 42 (trainer.timeout_seconds); it" in first
+    assert "  thread MainThread:\n" in stacks and "in test_the_report_names_rank_step" in stacks
+    assert "  thread writing:\n" in stacks and "in waits_for_the_disk\n" in stacks
+    assert "thread reporting" not in stacks  # itself it leaves out
 
 
 def spikes_after(losses) -> LossSpikes:
