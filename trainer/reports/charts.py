@@ -90,13 +90,17 @@ CHARTS = [
     Chart(
         "Learning rates",
         "As set by the schedule.",
-        {"lr/generator": "generator", "lr/discriminator": "discriminator"},
+        {"lr/tokenizer": "tokenizer", "lr/generator": "generator", "lr/discriminator": "discriminator"},
         detail=True,
     ),
     Chart(
         "Gradient norms",
         "Before clipping.",
-        {"grad_norm/generator": "generator", "grad_norm/discriminator": "discriminator"},
+        {
+            "grad_norm/tokenizer": "tokenizer",
+            "grad_norm/generator": "generator",
+            "grad_norm/discriminator": "discriminator",
+        },
         log=True,
         detail=True,
     ),
