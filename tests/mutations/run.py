@@ -33,9 +33,9 @@ ABOUT = """# Mutations
 
 Each patch in this folder puts one fault into the product, and the default tier (`make test`) must fail on every one.
 `python tests/mutations/run.py` applies them one at a time to a copy of the tree, runs the tests that the patch names,
-and writes this table; `--only NAME` runs one. A new mutation is a new `NAME.patch`; its
-header says what is wrong and which tests must fail. If a refactor moves the code of a patch, edit the patch:
-`tests/unit/test_mutations.py` names those that no longer apply.
+and writes this table; `--only NAME` runs one. A new mutation is a new `NAME.patch`, whose header says what is wrong and
+which tests must fail. If a refactor moves the code of a patch, edit the patch: `tests/unit/test_mutations.py` names
+those that no longer apply.
 
 | mutation | area | fault | caught by |
 |---|---|---|---|

@@ -620,12 +620,16 @@ def test_reconstructions_are_those_of_the_weights_in_force_within_the_range_of_i
     assert task.reconstruct(originals_bchw)[1].max() == 1
 
 
+def task_of_rank(**changes) -> TokenizerTask:
+    """On each of several ranks."""
+    config, world = tiny_config(**changes), World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    return TokenizerTask(config, world, *plan_batch(config, world))
+
+
 def validated(folder: str) -> dict[str, float]:
     """An untrained model's validation on three images, under an engine whose ranks forward equally often."""
-    world = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
     changes = {"data__val": folder, "data__image_size": 16, "trainer__validation_images": 3, "engine__kind": "fsdp2"}
-    config = tiny_config(**changes)
-    return TokenizerTask(config, world, *plan_batch(config, world)).validate(lambda: None).scalars
+    return task_of_rank(**changes).validate(lambda: None).scalars
 
 
 def test_validation_counts_each_image_once_over_all_ranks(ranks, tmp_path):
@@ -797,9 +801,9 @@ def test_features_that_are_not_finite_leave_both_networks_as_they_were(build):
     assert task.step([images(2)], 2).skipped == []
 
 
-@pytest.mark.parametrize("micro_batch_size", [8, 2])
-def test_one_bad_micro_batch_skips_the_whole_step(build, micro_batch_size):
-    task = build(trainer__micro_batch_size=micro_batch_size)
+@pytest.mark.parametrize(("micro_batch_size", "norm"), [(8, "group"), (2, "group"), (2, "batch")])
+def test_one_bad_micro_batch_skips_the_whole_step(build, micro_batch_size, norm):
+    task = build(trainer__micro_batch_size=micro_batch_size, discriminator__norm=norm)
     micro_batches = list(images().split(micro_batch_size))
     last = []
 
@@ -813,6 +817,20 @@ def test_one_bad_micro_batch_skips_the_whole_step(build, micro_batch_size):
     hook.remove()
     assert unlike(before, everything(task)) <= {"health"}
     assert all(gradient is None for gradient in gradients(task.tokenizer).values())
+
+
+def step_with_a_bad_loss_on_rank_1(gradient: bool) -> tuple[list[str], int]:
+    """What is skipped, and the number of updates. gradient: whether the gradient is NaN, too."""
+    task = task_of_rank()
+    if dist.get_rank() == 1:
+        bad = (lambda logits: logits.mean() * math.nan) if gradient else (lambda logits: logits.mean() + math.nan)
+        GENERATOR_LOSSES[task.config.loss.generator.kind] = bad
+    return task.step([images(dist.get_rank(), 4)], 0).skipped, task.main_engine.updates
+
+
+@pytest.mark.parametrize("gradient", [True, False])
+def test_a_bad_loss_of_one_rank_skips_the_step_on_all_ranks(ranks, gradient):
+    assert ranks.call(2, step_with_a_bad_loss_on_rank_1, gradient) == 2 * [(["tokenizer"], 0)]
 
 
 def test_an_overflow_of_fp16_is_the_scales_doing_until_it_is_one(build, monkeypatch):
