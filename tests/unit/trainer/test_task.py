@@ -97,8 +97,8 @@ def weights(module):
 def averages(task):
     """The EMA's, by the names of the tokenizer's state dict."""
     engines = ((task.main_engine, ""), (task.codebook, "quantize."))
-    pieces = [(f"{prefix}{piece.name}", piece) for engine, prefix in engines for piece in task.state.ema.shards(engine)]
-    return {name: piece.values.view(piece.shape).clone() for name, piece in pieces}
+    shards = [(f"{prefix}{shard.name}", shard) for engine, prefix in engines for shard in task.state.ema.shards(engine)]
+    return {name: shard.values.view(shard.shape).clone() for name, shard in shards}
 
 
 def save(task, folder):

@@ -187,7 +187,7 @@ def test_one_checkpoint_and_a_published_one_have_reports_of_their_own(run, tmp_p
     tokenizer = model_zoo.Tokenizer(model_zoo.TokenizerConfig(codebook_size=32, code_dim=8, channels=32,
         channel_multipliers=[1, 1, 1, 1], num_res_blocks=1, attention_factors=[], latent_channels=8))  # fmt: skip
     torch.save({"state_dict": tokenizer.state_dict()}, published)
-    with pytest.raises(TrainerError, match=r"is no run with a data\.val: name the images with --images PATH"):
+    with pytest.raises(TrainerError, match=r"is not a run with a data\.val: name the images with --images PATH"):
         evaluate_run(published, device="cpu")
     photos = OmegaConf.load(run / "config.yaml").data.val
     evaluated = evaluate_run(published, images=f"{photos}/coffee.png", device="cpu")
