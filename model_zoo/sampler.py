@@ -8,7 +8,6 @@ import math
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -55,6 +54,8 @@ def draw(logits_bv: Tensor, uniform_b: Tensor, settings: Sampling) -> Tensor:
 
 def uniform(seed: int, tokens: int) -> Tensor:
     """The random numbers of one image, one per code: fp64 in [0, 1). seed: from 0 to below 2^64."""
+    import numpy as np  # slow to import, and only sampling needs it
+
     # Not torch's generator, which on the CPU uses only the lower 32 bits of a seed.
     return torch.from_numpy(np.random.Generator(np.random.Philox(seed)).random(tokens))
 

@@ -1,14 +1,18 @@
 """The audit of a run: which samples it was trained on, written to ``RUN/audit`` and read back."""
 
+from __future__ import annotations
+
 import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import NamedTuple, TextIO
+from typing import TYPE_CHECKING, NamedTuple, TextIO
 
-from data import Batch, TrainStream
 from trainer import TrainerError
 from trainer.parallel import World, raise_on_all_ranks, run_on_main
+
+if TYPE_CHECKING:
+    from data import Batch, TrainStream
 
 
 class AuditWriter:
@@ -18,7 +22,7 @@ class AuditWriter:
         self.path, self.file = path, file
 
     @classmethod
-    def open(cls, run: Path, world: World, stream: TrainStream, start: int, *, enabled: bool) -> "AuditWriter | None":
+    def open(cls, run: Path, world: World, stream: TrainStream, start: int, *, enabled: bool) -> AuditWriter | None:
         """Sets aside what earlier processes wrote of steps after ``start``, which are trained again, and opens this
         rank's file, or returns None unless enabled. All ranks call together. Raises TrainerError on all of them."""
         folder = run / "audit"

@@ -6,11 +6,11 @@ The metadata of a field hold the rules for its value; see `model_zoo.config.brok
 from dataclasses import dataclass, field
 from typing import Any
 
-from omegaconf import MISSING
-
 from data.config import DataConfig
 from model_zoo.config import LossConfig, Sampling, TokenizerConfig, TransformerConfig
 
+# OmegaConf's mark of a key without a default, spelled out so that OmegaConf is not imported here.
+MISSING: Any = "???"
 BETAS = {"at_least": 0, "below": 1}
 
 

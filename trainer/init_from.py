@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 
 from model_zoo import ModelError, Tokenizer
-from model_zoo.io.load import read_weights
 from model_zoo.io.weights import Weights, check_names
 from trainer import TrainerError
 from trainer.config import TokenizerRun
@@ -42,6 +41,8 @@ class InitRecord(NamedTuple):
 def load_init_weights(config: TokenizerRun) -> tuple[Weights, str]:
     """Reads the weights that ``init_from.source`` names, and their tokenizer's fingerprint. Raises a one-line
     TrainerError if they are missing or do not fit the recipe's model."""
+    from model_zoo.io.load import read_weights  # slow to import, and only fine-tuning needs it
+
     init_from = config.init_from
     try:
         weights = read_weights(init_from.source, "tokenizer", init_from.weights)

@@ -1,14 +1,21 @@
 """The data of each step: read one step ahead, checked, and counted by source."""
 
+from __future__ import annotations
+
 import json
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from data import Batch, DataError, Skipped, TrainStream, add_totals
+import data
+from data.errors import DataError
 from trainer import TrainerError
 from trainer.audit import AuditWriter
 from trainer.parallel import World, gather_objects, raise_on_all_ranks
+
+if TYPE_CHECKING:
+    from data import Batch, Skipped, TrainStream
 
 MAX_LISTED = 1000  # skipped samples that a rank lists between two reports; all are counted
 
@@ -74,7 +81,7 @@ class Prefetcher:
             with suppress(OSError), (self.run / "skipped.jsonl").open("a", encoding="utf-8") as file:
                 file.write("\n".join(lines) + "\n")
         scalars = {}
-        for name, counts in add_totals(totals for totals, *_ in gathered).items():
+        for name, counts in data.add_totals(totals for totals, *_ in gathered).items():
             for what, count in counts.items():
                 scalars[f"data/{name}/{what}"] = float(count)
         return scalars

@@ -1,5 +1,7 @@
 """How a run starts: fresh, from a checkpoint, or not at all because it is done. Decided before anything is built."""
 
+from __future__ import annotations
+
 from pathlib import Path
 from typing import NamedTuple
 

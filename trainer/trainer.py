@@ -1,5 +1,7 @@
 """Training on one rank, from top to bottom: batch, loss, optimizer step, log, validation, checkpoint."""
 
+from __future__ import annotations
+
 from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple

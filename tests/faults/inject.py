@@ -142,9 +142,11 @@ def slow_steps(seconds: float) -> None:
     TokenizerTask.step = slow_step
 
 
-def nan(rank: int, step: int, last: int | None = None) -> None:
-    """A rank's loss of the tokenizer is NaN in a step, or from ``step`` to ``last``. After each step every rank says
-    three hashes: of the weights that it holds whole, and of what it would save of the tokenizer and of all else."""
+def nan(rank: int, step: int, last: int | None = None, *, gradient: bool = True) -> None:
+    """A rank's loss of the tokenizer is NaN in a step, or from ``step`` to ``last``. gradient: its gradient is, too.
+
+    After each step every rank prints three hashes: of the weights that it holds whole, and of what it would save of the
+    tokenizer and of everything else."""
     step_of_task, tokenizer_loss = TokenizerTask.step, TokenizerTask._loss
     now = []
 
@@ -169,7 +171,7 @@ def nan(rank: int, step: int, last: int | None = None) -> None:
         if rank != RANK or not step <= now[0] <= (last or step):
             return loss
         metrics.set("loss/total", metrics.scalars["loss/total"] * math.nan)
-        return loss * math.nan
+        return loss * math.nan if gradient else loss
 
     TokenizerTask.step = telling_step
     TokenizerTask._loss = poisoned

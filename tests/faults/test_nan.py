@@ -74,6 +74,17 @@ def test_nan_of_one_rank_skips_the_step_on_all_ranks(two_ranks, unbroken, tmp_pa
         assert line == (true_line if engine == "ddp" else pytest.approx(true_line, rel=1e-6, abs=1e-9))
 
 
+def test_a_nan_loss_with_a_finite_gradient_skips_the_step_on_all_ranks(two_ranks, tmp_path):
+    run = tmp_path / "run"
+    fault = {"kind": "nan", "rank": 1, "step": BAD_STEP, "gradient": False}
+    ended = two_ranks.train(run, {"trainer.max_steps": BAD_STEP + 1}, fault)
+    assert ended.statuses == [0, 0], ended.err
+    assert [line["step"] for line in skipped(run)] == [BAD_STEP]
+    hashes = [re.findall(r"^step \d+ hashes (\w+)", err, re.MULTILINE) for err in ended.errs]
+    assert len(hashes[0]) == BAD_STEP + 1 and hashes[0] == hashes[1]
+    assert json.loads((latest(run) / "state.json").read_text())["task"]["updates"]["tokenizer"] == BAD_STEP
+
+
 def test_nan_from_a_step_on_ends_the_run_with_the_keys(two_ranks, tmp_path):
     run = tmp_path / "run"
     fault = {"kind": "nan", "rank": 0, "step": BAD_STEP, "last": 1000}

@@ -2,7 +2,6 @@
 
 import math
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor
@@ -53,9 +52,11 @@ class CodebookUsage:
 USAGE_WINDOW_TOKENS = 65_536
 
 
-def window_usage(index_n: np.ndarray, codebook_size: int, window_tokens: int = USAGE_WINDOW_TOKENS) -> float | None:
+def window_usage(index_n, codebook_size: int, window_tokens: int = USAGE_WINDOW_TOKENS) -> float | None:
     """Distinct codes / codebook size per complete window of consecutive tokens, mean over the windows; None without
     one. This is LlamaGen's usage (arXiv 2406.06525), which does not grow with the size of the set."""
+    import numpy as np  # slow to import; training does not call this
+
     count = len(index_n) // window_tokens
     windows = np.asarray(index_n)[: count * window_tokens].reshape(count, window_tokens)
     return math.fsum(len(np.unique(window)) for window in windows) / (count * codebook_size) if count else None

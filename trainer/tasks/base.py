@@ -1,15 +1,16 @@
 """The interface between the training loop and a task, and code that all tasks share."""
 
+from __future__ import annotations
+
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from data import Batch
 from trainer import TrainerError
 from trainer.config import RunConfig
 from trainer.engines import build_engine
@@ -20,6 +21,9 @@ from trainer.optim import adam, set_weight_decay
 from trainer.parallel import RowGroups, World, any_rank, mean_over_ranks
 from trainer.precision import autocast_dtype
 from trainer.schedules import learning_rate_factor, weight_decay
+
+if TYPE_CHECKING:
+    from data import Batch
 
 
 class Step(NamedTuple):
@@ -141,7 +145,7 @@ class Task(ABC):
         dtype = autocast_dtype(self.config.trainer.precision)
         return torch.autocast(self.world.device.type, dtype=dtype, enabled=dtype is not None)
 
-    def update(self, network: str, engines: list[Engine], loss: str, lr: float, step: int, metrics: "StepMetrics"):
+    def update(self, network: str, engines: list[Engine], loss: str, lr: float, step: int, metrics: StepMetrics):
         """Updates a network's engines, with gradients clipped by their joint norm; returns whether they were updated.
 
         If the loss or the gradient is not finite on any rank, no engine is updated on any rank, and the network is

@@ -1,5 +1,7 @@
 """Generator training: cross-entropy of the next code, from token shards or from images tokenized during training."""
 
+from __future__ import annotations
+
 import itertools
 import math
 from collections.abc import Callable, Iterator
@@ -9,7 +11,6 @@ import torch
 from torch import Tensor
 
 import data
-from data import Batch
 from model_zoo import ModelError, load_tokenizer
 from model_zoo.sampler import Sampler
 from model_zoo.transformer import Transformer, checkpoint_blocks, flops_per_token
@@ -131,7 +132,7 @@ class GeneratorTask(Task):
         spread = f", head over {self.config.vocabulary_parallel}" if self.groups.shard else ""
         return [f"{rows}x{columns} of {model.vocabulary} codes, {model.classes} classes{spread}"]
 
-    def check_batch(self, batch: Batch) -> None:
+    def check_batch(self, batch: data.Batch) -> None:
         for info in batch.infos:
             if wrong := self._wrong_label(info.label):
                 raise TrainerError(f"{info.key} in {info.shard} {wrong}")
@@ -149,7 +150,7 @@ class GeneratorTask(Task):
             else None
         )
 
-    def inputs(self, batch: Batch) -> Codes:
+    def inputs(self, batch: data.Batch) -> Codes:
         if self.config.data.content == "images":
             return self._codes(self._tokenized(batch.values), batch.labels)
         return self._codes(batch.values.to(self.world.device, non_blocking=True).long(), batch.labels)

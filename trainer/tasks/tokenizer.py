@@ -1,5 +1,7 @@
 """Tokenizer training: reconstruction, quantizer and adversarial losses."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterable
 
 import torch
@@ -7,7 +9,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import data
-from data import Batch, EvaluationImage
 from model_zoo import ModelError, Tokenizer
 from model_zoo.autoencoder import checkpoint_activations
 from model_zoo.eval_nets.lpips import SMALLEST_SIDE, Perceptual
@@ -315,7 +316,7 @@ class TokenizerTask(Task):
         usage = CodebookUsage(config.model.codebook_size, world.device)
         pictures = []
         side = config.data.val_image_size or config.data.image_size
-        grey = EvaluationImage("", torch.full((3, side, side), 127, dtype=torch.uint8), -1)
+        grey = data.EvaluationImage("", torch.full((3, side, side), 127, dtype=torch.uint8), -1)
         with self.evaluation():
             images = data.evaluation_images(
                 config.data.val,
@@ -381,7 +382,7 @@ class TokenizerTask(Task):
         quantizer, replicas = self.tokenizer.quantize, self.groups.replicas
         place_codes_among_features(quantizer, self.state, encode, micro_batches, replicas, self.world.device)
 
-    def inputs(self, batch: Batch) -> Tensor:
+    def inputs(self, batch: data.Batch) -> Tensor:
         return batch.values.to(self.world.device, non_blocking=True)
 
     def frozen_bytes(self) -> dict[str, int]:

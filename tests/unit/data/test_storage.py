@@ -23,8 +23,9 @@ from data.cache import Cache
 from data.storage import Timeouts, bytes_read, list_tars, read, size
 
 CONTENT = bytes(range(256)) * 2000  # 512,000 bytes
-BRIEF = Timeouts(request_seconds=0.4, total_seconds=1.2)
-STEADY = Timeouts(request_seconds=5, total_seconds=20)  # for what succeeds in the end
+BRIEF = Timeouts(request_seconds=0.4, total_seconds=1.2)  # for servers that do not answer
+PATIENT = Timeouts(request_seconds=5, total_seconds=10)  # for servers that answer with an error; waits take no time
+STEADY = Timeouts(request_seconds=30, total_seconds=120)  # for what succeeds in the end
 THROTTLED = (
     b"<?xml version='1.0'?><Error><Code>SlowDown</Code><Message>Please reduce your request rate.</Message></Error>"
 )
@@ -33,8 +34,8 @@ BUCKET = "images"
 
 
 @pytest.fixture(autouse=True)
-def short_waits(monkeypatch, clock):
-    monkeypatch.setattr(storage, "FIRST_WAIT_SECONDS", 0.1)
+def no_waits(clock):
+    """Between tries."""
 
 
 @pytest.fixture
@@ -223,27 +224,27 @@ def test_proxies_of_the_environment_are_used(server, monkeypatch):
 )
 def test_what_may_pass_is_tried_again(server, fault):
     server.fault("/a.tar", **fault, times=2)
-    assert read(server.url("/a.tar"), 0, 1000, Timeouts(0.4, 20)) == CONTENT[:1000]
+    assert read(server.url("/a.tar"), 0, 1000, Timeouts(0.5, 120)) == CONTENT[:1000]
     assert server.asked("/a.tar") >= 3
 
 
 @pytest.mark.parametrize(
-    ("fault", "happened"),
+    ("fault", "timeouts", "happened"),
     [
-        ({"status": 503}, "HTTP 503"),
-        ({"cut_after_bytes": 100}, "the answer broke off"),
-        ({"silent": True}, "no whole answer within 0."),
-        ({"trickle_seconds": 0.05}, "no whole answer within 0."),
+        ({"status": 503}, PATIENT, "HTTP 503"),
+        ({"cut_after_bytes": 100}, PATIENT, "the answer broke off"),
+        ({"silent": True}, BRIEF, "no whole answer within 0."),
+        ({"trickle_seconds": 0.05}, BRIEF, "no whole answer within 0."),
     ],
     ids=str,
 )
-def test_tries_end_in_time_and_tell_what_happened(server, fault, happened):
+def test_tries_end_in_time_and_tell_what_happened(server, clock, fault, timeouts, happened):
     server.fault("/a.tar", **fault)
-    start = time.monotonic()
-    message = error_of(read, server.url("/a.tar", user="me:hunter2"), 0, 1000, BRIEF)
-    assert time.monotonic() - start < BRIEF.total_seconds + 1
+    start = clock.monotonic()
+    message = error_of(read, server.url("/a.tar", user="me:hunter2"), 0, 1000, timeouts)
+    assert timeouts.total_seconds - storage.FIRST_WAIT_SECONDS < clock.monotonic() - start < timeouts.total_seconds + 1
     assert message.startswith(f"cannot read {server.url('/a.tar')}: {happened}")
-    assert f"({server.asked('/a.tar')} tries in 1.1" in message or "tries in 1.2" in message
+    assert f"({server.asked('/a.tar')} tries in" in message and server.asked("/a.tar") > 1
 
 
 def test_the_total_limits_a_request_that_may_take_longer(server):
@@ -253,15 +254,14 @@ def test_the_total_limits_a_request_that_may_take_longer(server):
     assert time.monotonic() - start < 1.5
 
 
-def test_a_refused_connection_is_tried_until_the_time_is_over():
-    start = time.monotonic()
-    message = error_of(size, f"http://127.0.0.1:{refused_port()}/a.tar", BRIEF)
+def test_a_refused_connection_is_tried_until_the_time_is_over(clock):
+    start = clock.monotonic()
+    message = error_of(size, f"http://127.0.0.1:{refused_port()}/a.tar", PATIENT)
     assert "Connect call failed" in message and " tries in " in message
-    assert time.monotonic() - start < BRIEF.total_seconds + 1
+    assert PATIENT.total_seconds - storage.FIRST_WAIT_SECONDS < clock.monotonic() - start < PATIENT.total_seconds + 1
 
 
-def test_waits_grow_and_differ_between_addresses(monkeypatch):
-    monkeypatch.setattr(storage, "FIRST_WAIT_SECONDS", 0.5)
+def test_waits_grow_and_differ_between_addresses():
     waits = [[storage._wait_seconds(url, tries) for tries in range(1, 12)] for url in ("http://h/1", "http://h/2")]
     assert all(0.25 <= wait <= 15 for wait in waits[0])
     assert waits[0][4] > waits[0][2] > waits[0][0]
@@ -282,11 +282,10 @@ def test_waits_grow_and_differ_between_addresses(monkeypatch):
     ],
     ids=str,
 )
-def test_what_does_not_pass_is_told_at_once(server, fault, message):
+def test_what_does_not_pass_is_told_at_once(server, clock, fault, message):
     server.fault("/a.tar", **fault)
-    start = time.monotonic()
     assert error_of(read, server.url("/a.tar"), 10, 20).startswith(message.format(url=server.url("/a.tar")))
-    assert time.monotonic() - start < 1
+    assert clock.slept == 0  # no second try
 
 
 def test_a_whole_answer_serves_where_the_whole_is_asked_for(server):
@@ -324,7 +323,7 @@ def test_threads_read_at_once(server):
     server.fault("/a.tar", stall_after_bytes=10, times=3)
     url = server.url("/a.tar")
     with ThreadPoolExecutor(16) as pool:
-        parts = pool.map(lambda n: read(url, 1000 * n, 1000 * n + 999, Timeouts(1, 20)), range(64))
+        parts = pool.map(lambda n: read(url, 1000 * n, 1000 * n + 999, Timeouts(2, 120)), range(64))
     assert list(parts) == [CONTENT[1000 * n : 1000 * n + 999] for n in range(64)]
 
 
@@ -406,20 +405,23 @@ def test_what_may_pass_is_tried_again_on_s3(faulty_bucket, server, fault):
     url = f"{faulty_bucket}/a.tar"
     assert size(url, STEADY) == len(CONTENT)  # the first request makes the client, which takes a while
     server.fault(f"/{BUCKET}/a.tar", **fault, times=2)
-    assert read(url, 0, 1000, Timeouts(0.5, 20)) == CONTENT[:1000]
+    assert read(url, 0, 1000, Timeouts(0.5, 120)) == CONTENT[:1000]
     assert server.asked(f"/{BUCKET}/a.tar") >= 4
 
 
-def test_tries_on_s3_end_in_time_and_are_ours_alone(faulty_bucket, server):
+def test_tries_on_s3_end_in_time_and_are_ours_alone(faulty_bucket, server, clock):
     url = f"{faulty_bucket}/a.tar"
     size(url, STEADY)
-    for fault, happened in (({"status": 503, "body": THROTTLED}, "HTTP 503 SlowDown"), ({"silent": True}, "no whole")):
+    for fault, timeouts, happened in (
+        ({"status": 503, "body": THROTTLED}, PATIENT, "HTTP 503 SlowDown"),
+        ({"silent": True}, BRIEF, "no whole"),
+    ):
         server.faults.clear()
         server.requests.clear()
         server.fault(f"/{BUCKET}/a.tar", **fault)
-        start = time.monotonic()
-        message = error_of(read, url, 0, 1000, BRIEF)
-        assert time.monotonic() - start < BRIEF.total_seconds + 1
+        start = clock.monotonic()
+        message = error_of(read, url, 0, 1000, timeouts)
+        assert clock.monotonic() - start < timeouts.total_seconds + 1
         assert f"cannot read {url}: {happened}" in message
         assert f"({server.asked(f'/{BUCKET}/a.tar')} tries in" in message
 

@@ -1,6 +1,8 @@
 import json
+import os
 import re
 import threading
+from pathlib import Path
 
 import pytest
 import torch
@@ -194,6 +196,36 @@ def test_a_kill_at_any_moment_leaves_the_former_checkpoint_in_force(world, tmp_p
     save(tmp_path, world, 30, asynchronous=asynchronous)
     assert not [name for name in names(tmp_path) if name.endswith(".unfinished")]
     assert_in_force(tmp_path, world, 30)
+
+
+def test_everything_is_on_the_disk_before_it_is_renamed(world, tmp_path, monkeypatch):
+    """After a crash a disk may have kept a rename but not the files, unless they were flushed before."""
+    happened = []
+
+    def record(owner, name, describe):
+        function = getattr(owner, name)
+
+        def recording(*arguments):
+            happened.append(describe(*arguments))
+            return function(*arguments)
+
+        monkeypatch.setattr(owner, name, recording)
+
+    record(os, "fsync", lambda descriptor: f"sync {Path(os.readlink(f'/proc/self/fd/{descriptor}')).name}")
+    record(Path, "rename", lambda path, target: f"rename {path.name} to {target.name}")
+    record(Path, "replace", lambda path, target: f"rename {path.name} to {target.name}")
+    save(tmp_path, world, 10)
+    assert happened == [
+        f"sync {PART}",
+        "sync state.json",
+        "sync manifest.json",
+        "sync step_00000010.unfinished",
+        "rename step_00000010.unfinished to step_00000010",
+        "sync checkpoints",
+        "sync latest.unfinished",
+        "rename latest.unfinished to latest",
+        "sync checkpoints",
+    ]
 
 
 def test_a_part_that_arrives_short_is_not_sealed(world, tmp_path, monkeypatch):

@@ -7,6 +7,8 @@ from contextlib import nullcontext
 
 import pytest
 import torch
+import torch.distributed as dist
+from PIL import Image
 from torch.nn import functional as F
 
 from model_zoo import ModelError, TokenizerConfig
@@ -32,6 +34,7 @@ from trainer.config import (
     TokenizerRun,
     TokenizerTrainerConfig,
 )
+from trainer.parallel import World
 from trainer.start_plan import plan_batch
 from trainer.tasks import tokenizer as task_module
 from trainer.tasks.adversarial import frozen
@@ -615,6 +618,23 @@ def test_reconstructions_are_those_of_the_weights_in_force_within_the_range_of_i
     with torch.no_grad():
         task.tokenizer.decoder.conv_out.bias.fill_(3.0)
     assert task.reconstruct(originals_bchw)[1].max() == 1
+
+
+def validated(folder: str) -> dict[str, float]:
+    """An untrained model's validation on three images, under an engine whose ranks forward equally often."""
+    world = World(dist.get_rank(), dist.get_world_size(), torch.device("cpu"))
+    changes = {"data__val": folder, "data__image_size": 16, "trainer__validation_images": 3, "engine__kind": "fsdp2"}
+    config = tiny_config(**changes)
+    return TokenizerTask(config, world, *plan_batch(config, world)).validate(lambda: None).scalars
+
+
+def test_validation_counts_each_image_once_over_all_ranks(ranks, tmp_path):
+    for number, image_chw in enumerate(images(count=4)):
+        Image.fromarray(image_chw.permute(1, 2, 0).numpy()).save(tmp_path / f"{number}.png")
+    (one,), two = (ranks.call(processes, validated, str(tmp_path)) for processes in (1, 2))
+    assert one.keys() == {"val/psnr", "val/l1", "val/usage"} and one["val/usage"] > 4 / 24
+    for of_rank in two:
+        assert of_rank == pytest.approx(one, rel=1e-5)
 
 
 def optimizer_tensors(engine):
