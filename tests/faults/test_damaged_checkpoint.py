@@ -1,5 +1,5 @@
-"""A damaged checkpoint is never resumed from: a run falls back to the newest whole one. One process meets every kind of
-damage in tests/unit/trainer/test_checkpoint.py."""
+"""A damaged checkpoint is never resumed from: the run falls back to the newest complete one. Every kind of damage is
+tested on one process in tests/unit/trainer/test_checkpoint.py."""
 
 from pathlib import Path
 

@@ -143,7 +143,7 @@ def test_deepspeed_config(ibq_here, fingerprint, place, config, said):
     before = fingerprint(place)
     finished = ibq_here("train", "debug", "trainer.device=cpu", "engine.kind=deepspeed", f"engine.config={config}")
     assert finished.status == 2, finished.err
-    (line,) = finished.error_lines  # DeepSpeed has things to say of its own
+    (line,) = finished.error_lines  # DeepSpeed prints other lines
     assert said in line
     assert "Traceback" not in finished.err
     assert fingerprint(place) == before
@@ -297,7 +297,7 @@ def test_two_real_processes_batch_that_does_not_divide(launch, fingerprint, tmp_
     assert set(finished.error_lines) == {
         "ibq: error: trainer.global_batch_size=7 must be a multiple of the 2 processes"
     }
-    assert "exitcode  : 2" in finished.err  # of our processes; torchrun's own is 1, and it adds a report of its own
+    assert "exitcode  : 2" in finished.err  # of our processes; torchrun itself exits with 1 and adds a report
     assert finished.err.count("Traceback") <= 1  # torchrun's
     assert fingerprint(tmp_path) == {}
 

@@ -293,7 +293,7 @@ def _export_one(model: SourceModel, folder: Path, out: Path, source: str) -> str
 
 @contextmanager
 def _writing(out: Path, wrapper: type[Exception]) -> Iterator[None]:
-    """Like `writing`, for a library that wraps OSErrors in an exception of its own."""
+    """Like `writing`, for a library that wraps OSErrors in another exception."""
     with writing(out):
         try:
             yield

@@ -43,7 +43,7 @@ class Steps:
         ]
 
     def infos(self, count):
-        """The same as `take`, with all that is told of each image, and its pixels."""
+        """Like `take`, with the information about each image and its pixels."""
         taken = []
         for _ in range(count):
             parts = [[next(stream) for _ in range(self.micro_batches)] for stream in self.streams]

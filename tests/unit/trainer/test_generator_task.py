@@ -1,4 +1,4 @@
-"""One step of generator training, on a tiny model and one process."""
+"""One step of generator training: a tiny model on one process."""
 
 import math
 from types import SimpleNamespace

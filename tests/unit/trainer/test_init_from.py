@@ -1,4 +1,4 @@
-"""Starting from weights of any source, with all of them or a part frozen, on a tiny model and one process."""
+"""Initialising from any source of weights, with all or a part of them frozen; a tiny model on one process."""
 
 import json
 from dataclasses import replace

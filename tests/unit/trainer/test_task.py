@@ -1,4 +1,4 @@
-"""One step of tokenizer training, on a tiny model and one process: who is updated when, by which gradient."""
+"""One step of tokenizer training: which network is updated when, by which gradient; a tiny model on one process."""
 
 import copy
 import json

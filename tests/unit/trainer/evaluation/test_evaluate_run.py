@@ -194,7 +194,7 @@ def test_one_checkpoint_and_a_published_one_have_reports_of_their_own(run, tmp_p
     assert evaluated.json_path.name == "published_reconstruction.json" and evaluated.report.image_count == 1
     assert (evaluated.provenance["image_size"], evaluated.provenance["resize"]) == (256, "cv2_bilinear")
     assert evaluated.provenance["step"] is None and evaluated.provenance["held_out"] is False
-    # It has no averages: what was used is told, not what was asked for.
+    # It has no EMA, so the report names the raw weights that were used.
     assert evaluated.provenance["weights"] == "raw" and evaluated.differences[-1] == "weights: raw, published: ema"
     assert ", raw weights, " in evaluated.markdown_path.read_text()
 

@@ -1,4 +1,4 @@
-"""Models out of runs and published checkpoints, and back again."""
+"""Exports of runs and of published checkpoints, and their round trips."""
 
 import json
 from dataclasses import asdict, replace

@@ -1,4 +1,4 @@
-"""`ibq tokenize`: the codes are those of the very views, at any number of processes, however often it goes on."""
+"""`ibq tokenize`: codes of the views are correct for any number of processes and after any number of restarts."""
 
 import io
 import json
