@@ -297,8 +297,8 @@ class TokenizerTask(Task):
 
     @torch.no_grad()
     def reconstruct(self, images_bchw: Tensor) -> tuple[Tensor, Tensor]:
-        """(codes ``(b, h, w)``, reconstructions in [-1, 1]) of images in [-1, 1]. Where `forwards_together` says so,
-        all ranks must call as often as each other."""
+        """Returns codes ``(b, h, w)`` and reconstructions in [-1, 1] of images in [-1, 1]. If `forwards_together`, all
+        ranks must call equally often."""
 
         def both() -> tuple[Tensor, Tensor]:
             index_bhw = self.tokenizer.tokenize(images_bchw)
