@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from model_zoo.io.sharded_tensors import TensorShard
 from trainer import TrainerError
 from trainer.engines.base import Engine, MakeOptimizer, Memory, Root, trained_parameters
-from trainer.engines.deepspeed_internals import zero_stage
+from trainer.engines.deepspeed_internals import release_groups, zero_stage
 from trainer.optim import start_moments
+from trainer.parallel import before_stop
 
 # DeepSpeed calls PyTorch's collectives by deprecated names, which would print a warning on every rank.
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
@@ -130,6 +131,7 @@ class DeepSpeed(Engine):
         except (ValueError, AssertionError, DeepSpeedConfigError) as error:  # pydantic's errors are ValueErrors
             what = " ".join(str(error).split())[:300]
             raise TrainerError(f"DeepSpeed refuses engine.config={config}: {what}") from error
+        before_stop(release_groups)
         self.zero = zero_stage(self.engine, self.parameters)
         stage = int(self.engine.zero_optimization_stage())
         self.forwards_together = stage == 3

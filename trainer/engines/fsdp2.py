@@ -7,7 +7,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_common import DataParallelMeshInfo
@@ -18,7 +17,7 @@ from trainer import TrainerError
 from trainer.config import EngineConfig
 from trainer.engines.base import Engine, MakeOptimizer, Memory, Root, stored_bytes, trained_parameters
 from trainer.optim import start_moments
-from trainer.parallel import World, before_stop, sum_over_ranks
+from trainer.parallel import World, before_stop, forget_groups, sum_over_ranks
 
 # The tokenizer returns views, which is safe because no output is changed in place.
 warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor", UserWarning)
@@ -137,14 +136,9 @@ def _units(module: nn.Module) -> list[nn.Module]:
 
 
 def _release_groups() -> None:
-    """Drops every reference to a process group that FSDP2 leaves behind, so that `stop_world` ends the group's threads.
-
-    The objects are searched for, because DTensor caches meshes for the life of the process.
-    """
+    """Drops the references to process groups that FSDP2 keeps for the life of the process, because DTensor caches
+    meshes."""
     for found in gc.get_objects():
         if issubclass(type(found), DeviceMesh):
             found._pg_registry.clear()
-        elif issubclass(type(found), (DataParallelMeshInfo, Fsdp2)):
-            for name, value in list(vars(found).items()):
-                if isinstance(value, ProcessGroup):
-                    setattr(found, name, None)
+    forget_groups(DataParallelMeshInfo, Fsdp2)
