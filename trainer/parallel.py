@@ -48,7 +48,7 @@ def start_world(device: str = "auto", timeout_seconds: float = 1800.0) -> World:
     if use_cuda:
         if local_rank >= torch.cuda.device_count():
             raise TrainerError(
-                f"process {local_rank} of this machine has no GPU of its own: "
+                f"process {local_rank} of this machine has no GPU: "
                 f"{torch.cuda.device_count()} GPUs are visible; start at most that many processes on it"
             )
         torch.cuda.set_device(local_rank)
@@ -91,7 +91,7 @@ def _join_group(backend: str, timeout: timedelta) -> None:
     """Joins the process group.
 
     torchrun's store outlives the processes, so it still holds the addresses of processes that ended. Each attempt, and
-    each group within an attempt, therefore uses a key prefix of its own.
+    each group within an attempt, therefore uses a different key prefix.
     """
     where = {}
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
