@@ -291,7 +291,7 @@ def open_sources(
     urls = [shard.url for source in sources for shard in source.shards]
     for part in sorted(quarantine):
         if not any(is_among(url, frozenset([part])) for url in urls):
-            logger.warning("data.quarantine names %s, which is none of the shards", part)
+            logger.warning("data.quarantine names %s, which is not one of the shards", part)
     return sources
 
 

@@ -47,7 +47,7 @@ _function: Callable[[Any], Any]  # of a process that `in_processes` started
 def _start(function: Callable) -> None:
     global _function
     _function = function
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without a traceback of its own
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without another traceback
 
 
 def _call(value: Any) -> Any:

@@ -214,7 +214,7 @@ def resize_named(name: str) -> Resize:
     `cv2_bilinear`: cv2.INTER_LINEAR without antialias, sides rounded, floor centre crop.
     `adm_center_crop`: that of ADM (guided-diffusion), which DiT, SiT and others took over: both sides are halved by the
     mean of 2 x 2 pixels as long as the shorter one has twice the target, then antialiased bicubic, sides rounded, floor
-    centre crop. A box is taken as an image of its own.
+    centre crop. A box is treated as a separate image.
     """
     if name not in RESIZES:
         raise DataError(f"unknown resize {name!r}: choose one of {', '.join(RESIZES)}")

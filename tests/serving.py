@@ -1,4 +1,4 @@
-"""Stores on loopback for tests: an HTTP server that misbehaves where it is told to, and moto's S3."""
+"""Stores on loopback for tests: an HTTP server that misbehaves on request, and moto's S3."""
 
 import contextlib
 import email.utils

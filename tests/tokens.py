@@ -1,4 +1,4 @@
-"""Token shards for tests: each class has a way of its own to go from one code to the next."""
+"""Token shards for tests: each class has different transitions between codes."""
 
 import io
 import tarfile

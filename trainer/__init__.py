@@ -2,4 +2,4 @@
 
 
 class TrainerError(Exception):
-    """The user asked for something that cannot be trained. The message is one line and names the mend."""
+    """A mistake by the user, or a fault that ends training. The message is one line that names it and the fix."""

@@ -51,7 +51,7 @@ class Checkpoints:
         self.asynchronous, self.beat = asynchronous, beat
         self.writing: _Writing | None = None
 
-    def save(self, step: int, state: dict, pieces: Iterable[TensorShard]) -> None:
+    def save(self, step: int, state: dict, shards: Iterable[TensorShard]) -> None:
         """Copies this rank's shards and starts to write ``step_XXXXXXXX``, after completing the previous checkpoint.
 
         state: small JSON-able values (data position, counters), equal on all ranks. Raises CheckpointError.
@@ -62,7 +62,7 @@ class Checkpoints:
             _agree(self.world, lambda: _make_folder(unfinished))
         except CheckpointError as error:
             raise self._refusal(unfinished, error) from error
-        copies = [piece._replace(values=piece.values.detach().to("cpu", copy=True)) for piece in pieces]
+        copies = [shard._replace(values=shard.values.detach().to("cpu", copy=True)) for shard in shards]
         file = unfinished / f"rank_{self.world.rank:05d}.safetensors"
         self.writing = _Writing(unfinished, {**state, "step": step}, file, copies)
         self.writing.start()
@@ -128,31 +128,31 @@ class _Writing(threading.Thread):
     """Writes one rank's part of a checkpoint. At the end either ``part`` is set, to (file name, its manifest entry), or
     ``error`` is."""
 
-    def __init__(self, unfinished: Path, state: dict, file: Path, pieces: list[TensorShard]):
+    def __init__(self, unfinished: Path, state: dict, file: Path, shards: list[TensorShard]):
         super().__init__(
             name=f"writing {file}", daemon=True
         )  # ends with the process, which leaves the checkpoint incomplete
-        self.unfinished, self.state, self.file, self.pieces = unfinished, state, file, pieces
+        self.unfinished, self.state, self.file, self.shards = unfinished, state, file, shards
         self.part: tuple[str, dict] | None = None
         self.error: str | None = None
 
     def run(self) -> None:
         try:
-            for piece in self.pieces:
-                if piece.values.is_floating_point() and not piece.values.isfinite().all():
-                    raise CheckpointError(f"{piece.name} is not finite, try a lower optimizer.lr")
-            write_part(self.file, self.pieces)
+            for shard in self.shards:
+                if shard.values.is_floating_point() and not shard.values.isfinite().all():
+                    raise CheckpointError(f"{shard.name} is not finite, try a lower optimizer.lr")
+            write_part(self.file, self.shards)
             self.part = self.file.name, _entry(self.file)
         except (OSError, SafetensorError, CheckpointError) as error:
             self.error = getattr(error, "strerror", None) or str(error)
         except Exception as error:  # would end only this thread; reported to all ranks, it fails the save
             self.error = f"{type(error).__name__}: {error}"
-        self.pieces = []
+        self.shards = []
 
 
-def write_part(file: Path, pieces: list[TensorShard]) -> None:
+def write_part(file: Path, shards: list[TensorShard]) -> None:
     """Writes one rank's shards, and returns when they are on the disk."""
-    save_shards(file, pieces)
+    save_shards(file, shards)
     _sync(file)
 
 
@@ -175,7 +175,7 @@ def find_checkpoint(source: Path, world: World) -> tuple[Path, list[str]]:
     """
     if (run := run_folder(source)) != source:
         if wrong := damage(source, world):
-            raise TrainerError(f"{source} cannot be resumed from: {wrong}; `ibq resume {run}` takes another")
+            raise TrainerError(f"{source} cannot be resumed from: {wrong}; `ibq resume {run}` uses another")
         return source, []
     passed_over = []
     for folder in run_on_main(world, lambda: _candidates(source)):
@@ -184,11 +184,9 @@ def find_checkpoint(source: Path, world: World) -> tuple[Path, list[str]]:
             return folder, passed_over
         passed_over.append(f"{folder.name} is passed over: {wrong}")
     if not passed_over:
-        raise TrainerError(
-            f"{source} holds no finished checkpoint to resume from: start the run again with `ibq train`"
-        )
+        raise TrainerError(f"{source} has no finished checkpoint to resume from: start the run again with `ibq train`")
     more = f"; and {len(passed_over) - 3} more" if len(passed_over) > 3 else ""
-    raise TrainerError(f"{source} holds no whole checkpoint: {'; '.join(passed_over[:3])}{more}")
+    raise TrainerError(f"{source} has no complete checkpoint: {'; '.join(passed_over[:3])}{more}")
 
 
 def _candidates(run: Path) -> list[Path]:

@@ -1,9 +1,9 @@
-"""The dry run: what each process of a training run would hold, found out without data, GPU or the other processes.
+"""The dry run: computes what each process of a training run would hold, without data, GPUs or the other processes.
 
-The very task and engines of a run are built, DeepSpeed's and FSDP2's own partitioning included, as one rank of a
-process group whose other ranks do not exist (PyTorch's "fake" backend), out of tensors that have shapes and storages of
-a size but no memory (`FakeTensorMode`). What lies on the rank is then counted, tensor by tensor. Each rank that is
-looked at has a forked process of its own, so that nothing of this stays in the caller's.
+It builds the run's actual task and engines, including the partitioning by DeepSpeed or FSDP2, as one rank of a process
+group whose other ranks do not exist (PyTorch's "fake" backend). The tensors have shapes and storage sizes but no memory
+(`FakeTensorMode`). The bytes on the rank are then counted tensor by tensor. Each rank is built in a forked process,
+because this patches global state.
 """
 
 import multiprocessing
@@ -36,17 +36,17 @@ from trainer.tasks import make_task
 from trainer.tasks import tokenizer as tokenizer_task
 from trainer.tasks.base import Task
 
-# What launchers tell real processes; DeepSpeed would believe it.
+# Set by launchers for real processes; DeepSpeed would use them.
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 NOT_COUNTED = """\
-Not in it, for it was not measured: activations, the parameters that ZeRO 3 and FSDP2 gather for a forward, buffers for
-communication (DeepSpeed's reduce_bucket_size above all), temporaries of the optimiser's step, what CUDA and its
-libraries take. A first step on a GPU tells. 1 MB is 10^6 bytes, 1 GB 10^9."""
+Not included: activations, the parameters that ZeRO 3 and FSDP2 gather for a forward pass, communication buffers (mainly
+DeepSpeed's reduce_bucket_size), temporary tensors of the optimizer step, and the memory of CUDA and its libraries.
+Train one step on a GPU to measure the total. 1 MB is 10^6 bytes, 1 GB is 10^9 bytes."""
 
 
 class Held(NamedTuple):
-    """Bytes of one network on one rank; ``gradients`` as they are after a backward."""
+    """Bytes of one network on one rank; ``gradients`` after a backward pass."""
 
     parameters: int = 0
     gradients: int = 0
@@ -55,13 +55,16 @@ class Held(NamedTuple):
 
     @property
     def total(self) -> int:
-        """All of them."""
+        """Their sum."""
         return sum(self)
 
 
 class RankPlan(NamedTuple):
-    """What one rank holds, by network; whether part of the main network lies in the CPU's memory; and the ranks that it
-    shares networks with (None: there is no such group). row_shard, row_replicas: of the codebook's or the head's rows.
+    """What one rank holds.
+
+    networks: bytes by network. offloads: whether part of the main network is kept in CPU memory. fsdp_shard: the ranks
+    over which FSDP2 shards the main network. row_shard, row_replicas: the ranks over which the rows of the codebook or
+    the head are sharded, and those that hold the same rows. None: there is no such group.
     """
 
     rank: int
@@ -78,10 +81,10 @@ class RankPlan(NamedTuple):
 
 
 def dry_run(recipe: str, overrides: list[str], processes: int | None = None) -> None:
-    """Prints a run's resolved recipe, mesh, batch and memory. Nothing is trained, and nothing written.
+    """Prints a run's resolved recipe, mesh, batch and memory. Trains nothing and writes nothing.
 
-    processes: how many there would be; None: as many as torchrun started, alone one. Of torchrun's, only the first
-    prints. Raises TrainerError or ModelError, one line, for settings that do not fit so many processes.
+    processes: number of processes to plan for; None: as many as torchrun started, or one. Under torchrun only rank 0
+    prints. Raises a one-line TrainerError or ModelError for settings that do not work with this number of processes.
     """
     if int(os.environ.get("RANK", 0)) > 0:
         return
@@ -91,21 +94,21 @@ def dry_run(recipe: str, overrides: list[str], processes: int | None = None) -> 
 
 
 def plan_ranks(config: RunConfig, processes: int) -> list[RankPlan]:
-    """Of the first rank and the last, between which all others lie: everything here is spread evenly, and where it does
-    not divide, first ranks hold more (rows) or the last ones less (ends of flat buffers)."""
-    plan_batch(config, World(0, processes, torch.device("cpu")))  # in the caller's process, where it costs nothing
+    """Plans the first and the last rank. The others are in between: everything is distributed evenly, and a remainder
+    gives the first ranks more (rows) or the last ranks less (ends of flat buffers)."""
+    plan_batch(config, World(0, processes, torch.device("cpu")))  # fails early, before any process is forked
     if config.engine.kind == "deepspeed":
-        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed chooses at its import; here for all ranks at once
+        os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed chooses when it is imported, here for all forks
         import deepspeed  # noqa: F401
     return _in_forks([(plan_rank, (config, rank, processes)) for rank in sorted({0, processes - 1})])
 
 
 def plan_rank(config: RunConfig, rank: int, processes: int) -> RankPlan:
-    """Builds the task as that rank and counts what it holds. Changes this process for good: see `_imagine`."""
+    """Builds the task as that rank and counts what it holds. Patches this process permanently: see `_patch`."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
     world = World(rank, processes, torch.device("cpu"))
-    _imagine(config)
+    _patch(config)
     dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=processes)
     with FakeTensorMode(allow_non_fake_inputs=True):
         task = make_task(config, world, *plan_batch(config, world))
@@ -121,7 +124,7 @@ def plan_rank(config: RunConfig, rank: int, processes: int) -> RankPlan:
 
 
 def networks_held(task: Task) -> dict[str, Held]:
-    """What this rank holds of each of a task's networks."""
+    """The bytes that this rank holds of each network of a task."""
     ema = task.state.ema
 
     def held(engine: Engine) -> Held:
@@ -136,25 +139,25 @@ def _ranks(group: dist.ProcessGroup | None) -> list[int] | None:
     return None if group is None else dist.get_process_group_ranks(group)
 
 
-def _imagine(config: RunConfig) -> None:
-    """Replaces what needs tensors' values, other ranks, a compiler or files by what does without."""
-    # Modules are made on the device where they stay; FakeTensors could not take one another's place.
+def _patch(config: RunConfig) -> None:
+    """Replaces functions that need the values of tensors, other ranks, a compiler or files."""
+    # Modules are built on their final device, so `to` has nothing to do; it would fail for FakeTensors.
     nn.Module._apply = lambda self, function, recurse=True: self
     quantizer_base.initial_codes = _codes_without_values
-    CodebookShard.check = lambda self, codes: None  # asks the other ranks for theirs
+    CodebookShard.check = lambda self, codes: None  # communicates with the other ranks
     if isinstance(config, GeneratorRun):
         if config.data.content == "images" or config.model.embedding == "codebook":
             raise TrainerError(
-                "--dry-run does not count a tokenizer: leave out data.content=images and model.embedding=codebook"
+                "--dry-run cannot count a tokenizer: remove data.content=images and model.embedding=codebook"
             )
-        config.tokenizer.source = None  # which is for pictures, and need not be there
+        config.tokenizer.source = None  # used only for pictures, and may not exist yet
     elif config.loss.perceptual.weight > 0:
         frozen = lpips_on_meta()
         tokenizer_task.Perceptual = lambda vgg16_weights: frozen
     if config.engine.kind == "fsdp2":
         from trainer.engines import fsdp2
 
-        # Which rank has which rows is computed by tensors of ranks, whose values are wanted.
+        # These compute the rows of each rank from tensors whose values they need.
         fsdp2.init_device_mesh = _with_values(fsdp2.init_device_mesh)
         fsdp2.compute_local_shape_and_global_offset = _with_values(fsdp2.compute_local_shape_and_global_offset)
     if config.engine.kind == "deepspeed":
@@ -177,7 +180,7 @@ def _with_values(function: Callable) -> Callable:
 
 
 def _in_forks(calls: list[tuple[Callable, tuple]]) -> list:
-    """The results of calls, each in a forked process. Raises the first TrainerError or ModelError of theirs."""
+    """Runs each call in a forked process and returns the results. Raises the first exception of a call."""
     context = multiprocessing.get_context("fork")
     started = []
     for function, arguments in calls:
@@ -200,10 +203,10 @@ def _in_forks(calls: list[tuple[Callable, tuple]]) -> list:
 
 
 def _fork(connection, function: Callable, arguments: tuple) -> None:
-    silence = os.open(os.devnull, os.O_WRONLY)  # DeepSpeed greets, PyTorch warns of FakeTensors
+    silence = os.open(os.devnull, os.O_WRONLY)  # DeepSpeed prints a banner, PyTorch warns about FakeTensors
     for stream in (1, 2):
         os.dup2(silence, stream)
-    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (as long as the process)
+    sys.stdout = sys.stderr = open(os.devnull, "w")  # noqa: SIM115 (open until the process ends)
     for name in LAUNCHER_VARIABLES:
         os.environ.pop(name, None)
     os.environ |= {"LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": ""}
@@ -224,9 +227,9 @@ def _yaml(config: RunConfig) -> str:
 
 
 def report(config: RunConfig, processes: int, plans: list[RankPlan]) -> str:
-    """The whole text: recipe, mesh and batch, memory."""
+    """The printed text: recipe, mesh and batch, memory."""
     parts = [
-        # Addresses without what may be secret in them.
+        # URLs may contain secrets.
         re.sub(r"[a-z][a-z0-9+.-]*://[^\s'\"]+", lambda url: redacted(url[0]), _yaml(config)),
         _aligned(_mesh(config, processes, plans[0])),
         _memory(plans),
@@ -238,11 +241,11 @@ def report(config: RunConfig, processes: int, plans: list[RankPlan]) -> str:
 def _mesh(config: RunConfig, processes: int, plan: RankPlan) -> list[list[str]]:
     micro_batch_size, micro_batches = plan_batch(config, World(0, processes, torch.device("cpu")))
     lines = [
-        ["processes", f"{processes} (which of them share a machine is for the launcher to say)"],
-        ["data parallel", f"{processes}: every process has images of its own"],
+        ["processes", f"{processes} (the launcher decides which of them share a machine)"],
+        ["data parallel", f"{processes}: each process trains on different images"],
         [
             "batch",
-            f"{config.trainer.global_batch_size} images a step = {processes} processes x {micro_batches} "
+            f"{config.trainer.global_batch_size} images per step = {processes} processes x {micro_batches} "
             f"micro-batch{'es, accumulated,' if micro_batches > 1 else ''} x {micro_batch_size} images",
         ],
     ]
@@ -251,7 +254,7 @@ def _mesh(config: RunConfig, processes: int, plan: RankPlan) -> list[list[str]]:
     if engine.kind == "deepspeed":
         lines.append([main, f"deepspeed {engine.config} over {processes}"])
     elif engine.kind == "ddp":
-        lines.append([main, f"whole on each of {processes}"])
+        lines.append([main, f"a full copy on each of {processes}"])
     else:
         shards = len(plan.fsdp_shard)
         lines.append([main, f"fsdp2: {shards} shards x {processes // shards} replicas"])
@@ -267,12 +270,12 @@ def _mesh(config: RunConfig, processes: int, plan: RankPlan) -> list[list[str]]:
     elif rows in plan.networks:
         lines.append([rows, f"1 shard x {processes} replicas"])
     if "discriminator" in plan.networks:
-        lines.append(["discriminator", f"whole on each of {processes}"])
+        lines.append(["discriminator", f"a full copy on each of {processes}"])
     return lines
 
 
 def _groups(first: list[int], processes: int, step: int) -> str:
-    """The first group and the last, which begins where only the rest of a whole group is left."""
+    """The first and the last group of ranks, as text."""
     number = processes // len(first)
     last = [rank + step * (number - 1) for rank in first]
     shown = [_span(group) for group in ([first] if number == 1 else [first, last])]
@@ -294,11 +297,11 @@ def _memory(plans: list[RankPlan]) -> str:
         columns = [*zip(*held, strict=True), [each.total for each in held]]
         rows.append([name, *map(_range, columns)])
     sums = [[sum(column) for column in zip(*plan.networks.values(), strict=True)] for plan in plans]
-    rows.append(["a rank's total", *map(_range, [*zip(*sums, strict=True), [plan.total for plan in plans]])])
+    rows.append(["total of a rank", *map(_range, [*zip(*sums, strict=True), [plan.total for plan in plans]])])
     worst = max(plans, key=lambda plan: plan.total)
     ranks = " and ".join(str(plan.rank) for plan in plans)
-    title = f"Memory, of rank {ranks}" + ("; the others' lies between" if len(plans) > 1 else "")
-    return f"{title}\n{_aligned(rows, right=True)}\nmost: rank {worst.rank} with {_size(worst.total)}"
+    title = f"Memory of rank {ranks}" + ("; other ranks are in between" if len(plans) > 1 else "")
+    return f"{title}\n{_aligned(rows, right=True)}\nmaximum: rank {worst.rank} with {_size(worst.total)}"
 
 
 def _range(values) -> str:
@@ -316,7 +319,7 @@ def _size(count: int) -> str:
 
 
 def _aligned(rows: list[list[str]], right: bool = False) -> str:
-    """Columns as wide as their widest word; ``right``: numbers, all but the first column set to the right."""
+    """Aligns columns. right: right-aligns all columns but the first, for numbers."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
@@ -328,10 +331,11 @@ def _aligned(rows: list[list[str]], right: bool = False) -> str:
 
 
 def _offloaded(config: RunConfig, plan: RankPlan) -> str:
-    """Of engines that keep part of the above in the CPU's memory: which part."""
+    """What an engine with offloading keeps in CPU memory, as text; empty for other engines."""
     if not plan.offloads:
         return ""
     main = next(iter(plan.networks))
     if config.engine.kind == "fsdp2":
-        return f"The {main}'s parameters, gradients and optimizer lie in the CPU's memory (engine.offload).\n"
-    return f"The {main}'s optimizer and fp32 masters, with offload_param its parameters, lie in the CPU's memory.\n"
+        return f"The {main}'s parameters, gradients and optimizer state are in CPU memory (engine.offload).\n"
+    held = "optimizer state and fp32 master weights, and with offload_param its parameters,"
+    return f"The {main}'s {held} are in CPU memory.\n"

@@ -19,8 +19,11 @@ NO_SHAPE = ("codebook_init", "codebook_init_std")  # fields of a model's configu
 
 
 class InitRecord(NamedTuple):
-    """What a run was initialised from. origin: the weights, in words; fingerprint: of their tokenizer; freeze: the part
-    that is not trained, or None; discriminator: where it comes from, in words."""
+    """What a run was initialised from.
+
+    origin: description of the weights. fingerprint: of their tokenizer. freeze: the part that is not trained, or None.
+    discriminator: description of its initial weights.
+    """
 
     origin: str
     fingerprint: str
@@ -36,8 +39,8 @@ class InitRecord(NamedTuple):
 
 
 def load_init_weights(config: TokenizerRun) -> tuple[Weights, str]:
-    """The weights that ``init_from.source`` names, and the fingerprint of their tokenizer. Raises TrainerError, one
-    line, if they are missing or do not fit the recipe's model."""
+    """Reads the weights that ``init_from.source`` names, and their tokenizer's fingerprint. Raises a one-line
+    TrainerError if they are missing or do not fit the recipe's model."""
     from model_zoo.io.load import read_weights  # slow to import, and only fine-tuning needs it
 
     init_from = config.init_from
@@ -64,11 +67,11 @@ def _check_shape(config: TokenizerRun, weights: Weights) -> None:
             f"model.{key} is {_typed(value)} there and {_typed(ours.get(key))} here" for key, value in theirs.items()
         )
         fix = " ".join(shlex.quote(f"model.{key}={_typed(value)}") for key, value in theirs.items())
-        raise ModelError(f"its model is not the recipe's: {found}; give {fix}")
+        raise ModelError(f"its model is not the recipe's: {found}; use {fix}")
 
 
 def _typed(value) -> str:
-    """The value as it is typed after ``key=``."""
+    """The value as the user types it after ``key=``."""
     return value if isinstance(value, str) else json.dumps(value, separators=(",", ":"))
 
 
@@ -79,10 +82,10 @@ def save_init_record(run: Path, record: InitRecord) -> None:
 
 
 def read_init_record(run: Path) -> dict | None:
-    """What a run was initialised from, and its validations; None if it started from random weights.
+    """Reads what a run was initialised from, and its validations. Returns None if it started from random weights.
 
-    The fields of `InitRecord`; and if the run was validated, ``validation``: ``start`` and ``now``, each with ``step``,
-    ``psnr`` in dB, ``l1`` and ``usage``. Raises TrainerError for a damaged file.
+    The result has the fields of `InitRecord`. If the run was validated, it also has ``validation``: ``start`` and
+    ``now``, each with ``step``, ``psnr`` in dB, ``l1`` and ``usage``. Raises TrainerError for a damaged file.
     """
     path = run / FILE if (run / FILE).is_file() else run / FORMER_FILE
     if not path.is_file():

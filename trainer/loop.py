@@ -1,19 +1,26 @@
 """Entry points of training: a recipe to train, or a run to resume."""
 
+from __future__ import annotations
+
 import os
 import sys
+import traceback
 from datetime import datetime
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from model_zoo.io.run_layout import run_folder
 from trainer import TrainerError
 from trainer.config import RunConfig
-from trainer.parallel import start_world, stop_world
+from trainer.parallel import World, start_world, stop_world
 from trainer.recipes import load_recipe, load_run_config
 from trainer.start_plan import Source, check_inputs, plan_start
 from trainer.trainer import Trainer
+
+if TYPE_CHECKING:
+    from data import TokenSpec
 
 
 def train(recipe: str, overrides: list[str]) -> Path:
@@ -49,17 +56,25 @@ def _train(config: RunConfig, source: Source) -> Path:
     world = start_world(config.trainer.device, config.trainer.timeout_seconds)
     torch.set_float32_matmul_precision("high" if config.trainer.tf32 else "highest")
     try:
-        plan = plan_start(config, source, world)
-        if plan.done:
-            if world.is_main:
-                sys.stderr.write(f"{config.run} is at step {plan.step} already: nothing is left to do\n")
-            return Path(config.run)
-        trainer = Trainer(config, world, plan, tokens)
-        try:
-            trainer.setup()
-            trainer.train()
-        finally:
-            trainer.close()
-        return trainer.run
+        return _train_in(world, config, source, tokens)
+    except BaseException as error:
+        traceback.clear_frames(error.__traceback__)  # their variables refer to process groups: see stop_world
+        raise
     finally:
         stop_world()
+
+
+def _train_in(world: World, config: RunConfig, source: Source, tokens: TokenSpec | None) -> Path:
+    """Trains in the process group. A function of its own, so that nothing refers to the group when it is destroyed."""
+    plan = plan_start(config, source, world)
+    if plan.done:
+        if world.is_main:
+            sys.stderr.write(f"{config.run} is at step {plan.step} already: nothing is left to do\n")
+        return Path(config.run)
+    trainer = Trainer(config, world, plan, tokens)
+    try:
+        trainer.setup()
+        trainer.train()
+    finally:
+        trainer.close()
+    return trainer.run

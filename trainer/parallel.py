@@ -1,9 +1,11 @@
 """The process group: rank, size and device of this process, and the collectives that training needs."""
 
+import gc
 import itertools
 import os
 from collections.abc import Callable
 from datetime import timedelta
+from importlib import import_module
 from typing import NamedTuple
 
 import torch
@@ -46,13 +48,17 @@ def start_world(device: str = "auto", timeout_seconds: float = 1800.0) -> World:
     if use_cuda:
         if local_rank >= torch.cuda.device_count():
             raise TrainerError(
-                f"process {local_rank} of this machine has no GPU of its own: "
+                f"process {local_rank} of this machine has no GPU: "
                 f"{torch.cuda.device_count()} GPUs are visible; start at most that many processes on it"
             )
         torch.cuda.set_device(local_rank)
     else:
         # DeepSpeed chooses its accelerator when it is imported, and could choose another one.
         os.environ["DS_ACCELERATOR"] = "cpu"
+    # PyTorch's compiler imports this module when the first optimizer is made. Its default arguments are the process
+    # group that exists at that moment, and would keep that group, and gloo's threads, after `stop_world`.
+    import_module("torch.distributed.nn.functional")
+
     if "RANK" in os.environ:
         _join_group("nccl" if use_cuda else "gloo", _collective_timeout(timeout_seconds))
     else:
@@ -85,7 +91,7 @@ def _join_group(backend: str, timeout: timedelta) -> None:
     """Joins the process group.
 
     torchrun's store outlives the processes, so it still holds the addresses of processes that ended. Each attempt, and
-    each group within an attempt, therefore uses a key prefix of its own.
+    each group within an attempt, therefore uses a different key prefix.
     """
     where = {}
     if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
@@ -109,6 +115,18 @@ def before_stop(action: Callable[[], None]) -> None:
     _before_stop.add(action)
 
 
+def forget_groups(*classes: type) -> None:
+    """Sets attributes that are process groups to None, in all objects of these classes. For `before_stop`, where a
+    library keeps objects that refer to a group for the life of the process."""
+    for found in gc.get_objects():
+        if issubclass(type(found), classes):
+            for name, value in list(vars(found).items()):
+                if isinstance(value, dist.ProcessGroup):
+                    setattr(found, name, None)
+                elif isinstance(value, list) and any(isinstance(group, dist.ProcessGroup) for group in value):
+                    setattr(found, name, [])
+
+
 def stop_world() -> None:
     """Destroys the process groups, if there are any, and ends gloo's threads.
 
@@ -119,6 +137,7 @@ def stop_world() -> None:
     if dist.is_initialized():
         while _before_stop:
             _before_stop.pop()()
+        gc.collect()  # models that refer to a group are part of reference cycles
         dist.destroy_process_group()
 
 

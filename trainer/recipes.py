@@ -20,22 +20,22 @@ from trainer.config import GeneratorRun, RunConfig, TokenizerRun
 
 TASKS = {"tokenizer": TokenizerRun, "generator": GeneratorRun}
 EVALUATION = "evaluation"  # the folder of recipes for evaluations
-ABLATIONS = "ablations"  # the folder of tables of trainings
-# Former names of keys and sections (a section's name stands for all keys in it), and of values.
+ABLATIONS = "ablations"  # the folder of recipes for ablations
+# Former names of keys and sections (with all keys of the section), and of values.
 RENAMED_KEYS = {"trainer.keep_checkpoints": "trainer.keep_last", "start": "init_from"}
 RENAMED_VALUES = {("engine.kind", "replicated"): "ddp"}
-# What runs did before these keys existed, by task: defaults for the config.yaml of a run folder.
+# By task: defaults for run folders that were written before these keys existed.
 FORMER = {"tokenizer": {"model": {"codebook_init": "normal"}}}
 
 
 def recipe_paths(kinds: Iterable[str] = TASKS) -> dict[str, Path]:
-    """Name -> file of every recipe of these kinds in the package."""
+    """Returns {name: file} of the package's recipes of these kinds."""
     folder = Path(str(resources.files("model_zoo"))) / "recipes"
     return {path.stem: path for kind in kinds for path in sorted((folder / kind).glob("*.yaml"))}
 
 
 def find_recipe(recipe: str, kinds: Iterable[str] = TASKS) -> Path:
-    """The file of the recipe of that name, or that YAML file. Raises TrainerError, one line."""
+    """Finds a recipe by its name, or as a YAML file. Raises a one-line TrainerError."""
     paths = recipe_paths(kinds)
     if recipe in paths:
         return paths[recipe]
@@ -53,27 +53,27 @@ def find_recipe(recipe: str, kinds: Iterable[str] = TASKS) -> Path:
 
 
 def load_recipe(recipe: str, overrides: list[str]) -> RunConfig:
-    """The recipe of that name, or in that YAML file, with ``key=value`` overrides. Raises TrainerError, one line."""
+    """Reads a recipe, by its name or from a YAML file, with ``key=value`` overrides. Raises a one-line TrainerError."""
     return _resolve(find_recipe(recipe), overrides)
 
 
 def load_run_config(run: str | Path, overrides: list[str]) -> RunConfig:
-    """The resolved configuration of a run folder, with ``key=value`` overrides. Raises TrainerError, one line."""
+    """Reads the configuration of a run folder, with ``key=value`` overrides. Raises a one-line TrainerError."""
     path = Path(run) / "config.yaml"
     if not path.is_file():
-        raise TrainerError(f"{run} is no run folder (no config.yaml in it): give the folder that `ibq train` wrote")
+        raise TrainerError(f"{run} is not a run folder (it has no config.yaml): give the folder that `ibq train` wrote")
     return _resolve(path, overrides, FORMER)
 
 
 def save_config(config: RunConfig, path: Path) -> None:
-    """Writes the resolved configuration. If the process is killed meanwhile, an existing file stays as it was."""
+    """Writes the resolved configuration. An existing file stays intact if the process is killed meanwhile."""
     unfinished = path.with_suffix(".unfinished")
     OmegaConf.save(OmegaConf.structured(config), unfinished)
     unfinished.replace(path)
 
 
 def read_recipe(path: Path) -> DictConfig:
-    """The content of a recipe's file, with any keys. Raises TrainerError, one line."""
+    """Reads a recipe file without checking its keys. Raises a one-line TrainerError."""
     try:
         from_file = OmegaConf.load(path)
     except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
@@ -84,7 +84,7 @@ def read_recipe(path: Path) -> DictConfig:
 
 
 def renamed(override: str) -> str:
-    """An override with the present names of its key and its value."""
+    """Replaces former names of key and value in an override."""
     key, equals, value = override.partition("=")
     for old, new in RENAMED_KEYS.items():
         if key == old or key.startswith(f"{old}."):
@@ -93,7 +93,7 @@ def renamed(override: str) -> str:
 
 
 def _rename(from_file: DictConfig, path: Path) -> None:
-    """Replaces former names in the content of a file."""
+    """Replaces former names of keys and values in a file's content."""
 
     def parent_of(key: str):
         parent = from_file.get(key.rpartition(".")[0]) if "." in key else from_file
@@ -112,7 +112,7 @@ def _rename(from_file: DictConfig, path: Path) -> None:
 
 
 def _resolve(path: Path, overrides: list[str], defaults: dict | None = None) -> RunConfig:
-    """defaults: by task, values of keys that neither the file nor an override gives, in place of the schema's."""
+    """Merges schema, defaults, file and overrides, and checks the result. defaults: by task; replace the schema's."""
     from_file = read_recipe(path)
     _rename(from_file, path)
     task = from_file.get("task", "tokenizer")
@@ -143,7 +143,7 @@ def _resolve(path: Path, overrides: list[str], defaults: dict | None = None) -> 
 
 
 def _keys_of(overrides: list[str]) -> list[str]:
-    """The key of each override. Raises TrainerError for one that is not ``key=value`` or uses a former name."""
+    """Returns the key of each override. Raises TrainerError for one that is not ``key=value`` or uses a former name."""
     keys = []
     for override in overrides:
         key, equals, _ = override.partition("=")
@@ -162,7 +162,7 @@ def _keys_of(overrides: list[str]) -> list[str]:
 
 
 def _override(config: DictConfig, key: str, override: str) -> DictConfig:
-    """The configuration with one override. A number in the key is an index of a list: data.sources.0.weight=2."""
+    """Applies one override. A number in the key is an index of a list: data.sources.0.weight=2."""
     if not any(part.isdecimal() for part in key.split(".")):
         return OmegaConf.merge(config, OmegaConf.from_dotlist([override]))
     try:
@@ -173,7 +173,7 @@ def _override(config: DictConfig, key: str, override: str) -> DictConfig:
 
 
 def _check_fields(config, prefix: str = "") -> None:
-    """Raises TrainerError for a value that its field's metadata do not allow."""
+    """Raises TrainerError for a value that breaks a rule in its field's metadata."""
     for field in dataclasses.fields(config):
         key, value = f"{prefix}{field.name}", getattr(config, field.name)
         if dataclasses.is_dataclass(value):
@@ -183,7 +183,7 @@ def _check_fields(config, prefix: str = "") -> None:
 
 
 def _check(config: RunConfig) -> None:
-    """Raises TrainerError for values that do not fit each other."""
+    """Raises TrainerError for values that contradict each other."""
     engine = config.engine
     if engine.kind != "fsdp2" and (engine.offload or engine.shard_over is not None or not engine.reshard):
         raise TrainerError("engine.offload, engine.shard_over and engine.reshard are settings of engine.kind=fsdp2")
@@ -217,7 +217,7 @@ def _check_tokenizer(config: TokenizerRun) -> None:
 
 
 def explain(error: Exception, schema: DictConfig) -> str:
-    """OmegaConf's message in one line, with the closest known key if a key is unknown."""
+    """Returns OmegaConf's message in one line, with the closest known key if a key is unknown."""
     message = str(error).splitlines()[0]
     key = getattr(error, "full_key", None)
     if "not in" in message and key:
@@ -228,7 +228,7 @@ def explain(error: Exception, schema: DictConfig) -> str:
 
 
 def leaves(node: DictConfig, prefix: str = "") -> list[str]:
-    """The dotted keys of all values in a configuration."""
+    """Returns the dotted keys of all values in a configuration."""
     keys = []
     for key in node:
         child = None if OmegaConf.is_missing(node, key) else node[key]

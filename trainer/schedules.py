@@ -6,7 +6,7 @@ from trainer.config import OptimizerConfig, ScheduleConfig
 
 
 def learning_rate_factor(config: ScheduleConfig, step: int, max_steps: int) -> float:
-    """What the peak rate is multiplied by in step ``step`` (from 0) of ``max_steps``."""
+    """The factor of the peak learning rate in step ``step`` (from 0) of ``max_steps``."""
     if step < config.warmup_steps:
         return config.warmup_from + (1 - config.warmup_from) * step / config.warmup_steps
     if config.kind == "constant":
@@ -21,14 +21,14 @@ def learning_rate_factor(config: ScheduleConfig, step: int, max_steps: int) -> f
 
 
 def ramp(step: int, start_step: int, ramp_steps: int) -> float:
-    """0 before ``start_step``, then linearly to 1 within ``ramp_steps`` (0: at once)."""
+    """A factor that is 0 before ``start_step`` and then rises linearly to 1 within ``ramp_steps`` (0: at once)."""
     if step < start_step:
         return 0.0
     return min(1.0, (step - start_step + 1) / ramp_steps) if ramp_steps else 1.0
 
 
 def weight_decay(config: OptimizerConfig, step: int, max_steps: int) -> float:
-    """Of matrices in step ``step`` (from 0) of ``max_steps``."""
+    """The weight decay of matrices in step ``step`` (from 0) of ``max_steps``."""
     if config.final_weight_decay is None:
         return config.weight_decay
     shape = 0.5 * (1 + math.cos(math.pi * min(1.0, step / max_steps)))

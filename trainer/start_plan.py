@@ -145,5 +145,7 @@ def _holds_run(config: RunConfig) -> bool:
 def _load_state(checkpoint: Path) -> dict:
     state = load_state(checkpoint)
     if not {"step", "data", "task", "world_size"} <= state.keys():
-        raise TrainerError(f"{checkpoint / 'state.json'} is of another version of ibq: its run cannot be resumed")
+        raise TrainerError(
+            f"{checkpoint / 'state.json'} was written by another version of ibq: its run cannot be resumed"
+        )
     return state

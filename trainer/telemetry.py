@@ -1,4 +1,4 @@
-"""What a run reports while it trains: progress bar, metrics.jsonl, TensorBoard, pictures. Rank 0 alone writes."""
+"""Output of a run during training: progress bar, metrics.jsonl, TensorBoard, pictures. Only rank 0 writes."""
 
 import json
 import math
@@ -14,7 +14,7 @@ from trainer import TrainerError
 from trainer.config import RunConfig
 from trainer.parallel import World, run_on_main
 
-# What the progress line shows, as far as it is logged.
+# The metrics that the progress line shows, if they are logged.
 SHOWN = {
     "images_per_second": "{:.0f} images/s",
     "loss/cross_entropy": "loss {:.3f}",
@@ -30,7 +30,7 @@ SHOWN = {
 
 
 def metric_lines(path: Path) -> list[tuple[int, str]]:
-    """(step, line) of every whole line of a metrics.jsonl; a last line cut off by a kill is left out.
+    """Returns (step, line) for each line of a metrics.jsonl, without a last line that a kill has truncated.
 
     Raises TrainerError for any other damage.
     """
@@ -42,13 +42,13 @@ def metric_lines(path: Path) -> list[tuple[int, str]]:
         except (ValueError, TypeError, KeyError) as error:
             if number == len(lines):
                 break
-            raise TrainerError(f"{path}, line {number}, is no JSON object with a step: remove that line") from error
+            raise TrainerError(f"{path}, line {number}, is not a JSON object with a step: remove that line") from error
     return found
 
 
 @contextmanager
 def scanning():
-    """Gives a function of (tars scanned, tars in all) that shows them on the terminal of the first process."""
+    """Yields a function of (tars scanned, number of tars) that shows progress on the terminal of the first process."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -61,7 +61,7 @@ def scanning():
 
 
 class Telemetry:
-    """What a run reports while it trains. This one discards everything; rank 0 has a `RunTelemetry`."""
+    """The interface for output during training. This class discards everything; rank 0 has a `RunTelemetry`."""
 
     def __enter__(self):
         return self
@@ -70,13 +70,13 @@ class Telemetry:
         pass
 
     def advance(self, step: int) -> None:
-        """``step`` steps are done."""
+        """Sets the number of finished steps."""
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
         """Writes scalars."""
 
     def alarm(self, step: int, text: str | None) -> None:
-        """Reports what is wrong with the model, or None."""
+        """Reports a problem of the model; None: there is no problem."""
 
     def picture(self, step: int, name: str, image_chw: torch.Tensor) -> None:
         """Writes a uint8 picture ``(3, h, w)``."""
@@ -88,11 +88,11 @@ class Telemetry:
 class RunTelemetry(Telemetry):
     """Writes metrics.jsonl, TensorBoard and samples of a run, and shows its progress on the terminal.
 
-    Use it as a context. Resuming drops what was logged after ``start_step``.
+    A context manager. On resuming it deletes what was logged after ``start_step``.
     """
 
     def __init__(self, run: Path, start_step: int, max_steps: int):
-        # Imported here, because only rank 0 needs them and they take long to import.
+        # Imported here because they are slow to import and only rank 0 needs them.
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -137,11 +137,11 @@ class RunTelemetry(Telemetry):
             self.writer.close()
 
     def advance(self, step: int) -> None:
-        """``step`` steps are done."""
+        """Sets the number of finished steps."""
         self.progress.update(self.bar, completed=step)
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
-        """Writes scalars everywhere. Non-finite ones become null in the JSON, which knows no NaN."""
+        """Writes scalars to all outputs. Non-finite values become null in the JSON, which has no NaN."""
         safe = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
         with self._or_lost(), self.metrics.open("a") as file:
             file.write(json.dumps({"step": step, **safe}) + "\n")
@@ -149,12 +149,12 @@ class RunTelemetry(Telemetry):
             for name, value in scalars.items():
                 self.writer.add_scalar(name, value, step)
         self.shown.update(scalars)
-        self.progress.update(self.bar, text="CODEBOOK COLLAPSES  " * bool(self.alarmed) + _in_words(self.shown))
+        self.progress.update(self.bar, text="CODEBOOK COLLAPSING  " * bool(self.alarmed) + _in_words(self.shown))
         if not self.console.is_terminal:
             print(f"step {step}/{self.max_steps}  {_in_words(scalars)}", file=sys.stderr, flush=True)
 
     def alarm(self, step: int, text: str | None) -> None:
-        """What is wrong, or None: said once when it begins and when it ends, shown in the progress line in between."""
+        """Prints a problem once when it begins and once when it ends; the progress line shows it in between."""
         if bool(text) != bool(self.alarmed):
             self.say(f"ALARM at step {step}: {text}" if text else f"step {step}: codebook usage has recovered")
         self.alarmed = text
@@ -162,7 +162,7 @@ class RunTelemetry(Telemetry):
             self.writer.add_scalar("codebook/alarm", float(bool(text)), step)
 
     def picture(self, step: int, name: str, image_chw: torch.Tensor) -> None:
-        """A uint8 picture for TensorBoard and the folder ``samples``."""
+        """Writes a uint8 picture to TensorBoard and to the folder ``samples``."""
         with self._or_lost():
             Image.fromarray(image_chw.movedim(0, -1).numpy()).save(self.samples / f"step_{step:08d}.png")
         with self._or_lost():
@@ -170,18 +170,16 @@ class RunTelemetry(Telemetry):
 
     @contextmanager
     def _or_lost(self):
-        """A full disk costs scalars and pictures, and not the run: said once."""
+        """Training continues if writing fails, for example on a full disk; this is reported once."""
         try:
             yield
         except (OSError, RuntimeError) as error:
             if not self.lost:
-                self.say(
-                    f"ALARM: cannot write {self.metrics.parent} ({error}): scalars and pictures are lost meanwhile"
-                )
+                self.say(f"ALARM: cannot write {self.metrics.parent} ({error}): scalars and pictures get lost")
             self.lost = True
 
     def say(self, line: str) -> None:
-        """One line above the progress bar."""
+        """Prints one line above the progress bar."""
         self.console.print(line, highlight=False, soft_wrap=True)
 
 
@@ -190,8 +188,8 @@ def _in_words(scalars: dict[str, float]) -> str:
 
 
 def open_telemetry(run: Path, start_step: int, max_steps: int, world: World) -> Telemetry:
-    """Rank 0's telemetry, and one that discards everything for the other ranks. Raises TrainerError on all ranks where
-    the run's folder cannot be written."""
+    """Returns a `RunTelemetry` on rank 0, and a `Telemetry` that discards everything on other ranks. Raises
+    TrainerError on all ranks if the run's folder cannot be written."""
     opened = []
 
     def open_it() -> None:
@@ -205,7 +203,7 @@ def open_telemetry(run: Path, start_step: int, max_steps: int, world: World) -> 
 
 
 def describe(config: RunConfig, world: World, task, start: int) -> str:
-    """One line: what is about to be trained, and on what. start: steps that are done."""
+    """Describes in one line the model, the devices, the batch and the steps. start: number of finished steps."""
     engine = task.main_engine
     kind = config.engine.kind
     if kind == "deepspeed":
@@ -214,7 +212,7 @@ def describe(config: RunConfig, world: World, task, start: int) -> str:
         kind += f" over {config.engine.shard_over}" if config.engine.shard_over else ""
         kind += " offload" if config.engine.offload else ""
     what = ", ".join([f"{task.parameters / 1e6:.2f}M parameters", *task.describe()])
-    batch = f"{world.size} x {engine.micro_batches} x {engine.micro_batch_size} images a step"
+    batch = f"{world.size} x {engine.micro_batches} x {engine.micro_batch_size} images per step"
     return (
         f"{config.run}: {what}, {world.size} x {world.device.type} ({kind}, {config.trainer.precision}), {batch}, "
         f"steps {start + 1} to {config.trainer.max_steps}"

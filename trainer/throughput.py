@@ -1,4 +1,4 @@
-"""Speed of training, and the speed of a device that it is compared with."""
+"""Throughput of training, and the matrix product rate of the device as a reference."""
 
 import time
 from collections.abc import Iterator
@@ -6,37 +6,37 @@ from contextlib import contextmanager
 
 import torch
 
-SIDE = {"cuda": 8192, "cpu": 1024}  # large enough that a product's speed is the processor's
+SIDE = {"cuda": 8192, "cpu": 1024}  # large enough for the product to be limited by arithmetic
 REPEATS = 5
 
 
 class Throughput:
-    """Measures images per second of training alone: the time within ``paused()`` does not count."""
+    """Measures images per second of training. Time within ``paused()`` does not count."""
 
     def __init__(self, images_per_step: int, step: int):
         self.images_per_step = images_per_step
         self.restart(step)
 
     def restart(self, step: int) -> None:
-        """Measures from the end of ``step`` on."""
+        """Starts a new measurement at the end of ``step``."""
         self.step, self.began = step, time.perf_counter()
 
     def images_per_second(self, step: int) -> float:
-        """The mean since the last restart, after ``step``."""
+        """Images per second from the last restart to the end of ``step``."""
         return (step - self.step) * self.images_per_step / (time.perf_counter() - self.began)
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Within the context no training takes place."""
+        """Excludes the time within the context from the measurement."""
         paused = time.perf_counter()
         yield
         self.began += time.perf_counter() - paused
 
 
 def matmul_rate(device: torch.device, dtype: torch.dtype) -> float:
-    """Floating-point operations per second of a plain square matrix product, the fastest of a few."""
+    """Floating-point operations per second of a square matrix product, the fastest of REPEATS."""
     side = SIDE[device.type]
-    # Not drawn by torch's own generator, which a run goes on with.
+    # Not random, so that the state of torch's generator does not change.
     a, b = (torch.linspace(-1, 1, side * side, device=device).view(side, side).to(dtype) for _ in range(2))
     torch.mm(a, b)
     seconds = []

@@ -129,7 +129,7 @@ class Trainer:
         try:
             note = self.skipped.update(step, result.skipped, self.keys, step == self.config.trainer.max_steps)
         except TrainerError:
-            self.checkpoints.finish()  # what is being written is of a good step
+            self.checkpoints.finish()  # the checkpoint that is being written is from a good step
             raise
         spike = self.spikes.update(float(result.scalars["loss/total"]))
         if note or spike:

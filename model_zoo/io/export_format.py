@@ -36,7 +36,7 @@ def read_export(folder: Path, kind: str, weights: str) -> Weights:
     folder, about = _of_kind(folder, kind)
     file = folder / (RAW if weights == "raw" and about["weights"] == "ema" else MODEL)
     if not file.is_file():
-        raise ModelError(f"{folder} holds no raw weights, only their averages: use --weights ema")
+        raise ModelError(f"{folder} has no raw weights, only EMA weights: use --weights ema")
     beside = {name: folder / name for name in (DISCRIMINATOR, DISCRIMINATOR_EMA) if (folder / name).is_file()}
     tensors = {name: read_tensors(path) for name, path in beside.items()}
     found = "raw" if file.name == RAW else about["weights"]
@@ -81,17 +81,17 @@ def read_about(folder: Path) -> dict:
             raise ValueError(f"it lacks {wrong[0]}")
         for key, choices in {"kind": KINDS, "weights": SETS}.items():
             if about[key] not in choices:
-                raise ValueError(f"{key}: {about[key]} is none of {', '.join(choices)}")
+                raise ValueError(f"{key}: {about[key]} is not one of {', '.join(choices)}")
         if not isinstance(about.get("step"), int | None):
-            raise ValueError(f"step: {about['step']} is no whole number")
+            raise ValueError(f"step: {about['step']} is not a whole number")
         if about.get("average"):
             Average(**about["average"])
         return about
     except FileNotFoundError as error:
-        raise ModelError(f"{folder} is no export: it lacks {CONFIG}") from error
+        raise ModelError(f"{folder} is not an export: it has no {CONFIG}") from error
     except (OSError, yaml.YAMLError, AttributeError, TypeError, ValueError) as error:
         detail = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"{path} describes no exported model ({detail})") from error
+        raise ModelError(f"{path} does not describe an exported model ({detail})") from error
 
 
 def read_tensors(file: Path) -> dict[str, Tensor]:
@@ -126,7 +126,7 @@ def new_folder(out: Path) -> Iterator[Path]:
     """Yields a temporary folder next to ``out`` and renames it to ``out`` at the end. On failure it is removed. Raises
     ModelError if ``out`` exists and is not an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ModelError(f"{out} is there already: name another place with --out, or remove it")
+        raise ModelError(f"{out} already exists: choose another --out, or remove it")
     out = out.resolve()
     unfinished = out.with_name(f".{out.name}.unfinished")
     shutil.rmtree(unfinished, ignore_errors=True)  # left by a killed job

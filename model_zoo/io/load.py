@@ -102,12 +102,12 @@ def find_checkpoint(source: Path) -> Path:
         return source
     run = run_folder(source)
     if not (run / "config.yaml").is_file():
-        raise ModelError(f"{run} is no run folder (no config.yaml in it): give the folder that `ibq train` wrote")
+        raise ModelError(f"{run} is not a run folder (it has no config.yaml): give the folder that `ibq train` wrote")
     if source != run:
         return source
     latest = run / "checkpoints" / "latest"
     if not latest.is_file():
-        raise ModelError(f"{run} holds no finished checkpoint yet: train on, or lower trainer.checkpoint_every_steps")
+        raise ModelError(f"{run} has no finished checkpoint yet: train on, or lower trainer.checkpoint_every_steps")
     checkpoint = latest.parent / latest.read_text(errors="replace").strip()
     if not checkpoint.is_dir():
         raise ModelError(
@@ -158,11 +158,11 @@ def _read_run(checkpoint: Path, kind: str, weights: str) -> Weights:
 def _missing(files: ShardedTensors, kind: str, weights: str) -> ModelError:
     for other in KINDS:
         if other != kind and files.names(f"{other}/"):
-            return ModelError(f"{files.folder} is of a {other}'s run: name a {kind}'s")
+            return ModelError(f"{files.folder} is from a {other} run: give a {kind} run")
     fix = "; ask for the raw weights (--weights raw)" if files.names(f"{kind}/") else ""
     return ModelError(f"{files.folder} holds no {weights} weights of a {kind}{fix}")
 
 
 def _no_config(where: str, kind: str, error: Exception) -> ModelError:
     detail = (str(error).splitlines() or [type(error).__name__])[0]
-    return ModelError(f"{where} describes no {kind} ({detail})")
+    return ModelError(f"{where} does not describe a {kind} ({detail})")

@@ -515,7 +515,7 @@ def good_pngs() -> list[Kind]:
         ),
         good("animated (APNG)", encoded(PICTURE, "PNG", **two_frames), PICTURE, "its first frame"),
         good(
-            "animated, with a still picture of its own",
+            "animated, with a separate still picture",
             encoded(PICTURE, "PNG", default_image=True, **two_frames),
             PICTURE,
             "the still one is what is shown where nothing moves",

@@ -44,11 +44,11 @@ def kill_in_save(rank: int, step: int, phase: str) -> None:
 
     write_part, seal = checkpoint.write_part, checkpoint.Checkpoints._seal
 
-    def killed_write_part(file: Path, pieces: list) -> None:
+    def killed_write_part(file: Path, shards: list) -> None:
         mine = rank == RANK and file.parent.stem == folder
         if mine and phase == "before the part":
             kill()
-        write_part(file, pieces)
+        write_part(file, shards)
         if mine and phase == "half of the part":
             os.truncate(file, file.stat().st_size // 2)
             kill()

@@ -1,5 +1,5 @@
-"""A damaged checkpoint is never resumed from: a run falls back to the newest whole one. One process meets every kind of
-damage in tests/unit/trainer/test_checkpoint.py."""
+"""A damaged checkpoint is never resumed from: the run falls back to the newest complete one. Every kind of damage is
+tested on one process in tests/unit/trainer/test_checkpoint.py."""
 
 from pathlib import Path
 
@@ -45,7 +45,7 @@ def test_the_newest_whole_checkpoint_is_resumed_from(two_ranks, unbroken, copy_o
     assert named.statuses == [2, 2], named.err
     for err in named.errs:
         assert err.count("\n") == 1 and err.startswith(f"ibq: error: {newest} cannot be resumed from: {file} ")
-        assert said in err and f"`ibq resume {run}` takes another" in err
+        assert said in err and f"`ibq resume {run}` uses another" in err
 
     resumed = two_ranks.resume(run, "trainer.max_steps=8")
     (note,) = [line for line in resumed.err.splitlines() if "passed over" in line]
@@ -62,5 +62,5 @@ def test_where_none_is_whole_each_is_named_in_one_line(two_ranks, copy_of_unbrok
     refused = two_ranks.resume(run, "trainer.max_steps=8")
     assert refused.statuses == [2, 2], refused.err
     for err in refused.errs:
-        assert err.count("\n") == 1 and err.startswith(f"ibq: error: {run} holds no whole checkpoint: ")
+        assert err.count("\n") == 1 and err.startswith(f"ibq: error: {run} has no complete checkpoint: ")
         assert all(f"{folder.name} is passed over: {PART} is missing" in err for folder in folders)

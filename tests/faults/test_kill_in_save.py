@@ -59,7 +59,7 @@ def test_the_checkpoint_in_force_is_whole_and_the_run_goes_on(two_ranks, unbroke
 def test_a_kill_while_a_checkpoint_is_replaced_leaves_the_one_that_was_resumed_from(
     two_ranks, unbroken, copy_of_unbroken
 ):
-    """A run that is resumed from before writes its steps anew, each in place of the former."""
+    """A run that resumes from an earlier step replaces the later checkpoints one by one."""
     run = copy_of_unbroken
     fault = {"kind": "kill_in_save", "rank": 0, "step": 6, "phase": "before the rename"}
     killed = two_ranks.resume(

@@ -99,7 +99,7 @@ TRAIN_MISTAKES = {
     ),
     "implementation of another quantizer": (
         ["debug", "model.quantizer=vq", "trainer.quantizer_impl=chunked"],
-        ["trainer.quantizer_impl=chunked is for ibq"],
+        ["trainer.quantizer_impl=chunked is only for model.quantizer=ibq"],
     ),
     "codebook over more processes than there are": (
         ["debug", "codebook_parallel=2"],
@@ -129,21 +129,21 @@ def test_train(ibq_here, assert_refused, fingerprint, place, mistake):
         ("nowhere.json", "nowhere.json is unknown"),
         ("broken.json", "broken.json is not valid JSON"),
         ("stage4.json", "use 0, 1, 2 or 3"),
-        ("list.json", "is no DeepSpeed configuration"),
-        ("true.json", "is no DeepSpeed configuration"),
+        ("list.json", "is not a DeepSpeed configuration"),
+        ("true.json", "is not a DeepSpeed configuration"),
         ("offload.json", "offload_optimizer"),
         ("odd_key.json", '"odd" is not supported; remove it'),
         ("round_robin.json", '"round_robin_gradients" is not supported; remove it'),
-        ("other_precision.json", 'remove "bfloat16"; the recipe decides'),
+        ("other_precision.json", 'remove "bfloat16"; set it in the recipe'),
         ("word.json", '"offload_optimizer" must be an object'),
-        ("clipping.json", 'write "auto" for "gradient_clipping"; trainer.gradient_clip_norm decides'),
+        ("clipping.json", 'write "auto" for "gradient_clipping" and use trainer.gradient_clip_norm'),
     ],
 )
 def test_deepspeed_config(ibq_here, fingerprint, place, config, said):
     before = fingerprint(place)
     finished = ibq_here("train", "debug", "trainer.device=cpu", "engine.kind=deepspeed", f"engine.config={config}")
     assert finished.status == 2, finished.err
-    (line,) = finished.error_lines  # DeepSpeed has things to say of its own
+    (line,) = finished.error_lines  # DeepSpeed prints other lines
     assert said in line
     assert "Traceback" not in finished.err
     assert fingerprint(place) == before
@@ -171,7 +171,7 @@ def test_a_run_folder_that_holds_a_run(ibq_here, assert_refused, fingerprint, ru
 )
 def test_a_folder_that_is_no_run(ibq_here, assert_refused, fingerprint, place, command):
     before = fingerprint(place)
-    assert_refused(ibq_here(*command), "is no run folder", "ibq train")
+    assert_refused(ibq_here(*command), "is not a run folder", "ibq train")
     assert fingerprint(place) == before
 
 
@@ -297,7 +297,7 @@ def test_two_real_processes_batch_that_does_not_divide(launch, fingerprint, tmp_
     assert set(finished.error_lines) == {
         "ibq: error: trainer.global_batch_size=7 must be a multiple of the 2 processes"
     }
-    assert "exitcode  : 2" in finished.err  # of our processes; torchrun's own is 1, and it adds a report of its own
+    assert "exitcode  : 2" in finished.err  # of our processes; torchrun itself exits with 1 and adds a report
     assert finished.err.count("Traceback") <= 1  # torchrun's
     assert fingerprint(tmp_path) == {}
 

@@ -168,8 +168,8 @@ def test_what_is_printed(ranks, tmp_path):
     lines = [" ".join(line.split()) for line in first.out.splitlines()]
     for line in (
         "codebook_size: 256",
-        "processes 8 (which of them share a machine is for the launcher to say)",
-        "batch 8 images a step = 8 processes x 1 micro-batch x 1 images",
+        "processes 8 (the launcher decides which of them share a machine)",
+        "batch 8 images per step = 8 processes x 1 micro-batch x 1 images",
         "codebook 2 shards x 4 replicas",
         "shards ranks 0-1 ... 6-7",
         "replicas ranks 0-6 by 2 and 1-7 by 2",

@@ -92,7 +92,7 @@ class Cell(NamedTuple):
             engine += " offload"
         sharded = "codebook over 2), " if "codebook_parallel" in settings else "), "
         micro = settings.get("trainer.micro_batch_size", BATCH // self.processes)
-        images = f"{self.processes} x {BATCH // self.processes // micro} x {micro} images a step"
+        images = f"{self.processes} x {BATCH // self.processes // micro} x {micro} images per step"
         return f"{sharded}{self.processes} x cpu ({engine}, {settings.get('trainer.precision', 'fp32')}), {images}"
 
 

@@ -12,8 +12,8 @@ STEPS = 8
 CHECKPOINT = f"checkpoints/step_{STEPS:08d}"
 TOLERANCE = 1e-5
 MOMENT_TOLERANCE = 1e-3
-# Weight decay that changes, clipping in every step, warm-up, an average: all that is of a step and not of a rank. What
-# is drawn anew on each rank (dropout, left-out classes) is off.
+# Weight decay that changes, clipping in every step, warm-up, EMA: all that depends on the step, not on the rank. What
+# is random on each rank (dropout, dropped classes) is off.
 RECIPE = {
     "trainer.max_steps": STEPS,
     "trainer.checkpoint_every_steps": STEPS // 2,

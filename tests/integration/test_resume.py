@@ -44,7 +44,7 @@ def test_resumed_equals_unbroken_bit_for_bit(runs, ranks, copy_of):
 
 
 def test_codes_are_placed_among_the_features_once_alone(ibq_here, debug_settings, tmp_path):
-    """A resumed run does not place them anew."""
+    """A resumed run does not place them again."""
     changes = {"trainer.max_steps": 2, "trainer.checkpoint_every_steps": 1, "model.codebook_init": "features"}
     unbroken, run = tmp_path / "unbroken", tmp_path / "run"
     for folder, steps in ((unbroken, 2), (run, 1)):

@@ -228,7 +228,7 @@ def test_ranks_equal_one_process_with_all_tokens(results, name):
     assert ("sample_entropy" in found[0]) == (temperature is not None)
     tolerance = 1e-11 if dtype == torch.float64 else 1e-5
     for key in found[0]:
-        if key == "average_entropy":  # the whole one, on every rank
+        if key == "average_entropy":  # every rank has the one of all codes
             actual, true = torch.stack([rank[key] for rank in found]), expected[key].expand(len(tokens))
         elif key == "sample_entropy":
             actual, true = torch.stack([rank[key] for rank in found]), expected[key]

@@ -277,7 +277,7 @@ def test_strided_operands_and_upstream_gradients():
 
 
 def test_expanded_upstream_gradient():
-    """`sum().backward()` hands over a gradient without memory of its own."""
+    """`sum().backward()` passes an expanded gradient, whose elements share memory."""
     z_nd, codebook_kd, _ = random_operands(9, 70, 8)
     grads = []
     for op in (index_backprop_dense, index_backprop_chunked):

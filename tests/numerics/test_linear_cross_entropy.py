@@ -130,7 +130,7 @@ def test_autocast_makes_products_in_its_type_and_gives_gradients_in_the_paramete
 
 
 def test_fp16_does_not_lose_what_is_small_before_a_loss_is_scaled():
-    """One of 4,096 tokens alone has a gradient of 2^-12 of its own, which times p is nothing in fp16."""
+    """The mean over 4,096 tokens gives each token a gradient of 2^-12, which times p underflows in fp16."""
     hidden_nd, weight_vd, target_n = random_operands(4096, 300, 16, torch.float16, scale=0.1)
     weight_vd = weight_vd / 64
     found = run("chunked", hidden_nd, weight_vd, target_n, factor=2.0**12)

@@ -106,7 +106,7 @@ def results(ranks) -> list[dict]:
 
 @pytest.mark.parametrize("name", CASES)
 def test_ranks_equal_one_process_with_all_tokens(results, name):
-    """Each rank's losses are of its own tokens, and all gradients those of the sum of the ranks' losses."""
+    """Each rank's losses are means over that rank's tokens; gradients are those of the sum of the ranks' losses."""
     tokens, _, dtype, z_weight, factor = CASES[name]
     hidden_nd, weight_vd, target_n = whole(name)
     hidden, weight = hidden_nd.double().requires_grad_(), weight_vd.double().requires_grad_()

@@ -1,4 +1,4 @@
-"""Engines: how a module's parameters, gradients and optimiser are spread over ranks. See `base.Engine`."""
+"""Engines: how a module's parameters, gradients and optimizer state are distributed over ranks. See `base.Engine`."""
 
 from collections.abc import Iterable
 
@@ -24,9 +24,9 @@ def build_engine(
     gather_dtype: torch.dtype | None = None,
     **batch,
 ) -> Engine:
-    """The engine that the recipe names, around a module that lies on its device with its weights initialised.
+    """Wraps a module into the recipe's engine. The module must be on its device and initialised.
 
-    ignored: parameters of the module that are not the engine's. gather_dtype: see `fsdp2.Fsdp2`.
+    ignored: parameters of the module that belong to another engine. gather_dtype: see `fsdp2.Fsdp2`.
     """
     if config.kind == "ddp":
         return DataParallel(module, make_optimizer, ignored, **batch)

@@ -18,14 +18,15 @@ from torch import Tensor, nn
 from model_zoo.io.sharded_tensors import TensorShard
 from trainer import TrainerError
 from trainer.engines.base import Engine, MakeOptimizer, Memory, Root, trained_parameters
-from trainer.engines.deepspeed_internals import zero_stage
+from trainer.engines.deepspeed_internals import release_groups, zero_stage
 from trainer.optim import start_moments
+from trainer.parallel import before_stop
 
 # DeepSpeed calls PyTorch's collectives by deprecated names, which would print a warning on every rank.
 warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
 
 
-# Keys that a configuration may have. Other keys were not tested with this trainer, change what the recipe decides, or
+# Keys that a configuration may have. Other keys were not tested with this trainer, change what the recipe sets, or
 # change the memory layout that `deepspeed_internals` reads (round_robin_gradients).
 KEYS = (
     *("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps", "gradient_clipping"),
@@ -41,7 +42,10 @@ ZERO_KEYS = (
 
 
 def load_deepspeed_config(name: str, *, micro_batch_size: int, micro_batches: int) -> dict:
-    """A JSON of ds_configs by name, or of the user's by path, its "auto" values filled from the recipe."""
+    """Reads a JSON file of ds_configs by its name, or the user's by its path, and fills "auto" values from the recipe.
+
+    Raises TrainerError for keys or values that this trainer does not support.
+    """
     packaged = Path(str(resources.files("ds_configs")))
     path = Path(name) if name.endswith(".json") else packaged / f"{name}.json"
     if not path.is_file():
@@ -53,10 +57,12 @@ def load_deepspeed_config(name: str, *, micro_batch_size: int, micro_batches: in
         raise TrainerError(f"{path} is not valid JSON: {error}") from error
     zero = config.get("zero_optimization", {}) if isinstance(config, dict) else None
     if not isinstance(zero, dict):
-        raise TrainerError(f'{path} is no DeepSpeed configuration: an object, with "zero_optimization" an object too')
+        raise TrainerError(
+            f'{path} is not a DeepSpeed configuration: it must be a JSON object, and so must its "zero_optimization"'
+        )
     for key in ("fp16", "bf16", "bfloat16", "data_types", "torch_autocast", "optimizer", "scheduler"):
         if key in config:
-            raise TrainerError(f'{path}: remove "{key}"; the recipe decides (trainer.precision, optimizer, schedule)')
+            raise TrainerError(f'{path}: remove "{key}"; set it in the recipe (trainer.precision, optimizer, schedule)')
     for key in [*(config.keys() - set(KEYS)), *(zero.keys() - set(ZERO_KEYS))]:
         raise TrainerError(f'{path}: "{key}" is not supported; remove it')
     stage = zero.get("stage", 0)
@@ -76,18 +82,18 @@ def load_deepspeed_config(name: str, *, micro_batch_size: int, micro_batches: in
         "gradient_accumulation_steps": micro_batches,
         "train_batch_size": micro_batch_size * micro_batches * dist.get_world_size(),
     }
-    # The norm to clip by is that of all of the generator's parameters, and DeepSpeed knows nothing of the codebook: the
-    # task clips. Left out, DeepSpeed's own default would be 1.
+    # The task clips by the norm over all parameters, including the codebook, which DeepSpeed does not know. Without
+    # this key, DeepSpeed would clip to 1.
     if config.get("gradient_clipping", "auto") != "auto":
-        raise TrainerError(f'{path}: write "auto" for "gradient_clipping"; trainer.gradient_clip_norm decides')
+        raise TrainerError(f'{path}: write "auto" for "gradient_clipping" and use trainer.gradient_clip_norm')
     config["gradient_clipping"] = 0.0
-    # Offloaded state is updated by PyTorch's fused Adam, which is vectorised on CPUs too.
+    # PyTorch's fused Adam updates offloaded state; it is vectorized on CPUs too.
     config.setdefault("zero_force_ds_cpu_optimizer", False)
     for key, value in recipe.items():
         if config.get(key, "auto") == "auto":
             config[key] = value
         elif config[key] != value:
-            raise TrainerError(f'{path}: "{key}" is {config[key]}, the recipe says {value}; write "auto" there')
+            raise TrainerError(f'{path}: "{key}" is {config[key]}, but {value} in the recipe; write "auto"')
     return config
 
 
@@ -125,6 +131,7 @@ class DeepSpeed(Engine):
         except (ValueError, AssertionError, DeepSpeedConfigError) as error:  # pydantic's errors are ValueErrors
             what = " ".join(str(error).split())[:300]
             raise TrainerError(f"DeepSpeed refuses engine.config={config}: {what}") from error
+        before_stop(release_groups)
         self.zero = zero_stage(self.engine, self.parameters)
         stage = int(self.engine.zero_optimization_stage())
         self.forwards_together = stage == 3

@@ -11,11 +11,19 @@ from typing import NamedTuple
 
 import torch
 import torch.distributed as dist
+from deepspeed.comm.torch import TorchBackend
+from deepspeed.runtime.engine import DeepSpeedEngine
 from deepspeed.runtime.utils import combine_grad_norm_groups
+from deepspeed.runtime.zero.parameter_offload import DeepSpeedZeRoOffload
+from deepspeed.runtime.zero.partition_parameters import Init
+from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from deepspeed.utils import groups
 from torch import Tensor, nn
 
 from model_zoo.io.sharded_tensors import TensorShard
 from trainer.engines.base import stored_bytes
+from trainer.parallel import forget_groups
 
 # The attributes of DeepSpeed's classes that are used here, for the test of the installed version.
 STAGE_1_2_ATTRIBUTES = ("scaled_global_norm", "update_lp_params", "clear_backward_seen_flag")
@@ -201,3 +209,14 @@ def disable_shared_memory_collectives() -> None:
     """DeepSpeed compiles its CPU collectives when it is initialized; a process group without peers does not need them.
     (As an attribute, ``deepspeed.comm.torch`` is PyTorch.)"""
     sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None
+
+
+def release_groups() -> None:
+    """Drops the references to process groups that DeepSpeed keeps for the life of the process: a global, default
+    arguments, its engines and optimizers, and the parameters of these."""
+    groups._WORLD_GROUP = None
+    for function in (TorchBackend.barrier, TorchBackend.monitored_barrier):
+        defaults = function.__defaults__ or ()
+        function.__defaults__ = tuple(None if isinstance(value, dist.ProcessGroup) else value for value in defaults)
+    optimizers = DeepSpeedZeroOptimizer, DeepSpeedZeroOptimizer_Stage3
+    forget_groups(DeepSpeedEngine, *optimizers, DeepSpeedZeRoOffload, Init, nn.Parameter)

@@ -1,4 +1,4 @@
-"""FSDP2 (PyTorch's `fully_shard`): parameters, gradients and optimiser state are cut by rows over ranks."""
+"""FSDP2 (PyTorch's `fully_shard`): shards parameters, gradients and optimizer state by rows over ranks."""
 
 import gc
 import math
@@ -7,7 +7,6 @@ from collections.abc import Iterable
 
 import torch
 from torch import Tensor, nn
-from torch.distributed import ProcessGroup
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import CPUOffloadPolicy, FSDPModule, MixedPrecisionPolicy, OffloadPolicy, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_common import DataParallelMeshInfo
@@ -18,18 +17,18 @@ from trainer import TrainerError
 from trainer.config import EngineConfig
 from trainer.engines.base import Engine, MakeOptimizer, Memory, Root, stored_bytes, trained_parameters
 from trainer.optim import start_moments
-from trainer.parallel import World, before_stop, sum_over_ranks
+from trainer.parallel import World, before_stop, forget_groups, sum_over_ranks
 
-# The tokenizer returns views; nothing here changes an output in place.
+# The tokenizer returns views, which is safe because no output is changed in place.
 warnings.filterwarnings("ignore", r"FSDP2-wrapped module .* returned a view tensor", UserWarning)
 
 
 class Fsdp2(Engine):
-    """Each element of the module's outermost ModuleLists is gathered by itself, the rest together.
+    """Gathers each element of the module's outermost ModuleLists separately, and the other parameters together.
 
-    gather_dtype: what parameters are gathered in for a forward (None: fp32, as they are kept). Gradients are reduced in
-    fp32. With ``config.shard_over`` = s, parameters are cut over s neighbouring ranks and copied between such groups
-    (hybrid sharding).
+    gather_dtype: the type in which parameters are gathered for a forward (None: fp32, in which they are stored).
+    Gradients are reduced in fp32. With ``config.shard_over`` = s, parameters are sharded over s neighbouring ranks and
+    replicated over these groups (hybrid sharding).
     """
 
     forwards_together = True
@@ -70,7 +69,7 @@ class Fsdp2(Engine):
         for unit in _units(self.root.parts):
             fully_shard(unit, **settings)
         fully_shard(self.root, **settings)
-        # In a forward the module's attributes are the gathered parameters; these are the pieces.
+        # The sharded parameters. During a forward the module's attributes are the gathered ones.
         sharded = dict(module.named_parameters())
         self.parameters = {name: sharded[name] for name in names}
         self.optimizer = make_optimizer(self.parameters.values(), apex=False)
@@ -102,14 +101,14 @@ class Fsdp2(Engine):
         self.optimizer.zero_grad(set_to_none=True)
 
     def weights(self) -> list[TensorShard]:
-        pieces = []
+        shards = []
         for name, parameter in self.parameters.items():
             _, offset = compute_local_shape_and_global_offset(
                 parameter.shape, parameter.device_mesh, parameter.placements
             )
             start = offset[0] * math.prod(parameter.shape[1:]) if parameter.ndim else 0
-            pieces.append(TensorShard(name, tuple(parameter.shape), start, parameter.to_local().detach().view(-1)))
-        return pieces
+            shards.append(TensorShard(name, tuple(parameter.shape), start, parameter.to_local().detach().view(-1)))
+        return shards
 
     def moments(self, key: str) -> list[Tensor]:
         return [self.optimizer.state[p][key].to_local().view(-1) for p in self.parameters.values()]
@@ -119,7 +118,7 @@ class Fsdp2(Engine):
         return Memory(stored_bytes(shards), sum(shard.nbytes for shard in shards), self.optimizer_bytes())
 
     def sync_weights(self) -> None:
-        # What an evaluation left gathered is of the weights before.
+        # Parameters that an evaluation left gathered are outdated.
         for module in self.root.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
@@ -137,14 +136,9 @@ def _units(module: nn.Module) -> list[nn.Module]:
 
 
 def _release_groups() -> None:
-    """Drops every reference to a process group that FSDP2 leaves behind, so that `stop_world` ends the group's threads.
-
-    The objects are searched for, because DTensor caches meshes for the life of the process.
-    """
+    """Drops the references to process groups that FSDP2 keeps for the life of the process, because DTensor caches
+    meshes."""
     for found in gc.get_objects():
         if issubclass(type(found), DeviceMesh):
             found._pg_registry.clear()
-        elif issubclass(type(found), (DataParallelMeshInfo, Fsdp2)):
-            for name, value in list(vars(found).items()):
-                if isinstance(value, ProcessGroup):
-                    setattr(found, name, None)
+    forget_groups(DataParallelMeshInfo, Fsdp2)

@@ -29,6 +29,6 @@ class RowSharded(DataParallel):
     def weights(self) -> list[TensorShard]:
         first = self.shard.start if self.shard else 0
         return [
-            TensorShard(piece.name, (self.rows, piece.shape[1]), first * piece.shape[1], piece.values)
-            for piece in super().weights()
+            TensorShard(shard.name, (self.rows, shard.shape[1]), first * shard.shape[1], shard.values)
+            for shard in super().weights()
         ]

@@ -59,7 +59,7 @@ def open_reference(path: Path) -> Reference:
             statistics = Statistics(*(torch.from_numpy(_statistic(opened, name)).double() for name in ("mu", "sigma")))
         reference = Reference(path, NpzImages(opened) if opened.count else None, statistics)
     if reference.images is None and reference.statistics is None:
-        raise DataError(f"{path} is no reference: it holds neither {IMAGES}, images that are {FORM}, nor mu and sigma")
+        raise DataError(f"{path} is not a reference: it has neither {IMAGES}, images that are {FORM}, nor mu and sigma")
     if reference.statistics is None and reference.images.count < 2:
         raise DataError(f"{path} holds 1 image: a reference needs at least 2, and published ones have 10,000")
     return reference

@@ -38,7 +38,7 @@ def open_images(
     config = data_config(checkpoint)
     path = images if images is not None or config is None else config.val
     if path is None and config is None:
-        raise TrainerError(f"{checkpoint} is no run with a data.val: name the images with --images PATH")
+        raise TrainerError(f"{checkpoint} is not a run with a data.val: name the images with --images PATH")
     if path is None:
         raise TrainerError(f"{run_folder(checkpoint)} was trained without data.val: name the images with --images PATH")
     if resize is None:

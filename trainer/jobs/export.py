@@ -101,7 +101,7 @@ def import_published(source: str | Path, out: str | Path, weights: str = "all") 
     """
     checkpoint = find_checkpoint(Path(source))
     if not is_published(checkpoint):
-        raise TrainerError(f"{source} is no published .ckpt: use `ibq checkpoint export` for runs")
+        raise TrainerError(f"{source} is not a published .ckpt: use `ibq checkpoint export` for runs")
     exported = export(source, out, weights)
     published = open_published(checkpoint)
     read = {
@@ -293,7 +293,7 @@ def _export_one(model: SourceModel, folder: Path, out: Path, source: str) -> str
 
 @contextmanager
 def _writing(out: Path, wrapper: type[Exception]) -> Iterator[None]:
-    """Like `writing`, for a library that wraps OSErrors in an exception of its own."""
+    """Like `writing`, for a library that wraps OSErrors in another exception."""
     with writing(out):
         try:
             yield

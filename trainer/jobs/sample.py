@@ -187,7 +187,7 @@ def _parse_classes(text: str | None, classes: int, recipe: GeneratorRun | None) 
         first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
         if not first <= last < classes:
             raise TrainerError(
-                f"--classes {text}: {part.strip()!r} is no class from 0 to {classes - 1}, nor a range such as 0-9"
+                f"--classes {text}: {part.strip()!r} is not a class from 0 to {classes - 1}, nor a range such as 0-9"
             )
         chosen.update(dict.fromkeys(range(first, last + 1)))
     return list(chosen)

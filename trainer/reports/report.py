@@ -29,7 +29,7 @@ def write_report(run_folder: str | Path) -> Path:
     """
     run = Path(run_folder)
     if not (run / "config.yaml").is_file():
-        raise TrainerError(f"{run} is no run folder (it has no config.yaml): give the folder that `ibq train` wrote")
+        raise TrainerError(f"{run} is not a run folder (it has no config.yaml): give the folder that `ibq train` wrote")
     config = OmegaConf.load(run / "config.yaml")
     curves = read_metrics(run / "metrics.jsonl")
     if OmegaConf.select(config, "task") == "generator":

@@ -1,4 +1,4 @@
-"""What the training loop asks of a task, and what tasks share."""
+"""The interface between the training loop and a task, and code that all tasks share."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ class Task(ABC):
         return self.state.main_engine
 
     def learning_rate_factor(self, step: int) -> float:
-        """The share of the recipe's peak learning rate in step ``step`` (from 0)."""
+        """The factor of the recipe's peak learning rate in step ``step`` (from 0)."""
         return learning_rate_factor(self.config.schedule, step, self.config.trainer.max_steps)
 
     def autocast(self):
@@ -146,9 +146,9 @@ class Task(ABC):
         return torch.autocast(self.world.device.type, dtype=dtype, enabled=dtype is not None)
 
     def update(self, network: str, engines: list[Engine], loss: str, lr: float, step: int, metrics: StepMetrics):
-        """Updates a network's engines, with gradients clipped by their joint norm; returns whether it did.
+        """Updates a network's engines, with gradients clipped by their joint norm; returns whether they were updated.
 
-        Where the loss or the gradient is not finite on any rank, no engine is updated on any rank, and the network is
+        If the loss or the gradient is not finite on any rank, no engine is updated on any rank, and the network is
         added to ``metrics.skipped``, unless fp16's loss scale was too large.
         """
         loss_scale = self.state.loss_scales[network]

@@ -1,4 +1,4 @@
-"""Training a generator: the cross-entropy of the next code, from token shards or from images tokenized on the way."""
+"""Generator training: cross-entropy of the next code, from token shards or from images tokenized during training."""
 
 from __future__ import annotations
 
@@ -24,25 +24,25 @@ from trainer.precision import LossScale, autocast_dtype
 from trainer.tasks.base import Step, StepMetrics, Task, Validation
 from trainer.throughput import matmul_rate
 
-PICTURES = 8  # that are sampled at each validation, where a tokenizer is known to decode them
+PICTURES = 8  # images sampled at each validation, if the recipe names a tokenizer
 
 
 class Codes(NamedTuple):
-    """A micro-batch: codes ``(b, tokens)``, row by row, and classes ``(b,)``; ``model.classes`` stands for none."""
+    """A micro-batch: row-major codes ``(b, tokens)`` and classes ``(b,)``; ``model.classes`` means no class."""
 
     index_bt: Tensor
     class_b: Tensor
 
 
 class GeneratorTask(Task):
-    """Owns the transformer, its engine, or two where the head's rows are spread over ranks, and the EMA."""
+    """Trains a transformer. If the head's rows are sharded over ranks, the head has a separate engine."""
 
     config: GeneratorRun
 
     def __init__(self, config: GeneratorRun, world: World, micro_batch_size: int, micro_batches: int):
         self.config, self.world = config, world
-        vocabulary, patience = config.model.vocabulary, config.trainer.timeout_seconds
-        self.groups = row_groups(world, "vocabulary_parallel", config.vocabulary_parallel, vocabulary, patience)
+        vocabulary, timeout_seconds = config.model.vocabulary, config.trainer.timeout_seconds
+        self.groups = row_groups(world, "vocabulary_parallel", config.vocabulary_parallel, vocabulary, timeout_seconds)
         torch.manual_seed(config.seed)  # the same weights on every rank
         self.transformer = Transformer(config.model, self.groups.shard).to(world.device)
         self.tokenizer = None
@@ -68,10 +68,10 @@ class GeneratorTask(Task):
         if config.trainer.compile:
             for block in self.transformer.blocks:
                 block.compile()
-        self.rate: float | None = None  # of a plain matrix product, which throughput is compared with
+        self.rate: float | None = None  # of a plain matrix product, for MFU
 
     def _build_engines(self) -> dict[str, Network]:
-        """The networks; the head has an engine to itself where its rows are spread over ranks. Sets ``parameters``."""
+        """Returns the networks; the head has a separate engine if its rows are sharded. Sets ``parameters``."""
         model, head = self.config.model, self.transformer.head
         self.parameters = sum(p.numel() for p in self.transformer.parameters())
         if self.groups.shard is None:
@@ -82,7 +82,7 @@ class GeneratorTask(Task):
         return {"generator": Network(main, "generator"), "head": Network(rows, "generator", "head.")}
 
     def check_settings(self) -> None:
-        """Raises TrainerError where recipe, tokenizer and images do not fit each other."""
+        """Raises TrainerError if recipe, tokenizer and images do not fit each other."""
         config, model = self.config, self.config.model
         if config.tokenizer.source is None:
             for setting, needs in (
@@ -90,18 +90,19 @@ class GeneratorTask(Task):
                 ("model.embedding=codebook", model.embedding == "codebook"),
             ):
                 if needs:
-                    raise TrainerError(f"{setting} needs a tokenizer: name it with tokenizer.source=RUN")
+                    raise TrainerError(f"{setting} needs a tokenizer: give tokenizer.source=RUN")
         if self.tokenizer is None:
             return
         source, codes = config.tokenizer.source, self.tokenizer.config.codebook_size
         if codes != model.vocabulary:
             raise TrainerError(f"model.vocabulary={model.vocabulary}, but the tokenizer {source} has {codes} codes")
         if not self._fits():
-            raise TrainerError(f"model.code_dim={model.code_dim} is not that of the tokenizer {source}'s codes")
+            dim = self.tokenizer.config.code_dim
+            raise TrainerError(f"model.code_dim={model.code_dim}, but the codes of {source} have {dim} dimensions")
         if (found := self.tokenizer.fingerprint()) != config.tokenizer.fingerprint:
             raise TrainerError(
-                f"the tokenizer {source} ({found}) is not the one that made these codes "
-                f"({config.tokenizer.fingerprint}): name that one with tokenizer.source=RUN"
+                f"the tokenizer {source} ({found}) did not make these codes ({config.tokenizer.fingerprint} did): give "
+                "the right one with tokenizer.source=RUN"
             )
         side = config.data.image_size
         grid = [side // self.tokenizer.downsampling_factor] * 2
@@ -109,12 +110,12 @@ class GeneratorTask(Task):
             raise TrainerError(f"data.image_size={side} gives {grid} codes with {source}, but model.grid={model.grid}")
 
     def _fits(self) -> bool:
-        """Whether the tokenizer's code vectors are of the size that an embedding by them asks for."""
+        """Whether the tokenizer's codebook has the shape that model.embedding=codebook needs."""
         codes = self.tokenizer.config.codebook_size, self.tokenizer.config.code_dim
         return self.config.model.embedding != "codebook" or codes == tuple(self.transformer.tok_emb.codebook_vd.shape)
 
     def check(self) -> None:
-        """Also the classes of validation images, which would otherwise end a run at its first validation."""
+        """Also checks the classes of validation images, so that a run does not fail at its first validation."""
         super().check()
         wrong = None
         if self.config.data.val is not None:
@@ -137,13 +138,17 @@ class GeneratorTask(Task):
                 raise TrainerError(f"{info.key} in {info.shard} {wrong}")
 
     def _wrong_label(self, label: int | None) -> str | None:
-        """What is wrong with it, if anything."""
+        """Returns why a label cannot be trained on, or None."""
         classes = self.config.model.classes
         if self.config.loss.label_dropout == 1:
             return None
         if label is None:
-            return "has no class: give one in its .cls, or loss.label_dropout=1 trains without classes"
-        return f"is of class {label}: model.classes={classes} must be above it" if label >= classes else None
+            return "has no class: give one in its .cls, or train without classes (loss.label_dropout=1)"
+        return (
+            f"has class {label}, but model.classes={classes}: it must be above all classes"
+            if label >= classes
+            else None
+        )
 
     def inputs(self, batch: data.Batch) -> Codes:
         if self.config.data.content == "images":
@@ -151,7 +156,7 @@ class GeneratorTask(Task):
         return self._codes(batch.values.to(self.world.device, non_blocking=True).long(), batch.labels)
 
     def step(self, micro_batches: list[Codes], step: int) -> Step:
-        """One optimiser step. Each image's class is left out with probability ``loss.label_dropout``."""
+        """One optimizer step. Each image's class is dropped with probability ``loss.label_dropout``."""
         config, loss = self.config, self.config.loss
         metrics = StepMetrics(len(micro_batches))
         loss_scale = self.state.loss_scales["generator"]
@@ -173,8 +178,8 @@ class GeneratorTask(Task):
 
     @torch.no_grad()
     def validate(self, beat: Callable[[], None]) -> Validation:
-        """Cross-entropy in nats per code, beside the entropy of the codes' frequencies on the very same images: what a
-        model that knows only these would reach. Pictures, where the tokenizer is known."""
+        """Cross-entropy in nats per code, and the entropy of the code frequencies on the same images: the loss of a
+        model that knows only the frequencies. Samples pictures if the recipe names a tokenizer."""
         config, world = self.config, self.world
         sums = torch.zeros(2, dtype=torch.float64, device=world.device)
         usage = CodebookUsage(config.model.vocabulary, world.device)
@@ -194,8 +199,8 @@ class GeneratorTask(Task):
                     usage.update(codes.index_bt)
             try:
                 pictures, notes = self._pictures(beat), []
-            except ModelError as error:  # all ranks that draw them meet it
-                pictures, notes = {}, [f"no pictures were drawn: {error}"]
+            except ModelError as error:  # raised on all ranks that sample
+                pictures, notes = {}, [f"no pictures were sampled: {error}"]
         sum_over_ranks(sums)
         if not sums[1] > 0:
             return Validation({}, pictures, notes)
@@ -203,7 +208,7 @@ class GeneratorTask(Task):
         return Validation(scalars, pictures, notes)
 
     def _validation_images(self) -> Iterator[data.EvaluationToken | data.EvaluationImage]:
-        """This rank's part of the first ``trainer.validation_images``."""
+        """This rank's share of the first ``trainer.validation_images`` images."""
         config, world = self.config, self.world
         shard, access = (world.rank, world.size), data.access_of(config.data)
         if config.data.content == "tokens":
@@ -215,7 +220,7 @@ class GeneratorTask(Task):
         return itertools.islice(images, len(range(world.rank, config.trainer.validation_images, world.size)))
 
     def _validation_batches(self) -> Iterator[Codes]:
-        """Micro-batches of them; one by one where ranks that share a head must bring equally many tokens."""
+        """Micro-batches of validation images. A sharded head needs equally many tokens on its ranks: one image each."""
         images, size = self._validation_images(), 1 if self.groups.shard else self.batch["micro_batch_size"]
         while batch := list(itertools.islice(images, size)):
             labels = [image.label for image in batch]
@@ -225,7 +230,7 @@ class GeneratorTask(Task):
                 yield self._codes(self._tokenized(torch.stack([image.image_chw for image in batch])), labels)
 
     def _tokenized(self, images_bchw: Tensor) -> Tensor:
-        """uint8 pixels -> codes ``(b, tokens)``."""
+        """Tokenizes uint8 images to codes ``(b, tokens)``."""
         return self.tokenizer.tokenize(images_bchw.to(self.world.device).float() / 127.5 - 1).flatten(1)
 
     def _codes(self, index_bt: Tensor, labels: list[int | None]) -> Codes:
@@ -234,7 +239,7 @@ class GeneratorTask(Task):
         return Codes(index_bt, torch.tensor(labels, device=self.world.device))
 
     def _pictures(self, beat: Callable[[], None]) -> dict[str, Tensor]:
-        """Samples of some classes, the same ones each time. Where a forward is a collective, all ranks draw them."""
+        """Samples the same classes at each validation. If a forward is a collective, all ranks sample."""
         if self.tokenizer is None or self.groups.shard or not (self.forwards_together or self.world.is_main):
             return {}
         model = self.config.model
@@ -251,8 +256,8 @@ class GeneratorTask(Task):
         return {"samples": (grid * 255).to(torch.uint8).cpu()} if self.world.is_main else {}
 
     def speed(self, images_per_second: float) -> dict[str, float]:
-        """Also tokens per second, and the share of a plain matrix product's rate that they are (MFU): three forwards'
-        operations per token (`flops_per_token`) over what the devices could do, measured at the first call."""
+        """Also tokens per second and MFU: three times the operations of a forward pass (`flops_per_token`), relative to
+        the rate of a plain matrix product, which is measured at the first call."""
         model = self.config.model
         if self.rate is None:
             self.rate = matmul_rate(self.world.device, autocast_dtype(self.config.trainer.precision) or torch.float32)
@@ -266,10 +271,10 @@ class GeneratorTask(Task):
         return {"tokenizer, frozen": sum(weight.nbytes for weight in self.tokenizer.parameters())}
 
     def _buffers(self) -> dict[str, Tensor]:
-        """The codebook that embeds, where one does; it is of the trained weights and of their average."""
+        """The codebook of model.embedding=codebook; a checkpoint has it among the trained weights and in the EMA."""
         if self.config.model.embedding != "codebook":
             return {}
         codebook_vd = self.transformer.tok_emb.codebook_vd
         buffers = {"generator/tok_emb.codebook_vd": codebook_vd}
-        # A file holds no tensor twice under one memory.
+        # safetensors refuses two tensors that share memory.
         return buffers | ({"generator_ema/tok_emb.codebook_vd": codebook_vd.clone()} if self.state.ema else {})

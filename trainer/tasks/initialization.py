@@ -32,17 +32,17 @@ def load_initial_weights(config: TokenizerRun, state: ModelState, discriminator:
 
 
 def _load_discriminator(network: nn.Module | None, weights: Weights, wanted: bool) -> str:
-    """Loads the source's discriminator where it can be used; returns a description of what was done."""
+    """Loads the source's discriminator if it fits; returns a description of the initial weights."""
     if network is None:
         return "none"
     if not wanted:
-        return "anew (init_from.discriminator=false)"
+        return "random weights (init_from.discriminator=false)"
     if weights.discriminator is None:
-        return "anew (the source has none)"
+        return "random weights (the source has none)"
     try:
         check_names(weights.discriminator, network.state_dict(), "the source's")
     except ModelError as error:
-        return f"anew ({error})"
+        return f"random weights ({error})"
     network.load_state_dict(weights.discriminator)
     return "the source's"
 
@@ -60,8 +60,8 @@ def place_codes_among_features(
     features' distribution; all ranks call together.
 
     encode: uint8 images to features ``(b, d, h, w)``. micro_batches: this rank's share of the first global batch;
-    mean and covariance are those of the whole. code_replicas: the ranks that hold copies of the same codes.
-    Raises TrainerError where features are not finite.
+    mean and covariance are computed over the whole batch. code_replicas: the ranks that hold copies of the same codes.
+    Raises TrainerError if features are not finite.
     """
     dim = quantizer.embedding.weight.shape[1]
     sums = torch.zeros(dim + 1, dim + 1, dtype=torch.float64, device=device)
@@ -74,7 +74,7 @@ def place_codes_among_features(
     covariance_dd = sums[:-1, :-1] / sums[-1, -1] - mean_d.outer(mean_d)
     if not covariance_dd.isfinite().all():  # the same on all ranks
         raise TrainerError(
-            "features of the first step's images are not finite: use model.codebook_init=normal, or under "
+            "the features of the first step's images are not finite: use model.codebook_init=normal, or with "
             "trainer.precision=fp16 another precision"
         )
     for shard in state.main_engine.weights():
@@ -82,7 +82,7 @@ def place_codes_among_features(
             shard.values.sub_(mean_d[shard.start : shard.start + len(shard.values)].to(shard.values))
     if covariance_dd.trace() > ROUNDING * mean_d.square().sum():
         quantizer.match_features(covariance_dd)
-    # Processors may differ in the last bits, copies of a code must not.
+    # Processors may round differently, but the copies of a code must be equal.
     dist.broadcast(quantizer.embedding.weight.data, group=code_replicas, group_src=0)
     state.main_engine.sync_weights()
     if state.ema:

@@ -38,8 +38,9 @@ PICTURES = 8  # validation images whose reconstructions are shown during trainin
 class TokenizerTask(Task):
     """Trains encoder, quantizer and decoder against a discriminator.
 
-    The codebook has an engine to itself (`RowSharded`), because its rows may be spread over ranks. The rest of the
-    tokenizer is the main network, under the recipe's engine. Frozen parts and the discriminator lie whole on each rank.
+    The codebook has an engine to itself (`RowSharded`), because its rows may be sharded over ranks. The rest of the
+    tokenizer is the main network, under the recipe's engine. Each rank holds full copies of
+    the frozen parts and of the discriminator.
     """
 
     config: TokenizerRun
@@ -83,7 +84,7 @@ class TokenizerTask(Task):
             self._compile()
 
     def _build_perceptual(self) -> nn.Module | None:
-        """LPIPS, where the recipe weighs it."""
+        """LPIPS, if its weight is not 0."""
         loss = self.config.loss.perceptual
         if loss.weight == 0:
             return None
@@ -122,20 +123,20 @@ class TokenizerTask(Task):
             self.adversary.engine.module.compile()
 
     def check(self) -> None:
-        """Raises TrainerError for images that do not divide into tokens or are too small for a network here, and for
-        an implementation of the quantizer that cannot be had."""
+        """Raises TrainerError for image sizes that do not fit the networks, and for an implementation of the quantizer
+        that is not available."""
         self.check_settings()
         quantizer, impl = self.tokenizer.quantize, self.config.trainer.quantizer_impl
         if impl != "auto" and quantizer.impl is None:
-            raise TrainerError(f"trainer.quantizer_impl={impl} is for ibq: {self.config.model.quantizer} has one only")
-        try:  # whether it is there and takes this codebook: a token tells
+            raise TrainerError(f"trainer.quantizer_impl={impl} is only for model.quantizer=ibq: use auto")
+        try:  # quantizes one token, which fails if the implementation is missing or refuses this codebook
             with torch.no_grad():
                 quantizer.assign(torch.zeros(1, self.config.model.code_dim, device=self.world.device), None)
         except ModelError as error:
             raise TrainerError(f"trainer.quantizer_impl={impl}: {error}") from error
 
     def check_settings(self) -> None:
-        """Raises TrainerError for images that do not divide into tokens or are too small for a network here."""
+        """Raises TrainerError for image sizes that do not divide into tokens or are too small for a network."""
         data, factor = self.config.data, self.tokenizer.downsampling_factor
         for key, side in (("image_size", data.image_size), ("val_image_size", data.val_image_size)):
             if side is not None and side % factor:
@@ -144,14 +145,14 @@ class TokenizerTask(Task):
             "the discriminator (fewer discriminator.layers need less)": (
                 self.adversary.engine.module.smallest_side if self.adversary.engine else 0
             ),
-            "LPIPS (loss.perceptual.weight=0 does without)": SMALLEST_SIDE["vgg"] if self.perceptual else 0,
+            "LPIPS (loss.perceptual.weight=0 trains without it)": SMALLEST_SIDE["vgg"] if self.perceptual else 0,
         }
         for network, side in least.items():
             if data.image_size < side:
                 raise TrainerError(f"data.image_size={data.image_size} must be at least {side} for {network}")
 
     def impl(self) -> str:
-        """Which implementation of index backpropagation the training batches meet."""
+        """The implementation of index backpropagation that training uses."""
         if self.config.trainer.quantizer_impl != "auto":
             return self.config.trainer.quantizer_impl
         codes_kd, side = self.tokenizer.quantize.embedding.weight, self.config.data.image_size
@@ -296,8 +297,8 @@ class TokenizerTask(Task):
 
     @torch.no_grad()
     def reconstruct(self, images_bchw: Tensor) -> tuple[Tensor, Tensor]:
-        """(codes ``(b, h, w)``, reconstructions in [-1, 1]) of images in [-1, 1]. Where `forwards_together` says so,
-        all ranks must call as often as each other."""
+        """Returns codes ``(b, h, w)`` and reconstructions in [-1, 1] of images in [-1, 1]. If `forwards_together`, all
+        ranks must call equally often."""
 
         def both() -> tuple[Tensor, Tensor]:
             index_bhw = self.tokenizer.tokenize(images_bchw)
@@ -360,9 +361,9 @@ class TokenizerTask(Task):
         learns = self.tokenizer.quantize.impl and not self.codes_frozen
         rule = model.quantizer + (f" {self.impl()}" if learns else "")
         spread = f", codebook over {self.config.codebook_parallel}" if self.config.codebook_parallel > 1 else ""
-        begun = [f"begun from {init_from.source} ({init_from.weights})"] if init_from.source else []
+        start = [f"initialised from {init_from.source} ({init_from.weights})"] if init_from.source else []
         frozen = [f"{init_from.freeze} frozen"] if init_from.freeze else []
-        return [f"{model.codebook_size} codes of {model.code_dim} ({rule}{spread})", *begun, *frozen]
+        return [f"{model.codebook_size} codes of {model.code_dim} ({rule}{spread})", *start, *frozen]
 
     def load_initial_weights(self) -> InitRecord | None:
         if self.config.init_from.source is None:

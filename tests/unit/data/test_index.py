@@ -73,7 +73,7 @@ def test_it_is_a_plain_safetensors_file(tmp_path):
         ("s3://bucket/a/x.tar", "s3://bucket/a/x.tar", ""),
         ("s3://bucket/a/x.tar", "{here}/a/x.tar", ""),  # downloaded
         ("/data/a/x.tar", "https://host/set/a/x.tar?token=1#part", "https://host/set/"),  # uploaded
-        ("https://host/set/a/x.tar?token=1", "https://host/set/a/x.tar?token=2", ""),  # signed anew
+        ("https://host/set/a/x.tar?token=1", "https://host/set/a/x.tar?token=2", ""),  # signed again
         ("https://me:secret@host/set/a/x.tar", "https://me:other@host/set/a/x.tar", "https://me:other@host/set/"),
     ],
 )

@@ -126,7 +126,7 @@ def test_messages_show_no_secrets_of_an_address(url, shown):
 
 
 @pytest.mark.parametrize(
-    ("url", "mend"),
+    ("url", "fix"),
     [
         ("ftp://me:hunter2@host/a.tar", "http, https, s3, gs"),
         ("https://me:hunter/2@host/a.tar", "percent-encode"),
@@ -135,10 +135,10 @@ def test_messages_show_no_secrets_of_an_address(url, shown):
         ("gs://key:hunter2@bucket/a.tar", "gcloud auth"),
     ],
 )
-def test_addresses_that_cannot_be_read_are_named_at_once(url, mend):
+def test_addresses_that_cannot_be_read_are_named_at_once(url, fix):
     for function in (lambda: size(url), lambda: read(url, 0, 9), lambda: Cache(Path("x"), 9).path(url)):
         message = error_of(function)
-        assert mend in message
+        assert fix in message
         assert "hunter" not in message
 
 
@@ -305,7 +305,7 @@ def test_an_object_that_changes_its_size_is_named(server):
     assert size(url) == 512_000
     server.files["/a.tar"] = CONTENT + b"more"
     assert f"{url} was replaced while it was read: it had 512,000 bytes and has 512,004" in error_of(read, url, 0, 4)
-    assert size(url) == 512_004  # asked for anew, it holds for what follows
+    assert size(url) == 512_004  # the new answer replaces the old one
     assert read(url, 0, 4) == CONTENT[:4]
 
 

@@ -43,7 +43,7 @@ class Steps:
         ]
 
     def infos(self, count):
-        """The same as `take`, with all that is told of each image, and its pixels."""
+        """Like `take`, with the information about each image and its pixels."""
         taken = []
         for _ in range(count):
             parts = [[next(stream) for _ in range(self.micro_batches)] for stream in self.streams]
@@ -572,7 +572,7 @@ def test_a_source_that_comes_back_must_be_the_same(mixed_tars, tmp_path, make_ta
 def test_quarantine_that_matches_nothing_is_said(tars, caplog):
     with caplog.at_level(logging.WARNING):
         Steps(config(tars, quarantine=["train-000009.tar"]))
-    assert "data.quarantine names train-000009.tar, which is none of the shards" in caplog.text
+    assert "data.quarantine names train-000009.tar, which is not one of the shards" in caplog.text
 
 
 def test_fields_and_likeness_of_sources_of_ones_own(tmp_path, make_tar, make_picture, encode):

@@ -209,9 +209,9 @@ def refused(*arguments) -> str:
 
 
 def test_load_tokenizer_refuses_what_is_no_run_folder(run, tmp_path):
-    assert "is no run folder" in refused(tmp_path / "nowhere")
-    assert "is no run folder" in refused(run / "checkpoints")
-    assert "is no run folder" in refused(run / "config.yaml")
+    assert "is not a run folder" in refused(tmp_path / "nowhere")
+    assert "is not a run folder" in refused(run / "checkpoints")
+    assert "is not a run folder" in refused(run / "config.yaml")
 
 
 def test_load_tokenizer_refuses_a_run_without_a_checkpoint(run):
@@ -257,4 +257,4 @@ def test_load_tokenizer_refuses_the_weights_of_another_recipe(run, change):
 @pytest.mark.parametrize("content", ["seed: 3", "model: [1", "model: {codes: 7}", "model: {code_dim: many}", "7"])
 def test_load_tokenizer_refuses_a_recipe_of_no_tokenizer(run, content):
     (run / "config.yaml").write_text(content)
-    assert f"{run / 'config.yaml'} describes no tokenizer (" in refused(run)
+    assert f"{run / 'config.yaml'} does not describe a tokenizer (" in refused(run)

@@ -60,11 +60,11 @@ def test_a_step_that_is_no_number_is_unknown(published, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["import", "{published}", "--out", "{folder}"], "is there already"),
+        (["import", "{published}", "--out", "{folder}"], "already exists: choose another --out"),
         (["import", "{folder}/none.ckpt", "--out", "{folder}/new"], "none.ckpt does not exist"),
         (["export", "{published}", "--layout", "published", "--out", "{folder}/new"], "must end in .ckpt"),
         (["export", "{published}", "--weights", "ema", "--out", "{folder}/new"], "holds no ema weights"),
-        (["info", "{folder}"], "is no run folder"),
+        (["info", "{folder}"], "is not a run folder"),
         (["info", "{folder}/none.ckpt"], "none.ckpt does not exist"),
     ],
 )

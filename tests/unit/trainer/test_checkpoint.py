@@ -140,7 +140,7 @@ def fail(error):
     return failing
 
 
-def half_written(file, pieces):
+def half_written(file, shards):
     file.write_bytes(b"half of")
     raise OSError(28, "No space left on device")
 
@@ -350,7 +350,7 @@ def test_none_stands_in_for_one_that_was_named(world, tmp_path, break_it, said):
     save(tmp_path, world, 10, 20)
     break_it(folder_of(tmp_path, 20))
     message = refused(folder_of(tmp_path, 20), world)
-    assert_says(message, rf".*step_00000020 cannot be resumed from: {said}; `ibq resume .*` takes another")
+    assert_says(message, rf".*step_00000020 cannot be resumed from: {said}; `ibq resume .*` uses another")
     assert f"`ibq resume {tmp_path}`" in message
     assert find_checkpoint(folder_of(tmp_path, 10), world) == (folder_of(tmp_path, 10), [])
 
@@ -368,16 +368,16 @@ def test_every_one_that_is_passed_over_is_told_and_where_none_is_whole_that_too(
     assert found == folder_of(tmp_path, 10) and [note[:13] for note in notes] == ["step_00000030", "step_00000020"]
     lose_the_manifest(folder_of(tmp_path, 10))
     message = refused(tmp_path, world)
-    assert "holds no whole checkpoint" in message
+    assert "has no complete checkpoint" in message
     assert message.index("step_00000030") < message.index("step_00000020") < message.index("step_00000010")
 
 
 def test_no_checkpoint_yet_is_said(world, tmp_path):
-    assert "holds no finished checkpoint to resume from" in refused(tmp_path, world)
+    assert "has no finished checkpoint to resume from" in refused(tmp_path, world)
     (tmp_path / "checkpoints" / "step_00000010.unfinished").mkdir(parents=True)
-    assert "holds no finished checkpoint to resume from" in refused(tmp_path, world)
+    assert "has no finished checkpoint to resume from" in refused(tmp_path, world)
     (tmp_path / "checkpoints" / "step_00000010").mkdir()
-    assert "holds no whole checkpoint: step_00000010 is passed over: manifest.json is missing" in refused(
+    assert "has no complete checkpoint: step_00000010 is passed over: manifest.json is missing" in refused(
         tmp_path, world
     )
 

@@ -1,4 +1,4 @@
-"""Usage over a sliding window, the alarm, and how far features and codes lie apart."""
+"""Codebook usage over a sliding window, the alarm, and the distance between features and codes."""
 
 import numpy as np
 import pytest

@@ -29,7 +29,7 @@ def set_weights(module, seed):
 
 
 def averages(ema, of) -> dict[str, torch.Tensor]:
-    return {piece.name: piece.values.view(piece.shape).clone() for piece in ema.shards(of)}
+    return {shard.name: shard.values.view(shard.shape).clone() for shard in ema.shards(of)}
 
 
 def weights(module) -> dict[str, torch.Tensor]:
@@ -97,17 +97,17 @@ def test_keeps_fp32_of_bf16_weights():
     assert all(value.dtype == torch.float32 for value in averages(ema, of).values())
 
 
-def test_each_engine_has_its_own_pieces_beside_its_weights():
+def test_each_engine_has_its_own_shards_beside_its_weights():
     """Of the same names and shapes, so that a mix-up would go unnoticed but for the values."""
     engines = [engine(model(seed)) for seed in range(3)]
     ema = Ema(iter(engines), decay=0.9)
     for seed, of in enumerate(engines):
-        pieces = ema.shards(of)
-        assert [piece[:3] for piece in pieces] == [piece[:3] for piece in of.weights()]
+        shards = ema.shards(of)
+        assert [shard[:3] for shard in shards] == [shard[:3] for shard in of.weights()]
         assert equal(averages(ema, of), weights(model(seed)))
 
 
-def test_goes_on_from_what_is_written_into_its_pieces_bit_for_bit():
+def test_goes_on_from_what_is_written_into_its_shards_bit_for_bit():
     module = model()
     of = engine(module)
     ema = Ema((of,), decay=0.9)
@@ -146,8 +146,8 @@ def test_averages_and_weights_change_places_and_back_bit_for_bit(kind):
     engines = [kind(module) for module in modules]
     ema = Ema(engines, decay=0.5)
     for of in engines:
-        for piece in of.weights():
-            piece.values.mul_(1.1)
+        for shard in of.weights():
+            shard.values.mul_(1.1)
         of.sync_weights()
     ema.update(0)
     raw, average = [weights(module) for module in modules], [averages(ema, of) for of in engines]

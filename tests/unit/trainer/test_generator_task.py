@@ -1,4 +1,4 @@
-"""One step of generator training, on a tiny model and one process."""
+"""One step of generator training: a tiny model on one process."""
 
 import math
 from types import SimpleNamespace
@@ -153,8 +153,8 @@ def test_the_codebook_is_the_embedding_and_is_not_trained(build, tokenizer):
     ("overrides", "said"),
     [
         (["model.vocabulary=25"], "model.vocabulary=25, but the tokenizer any has 24 codes"),
-        (["model.embedding=codebook"], "model.code_dim=256 is not that of the tokenizer"),
-        ([f"tokenizer.fingerprint={'e' * 16}"], f"is not the one that made these codes ({'e' * 16})"),
+        (["model.embedding=codebook"], "model.code_dim=256, but the codes of"),
+        ([f"tokenizer.fingerprint={'e' * 16}"], f"did not make these codes ({'e' * 16} did)"),
         (["data.content=images", "data.image_size=32"], "data.image_size=32 gives [8, 8] codes"),
         (["data.content=images", "data.image_size=18"], "data.image_size=18"),
     ],
@@ -184,7 +184,7 @@ def test_labels_that_cannot_be_are_refused_unless_there_are_to_be_none(build):
     values = np.zeros((2, TOKENS), np.int32)
     task = build()
     task.check_batch(batch(values, [0, 2]))
-    for labels, said in (([0, None], "key1 in a.tar has no class"), ([3, 0], "key0 in a.tar is of class 3")):
+    for labels, said in (([0, None], "key1 in a.tar has no class"), ([3, 0], "key0 in a.tar has class 3")):
         with pytest.raises(TrainerError, match=said):
             task.check_batch(batch(values, labels))
     without = build("loss.label_dropout=1")
@@ -239,7 +239,7 @@ def test_pictures_that_cannot_be_drawn_are_said_and_end_nothing(build, monkeypat
     assert found.pictures == {} and "not finite" in found.notes[0]
 
 
-@pytest.mark.parametrize(("label", "said"), [(3, "data.val: odd is of class 3"), (None, "data.val: odd has no class")])
+@pytest.mark.parametrize(("label", "said"), [(3, "data.val: odd has class 3"), (None, "data.val: odd has no class")])
 def test_classes_of_validation_images_are_checked_before_training(build, monkeypatch, label, said):
     images = [SimpleNamespace(key="odd", index_t=codes().index_bt[0], label=label)]
     monkeypatch.setattr(task_module.data, "evaluation_tokens", lambda *_, **options: iter(images))

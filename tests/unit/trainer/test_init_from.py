@@ -1,4 +1,4 @@
-"""Starting from weights of any source, with all of them or a part frozen, on a tiny model and one process."""
+"""Initialising from any source of weights, with all or a part of them frozen; a tiny model on one process."""
 
 import json
 from dataclasses import replace
@@ -73,8 +73,8 @@ def write_run(task, folder):
     checkpoint.mkdir(parents=True)
     save_config(task.config, folder / "config.yaml")
     # Copies, as `Checkpoints` takes them: what is frozen is weight and average at once.
-    pieces = [piece._replace(values=piece.values.clone()) for piece in task.state.tensors()]
-    save_shards(checkpoint / "rank_00000.safetensors", pieces)
+    shards = [shard._replace(values=shard.values.clone()) for shard in task.state.tensors()]
+    save_shards(checkpoint / "rank_00000.safetensors", shards)
     (checkpoint / "state.json").write_text(json.dumps({"step": 3, "task": task.state.numbers()}))
     (folder / "checkpoints/latest").write_text(checkpoint.name)
     return folder
@@ -118,8 +118,8 @@ def equal(first, second):
 
 def held(task, kind):
     """What a checkpoint of the task holds of its tokenizer."""
-    named = {piece.name: piece for piece in task.state.tensors() if piece.name.startswith(f"{kind}/")}
-    return {name.removeprefix(f"{kind}/"): piece.values.view(piece.shape).clone() for name, piece in named.items()}
+    named = {shard.name: shard for shard in task.state.tensors() if shard.name.startswith(f"{kind}/")}
+    return {name.removeprefix(f"{kind}/"): shard.values.view(shard.shape).clone() for name, shard in named.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------- loading
@@ -189,12 +189,12 @@ def test_the_discriminator_is_the_sources_with_its_statistics(build, sources, ki
         ({"init_from": {"discriminator": False}}, "init_from.discriminator=false"),
     ],
 )
-def test_another_discriminator_begins_anew_and_it_is_said(build, run, changes, said):
+def test_another_discriminator_starts_from_random_weights_and_it_is_said(build, run, changes, said):
     init_from = InitFromConfig(str(run), **changes.pop("init_from", {}))
     task = build(init_from=init_from, **changes)
     fresh = build(**changes).adversary.engine.module.state_dict()
     found = task.load_initial_weights().discriminator
-    assert found.startswith("anew") and said in found
+    assert found.startswith("random weights") and said in found
     assert equal(task.adversary.engine.module.state_dict(), fresh)
 
 
@@ -202,7 +202,7 @@ def test_a_source_without_a_discriminator_is_said_to_have_none(build, run, publi
     state = torch.load(published)["state_dict"]
     torch.save({"state_dict": {n: t for n, t in state.items() if "discriminator" not in n}}, published)
     task = build(init_from=InitFromConfig(str(published)))
-    assert task.load_initial_weights().discriminator == "anew (the source has none)"
+    assert task.load_initial_weights().discriminator == "random weights (the source has none)"
 
 
 # ----------------------------------------------------------------------------------------------------------- freezing
@@ -303,7 +303,7 @@ def test_a_checkpoint_with_frozen_parts_is_a_whole_tokenizer_and_resumes(build, 
     resumed.state.load(files, json.loads(numbers))
     for of in (task, resumed):
         of.step([images(2)], 1)
-    first, second = ({piece.name: piece.values for piece in of.state.tensors()} for of in (task, resumed))
+    first, second = ({shard.name: shard.values for shard in of.state.tensors()} for of in (task, resumed))
     assert equal(first, second)
 
 
@@ -342,9 +342,9 @@ def test_a_source_that_is_missing_or_holds_no_such_weights(build, run, tmp_path)
     (generator / "checkpoints/step_00000001").mkdir(parents=True)
     save_config(GeneratorRun(), generator / "config.yaml")
     (generator / "checkpoints/latest").write_text("step_00000001")
-    piece = build().state.tensors()[0]._replace(name="generator/head.weight")
-    save_shards(generator / "checkpoints/step_00000001/rank_00000.safetensors", [piece])
-    assert "is of a generator's run" in refused(
+    shard = build().state.tensors()[0]._replace(name="generator/head.weight")
+    save_shards(generator / "checkpoints/step_00000001/rank_00000.safetensors", [shard])
+    assert "is from a generator run" in refused(
         load_init_weights, tiny_config(init_from=InitFromConfig(str(generator)))
     )
 
@@ -353,11 +353,11 @@ def test_the_source_may_have_any_shape_but_that_of_the_recipe_and_the_mend_is_wh
     other = replace(MODEL, codebook_size=32, channel_multipliers=[1, 1, 2], attention_factors=[], quantizer="vq")
     message = refused(load_init_weights, tiny_config(model=other, init_from=InitFromConfig(str(run))))
     assert "model.codebook_size is 24 there and 32 here" in message
-    mend = message.partition("; give ")[2]
+    fix = message.partition("; use ")[2]
     for change in ("model.codebook_size=24", "'model.channel_multipliers=[1,2]'", "'model.attention_factors=[2]'"):
-        assert change in mend
-    assert "model.quantizer=ibq" in mend and "init_std" not in message
-    changes = [change.strip("'") for change in mend.split()]
+        assert change in fix
+    assert "model.quantizer=ibq" in fix and "init_std" not in message
+    changes = [change.strip("'") for change in fix.split()]
     assert load_recipe("debug", changes).model.channel_multipliers == [1, 2]
     # A published file does not say which rule its codes are picked by, so that is the recipe's affair.
     assert "quantizer" not in refused(

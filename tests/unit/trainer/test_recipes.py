@@ -206,7 +206,7 @@ RULES = [(task, key, rules) for task, config in TASKS.items() for key, rules in 
 CHOICES = [(task, key, rules["choices"]) for task, key, rules in RULES if "choices" in rules]
 BOUNDS = [(task, key, *each) for task, key, rules in RULES for each in rules.items() if each[0] != "choices"]
 LISTS = ("optimizer.betas", "model.channel_multipliers", "model.grid")
-# A tokenizer refuses `selective`, and `sampling` has messages of its own: tested below.
+# A tokenizer refuses `selective`, and `sampling` has other messages; both are tested below.
 EXCEPTIONS = (("tokenizer", "trainer.activation_checkpointing"), ("generator", "sampling.guidance_schedule"))
 
 
@@ -363,7 +363,7 @@ def test_yaml_cannot_execute_python(recipe, tmp_path):
 
 
 def test_a_folder_without_config_is_no_run_folder(tmp_path):
-    with pytest.raises(TrainerError, match="is no run folder"):
+    with pytest.raises(TrainerError, match="is not a run folder"):
         load_run_config(tmp_path, [])
 
 

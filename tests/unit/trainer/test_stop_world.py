@@ -4,8 +4,11 @@ import os
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
+
+from trainer.__main__ import main
 
 # A gloo worker sleeps after it has announced that a collective is done, so that it frees the tensors last. When it then
 # asks for the GIL, it does not run until the interpreter finalizes. A loaded machine does so about once in 14 runs.
@@ -81,3 +84,26 @@ def test_process_ends_with_0_however_slow_gloos_threads_are(tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "0 gloo threads are left\n"
+
+
+RUN = ["trainer.device=cpu", "trainer.max_steps=1", "trainer.checkpoint_every_steps=1", "data.val=null"]
+ENGINES = {
+    "ddp": ["engine.kind=ddp", "codebook_parallel=2"],
+    "zero1": ["engine.kind=deepspeed", "engine.config=zero1"],
+    "zero3": ["engine.kind=deepspeed", "engine.config=zero3", "codebook_parallel=2"],
+    "fsdp2": ["engine.kind=fsdp2", "codebook_parallel=2"],
+}
+
+
+def gloo_threads_after(arguments: list[str]) -> tuple[int, int]:
+    """(exit status, gloo threads that are left) of a training run in this process."""
+    status = main(arguments)
+    names = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
+    return status, sum("gloo" in name for name in names)
+
+
+@pytest.mark.parametrize("engine", ENGINES)
+def test_a_finished_run_leaves_no_gloo_thread(ranks, tmp_path, engine):
+    """A thread that is left may abort the interpreter at its end."""
+    arguments = ["debug", f"run={tmp_path / 'run'}", *RUN, *ENGINES[engine]]
+    assert ranks.call(2, gloo_threads_after, arguments, join=False) == [(0, 0)] * 2

@@ -1,4 +1,4 @@
-"""One step of tokenizer training, on a tiny model and one process: who is updated when, by which gradient."""
+"""One step of tokenizer training: which network is updated when, by which gradient; a tiny model on one process."""
 
 import copy
 import json
@@ -100,8 +100,8 @@ def weights(module):
 def averages(task):
     """The EMA's, by the names of the tokenizer's state dict."""
     engines = ((task.main_engine, ""), (task.codebook, "quantize."))
-    pieces = [(f"{prefix}{piece.name}", piece) for engine, prefix in engines for piece in task.state.ema.shards(engine)]
-    return {name: piece.values.view(piece.shape).clone() for name, piece in pieces}
+    shards = [(f"{prefix}{shard.name}", shard) for engine, prefix in engines for shard in task.state.ema.shards(engine)]
+    return {name: shard.values.view(shard.shape).clone() for name, shard in shards}
 
 
 def save(task, folder):

@@ -1,4 +1,5 @@
-"""Clocks are injected, so that nothing sleeps. tests/faults lets signals and hangs end real processes."""
+"""The watchdog, the stop signal and loss spikes, with injected clocks. tests/faults tests signals and hangs on real
+processes."""
 
 import os
 import signal
@@ -122,7 +123,7 @@ def spikes_after(losses) -> LossSpikes:
 
 
 def told(spikes, loss) -> bool:
-    """Whether a loss that stays so is told, at its last step of PATIENCE."""
+    """Whether a loss that stays at this value is reported, in the last step of PATIENCE."""
     said = [spikes.update(loss) for _ in range(LossSpikes.PATIENCE)]
     assert said[:-1] == [None] * (LossSpikes.PATIENCE - 1)
     return said[-1] is not None

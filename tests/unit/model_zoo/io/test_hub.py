@@ -109,5 +109,5 @@ def test_paths_are_no_names(tmp_path, monkeypatch):
         assert not is_hub_name(Path(path))
     (tmp_path / "runs").mkdir()  # a run that is missing in a folder of runs
     assert not is_hub_name(Path("runs/mine"))
-    with pytest.raises(ModelError, match="runs/mine is no run folder"):
+    with pytest.raises(ModelError, match="runs/mine is not a run folder"):
         load_tokenizer("runs/mine")

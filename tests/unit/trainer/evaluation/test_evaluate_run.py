@@ -187,14 +187,14 @@ def test_one_checkpoint_and_a_published_one_have_reports_of_their_own(run, tmp_p
     tokenizer = model_zoo.Tokenizer(model_zoo.TokenizerConfig(codebook_size=32, code_dim=8, channels=32,
         channel_multipliers=[1, 1, 1, 1], num_res_blocks=1, attention_factors=[], latent_channels=8))  # fmt: skip
     torch.save({"state_dict": tokenizer.state_dict()}, published)
-    with pytest.raises(TrainerError, match=r"is no run with a data\.val: name the images with --images PATH"):
+    with pytest.raises(TrainerError, match=r"is not a run with a data\.val: name the images with --images PATH"):
         evaluate_run(published, device="cpu")
     photos = OmegaConf.load(run / "config.yaml").data.val
     evaluated = evaluate_run(published, images=f"{photos}/coffee.png", device="cpu")
     assert evaluated.json_path.name == "published_reconstruction.json" and evaluated.report.image_count == 1
     assert (evaluated.provenance["image_size"], evaluated.provenance["resize"]) == (256, "cv2_bilinear")
     assert evaluated.provenance["step"] is None and evaluated.provenance["held_out"] is False
-    # It has no averages: what was used is told, not what was asked for.
+    # It has no EMA, so the report names the raw weights that were used.
     assert evaluated.provenance["weights"] == "raw" and evaluated.differences[-1] == "weights: raw, published: ema"
     assert ", raw weights, " in evaluated.markdown_path.read_text()
 

@@ -1,4 +1,4 @@
-"""Models out of runs and published checkpoints, and back again."""
+"""Exports of runs and of published checkpoints, and their round trips."""
 
 import json
 from dataclasses import asdict, replace
@@ -159,7 +159,7 @@ def test_an_export_of_one_set_of_weights(run, tmp_path, weights, seed):
     if weights == "raw":
         assert_same(load_tokenizer(tmp_path / "out", "raw"), tokenizer(seed))
     else:
-        with pytest.raises(ModelError, match="holds no raw weights, only their averages"):
+        with pytest.raises(ModelError, match="has no raw weights, only EMA weights"):
             load_tokenizer(tmp_path / "out", "raw")
 
 
@@ -176,7 +176,7 @@ def test_a_generators_export_holds_its_tokenizer(generator_run, tmp_path):
 def test_a_generators_export_without_its_tokenizer_says_so(generator_run, run, tmp_path):
     run.rename(tmp_path / "moved")
     made = export(generator_run, tmp_path / "out")
-    assert made.summary[1].startswith(f"without its tokenizer: {run} is no run folder")
+    assert made.summary[1].startswith(f"without its tokenizer: {run} is not a run folder")
     assert_same(load_generator(tmp_path / "out"), generator(3))
 
 
@@ -252,7 +252,7 @@ def test_places_that_are_taken_are_refused(run, tmp_path):
     (tmp_path / "empty").mkdir()
     export(run, tmp_path / "empty")
     for taken in (run, run / "config.yaml", tmp_path / "empty"):
-        with pytest.raises(ModelError, match="is there already: name another place with --out"):
+        with pytest.raises(ModelError, match="already exists: choose another --out"):
             export(run, taken)
     (tmp_path / "out.ckpt").touch()
     with pytest.raises(TrainerError, match="already exists"):
@@ -280,7 +280,7 @@ def test_weights_that_are_not_there_are_refused(generator_run, tmp_path):
         export(generator_run, tmp_path / "out", "ema")
     with pytest.raises(TrainerError, match="--weights best is unknown: choose one of all, ema, raw"):
         export(generator_run, tmp_path / "out", "best")
-    with pytest.raises(TrainerError, match=r"is no published \.ckpt: use `ibq checkpoint export` for runs"):
+    with pytest.raises(TrainerError, match=r"is not a published \.ckpt: use `ibq checkpoint export` for runs"):
         import_published(generator_run, tmp_path / "out")
 
 
@@ -298,19 +298,19 @@ def test_a_truncated_file_of_an_export_is_told(run, tmp_path, name):
 @pytest.mark.parametrize(
     ("content", "detail"),
     [
-        (None, "is no export: it lacks config.yaml"),
-        ("kind: [", "describes no exported model"),
+        (None, "is not an export: it has no config.yaml"),
+        ("kind: [", "does not describe an exported model"),
         ("kind: tokenizer", "it lacks weights"),
-        ("7", "describes no exported model"),
-        ("{kind: foo, weights: raw, sha256: {}, model: {}}", "kind: foo is none of tokenizer, generator"),
-        ("{kind: tokenizer, weights: foo, sha256: {}, model: {}}", "weights: foo is none of ema, raw"),
-        ("{kind: tokenizer, weights: raw, sha256: {}, model: {}, step: abc}", "step: abc is no whole number"),
-        ("{kind: tokenizer, weights: raw, sha256: {}, model: {}, step: [1]}", "step: [1] is no whole number"),
+        ("7", "does not describe an exported model"),
+        ("{kind: foo, weights: raw, sha256: {}, model: {}}", "kind: foo is not one of tokenizer, generator"),
+        ("{kind: tokenizer, weights: foo, sha256: {}, model: {}}", "weights: foo is not one of ema, raw"),
+        ("{kind: tokenizer, weights: raw, sha256: {}, model: {}, step: abc}", "step: abc is not a whole number"),
+        ("{kind: tokenizer, weights: raw, sha256: {}, model: {}, step: [1]}", "step: [1] is not a whole number"),
         (
             "{kind: tokenizer, weights: raw, sha256: {}, model: {channel_multipliers: [-1]}}",
             "model.channel_multipliers=[-1] must be at least 1",
         ),
-        ("{kind: tokenizer, weights: raw, sha256: {}, model: {codes: 7}}", "describes no tokenizer"),
+        ("{kind: tokenizer, weights: raw, sha256: {}, model: {codes: 7}}", "does not describe a tokenizer"),
         ("{kind: tokenizer, weights: raw, sha256: {}, model: {code_dim: 9}}", "does not hold the weights of"),
     ],
 )

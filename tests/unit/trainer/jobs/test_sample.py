@@ -253,11 +253,11 @@ def test_any_number_of_processes_makes_the_same_images_and_continues_after_a_kil
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (["--classes", "6"], "--classes 6: '6' is no class from 0 to 5"),
-        (["--classes", "1,dog"], "--classes 1,dog: 'dog' is no class"),
-        (["--classes", "4-2"], "'4-2' is no class"),
-        (["--classes", "0-99999999999"], "is no class"),
-        (["--classes", ""], "is no class"),
+        (["--classes", "6"], "--classes 6: '6' is not a class from 0 to 5"),
+        (["--classes", "1,dog"], "--classes 1,dog: 'dog' is not a class"),
+        (["--classes", "4-2"], "'4-2' is not a class"),
+        (["--classes", "0-99999999999"], "is not a class"),
+        (["--classes", ""], "is not a class"),
         (["--count", "0"], "--count 0 must be at least 1"),
         (["--count", "99999999999999"], "--count 99999999999999 is too large: at most 10,000,000"),
         (["--batch-size", "0"], "--batch-size 0 must be at least 1"),
@@ -272,7 +272,7 @@ def test_any_number_of_processes_makes_the_same_images_and_continues_after_a_kil
         (["--device", "tpu"], "--device tpu is unknown"),
         (["--weights", "best"], "'ema' or 'raw', not 'best'"),
         (["--weights", "ema"], "holds no ema weights of a generator; ask for the raw weights (--weights raw)"),
-        (["--tokenizer", "nowhere"], "nowhere is no run folder"),
+        (["--tokenizer", "nowhere"], "nowhere is not a run folder"),
         (["--out", "/proc/nothing/x.npz"], "cannot write /proc/nothing/x.npz"),
         (["--out", "/dev/null/x"], "cannot write /dev/null/x"),
         (["--out", "/dev/null"], "cannot write /dev/null: Not a directory"),
@@ -297,13 +297,13 @@ def test_runs_that_do_not_fit_are_refused(run, tmp_path):
     tokenizer = tmp_path / "tokenizer"
     with pytest.raises(TrainerError, match="is a tokenizer run: `ibq sample` needs a generator run"):
         sample(tokenizer)
-    with pytest.raises(TrainerError, match="is no run folder"):
+    with pytest.raises(TrainerError, match="is not a run folder"):
         sample(tmp_path / "nowhere")
     with pytest.raises(ModelError, match=r"nowhere\.ckpt does not exist"):
         sample(tmp_path / "nowhere.ckpt")
     with pytest.raises(
         TrainerError,
-        match=r"no tokenizer: .* is of a generator's run: .*; name another with --tokenizer",
+        match=r"no tokenizer: .* is from a generator run: .*; name another with --tokenizer",
     ):
         sample(run, tokenizer=run)
     lonely = write_generator_run(tmp_path / "lonely", generator_of())

@@ -1,4 +1,4 @@
-"""`ibq tokenize`: the codes are those of the very views, at any number of processes, however often it goes on."""
+"""`ibq tokenize`: codes of the views are correct for any number of processes and after any number of restarts."""
 
 import io
 import json
@@ -302,7 +302,7 @@ def test_bad_input_gets_one_line(capsys, run, tars, tmp_path):
     (tmp_path / "damaged" / "tokens.json").write_text("[")
     out = tmp_path / "out"
     for changes, message in [
-        ({"run": tmp_path / "empty"}, "is no run folder"),
+        ({"run": tmp_path / "empty"}, "is not a run folder"),
         ({"size": 30}, "--size 30 is not a multiple of the tokenizer's factor 8: take 32"),
         ({"size": 0}, "--size 0 must be at least 1"),
         ({"size": -8}, "--size -8 must be at least 1"),
@@ -352,7 +352,7 @@ def test_another_run_is_named(capsys, run, tars, tmp_path):
         other / "checkpoints/step_00000003/rank_00000.safetensors", [whole_tensor("generator/a", torch.zeros(2))]
     )
     status, err = said(capsys, other, "--images", tars, "--out", tmp_path / "out", "--weights", "raw")
-    assert status == 2 and "is of a generator's run: name a tokenizer's" in err
+    assert status == 2 and "is from a generator run: give a tokenizer run" in err
 
 
 def test_damage_in_a_later_shard_leaves_the_finished_ones(run, tars, tmp_path, monkeypatch):

@@ -202,7 +202,7 @@ def test_every_mark_lies_within_the_chart(chart, curve):
 @pytest.mark.parametrize(
     "break_it, message",
     [
-        (lambda run: (run / "config.yaml").unlink(), "is no run folder"),
+        (lambda run: (run / "config.yaml").unlink(), "is not a run folder"),
         (lambda run: (run / "report.json").write_text("{"), "is not valid JSON"),
         (lambda run: (run / "report.html").mkdir(), "cannot write"),
     ],
