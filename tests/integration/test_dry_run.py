@@ -43,7 +43,10 @@ REAL = [
 def plans(recipe: str, processes: int, configurations: list[list[str]]) -> list[dict[int, dict]]:
     """For each configuration: rank -> network -> [parameters, gradients, optimizer, EMA], in bytes."""
     of_configurations = [plan_ranks(load_recipe(recipe, overrides), processes) for overrides in configurations]
-    return [{plan.rank: plan.networks for plan in of_ranks} for of_ranks in of_configurations]
+    return [
+        {plan.rank: {name: list(of_network) for name, of_network in plan.networks.items()} for plan in of_ranks}
+        for of_ranks in of_configurations
+    ]
 
 
 def held(configurations: list[list[str]]) -> list[dict[str, list[int]]]:

@@ -334,7 +334,7 @@ def test_a_source_that_is_missing_or_holds_no_such_weights(build, run, tmp_path)
     message = refused(load_init_weights, tiny_config(init_from=InitFromConfig(str(tmp_path / "nowhere"))))
     assert "init_from.source=" in message and "nowhere" in message
     (tmp_path / "empty").mkdir()
-    assert "no run folder" in refused(load_init_weights, tiny_config(init_from=InitFromConfig(str(tmp_path / "empty"))))
+    assert "not a run folder" in refused(load_init_weights, tiny_config(init_from=InitFromConfig(str(tmp_path / "empty"))))
     bare = write_run(build(ema=EmaConfig(decay=0.0)), tmp_path / "bare")
     message = refused(load_init_weights, tiny_config(init_from=InitFromConfig(str(bare))))
     assert "init_from.weights=ema" in message and "raw" in message
@@ -431,7 +431,7 @@ def test_the_record_has_the_first_and_the_last_validation(run):
 def test_a_run_from_scratch_has_no_such_section_and_one_without_validation_says_so(run):
     assert "Initial weights" not in write_report(run).read_text()
     save_init_record(run, RECORD)
-    assert "it was not validated" in write_report(run).read_text()
+    assert "There was no validation" in write_report(run).read_text()
 
 
 @pytest.mark.parametrize("name", ["init_from.json", "start.json"])
