@@ -147,7 +147,8 @@ def run(mutation: Mutation, unchanged: Path, tree: Path) -> Outcome:
         shutil.rmtree(tree)
     if status not in (PASSED, FAILED):
         raise MutationError(f"{mutation.name}: pytest ended with status {status}\n{output}")
-    failed = re.findall(r"^(?:FAILED|ERROR) (\S+)", output, re.MULTILINE)
+    # Without parameters that contain spaces.
+    failed = re.findall(r"^(?:FAILED|ERROR) ([^\s\[]+(?:\[\S+\])?)", output, re.MULTILINE)
     return Outcome(failed[0] if status == FAILED else None, seconds)
 
 
