@@ -334,7 +334,8 @@ def test_a_source_that_is_missing_or_holds_no_such_weights(build, run, tmp_path)
     message = refused(load_init_weights, tiny_config(init_from=InitFromConfig(str(tmp_path / "nowhere"))))
     assert "init_from.source=" in message and "nowhere" in message
     (tmp_path / "empty").mkdir()
-    assert "not a run folder" in refused(load_init_weights, tiny_config(init_from=InitFromConfig(str(tmp_path / "empty"))))
+    empty = tiny_config(init_from=InitFromConfig(str(tmp_path / "empty")))
+    assert "not a run folder" in refused(load_init_weights, empty)
     bare = write_run(build(ema=EmaConfig(decay=0.0)), tmp_path / "bare")
     message = refused(load_init_weights, tiny_config(init_from=InitFromConfig(str(bare))))
     assert "init_from.weights=ema" in message and "raw" in message
