@@ -165,7 +165,7 @@ class DiscriminatorLoss:
 
 @dataclass
 class LecamLoss:
-    """LeCAM regularisation of the discriminator. decay: of the running means of the logits."""
+    """LeCAM regularization of the discriminator. decay: of the running means of the logits."""
 
     weight: float = field(default=0.05, metadata={"at_least": 0})
     decay: float = field(default=0.999, metadata={"at_least": 0, "below": 1})

@@ -40,7 +40,7 @@ GENERATOR_LOSSES = {"non_saturating": non_saturating_generator_loss, "linear": l
 
 
 class Lecam(nn.Module):
-    """LeCAM regularisation: penalises logits that lie beyond the running mean of the opposite class.
+    """LeCAM regularization: penalises logits that lie beyond the running mean of the opposite class.
 
     The running means are buffers, so checkpoints contain them. They start at 0, as in the published training.
     """

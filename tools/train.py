@@ -28,9 +28,9 @@ def train(
     Memory of each of 64 processes: ibq train ibq_262144 --dry-run --processes 64 engine.config=zero3
     """
     if dry_run:
-        from trainer.dry_run import dry_run as print_plan
+        from trainer.dry_run import dry_run as print_memory
 
-        return print_plan(recipe, overrides or [], processes)
+        return print_memory(recipe, overrides or [], processes)
     if processes is not None:
         raise typer.BadParameter("--processes needs --dry-run; to train in many processes use torchrun")
     from trainer import loop

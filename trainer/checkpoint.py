@@ -59,7 +59,7 @@ class Checkpoints:
         self.finish()
         unfinished = self.folder / f"step_{step:08d}.unfinished"
         try:
-            _agree(self.world, lambda: _make_folder(unfinished))
+            _on_main(self.world, lambda: _make_folder(unfinished))
         except CheckpointError as error:
             raise self._refusal(unfinished, error) from error
         copies = [shard._replace(values=shard.values.detach().to("cpu", copy=True)) for shard in shards]
@@ -95,10 +95,10 @@ class Checkpoints:
             if errors:
                 raise CheckpointError(errors[0])
             manifest = dict(part for part, _ in parts)
-            _agree(self.world, lambda: self._publish(unfinished, writing.state, manifest))
+            _on_main(self.world, lambda: self._complete(unfinished, writing.state, manifest))
         except CheckpointError as error:
             # Frees the space that it took of a full disk; if that fails, the next save removes it.
-            _agree(self.world, lambda: shutil.rmtree(unfinished, ignore_errors=True))
+            _on_main(self.world, lambda: shutil.rmtree(unfinished, ignore_errors=True))
             raise self._refusal(unfinished, error) from error
 
     def _refusal(self, unfinished: Path, error: CheckpointError) -> CheckpointError:
@@ -108,7 +108,7 @@ class Checkpoints:
             f"then `ibq resume {self.folder.parent}`"
         )
 
-    def _publish(self, unfinished: Path, state: dict, files: dict) -> None:
+    def _complete(self, unfinished: Path, state: dict, files: dict) -> None:
         folder = unfinished.with_suffix("")
         _write_manifest(unfinished, state, files)
         replaced = folder.with_suffix(".replaced.unfinished")
@@ -184,7 +184,9 @@ def find_checkpoint(source: Path, world: World) -> tuple[Path, list[str]]:
             return folder, passed_over
         passed_over.append(f"{folder.name} is passed over: {wrong}")
     if not passed_over:
-        raise TrainerError(f"{source} has no finished checkpoint to resume from: start the run again with `ibq train`")
+        raise TrainerError(
+            f"{source} has no finished checkpoint: delete it or choose another run=FOLDER, and run `ibq train`"
+        )
     more = f"; and {len(passed_over) - 3} more" if len(passed_over) > 3 else ""
     raise TrainerError(f"{source} has no complete checkpoint: {'; '.join(passed_over[:3])}{more}")
 
@@ -287,7 +289,7 @@ def _entry(file: Path) -> dict:
     return {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
 
 
-def _agree(world: World, action) -> None:
+def _on_main(world: World, action) -> None:
     """`run_on_main` for an action on files: its OSError becomes a CheckpointError on all ranks."""
 
     def guarded() -> str | None:

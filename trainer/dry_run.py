@@ -59,7 +59,7 @@ class Held(NamedTuple):
         return sum(self)
 
 
-class RankPlan(NamedTuple):
+class RankMemory(NamedTuple):
     """What one rank holds.
 
     networks: bytes by network. offloads: whether part of the main network is kept in CPU memory. fsdp_shard: the ranks
@@ -90,20 +90,20 @@ def dry_run(recipe: str, overrides: list[str], processes: int | None = None) -> 
         return
     config = load_recipe(recipe, overrides)
     processes = processes or int(os.environ.get("WORLD_SIZE", 1))
-    sys.stdout.write(report(config, processes, plan_ranks(config, processes)))
+    sys.stdout.write(report(config, processes, measure_ranks(config, processes)))
 
 
-def plan_ranks(config: RunConfig, processes: int) -> list[RankPlan]:
+def measure_ranks(config: RunConfig, processes: int) -> list[RankMemory]:
     """Plans the first and the last rank. The others are in between: everything is distributed evenly, and a remainder
     gives the first ranks more (rows) or the last ranks less (ends of flat buffers)."""
     plan_batch(config, World(0, processes, torch.device("cpu")))  # fails early, before any process is forked
     if config.engine.kind == "deepspeed":
         os.environ["DS_ACCELERATOR"] = "cpu"  # DeepSpeed chooses when it is imported, here for all forks
         import deepspeed  # noqa: F401
-    return _in_forks([(plan_rank, (config, rank, processes)) for rank in sorted({0, processes - 1})])
+    return _in_forks([(measure_rank, (config, rank, processes)) for rank in sorted({0, processes - 1})])
 
 
-def plan_rank(config: RunConfig, rank: int, processes: int) -> RankPlan:
+def measure_rank(config: RunConfig, rank: int, processes: int) -> RankMemory:
     """Builds the task as that rank and counts what it holds. Patches this process permanently: see `_patch`."""
     from torch.testing._internal.distributed.fake_pg import FakeStore
 
@@ -113,7 +113,7 @@ def plan_rank(config: RunConfig, rank: int, processes: int) -> RankPlan:
     with FakeTensorMode(allow_non_fake_inputs=True):
         task = make_task(config, world, *plan_batch(config, world))
         task.check_settings()
-        return RankPlan(
+        return RankMemory(
             rank,
             networks_held(task),
             task.main_engine.offloads,
@@ -226,7 +226,7 @@ def _yaml(config: RunConfig) -> str:
     return OmegaConf.to_yaml(OmegaConf.structured(config)).rstrip()
 
 
-def report(config: RunConfig, processes: int, plans: list[RankPlan]) -> str:
+def report(config: RunConfig, processes: int, plans: list[RankMemory]) -> str:
     """The printed text: recipe, mesh and batch, memory."""
     parts = [
         # URLs may contain secrets.
@@ -238,7 +238,7 @@ def report(config: RunConfig, processes: int, plans: list[RankPlan]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _mesh(config: RunConfig, processes: int, plan: RankPlan) -> list[list[str]]:
+def _mesh(config: RunConfig, processes: int, plan: RankMemory) -> list[list[str]]:
     micro_batch_size, micro_batches = plan_batch(config, World(0, processes, torch.device("cpu")))
     lines = [
         ["processes", f"{processes} (the launcher decides which of them share a machine)"],
@@ -290,7 +290,7 @@ def _span(ranks: list[int]) -> str:
     return f"{ranks[0]}-{ranks[-1]}{every}"
 
 
-def _memory(plans: list[RankPlan]) -> str:
+def _memory(plans: list[RankMemory]) -> str:
     networks = [[plan.networks[name] for plan in plans] for name in plans[0].networks]
     rows = [["", "parameters", "gradients", "optimizer", "EMA", "total"]]
     for name, held in zip(plans[0].networks, networks, strict=True):
@@ -330,7 +330,7 @@ def _aligned(rows: list[list[str]], right: bool = False) -> str:
     return "\n".join(lines)
 
 
-def _offloaded(config: RunConfig, plan: RankPlan) -> str:
+def _offloaded(config: RunConfig, plan: RankMemory) -> str:
     """What an engine with offloading keeps in CPU memory, as text; empty for other engines."""
     if not plan.offloads:
         return ""

@@ -19,7 +19,7 @@ NO_SHAPE = ("codebook_init", "codebook_init_std")  # fields of a model's configu
 
 
 class InitRecord(NamedTuple):
-    """What a run was initialised from.
+    """What a run was initialized from.
 
     origin: description of the weights. fingerprint: of their tokenizer. freeze: the part that is not trained, or None.
     discriminator: description of its initial weights.
@@ -33,12 +33,12 @@ class InitRecord(NamedTuple):
     def __str__(self) -> str:
         frozen = f"; its {self.freeze} is frozen" if self.freeze else ""
         return (
-            f"initialised from {self.origin}, fingerprint {self.fingerprint}{frozen}; discriminator: "
+            f"initialized from {self.origin}, fingerprint {self.fingerprint}{frozen}; discriminator: "
             f"{self.discriminator}; optimizer, schedule, EMA, LeCAM means and data start fresh"
         )
 
 
-def load_init_weights(config: TokenizerRun) -> tuple[Weights, str]:
+def read_init_weights(config: TokenizerRun) -> tuple[Weights, str]:
     """Reads the weights that ``init_from.source`` names, and their tokenizer's fingerprint. Raises a one-line
     TrainerError if they are missing or do not fit the recipe's model."""
     from model_zoo.io.load import read_weights  # slow to import, and only fine-tuning needs it
@@ -82,7 +82,7 @@ def save_init_record(run: Path, record: InitRecord) -> None:
 
 
 def read_init_record(run: Path) -> dict | None:
-    """Reads what a run was initialised from, and its validations. Returns None if it started from random weights.
+    """Reads what a run was initialized from, and its validations. Returns None if it started from random weights.
 
     The result has the fields of `InitRecord`. If the run was validated, it also has ``validation``: ``start`` and
     ``now``, each with ``step``, ``psnr`` in dB, ``l1`` and ``usage``. Raises TrainerError for a damaged file.

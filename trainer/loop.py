@@ -11,6 +11,8 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from data.errors import DataError
+from model_zoo.errors import ModelError
 from model_zoo.io.run_layout import run_folder
 from trainer import TrainerError
 from trainer.config import RunConfig
@@ -18,6 +20,7 @@ from trainer.parallel import World, start_world, stop_world
 from trainer.recipes import load_recipe, load_run_config
 from trainer.start_plan import Source, check_inputs, plan_start
 from trainer.trainer import Trainer
+from trainer.watchdog import Stopped
 
 if TYPE_CHECKING:
     from data import TokenSpec
@@ -57,8 +60,8 @@ def _train(config: RunConfig, source: Source) -> Path:
     torch.set_float32_matmul_precision("high" if config.trainer.tf32 else "highest")
     try:
         return _train_in(world, config, source, tokens)
-    except BaseException as error:
-        traceback.clear_frames(error.__traceback__)  # their variables refer to process groups: see stop_world
+    except (DataError, ModelError, TrainerError, Stopped, KeyboardInterrupt) as error:
+        _clear_frames(error)
         raise
     finally:
         stop_world()
@@ -78,3 +81,11 @@ def _train_in(world: World, config: RunConfig, source: Source, tokens: TokenSpec
     finally:
         trainer.close()
     return trainer.run
+
+
+def _clear_frames(error: BaseException | None) -> None:
+    """Deletes the variables of the frames that an exception and its causes hold, because they refer to process groups
+    (see `stop_world`). Exceptions that are bugs keep theirs, for debuggers."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -36,11 +36,13 @@ class Prefetcher:
         self.run: Path | None = None
         self.audit: AuditWriter | None = None
 
-    def open_logs(self, run: Path, audit: bool, start: int) -> None:
+    def open_logs(self, run: Path, audit: bool, start: int, resources: ExitStack) -> None:
         """Lists skipped samples in the run's folder from now on; all ranks call together. audit: also the key of every
         delivered sample. start: steps that are done. Raises TrainerError on all ranks."""
         self.run = run
         self.audit = AuditWriter.open(run, self.world, self.stream, start, enabled=audit)
+        if self.audit:
+            resources.callback(self.audit.file.close)
 
     def read_ahead(self) -> None:
         """Reads the next step's micro-batches; an error is kept in ``failed``."""

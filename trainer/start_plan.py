@@ -13,7 +13,7 @@ from trainer.checkpoint import checkpoint_folders, find_checkpoint, load_state
 from trainer.config import GeneratorRun, RunConfig
 from trainer.init_from import InitRecord, save_init_record
 from trainer.model_state import ModelState
-from trainer.parallel import World, raise_on_all_ranks, run_on_main
+from trainer.parallel import World, as_trainer_error, raise_on_all_ranks, run_on_main
 from trainer.randomness import restore_random_state
 from trainer.recipes import load_run_config, save_config
 from trainer.telemetry import metric_lines, scanning
@@ -21,8 +21,8 @@ from trainer.telemetry import metric_lines, scanning
 
 class StartPlan(NamedTuple):
     """step: the last step that is done. checkpoint: what to resume from, with its small ``state``; None: start fresh.
-    reuses_folder: the run's folder is there already and holds this very run. done: there is nothing left to train.
-    notes: lines to print."""
+    reuses_folder: the run's folder already contains this run. done: there is nothing left to train. notes: lines to
+    print."""
 
     step: int
     checkpoint: Path | None
@@ -34,7 +34,7 @@ class StartPlan(NamedTuple):
 
 class Source(NamedTuple):
     """What to start from. checkpoint: the run's folder, or one of its checkpoints; None: start fresh. restart: the
-    launcher may start the run's command again, so the folder may hold nothing yet, or everything."""
+    launcher may start the run's command again, so the folder may be empty, partial or complete."""
 
     checkpoint: Path | None = None
     restart: bool = False
@@ -87,7 +87,7 @@ def plan_start(config: RunConfig, source: Source, world: World) -> StartPlan:
     if source.checkpoint is None:
         return fresh
     # Rank 0 alone looks at the folder: another node's view of a shared disk may be older.
-    if source.restart and not run_on_main(world, lambda: _holds_run(config)):
+    if source.restart and not run_on_main(world, lambda: as_trainer_error(lambda: _holds_run(config))):
         return fresh
     if source.restart and not run_on_main(world, lambda: bool(checkpoint_folders(source.checkpoint))):
         return fresh._replace(reuses_folder=True)

@@ -79,7 +79,7 @@ class Trainer:
         data_line = self.batches.stream.describe(settings.max_steps - self.step)
         for line in (*self.plan.notes, *start, describe(config, world, self.task, self.step), data_line):
             self.telemetry.say(line)
-        self.batches.open_logs(run, config.data.audit, self.step)
+        self.batches.open_logs(run, config.data.audit, self.step, self.resources)
         self.resources.enter_context(self.telemetry)
         self.stop = self.resources.enter_context(StopSignal())
         self.watchdog = self.resources.enter_context(Watchdog(*world[:2], settings.timeout_seconds))
@@ -131,9 +131,10 @@ class Trainer:
         except TrainerError:
             self.checkpoints.finish()  # the checkpoint that is being written is from a good step
             raise
-        spike = self.spikes.update(float(result.scalars["loss/total"]))
-        if note or spike:
-            self.telemetry.say(note or f"step {step}: {spike}")
+        if not result.skipped and (spike := self.spikes.update(float(result.scalars["loss/total"]))):
+            note = f"step {step}: {spike}"
+        if note:
+            self.telemetry.say(note)
         due = self._due(step, result, ends=stopping or starving)
         self.telemetry.advance(step)
         if due.log:

@@ -57,7 +57,7 @@ def lpips_on_meta(net: str = "vgg") -> nn.Module:
     # Imported at first use, since lpips imports plotting and image libraries.
     import lpips
 
-    # On the meta device the trunk needs neither memory nor time for a random initialisation.
+    # On the meta device the trunk needs neither memory nor time for a random initialization.
     with torch.device("meta"), warnings.catch_warnings():
         warnings.filterwarnings("ignore", category=UserWarning, module="torchvision")
         return lpips.LPIPS(net=net, version="0.1", pretrained=False, pnet_rand=True, verbose=False)

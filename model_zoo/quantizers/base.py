@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from model_zoo.ops.codebook_parallel import CodebookShard, lookup_code
 from model_zoo.ops.types import IndexBackprop
 
-INITIAL_BLOCK = 2**14  # codes initialised at a time
+INITIAL_BLOCK = 2**14  # codes initialized at a time
 VARIANCE_FLOOR = 1e-3  # relative to the features' mean variance
 # Initial norm of codes for assignments by softmax(z C^T). During training features and codes converge to one norm,
 # whose square sets how sharp the assignment becomes. A larger norm leaves more codes unused; with a norm of 0.46 models
@@ -145,7 +145,7 @@ class CodebookQuantizer(Quantizer):
 
         A code that is shorter than its neighbours, or that points where no feature does, never has the largest dot
         product. The norm does not depend on that of the features, except for assignments by distance. (Our own method,
-        after the data-dependent initialisation of Salimans and Kingma, arXiv 1602.07868.)
+        after the data-dependent initialization of Salimans and Kingma, arXiv 1602.07868.)
 
         covariance_dd: fp64, over the features of all ranks, which must vary in at least two dimensions: in one
         dimension there are only two codes of one norm.
@@ -163,7 +163,7 @@ def initial_codes(start: int, stop: int, codebook_size: int, code_dim: int, std:
     """Rows ``[start, stop)`` of a codebook drawn from normal(0, std^2), independent of how the codebook is sharded.
 
     The codebook has its own random generator and is drawn in blocks. A rank therefore does not hold the other ranks'
-    rows, and the layers after the codebook are initialised equally on all ranks.
+    rows, and the layers after the codebook are initialized equally on all ranks.
     """
     rows_kd = torch.empty(stop - start, code_dim)
     if rows_kd.is_meta:  # a model without storage, for counting parameters

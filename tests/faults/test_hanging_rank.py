@@ -7,12 +7,12 @@ import pytest
 from faults.outcome import assert_resumed, fault_settings, loss_lines, newest_step
 from ranks import INJECT, TORCHRUN
 
-HANG = {"kind": "hang", "rank": 1, "step": 5, "timeout_seconds": 1.0}
+HANG = {"kind": "hang", "rank": 1, "step": 5, "timeout_seconds": 3.0}
 
 
 def assert_reported(err: str) -> None:
     """Both ranks said where they hang."""
-    made_no_progress = r"^ibq: error: rank (\d) of 2 \(.*made no progress for 1 s in step 5 "
+    made_no_progress = r"^ibq: error: rank (\d) of 2 \(.*made no progress for 3 s in step 5 "
     assert sorted(re.findall(made_no_progress, err, re.MULTILINE)) == ["0", "1"], err
     assert "in sleeping_beauty" in err  # the hanging rank, by its function
     assert "in sum_over_ranks" in err or "in mean_over_ranks" in err, err  # and the rank that waits for it

@@ -317,7 +317,7 @@ def test_an_error_is_one_write(monkeypatch):
     ("changes", "said"),
     [
         (["codebook_parallel=3"], "codebook_parallel=3 must divide the number of processes, 2"),
-        (["codebook_parallel=2", "model.codebook_size=1"], "1 codes cannot be spread over codebook_parallel=2"),
+        (["codebook_parallel=2", "model.codebook_size=1"], "model.codebook_size=1 must be at least 2"),
         (["codebook_parallel=2", "trainer.quantizer_impl=dense"], "trainer.quantizer_impl=dense: impl='dense' takes"),
     ],
 )

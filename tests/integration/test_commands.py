@@ -69,7 +69,7 @@ def test_reconstruct(runs, ranks, pictures, tmp_path):
     arguments = "--images", pictures, "--out", tmp_path / "out", "--size", "original", "--weights", "raw"
     finished = ranks.ibq("reconstruct", runs["one"], *arguments, "--device", "cpu")
     assert finished.status == 0, finished.err
-    assert "12 pictures" in finished.out
+    assert "12 images" in finished.out
     written = sorted((tmp_path / "out").glob("*.png"))
     assert len(written) == 12 + 1
     for path in written:

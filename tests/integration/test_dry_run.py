@@ -8,7 +8,7 @@ import torch
 from model_zoo.discriminator import PatchDiscriminator
 from model_zoo.tokenizer import Tokenizer
 from model_zoo.transformer import Transformer
-from trainer.dry_run import networks_held, plan_ranks
+from trainer.dry_run import measure_ranks, networks_held
 from trainer.parallel import World
 from trainer.recipes import load_recipe
 from trainer.start_plan import plan_batch
@@ -42,8 +42,11 @@ REAL = [
 
 def plans(recipe: str, processes: int, configurations: list[list[str]]) -> list[dict[int, dict]]:
     """For each configuration: rank -> network -> [parameters, gradients, optimizer, EMA], in bytes."""
-    of_configurations = [plan_ranks(load_recipe(recipe, overrides), processes) for overrides in configurations]
-    return [{plan.rank: plan.networks for plan in of_ranks} for of_ranks in of_configurations]
+    of_configurations = [measure_ranks(load_recipe(recipe, overrides), processes) for overrides in configurations]
+    return [
+        {plan.rank: {name: list(of_network) for name, of_network in plan.networks.items()} for plan in of_ranks}
+        for of_ranks in of_configurations
+    ]
 
 
 def held(configurations: list[list[str]]) -> list[dict[str, list[int]]]:
@@ -64,7 +67,7 @@ def held(configurations: list[list[str]]) -> list[dict[str, list[int]]]:
 
 
 def real_gradients(task: TokenizerTask, images: list[torch.Tensor]) -> dict[str, int]:
-    """Bytes of the gradients that the parameters have when the optimiser's step begins."""
+    """Bytes of the gradients that the parameters have when the optimizer's step begins."""
     seen = {}
     for name, (engine, *_) in task.state.trained.items():
 

@@ -121,7 +121,7 @@ CHAIN = [
 
 def test_a_chain_of_engines_and_numbers_of_processes_is_an_unbroken_run(ranks, debug_settings, tmp_path):
     """1 -> 2 -> 4 -> 3 -> 2 -> 1 processes, ZeRO 0 -> 1 -> 2 -> 3 -> 1, to FSDP2 and back: losses, weights, averages
-    and the optimisers' moments."""
+    and the optimizers' moments."""
     changes = {"trainer.global_batch_size": 12, "model.codebook_size": 250, "trainer.checkpoint_every_steps": 1}
     changes["trainer.keep_last"] = len(CHAIN)
     changes["seed"] = 9

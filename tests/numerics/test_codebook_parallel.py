@@ -164,7 +164,7 @@ def quantizers(group):
         some = out.index_bhw[: 1 - rank]
         found[name] = {
             "rows": quantizer.embedding.weight.detach(),
-            "after": torch.rand(()),  # the next layer's initialisation
+            "after": torch.rand(()),  # the next layer's initialization
             "grad": quantizer.embedding.weight.grad,
             "z.grad": z_bdhw.grad,
             "index": out.index_bhw,

@@ -24,7 +24,7 @@ def build_engine(
     gather_dtype: torch.dtype | None = None,
     **batch,
 ) -> Engine:
-    """Wraps a module into the recipe's engine. The module must be on its device and initialised.
+    """Wraps a module into the recipe's engine. The module must be on its device and initialized.
 
     ignored: parameters of the module that belong to another engine. gather_dtype: see `fsdp2.Fsdp2`.
     """

@@ -361,9 +361,8 @@ class TokenizerTask(Task):
         learns = self.tokenizer.quantize.impl and not self.codes_frozen
         rule = model.quantizer + (f" {self.impl()}" if learns else "")
         spread = f", codebook over {self.config.codebook_parallel}" if self.config.codebook_parallel > 1 else ""
-        start = [f"initialised from {init_from.source} ({init_from.weights})"] if init_from.source else []
         frozen = [f"{init_from.freeze} frozen"] if init_from.freeze else []
-        return [f"{model.codebook_size} codes of {model.code_dim} ({rule}{spread})", *start, *frozen]
+        return [f"{model.codebook_size} codes of {model.code_dim} ({rule}{spread})", *frozen]
 
     def load_initial_weights(self) -> InitRecord | None:
         if self.config.init_from.source is None:

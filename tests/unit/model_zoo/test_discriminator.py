@@ -23,7 +23,7 @@ def test_state_dict_names_and_shapes_are_the_published_ones():
 
 
 @pytest.mark.parametrize("norm", ["batch", "group"])
-def test_initialisation(norm):
+def test_initialization(norm):
     torch.manual_seed(0)
     for module in PatchDiscriminator(norm=norm).requires_grad_(False).main:
         if isinstance(module, nn.Conv2d):

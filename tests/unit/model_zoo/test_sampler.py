@@ -232,7 +232,7 @@ def test_batches_that_cannot_be_are_refused():
         sampled(sampler, [(6, 1)])
     with pytest.raises(ModelError, match="batch size 0"):
         Sampler(tiny(), 0)
-    with pytest.raises(ModelError, match="eval mode"):
+    with pytest.raises(ModelError, match=r"call eval\(\)"):
         sampled(Sampler(tiny().train(), 2), IMAGES[:2])
 
 

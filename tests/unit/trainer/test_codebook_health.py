@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from trainer.metrics.codebook import CodebookHealth, gaussian_distance, moments
-from trainer.telemetry import Telemetry
+from trainer.telemetry import RunTelemetry
 
 
 def health(codes=10, tokens_per_step=40) -> CodebookHealth:
@@ -81,7 +81,7 @@ def test_distance_of_distributions_by_hand():
 
 
 def test_the_alarm_is_said_when_it_begins_and_when_it_ends(tmp_path, capsys):
-    with Telemetry(tmp_path, 0, 10) as telemetry:
+    with RunTelemetry(tmp_path, 0, 10) as telemetry:
         for step, text in enumerate([None, "usage is 3%", "usage is 2%", None], start=1):
             telemetry.alarm(step, text)
             telemetry.log(step, {"codebook/usage": 0.03})

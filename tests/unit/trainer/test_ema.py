@@ -24,7 +24,7 @@ def engine(module) -> DataParallel:
 
 
 def set_weights(module, seed):
-    """In place, as an optimiser would."""
+    """In place, as an optimizer would."""
     module.load_state_dict(model(seed).state_dict())
 
 

@@ -19,7 +19,7 @@ from trainer.config import (
     TokenizerRun,
     TokenizerTrainerConfig,
 )
-from trainer.init_from import InitRecord, load_init_weights, read_init_record, save_init_record
+from trainer.init_from import InitRecord, read_init_record, read_init_weights, save_init_record
 from trainer.jobs.export import export
 from trainer.loop import resume
 from trainer.recipes import load_recipe, load_run_config, save_config
@@ -331,12 +331,13 @@ def refused(function, *arguments) -> str:
 
 
 def test_a_source_that_is_missing_or_holds_no_such_weights(build, run, tmp_path):
-    message = refused(load_init_weights, tiny_config(init_from=InitFromConfig(str(tmp_path / "nowhere"))))
+    message = refused(read_init_weights, tiny_config(init_from=InitFromConfig(str(tmp_path / "nowhere"))))
     assert "init_from.source=" in message and "nowhere" in message
     (tmp_path / "empty").mkdir()
-    assert "no run folder" in refused(load_init_weights, tiny_config(init_from=InitFromConfig(str(tmp_path / "empty"))))
+    empty = tiny_config(init_from=InitFromConfig(str(tmp_path / "empty")))
+    assert "not a run folder" in refused(read_init_weights, empty)
     bare = write_run(build(ema=EmaConfig(decay=0.0)), tmp_path / "bare")
-    message = refused(load_init_weights, tiny_config(init_from=InitFromConfig(str(bare))))
+    message = refused(read_init_weights, tiny_config(init_from=InitFromConfig(str(bare))))
     assert "init_from.weights=ema" in message and "raw" in message
     generator = tmp_path / "generator"
     (generator / "checkpoints/step_00000001").mkdir(parents=True)
@@ -345,13 +346,13 @@ def test_a_source_that_is_missing_or_holds_no_such_weights(build, run, tmp_path)
     shard = build().state.tensors()[0]._replace(name="generator/head.weight")
     save_shards(generator / "checkpoints/step_00000001/rank_00000.safetensors", [shard])
     assert "is from a generator run" in refused(
-        load_init_weights, tiny_config(init_from=InitFromConfig(str(generator)))
+        read_init_weights, tiny_config(init_from=InitFromConfig(str(generator)))
     )
 
 
 def test_the_source_may_have_any_shape_but_that_of_the_recipe_and_the_mend_is_what_to_type(run, published):
     other = replace(MODEL, codebook_size=32, channel_multipliers=[1, 1, 2], attention_factors=[], quantizer="vq")
-    message = refused(load_init_weights, tiny_config(model=other, init_from=InitFromConfig(str(run))))
+    message = refused(read_init_weights, tiny_config(model=other, init_from=InitFromConfig(str(run))))
     assert "model.codebook_size is 24 there and 32 here" in message
     fix = message.partition("; use ")[2]
     for change in ("model.codebook_size=24", "'model.channel_multipliers=[1,2]'", "'model.attention_factors=[2]'"):
@@ -361,7 +362,7 @@ def test_the_source_may_have_any_shape_but_that_of_the_recipe_and_the_mend_is_wh
     assert load_recipe("debug", changes).model.channel_multipliers == [1, 2]
     # A published file does not say which rule its codes are picked by, so that is the recipe's affair.
     assert "quantizer" not in refused(
-        load_init_weights, tiny_config(model=other, init_from=InitFromConfig(str(published)))
+        read_init_weights, tiny_config(model=other, init_from=InitFromConfig(str(published)))
     )
 
 
@@ -369,7 +370,7 @@ def test_a_shape_that_the_configuration_does_not_tell(run):
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("code_dim: 6", "code_dim: 5"))
     message = refused(
-        load_init_weights, tiny_config(model=replace(MODEL, code_dim=5), init_from=InitFromConfig(str(run)))
+        read_init_weights, tiny_config(model=replace(MODEL, code_dim=5), init_from=InitFromConfig(str(run)))
     )
     assert "holds quant_conv.weight of shape [6, 12, 1, 1], expected [5, 12, 1, 1]" in message
 
@@ -431,7 +432,7 @@ def test_the_record_has_the_first_and_the_last_validation(run):
 def test_a_run_from_scratch_has_no_such_section_and_one_without_validation_says_so(run):
     assert "Initial weights" not in write_report(run).read_text()
     save_init_record(run, RECORD)
-    assert "it was not validated" in write_report(run).read_text()
+    assert "There was no validation" in write_report(run).read_text()
 
 
 @pytest.mark.parametrize("name", ["init_from.json", "start.json"])

@@ -106,7 +106,7 @@ def test_without_decay_there_is_one_group():
     assert [len(group["params"]) for group in optimizer.param_groups] == [2]
 
 
-def test_parameters_without_memory_have_an_optimiser_too():
+def test_parameters_without_memory_have_an_optimizer_too():
     assert adam([nn.Parameter(torch.empty(2, device="meta"))], 0.1, CONFIG).defaults["fused"] is False
 
 

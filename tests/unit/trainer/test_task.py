@@ -544,7 +544,7 @@ def test_the_start_does_not_depend_on_how_the_batch_is_cut(build):
     "changes",
     [
         {"model__codebook_init": "normal"},
-        {"start__source": "a run whose codes are to stay"},
+        {"init_from__source": "a run whose codes are to stay"},
         {"model__quantizer": "lfq", "model__codebook_size": 64, "loss__quantizer__double_quantization_weight": 0.0},
     ],
 )

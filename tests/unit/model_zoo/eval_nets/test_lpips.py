@@ -144,7 +144,7 @@ def test_the_smallest_side_is_the_least_that_the_trunk_takes(loss, net):
 
 
 def test_bad_images(loss, net):
-    with pytest.raises(ModelError, match="one shape"):
+    with pytest.raises(ModelError, match="equal shape"):
         loss(torch.zeros(1, 3, 32, 32), torch.zeros(2, 3, 32, 32))
     with pytest.raises(ModelError, match=f"at least {SMALLEST_SIDE[net]} pixels"):
         loss(torch.zeros(1, 3, 8, 32), torch.zeros(1, 3, 8, 32))

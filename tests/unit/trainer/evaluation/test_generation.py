@@ -318,7 +318,7 @@ def test_mistakes_of_the_user_are_one_line(samples, reference, tmp_path, assert_
         (samples, reference, "--report", samples / "x.json"): "cannot write",
         (samples, reference, "--report", "/proc/x.json"): "cannot write /proc/x.json",
         (samples, reference, "--device", "tpu"): "--device tpu is unknown",
-        (samples, reference, "--sweep", "guidance=1"): "are for --generator",
+        (samples, reference, "--sweep", "guidance=1"): "need --generator",
     }.items():
         assert said in assert_refused_by("evaluate", "generation", "--samples", first, "--reference", second, *more)
     assert not list(tmp_path.glob("*_generation.*"))
