@@ -1,5 +1,6 @@
 """The process group: rank, size and device of this process, and the collectives that training needs."""
 
+import functools
 import gc
 import itertools
 import os
@@ -87,19 +88,24 @@ def _check_restarts() -> None:
 _rendezvous_count = itertools.count()
 
 
+@functools.cache
+def _rendezvous() -> tuple[dist.Store, int, int]:
+    """(store, rank, number of processes). One store serves all groups of a process: another server at the same port
+    would not be ready when the first ranks connect to it."""
+    return next(dist.rendezvous("env://"))
+
+
 def _join_group(backend: str, timeout: timedelta) -> None:
     """Joins the process group.
 
     torchrun's store outlives the processes, so it still holds the addresses of processes that ended. Each attempt, and
-    each group within an attempt, therefore uses a different key prefix.
+    each group within an attempt, therefore uses a key prefix of its own.
     """
-    where = {}
-    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True":
-        store, where["rank"], where["world_size"] = next(dist.rendezvous("env://", timeout=timeout))
-        store.set_timeout(timeout)
-        attempt = f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}_meeting_{next(_rendezvous_count)}"
-        where["store"] = dist.PrefixStore(attempt, store)
-    dist.init_process_group(backend, timeout=timeout, **where)
+    store, rank, world_size = _rendezvous()
+    store.set_timeout(timeout)
+    attempt = f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}_meeting_{next(_rendezvous_count)}"
+    store = dist.PrefixStore(attempt, store)
+    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
 
 
 def _collective_timeout(timeout_seconds: float) -> timedelta:

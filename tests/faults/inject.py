@@ -106,8 +106,8 @@ def hang(
     grace_seconds: float = StopSignal.GRACE_SECONDS,
 ) -> None:
     """A rank hangs in a step. holds_lock: in C code, with the interpreter's lock. marker: a file that appears then.
-    timeout_seconds: the watchdogs' from this step on, so that slow steps before it do not count. The hanging rank's
-    begins first: it must report before it loses its peer."""
+    timeout_seconds: the watchdogs' from this step on, so that slow steps before it do not count. The waiting rank's
+    begins first: it would end in its collective if the hanging rank ended before it."""
 
     def sleeping_beauty() -> None:
         if marker:
@@ -116,7 +116,7 @@ def hang(
 
     def beat_of_step(watchdog, beaten_step: int | None = None) -> None:
         if timeout_seconds and beaten_step == step:
-            time.sleep(0.0 if rank == RANK else 0.2)
+            time.sleep(0.4 if rank == RANK else 0.0)
             watchdog.timeout_seconds = timeout_seconds
             threading.Thread(target=watchdog._watch, daemon=True).start()  # the first one waits for the former timeout
         beat(watchdog, beaten_step)

@@ -190,7 +190,7 @@ def test_resumed_equals_unbroken_bit_for_bit(tuned, ranks, tmp_path):
     ("change", "said"),
     [
         ("init_from.source=nowhere", "init_from.source=nowhere"),
-        ("model.code_dim=8", "model.code_dim is 16 there and 8 here; give model.code_dim=16"),
+        ("model.code_dim=8", "model.code_dim is 16 there and 8 here; use model.code_dim=16"),
         ("init_from.freeze=quantizer", "choose one of null, encoder, decoder"),
         ("init_from.weights=best", "choose one of ema, raw"),
     ],

@@ -158,7 +158,7 @@ def test_it_learns_what_the_frequencies_of_codes_do_not_tell(ranks, tmp_path):
         ({}, {"tokenizer.fingerprint": "f" * 16}, [FINGERPRINT, "f" * 16]),
         ({"vocabulary": 128}, {}, ["128 codes", "256 codes"]),
         ({"grid": (4, 4)}, {}, ["4 x 4", "8 x 8"]),
-        ({"classes": 12}, {}, ["of class 1", "model.classes=10"]),
+        ({"classes": 12}, {}, ["has class 1", "model.classes=10"]),
         ({"labels": False}, {}, ["has no class", "loss.label_dropout=1"]),
         ({}, {"data.content": "images"}, ["tokenizer.source=RUN"]),
         ({}, {"model.embedding": "codebook"}, ["model.embedding", "tokenizer.source=RUN"]),
