@@ -68,7 +68,7 @@ def _train(config: RunConfig, source: Source) -> Path:
 
 
 def _train_in(world: World, config: RunConfig, source: Source, tokens: TokenSpec | None) -> Path:
-    """Trains in the process group. A function of its own, so that nothing refers to the group when it is destroyed."""
+    """Trains in the process group. When it returns, no variable refers to the group, so that it can be destroyed."""
     plan = plan_start(config, source, world)
     if plan.done:
         if world.is_main:

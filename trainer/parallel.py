@@ -99,7 +99,7 @@ def _join_group(backend: str, timeout: timedelta) -> None:
     """Joins the process group.
 
     torchrun's store outlives the processes, so it still holds the addresses of processes that ended. Each attempt, and
-    each group within an attempt, therefore uses a key prefix of its own.
+    each group within an attempt, therefore uses another key prefix.
     """
     store, rank, world_size = _rendezvous()
     store.set_timeout(timeout)
