@@ -128,7 +128,7 @@ def _resolve(path: Path, overrides: list[str], defaults: dict | None = None) -> 
         raise TrainerError(f"task= cannot be changed: {path.stem} is a recipe for a {task}")
     for key, override in zip(keys, overrides, strict=True):
         try:
-            merged = _override(merged, key, override)
+            _override(merged, key, override)
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise TrainerError(f"{override!r}: {explain(error, schema)}") from error
     try:
@@ -161,15 +161,15 @@ def _keys_of(overrides: list[str]) -> list[str]:
     return keys
 
 
-def _override(config: DictConfig, key: str, override: str) -> DictConfig:
-    """Applies one override. A number in the key is an index of a list: data.sources.0.weight=2."""
+def _override(config: DictConfig, key: str, override: str) -> None:
+    """Applies one override in place. A number in the key is an index of a list: data.sources.0.weight=2."""
     if not any(part.isdecimal() for part in key.split(".")):
-        return OmegaConf.merge(config, OmegaConf.from_dotlist([override]))
+        OmegaConf.unsafe_merge(config, OmegaConf.from_dotlist([override]))  # merge() copies the whole configuration
+        return
     try:
         OmegaConf.update(config, key, OmegaConf.from_dotlist([f"value={override.partition('=')[2]}"]).value)
     except (IndexError, AttributeError, TypeError, AssertionError) as error:
         raise TrainerError(f"{override!r}: there is no {key}; the first item of a list is 0") from error
-    return config
 
 
 def _check_fields(config, prefix: str = "") -> None:
