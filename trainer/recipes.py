@@ -7,6 +7,7 @@ names the new one.
 import dataclasses
 import difflib
 from collections.abc import Iterable
+from functools import cache
 from importlib import resources
 from pathlib import Path
 
@@ -118,9 +119,9 @@ def _resolve(path: Path, overrides: list[str], defaults: dict | None = None) -> 
     task = from_file.get("task", "tokenizer")
     if task not in TASKS:
         raise TrainerError(f"{path}: task={task} is unknown: choose one of {', '.join(TASKS)}")
-    schema = OmegaConf.structured(TASKS[task])
+    schema = _schema(task)
     try:
-        merged = OmegaConf.merge(schema, (defaults or {}).get(task, {}), from_file)
+        merged = OmegaConf.merge(schema, (defaults or {}).get(task, {}), from_file)  # a copy
     except OmegaConfBaseException as error:
         raise TrainerError(f"{path}: {explain(error, schema)}") from error
     keys = _keys_of(overrides)
@@ -140,6 +141,12 @@ def _resolve(path: Path, overrides: list[str], defaults: dict | None = None) -> 
     if "engine.config" in keys and config.engine.kind != "deepspeed":
         raise TrainerError(f"engine.config is for engine.kind=deepspeed, not {config.engine.kind}: give that too")
     return config
+
+
+@cache
+def _schema(task: str) -> DictConfig:
+    """Returns the keys of a task's configuration with their types and defaults. Do not change it: copy it."""
+    return OmegaConf.structured(TASKS[task])
 
 
 def _keys_of(overrides: list[str]) -> list[str]:
