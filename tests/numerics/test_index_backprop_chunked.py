@@ -22,7 +22,7 @@ from model_zoo.quantizers.registry import QUANTIZERS
 GOLDEN = Path(__file__).parents[1] / "golden" / "index_backprop.json"
 OUTPUTS = ["quantized_nd", "code_nd", "sample_entropy", "average_probability_k"]
 # Tokens, codes, code dimension: one token, one code, a last tile of one, dimensions up to 512.
-SHAPES = [(1, 1, 8), (1, 37, 8), (5, 33, 9), (64, 257, 16), (33, 1000, 32), (3, 5, 512), (40, 161, 64)]
+SHAPES = [(1, 1, 8), (1, 37, 8), (5, 33, 9), (64, 257, 16), (33, 300, 32), (3, 5, 512), (40, 161, 64)]
 TILE = (16, 32)  # small, so that these shapes have many
 # Largest error over the largest true value that is allowed beside the dense path's own error in the same type: some
 # units of rounding (of the results, in half precision).
@@ -82,7 +82,7 @@ def test_error_is_no_larger_than_that_of_dense(dtype, shape, temperature):
 @pytest.mark.parametrize("temperature", [0.02, 0.7])
 @pytest.mark.parametrize("used", [[name] for name in OUTPUTS] + [OUTPUTS[:1] + OUTPUTS[2:], OUTPUTS[2:]], ids="+".join)
 def test_each_upstream_gradient_alone_and_together(used, temperature):
-    z_nd, codebook_kd, upstream = random_operands(33, 257, 16)
+    z_nd, codebook_kd, upstream = random_operands(18, 70, 16)
     upstream = {name: upstream[name] for name in used}
     exact, _ = run(index_backprop_dense, z_nd, codebook_kd, upstream, temperature)
     chunked, _ = run(index_backprop_chunked, z_nd, codebook_kd, upstream, temperature, tile=TILE)
@@ -93,7 +93,7 @@ def test_each_upstream_gradient_alone_and_together(used, temperature):
 
 @pytest.mark.parametrize("wanted", ["z", "codebook"])
 def test_one_operand_may_be_fixed(wanted):
-    z_nd, codebook_kd, upstream = random_operands(33, 257, 16)
+    z_nd, codebook_kd, upstream = random_operands(18, 70, 16)
     both, _ = run(index_backprop_chunked, z_nd, codebook_kd, upstream, 0.1, tile=TILE)
     operand = (z_nd if wanted == "z" else codebook_kd).requires_grad_()
     out = index_backprop_chunked(z_nd, codebook_kd, 0.1, tile=TILE)
@@ -154,7 +154,7 @@ def test_golden_numbers_in_tiles_of_two_by_three(number):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
 def test_skipping_changes_rounding_only_and_is_counted(dtype):
-    z_nd, codebook_kd, upstream = random_operands(64, 2000, 32, dtype, scale=6.0)
+    z_nd, codebook_kd, upstream = random_operands(33, 1000, 32, dtype, scale=6.0)
     stats = SkipStats()
     skipped, index_n = run(index_backprop_chunked, z_nd, codebook_kd, upstream, 0.01, tile=TILE, stats=stats)
     unskipped_stats = SkipStats()
@@ -167,7 +167,7 @@ def test_skipping_changes_rounding_only_and_is_counted(dtype):
         # An entropy of nothing (here 2e-9 nats) is a difference of larger numbers.
         assert error(skipped[name], whole[name], least=1e-4) < 150 / 0.01 * torch.finfo(dtype).eps
     sweeps = {"output", "assignment", "average", "soft_gradient", "average_gradient", "entropy_gradient"}
-    assert stats.row_tiles == unskipped_stats.row_tiles == {sweep: 64 * 63 for sweep in sweeps}
+    assert stats.row_tiles == unskipped_stats.row_tiles == {sweep: 33 * 32 for sweep in sweeps}
     assert all(unskipped_stats.skip_rate(sweep) == 0 for sweep in sweeps)
     assert stats.skip_rate("soft_gradient") > 0.2
     assert stats.skip_rate("average") == stats.skip_rate("entropy_gradient") > 0.9
@@ -311,7 +311,7 @@ def test_forward_is_the_chosen_code_to_the_last_bit():
 
 
 def test_without_gradients_the_values_are_the_same():
-    z_nd, codebook_kd, upstream = random_operands(33, 257, 16)
+    z_nd, codebook_kd, upstream = random_operands(18, 70, 16)
     expected, index_n = run(index_backprop_chunked, z_nd, codebook_kd, upstream, 0.1, tile=TILE)
     stats = SkipStats()
     with torch.no_grad():

@@ -104,7 +104,7 @@ def test_error_is_no_larger_than_that_of_dense(dtype, shape, temperature):
 
 @pytest.mark.parametrize("used", [[name] for name in OUTPUTS] + [OUTPUTS[2:]], ids="+".join)
 def test_each_upstream_gradient_alone(used):
-    z_nd, codebook_kd, upstream = random_operands(18, 40, 16)
+    z_nd, codebook_kd, upstream = random_operands(18, 36, 16)
     upstream = {name: upstream[name] for name in used}
     exact, _ = run(index_backprop_dense, z_nd, codebook_kd, upstream, 0.7, torch.float64)
     values, _ = run(index_backprop_triton, z_nd, codebook_kd, upstream, 0.7, tile=TILE)
@@ -113,14 +113,19 @@ def test_each_upstream_gradient_alone(used):
         torch.testing.assert_close(values[name], exact[name], rtol=1e-4, atol=1e-5)
 
 
+@pytest.fixture(scope="module")
+def whole_run():
+    """`run` of both operands with all upstream gradients, at temperature 0.1. Tests compare it with other ways."""
+    return run(index_backprop_triton, *random_operands(18, 36, 16), 0.1, tile=TILE)
+
+
 @pytest.mark.parametrize("wanted", ["z", "codebook"])
-def test_one_operand_may_be_fixed(wanted):
-    z_nd, codebook_kd, upstream = random_operands(18, 40, 16)
-    both, _ = run(index_backprop_triton, z_nd, codebook_kd, upstream, 0.1, tile=TILE)
+def test_one_operand_may_be_fixed(whole_run, wanted):
+    z_nd, codebook_kd, upstream = random_operands(18, 36, 16)
     operand = (z_nd if wanted == "z" else codebook_kd).requires_grad_()
     out = index_backprop_triton(z_nd, codebook_kd, 0.1, tile=TILE)
     torch.autograd.backward([getattr(out, name) for name in OUTPUTS], [upstream[name] for name in OUTPUTS])
-    assert torch.equal(operand.grad.double(), both[f"{wanted}.grad"])
+    assert torch.equal(operand.grad.double(), whole_run[0][f"{wanted}.grad"])
     assert (z_nd if wanted == "codebook" else codebook_kd).grad is None
 
 
@@ -184,7 +189,8 @@ def test_logits_of_ten_thousand_give_no_nan(temperature, dtype):
 
 
 def test_skipping_changes_rounding_only_and_is_counted():
-    z_nd, codebook_kd, upstream = random_operands(17, 130, 16, scale=6.0)
+    z_nd, codebook_kd, upstream = random_operands(17, 72, 16, scale=6.0)
+    z_nd[1:16] = z_nd[0] + 0.1 * z_nd[1:16]  # the tokens of a block share their few live tiles
     stats, unskipped = SkipStats(), SkipStats()
     skipped, index_n = run(index_backprop_triton, z_nd, codebook_kd, upstream, 0.05, tile=(16, 16), stats=stats)
     whole, whole_index_n = run(
@@ -195,25 +201,25 @@ def test_skipping_changes_rounding_only_and_is_counted():
         # Logits reach 150, and their rounding counts 1 / temperature times.
         torch.testing.assert_close(skipped[name], whole[name], rtol=1e-3, atol=1e-3 * whole[name].abs().max().item())
     sweeps = {"output", "assignment", "average", "soft_gradient", "average_gradient", "entropy_gradient"}
-    assert stats.row_tiles == unskipped.row_tiles == unskipped.visited == dict.fromkeys(sweeps, 17 * 9)
+    assert stats.row_tiles == unskipped.row_tiles == unskipped.visited == dict.fromkeys(sweeps, 17 * 5)
     assert stats.skip_rate("output") == 0
     assert stats.skip_rate("average") == stats.skip_rate("entropy_gradient") > 0.3
 
 
 def test_same_input_same_bits():
     """Also where all tokens share few codes, whose gradients are sums over tokens."""
-    z_nd, codebook_kd, upstream = random_operands(66, 40, 16)  # 5 blocks: each has one program
+    z_nd, codebook_kd, upstream = random_operands(66, 36, 16)  # 5 blocks: each has one program
     codebook_kd[3] = 40 * z_nd.mean(dim=0)
     codebook_kd[35] = -codebook_kd[3]
     runs = [run(index_backprop_triton, z_nd, codebook_kd, upstream, 0.01, tile=TILE) for _ in range(2)]
-    assert len(runs[0][1].unique()) < 60
+    assert len(runs[0][1].unique()) < 20
     assert torch.equal(runs[0][1], runs[1][1])
     assert all(torch.equal(runs[0][0][name], runs[1][0][name]) for name in runs[0][0])
 
 
-def test_strided_operands_and_upstream_gradients():
-    z_nd, codebook_kd, upstream = random_operands(17, 40, 16)
-    expected, expected_index_n = run(index_backprop_triton, z_nd, codebook_kd, upstream, 0.1, tile=TILE)
+def test_strided_operands_and_upstream_gradients(whole_run):
+    z_nd, codebook_kd, upstream = random_operands(18, 36, 16)
+    expected, expected_index_n = whole_run
     z = z_nd.T.contiguous().T.requires_grad_()
     codebook = codebook_kd.repeat_interleave(2, dim=1)[:, ::2].detach().requires_grad_()
     assert not z.is_contiguous() and not codebook.is_contiguous()
@@ -253,9 +259,9 @@ def test_chosen_codes_of_other_ranks_are_left_out(dtype):
     assert error(grad_kd.double(), expected_kd) <= GRADIENTS[dtype] / 2
 
 
-def test_without_gradients_the_values_are_the_same():
-    z_nd, codebook_kd, upstream = random_operands(18, 40, 16)
-    expected, index_n = run(index_backprop_triton, z_nd, codebook_kd, upstream, 0.1, tile=TILE)
+def test_without_gradients_the_values_are_the_same(whole_run):
+    z_nd, codebook_kd, _ = random_operands(18, 36, 16)
+    expected, index_n = whole_run
     with torch.no_grad():
         out = index_backprop_triton(z_nd.requires_grad_(), codebook_kd, 0.1, tile=TILE)
     assert torch.equal(out.index_n, index_n)
@@ -272,7 +278,7 @@ def test_tf32_is_what_pytorchs_switch_says():
 
 
 def test_by_name():
-    z_nd, codebook_kd, _ = random_operands(18, 40, 16)
+    z_nd, codebook_kd, _ = random_operands(18, 36, 16)
     expected = index_backprop(z_nd, codebook_kd, impl="dense", entropy_temperature=0.5)
     out = index_backprop(z_nd, codebook_kd, impl="triton", entropy_temperature=0.5)
     assert torch.equal(out.index_n, expected.index_n)
