@@ -9,7 +9,7 @@ at all.
 import json
 import os
 from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,6 +69,8 @@ class ShardedTensors:
 
     def __init__(self, folder: Path):
         self.folder = folder
+        # Opening a file parses its whole header. The bound keeps the files of many ranks below the limit of open files.
+        self._open = lru_cache(maxsize=64)(_open)
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._ranges: dict[str, list[tuple[int, int, Path]]] = {}
         for path in sorted(folder.glob("*.safetensors")):
@@ -103,8 +105,7 @@ class ShardedTensors:
                 continue
             if first > end:
                 break
-            with _opened(path) as file:
-                values = file.get_slice(shard.name)[end - first : min(stop, last) - first]
+            values = self._read(path, shard.name, end - first, min(stop, last) - first)
             shard.values[end - shard.start : min(stop, last) - shard.start].copy_(values)
             end = min(stop, last)
         if end < stop:
@@ -113,8 +114,7 @@ class ShardedTensors:
     def tensor(self, name: str) -> Tensor:
         """The whole tensor, in the dtype in which it was written."""
         shape = self.shape(name)
-        with _opened(self._ranges[name][0][2]) as file:
-            dtype = file.get_slice(name)[:0].dtype
+        dtype = self._read(self._ranges[name][0][2], name, 0, 0).dtype
         shard = whole_tensor(name, torch.empty(shape, dtype=dtype))
         self.fill(shard)
         return shard.values.view(shape)
@@ -123,14 +123,16 @@ class ShardedTensors:
         """All tensors whose names start with ``prefix``, by the rest of their names."""
         return {name.removeprefix(prefix): self.tensor(name) for name in self.names(prefix)}
 
+    def _read(self, path: Path, name: str, first: int, last: int) -> Tensor:
+        """Elements ``[first, last)`` of the shard of a tensor that a file holds."""
+        try:
+            return self._open(path).get_slice(name)[first:last]
+        except (SafetensorError, OSError) as error:
+            raise ModelError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
 
-@contextmanager
-def _opened(path: Path) -> Iterator[safe_open]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            yield file
-    except (SafetensorError, OSError) as error:
-        raise ModelError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
+
+def _open(path: Path) -> safe_open:
+    return safe_open(path, framework="pt")
 
 
 def _layout(path: Path) -> Iterator[tuple[str, tuple[int, list[int]], int]]:
