@@ -70,43 +70,25 @@ def pack(
     Raises DataError.
     """
     out = Path(out).absolute()
-    _check_pack_options(prefix, max_samples_per_shard, max_bytes_per_shard, shorter_side, quality)
     if layout not in LAYOUTS:
         raise DataError(f"unknown layout {layout!r}: choose one of {', '.join(LAYOUTS)}")
     if (layout == "coco") != (annotations is not None):
         raise DataError("the layout coco takes annotations, and no other does: give both or neither")
+    _check_pack_options(prefix, max_samples_per_shard, max_bytes_per_shard, shorter_side, quality)
     files = _Zip(source) if is_zip(source) else _Folder(source)
     paths = files.images()
     if not paths:
         raise DataError(f"no {', '.join(IMAGE_SUFFIXES)} under {source}: name a folder or zip file that holds images")
     _check_no_tars(out)
-    keys = unique_keys(paths)
     classes = _folder_classes(files, paths) if layout == "imagenet" else None
     coco = _read_coco(annotations, paths) if annotations is not None else None
-
-    def texts(path: PurePosixPath) -> tuple[dict, dict[str, bytes]]:
-        """Additional fields of the sample's json, and its txt and cls."""
-        if coco is not None:
-            return coco.texts(path)
-        members = {suffix: text for suffix in ("txt", "cls") if (text := files.beside(path, suffix)) is not None}
-        if classes is not None:
-            members["cls"] = str(classes[path.parts[0]]).encode()
-        return {}, members
-
-    def prepare(path: PurePosixPath) -> dict | Skipped:
-        try:
-            return _prepare(files, path, keys[path], texts, shorter_side, quality)
-        except ImageError as error:
-            return Skipped(files.name(path), keys[path], str(error))
-        except OSError as error:
-            return Skipped(files.name(path), keys[path], error.strerror or str(error))
-
+    samples = _Samples(files, unique_keys(paths), classes, coco, shorter_side, quality)
     if shuffle:
         paths = mixed(paths)
     skipped: list[Skipped] = []
 
     def usable_samples() -> Iterator[dict]:
-        for done, result in enumerate(in_threads(prepare, paths), start=1):
+        for done, result in enumerate(in_threads(samples.make, paths), start=1):
             if isinstance(result, Skipped):
                 skipped.append(result)
             else:
@@ -316,22 +298,53 @@ def _read_coco(annotations: str | Path, paths: list[PurePosixPath]) -> _Coco:
 # ------------------------------------------------------------------------------------------------------------- samples
 
 
-def _prepare(files, path, key, texts, shorter_side, quality) -> dict:
-    content = files.read(path)
-    image = decode(content, draft_side=2 * shorter_side if shorter_side else None)
-    suffix = {b"\xff\xd8": "jpg", b"\x89P": "png"}.get(content[:2], "webp")
-    if shorter_side is not None and min(image.size) > shorter_side:
-        scale = shorter_side / min(image.size)
-        image = image.resize([round(side * scale) for side in image.size], Image.Resampling.LANCZOS)
-        buffer = io.BytesIO()
-        image.save(buffer, "JPEG", quality=quality, subsampling=0)
-        content, suffix = buffer.getvalue(), "jpg"
-    more, members = texts(path)
-    if "cls" in members:
-        members["cls"] = members["cls"].strip()
-        if not re.fullmatch(rb"[0-9]+", members["cls"]):
-            text = members["cls"].decode(errors="replace")[:40]
-            raise DataError(f"{files.name(path.with_suffix('.cls'))} holds {text!r}: a class is a number from 0")
-    name = path.as_posix().encode("utf-8", "surrogateescape").decode("utf-8", "replace")
-    metadata = {"key": key, "width": image.width, "height": image.height, "source": name, **more}
-    return {"__key__": key, suffix: content, "json": json.dumps(metadata, ensure_ascii=False).encode(), **members}
+class _Samples(NamedTuple):
+    """Makes the samples of `pack`. keys: by path. classes: by name of the top folder, for the layout imagenet."""
+
+    files: "_Folder | _Zip"
+    keys: dict[PurePosixPath, str]
+    classes: dict[str, int] | None
+    coco: "_Coco | None"
+    shorter_side: int | None
+    quality: int
+
+    def make(self, path: PurePosixPath) -> dict | Skipped:
+        try:
+            return self._sample(path)
+        except ImageError as error:
+            reason = str(error)
+        except OSError as error:
+            reason = error.strerror or str(error)
+        return Skipped(self.files.name(path), self.keys[path], reason)
+
+    def _sample(self, path: PurePosixPath) -> dict:
+        content = self.files.read(path)
+        image = decode(content, draft_side=2 * self.shorter_side if self.shorter_side else None)
+        suffix = {b"\xff\xd8": "jpg", b"\x89P": "png"}.get(content[:2], "webp")
+        if self.shorter_side is not None and min(image.size) > self.shorter_side:
+            scale = self.shorter_side / min(image.size)
+            image = image.resize([round(side * scale) for side in image.size], Image.Resampling.LANCZOS)
+            buffer = io.BytesIO()
+            image.save(buffer, "JPEG", quality=self.quality, subsampling=0)
+            content, suffix = buffer.getvalue(), "jpg"
+        more, members = self._texts(path)
+        if "cls" in members:
+            members["cls"] = members["cls"].strip()
+            if not re.fullmatch(rb"[0-9]+", members["cls"]):
+                text = members["cls"].decode(errors="replace")[:40]
+                raise DataError(
+                    f"{self.files.name(path.with_suffix('.cls'))} holds {text!r}: a class is a number from 0"
+                )
+        name = path.as_posix().encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+        key = self.keys[path]
+        metadata = {"key": key, "width": image.width, "height": image.height, "source": name, **more}
+        return {"__key__": key, suffix: content, "json": json.dumps(metadata, ensure_ascii=False).encode(), **members}
+
+    def _texts(self, path: PurePosixPath) -> tuple[dict, dict[str, bytes]]:
+        """Additional fields of the sample's json, and its txt and cls."""
+        if self.coco is not None:
+            return self.coco.texts(path)
+        members = {suffix: text for suffix in ("txt", "cls") if (text := self.files.beside(path, suffix)) is not None}
+        if self.classes is not None:
+            members["cls"] = str(self.classes[path.parts[0]]).encode()
+        return {}, members

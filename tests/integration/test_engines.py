@@ -45,7 +45,7 @@ SHARDED = {"codebook_parallel": 2}
 CLIPPED = {"trainer.gradient_clip_norm": 0.05}  # so low that every step is clipped
 CUT = {"trainer.micro_batch_size": 2, "trainer.activation_checkpointing": "true"}
 # Each with a seed for which rounding decides nothing: no token ties between codes, no logit is on a kink (docs/LOG.md).
-TRUTHS = {
+REFERENCES = {
     "fixed": {"seed": 5},
     "adaptive": {"seed": 3, **ADAPTIVE},
     "clipped": {"seed": 7, **CLIPPED},
@@ -60,20 +60,20 @@ class Cell(NamedTuple):
 
     processes: int
     engine: str
-    truth: str
+    reference: str
     changes: dict
 
     @property
     def name(self) -> str:
         changes = "_".join(f"{key.rsplit('.', 1)[-1]}-{value}" for key, value in self.changes.items())
-        return f"{self.processes}_{self.engine.replace(' ', '-')}_{self.truth}_{changes}"
+        return f"{self.processes}_{self.engine.replace(' ', '-')}_{self.reference}_{changes}"
 
     @property
     def settings(self) -> dict:
         changes = {
             **{f"trainer.{key}": STEPS for key in ("max_steps", "checkpoint_every_steps", "validate_every_steps")},
             **ENGINES[self.engine],
-            **TRUTHS[self.truth],
+            **REFERENCES[self.reference],
             **self.changes,
         }
         if self.engine == "fsdp2 hybrid":
@@ -111,8 +111,8 @@ def default_cells() -> list[Cell]:
 def all_cells() -> list[Cell]:
     cells = default_cells()
     for engine in ENGINES:
-        for truth, ema, sharded in product(("fixed", "adaptive"), ({}, NO_EMA), ({}, SHARDED)):
-            cells += [Cell(processes, engine, truth, {**ema, **sharded}) for processes in (2, 4)]
+        for reference, ema, sharded in product(("fixed", "adaptive"), ({}, NO_EMA), ({}, SHARDED)):
+            cells += [Cell(processes, engine, reference, {**ema, **sharded}) for processes in (2, 4)]
         cells += [Cell(2, engine, "fixed", NO_EMA), Cell(2, engine, "clipped", CUT), Cell(2, engine, "bf16", {})]
         if engine != "fsdp2 hybrid":
             cells += [Cell(1, engine, "fixed", {}), Cell(1, engine, "adaptive", NO_EMA)]
@@ -135,7 +135,7 @@ class Matrix:
 
     def __init__(self, ranks: Ranks, folder: Path):
         self.ranks, self.folder = ranks, folder
-        self.truths = {name: Cell(1, "ddp", name, {"trainer.keep_last": 1}) for name in TRUTHS}
+        self.references = {name: Cell(1, "ddp", name, {"trainer.keep_last": 1}) for name in REFERENCES}
         self.ended: dict[str, Ended] = {}
 
     def __getitem__(self, cell: Cell) -> Path:
@@ -148,8 +148,8 @@ class Matrix:
         assert cell.description in ended.err
         return run
 
-    def truth(self, cell: Cell) -> Path:
-        return self[self.truths[cell.truth]]
+    def reference(self, cell: Cell) -> Path:
+        return self[self.references[cell.reference]]
 
 
 @pytest.fixture(scope="module")
@@ -159,8 +159,8 @@ def matrix(ranks, tmp_path_factory) -> Matrix:
 
 @pytest.mark.parametrize("cell", ALL_CELLS)
 def test_a_cell_equals_one_process(matrix, cell):
-    expected, actual = matrix.truth(cell), matrix[cell]
-    half = cell.truth in ("bf16", "fp16")
+    expected, actual = matrix.reference(cell), matrix[cell]
+    half = cell.reference in ("bf16", "fp16")
     found = differences(actual / CHECKPOINT, expected / CHECKPOINT)
     assert {"tokenizer", "tokenizer.exp_avg", "discriminator", "lecam"} <= found.keys()
     assert ("tokenizer_ema" in found) == ("ema.decay" not in cell.changes)
@@ -174,11 +174,11 @@ def test_a_cell_equals_one_process(matrix, cell):
             assert half or difference.worst < TENSOR_TOLERANCE, model
     lines = [[line for line in read_metrics(run) if "loss/total" in line] for run in (expected, actual)]
     assert [line["step"] for line in lines[1]] == list(range(1, STEPS + 1))
-    for line, true_line in zip(*reversed(lines), strict=True):
+    for line, expected_line in zip(*reversed(lines), strict=True):
         if half:
-            assert line["loss/total"] == pytest.approx(true_line["loss/total"], rel=10 * HALF_TOLERANCE)
+            assert line["loss/total"] == pytest.approx(expected_line["loss/total"], rel=10 * HALF_TOLERANCE)
         else:
-            assert line == pytest.approx(true_line, rel=LOSS_TOLERANCE, abs=1e-6)
+            assert line == pytest.approx(expected_line, rel=LOSS_TOLERANCE, abs=1e-6)
     validated, truly = ([line for line in read_metrics(run) if "val/psnr" in line] for run in (actual, expected))
     assert len(validated) == len(truly) == 1
     if "tokenizer_ema" in found:  # validation is by the EMA where there is one
@@ -187,10 +187,10 @@ def test_a_cell_equals_one_process(matrix, cell):
 
 
 def test_clipping_and_the_adaptive_weight_are_really_there(matrix):
-    """The truths that cells are compared with are not by mistake one and the same."""
+    """The references that cells are compared with are not by mistake one and the same."""
     of = {
         name: [line for line in read_metrics(matrix[cell]) if "loss/total" in line]
-        for name, cell in matrix.truths.items()
+        for name, cell in matrix.references.items()
     }
     assert min(line["grad_norm/tokenizer"] for line in of["clipped"]) > 0.05
     assert all(line["weight/generator"] == pytest.approx(0.1) for line in of["fixed"])
@@ -203,10 +203,10 @@ def test_clipping_and_the_adaptive_weight_are_really_there(matrix):
 
 def test_training_moves_the_weights_by_far_more_than_the_tolerance(matrix, ranks, tmp_path):
     start = tmp_path / "start"
-    changes = {**TRUTHS["fixed"], "trainer.max_steps": 1, "trainer.checkpoint_every_steps": 1, "optimizer.lr": 0}
+    changes = {**REFERENCES["fixed"], "trainer.max_steps": 1, "trainer.checkpoint_every_steps": 1, "optimizer.lr": 0}
     ended = ranks.train(1, "debug", start, changes)
     assert ended.status == 0, ended.err
-    trained = matrix[matrix.truths["fixed"]] / CHECKPOINT
+    trained = matrix[matrix.references["fixed"]] / CHECKPOINT
     for model, difference in differences(start / "checkpoints/step_00000001", trained).items():
         if model in ("tokenizer", "tokenizer_ema", "discriminator"):
             assert difference.whole > 50 * TOLERANCE, model
