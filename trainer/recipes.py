@@ -124,7 +124,7 @@ def _resolve(path: Path, overrides: list[str], defaults: dict | None = None) -> 
         merged = OmegaConf.merge(schema, (defaults or {}).get(task, {}), from_file)  # a copy
     except OmegaConfBaseException as error:
         raise TrainerError(f"{path}: {explain(error, schema)}") from error
-    keys = _keys_of(overrides)
+    keys = _keys_of(overrides, schema)
     if "task" in keys:
         raise TrainerError(f"task= cannot be changed: {path.stem} is a recipe for a {task}")
     for key, override in zip(keys, overrides, strict=True):
@@ -149,14 +149,15 @@ def _schema(task: str) -> DictConfig:
     return OmegaConf.structured(TASKS[task])
 
 
-def _keys_of(overrides: list[str]) -> list[str]:
-    """Returns the key of each override. Raises TrainerError for one that is not ``key=value`` or uses a former name."""
+def _keys_of(overrides: list[str], schema: DictConfig) -> list[str]:
+    """Returns the key of each override. Raises TrainerError for one that is not ``key=value`` or uses a former name of
+    something in the schema."""
     keys = []
     for override in overrides:
         key, equals, _ = override.partition("=")
         if not equals or not key:
             raise TrainerError(f"{override!r} is not key=value, as in optimizer.lr=1e-4")
-        if (new := renamed(override)) != override:
+        if (new := renamed(override)) != override and new.partition("=")[0].split(".")[0] in schema:
             new_key = new.partition("=")[0]
             old, new = (key, new_key) if new_key != key else (override, new)
             raise TrainerError(f"{old} is called {new} now")

@@ -93,6 +93,7 @@ def test_deepspeed_resumed_equals_unbroken(runs, ranks, copy_of):
         assert line == pytest.approx(true_line, rel=1e-6, abs=1e-9)
 
 
+@pytest.mark.full  # the chain below has these, too
 def test_ddp_goes_on_with_another_number_of_processes(runs, ranks, copy_of):
     # Two steps, for with each more a token may tie between two codes on some processor (docs/LOG.md).
     alone, run = copy_of("stopped", name="alone"), copy_of("stopped")

@@ -283,6 +283,11 @@ def test_former_names_in_files_are_read_and_saved_as_the_new_ones(recipe, tmp_pa
     assert load_run_config(tmp_path, []) == resumed
 
 
+def test_a_generator_has_neither_the_former_section_nor_the_new_one():
+    assert "unknown key start" in refused("ar_debug", "start.source=x")
+    assert "unknown key init_from" in refused("ar_debug", "init_from.source=x")
+
+
 @pytest.mark.parametrize("section", ["start", "init_from"])
 def test_mistakes_in_a_section_of_either_name_are_one_line(recipe, section):
     assert "unknown key init_from.sauce" in refused(recipe(f"{SMALLEST}{section}: {{sauce: a}}\n"))
