@@ -38,7 +38,7 @@ class InitRecord(NamedTuple):
         )
 
 
-def read_init_weights(config: TokenizerRun) -> tuple[Weights, str]:
+def read_initial_weights(config: TokenizerRun) -> tuple[Weights, str]:
     """Reads the weights that ``init_from.source`` names, and their tokenizer's fingerprint. Raises a one-line
     TrainerError if they are missing or do not fit the recipe's model."""
     from model_zoo.io.load import read_weights  # slow to import, and only fine-tuning needs it

@@ -12,7 +12,7 @@ from model_zoo.io.weights import Weights, check_names
 from model_zoo.quantizers.base import Quantizer
 from trainer import TrainerError
 from trainer.config import TokenizerRun
-from trainer.init_from import InitRecord, read_init_weights
+from trainer.init_from import InitRecord, read_initial_weights
 from trainer.model_state import ModelState
 from trainer.parallel import run_on_all_ranks, sum_over_ranks
 
@@ -21,7 +21,7 @@ ROUNDING = 1e-12  # features whose variance is below this share of their squared
 
 def load_initial_weights(config: TokenizerRun, state: ModelState, discriminator: nn.Module | None) -> InitRecord:
     """Loads the weights that ``init_from.source`` names; all ranks call together. Raises TrainerError."""
-    weights, fingerprint = run_on_all_ranks(lambda: read_init_weights(config))
+    weights, fingerprint = run_on_all_ranks(lambda: read_initial_weights(config))
     state.write("tokenizer", weights.tensors)
     return InitRecord(
         weights.origin,
