@@ -12,9 +12,12 @@ from unittest.mock import patch
 
 import torch
 import torchvision
+from torch import Tensor, nn
+from torch.nn import functional as F
 from torch_fidelity import feature_extractor_inceptionv3
 
-from model_zoo.eval_nets.weights import WEIGHTS_FILES, weights_path
+from model_zoo.eval_nets.inception import FEATURES, InceptionFeatures
+from model_zoo.eval_nets.weights import WEIGHTS_FILES, checked_weights, weights_path
 
 TRUNKS = {"vgg16": "vgg16", "alexnet": "alexnet"}  # key of WEIGHTS_FILES -> torchvision's model
 
@@ -83,6 +86,30 @@ def accept(hashes: dict[str, str]) -> None:
     """From here on, in this process, these are the hashes of the published files."""
     for key, sha256 in hashes.items():
         WEIGHTS_FILES[key] = WEIGHTS_FILES[key]._replace(sha256=sha256)
+
+
+class SmallInception(nn.Module):
+    """Takes the place of `trainer.evaluation.features.Inception` where a test is not about its arithmetic: a random
+    projection of 8 x 8 pixels. It wants the same weights file, whose hash chooses the projection."""
+
+    def __init__(self, weights: str | Path | None = None):
+        super().__init__()
+        checked_weights("inception", weights)
+        generator = torch.Generator().manual_seed(int(WEIGHTS_FILES["inception"].sha256[:8], 16))
+        self.projection = torch.randn(3 * 8 * 8, FEATURES, generator=generator) / 14
+        self.head = nn.Linear(FEATURES, 1008, bias=False)
+        self.head.weight.data.normal_(std=0.1, generator=generator).requires_grad_(False)
+
+    def adm(self, levels_bchw: Tensor) -> InceptionFeatures:
+        pooled_bd = F.adaptive_avg_pool2d(levels_bchw.float(), 8).flatten(1) / 128 - 1
+        pool_nd = (pooled_bd @ self.projection).relu()
+        return InceptionFeatures(pool_nd, self.head(pool_nd))
+
+
+def main_with_small_inception(arguments: list[str]) -> None:
+    """`ibq ARGUMENTS` with SmallInception."""
+    with patch("trainer.evaluation.features.Inception", SmallInception):
+        main(arguments)
 
 
 def main(arguments: list[str]) -> None:

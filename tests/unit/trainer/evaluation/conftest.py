@@ -1,7 +1,7 @@
 from pathlib import Path
 
 import pytest
-from random_networks import accept, hashes_of, write_networks
+from random_networks import SmallInception, accept, hashes_of, write_networks
 
 from model_zoo.eval_nets.weights import WEIGHTS_FILES
 
@@ -29,3 +29,9 @@ def alone(monkeypatch) -> None:
     for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # start_world sets it; this restores it after the test
+
+
+@pytest.fixture
+def small_inception(weights, monkeypatch) -> None:
+    """Features of generated images come from SmallInception."""
+    monkeypatch.setattr("trainer.evaluation.features.Inception", SmallInception)

@@ -5,8 +5,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from random_networks import main as ibq_with_random_networks
-from random_networks import one_thread
+from random_networks import main_with_small_inception, one_thread
 
 import trainer.evaluation.features
 import trainer.jobs.sample_output
@@ -21,7 +20,7 @@ from trainer.recipes import save_config
 
 
 @pytest.fixture(autouse=True)
-def cache(weights, alone, tmp_path, monkeypatch):
+def cache(small_inception, alone, tmp_path, monkeypatch):
     """Each test has an empty cache."""
     monkeypatch.setenv("IBQ_CACHE", str(tmp_path / "cache"))
 
@@ -133,7 +132,7 @@ def test_two_processes_have_the_results_of_one(run, reference, tmp_path, weights
         "--out", tmp_path / "out", *options,
     )  # fmt: skip
     environment = {"IBQ_WEIGHTS": str(weights), "IBQ_CACHE": str(tmp_path / "another_cache")}
-    finished = ranks.command(2, ibq_with_random_networks, [*map(str, command)], environment=environment)
+    finished = ranks.command(2, main_with_small_inception, [*map(str, command)], environment=environment)
     assert finished.status == 0, finished.err
     assert finished.out.count("10 samples for each setting") == 1
     together = json.loads((tmp_path / "out" / "sweep.json").read_text())
