@@ -290,6 +290,7 @@ def test_triton_without_a_gpu(ranks, assert_refused, fingerprint, tmp_path):
     assert fingerprint(tmp_path) == {}
 
 
+@pytest.mark.full
 def test_two_real_processes_batch_that_does_not_divide(launch, fingerprint, tmp_path):
     arguments = f"run={tmp_path / 'run'}", "trainer.device=cpu", "trainer.global_batch_size=7"
     finished = launch.torchrun("debug", *arguments)
@@ -316,12 +317,13 @@ def test_an_error_is_one_write(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
+        (["trainer.global_batch_size=7"], "trainer.global_batch_size=7 must be a multiple of the 2 processes"),
         (["codebook_parallel=3"], "codebook_parallel=3 must divide the number of processes, 2"),
         (["codebook_parallel=2", "model.codebook_size=1"], "model.codebook_size=1 must be at least 2"),
         (["codebook_parallel=2", "trainer.quantizer_impl=dense"], "trainer.quantizer_impl=dense: impl='dense' takes"),
     ],
 )
-def test_two_ranks_codebook_parallel(ranks, fingerprint, tmp_path, changes, said):
+def test_two_ranks(ranks, fingerprint, tmp_path, changes, said):
     finished = ranks.start(2, "debug", f"run={tmp_path / 'run'}", "trainer.device=cpu", *changes).wait()
     assert finished.statuses == [2, 2]
     (line,) = set(finished.error_lines)

@@ -18,9 +18,9 @@ def weights(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory):
-    """Seven smooth pictures of several sizes, one of them grey, and a file that is none."""
+    """Five smooth pictures of several sizes, one of them grey, and a file that is none."""
     folder = tmp_path_factory.mktemp("pictures")
-    for number in range(7):
+    for number in range(5):
         levels = np.random.default_rng(number).integers(0, 256, (6, 6, 3), dtype=np.uint8)
         image = Image.fromarray(levels).resize((70 + 9 * number, 64), Image.Resampling.BICUBIC)
         (image.convert("L") if number == 3 else image).save(folder / f"{number}.png")
@@ -56,23 +56,23 @@ def test_two_processes_report_what_one_does(evaluate, pictures):
     arguments = "--metrics", "rfid,lpips_alex", "--batch-size", 2
     finished, one = evaluate(1, pictures, *arguments)
     assert finished.status == 0, finished.err
-    assert "seconds: " in finished.out and "warning: rFID of 7 images" in finished.out
+    assert "seconds: " in finished.out and "warning: rFID of 5 images" in finished.out
     finished, two = evaluate(2, pictures, *arguments)
     assert finished.status == 0, finished.err
     assert finished.out.count("numbers: ") == 1
     assert (one["manifest"]["processes"], two["manifest"]["processes"]) == (1, 2)
-    assert one["image_count"] == 7 and len(one["skipped"]) == 1 and one["rfid"] > 0
+    assert one["image_count"] == 5 and len(one["skipped"]) == 1 and one["rfid"] > 0
     assert set(one["manifest"]["weights_files"]) == {"inception", "alexnet"}
     assert_same(one, two)
 
 
 def test_processes_without_pictures_and_original_sizes(evaluate, pictures, tmp_path):
-    for name in ("0.png", "5.png"):
+    for name in ("0.png", "4.png"):
         shutil.copy(pictures / name, tmp_path / name)
     arguments = "--metrics", "lpips_alex", "--size", "original"
     (_, one), (finished, three) = (evaluate(processes, tmp_path, *arguments) for processes in (1, 3))
     assert finished.status == 0, finished.err
-    assert [score["key"] for score in three["images"]] == ["0.png", "5.png"]
+    assert [score["key"] for score in three["images"]] == ["0.png", "4.png"]
     assert one["manifest"]["image_size"] == "original" and one["lpips_alex"] > 0
     assert_same(one, three)
 

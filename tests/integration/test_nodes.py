@@ -183,6 +183,7 @@ def assert_zero2_equals(one_node) -> Callable[[Path], None]:
 ZERO2 = {"seed": SEED, "engine.kind": "deepspeed", "engine.config": "zero2"}
 
 
+@pytest.mark.full
 def test_two_nodes_by_deepspeed_started_on_each(launch, nodes, deepspeed, assert_zero2_equals, tmp_path):
     run = tmp_path / "run"
     command = [*deepspeed, "--no_ssh", "--master_addr", nodes.addresses[0], "--node_rank"]

@@ -102,7 +102,7 @@ def gloo_threads_after(arguments: list[str]) -> tuple[int, int]:
     return status, sum("gloo" in name for name in names)
 
 
-@pytest.mark.parametrize("engine", ENGINES)
+@pytest.mark.parametrize("engine", ["ddp", pytest.param("zero1", marks=pytest.mark.full), "zero3", "fsdp2"])
 def test_a_finished_run_leaves_no_gloo_thread(ranks, tmp_path, engine):
     """A thread that is left may abort the interpreter at its end."""
     arguments = ["debug", f"run={tmp_path / 'run'}", *RUN, *ENGINES[engine]]
