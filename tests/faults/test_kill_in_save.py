@@ -29,10 +29,10 @@ CASES += [
     (phase, 1, "async") for phase in ("half of the part", "after the part", "before the manifest", "after latest")
 ]
 CASES += [("half of the part", 0, "sync"), ("after the part", 1, "sync")]
-# The rest are only in `make test-full`.
+# The rest are only in `make test-full`: test_checkpoint.py fails each operation of a save in one process.
 REPRESENTATIVE = [
-    *[(phase, 0, "async") for phase in ("half of the part", "after the manifest", "after the rename")],
-    *[("before the manifest", 1, "async"), ("half of the pruning", 0, "async"), ("half of the part", 0, "sync")],
+    *[("half of the part", 0, "async"), ("after the rename", 0, "async")],
+    *[("before the manifest", 1, "async"), ("half of the part", 0, "sync")],
 ]
 
 

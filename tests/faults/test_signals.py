@@ -35,7 +35,7 @@ def test_torchrun_passes_it_on_to_all_ranks(launch, two_ranks, unbroken, tmp_pat
     """... and to their loaders' workers, which must leave it to their parents."""
     run = tmp_path / "run"
     metrics = run / "metrics.jsonl"
-    settings = fault_settings({**LONG, "data.workers": 2})
+    settings = fault_settings({**LONG, "data.workers": 1})
     slow = json.dumps({"kind": "slow_steps", "seconds": 0.2})
     process = launch.start_python(*TORCHRUN, 2, INJECT, slow, "debug", f"run={run}", *settings)
     wait_for(lambda: metrics.exists() and '"step": 2,' in metrics.read_text(), "second step", 120, process)
