@@ -18,7 +18,7 @@ from data.index import write_index
 from data.storage import bytes_read
 
 NAMES = [f"train-{n:06d}.tar" for n in range(8)]
-SHORT = {"request_seconds": 1.0, "retry_seconds": 2.5}
+SHORT = {"request_seconds": 0.8, "retry_seconds": 1.8}
 WORKERS = [0, pytest.param(2, marks=pytest.mark.process)]
 
 
@@ -190,7 +190,7 @@ def test_passing_faults_are_not_seen(folder, index):
         for number, fault in enumerate(({"status": 503}, {"cut_after_bytes": 50}, {"stall_after_bytes": 60})):
             server.fault(f"/train-00000{number}.tar", times=1, **fault)
         root = server.url("/train-{000000..000007}.tar")
-        assert infos(root, 20, index, request_seconds=1.0, retry_seconds=20.0)[0] == expected
+        assert infos(root, 20, index, request_seconds=0.5, retry_seconds=20.0)[0] == expected
 
 
 def test_a_shard_that_is_not_the_one_of_the_index_is_refused(folder, index, make_tar, make_picture, encode):

@@ -224,7 +224,7 @@ def test_proxies_of_the_environment_are_used(server, monkeypatch):
 )
 def test_what_may_pass_is_tried_again(server, fault):
     server.fault("/a.tar", **fault, times=2)
-    assert read(server.url("/a.tar"), 0, 1000, Timeouts(0.5, 120)) == CONTENT[:1000]
+    assert read(server.url("/a.tar"), 0, 1000, Timeouts(0.25, 120)) == CONTENT[:1000]
     assert server.asked("/a.tar") >= 3
 
 
@@ -311,7 +311,7 @@ def test_an_object_that_changes_its_size_is_named(server):
 
 def test_the_time_is_kept_where_the_loop_is_stuck(server, monkeypatch, fresh):
     async def stuck(*_):
-        time.sleep(2)
+        time.sleep(1.5)
 
     monkeypatch.setattr(object_store, "_get_http", stuck)
     start = time.monotonic()
@@ -323,7 +323,7 @@ def test_threads_read_at_once(server):
     server.fault("/a.tar", stall_after_bytes=10, times=3)
     url = server.url("/a.tar")
     with ThreadPoolExecutor(16) as pool:
-        parts = pool.map(lambda n: read(url, 1000 * n, 1000 * n + 999, Timeouts(2, 120)), range(64))
+        parts = pool.map(lambda n: read(url, 1000 * n, 1000 * n + 999, Timeouts(0.7, 120)), range(64))
     assert list(parts) == [CONTENT[1000 * n : 1000 * n + 999] for n in range(64)]
 
 
@@ -405,7 +405,7 @@ def test_what_may_pass_is_tried_again_on_s3(faulty_bucket, server, fault):
     url = f"{faulty_bucket}/a.tar"
     assert size(url, STEADY) == len(CONTENT)  # the first request makes the client, which takes a while
     server.fault(f"/{BUCKET}/a.tar", **fault, times=2)
-    assert read(url, 0, 1000, Timeouts(0.5, 120)) == CONTENT[:1000]
+    assert read(url, 0, 1000, Timeouts(0.25, 120)) == CONTENT[:1000]
     assert server.asked(f"/{BUCKET}/a.tar") >= 4
 
 
@@ -648,11 +648,11 @@ def test_a_download_goes_on_behind_a_broken_piece(server, tmp_path, pieces):
 
 def test_a_slow_download_may_take_longer_than_one_request(server, tmp_path, monkeypatch):
     monkeypatch.setattr(caching, "DOWNLOAD_BYTES", 4)
-    server.files["/slow.tar"] = b"0123456789ab"
+    content = server.files["/slow.tar"] = bytes(range(28))  # 0.08 s for a piece and 0.56 s for all
     for ignore_ranges in (False, True):
-        server.faults["/slow.tar"] = [Fault(trickle_seconds=0.05, ignore_ranges=ignore_ranges)]
+        server.faults["/slow.tar"] = [Fault(trickle_seconds=0.02, ignore_ranges=ignore_ranges)]
         folder = tmp_path / str(ignore_ranges)
-        assert Cache(folder, 100, Timeouts(0.4, 0.5)).path(server.url("/slow.tar")).read_bytes() == b"0123456789ab"
+        assert Cache(folder, 100, Timeouts(0.4, 0.5)).path(server.url("/slow.tar")).read_bytes() == content
 
 
 def test_the_least_recently_used_go_first(server, tmp_path):
