@@ -195,14 +195,14 @@ def test_a_diverged_model_is_an_error(evaluate):
 # ------------------------------------------------------------------------------------------------------- with networks
 
 
-def independent_lpips(net, key, x_chw, y_chw):
-    """By the lpips package alone, in float64."""
+def independent_lpips(net, key, x_bchw, y_bchw):
+    """By the lpips package alone, in float64; a number for each picture."""
     model = lpips.LPIPS(net=net, version="0.1", pretrained=True, pnet_rand=True, verbose=False).double().eval()
     trunk = torch.load(weights_path(key), weights_only=True)
     state = {name: trunk["features." + name.split(".", 1)[1]] for name in model.net.state_dict()}
     model.net.load_state_dict(state)
     with torch.no_grad():
-        return float(model(x_chw[None].double(), y_chw[None].double()))
+        return model(x_bchw.double(), y_bchw.double()).flatten().tolist()
 
 
 def independent_rfid(x_bchw, y_bchw):
@@ -227,13 +227,13 @@ def independent_rfid(x_bchw, y_bchw):
 
 @torch.no_grad()
 def test_all_measures_equal_independent_ones(evaluate, weights):
-    images = photographs(*[(48, 40)] * 5)
+    images = photographs(*[(48, 40)] * 3)
     networks = load_networks("all", None, len(images))
     report = evaluate(GreyTokenizer(), images, networks=networks)
     x_bchw = torch.stack([(image.image_chw.double() / 127.5 - 1).float() for image in images])
     y_bchw = GreyTokenizer().detokenize(GreyTokenizer().tokenize(x_bchw)).clamp(-1, 1)
     for net, key in (("vgg", "vgg16"), ("alex", "alexnet")):
-        want = [independent_lpips(net, key, x, y) for x, y in zip(x_bchw, y_bchw, strict=True)]
+        want = independent_lpips(net, key, x_bchw, y_bchw)
         assert [getattr(score, f"lpips_{net}") for score in report.images] == pytest.approx(want, rel=1e-4)
         assert getattr(report, f"lpips_{net}") == pytest.approx(np.mean(want), rel=1e-4)
     assert report.rfid == pytest.approx(independent_rfid(x_bchw, y_bchw), rel=1e-4)
@@ -246,10 +246,15 @@ def test_all_measures_equal_independent_ones(evaluate, weights):
     # The worst are the first by LPIPS.
     worst = max(report.images, key=lambda score: score.lpips_vgg)
     assert report.examples["worst"][0].key == worst.key and report.examples["worst"][0].lpips == worst.lpips_vgg
-    # The same pictures, unchanged.
+
+
+@pytest.mark.full  # test_distribution.py has the distance of a set to itself
+def test_unchanged_pictures_are_at_no_distance(evaluate, weights):
+    images = photographs(*[(48, 40)] * 3)
+    networks = load_networks("all", None, len(images))
     exact = evaluate(ExactTokenizer(), images, networks=networks)
-    assert exact.infinite_psnr_count == 5 and exact.lpips_vgg == exact.lpips_alex == 0
-    assert abs(exact.rfid) < 1e-6 * report.rfid
+    assert exact.infinite_psnr_count == 3 and exact.lpips_vgg == exact.lpips_alex == 0
+    assert abs(exact.rfid) < 1e-6 * evaluate(GreyTokenizer(), images, networks=networks).rfid
 
 
 def test_a_picture_too_small_for_one_measure_is_left_out_of_all(evaluate, weights):

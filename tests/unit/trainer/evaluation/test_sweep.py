@@ -96,7 +96,8 @@ def test_each_setting_is_sampled_and_judged(run, reference, tmp_path):
 
 
 def test_a_sweep_that_was_cut_off_goes_on(run, reference, tmp_path, monkeypatch):
-    whole_rows = json.loads(swept(run, reference, tmp_path / "whole").json_path.read_text())
+    asked = ["guidance=1,2.5"]
+    whole_rows = json.loads(swept(run, reference, tmp_path / "whole", asked).json_path.read_text())
 
     calls, scored = [], []
     real = trainer.jobs.sample_output.SampleOutput.write
@@ -109,7 +110,7 @@ def test_a_sweep_that_was_cut_off_goes_on(run, reference, tmp_path, monkeypatch)
 
     monkeypatch.setattr(trainer.jobs.sample_output.SampleOutput, "write", write)
     with pytest.raises(KeyboardInterrupt):
-        swept(run, reference, tmp_path / "out")
+        swept(run, reference, tmp_path / "out", asked)
     assert len(json.loads((tmp_path / "out" / "sweep.json").read_text())) == 1
     monkeypatch.setattr(
         trainer.evaluation.features.FeatureExtractor,
@@ -117,8 +118,8 @@ def test_a_sweep_that_was_cut_off_goes_on(run, reference, tmp_path, monkeypatch)
         lambda self, pictures, on_progress: scored.append(pictures),
     )
     monkeypatch.setattr(trainer.evaluation.features, "_gathered", lambda *_: pytest.fail("the features were there"))
-    rows = json.loads(swept(run, reference, tmp_path / "out").json_path.read_text())
-    assert len(calls) == 4 + 5 and not scored  # the whole sweep has kept the same pictures' features
+    rows = json.loads(swept(run, reference, tmp_path / "out", asked).json_path.read_text())
+    assert len(calls) == 4 + 1 and not scored  # the whole sweep has kept the same pictures' features
     figures = "settings", "inception_score", "precision", "recall"
     assert [[row[key] for key in figures] for row in rows] == [[row[key] for key in figures] for row in whole_rows]
 
