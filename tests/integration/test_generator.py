@@ -8,7 +8,7 @@ from comparing import differences, read_metrics
 from ranks import settings
 from tokens import FINGERPRINT, write_tokens
 
-STEPS = 8
+STEPS = 6
 CHECKPOINT = f"checkpoints/step_{STEPS:08d}"
 TOLERANCE = 1e-5
 MOMENT_TOLERANCE = 1e-3
@@ -21,7 +21,7 @@ RECIPE = {
     "trainer.gradient_clip_norm": 0.2,
     "optimizer.weight_decay": 0.05,
     "optimizer.final_weight_decay": 0.5,
-    "schedule.warmup_steps": 4,
+    "schedule.warmup_steps": 3,
     "schedule.warmup_from": 0.5,
     "loss.label_dropout": 0,
     "loss.z_weight": 1e-3,
@@ -141,8 +141,8 @@ def test_it_learns_what_the_frequencies_of_codes_do_not_tell(ranks, tmp_path):
     shards = write_tokens(tmp_path / "tokens", count=256, per_shard=64)
     held_out = write_tokens(tmp_path / "held_out", count=32, seed=1)
     changes = {
-        **{"data.train": shards, "data.val": held_out, "trainer.max_steps": 150, "trainer.log_every_steps": 50},
-        **{"trainer.validate_every_steps": 150, "trainer.validation_images": 32, "trainer.checkpoint_every_steps": 150},
+        **{"data.train": shards, "data.val": held_out, "trainer.max_steps": 70, "trainer.log_every_steps": 35},
+        **{"trainer.validate_every_steps": 70, "trainer.validation_images": 32, "trainer.checkpoint_every_steps": 70},
         **{"optimizer.epsilon": 1e-8, "optimizer.lr": 3e-3, "trainer.global_batch_size": 16},
     }
     finished = ranks.train(1, "ar_debug", tmp_path / "run", changes)
