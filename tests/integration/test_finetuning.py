@@ -65,7 +65,7 @@ TRUTHS = [
     *(Cell(1, "ddp", freeze) for freeze in FROZEN),
     *(pytest.param(Cell(1, "ddp", freeze, 1, True), marks=pytest.mark.full) for freeze in FROZEN),
 ]
-# Each engine with a frozen encoder or decoder, and each of these with the adaptive weight and a sharded codebook.
+# Each part frozen under two engines, and nothing frozen under ZeRO 2, under which a run with a frozen encoder resumes.
 CELLS = [
     *(Cell(2, engine, "encoder", 2, True) for engine in ("ddp", "zero3")),
     *(Cell(2, "fsdp2", "decoder", 2, True), Cell(2, "zero1", "decoder"), Cell(2, "zero2", None, 2)),
