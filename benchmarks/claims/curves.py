@@ -1,4 +1,4 @@
-"""Draws curves of any runs, as `ibq ablate` does for a table, and prints their last validations.
+"""Plots the curves of any runs, as `ibq ablate` does for a table, and prints their last validations.
 
 python benchmarks/claims/curves.py VQ='claims/long/vq/seed_*' IBQ='claims/long/ibq/seed_*' --out curves.png
 """
@@ -15,7 +15,7 @@ from trainer.telemetry import metric_lines
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="NAME=RUNS", help="a name and the folders of its seeds, a pattern")
+    parser.add_argument("runs", nargs="+", metavar="NAME=RUNS", help="a name, and a glob pattern of its run folders")
     parser.add_argument("--title", default="")
     parser.add_argument("--out", type=Path, default=Path("curves.png"))
     arguments = parser.parse_args()

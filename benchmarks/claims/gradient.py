@@ -3,8 +3,8 @@
     python benchmarks/claims/gradient.py 'claims/usage/ibq/seed_*' --images PATH
 
 g is the gradient of L1 with respect to the code vectors, which VQ passes to the features unchanged; s is the gradient
-that IBQ passes on through softmax(z C^T). Prints |s| / |g| over all tokens, their cosine, and the softmax's entropy
-beside that of a uniform distribution. Uses the raw weights, not the EMA, and the first 32 images.
+that IBQ passes to them through softmax(z C^T). Prints |s| / |g| over all tokens, the cosine of s and g, and the entropy
+of the softmax next to that of a uniform distribution. Uses the raw weights, not the EMA, and the first 32 images.
 """
 
 import argparse
@@ -50,7 +50,7 @@ def said(run: Path, images: str) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", help="run folders, or patterns of them")
+    parser.add_argument("runs", nargs="+", help="run folders, or glob patterns of run folders")
     parser.add_argument("--images", required=True)
     arguments = parser.parse_args()
     try:

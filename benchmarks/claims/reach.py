@@ -1,10 +1,10 @@
-"""Claim (a): codebook usage of runs as a function of the number of evaluated tokens, beside its upper bound.
+"""Claim (a): codebook usage of runs as a function of the number of evaluated tokens, with its upper bound.
 
     python benchmarks/claims/reach.py VQ='claims/usage/vq/seed_*' IBQ='claims/usage/ibq/seed_*' --images TARS
 
 Images are 256 x 256, in the order of ``--images``. The bound is the expected usage of n tokens if all K codes are
-equally likely: 1 - (1 - 1/K)^n. Also prints the expected usage of n tokens drawn at random from all images, since codes
-are never equally likely and tokens of one image are similar.
+equally likely: 1 - (1 - 1/K)^n. Also prints the expected usage of n tokens drawn at random from all images, because
+codes are never equally likely and the tokens of one image are similar.
 """
 
 import argparse
@@ -28,8 +28,8 @@ from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
 
 @torch.no_grad()
-def reach(run: Path, paths: list[str], size: int) -> dict:
-    """Tokens and usage after every eighth image, perplexity after each path, the share of the commonest code."""
+def measure_usage(run: Path, paths: list[str], size: int) -> dict:
+    """Tokens and usage after every 8 images, perplexity after each path, and the share of the most frequent code."""
     config = load_run_config(run, [])
     tokenizer = model_zoo.load_tokenizer(run)
     usage = CodebookUsage(tokenizer.config.codebook_size)
@@ -78,8 +78,8 @@ def bound(tokens: np.ndarray, codes: int) -> np.ndarray:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="NAME=RUN", help="RUN may be a pattern: all its seeds are drawn")
-    parser.add_argument("--images", required=True, nargs="+", help="one after another, held-out ones first")
+    parser.add_argument("runs", nargs="+", metavar="NAME=RUN", help="RUN may be a glob pattern: every match is plotted")
+    parser.add_argument("--images", required=True, nargs="+", help="evaluated in this order; put held-out images first")
     parser.add_argument("--size", type=int, default=256)
     parser.add_argument("--out", type=Path, default=Path("reach.png"))
     arguments = parser.parse_args()
@@ -89,7 +89,7 @@ def main() -> None:
         if not runs:
             parser.error(f"no run is at {pattern}")
         for run in runs:
-            one = reach(Path(run), arguments.images, arguments.size) | {"name": name}
+            one = measure_usage(Path(run), arguments.images, arguments.size) | {"name": name}
             found.append(one)
             for path, end in one["after"].items():
                 limit = bound(np.array(end["tokens"]), one["codebook_size"])
@@ -118,7 +118,7 @@ def draw(found: list[dict], path: Path) -> None:
     axes.set_title(f"{codes:,} codes: used as more is looked at")
     axes.grid(alpha=0.3)
     handles, labels = axes.get_legend_handles_labels()
-    by_name = dict(zip(labels, handles, strict=True))  # one entry for all seeds
+    by_name = dict(zip(labels, handles, strict=True))  # one legend entry for all seeds
     axes.legend(by_name.values(), by_name.keys(), loc="center right")
     figure.savefig(path, dpi=110)
 

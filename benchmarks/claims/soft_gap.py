@@ -1,4 +1,4 @@
-"""Claim (b): PSNR of Soft VQ from soft mixtures (as trained) and from codes (as used), at each checkpoint of runs.
+"""Claim (b): PSNR of Soft VQ from soft mixtures (as trained) and from codes (as used), at each checkpoint of the runs.
 
 python benchmarks/claims/soft_gap.py RUN [RUN ...] --images PATH --out soft_gap.png
 """
@@ -22,7 +22,7 @@ from matplotlib import pyplot
 
 
 class Gap(NamedTuple):
-    """PSNR in dB, means over images: decoded from mixtures at that step's temperature, and from codes."""
+    """Mean PSNR over images in dB, decoded from mixtures at that step's temperature (soft) and from codes (hard)."""
 
     step: int
     temperature: float
@@ -33,7 +33,7 @@ class Gap(NamedTuple):
 @torch.no_grad()
 def gap(checkpoint: Path, max_steps: int, images_bchw: torch.Tensor) -> Gap:
     tokenizer = model_zoo.load_tokenizer(checkpoint)
-    tokenizer.quantize.train()  # which mixes; the rest stays as it is used
+    tokenizer.quantize.train()  # returns mixtures; the other modules stay in eval mode
     step = int(checkpoint.name.removeprefix("step_"))
     tokenizer.quantize.anneal((step - 1) / max_steps)
     soft, hard = [], []

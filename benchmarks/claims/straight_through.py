@@ -1,11 +1,11 @@
 """Trains IBQ with VQ's straight-through gradient added: the gradient of a code vector also goes to its feature
-unchanged, not only through softmax(z C^T). For claim (a); an experiment, not a method of this project.
+unchanged, not only through softmax(z C^T). This is an experiment for claim (a), not a method of this project.
 
     python benchmarks/claims/straight_through.py benchmarks/claims/small.yaml data.train=TARS data.val=TARS \
         trainer.max_steps=400 seed=0 run=claims/straight_through/seed_0
 
-Arguments are those of `python -m trainer`. The run has model.quantizer=ibq_straight_through, which only this script
-defines; use the script for `--resume RUN` too.
+Takes the arguments of `python -m trainer`. Only this script defines the run's model.quantizer=ibq_straight_through, so
+`--resume RUN` needs this script too.
 """
 
 import sys
@@ -24,7 +24,7 @@ class StraightThroughQuantizer(IndexBackpropQuantizer):
         if not self.training:
             return out
         z_bdhw = z_bdhw.float()
-        # The values stay; the double quantization term keeps the gradient that it has.
+        # Changes no values and adds the gradient. The gradient of the double quantization term stays as it is.
         return out._replace(quantized_bdhw=out.quantized_bdhw + (z_bdhw - z_bdhw.detach()))
 
 

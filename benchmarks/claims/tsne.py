@@ -20,12 +20,12 @@ from trainer.recipes import load_run_config
 matplotlib.use("Agg")
 from matplotlib import pyplot
 
-POINTS = 2000  # of each kind, drawn by a fixed seed
+POINTS = 2000  # number of features and number of codes, drawn with a fixed seed
 
 
 @torch.no_grad()
 def features_and_codes(run: Path, path: str) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Features (POINTS, d), codes (POINTS, d), and whether any feature chooses each code."""
+    """Features (POINTS, d), codes (POINTS, d), and whether any feature chooses each of these codes."""
     config = load_run_config(run, [])
     tokenizer = model_zoo.load_tokenizer(run)
     images = evaluation_images(path, image_size=config.data.image_size, resize=config.data.resize)
