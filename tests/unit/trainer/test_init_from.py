@@ -1,7 +1,9 @@
 """Initialising from any source of weights, with all or a part of them frozen; a tiny model on one process."""
 
 import json
+import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -19,9 +21,10 @@ from trainer.config import (
     TokenizerRun,
     TokenizerTrainerConfig,
 )
-from trainer.init_from import InitRecord, read_init_record, read_init_weights, save_init_record
+from trainer.init_from import InitRecord, read_init_record, read_initial_weights, save_init_record
 from trainer.jobs.export import export
 from trainer.loop import resume
+from trainer.parallel import start_world, stop_world
 from trainer.recipes import load_recipe, load_run_config, save_config
 from trainer.reports.report import write_report
 from trainer.start_plan import plan_batch
@@ -53,13 +56,14 @@ def tiny_config(seed=0, **changes) -> TokenizerRun:
     return TokenizerRun(**{**settings, **changes})
 
 
+def build_in(world, **changes) -> TokenizerTask:
+    config = tiny_config(**changes)
+    return TokenizerTask(config, world, *plan_batch(config, world))
+
+
 @pytest.fixture
 def build(world):
-    def build(**changes) -> TokenizerTask:
-        config = tiny_config(**changes)
-        return TokenizerTask(config, world, *plan_batch(config, world))
-
-    return build
+    return partial(build_in, world)
 
 
 def images(seed=0, count=4):
@@ -80,35 +84,48 @@ def write_run(task, folder):
     return folder
 
 
-@pytest.fixture
-def run(build, tmp_path):
-    """A run of three steps whose averages and weights differ."""
-    task = build(seed=7)
-    for step in range(3):
-        task.step([images(step)], step)
-    return write_run(task, tmp_path / "run")
+@pytest.fixture(scope="module")
+def sources(tmp_path_factory):
+    """A run of three steps whose averages and weights differ, and the same weights in other forms. Tests only read
+    them."""
+    folder = tmp_path_factory.mktemp("sources")
+    with pytest.MonkeyPatch.context() as environment:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            environment.delenv(name, raising=False)
+        environment.setenv("DS_ACCELERATOR", "cpu")  # start_world sets it; so it is taken back afterwards
+        task = build_in(start_world("cpu"), seed=7)
+        for step in range(3):
+            task.step([images(step)], step)
+        run = write_run(task, folder / "run")
+        stop_world()
+    export(run, folder / "exported")
+    return {
+        "run": run,
+        "checkpoint": run / "checkpoints/step_00000003",
+        "published": write_published(run, folder / "published.ckpt"),
+        "export": folder / "exported",
+    }
 
 
-@pytest.fixture
-def published(run, tmp_path):
+def write_published(run, path):
     """The same weights in the published layout."""
     files = ShardedTensors(run / "checkpoints/step_00000003")
     averages = {f"model_ema.{name.replace('.', '')}": t for name, t in files.tensors("tokenizer_ema/").items()}
     beside = {f"loss.discriminator.{name}": tensor for name, tensor in files.tensors("discriminator/").items()}
-    path = tmp_path / "published.ckpt"
     torch.save({"state_dict": {**files.tensors("tokenizer/"), **averages, **beside}}, path)
     return path
 
 
 @pytest.fixture
-def sources(run, published, tmp_path):
-    export(run, tmp_path / "exported")
-    return {
-        "run": run,
-        "checkpoint": run / "checkpoints/step_00000003",
-        "published": published,
-        "export": tmp_path / "exported",
-    }
+def run(sources, tmp_path):
+    """A copy of the run, which the test may change."""
+    return shutil.copytree(sources["run"], tmp_path / "run")
+
+
+@pytest.fixture
+def published(sources, tmp_path):
+    """A copy of the published file, which the test may change."""
+    return shutil.copy(sources["published"], tmp_path / "published.ckpt")
 
 
 def equal(first, second):
@@ -331,13 +348,13 @@ def refused(function, *arguments) -> str:
 
 
 def test_a_source_that_is_missing_or_holds_no_such_weights(build, run, tmp_path):
-    message = refused(read_init_weights, tiny_config(init_from=InitFromConfig(str(tmp_path / "nowhere"))))
+    message = refused(read_initial_weights, tiny_config(init_from=InitFromConfig(str(tmp_path / "nowhere"))))
     assert "init_from.source=" in message and "nowhere" in message
     (tmp_path / "empty").mkdir()
     empty = tiny_config(init_from=InitFromConfig(str(tmp_path / "empty")))
-    assert "not a run folder" in refused(read_init_weights, empty)
+    assert "not a run folder" in refused(read_initial_weights, empty)
     bare = write_run(build(ema=EmaConfig(decay=0.0)), tmp_path / "bare")
-    message = refused(read_init_weights, tiny_config(init_from=InitFromConfig(str(bare))))
+    message = refused(read_initial_weights, tiny_config(init_from=InitFromConfig(str(bare))))
     assert "init_from.weights=ema" in message and "raw" in message
     generator = tmp_path / "generator"
     (generator / "checkpoints/step_00000001").mkdir(parents=True)
@@ -346,13 +363,13 @@ def test_a_source_that_is_missing_or_holds_no_such_weights(build, run, tmp_path)
     shard = build().state.tensors()[0]._replace(name="generator/head.weight")
     save_shards(generator / "checkpoints/step_00000001/rank_00000.safetensors", [shard])
     assert "is from a generator run" in refused(
-        read_init_weights, tiny_config(init_from=InitFromConfig(str(generator)))
+        read_initial_weights, tiny_config(init_from=InitFromConfig(str(generator)))
     )
 
 
 def test_the_source_may_have_any_shape_but_that_of_the_recipe_and_the_mend_is_what_to_type(run, published):
     other = replace(MODEL, codebook_size=32, channel_multipliers=[1, 1, 2], attention_factors=[], quantizer="vq")
-    message = refused(read_init_weights, tiny_config(model=other, init_from=InitFromConfig(str(run))))
+    message = refused(read_initial_weights, tiny_config(model=other, init_from=InitFromConfig(str(run))))
     assert "model.codebook_size is 24 there and 32 here" in message
     fix = message.partition("; use ")[2]
     for change in ("model.codebook_size=24", "'model.channel_multipliers=[1,2]'", "'model.attention_factors=[2]'"):
@@ -362,7 +379,7 @@ def test_the_source_may_have_any_shape_but_that_of_the_recipe_and_the_mend_is_wh
     assert load_recipe("debug", changes).model.channel_multipliers == [1, 2]
     # A published file does not say which rule its codes are picked by, so that is the recipe's affair.
     assert "quantizer" not in refused(
-        read_init_weights, tiny_config(model=other, init_from=InitFromConfig(str(published)))
+        read_initial_weights, tiny_config(model=other, init_from=InitFromConfig(str(published)))
     )
 
 
@@ -370,7 +387,7 @@ def test_a_shape_that_the_configuration_does_not_tell(run):
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("code_dim: 6", "code_dim: 5"))
     message = refused(
-        read_init_weights, tiny_config(model=replace(MODEL, code_dim=5), init_from=InitFromConfig(str(run)))
+        read_initial_weights, tiny_config(model=replace(MODEL, code_dim=5), init_from=InitFromConfig(str(run)))
     )
     assert "holds quant_conv.weight of shape [6, 12, 1, 1], expected [5, 12, 1, 1]" in message
 
