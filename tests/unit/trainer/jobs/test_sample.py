@@ -1,5 +1,7 @@
+import copy
 import hashlib
 import json
+import shutil
 import signal
 from dataclasses import replace
 
@@ -9,8 +11,10 @@ import torch
 from PIL import Image
 from ranks import wait_for
 
+import trainer.jobs.sample
 import trainer.jobs.sample_output
 from model_zoo import ModelError, Sampler, Sampling, Tokenizer, TokenizerConfig, Transformer, TransformerConfig
+from model_zoo.io.load import find_checkpoint
 from model_zoo.io.sharded_tensors import save_shards, whole_tensor
 from tools import cli
 from trainer import TrainerError
@@ -62,11 +66,32 @@ def write_generator_run(run, generator, tokenizer=None, **models):
     return write_run(run, config, generator=generator, **models)
 
 
-@pytest.fixture
-def run(tmp_path):
+@pytest.fixture(scope="module")
+def own_run(tmp_path_factory):
     """A generator's run, without an average, that names its tokenizer's."""
-    tokenizer = write_tokenizer_run(tmp_path / "tokenizer", tokenizer_of())
-    return write_generator_run(tmp_path / "run", generator_of(), tokenizer)
+    folder = tmp_path_factory.mktemp("own")
+    tokenizer = write_tokenizer_run(folder / "tokenizer", tokenizer_of())
+    return write_generator_run(folder / "run", generator_of(), tokenizer)
+
+
+@pytest.fixture(scope="module")
+def models(own_run):
+    return trainer.jobs.sample._load_models(find_checkpoint(own_run), None, None)
+
+
+@pytest.fixture
+def run(own_run, models, monkeypatch):
+    """The run, whose models are not read again for each job in this process."""
+    load = trainer.jobs.sample._load_models
+
+    def load_models(checkpoint, weights, tokenizer):
+        if (checkpoint, weights, tokenizer) == (models.checkpoint, None, None):
+            return copy.deepcopy(models)
+        return load(checkpoint, weights, tokenizer)
+
+    monkeypatch.setattr(trainer.jobs.sample, "_load_models", load_models)
+    yield own_run
+    shutil.rmtree(own_run / "sampled", ignore_errors=True)
 
 
 def load(path):
@@ -233,18 +258,18 @@ def test_any_number_of_processes_makes_the_same_images_and_continues_after_a_kil
     assert json.loads((tmp_path / "two.npz.json").read_text())["finished"]["processes"] == 2
     assert load(tmp_path / "one.npz")["arr_0"].tobytes() == load(tmp_path / "two.npz")["arr_0"].tobytes()
 
-    many = [*common, "1000", "--batch-size", "1", "--out", str(tmp_path / "killed.npz")]
+    many = [*common, "300", "--batch-size", "1", "--out", str(tmp_path / "killed.npz")]
     job, parts = ranks.start_command(2, cli.main, many), tmp_path / "killed.npz.parts"
     wait_for(lambda: len(list(parts.glob("chunk_*.npy"))) >= 5, "chunks", 120)
     for rank in range(2):
         job.signal(rank, signal.SIGKILL)
     assert job.wait().statuses == [-signal.SIGKILL] * 2
     left = len(list(parts.glob("chunk_*.npy")))
-    assert 5 <= left < 1000
+    assert 5 <= left < 300
     assert ranks.ibq(*many).status == 0
     record = json.loads((tmp_path / "killed.npz.json").read_text())
-    assert record["finished"]["images_made"] == 1000 - left
-    assert load(tmp_path / "killed.npz")["arr_0"].shape == (1000, 8, 12, 3)
+    assert record["finished"]["images_made"] == 300 - left
+    assert load(tmp_path / "killed.npz")["arr_0"].shape == (300, 8, 12, 3)
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
@@ -294,7 +319,7 @@ def test_bad_input_is_one_line(run, tmp_path, monkeypatch, capsys, options, mess
 
 
 def test_runs_that_do_not_fit_are_refused(run, tmp_path):
-    tokenizer = tmp_path / "tokenizer"
+    tokenizer = run.parent / "tokenizer"
     with pytest.raises(TrainerError, match="is a tokenizer run: `ibq sample` needs a generator run"):
         sample(tokenizer)
     with pytest.raises(TrainerError, match="is not a run folder"):
