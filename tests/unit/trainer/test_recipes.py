@@ -47,7 +47,13 @@ def test_every_recipe_resolves_to_a_model_that_can_be_built(name):
     assert config.data.image_size % tokenizer.downsampling_factor == 0
 
 
-@pytest.mark.parametrize("name", recipe_paths())
+# All recipes of a task have the same keys, so these show that each key is read back.
+SAVED = ("debug", "ibq_16384", "finetune_imagenet", "ar_debug")
+
+
+@pytest.mark.parametrize(
+    "name", [name if name in SAVED else pytest.param(name, marks=pytest.mark.full) for name in recipe_paths()]
+)
 def test_saved_configuration_reads_back_equal(name, tmp_path):
     config = load_recipe(name, ["seed=7", "optimizer.lr=1e-5", "data.train=[a.tar,b.tar]", "run=somewhere"])
     save_config(config, tmp_path / "config.yaml")

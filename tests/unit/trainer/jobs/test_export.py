@@ -1,7 +1,9 @@
 """Exports of runs and of published checkpoints, and their round trips."""
 
 import json
+import shutil
 from dataclasses import asdict, replace
+from functools import cache
 
 import pytest
 import torch
@@ -35,16 +37,20 @@ TOKENIZER = TokenizerConfig(
 GENERATOR = TransformerConfig(vocabulary=16, classes=3, grid=[4, 4], depth=1, heads=1)
 
 
+# Tests only read these models.
+@cache
 def tokenizer(seed, **changes) -> Tokenizer:
     torch.manual_seed(seed)
     return Tokenizer(replace(TOKENIZER, **changes))
 
 
+@cache
 def generator(seed, **changes) -> Transformer:
     torch.manual_seed(seed)
     return Transformer(replace(GENERATOR, **changes))
 
 
+@cache
 def discriminator(norm="batch") -> PatchDiscriminator:
     torch.manual_seed(9)
     return PatchDiscriminator(channels=4, layers=1, norm=norm)
@@ -67,12 +73,26 @@ def write_run(run, config, **models):
     return run
 
 
-@pytest.fixture
-def run(tmp_path):
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """The folder of a tokenizer's run, its export, and the run of a generator that names it. Tests only read it."""
+    folder = tmp_path_factory.mktemp("runs")
     models = {"tokenizer": tokenizer(1), "tokenizer_ema": tokenizer(2), "discriminator": discriminator()}
-    run = write_run(tmp_path / "run", {"ema": {"decay": 0.99}}, **models)
+    run = write_run(folder / "run", {"ema": {"decay": 0.99}}, **models)
     write_report(run, tokenizer(2))
-    return run
+    export(run, folder / "exported")
+    write_run(folder / "ar", {"task": "generator", "tokenizer": {"source": str(run)}}, generator=generator(3))
+    return folder
+
+
+@pytest.fixture
+def run(runs, tmp_path):
+    return shutil.copytree(runs / "run", tmp_path / "run")
+
+
+@pytest.fixture
+def exported(runs, tmp_path):
+    return shutil.copytree(runs / "exported", tmp_path / "out")
 
 
 def write_report(run, evaluated, **conditions):
@@ -83,8 +103,11 @@ def write_report(run, evaluated, **conditions):
 
 
 @pytest.fixture
-def generator_run(tmp_path, run):
-    return write_run(tmp_path / "ar", {"task": "generator", "tokenizer": {"source": str(run)}}, generator=generator(3))
+def generator_run(runs, tmp_path, run):
+    copy = shutil.copytree(runs / "ar", tmp_path / "ar")
+    config = copy / "config.yaml"
+    config.write_text(config.read_text().replace(str(runs / "run"), str(run)))
+    return copy
 
 
 def assert_same(loaded, expected):
@@ -285,14 +308,13 @@ def test_weights_that_are_not_there_are_refused(generator_run, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "raw.safetensors", "discriminator.safetensors"])
-def test_a_truncated_file_of_an_export_is_told(run, tmp_path, name):
-    export(run, tmp_path / "out")
-    file = tmp_path / "out" / name
+def test_a_truncated_file_of_an_export_is_told(exported, name):
+    file = exported / name
     file.write_bytes(file.read_bytes()[:-10])
     with pytest.raises(ModelError, match=f"{file} is damaged"):
-        load_tokenizer(tmp_path / "out", "raw" if name.startswith("raw") else "ema")
+        load_tokenizer(exported, "raw" if name.startswith("raw") else "ema")
     with pytest.raises(TrainerError, match=f"is damaged: {name} is not what was written"):
-        info(tmp_path / "out")
+        info(exported)
 
 
 @pytest.mark.parametrize(
@@ -314,14 +336,13 @@ def test_a_truncated_file_of_an_export_is_told(run, tmp_path, name):
         ("{kind: tokenizer, weights: raw, sha256: {}, model: {code_dim: 9}}", "does not hold the weights of"),
     ],
 )
-def test_a_damaged_configuration_of_an_export_is_told(run, tmp_path, content, detail):
-    export(run, tmp_path / "out")
-    path = tmp_path / "out" / "config.yaml"
+def test_a_damaged_configuration_of_an_export_is_told(exported, content, detail):
+    path = exported / "config.yaml"
     path.unlink()
     if content:
         path.write_text(content)
     with pytest.raises(ModelError) as error:
-        load_tokenizer(tmp_path / "out")
+        load_tokenizer(exported)
     assert detail in str(error.value) and "\n" not in str(error.value)
 
 
