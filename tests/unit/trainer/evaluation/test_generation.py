@@ -91,33 +91,37 @@ def frechet_distance_by_hand(x_nd: torch.Tensor, y_md: torch.Tensor) -> float:
     return float(shift_d @ shift_d + (x_nd**2).sum() + (y_md**2).sum() - 2 * root)
 
 
-def test_all_figures_are_those_of_torch_fidelitys_features(real_inception, samples, reference, weights, tmp_path):
+def test_all_figures_are_those_of_torch_fidelitys_features(real_inception, weights, tmp_path, monkeypatch):
+    own, others = pictures(8), pictures(5, seed=1)  # few: the network is slow
+    monkeypatch.setattr("trainer.evaluation.generation.SPLITS", 4)  # 10 would need more
+    samples, reference = write_npz(tmp_path / "samples.npz", own), write_npz(tmp_path / "reference.npz", others)
     heard = []
     evaluated = evaluate_generation(
-        samples, reference, device="cpu", batch_size=4, seed=3, on_progress=lambda *progress: heard.append(progress)
+        samples, reference, device="cpu", batch_size=3, seed=3, on_progress=lambda *progress: heard.append(progress)
     )
     report = evaluated.report
-    pool_nd, logits_nk = features_by_torch_fidelity(weights, pictures(12))
-    reference_nd, _ = features_by_torch_fidelity(weights, pictures(10, seed=1))
+    both_nd, logits_nk = features_by_torch_fidelity(weights, np.concatenate([own, others]))
+    pool_nd, reference_nd = both_nd[:8], both_nd[8:]
     assert report.gfid == pytest.approx(frechet_distance_by_hand(pool_nd, reference_nd), rel=1e-6)
-    theirs = isc_features_to_metric(logits_nk[np.random.default_rng(3).permutation(12)], splits=10, shuffle=False)
+    theirs = isc_features_to_metric(logits_nk[:8][np.random.default_rng(3).permutation(8)], splits=4, shuffle=False)
     assert report.inception_score == pytest.approx(theirs["inception_score_mean"], rel=1e-5)
     assert report.inception_score_std == pytest.approx(theirs["inception_score_std"], rel=1e-3)
     theirs = prc_features_to_metric(
         pool_nd, reference_nd, prc_neighborhood=3, prc_batch_size=4, save_cpu_ram=False, verbose=False
     )
     assert (report.precision, report.recall) == pytest.approx((theirs["precision"], theirs["recall"]))
+    assert report.precision != report.recall
 
     assert evaluated.json_path == tmp_path / "samples_generation.json"
     told = json.loads(evaluated.json_path.read_text())
     assert told["gfid"] == report.gfid and told["protocol"] == "adm" and told["not_measured"] == {}
-    assert (told["sample_count"], told["reference_count"]) == (12, 10)
-    assert told["reference_statistics"] == "computed from the 10 images of reference.npz"
+    assert (told["sample_count"], told["reference_count"]) == (8, 5)
+    assert told["reference_statistics"] == "computed from the 5 images of reference.npz"
     assert len(told["warnings"]) == 2 and all("only" in warning for warning in told["warnings"])
     assert "provenance" not in told
     manifest = told["manifest"]
     assert manifest["seed"] == 3 and "permutation" in manifest["order"]
-    assert manifest["samples"]["path"] == str(samples) and manifest["reference"]["count"] == 10
+    assert manifest["samples"]["path"] == str(samples) and manifest["reference"]["count"] == 5
     assert manifest["weights_files"]["inception"]["sha256"] == WEIGHTS_FILES["inception"].sha256
     assert manifest["environment"]["torch"] == torch.__version__
     text = evaluated.markdown_path.read_text()
@@ -128,7 +132,7 @@ def test_all_figures_are_those_of_torch_fidelitys_features(real_inception, sampl
     ):
         assert part in text
     assert {what for _, _, what in heard} == {"samples", "reference images", "blocks of precision and recall"}
-    assert heard[2] == (12, 12, "samples")
+    assert heard[2] == (8, 8, "samples")
 
 
 def test_fid_takes_the_statistics_that_the_reference_stores_and_not_its_pictures(samples, tmp_path, monkeypatch):

@@ -1,6 +1,8 @@
 import json
 import math
+from contextlib import contextmanager
 from types import SimpleNamespace
+from unittest.mock import patch
 
 import lpips
 import numpy as np
@@ -195,9 +197,18 @@ def test_a_diverged_model_is_an_error(evaluate):
 # ------------------------------------------------------------------------------------------------------- with networks
 
 
+@contextmanager
+def without_initialisation():
+    """Layers are built without random weights, which take long and are replaced at once."""
+    names = "kaiming_normal_", "kaiming_uniform_", "normal_", "uniform_"
+    with patch.multiple(torch.nn.init, **{name: lambda tensor, *_, **__: tensor for name in names}):
+        yield
+
+
 def independent_lpips(net, key, x_bchw, y_bchw):
     """By the lpips package alone, in float64; a number for each picture."""
-    model = lpips.LPIPS(net=net, version="0.1", pretrained=True, pnet_rand=True, verbose=False).double().eval()
+    with without_initialisation():
+        model = lpips.LPIPS(net=net, version="0.1", pretrained=True, pnet_rand=True, verbose=False).double().eval()
     trunk = torch.load(weights_path(key), weights_only=True)
     state = {name: trunk["features." + name.split(".", 1)[1]] for name in model.net.state_dict()}
     model.net.load_state_dict(state)
@@ -205,19 +216,22 @@ def independent_lpips(net, key, x_bchw, y_bchw):
         return model(x_bchw.double(), y_bchw.double()).flatten().tolist()
 
 
-def independent_rfid(x_bchw, y_bchw):
-    """torch-fidelity's network with its first resize cut off, and the formula with scipy's root, in float64."""
+def independent_features(pictures_bchw):
+    """torch-fidelity's network with its first resize cut off, in float64."""
     path = str(weights_path("inception"))
     network = FeatureExtractorInceptionV3("x", ["2048"], feature_extractor_weights_path=path)
     *trunk, _ = network.double().children()
-    gaussians = []
-    for pictures in (x_bchw, y_bchw):
-        unit = (pictures.double().clamp(-1, 1) + 1) / 2
-        resized = torch.nn.functional.interpolate(unit, size=(299, 299), mode="bilinear", align_corners=False)
-        with torch.no_grad():
-            features = torch.nn.Sequential(*trunk)(2 * resized - 1).flatten(1).numpy()
-        gaussians.append((features.mean(axis=0), features - features.mean(axis=0)))
-    (mean, centred), (other_mean, other_centred) = gaussians
+    unit = (pictures_bchw.double().clamp(-1, 1) + 1) / 2
+    resized = torch.nn.functional.interpolate(unit, size=(299, 299), mode="bilinear", align_corners=False)
+    with torch.no_grad():
+        return torch.nn.Sequential(*trunk)(2 * resized - 1).flatten(1).numpy()
+
+
+def independent_rfid(first_nd, second_nd):
+    """The formula with scipy's root, in float64."""
+    (mean, centred), (other_mean, other_centred) = (
+        (features_nd.mean(axis=0), features_nd - features_nd.mean(axis=0)) for features_nd in (first_nd, second_nd)
+    )
     # The non-zero eigenvalues of S T are those of a small matrix: both covariances are of few pictures.
     n = len(centred) - 1
     cross = centred @ other_centred.T / n
@@ -225,18 +239,31 @@ def independent_rfid(x_bchw, y_bchw):
     return ((mean - other_mean) ** 2).sum() + (centred**2).sum() / n + (other_centred**2).sum() / n - 2 * trace
 
 
+def as_tensors(images):
+    """The pictures and their reconstructions by GreyTokenizer."""
+    x_bchw = torch.stack([(image.image_chw.double() / 127.5 - 1).float() for image in images])
+    return x_bchw, GreyTokenizer().detokenize(GreyTokenizer().tokenize(x_bchw)).clamp(-1, 1)
+
+
 @torch.no_grad()
-def test_all_measures_equal_independent_ones(evaluate, weights):
+def test_all_measures_equal_independent_ones(evaluate, weights, monkeypatch):
     images = photographs(*[(48, 40)] * 3)
     networks = load_networks("all", None, len(images))
+    given = []  # the moments of which rFID is the distance; test_distribution.py has the distance itself
+    monkeypatch.setattr(reconstruction, "frechet_distance", lambda *moments: given.append(moments) or 1.5)
     report = evaluate(GreyTokenizer(), images, networks=networks)
-    x_bchw = torch.stack([(image.image_chw.double() / 127.5 - 1).float() for image in images])
-    y_bchw = GreyTokenizer().detokenize(GreyTokenizer().tokenize(x_bchw)).clamp(-1, 1)
+    x_bchw, y_bchw = as_tensors(images)
     for net, key in (("vgg", "vgg16"), ("alex", "alexnet")):
         want = independent_lpips(net, key, x_bchw, y_bchw)
         assert [getattr(score, f"lpips_{net}") for score in report.images] == pytest.approx(want, rel=1e-4)
         assert getattr(report, f"lpips_{net}") == pytest.approx(np.mean(want), rel=1e-4)
-    assert report.rfid == pytest.approx(independent_rfid(x_bchw, y_bchw), rel=1e-4)
+    assert report.rfid == 1.5
+    [moments] = given
+    features = np.split(independent_features(torch.cat([x_bchw, y_bchw])), 2)
+    for features_nd, (mean_d, covariance_dd) in zip(features, (moments[:2], moments[2:]), strict=True):
+        covariance = np.cov(features_nd, rowvar=False)
+        np.testing.assert_allclose(mean_d, features_nd.mean(axis=0), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(covariance_dd, covariance, rtol=0, atol=1e-4 * covariance.max())
     for score, x, y in zip(report.images, x_bchw, y_bchw, strict=True):
         a, b = (((((p + 1) / 2).numpy() * np.float32(255)).astype(np.uint8) / 255).transpose(1, 2, 0) for p in (x, y))
         assert score.psnr == pytest.approx(skimage.metrics.peak_signal_noise_ratio(a, b, data_range=1), abs=1e-6)
@@ -248,13 +275,17 @@ def test_all_measures_equal_independent_ones(evaluate, weights):
     assert report.examples["worst"][0].key == worst.key and report.examples["worst"][0].lpips == worst.lpips_vgg
 
 
-@pytest.mark.full  # test_distribution.py has the distance of a set to itself
-def test_unchanged_pictures_are_at_no_distance(evaluate, weights):
+@pytest.mark.full  # test_all_measures_equal_independent_ones has the moments, test_distribution.py their distance
+@torch.no_grad()
+def test_rfid_equals_an_independent_one_and_is_0_for_unchanged_pictures(evaluate, weights):
     images = photographs(*[(48, 40)] * 3)
     networks = load_networks("all", None, len(images))
+    rfid = evaluate(GreyTokenizer(), images, networks=networks).rfid
+    features_nd, other_nd = np.split(independent_features(torch.cat(as_tensors(images))), 2)
+    assert rfid == pytest.approx(independent_rfid(features_nd, other_nd), rel=1e-4)
     exact = evaluate(ExactTokenizer(), images, networks=networks)
     assert exact.infinite_psnr_count == 3 and exact.lpips_vgg == exact.lpips_alex == 0
-    assert abs(exact.rfid) < 1e-6 * evaluate(GreyTokenizer(), images, networks=networks).rfid
+    assert abs(exact.rfid) < 1e-6 * rfid
 
 
 def test_a_picture_too_small_for_one_measure_is_left_out_of_all(evaluate, weights):
