@@ -25,9 +25,10 @@ def cache(small_inception, alone, tmp_path, monkeypatch):
     monkeypatch.setenv("IBQ_CACHE", str(tmp_path / "cache"))
 
 
-@pytest.fixture
-def run(tmp_path) -> Path:
-    """A generator's run, of random weights."""
+@pytest.fixture(scope="module")
+def run(tmp_path_factory) -> Path:
+    """A generator's run, of random weights. Tests only read it."""
+    folder = tmp_path_factory.mktemp("runs")
     torch.manual_seed(0)
     models = {
         "tokenizer": Tokenizer(
@@ -43,7 +44,7 @@ def run(tmp_path) -> Path:
     for parameter in models["generator"].parameters():
         parameter.data.normal_(std=0.3)
     for kind, model in models.items():
-        checkpoint = tmp_path / kind / "checkpoints" / "step_00000001"
+        checkpoint = folder / kind / "checkpoints" / "step_00000001"
         checkpoint.mkdir(parents=True)
         kept = {"tokenizer": "tokenizer_ema", "generator": "generator"}[kind]
         pieces = [whole_tensor(f"{kept}/{name}", value) for name, value in model.state_dict().items()]
@@ -51,10 +52,10 @@ def run(tmp_path) -> Path:
         (checkpoint.parent / "latest").write_text(f"{checkpoint.name}\n")
         config = TokenizerRun(model=model.config) if kind == "tokenizer" else GeneratorRun(model=model.config)
         if kind == "generator":
-            config.tokenizer.source = str(tmp_path / "tokenizer")
+            config.tokenizer.source = str(folder / "tokenizer")
         config.trainer.max_steps, config.trainer.global_batch_size = 1, 1
-        save_config(config, tmp_path / kind / "config.yaml")
-    return tmp_path / "generator"
+        save_config(config, folder / kind / "config.yaml")
+    return folder / "generator"
 
 
 @pytest.fixture
