@@ -7,6 +7,10 @@ import uuid
 from collections.abc import Iterator
 
 import pytest
+
+# Before PyTorch is imported. Each of pytest's processes would have a thread per core, and these wait for one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 import torch
 from ranks import Launch, Ranks
 
