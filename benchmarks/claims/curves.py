@@ -1,6 +1,6 @@
 """Plots the curves of any runs, as `ibq ablate` does for a table, and prints their last validations.
 
-python benchmarks/claims/curves.py VQ='claims/long/vq/seed_*' IBQ='claims/long/ibq/seed_*' --out curves.png
+python benchmarks/claims/curves.py VQ='claims/long/vq_*/seed_*' IBQ='claims/long/ibq/seed_*' --out curves.png
 """
 
 import argparse
