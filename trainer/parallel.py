@@ -95,16 +95,24 @@ def _rendezvous() -> tuple[dist.Store, int, int]:
     return next(dist.rendezvous("env://"))
 
 
-def _join_group(backend: str, timeout: timedelta) -> None:
-    """Joins the process group.
+def _key_prefix(group: int) -> str:
+    """Prefix of a group's keys in the store, equal on all ranks. group: how many groups this process joined before.
 
-    torchrun's store outlives the processes, so it still holds the addresses of processes that ended. Each attempt, and
-    each group within an attempt, therefore uses another key prefix.
+    A store of torchrun's agent outlives the processes, so it still holds the addresses of processes that ended: the
+    prefix then contains the number of the attempt. Otherwise each attempt has a new store, and the number must be left
+    out: agents on several nodes do not agree on it. One counts a failure where another, which notices first that the
+    failed node rejoins, does not.
     """
+    shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0) if shared else 0
+    return f"attempt_{attempt}_group_{group}"
+
+
+def _join_group(backend: str, timeout: timedelta) -> None:
+    """Joins the process group."""
     store, rank, world_size = _rendezvous()
     store.set_timeout(timeout)
-    attempt = f"attempt_{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}_meeting_{next(_rendezvous_count)}"
-    store = dist.PrefixStore(attempt, store)
+    store = dist.PrefixStore(_key_prefix(next(_rendezvous_count)), store)
     dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
 
 

@@ -1,12 +1,17 @@
 """torchrun --max-restarts: restarted processes resume from the newest checkpoint by themselves."""
 
 import json
+import os
 import re
 import signal
 
 import pytest
+import torch
+import torch.distributed as dist
 from faults.outcome import assert_whole, fault_settings, latest, loss_lines, newest_step
 from ranks import INJECT, TORCHRUN
+
+from trainer.parallel import start_world
 
 STEPS = 8
 KILL_IN_SAVE = {"kind": "kill_in_save", "rank": 1, "step": 6, "phase": "half of the part"}
@@ -45,3 +50,16 @@ def test_a_restart_before_the_first_checkpoint_starts_afresh(two_ranks, unbroken
     again = two_ranks.train(run, steps, environment=restarts)
     assert again.statuses == [0, 0], again.err
     assert_restarted(killed.err + again.err, run, unbroken, after=0)
+
+
+def sum_where_only_rank_1_counts_a_restart() -> float:
+    os.environ["TORCHELASTIC_RESTART_COUNT"] = os.environ["RANK"]
+    start_world("cpu", timeout_seconds=1)
+    total = torch.ones(())
+    dist.all_reduce(total)
+    return total.item()
+
+
+def test_processes_meet_though_their_agents_count_restarts_differently(ranks):
+    """One node's agent counts a failure. The other's, which sees first that this node rejoins, does not."""
+    assert ranks.call(2, sum_where_only_rank_1_counts_a_restart, join=False) == [2, 2]

@@ -88,10 +88,10 @@ def test_rows_are_measured_in_fresh_processes(tmp_path):
 @pytest.mark.process
 @pytest.mark.full
 @pytest.mark.parametrize(
-    ("module", "tokens", "codes"), [("quantizer_rows", 256, 2**14), ("cross_entropy_rows", 2048, 2**13)]
+    ("module", "tokens", "codes"), [("quantizer_rows", 256, 2**14), ("cross_entropy_rows", 4096, 2**15)]
 )
 def test_extra_memory_is_what_dense_holds(module, tokens, codes):
-    """dense holds several matrices of logits, chunked none."""
+    """dense holds several matrices of logits, chunked none: the cross entropy works on 256 MiB of logits at a time."""
     settings = dict(tokens=tokens, codes=codes, dim=8, dtype="float32", device="cpu", threads=1)
     dense, chunked = (common.run_job(module, "measure", impl=impl, **settings) for impl in ("dense", "chunked"))
     logits_bytes = 4 * tokens * codes
