@@ -221,9 +221,7 @@ class _BadSampleBudget:
             )
 
 
-def train_batches(config: DataConfig, **options) -> TrainStream:
-    """See `TrainStream`."""
-    return TrainStream(config, **options)
+train_batches = TrainStream
 
 
 def check(

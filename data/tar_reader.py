@@ -65,17 +65,13 @@ class TarShard:
         """Where its samples lie, from the tar's headers (of a remote tar: from the cached copy). Raises DataError."""
         if self.url.startswith(PIPE):
             raise DataError(f"{self.name} can only be read sequentially: write the command's output to a file")
-        return self.access.with_copy(self.url, scan) if self.access.is_copied(self.url) else scan(self.url)
+        return self.access.apply(scan, self.url)
 
     def check_size(self, table: SampleTable) -> None:
         """Raises DataError unless the tar's size is that of its table; checked once per process."""
         if self._size_checked or self.url.startswith(PIPE):
             return
-        found = (
-            self.access.with_copy(self.url, size)
-            if self.access.is_copied(self.url)
-            else size(self.url, self.access.timeouts)
-        )
+        found = self.access.apply(lambda place: size(place, self.access.timeouts), self.url)
         if found != table.bytes:
             raise DataError(
                 f"the shard {self.name} has {found:,} bytes, but its index says {table.bytes:,}: {HOW_TO_FIX}"

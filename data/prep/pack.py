@@ -7,7 +7,6 @@ import json
 import os
 import re
 import tempfile
-import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath, PurePosixPath
@@ -16,10 +15,10 @@ from typing import NamedTuple
 from PIL import Image
 
 from data.errors import DataError, ImageError
-from data.folder_reader import find_images, is_zip
+from data.folder_reader import find_images, is_zip, open_zip, read_from_zip
 from data.parallel import in_threads
 from data.samples import IMAGE_SUFFIXES, Skipped, is_image
-from data.transforms import MAX_BYTES, decode
+from data.transforms import decode
 
 LAYOUTS = ("folder", "imagenet", "coco")
 SPLITS = {"train", "val", "test"}
@@ -188,12 +187,7 @@ class _Zip:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        try:
-            self.file = zipfile.ZipFile(path)
-        except zipfile.BadZipFile as error:
-            raise DataError(f"{path} is no whole zip file: copy it again") from error
-        except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+        self.file = open_zip(path)
         members = {PurePosixPath(member.filename): member for member in self.file.infolist() if not member.is_dir()}
         members = {path: member for path, member in members.items() if not _is_hidden(path)}
         folders = {path.parts[0] if len(path.parts) > 1 else None for path in members}
@@ -207,13 +201,7 @@ class _Zip:
         return sorted((path for path in self.members if is_image(path.suffix)), key=PurePosixPath.as_posix)
 
     def read(self, path: PurePosixPath) -> bytes:
-        member = self.members[path]
-        if member.file_size > MAX_BYTES:
-            raise ImageError(f"{member.file_size:,} bytes are more than {MAX_BYTES:,}")
-        try:
-            return self.file.read(member)
-        except (zipfile.BadZipFile, zipfile.zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-            raise ImageError(f"damaged or encrypted in the zip file: {error}") from error
+        return read_from_zip(self.file, self.members[path])
 
     def beside(self, path: PurePosixPath, suffix: str) -> bytes | None:
         path = path.with_suffix(f".{suffix}")

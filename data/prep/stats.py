@@ -27,6 +27,8 @@ LENGTHS = (10, 20, 40, 80, 160, 320, 640)  # characters
 CLASS_SIZES = (2, 10, 100, 500, 1000, 1500, 10_000, 100_000)  # images
 # Width : height; a sample counts for the nearest.
 SHAPES = ((1, 2), (9, 16), (2, 3), (3, 4), (1, 1), (4, 3), (3, 2), (16, 9), (2, 1))
+# Geometric means of neighbouring shapes, so that a picture and its rotation by 90 degrees are treated alike.
+SHAPE_BORDERS = [math.sqrt(a / b * c / d) for (a, b), (c, d) in itertools.pairwise(SHAPES)]
 
 SELECTION_SAMPLES = 2000  # that a process counts at once
 WINDOW = WindowLimit(64, 16 << 20)  # fetched at once from a remote tar
@@ -288,7 +290,7 @@ def _count_sample(counted: Counted, source: Source, sample: Sample) -> None:
         header = _header(picked.content)
         counted.formats[header.format] += 1
         counted.sides[min(header.width, header.height)] += 1
-        counted.shapes[_nearest_shape(header.width / header.height)] += 1
+        counted.shapes[bisect.bisect(SHAPE_BORDERS, header.width / header.height)] += 1
     scores = metadata_of(sample) if counted.scores else {}
     if picked.caption is not None and str(picked.caption).strip():
         counted.lengths[len(str(picked.caption).strip())] += 1
@@ -325,11 +327,3 @@ def _header(content: bytes) -> _Header:
     if width * height > MAX_PIXELS:
         raise ImageError(f"{width} x {height} pixels are more than {MAX_PIXELS:,}")
     return _Header(image.format, width, height)
-
-
-def _nearest_shape(ratio: float) -> int:
-    return bisect.bisect(SHAPE_BORDERS, ratio)
-
-
-# Geometric means of neighbouring shapes, so that a picture and its rotation by 90 degrees are treated alike.
-SHAPE_BORDERS = [math.sqrt(a / b * c / d) for (a, b), (c, d) in itertools.pairwise(SHAPES)]
