@@ -202,10 +202,9 @@ class Sampler:
         self.graphs[limit].replay()
 
     def _run(self, first: bool, limit: int) -> None:
+        # The first position runs different code, for which compiling does not pay off.
+        run = step if first else self.step
         where = {"first": first, "limit": limit, "masked": self.static}
-        run = (
-            step if first else self.step
-        )  # the first position runs different code, for which compiling does not pay off
         run(self.transformer, self.state, self.settings, self.dtype, **where)
 
     def _capture(self, limit: int) -> torch.cuda.CUDAGraph:

@@ -124,12 +124,8 @@ def open_published(path: Path) -> Published:
     left_out = {OTHER_ENTRIES: others} if others else {}
     first_stage = FIRST_STAGE if any(key.startswith(FIRST_STAGE) for key in state) else ""
     dotless = {key.replace(".", ""): key for key in state if not _is_average(key)}
-    parts, averaging, unknown, orphans = (
-        {},
-        {},
-        [],
-        [],
-    )  # orphans: parameters, without dots, of which there is only an average
+    parts, averaging, unknown = {}, {}, []
+    orphans = []  # parameters, without dots, of which there is only an average
     for key, tensor in state.items():
         prefix, is_average, name = key.rpartition(EMA) if _is_average(key) else ("", "", key)
         if is_average and name in Average._fields and tensor.numel() == 1:

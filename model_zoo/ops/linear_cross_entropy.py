@@ -143,13 +143,11 @@ class _Chunked(torch.autograd.Function):
                 target_logit_c = logits_vc.gather(0, local_c)[0].where(mine_c, 0)
                 # exp as exp2: on CPUs PyTorch's exp calls MKL, which is slow for arguments whose result underflows.
                 logits_vc.sub_(max_c).mul_(1 / math.log(2)).exp2_()
-                sum_c, target_logit_c = tokens.reduce_(
-                    torch.stack([logits_vc.sum(dim=0), target_logit_c]), dist.ReduceOp.SUM
-                )
+                sums_2c = torch.stack([logits_vc.sum(dim=0), target_logit_c])
+                sum_c, target_logit_c = tokens.reduce_(sums_2c, dist.ReduceOp.SUM)
                 log_sum_n[at] = log_sum_c = max_c + sum_c.log()
-                cross_entropy_n[at] = sum_c.log() + (
-                    max_c - target_logit_c
-                )  # subtract large logits first, for accuracy
+                # Large logits are subtracted first, for accuracy.
+                cross_entropy_n[at] = sum_c.log() + (max_c - target_logit_c)
                 if not (needs_hidden or needs_weight):
                     continue
 
@@ -200,9 +198,8 @@ class _Tokens:
         self.hidden_nd, self.own, self.local_n = hidden_nd.contiguous(), slice(None), target_n
         self.loss_weight_n = hidden_nd.new_ones(len(target_n), dtype=accumulation_dtype(hidden_nd))
         if shard is not None:
-            self.ranks = GroupCommunicator(
-                target_n[:, None], weight_vd, shard
-            )  # raises for targets outside the vocabulary
+            # Raises for targets outside the vocabulary.
+            self.ranks = GroupCommunicator(target_n[:, None], weight_vd, shard)
             counts = torch.tensor(self.ranks.counts, device=target_n.device)
             if 0 in self.ranks.counts:
                 raise ModelError(f"every rank needs a token, but the group's have {self.ranks.counts}")
