@@ -188,9 +188,8 @@ class LaneReader:
 
     def read(self, lanes: list[int], values: np.ndarray) -> ReadSamples:
         """One sample from each of `lanes`, which may name a lane several times, written into `values`."""
-        infos, skipped, filtered = [], [], Counter()
-        for value, lane in zip(values, lanes, strict=True):
-            infos.append(self._read_sample(lane, value, skipped, filtered))
+        skipped, filtered = [], Counter()
+        infos = [self._read_sample(lane, value, skipped, filtered) for value, lane in zip(values, lanes, strict=True)]
         return ReadSamples(values, infos, {lane: self._lane_state(lane) for lane in set(lanes)}, skipped, filtered)
 
     def _cursor(self, lane: int, number: int) -> Cursor:

@@ -177,9 +177,7 @@ class ForwardFile(io.RawIOBase):
             if self.process:
                 more = self.process.stdout.read(RANGE_BYTES)
             else:
-                more = (
-                    read(self.path, end, min(end + RANGE_BYTES, self.bytes), self.timeouts) if end < self.bytes else b""
-                )
+                more = read(self.path, min(end, self.bytes), min(end + RANGE_BYTES, self.bytes), self.timeouts)
             if not more:
                 return
             self.content += more

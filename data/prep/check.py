@@ -84,11 +84,6 @@ class Checked:
         if self.counts[kind] <= NAMED_SAMPLES:
             self.problems.append(Problem(kind, message, sample, key))
 
-    def drop(self, kind: str) -> None:
-        """Remove the problems of a kind."""
-        del self.counts[kind]
-        self.problems = [problem for problem in self.problems if problem.kind != kind]
-
     def record(self) -> dict:
         """For JSON: shard, status, samples, bytes, sha256, counts, problems; None is left out of a problem."""
         problems = [
@@ -188,7 +183,8 @@ def _check_samples(file: _Hashed, checked: Checked, decode_images: bool, timeout
     checked.samples, checked.keys = len(starts), bytes(keys + packer.flush())
     if damage is None and not usable:
         damage = Problem("empty", f"no image and no tokens in any of its {checked.samples:,} samples")
-        checked.drop("no image")  # one for each sample
+        del checked.counts["no image"]  # one for each sample
+        checked.problems = [problem for problem in checked.problems if problem.kind != "no image"]
     if damage is not None:
         checked.add(*damage)
     else:

@@ -234,9 +234,8 @@ def _selections(source: Source, most_samples: int | None) -> list[_Selection]:
     selections = []
     for shard, (start, stop) in enumerate(itertools.pairwise(np.searchsorted(numbers, firsts))):
         for begin in range(start, stop, SELECTION_SAMPLES):
-            selections.append(
-                _Selection(shard, numbers[begin : min(begin + SELECTION_SAMPLES, stop)] - firsts[shard], None)
-            )
+            part = numbers[begin : min(begin + SELECTION_SAMPLES, stop)] - firsts[shard]
+            selections.append(_Selection(shard, part, None))
     return selections
 
 
