@@ -48,7 +48,6 @@ class Batch(NamedTuple):
 
     @property
     def keys(self) -> list[str]:
-        """The samples' keys."""
         return [info.key for info in self.infos]
 
     @property

@@ -69,7 +69,6 @@ class Client:
             future.cancel()
 
     def count(self, bytes_taken: int) -> None:
-        """Add to `bytes_read`."""
         with self.lock:
             self.bytes_read += bytes_taken
 

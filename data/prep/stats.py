@@ -56,7 +56,6 @@ class Score:
     most: float = -math.inf
 
     def count(self, value: Any) -> None:
-        """Count one sample."""
         if value is None:
             self.missing += 1
         elif isinstance(value, bool) or not isinstance(value, (int, float)) or not -MOST < value < MOST:
@@ -67,7 +66,6 @@ class Score:
             self.least, self.most = min(self.least, value), max(self.most, value)
 
     def add(self, other: "Score") -> None:
-        """Add the counts of other samples."""
         for name in ("numbers", "missing", "not_numeric", "total"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.least, self.most = min(self.least, other.least), max(self.most, other.most)
@@ -104,7 +102,6 @@ class Counted:
     unusable: list[str] = field(default_factory=list)
 
     def add(self, other: "Counted") -> None:
-        """Add the counts of other samples."""
         for name, score in other.scores.items():
             self.scores.setdefault(name, Score()).add(score)
         self.unusable = (self.unusable + other.unusable)[:NAMED_UNUSABLE]
@@ -153,8 +150,6 @@ class Counted:
 
 
 class Spread(NamedTuple):
-    """Minimum, median and maximum."""
-
     min: int
     median: int
     max: int

@@ -212,13 +212,11 @@ class _Tokens:
         self.local_n = self.local_n.clamp(0, len(weight_vd) - 1)
 
     def reduce_(self, value: Tensor, op: dist.ReduceOp) -> Tensor:
-        """Reduces over ranks, in place."""
         if self.shard is not None:
             dist.all_reduce(value, op, group=self.shard.group)
         return value
 
     def scatter_sum(self, all_nd: Tensor) -> Tensor:
-        """Sums over ranks and returns this rank's rows."""
         return all_nd if self.shard is None else self.ranks.scatter_sum(all_nd)
 
 
