@@ -18,7 +18,7 @@ from data.sampler import LaneAssignment, default_lanes, divides
 from data.samples import Skipped, WindowLimit
 from data.sources import Source, check_names, describe, is_among, open_shards, open_source
 from data.storage import Timeouts
-from data.stream_state import Totals, add_totals, rank_state, restore, stream_identity
+from data.stream_state import Totals, add_totals, restore, stream_identity
 from data.tokens import TokenHeader, TokenSpec, TokenTransform, check_tokens, first_header
 from data.transforms import TrainingTransform
 from data.workers import LaneDataset, WorkerLoader
@@ -168,8 +168,16 @@ class TrainStream:
         return "\n".join([*lines, f"{self.assignment.lanes} lanes, {self.assignment.workers} workers a process{order}"])
 
     def _state(self) -> dict:
-        rank, world_size = self.assignment.rank, self.assignment.world_size
-        return rank_state(self.identity, rank, world_size, self.steps, self.lanes, self.totals, self.quarantine)
+        """This rank's state, for JSON; see `merge_states`."""
+        return {
+            "stream": self.identity,
+            "steps": self.steps,
+            "lanes": {str(lane): state for lane, state in sorted(self.lanes.items())},
+            "totals": self.totals,
+            "ranks": [self.assignment.rank],
+            "world_size": self.assignment.world_size,
+            "quarantine": self.quarantine,
+        }
 
     def _next_read(self) -> ReadSamples:
         read = next(self.reads)

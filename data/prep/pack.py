@@ -95,25 +95,20 @@ def pack(
             progress(done, len(paths))
 
     limits = {"maxcount": max_samples_per_shard, "maxsize": max_bytes_per_shard}
-    written = _write_tars(usable_samples(), out, prefix, limits, classes)
-    if not written.samples:
+    shards = _write_tars(usable_samples(), out, prefix, limits, classes)
+    if not shards:
         raise DataError(f"none of the {len(paths)} images under {source} can be read: {skipped[0].reason}")
     missing = (coco.without_caption, coco.without_image) if coco else ([], [])
-    return PackReport(written.shards, written.samples, skipped, *missing)
-
-
-class _Written(NamedTuple):
-    shards: list[str]
-    samples: int
+    return PackReport(shards, len(paths) - len(skipped), skipped, *missing)
 
 
 def _write_tars(
     samples: Iterator[dict], out: Path, prefix: str, limits: dict[str, int], classes: dict[str, int] | None
-) -> _Written:
+) -> list[str]:
     """Write the samples to tars in `out`, which appear only if there are samples and no error occurs."""
     from webdataset.writer import ShardWriter  # on first use: importing it takes half a second
 
-    count = 0
+    is_empty = True
     existing = next(parent for parent in [out, *out.parents] if parent.exists())
     try:
         with tempfile.TemporaryDirectory(prefix=".ibq-pack-", dir=existing) as scratch:
@@ -122,9 +117,9 @@ def _write_tars(
             with ShardWriter(pattern, **limits, verbose=0, encoder=False, mtime=0) as writer:
                 for sample in samples:
                     writer.write(sample)
-                    count += 1
-            if not count:
-                return _Written([], 0)
+                    is_empty = False
+            if is_empty:
+                return []
             if classes is not None:
                 (Path(scratch) / "classes.json").write_text(json.dumps(classes, indent=2) + "\n", encoding="utf-8")
             _check_no_tars(out)
@@ -134,7 +129,7 @@ def _write_tars(
                 os.replace(file, out / file.name)
     except OSError as error:
         raise DataError(f"cannot write shards to {out}: {error.strerror}; choose another folder with --out") from error
-    return _Written([str(out / file.name) for file in files if file.suffix == ".tar"], count)
+    return [str(out / file.name) for file in files if file.suffix == ".tar"]
 
 
 def _check_pack_options(prefix, max_samples_per_shard, max_bytes_per_shard, shorter_side, quality):

@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from model_zoo.errors import ModelError
 from model_zoo.ops.codebook_parallel import CodebookShard, GroupCommunicator
 from model_zoo.ops.eager import eager
-from model_zoo.ops.tiled import accumulation_dtype
+from model_zoo.ops.tiled import accumulation_dtype, fast_exp
 
 # Bytes of the logits of one chunk of tokens. Each chunk reads and writes the whole gradient of the weight, so a GPU,
 # which is limited by memory bandwidth here, needs larger chunks. Measured on two cores, see docs/LOG.md.
@@ -141,8 +141,7 @@ class _Chunked(torch.autograd.Function):
 
                 max_c = tokens.reduce_(logits_vc.amax(dim=0), dist.ReduceOp.MAX)
                 target_logit_c = logits_vc.gather(0, local_c)[0].where(mine_c, 0)
-                # exp as exp2: on CPUs PyTorch's exp calls MKL, which is slow for arguments whose result underflows.
-                logits_vc.sub_(max_c).mul_(1 / math.log(2)).exp2_()
+                fast_exp(logits_vc.sub_(max_c), out=logits_vc)
                 sums_2c = torch.stack([logits_vc.sum(dim=0), target_logit_c])
                 sum_c, target_logit_c = tokens.reduce_(sums_2c, dist.ReduceOp.SUM)
                 log_sum_n[at] = log_sum_c = max_c + sum_c.log()

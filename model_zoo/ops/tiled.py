@@ -260,3 +260,9 @@ def accumulation_dtype(tensor: Tensor) -> torch.dtype:
 def accumulation(tensor: Tensor) -> Tensor:
     """The tensor in its accumulation dtype, contiguous."""
     return tensor.to(accumulation_dtype(tensor)).contiguous()
+
+
+def fast_exp(x: Tensor, out: Tensor) -> Tensor:
+    """exp, computed as exp2. On CPUs PyTorch's exp calls MKL, which is ten times slower than PyTorch's own exp2 for
+    arguments whose result underflows."""
+    return torch.mul(x, 1 / math.log(2), out=out).exp2_()
