@@ -11,8 +11,6 @@ from data.errors import DataError, ImageError
 from data.samples import IMAGE_SUFFIXES, Sample, Shard, Window, WindowLimit, is_image
 from data.transforms import MAX_BYTES
 
-ZIP_SUFFIX = ".zip"
-
 
 def find_images(folder: Path) -> list[Path]:
     """Paths of all images relative to `folder`, sorted, without hidden files and folders."""
@@ -33,13 +31,12 @@ def is_folder_of_images(spec) -> bool:
 
 def is_zip(spec) -> bool:
     """Whether `spec` is a local zip file."""
-    return isinstance(spec, (str, os.PathLike)) and os.path.isfile(spec) and str(spec).lower().endswith(ZIP_SUFFIX)
+    return isinstance(spec, (str, os.PathLike)) and os.path.isfile(spec) and str(spec).lower().endswith(".zip")
 
 
+@dataclass(eq=False)
 class _ListedWindow(Window):
-    def __init__(self, shard: Shard, first: int, count: int):
-        super().__init__(first, count)
-        self.shard = shard
+    shard: Shard
 
     def read(self, n: int) -> Sample:
         return self.shard.read(self.first + n)
@@ -58,7 +55,7 @@ class _ListedShard:
     def windows(self, first: int, stop: int | None, limit: WindowLimit) -> Iterator[Window]:
         stop = len(self) if stop is None else stop
         for begin in range(first, stop, limit.samples):
-            yield _ListedWindow(self, begin, min(limit.samples, stop - begin))
+            yield _ListedWindow(begin, min(limit.samples, stop - begin), self)
 
 
 @dataclass(eq=False)

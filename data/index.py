@@ -128,12 +128,8 @@ class Index:
         if number is None:
             return None
         samples = slice(self.first[number], self.first[number + 1])
-        return SampleTable(
-            int(self.tensors["bytes"][number]),
-            self.tensors["starts"][samples],
-            self.tensors["stops"][samples],
-            self.tensors["keys"][samples],
-        )
+        starts_n, stops_n, keys_n = (self.tensors[name][samples] for name in ("starts", "stops", "keys"))
+        return SampleTable(int(self.tensors["bytes"][number]), starts_n, stops_n, keys_n)
 
     def sha256(self, url: str, root: str) -> str | None:
         """The SHA-256 of a tar's content when the index was written, or None."""

@@ -280,19 +280,9 @@ def open_sources(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Source]:
     """The sources of a `data` section, opened. before: source -> its identity when the run began. Raises DataError."""
-    configs, access = _configs(config), access_of(config)
-    sources = [
-        open_source(
-            one,
-            access,
-            content=config.content,
-            allow_pipes=config.allow_pipes,
-            quarantine=quarantine,
-            before=(before or {}).get(one.name),
-            progress=progress,
-        )
-        for one in configs
-    ]
+    configs, access, before = _configs(config), access_of(config), before or {}
+    options = {"content": config.content, "allow_pipes": config.allow_pipes, "quarantine": quarantine}
+    sources = [open_source(one, access, before=before.get(one.name), progress=progress, **options) for one in configs]
     urls = [shard.url for source in sources for shard in source.shards]
     for part in sorted(quarantine):
         if not any(is_among(url, frozenset([part])) for url in urls):

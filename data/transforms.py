@@ -219,11 +219,8 @@ def resize_named(name: str) -> Resize:
 
 
 def _pil_antialias() -> Resize:
-    def apply(image, size, box=None):
-        return image.resize(size, Image.Resampling.BILINEAR, box=box)
-
     return Resize(
-        apply,
+        apply=lambda image, size, box=None: image.resize(size, Image.Resampling.BILINEAR, box=box),
         long_side=lambda shorter, longer, target: int(target * longer / shorter),
         margin=lambda spare: round(spare / 2),
     )

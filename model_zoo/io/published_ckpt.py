@@ -320,8 +320,7 @@ def _unsupported(kind: str, config: dict) -> str | None:
     for key, published in (("quantizer", ("ibq", "vq")), ("patch_size", (1,)), ("local", (False,))):
         if (value := config.get(key, published[0])) not in published:
             return f"model.{key}={str(value).lower()}"
-    channels = config["channels"]
-    narrow = [channels * multiplier for multiplier in (1, *config["channel_multipliers"])]
-    return next(
-        (f"{width} channels, not a multiple of the 32 groups of its norms" for width in narrow if width % 32), None
-    )
+    for multiplier in (1, *config["channel_multipliers"]):
+        if (width := config["channels"] * multiplier) % 32:
+            return f"{width} channels, not a multiple of the 32 groups of its norms"
+    return None
