@@ -80,12 +80,11 @@ class TrainStream:
     ):
         check_numbers(config)
         self.config, self.micro_batch_size = config, micro_batch_size
-        lanes, quarantine, sources_before = config.lanes, frozenset(config.quarantine), {}
-        if state is not None:
-            stream = state.get("stream", {})
-            lanes, sources_before = lanes or stream.get("lanes"), stream.get("sources", {})
-            quarantine |= frozenset(state.get("quarantine", ()))
-        lanes = lanes or default_lanes(global_batch_size, world_size, config.workers)
+        before = state or {}
+        stream = before.get("stream", {})
+        sources_before = stream.get("sources", {})
+        quarantine = frozenset([*config.quarantine, *before.get("quarantine", ())])
+        lanes = config.lanes or stream.get("lanes") or default_lanes(global_batch_size, world_size, config.workers)
         if state is None and lanes % global_batch_size and global_batch_size % lanes:
             better = max(1, round(lanes / global_batch_size)) * global_batch_size
             raise DataError(

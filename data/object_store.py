@@ -278,7 +278,6 @@ _IN_WORDS = {
     "ClientConnectorDNSError": "its host is not known",
 }
 
-
 # Raised by aiohttp, botocore, requests and google-auth if there was no answer, or an unreadable one.
 _TRANSIENT = {"ClientError", "HTTPClientError", "ConnectionError", "RequestException", "TransportError"}
 _TRANSIENT |= {"ResponseParserError", "CredentialRetrievalError", "MetadataRetrievalError"}

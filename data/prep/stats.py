@@ -286,8 +286,8 @@ def _count_sample(counted: Counted, source: Source, sample: Sample) -> None:
         counted.sides[min(header.width, header.height)] += 1
         counted.shapes[bisect.bisect(SHAPE_BORDERS, header.width / header.height)] += 1
     scores = metadata_of(sample) if counted.scores else {}
-    if picked.caption is not None and str(picked.caption).strip():
-        counted.lengths[len(str(picked.caption).strip())] += 1
+    if caption := (picked.caption or "").strip():
+        counted.lengths[len(caption)] += 1
     else:
         counted.missing_captions += 1
     if picked.label is not None:
