@@ -247,13 +247,6 @@ class _Coco(NamedTuple):
     without_caption: list[str]
     without_image: list[str]
 
-    def texts(self, path: PurePosixPath) -> tuple[dict, dict[str, bytes]]:
-        """More of the sample's json, and its txt."""
-        if path.name not in self.captions:
-            return {}, {}
-        captions = self.captions[path.name]
-        return {"image_id": self.ids[path.name], "captions": captions}, {"txt": captions[0].encode()}
-
 
 def _read_coco(annotations: str | Path, paths: list[PurePosixPath]) -> _Coco:
     try:
@@ -326,7 +319,10 @@ class _Samples(NamedTuple):
     def _texts(self, path: PurePosixPath) -> tuple[dict, dict[str, bytes]]:
         """Additional fields of the sample's json, and its txt and cls."""
         if self.coco is not None:
-            return self.coco.texts(path)
+            if path.name not in self.coco.captions:
+                return {}, {}
+            captions = self.coco.captions[path.name]
+            return {"image_id": self.coco.ids[path.name], "captions": captions}, {"txt": captions[0].encode()}
         members = {suffix: text for suffix in ("txt", "cls") if (text := self.files.beside(path, suffix)) is not None}
         if self.classes is not None:
             members["cls"] = str(self.classes[path.parts[0]]).encode()
