@@ -154,9 +154,8 @@ class EvaluationTokens(_OrderedSamples):
     def _value(self, sample: Sample, index: int) -> EvaluationToken:
         header, index_vhw = unpack_codes(sample.image(TOKENS.image))
         check_tokens(header, self.spec, sample.key)
-        return EvaluationToken(
-            sample.key, torch.from_numpy(index_vhw[0]).flatten().long(), label_of(sample.members, TOKENS), index
-        )
+        index_t = torch.from_numpy(index_vhw[0]).flatten().long()
+        return EvaluationToken(sample.key, index_t, label_of(sample.members, TOKENS), index)
 
 
 def _shards(path: str | list[str], access: Access) -> list[Shard]:

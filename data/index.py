@@ -57,9 +57,8 @@ class SampleTable:
 def common_root(urls: list[str]) -> str:
     """The deepest folder that contains all the paths or URLs, with a trailing /; queries are ignored."""
     folders = [posixpath.dirname(without_query(url)).split("/") for url in urls]
-    shared = [
-        names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, zip(*folders, strict=False))
-    ]
+    levels = zip(*folders, strict=False)
+    shared = [names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, levels)]
     return "/".join(shared) + "/" if shared else ""
 
 

@@ -217,9 +217,8 @@ def _unchanged(url: str) -> Any:
     """The URL for aiohttp, which would re-encode it: a signature is only valid for the exact characters."""
     import yarl
 
-    return yarl.URL(
-        url, encoded=re.fullmatch(r"(%[0-9A-Fa-f]{2}|[A-Za-z0-9._~:/?#\[\]@!$&'()*+,;=-])+", url) is not None
-    )
+    is_encoded = re.fullmatch(r"(%[0-9A-Fa-f]{2}|[A-Za-z0-9._~:/?#\[\]@!$&'()*+,;=-])+", url) is not None
+    return yarl.URL(url, encoded=is_encoded)
 
 
 async def _parse_answer(

@@ -201,7 +201,7 @@ class Resize(NamedTuple):
 
     apply: Callable[..., Image.Image]
     long_side: Callable[[int, int, int], int]
-    margin: Callable[[int], int]
+    margin: Callable[[int], int] = lambda spare: spare // 2
 
 
 def resize_named(name: str) -> Resize:
@@ -238,11 +238,7 @@ def _cv2_bilinear() -> Resize:
         pixels_hwc = np.asarray(image if box is None else image.crop(box))
         return Image.fromarray(cv2.resize(pixels_hwc, size, interpolation=cv2.INTER_LINEAR))
 
-    return Resize(
-        apply,
-        long_side=lambda shorter, longer, target: round(longer * (target / shorter)),
-        margin=lambda spare: spare // 2,
-    )
+    return Resize(apply, long_side=lambda shorter, longer, target: round(longer * (target / shorter)))
 
 
 def _adm_center_crop() -> Resize:
@@ -257,7 +253,7 @@ def _adm_center_crop() -> Resize:
             shorter, longer = shorter // 2, longer // 2
         return round(longer * (target / shorter))
 
-    return Resize(apply, long_side, margin=lambda spare: spare // 2)
+    return Resize(apply, long_side)
 
 
 RESIZES = {"pil_antialias": _pil_antialias, "cv2_bilinear": _cv2_bilinear, "adm_center_crop": _adm_center_crop}
