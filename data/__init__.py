@@ -32,40 +32,7 @@ _DEFINED_IN = {
 }
 _MODULE_OF = {name: module for module, names in _DEFINED_IN.items() for name in names}
 
-__all__ = [
-    "Batch",
-    "DataConfig",
-    "DataError",
-    "EvaluationImage",
-    "EvaluationImages",
-    "EvaluationToken",
-    "EvaluationTokens",
-    "FilterConfig",
-    "ImageError",
-    "PackReport",
-    "Skipped",
-    "SourceConfig",
-    "TokenHeader",
-    "TokenSpec",
-    "TrainStream",
-    "access_of",
-    "add_totals",
-    "cache_folder",
-    "catalogue",
-    "check",
-    "decode",
-    "evaluation_images",
-    "evaluation_tokens",
-    "expand",
-    "merge_states",
-    "pack",
-    "pack_codes",
-    "redacted",
-    "scan",
-    "token_header",
-    "train_batches",
-    "unpack_codes",
-]
+__all__ = ["DataError", *_MODULE_OF]
 
 
 def __getattr__(name: str):

@@ -133,12 +133,13 @@ class Access(NamedTuple):
 
     def read(self, url: str, start: int, stop: int) -> bytes:
         """The bytes start to stop of a shard. Raises DataError."""
-        if self.is_copied(url):
-            return self.with_copy(url, lambda path: read(path, start, stop))
-        return read(url, start, stop, self.timeouts)
+        return self.apply(lambda place: read(place, start, stop, self.timeouts), url)
 
-    def with_copy(self, url: str, action: Callable[[str], T]) -> T:
-        """`action(path of the local copy)`, repeated if another process evicts the copy. Raises DataError."""
+    def apply(self, action: Callable[[str], T], url: str) -> T:
+        """`action(url)`, or `action(path of the local copy)`, repeated if another process evicts the copy. Raises
+        DataError."""
+        if not self.is_copied(url):
+            return action(url)
         for _ in range(EVICTION_RETRIES):
             path = str(self.cache.path(url))
             try:

@@ -50,8 +50,10 @@ class _OrderedSamples:
     `skipped` (of the current pass).
     """
 
-    def __init__(self, path: str | list[str], shard: tuple[int, int], access: Access, block: int = 1, threads: int = 0):
-        self.shards = _shards(path, access)
+    def __init__(
+        self, path: str | list[str], shard: tuple[int, int], access: Access | None, block: int = 1, threads: int = 0
+    ):
+        self.shards = _shards(path, access or Access())
         entries = [(one, index) for one in self.shards for index in range(len(one))]
         first, count = shard
         self.entries = [(index, *entry) for index, entry in enumerate(entries) if index // block % count == first]
@@ -106,15 +108,21 @@ class _OrderedSamples:
 
 
 class EvaluationImages(_OrderedSamples):
-    """`EvaluationImage` by `EvaluationImage`; see `evaluation_images`."""
+    """The images of a folder (recursive), an image file, a zip file or tars (as `expand` reads them), in fixed order.
+
+    image_size: shorter side and centre crop in pixels by the protocol `resize`; None keeps the original size.
+    shard: (index, count): only this part of the set, `block` images in turn. access: how remote tars are read; without
+    a cache they are copied to `cache_folder()`. threads: threads that decode ahead; 0: decode on request.
+    """
 
     def __init__(
         self,
         path: str | list[str],
+        *,
         image_size: int | None,
-        resize: str,
-        shard: tuple[int, int],
-        access: Access,
+        resize: str = "pil_antialias",
+        shard: tuple[int, int] = (0, 1),
+        access: Access | None = None,
         block: int = 1,
         threads: int = 0,
     ):
@@ -131,9 +139,14 @@ class EvaluationImages(_OrderedSamples):
 
 
 class EvaluationTokens(_OrderedSamples):
-    """`EvaluationToken` by `EvaluationToken`; see `evaluation_tokens`."""
+    """The first view of each token sample of some tars, in fixed order; shard and access as of `EvaluationImages`.
 
-    def __init__(self, path: str | list[str], spec: TokenSpec, shard: tuple[int, int], access: Access):
+    Raises DataError for images, and for tokens that do not match the spec: the first sample at once, others while
+    iterating."""
+
+    def __init__(
+        self, path: str | list[str], spec: TokenSpec, *, shard: tuple[int, int] = (0, 1), access: Access | None = None
+    ):
         super().__init__(path, shard, access)
         self.spec = spec
         check_tokens(first_header(self.shards, str(path)), spec, str(path))
@@ -141,9 +154,8 @@ class EvaluationTokens(_OrderedSamples):
     def _value(self, sample: Sample, index: int) -> EvaluationToken:
         header, index_vhw = unpack_codes(sample.image(TOKENS.image))
         check_tokens(header, self.spec, sample.key)
-        return EvaluationToken(
-            sample.key, torch.from_numpy(index_vhw[0]).flatten().long(), label_of(sample.members, TOKENS), index
-        )
+        index_t = torch.from_numpy(index_vhw[0]).flatten().long()
+        return EvaluationToken(sample.key, index_t, label_of(sample.members, TOKENS), index)
 
 
 def _shards(path: str | list[str], access: Access) -> list[Shard]:
@@ -159,30 +171,5 @@ def _shards(path: str | list[str], access: Access) -> list[Shard]:
     return source.shards
 
 
-def evaluation_images(
-    path: str | list[str],
-    *,
-    image_size: int | None,
-    resize: str = "pil_antialias",
-    shard: tuple[int, int] = (0, 1),
-    access: Access | None = None,
-    block: int = 1,
-    threads: int = 0,
-) -> EvaluationImages:
-    """The images of a folder (recursive), an image file, a zip file or tars (as `expand` reads them), in fixed order.
-
-    image_size: shorter side and centre crop in pixels by the protocol `resize`; None keeps the original size.
-    shard: (index, count): only this part of the set, `block` images in turn. access: how remote tars are read; without
-    a cache they are copied to `cache_folder()`. threads: threads that decode ahead; 0: decode on request.
-    """
-    return EvaluationImages(path, image_size, resize, shard, access or Access(), block, threads)
-
-
-def evaluation_tokens(
-    path: str | list[str], spec: TokenSpec, *, shard: tuple[int, int] = (0, 1), access: Access | None = None
-) -> EvaluationTokens:
-    """The first view of each token sample of some tars, in fixed order; shard and access as of `evaluation_images`.
-
-    Raises DataError for images, and for tokens that do not match the spec: the first sample at once, others while
-    iterating."""
-    return EvaluationTokens(path, spec, shard, access or Access())
+evaluation_images = EvaluationImages
+evaluation_tokens = EvaluationTokens

@@ -1,5 +1,6 @@
 """Folders and zip files of images, read as shards."""
 
+import contextlib
 import os
 import zipfile
 from collections.abc import Iterator
@@ -9,8 +10,6 @@ from pathlib import Path
 from data.errors import DataError, ImageError
 from data.samples import IMAGE_SUFFIXES, Sample, Shard, Window, WindowLimit, is_image
 from data.transforms import MAX_BYTES
-
-ZIP_SUFFIX = ".zip"
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -32,30 +31,46 @@ def is_folder_of_images(spec) -> bool:
 
 def is_zip(spec) -> bool:
     """Whether `spec` is a local zip file."""
-    return isinstance(spec, (str, os.PathLike)) and os.path.isfile(spec) and str(spec).lower().endswith(ZIP_SUFFIX)
+    return isinstance(spec, (str, os.PathLike)) and os.path.isfile(spec) and str(spec).lower().endswith(".zip")
 
 
 @dataclass(eq=False)
-class FolderShard:
+class _ListedWindow(Window):
+    shard: Shard
+
+    def read(self, n: int) -> Sample:
+        return self.shard.read(self.first + n)
+
+
+@dataclass(eq=False)
+class _ListedShard:
+    """A shard that knows its samples from a list of files. Subclasses have `__len__` and `read`."""
+
+    url: str
+
+    @property
+    def name(self) -> str:
+        return self.url
+
+    def windows(self, first: int, stop: int | None, limit: WindowLimit) -> Iterator[Window]:
+        stop = len(self) if stop is None else stop
+        for begin in range(first, stop, limit.samples):
+            yield _ListedWindow(begin, min(limit.samples, stop - begin), self)
+
+
+@dataclass(eq=False)
+class FolderShard(_ListedShard):
     """The images of a folder and its sub-folders, in sorted order. The key of a sample is its relative path.
 
     Files NAME.txt, NAME.cls and NAME.json beside the image belong to the sample; ``cls`` may come from the top
     sub-folder instead.
     """
 
-    url: str
     images: list[Path]
     classes: dict[str, int] | None = None
 
-    @property
-    def name(self) -> str:
-        return self.url
-
     def __len__(self):
         return len(self.images)
-
-    def windows(self, first: int, stop: int | None, limit: WindowLimit) -> Iterator[Window]:
-        return _windows_by_count(self, first, len(self) if stop is None else stop, limit)
 
     def read(self, index: int) -> Sample:
         relative = self.images[index]
@@ -90,48 +105,31 @@ def folder_shard(folder: str, class_from_folder: bool = False) -> FolderShard:
 
 
 @dataclass(eq=False)
-class ZipShard:
+class ZipShard(_ListedShard):
     """The images in a zip file, sorted by name."""
 
-    url: str
     names: list[str]
     _file: tuple[int, zipfile.ZipFile] | None = None
-
-    @property
-    def name(self) -> str:
-        return self.url
 
     def __len__(self):
         return len(self.names)
 
-    def windows(self, first: int, stop: int | None, limit: WindowLimit) -> Iterator[Window]:
-        return _windows_by_count(self, first, len(self) if stop is None else stop, limit)
-
     def read(self, index: int) -> Sample:
         name = self.names[index]
-        suffix = name.rpartition(".")[2]
         try:
             if self._file is None or self._file[0] != os.getpid():  # a forked process must not share the file offset
-                self._file = os.getpid(), zipfile.ZipFile(self.url)
+                with _zip_damage():
+                    self._file = os.getpid(), zipfile.ZipFile(self.url)
             file = self._file[1]
-            if (bytes_of_image := file.getinfo(name).file_size) > MAX_BYTES:
-                raise ImageError(f"{bytes_of_image:,} bytes are more than {MAX_BYTES:,}")
-            return Sample(name, {suffix.lower(): file.read(name)})
-        except (zipfile.BadZipFile, zipfile.zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-            raise ImageError(f"damaged or encrypted in the zip file: {error}") from error
+            return Sample(name, {name.rpartition(".")[2].lower(): read_from_zip(file, file.getinfo(name))})
         except OSError as error:
             raise DataError(f"cannot read {self.url}: {error.strerror or error}") from error
 
 
 def zip_shard(path: str) -> ZipShard:
     """Raises DataError for a file that is not a zip file, or has no images."""
-    try:
-        with zipfile.ZipFile(path) as file:
-            names = sorted(name for name in file.namelist() if is_image(name) and not _is_hidden(name))
-    except zipfile.BadZipFile as error:
-        raise DataError(f"{path} is no whole zip file: copy it again") from error
-    except OSError as error:
-        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    with open_zip(path) as file:
+        names = sorted(name for name in file.namelist() if is_image(name) and not _is_hidden(name))
     if not names:
         raise DataError(f"no {', '.join(IMAGE_SUFFIXES)} in {path}: name a zip file of images")
     return ZipShard(path, names)
@@ -141,15 +139,27 @@ def _is_hidden(name: str) -> bool:
     return name.startswith("__MACOSX/") or any(part.startswith(".") for part in name.split("/"))
 
 
-class _IndexedWindow(Window):
-    def __init__(self, shard: Shard, first: int, count: int):
-        super().__init__(first, count)
-        self.shard = shard
+def open_zip(path: str | Path) -> zipfile.ZipFile:
+    """Raises DataError for a file that is not a zip file."""
+    try:
+        return zipfile.ZipFile(path)
+    except zipfile.BadZipFile as error:
+        raise DataError(f"{path} is no whole zip file: copy it again") from error
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
 
-    def read(self, n: int) -> Sample:
-        return self.shard.read(self.first + n)
+
+def read_from_zip(file: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
+    """A member's content. Raises ImageError for one that is damaged or has more than MAX_BYTES, and OSError."""
+    if member.file_size > MAX_BYTES:
+        raise ImageError(f"{member.file_size:,} bytes are more than {MAX_BYTES:,}")
+    with _zip_damage():
+        return file.read(member)
 
 
-def _windows_by_count(shard: Shard, first: int, stop: int, limit: WindowLimit) -> Iterator[Window]:
-    for begin in range(first, stop, limit.samples):
-        yield _IndexedWindow(shard, begin, min(limit.samples, stop - begin))
+@contextlib.contextmanager
+def _zip_damage() -> Iterator[None]:
+    try:
+        yield
+    except (zipfile.BadZipFile, zipfile.zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
+        raise ImageError(f"damaged or encrypted in the zip file: {error}") from error

@@ -57,9 +57,8 @@ class SampleTable:
 def common_root(urls: list[str]) -> str:
     """The deepest folder that contains all the paths or URLs, with a trailing /; queries are ignored."""
     folders = [posixpath.dirname(without_query(url)).split("/") for url in urls]
-    shared = [
-        names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, zip(*folders, strict=False))
-    ]
+    levels = zip(*folders, strict=False)
+    shared = [names[0] for names in itertools.takewhile(lambda names: len(set(names)) == 1, levels)]
     return "/".join(shared) + "/" if shared else ""
 
 
@@ -128,12 +127,8 @@ class Index:
         if number is None:
             return None
         samples = slice(self.first[number], self.first[number + 1])
-        return SampleTable(
-            int(self.tensors["bytes"][number]),
-            self.tensors["starts"][samples],
-            self.tensors["stops"][samples],
-            self.tensors["keys"][samples],
-        )
+        starts_n, stops_n, keys_n = (self.tensors[name][samples] for name in ("starts", "stops", "keys"))
+        return SampleTable(int(self.tensors["bytes"][number]), starts_n, stops_n, keys_n)
 
     def sha256(self, url: str, root: str) -> str | None:
         """The SHA-256 of a tar's content when the index was written, or None."""

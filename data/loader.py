@@ -18,7 +18,7 @@ from data.sampler import LaneAssignment, default_lanes, divides
 from data.samples import Skipped, WindowLimit
 from data.sources import Source, check_names, describe, is_among, open_shards, open_source
 from data.storage import Timeouts
-from data.stream_state import Totals, add_totals, rank_state, restore, stream_identity
+from data.stream_state import Totals, add_totals, restore, stream_identity
 from data.tokens import TokenHeader, TokenSpec, TokenTransform, check_tokens, first_header
 from data.transforms import TrainingTransform
 from data.workers import LaneDataset, WorkerLoader
@@ -48,7 +48,6 @@ class Batch(NamedTuple):
 
     @property
     def keys(self) -> list[str]:
-        """The samples' keys."""
         return [info.key for info in self.infos]
 
     @property
@@ -81,12 +80,11 @@ class TrainStream:
     ):
         check_numbers(config)
         self.config, self.micro_batch_size = config, micro_batch_size
-        lanes, quarantine, sources_before = config.lanes, frozenset(config.quarantine), {}
-        if state is not None:
-            stream = state.get("stream", {})
-            lanes, sources_before = lanes or stream.get("lanes"), stream.get("sources", {})
-            quarantine |= frozenset(state.get("quarantine", ()))
-        lanes = lanes or default_lanes(global_batch_size, world_size, config.workers)
+        before = state or {}
+        stream = before.get("stream", {})
+        sources_before = stream.get("sources", {})
+        quarantine = frozenset([*config.quarantine, *before.get("quarantine", ())])
+        lanes = config.lanes or stream.get("lanes") or default_lanes(global_batch_size, world_size, config.workers)
         if state is None and lanes % global_batch_size and global_batch_size % lanes:
             better = max(1, round(lanes / global_batch_size)) * global_batch_size
             raise DataError(
@@ -169,8 +167,16 @@ class TrainStream:
         return "\n".join([*lines, f"{self.assignment.lanes} lanes, {self.assignment.workers} workers a process{order}"])
 
     def _state(self) -> dict:
-        rank, world_size = self.assignment.rank, self.assignment.world_size
-        return rank_state(self.identity, rank, world_size, self.steps, self.lanes, self.totals, self.quarantine)
+        """This rank's state, for JSON; see `merge_states`."""
+        return {
+            "stream": self.identity,
+            "steps": self.steps,
+            "lanes": {str(lane): state for lane, state in sorted(self.lanes.items())},
+            "totals": self.totals,
+            "ranks": [self.assignment.rank],
+            "world_size": self.assignment.world_size,
+            "quarantine": self.quarantine,
+        }
 
     def _next_read(self) -> ReadSamples:
         read = next(self.reads)
@@ -221,9 +227,7 @@ class _BadSampleBudget:
             )
 
 
-def train_batches(config: DataConfig, **options) -> TrainStream:
-    """See `TrainStream`."""
-    return TrainStream(config, **options)
+train_batches = TrainStream
 
 
 def check(
@@ -275,19 +279,9 @@ def open_sources(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Source]:
     """The sources of a `data` section, opened. before: source -> its identity when the run began. Raises DataError."""
-    configs, access = _configs(config), access_of(config)
-    sources = [
-        open_source(
-            one,
-            access,
-            content=config.content,
-            allow_pipes=config.allow_pipes,
-            quarantine=quarantine,
-            before=(before or {}).get(one.name),
-            progress=progress,
-        )
-        for one in configs
-    ]
+    configs, access, before = _configs(config), access_of(config), before or {}
+    options = {"content": config.content, "allow_pipes": config.allow_pipes, "quarantine": quarantine}
+    sources = [open_source(one, access, before=before.get(one.name), progress=progress, **options) for one in configs]
     urls = [shard.url for source in sources for shard in source.shards]
     for part in sorted(quarantine):
         if not any(is_among(url, frozenset([part])) for url in urls):

@@ -38,9 +38,8 @@ class Npz:
             if IMAGES not in self.names:
                 return
             with archive.open(f"{IMAGES}.npy") as member:
-                shape = self._read_header(member)
+                self.count, self.height, self.width, _ = self._read_header(member)
                 stored = archive.getinfo(f"{IMAGES}.npy").file_size - member.tell()
-        self.count, self.height, self.width, _ = shape
         if stored != self.count * self._image_bytes:
             raise DataError(f"{path} is damaged: {IMAGES} is shorter than its header says; write it again")
 

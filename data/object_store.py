@@ -69,7 +69,6 @@ class Client:
             future.cancel()
 
     def count(self, bytes_taken: int) -> None:
-        """Add to `bytes_read`."""
         with self.lock:
             self.bytes_read += bytes_taken
 
@@ -218,9 +217,8 @@ def _unchanged(url: str) -> Any:
     """The URL for aiohttp, which would re-encode it: a signature is only valid for the exact characters."""
     import yarl
 
-    return yarl.URL(
-        url, encoded=re.fullmatch(r"(%[0-9A-Fa-f]{2}|[A-Za-z0-9._~:/?#\[\]@!$&'()*+,;=-])+", url) is not None
-    )
+    is_encoded = re.fullmatch(r"(%[0-9A-Fa-f]{2}|[A-Za-z0-9._~:/?#\[\]@!$&'()*+,;=-])+", url) is not None
+    return yarl.URL(url, encoded=is_encoded)
 
 
 async def _parse_answer(
@@ -278,7 +276,6 @@ _IN_WORDS = {
     "ServerDisconnectedError": "the server hung up",
     "ClientConnectorDNSError": "its host is not known",
 }
-
 
 # Raised by aiohttp, botocore, requests and google-auth if there was no answer, or an unreadable one.
 _TRANSIENT = {"ClientError", "HTTPClientError", "ConnectionError", "RequestException", "TransportError"}

@@ -180,17 +180,12 @@ class LaneReader:
         self.mixture = Mixture([source.weight for source in self.sources], self.seed)
         self.orders = [order_of(source, self.seed) for source in self.sources]
         self.cursors: dict[tuple[int, int], Cursor] = {}
-        # A lane reads other samples in every epoch, so what it leaves out is representative of the whole source.
-        self.most_filtered_in_a_row = [
-            max(LEAST_FILTERED_IN_A_ROW, source.samples or FILTERED_IN_A_ROW_UNKNOWN_SIZE) for source in self.sources
-        ]
         self.delivered = {lane: state[0] for lane, state in self.states.items()}
 
     def read(self, lanes: list[int], values: np.ndarray) -> ReadSamples:
         """One sample from each of `lanes`, which may name a lane several times, written into `values`."""
-        infos, skipped, filtered = [], [], Counter()
-        for value, lane in zip(values, lanes, strict=True):
-            infos.append(self._read_sample(lane, value, skipped, filtered))
+        skipped, filtered = [], Counter()
+        infos = [self._read_sample(lane, value, skipped, filtered) for value, lane in zip(values, lanes, strict=True)]
         return ReadSamples(values, infos, {lane: self._lane_state(lane) for lane in set(lanes)}, skipped, filtered)
 
     def _cursor(self, lane: int, number: int) -> Cursor:
@@ -238,7 +233,8 @@ class LaneReader:
                     f"source {source.name}: {bad_in_a_row} images in a row cannot be used, last {key} in {shard} "
                     f"({skipped[-1].reason}); `ibq shards check` finds damaged shards, data.quarantine leaves them out"
                 )
-            if filtered_in_a_row >= self.most_filtered_in_a_row[number]:
+            # A lane reads other samples in every epoch, so what it leaves out is representative of the whole source.
+            if filtered_in_a_row >= max(LEAST_FILTERED_IN_A_ROW, source.samples or FILTERED_IN_A_ROW_UNKNOWN_SIZE):
                 raise DataError(
                     f"source {source.name}: {filtered_in_a_row:,} samples in a row do not pass its filters, last {key} "
                     f"in {shard}: loosen them"

@@ -23,6 +23,7 @@ import numpy as np
 from data.errors import DataError
 
 GOLDEN = 0x9E3779B97F4A7C15  # 2^64 over the golden ratio: its multiples fill 0..2^64 most evenly
+LANE_STEP = int(2**64 * 0.7548776662466927)  # as even over the lanes
 MOST_LANES = 100_000
 
 
@@ -49,18 +50,14 @@ class Mixture:
 
     def __init__(self, weights: list[float], seed: int):
         total = sum(weights)
-        self.seed = seed
+        self.start = seed_of(seed, "mixture")
         self.stops = [round(2**64 * sum(weights[: n + 1]) / total) for n in range(len(weights))]
         self.stops[-1] = 2**64
 
     def source(self, lane: int, number: int) -> int:
         """The source of the lane's image `number`, from 0."""
-        return bisect.bisect_right(self.stops, (_mixture_start(self.seed, lane) + number * GOLDEN) % 2**64)
-
-
-@functools.lru_cache(maxsize=1 << 16)
-def _mixture_start(seed: int, lane: int) -> int:
-    return (seed_of(seed, "mixture") + lane * int(2**64 * 0.7548776662466927)) % 2**64  # as even over the lanes
+        place = (self.start + lane * LANE_STEP + number * GOLDEN) % 2**64
+        return bisect.bisect_right(self.stops, place)
 
 
 # ------------------------------------------------------------------------------------------------ order within a source

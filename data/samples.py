@@ -5,6 +5,7 @@ window reads nothing until a sample is requested; for a remote shard, a window i
 """
 
 from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
 from data.errors import ImageError
@@ -57,6 +58,7 @@ class WindowLimit(NamedTuple):
     bytes: int
 
 
+@dataclass(eq=False)
 class Window:
     """Consecutive samples of a shard: `read(n)` returns the shard's sample first + n, for n in range(len(window)).
 
@@ -64,8 +66,8 @@ class Window:
     cannot be used, DataError if the shard cannot be read.
     """
 
-    def __init__(self, first: int, count: int):
-        self.first, self.count = first, count
+    first: int
+    count: int
 
     def __len__(self):
         return self.count

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import braceexpand
 
-from data.addresses import redacted, scheme_of
+from data.addresses import is_remote, redacted, scheme_of
 from data.errors import DataError
 from data.prep.photographs import BUNDLED, photographs
 from data.storage import list_tars
@@ -45,7 +45,7 @@ def expand(spec: str | Iterable[str], *, allow_pipes: bool = False) -> list[str]
         if not allow_pipes:
             raise DataError("pipe: runs a shell command: allow it with data.allow_pipes=true, if you trust the recipe")
         return _expand_braces(spec)
-    if re.match(r"[A-Za-z][A-Za-z0-9+.-]*://", spec):
+    if is_remote(spec):
         return [url for expanded in _expand_braces(spec) for url in _remote_tars(expanded)]
     return _local_tars(os.path.expanduser(spec), allow_pipes)  # the shell does not expand the ~ of data.train=~/tars
 

@@ -247,15 +247,8 @@ def open_source(
                 shard.table = table
                 progress(done + 1, len(to_scan))
     counts = None if by_shard else _counts(shards, quarantined, before)
-    return Source(
-        config.name,
-        config.weight,
-        shards,
-        layout,
-        open_filters(config.filters, layout, config.name),
-        counts,
-        quarantined,
-    )
+    filters = open_filters(config.filters, layout, config.name)
+    return Source(config.name, config.weight, shards, layout, filters, counts, quarantined)
 
 
 def _counts(shards: list[Shard], quarantined: frozenset[int], before: dict | None) -> list[int] | None:

@@ -1,4 +1,4 @@
-"""The state of a training stream: how it is saved in checkpoints, merged over ranks and restored.
+"""The state of a training stream: what it must agree with, how it is merged over ranks and restored.
 
 The state of a lane is the number of images it has delivered and its position in each source. It counts what was
 delivered, never what was read ahead.
@@ -22,27 +22,6 @@ def stream_identity(sources: list[Source], seed: int, lanes: int, limit: WindowL
         "shuffle_block": limit.samples,
         "shuffle_bytes": limit.bytes,
         "sources": {source.name: source.identity() for source in sources},
-    }
-
-
-def rank_state(
-    identity: dict,
-    rank: int,
-    world_size: int,
-    steps: int,
-    lanes: dict[int, list],
-    totals: Totals,
-    quarantine: list[str],
-) -> dict:
-    """The JSON-able state of one rank after `steps` steps."""
-    return {
-        "stream": identity,
-        "steps": steps,
-        "lanes": {str(lane): state for lane, state in sorted(lanes.items())},
-        "totals": totals,
-        "ranks": [rank],
-        "world_size": world_size,
-        "quarantine": quarantine,
     }
 
 

@@ -184,20 +184,17 @@ def scan(path: str) -> SampleTable:
     """
     try:
         stat = os.stat(path)
+        if stat.st_size == 0:
+            raise DataError(f"the shard {path} is empty (0 bytes): pack or copy it again, or leave it out")
+        return _scan(path, stat.st_size, stat.st_mtime_ns)
     except OSError as error:
         raise DataError(f"cannot read the shard {path}: {error.strerror}") from error
-    if stat.st_size == 0:
-        raise DataError(f"the shard {path} is empty (0 bytes): pack or copy it again, or leave it out")
-    return _scan(path, stat.st_size, stat.st_mtime_ns)
 
 
 @functools.lru_cache(maxsize=512)
 def _scan(path: str, bytes_in_file: int, mtime_ns: int) -> SampleTable:
-    try:
-        with open(path, "rb") as file:
-            found = list(sample_spans(file, path))
-    except OSError as error:
-        raise DataError(f"cannot read the shard {path}: {error.strerror}") from error
+    with open(path, "rb") as file:
+        found = list(sample_spans(file, path))
     if not any(is_content(suffix) for span in found for suffix in span.suffixes):
         raise DataError(f"the shard {path} holds no image ({', '.join(IMAGE_SUFFIXES)}) and no tokens: leave it out")
     return SampleTable(

@@ -44,7 +44,7 @@ class TarShard:
         return len(self.table)
 
     def read(self, index: int) -> Sample:
-        return _TarWindow(self, self.table, index, 1).read(0)
+        return _TarWindow(index, 1, self, self.table).read(0)
 
     def windows(self, first: int, stop: int | None, limit: WindowLimit) -> Iterator[Window]:
         if self.table is None and self.is_streamed and not self.access.is_copied(self.url):
@@ -58,24 +58,20 @@ class TarShard:
         while first < stop:
             most = np.searchsorted(table.stops_n, table.starts_n[first] + limit.bytes, side="right")
             count = max(1, min(limit.samples, int(most) - first, stop - first))
-            yield _TarWindow(self, table, first, count)
+            yield _TarWindow(first, count, self, table)
             first += count
 
     def scan(self) -> SampleTable:
         """Where its samples lie, from the tar's headers (of a remote tar: from the cached copy). Raises DataError."""
         if self.url.startswith(PIPE):
             raise DataError(f"{self.name} can only be read sequentially: write the command's output to a file")
-        return self.access.with_copy(self.url, scan) if self.access.is_copied(self.url) else scan(self.url)
+        return self.access.apply(scan, self.url)
 
     def check_size(self, table: SampleTable) -> None:
         """Raises DataError unless the tar's size is that of its table; checked once per process."""
         if self._size_checked or self.url.startswith(PIPE):
             return
-        found = (
-            self.access.with_copy(self.url, size)
-            if self.access.is_copied(self.url)
-            else size(self.url, self.access.timeouts)
-        )
+        found = self.access.apply(lambda place: size(place, self.access.timeouts), self.url)
         if found != table.bytes:
             raise DataError(
                 f"the shard {self.name} has {found:,} bytes, but its index says {table.bytes:,}: {HOW_TO_FIX}"
@@ -88,19 +84,20 @@ class TarShard:
             for span in sample_spans(file, self.name):
                 begin = begin if samples else span.start
                 if samples and (len(samples) >= limit.samples or span.stop - begin > limit.bytes):
-                    yield _FetchedWindow(self.name, first, samples)
+                    yield _FetchedWindow(first, len(samples), self.name, samples)
                     first, samples, begin = first + len(samples), [], span.start
                 samples.append(file.take(span.start, span.stop))
         if samples:
-            yield _FetchedWindow(self.name, first, samples)
+            yield _FetchedWindow(first, len(samples), self.name, samples)
 
 
+@dataclass(eq=False)
 class _TarWindow(Window):
     """Samples at known positions."""
 
-    def __init__(self, shard: TarShard, table: SampleTable, first: int, count: int):
-        super().__init__(first, count)
-        self.shard, self.table, self.content = shard, table, None
+    shard: TarShard
+    table: SampleTable
+    content: memoryview | None = None
 
     def fetch(self) -> None:
         if self.content is None and is_remote(self.shard.url):
@@ -123,12 +120,12 @@ class _TarWindow(Window):
         return sample
 
 
+@dataclass(eq=False)
 class _FetchedWindow(Window):
     """Samples whose bytes have already been read."""
 
-    def __init__(self, name: str, first: int, contents: list[bytes]):
-        super().__init__(first, len(contents))
-        self.name, self.contents = name, contents
+    name: str
+    contents: list[bytes]
 
     def read(self, n: int) -> Sample:
         return parse_sample(self.contents[n], self.first + n, self.name)
@@ -181,9 +178,7 @@ class ForwardFile(io.RawIOBase):
             if self.process:
                 more = self.process.stdout.read(RANGE_BYTES)
             else:
-                more = (
-                    read(self.path, end, min(end + RANGE_BYTES, self.bytes), self.timeouts) if end < self.bytes else b""
-                )
+                more = read(self.path, min(end, self.bytes), min(end + RANGE_BYTES, self.bytes), self.timeouts)
             if not more:
                 return
             self.content += more

@@ -54,12 +54,10 @@ def pack_codes(index_vhw: np.ndarray, tokenizer: str, vocabulary: int) -> bytes:
         raise DataError(f"codes of shape {index_vhw.shape} cannot be packed: (views, rows, columns), none of them 0")
     if not 0 <= index_vhw.min() <= index_vhw.max() < vocabulary:
         raise DataError(f"codes from {index_vhw.min()} to {index_vhw.max()} do not lie in [0, {vocabulary:,})")
-    views, rows, columns = index_vhw.shape
-    line = json.dumps(
-        {"tokenizer": tokenizer, "codes": vocabulary, "shape": [views, rows, columns]}, separators=(",", ":")
-    )
+    header = {"tokenizer": tokenizer, "codes": vocabulary, "shape": index_vhw.shape}
     bytes_nb = np.ascontiguousarray(index_vhw, "<u4").reshape(-1, 1).view(np.uint8)
-    return line.encode() + b"\n" + bytes_nb[:, : code_bytes(vocabulary)].tobytes()
+    line = json.dumps(header, separators=(",", ":")).encode()
+    return line + b"\n" + bytes_nb[:, : code_bytes(vocabulary)].tobytes()
 
 
 def unpack_codes(content: bytes) -> tuple[TokenHeader, np.ndarray]:

@@ -104,10 +104,7 @@ class _PngHeader(NamedTuple):
 
 
 # Columns and rows of each pass: first column, first row, steps.
-ADAM7 = (
-    *((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4)),
-    *((0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2)),
-)
+ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 
 
 def _load_png(image: Image.Image, content: bytes) -> None:
@@ -204,7 +201,7 @@ class Resize(NamedTuple):
 
     apply: Callable[..., Image.Image]
     long_side: Callable[[int, int, int], int]
-    margin: Callable[[int], int]
+    margin: Callable[[int], int] = lambda spare: spare // 2
 
 
 def resize_named(name: str) -> Resize:
@@ -222,11 +219,8 @@ def resize_named(name: str) -> Resize:
 
 
 def _pil_antialias() -> Resize:
-    def apply(image, size, box=None):
-        return image.resize(size, Image.Resampling.BILINEAR, box=box)
-
     return Resize(
-        apply,
+        apply=lambda image, size, box=None: image.resize(size, Image.Resampling.BILINEAR, box=box),
         long_side=lambda shorter, longer, target: int(target * longer / shorter),
         margin=lambda spare: round(spare / 2),
     )
@@ -244,11 +238,7 @@ def _cv2_bilinear() -> Resize:
         pixels_hwc = np.asarray(image if box is None else image.crop(box))
         return Image.fromarray(cv2.resize(pixels_hwc, size, interpolation=cv2.INTER_LINEAR))
 
-    return Resize(
-        apply,
-        long_side=lambda shorter, longer, target: round(longer * (target / shorter)),
-        margin=lambda spare: spare // 2,
-    )
+    return Resize(apply, long_side=lambda shorter, longer, target: round(longer * (target / shorter)))
 
 
 def _adm_center_crop() -> Resize:
@@ -263,7 +253,7 @@ def _adm_center_crop() -> Resize:
             shorter, longer = shorter // 2, longer // 2
         return round(longer * (target / shorter))
 
-    return Resize(apply, long_side, margin=lambda spare: spare // 2)
+    return Resize(apply, long_side)
 
 
 RESIZES = {"pil_antialias": _pil_antialias, "cv2_bilinear": _cv2_bilinear, "adm_center_crop": _adm_center_crop}

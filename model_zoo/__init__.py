@@ -19,18 +19,7 @@ _DEFINED_IN = {
 }
 _MODULE_OF = {name: module for module, names in _DEFINED_IN.items() for name in names}
 
-__all__ = [
-    "ModelError",
-    "Sampler",
-    "Sampling",
-    "Tokenizer",
-    "TokenizerConfig",
-    "Transformer",
-    "TransformerConfig",
-    "load_generator",
-    "load_tokenizer",
-    "ops",
-]
+__all__ = ["ModelError", "ops", *_MODULE_OF]
 
 
 def __getattr__(name: str):

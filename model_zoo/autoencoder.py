@@ -194,7 +194,6 @@ class Encoder(nn.Module):
         local: each position depends only on its neighbourhood: layer norm over each position's channels instead of
             GroupNorm over the image, and no attention. Small models trained on few images then see absolute colours,
             and work at image sizes other than those of training.
-        image_channels: channels of the input.
 
     Raises:
         ModelError: for an attention factor that no level has, or any with `local`; in `forward`, for height or width
@@ -211,7 +210,6 @@ class Encoder(nn.Module):
         latent_channels: int,
         patch_size: int = 1,
         local: bool = False,
-        image_channels: int = 3,
     ):
         super().__init__()
         widths = [channels * multiplier for multiplier in channel_multipliers]
@@ -220,9 +218,9 @@ class Encoder(nn.Module):
         self.downsampling_factor = patch_size * 2**coarsest
 
         if patch_size == 1:
-            self.conv_in = nn.Conv2d(image_channels, channels, 3, padding=1)
+            self.conv_in = nn.Conv2d(3, channels, 3, padding=1)
         else:
-            self.conv_in = nn.Conv2d(image_channels, channels, patch_size, stride=patch_size)
+            self.conv_in = nn.Conv2d(3, channels, patch_size, stride=patch_size)
         self.down = nn.ModuleList(
             DownLevel(in_channels, out_channels, num_res_blocks, attention[level], local, level == coarsest)
             for level, (in_channels, out_channels) in enumerate(pairwise([channels, *widths]))
@@ -232,7 +230,7 @@ class Encoder(nn.Module):
         self.conv_out = nn.Conv2d(widths[-1], latent_channels, 3, padding=1)
 
     def forward(self, images_bchw: torch.Tensor) -> torch.Tensor:
-        """(b, image_channels, h, w) -> (b, latent_channels, h / factor, w / factor)."""
+        """(b, 3, h, w) -> (b, latent_channels, h / factor, w / factor)."""
         height, width = images_bchw.shape[2:]
         factor = self.downsampling_factor
         if height % factor or width % factor:
@@ -265,7 +263,6 @@ class Decoder(nn.Module):
         latent_channels: int,
         patch_size: int = 1,
         local: bool = False,
-        image_channels: int = 3,
     ):
         super().__init__()
         widths = [channels * multiplier for multiplier in channel_multipliers]
@@ -279,11 +276,11 @@ class Decoder(nn.Module):
             for level, (in_channels, out_channels) in enumerate(zip([*widths[1:], widths[-1]], widths, strict=True))
         )
         self.norm_out = (PositionNorm if local else group_norm)(widths[0])
-        self.conv_out = nn.Conv2d(widths[0], image_channels * patch_size**2, 3, padding=1)
+        self.conv_out = nn.Conv2d(widths[0], 3 * patch_size**2, 3, padding=1)
         self.pixel_shuffle = nn.PixelShuffle(patch_size)
 
     def forward(self, latents_bchw: torch.Tensor) -> torch.Tensor:
-        """(b, latent_channels, h, w) -> (b, image_channels, h * factor, w * factor), not clamped."""
+        """(b, latent_channels, h, w) -> (b, 3, h * factor, w * factor), not clamped."""
         hidden_bchw = self.mid(self.conv_in(latents_bchw))
         for level in reversed(self.up):
             hidden_bchw = level(hidden_bchw)

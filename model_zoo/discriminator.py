@@ -10,7 +10,7 @@ NORMS = {"batch": nn.BatchNorm2d, "group": lambda channels: group_norm(channels,
 
 
 class PatchDiscriminator(nn.Module):
-    """Classifies overlapping patches: images (b, image_channels, h, w) -> logits (b, 1, h', w'), high for real.
+    """Classifies overlapping patches: images (b, 3, h, w) -> logits (b, 1, h', w'), high for real.
 
     With the defaults the receptive field of a logit is 70 x 70 pixels, and there are 2,765,633 parameters.
     Published weights (`loss.discriminator.main.N.*`) load into `norm="batch"` by name.
@@ -24,13 +24,12 @@ class PatchDiscriminator(nn.Module):
         channels: width of the first convolution; it doubles with each layer, up to 8 times.
         layers: convolutions of stride 2.
         norm: "batch" (as published) or "group".
-        image_channels: channels of the input.
 
     Raises:
         ModelError: for an unknown `norm`; in `forward`, for images too small to produce one logit.
     """
 
-    def __init__(self, *, channels: int = 64, layers: int = 3, norm: str = "batch", image_channels: int = 3):
+    def __init__(self, *, channels: int = 64, layers: int = 3, norm: str = "batch"):
         super().__init__()
         if norm not in NORMS:
             raise ModelError(f"unknown discriminator norm {norm!r}: choose one of {', '.join(NORMS)}")
@@ -38,7 +37,7 @@ class PatchDiscriminator(nn.Module):
         self.smallest_side = 3 * 2**layers
 
         widths = [channels * min(2**layer, 8) for layer in range(layers + 1)]
-        main = [nn.Conv2d(image_channels, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2, inplace=True)]
+        main = [nn.Conv2d(3, channels, 4, stride=2, padding=1), nn.LeakyReLU(0.2, inplace=True)]
         for layer in range(1, layers + 1):
             stride = 1 if layer == layers else 2
             main += [

@@ -103,6 +103,5 @@ def entropy_penalty(quantized: Quantized, global_average_k: Tensor, config: Entr
     slope_k = -(torch.log(a_k + AVERAGE_ENTROPY_EPSILON) + a_k / (a_k + AVERAGE_ENTROPY_EPSILON))
     pull = sum_over_shards((slope_k * quantized.average_probability_k).sum(), quantized.shard)
     average = average_entropy(a_k, quantized.shard) + (pull - pull.detach())
-    return EntropyPenalty(
-        config.sample_weight * quantized.sample_entropy - config.average_weight * average, average.detach()
-    )
+    loss = config.sample_weight * quantized.sample_entropy - config.average_weight * average
+    return EntropyPenalty(loss, average.detach())

@@ -95,9 +95,8 @@ def step(
     index_n = None if first else torch.cat([code_b, code_b]) if guided else code_b
     # Without autocast's cache of converted weights, whose memory would not outlive a captured graph.
     with torch.autocast(position.device.type, dtype, enabled=dtype is not None, cache_enabled=False):
-        logits_nv = transformer.next_logits(
-            index_n, state.class_n, state.caches, DecodePosition(position, first, limit, mask_1t)
-        )
+        at = DecodePosition(position, first, limit, mask_1t)
+        logits_nv = transformer.next_logits(index_n, state.class_n, state.caches, at)
     logits_bv = logits_nv.float()
     if guided:
         conditional_bv, unconditional_bv = logits_bv.chunk(2)
@@ -142,11 +141,7 @@ class Sampler:
 
     @torch.no_grad()
     def sample(
-        self,
-        class_b: Tensor,
-        seeds: Sequence[int],
-        settings: Sampling,
-        beat: Callable[[], None] = lambda: None,
+        self, class_b: Tensor, seeds: Sequence[int], settings: Sampling, beat: Callable[[], None] = lambda: None
     ) -> Tensor:
         """Samples codes, int64 ``(b, rows, columns)``, b up to ``batch_size``.
 
@@ -202,10 +197,9 @@ class Sampler:
         self.graphs[limit].replay()
 
     def _run(self, first: bool, limit: int) -> None:
+        # The first position runs different code, for which compiling does not pay off.
+        run = step if first else self.step
         where = {"first": first, "limit": limit, "masked": self.static}
-        run = (
-            step if first else self.step
-        )  # the first position runs different code, for which compiling does not pay off
         run(self.transformer, self.state, self.settings, self.dtype, **where)
 
     def _capture(self, limit: int) -> torch.cuda.CUDAGraph:

@@ -75,19 +75,12 @@ class Checked:
         return "broken" if BROKEN & self.counts.keys() else "flawed" if self.problems else "ok"
 
     def key(self, sample: int) -> str:
-        """A sample's key."""
         return zlib.decompress(self.keys).split(b"\0")[sample].decode("utf-8", "surrogateescape")
 
     def add(self, kind: str, message: str, sample: int | None = None, key: str | None = None) -> None:
-        """Record a problem."""
         self.counts[kind] += 1
         if self.counts[kind] <= NAMED_SAMPLES:
             self.problems.append(Problem(kind, message, sample, key))
-
-    def drop(self, kind: str) -> None:
-        """Remove the problems of a kind."""
-        del self.counts[kind]
-        self.problems = [problem for problem in self.problems if problem.kind != kind]
 
     def record(self) -> dict:
         """For JSON: shard, status, samples, bytes, sha256, counts, problems; None is left out of a problem."""
@@ -161,7 +154,6 @@ class _Hashed(ForwardFile):
             self.sha256.update(new)
 
     def finish(self) -> None:
-        """Read the rest."""
         while (end := self.begin + len(self.content)) < self.bytes:
             self.take(end, min(end + RANGE_BYTES, self.bytes))
 
@@ -188,7 +180,8 @@ def _check_samples(file: _Hashed, checked: Checked, decode_images: bool, timeout
     checked.samples, checked.keys = len(starts), bytes(keys + packer.flush())
     if damage is None and not usable:
         damage = Problem("empty", f"no image and no tokens in any of its {checked.samples:,} samples")
-        checked.drop("no image")  # one for each sample
+        del checked.counts["no image"]  # one for each sample
+        checked.problems = [problem for problem in checked.problems if problem.kind != "no image"]
     if damage is not None:
         checked.add(*damage)
     else:
@@ -309,19 +302,17 @@ def find_duplicates(found: list[Checked]) -> None:
             compared.append(checked)
     firsts = np.cumsum([0, *(checked.samples for checked in compared)])
     keys = np.concatenate([np.zeros(0, np.uint64), *(checked.table.keys_n for checked in compared)])
-    order = np.argsort(keys, kind="stable")
-    ordered = keys[order]
-    again = np.flatnonzero(ordered[1:] == ordered[:-1]) + 1
-    before, again = order[np.searchsorted(ordered, ordered[again])], order[again]
-    by_sample = np.argsort(again)
-    before, again = before[by_sample], again[by_sample]
+    _, first_of_key, key_numbers = np.unique(keys, return_index=True, return_inverse=True)
+    before = first_of_key[key_numbers]  # of each sample: the first one that has its key
+    again = np.flatnonzero(before != np.arange(len(keys)))
     borders = np.searchsorted(again, firsts)
     for checked, first, (start, stop) in zip(compared, firsts, itertools.pairwise(borders), strict=False):
-        for number in range(start, min(stop, start + NAMED_DUPLICATES)):
-            sample, key = int(again[number] - first), checked.key(int(again[number] - first))
-            other = int(np.searchsorted(firsts, before[number], side="right")) - 1
+        for place in again[start:stop][:NAMED_DUPLICATES]:
+            sample = int(place - first)
+            other = int(np.searchsorted(firsts, before[place], side="right")) - 1
             of = "" if compared[other] is checked else f" of {compared[other].name}"
-            message = f"{key} is also the key of sample {before[number] - firsts[other]}{of}"
+            key = checked.key(sample)
+            message = f"{key} is also the key of sample {before[place] - firsts[other]}{of}"
             checked.add("duplicate key", message, sample, key)
         if (more := int(stop - start) - NAMED_DUPLICATES) > 0:
             checked.counts["duplicate key"] += more

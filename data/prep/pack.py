@@ -7,7 +7,6 @@ import json
 import os
 import re
 import tempfile
-import zipfile
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath, PurePosixPath
@@ -16,10 +15,10 @@ from typing import NamedTuple
 from PIL import Image
 
 from data.errors import DataError, ImageError
-from data.folder_reader import find_images, is_zip
+from data.folder_reader import find_images, is_zip, open_zip, read_from_zip
 from data.parallel import in_threads
 from data.samples import IMAGE_SUFFIXES, Skipped, is_image
-from data.transforms import MAX_BYTES, decode
+from data.transforms import decode
 
 LAYOUTS = ("folder", "imagenet", "coco")
 SPLITS = {"train", "val", "test"}
@@ -96,25 +95,20 @@ def pack(
             progress(done, len(paths))
 
     limits = {"maxcount": max_samples_per_shard, "maxsize": max_bytes_per_shard}
-    written = _write_tars(usable_samples(), out, prefix, limits, classes)
-    if not written.samples:
+    shards = _write_tars(usable_samples(), out, prefix, limits, classes)
+    if not shards:
         raise DataError(f"none of the {len(paths)} images under {source} can be read: {skipped[0].reason}")
     missing = (coco.without_caption, coco.without_image) if coco else ([], [])
-    return PackReport(written.shards, written.samples, skipped, *missing)
-
-
-class _Written(NamedTuple):
-    shards: list[str]
-    samples: int
+    return PackReport(shards, len(paths) - len(skipped), skipped, *missing)
 
 
 def _write_tars(
     samples: Iterator[dict], out: Path, prefix: str, limits: dict[str, int], classes: dict[str, int] | None
-) -> _Written:
+) -> list[str]:
     """Write the samples to tars in `out`, which appear only if there are samples and no error occurs."""
     from webdataset.writer import ShardWriter  # on first use: importing it takes half a second
 
-    count = 0
+    is_empty = True
     existing = next(parent for parent in [out, *out.parents] if parent.exists())
     try:
         with tempfile.TemporaryDirectory(prefix=".ibq-pack-", dir=existing) as scratch:
@@ -123,9 +117,9 @@ def _write_tars(
             with ShardWriter(pattern, **limits, verbose=0, encoder=False, mtime=0) as writer:
                 for sample in samples:
                     writer.write(sample)
-                    count += 1
-            if not count:
-                return _Written([], 0)
+                    is_empty = False
+            if is_empty:
+                return []
             if classes is not None:
                 (Path(scratch) / "classes.json").write_text(json.dumps(classes, indent=2) + "\n", encoding="utf-8")
             _check_no_tars(out)
@@ -135,7 +129,7 @@ def _write_tars(
                 os.replace(file, out / file.name)
     except OSError as error:
         raise DataError(f"cannot write shards to {out}: {error.strerror}; choose another folder with --out") from error
-    return _Written([str(out / file.name) for file in files if file.suffix == ".tar"], count)
+    return [str(out / file.name) for file in files if file.suffix == ".tar"]
 
 
 def _check_pack_options(prefix, max_samples_per_shard, max_bytes_per_shard, shorter_side, quality):
@@ -188,12 +182,7 @@ class _Zip:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
-        try:
-            self.file = zipfile.ZipFile(path)
-        except zipfile.BadZipFile as error:
-            raise DataError(f"{path} is no whole zip file: copy it again") from error
-        except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+        self.file = open_zip(path)
         members = {PurePosixPath(member.filename): member for member in self.file.infolist() if not member.is_dir()}
         members = {path: member for path, member in members.items() if not _is_hidden(path)}
         folders = {path.parts[0] if len(path.parts) > 1 else None for path in members}
@@ -207,13 +196,7 @@ class _Zip:
         return sorted((path for path in self.members if is_image(path.suffix)), key=PurePosixPath.as_posix)
 
     def read(self, path: PurePosixPath) -> bytes:
-        member = self.members[path]
-        if member.file_size > MAX_BYTES:
-            raise ImageError(f"{member.file_size:,} bytes are more than {MAX_BYTES:,}")
-        try:
-            return self.file.read(member)
-        except (zipfile.BadZipFile, zipfile.zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
-            raise ImageError(f"damaged or encrypted in the zip file: {error}") from error
+        return read_from_zip(self.file, self.members[path])
 
     def beside(self, path: PurePosixPath, suffix: str) -> bytes | None:
         path = path.with_suffix(f".{suffix}")
@@ -263,13 +246,6 @@ class _Coco(NamedTuple):
     ids: dict[str, int]
     without_caption: list[str]
     without_image: list[str]
-
-    def texts(self, path: PurePosixPath) -> tuple[dict, dict[str, bytes]]:
-        """More of the sample's json, and its txt."""
-        if path.name not in self.captions:
-            return {}, {}
-        captions = self.captions[path.name]
-        return {"image_id": self.ids[path.name], "captions": captions}, {"txt": captions[0].encode()}
 
 
 def _read_coco(annotations: str | Path, paths: list[PurePosixPath]) -> _Coco:
@@ -343,7 +319,10 @@ class _Samples(NamedTuple):
     def _texts(self, path: PurePosixPath) -> tuple[dict, dict[str, bytes]]:
         """Additional fields of the sample's json, and its txt and cls."""
         if self.coco is not None:
-            return self.coco.texts(path)
+            if path.name not in self.coco.captions:
+                return {}, {}
+            captions = self.coco.captions[path.name]
+            return {"image_id": self.coco.ids[path.name], "captions": captions}, {"txt": captions[0].encode()}
         members = {suffix: text for suffix in ("txt", "cls") if (text := self.files.beside(path, suffix)) is not None}
         if self.classes is not None:
             members["cls"] = str(self.classes[path.parts[0]]).encode()

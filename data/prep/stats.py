@@ -27,6 +27,8 @@ LENGTHS = (10, 20, 40, 80, 160, 320, 640)  # characters
 CLASS_SIZES = (2, 10, 100, 500, 1000, 1500, 10_000, 100_000)  # images
 # Width : height; a sample counts for the nearest.
 SHAPES = ((1, 2), (9, 16), (2, 3), (3, 4), (1, 1), (4, 3), (3, 2), (16, 9), (2, 1))
+# Geometric means of neighbouring shapes, so that a picture and its rotation by 90 degrees are treated alike.
+SHAPE_BORDERS = [math.sqrt(a / b * c / d) for (a, b), (c, d) in itertools.pairwise(SHAPES)]
 
 SELECTION_SAMPLES = 2000  # that a process counts at once
 WINDOW = WindowLimit(64, 16 << 20)  # fetched at once from a remote tar
@@ -54,7 +56,6 @@ class Score:
     most: float = -math.inf
 
     def count(self, value: Any) -> None:
-        """Count one sample."""
         if value is None:
             self.missing += 1
         elif isinstance(value, bool) or not isinstance(value, (int, float)) or not -MOST < value < MOST:
@@ -65,7 +66,6 @@ class Score:
             self.least, self.most = min(self.least, value), max(self.most, value)
 
     def add(self, other: "Score") -> None:
-        """Add the counts of other samples."""
         for name in ("numbers", "missing", "not_numeric", "total"):
             setattr(self, name, getattr(self, name) + getattr(other, name))
         self.least, self.most = min(self.least, other.least), max(self.most, other.most)
@@ -102,7 +102,6 @@ class Counted:
     unusable: list[str] = field(default_factory=list)
 
     def add(self, other: "Counted") -> None:
-        """Add the counts of other samples."""
         for name, score in other.scores.items():
             self.scores.setdefault(name, Score()).add(score)
         self.unusable = (self.unusable + other.unusable)[:NAMED_UNUSABLE]
@@ -151,8 +150,6 @@ class Counted:
 
 
 class Spread(NamedTuple):
-    """Minimum, median and maximum."""
-
     min: int
     median: int
     max: int
@@ -232,9 +229,8 @@ def _selections(source: Source, most_samples: int | None) -> list[_Selection]:
     selections = []
     for shard, (start, stop) in enumerate(itertools.pairwise(np.searchsorted(numbers, firsts))):
         for begin in range(start, stop, SELECTION_SAMPLES):
-            selections.append(
-                _Selection(shard, numbers[begin : min(begin + SELECTION_SAMPLES, stop)] - firsts[shard], None)
-            )
+            part = numbers[begin : min(begin + SELECTION_SAMPLES, stop)] - firsts[shard]
+            selections.append(_Selection(shard, part, None))
     return selections
 
 
@@ -288,10 +284,10 @@ def _count_sample(counted: Counted, source: Source, sample: Sample) -> None:
         header = _header(picked.content)
         counted.formats[header.format] += 1
         counted.sides[min(header.width, header.height)] += 1
-        counted.shapes[_nearest_shape(header.width / header.height)] += 1
+        counted.shapes[bisect.bisect(SHAPE_BORDERS, header.width / header.height)] += 1
     scores = metadata_of(sample) if counted.scores else {}
-    if picked.caption is not None and str(picked.caption).strip():
-        counted.lengths[len(str(picked.caption).strip())] += 1
+    if caption := (picked.caption or "").strip():
+        counted.lengths[len(caption)] += 1
     else:
         counted.missing_captions += 1
     if picked.label is not None:
@@ -325,11 +321,3 @@ def _header(content: bytes) -> _Header:
     if width * height > MAX_PIXELS:
         raise ImageError(f"{width} x {height} pixels are more than {MAX_PIXELS:,}")
     return _Header(image.format, width, height)
-
-
-def _nearest_shape(ratio: float) -> int:
-    return bisect.bisect(SHAPE_BORDERS, ratio)
-
-
-# Geometric means of neighbouring shapes, so that a picture and its rotation by 90 degrees are treated alike.
-SHAPE_BORDERS = [math.sqrt(a / b * c / d) for (a, b), (c, d) in itertools.pairwise(SHAPES)]

@@ -75,7 +75,6 @@ def _load_lpips(net: str, trunk_file: Path) -> nn.Module:
 
     heads_file = Path(lpips.__file__).parent / "weights" / "v0.1" / f"{net}.pth"
     heads = torch.load(heads_file, map_location="cpu", weights_only=True)
-    model.lins.load_state_dict(
-        {name.removeprefix("lin"): head for name, head in heads.items()}, strict=True, assign=True
-    )
+    heads = {name.removeprefix("lin"): head for name, head in heads.items()}
+    model.lins.load_state_dict(heads, strict=True, assign=True)
     return model

@@ -1,7 +1,6 @@
 """Models from the Hugging Face hub by name. Needs the optional package `huggingface_hub`."""
 
 import re
-from collections.abc import Iterable
 from pathlib import Path
 
 from model_zoo.errors import ModelError
@@ -28,7 +27,8 @@ def download(name: Path) -> Path:
     where = {"repo_id": repository, "revision": revision or None}
     # The classes of exceptions depend on the HTTP library that a version of the package uses, so catch all.
     try:
-        wanted = _wanted(huggingface_hub.list_repo_files(**where))
+        checkpoints = sorted(file for file in huggingface_hub.list_repo_files(**where) if file.endswith(".ckpt"))
+        wanted = checkpoints[:1] or ["*.safetensors", f"*{CONFIG}"]
         folder = Path(huggingface_hub.snapshot_download(**where, allow_patterns=wanted))
     except Exception as error:
         try:
@@ -42,9 +42,3 @@ def download(name: Path) -> Path:
     if not checkpoints and not is_export(folder):
         raise ModelError(f"{name} on the model hub holds neither a .ckpt nor {MODEL} with {CONFIG}: choose another")
     return checkpoints[0] if checkpoints else folder
-
-
-def _wanted(files: Iterable[str]) -> list[str]:
-    """Patterns of the files to download: the first checkpoint, or an export if there is no checkpoint."""
-    checkpoints = sorted(file for file in files if file.endswith(".ckpt"))
-    return checkpoints[:1] or ["*.safetensors", f"*{CONFIG}"]

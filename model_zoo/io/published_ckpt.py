@@ -124,12 +124,8 @@ def open_published(path: Path) -> Published:
     left_out = {OTHER_ENTRIES: others} if others else {}
     first_stage = FIRST_STAGE if any(key.startswith(FIRST_STAGE) for key in state) else ""
     dotless = {key.replace(".", ""): key for key in state if not _is_average(key)}
-    parts, averaging, unknown, orphans = (
-        {},
-        {},
-        [],
-        [],
-    )  # orphans: parameters, without dots, of which there is only an average
+    parts, averaging, unknown = {}, {}, []
+    orphans = []  # parameters, without dots, of which there is only an average
     for key, tensor in state.items():
         prefix, is_average, name = key.rpartition(EMA) if _is_average(key) else ("", "", key)
         if is_average and name in Average._fields and tensor.numel() == 1:
@@ -324,8 +320,7 @@ def _unsupported(kind: str, config: dict) -> str | None:
     for key, published in (("quantizer", ("ibq", "vq")), ("patch_size", (1,)), ("local", (False,))):
         if (value := config.get(key, published[0])) not in published:
             return f"model.{key}={str(value).lower()}"
-    channels = config["channels"]
-    narrow = [channels * multiplier for multiplier in (1, *config["channel_multipliers"])]
-    return next(
-        (f"{width} channels, not a multiple of the 32 groups of its norms" for width in narrow if width % 32), None
-    )
+    for multiplier in (1, *config["channel_multipliers"]):
+        if (width := config["channels"] * multiplier) % 32:
+            return f"{width} channels, not a multiple of the 32 groups of its norms"
+    return None

@@ -9,7 +9,7 @@ at all.
 import json
 import os
 from collections.abc import Iterable, Iterator
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -70,7 +70,7 @@ class ShardedTensors:
     def __init__(self, folder: Path):
         self.folder = folder
         # Opening a file parses its whole header. The bound keeps the files of many ranks below the limit of open files.
-        self._open = lru_cache(maxsize=64)(_open)
+        self._open = lru_cache(maxsize=64)(partial(safe_open, framework="pt"))
         self._shapes: dict[str, tuple[int, ...]] = {}
         self._ranges: dict[str, list[tuple[int, int, Path]]] = {}
         for path in sorted(folder.glob("*.safetensors")):
@@ -129,10 +129,6 @@ class ShardedTensors:
             return self._open(path).get_slice(name)[first:last]
         except (SafetensorError, OSError) as error:
             raise ModelError(f"{path} cannot be read: {' '.join(str(error).split())}") from error
-
-
-def _open(path: Path) -> safe_open:
-    return safe_open(path, framework="pt")
 
 
 def _layout(path: Path) -> Iterator[tuple[str, tuple[int, list[int]], int]]:

@@ -27,13 +27,13 @@ def causal_attention(q_bthd: Tensor, k_bthd: Tensor, v_bthd: Tensor, impl: str =
     (flash-attn 2, 3 or CuTe: CUDA, half precision), ``auto`` (flash if available, otherwise sdpa). Raises ModelError.
     """
     if impl == "auto":
-        impl = "flash" if _takes(q_bthd) and _flash(_major(q_bthd)) else "sdpa"
+        impl = "flash" if _takes(q_bthd) and _flash(q_bthd.device) else "sdpa"
     if impl == "flash":
         if not _takes(q_bthd):
             raise ModelError(
                 "flash attention needs CUDA, half precision and heads of 8 to 256 dimensions: use impl='sdpa'"
             )
-        if (flash := _flash(_major(q_bthd))) is None:
+        if (flash := _flash(q_bthd.device)) is None:
             raise ModelError("flash-attn cannot be imported: pip install flash-attn, or use impl='sdpa'")
         out = flash(q_bthd, k_bthd, v_bthd, causal=True)
         return out[0] if isinstance(out, tuple) else out
@@ -58,14 +58,10 @@ def _takes(q_bthd: Tensor) -> bool:
     return q_bthd.is_cuda and in_half and q_bthd.shape[-1] % 8 == 0 and q_bthd.shape[-1] <= 256
 
 
-def _major(q_bthd: Tensor) -> int:
-    return torch.cuda.get_device_capability(q_bthd.device)[0]
-
-
 @functools.cache
-def _flash(major: int) -> Callable | None:
-    """flash-attn's function for a GPU of this compute capability, or None if no release of it can be imported."""
-    for name in FLASH_MODULES.get(major, ("flash_attn",)):
+def _flash(gpu: torch.device) -> Callable | None:
+    """flash-attn's function for a GPU, or None if no release of it can be imported."""
+    for name in FLASH_MODULES.get(torch.cuda.get_device_capability(gpu)[0], ("flash_attn",)):
         try:
             return importlib.import_module(name).flash_attn_func
         except (ImportError, AttributeError):  # not installed, or built for another torch; `ibq doctor` reports it

@@ -18,6 +18,7 @@ from model_zoo.ops.tiled import (
     SoftGradient,
     Sweeps,
     accumulation,
+    fast_exp,
 )
 
 # (tokens, codes) of a tile. On a CPU a tile and its slices of the operands must fit in the cache; on a GPU a kernel
@@ -80,7 +81,7 @@ class ChunkedSweeps(Sweeps):
                 live = self._live("output", tile_max, max_n[at], 1.0)
                 if live.count:
                     exp = live.of(logits, scratch, 1).sub_(live.of(max_n[at])[:, None])
-                    _exp(exp, out=exp)
+                    fast_exp(exp, out=exp)
                     live.add(exp.sum(dim=1), to=sum_n[at])
                     live.add_product(exp, tile.codes_td, to=output_nd[at])
         return RowStatistics(index_n, max_n, sum_n, output_nd)
@@ -107,7 +108,7 @@ class ChunkedSweeps(Sweeps):
         sum_n, moment_n = max_n.new_zeros(2, len(max_n), dtype=torch.float64)
         scratch = self._scratch(1)
         for tile, live, x in self._hot_tiles("assignment", max_n, temperature):
-            exp = _exp(x, out=scratch(0, x.shape))
+            exp = fast_exp(x, out=scratch(0, x.shape))
             live.add(exp.sum(dim=1).double(), to=sum_n[tile.tokens])
             live.add(exp.mul_(x).sum(dim=1).double(), to=moment_n[tile.tokens])
         return sum_n, moment_n
@@ -116,14 +117,14 @@ class ChunkedSweeps(Sweeps):
         columns_k = max_n.new_zeros(len(self.codebook_kd))
         for tile, live, x in self._hot_tiles("average", max_n, assignment.temperature):
             x.sub_(live.of(assignment.log_sum_n[tile.tokens])[:, None])
-            columns_k[tile.codes] += _exp(x, out=x).sum(dim=0)
+            columns_k[tile.codes] += fast_exp(x, out=x).sum(dim=0)
         return columns_k
 
     def assignment_dot(self, max_n: Tensor, assignment: Assignment, values_k: Tensor) -> Tensor:
         dot_n = torch.zeros_like(max_n)
         for tile, live, x in self._hot_tiles("average_gradient", max_n, assignment.temperature):
             x.sub_(live.of(assignment.log_sum_n[tile.tokens])[:, None])
-            live.add(_exp(x, out=x) @ values_k[tile.codes], to=dot_n[tile.tokens])
+            live.add(fast_exp(x, out=x) @ values_k[tile.codes], to=dot_n[tile.tokens])
         return dot_n
 
     def gradients(
@@ -173,7 +174,7 @@ class ChunkedSweeps(Sweeps):
         at, shape = tile.tokens, (live.count, tile.shape[1])
         p = torch.mm(live.of(self.z_nd[at]), tile.codes_td.T, out=scratch(0, shape))
         p.sub_(live.of(max_n[at])[:, None])
-        _exp(p, out=p).div_(live.of(soft.sum_n[at])[:, None])
+        fast_exp(p, out=p).div_(live.of(soft.sum_n[at])[:, None])
         slope = torch.mm(live.of(soft.grad_nd[at]), tile.codes_td.T, out=scratch(1, shape))
         return slope.sub_(live.of(soft.grad_output_n[at])[:, None]).mul_(p)
 
@@ -181,7 +182,7 @@ class ChunkedSweeps(Sweeps):
         at, assignment = tile.tokens, entropy.assignment
         slope = self._hot_logits(tile, live, max_n, assignment.temperature, scratch)
         slope.sub_(live.of(assignment.log_sum_n[at])[:, None])  # log q
-        q = _exp(slope, out=scratch(1, slope.shape))
+        q = fast_exp(slope, out=scratch(1, slope.shape))
         if entropy.sample_n is None:
             slope.zero_()
         else:
@@ -309,12 +310,6 @@ def _raise_max(logits: Tensor, tile_max: Tensor, start: int, max_n: Tensor, inde
     max_n[raised] = new
     index_n[raised] = logits[raised].argmax(dim=1) + start
     return raised, drop
-
-
-def _exp(x: Tensor, out: Tensor) -> Tensor:
-    """exp, computed as exp2. On CPUs PyTorch's exp calls MKL, which is ten times slower than PyTorch's own exp2 for
-    arguments whose result underflows."""
-    return torch.mul(x, 1 / math.log(2), out=out).exp2_()
 
 
 def _slices(length: int, step: int) -> Iterator[slice]:

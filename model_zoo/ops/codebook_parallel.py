@@ -215,16 +215,14 @@ TOKENS, DIM, ROWS, START, STOP, BAD_TOKENS, BAD_CODES, LAST_CODE = range(8)  # p
 def _header(z_nd: Tensor, codebook_kd: Tensor, shard: CodebookShard | None) -> Tensor:
     start, stop = (0, len(codebook_kd)) if shard is None else (shard.start, shard.stop)
     # A mismatched shape is sent to all ranks and raised there: raising here would leave the other ranks waiting.
-    fits = z_nd.ndim == codebook_kd.ndim == 2 and (
-        z_nd.shape[1] == codebook_kd.shape[1] or not z_nd.is_floating_point()
-    )
+    is_codes = not z_nd.is_floating_point()
+    fits = z_nd.ndim == codebook_kd.ndim == 2 and (is_codes or z_nd.shape[1] == codebook_kd.shape[1])
     numbers = [len(z_nd), codebook_kd.shape[-1] if fits else -1, len(codebook_kd), start, stop]
     header = torch.tensor([*numbers, 0, 0, -1], dtype=torch.int64, device=z_nd.device)
-    if fits and z_nd.is_floating_point():
+    if fits and not is_codes:
         header[BAD_TOKENS] = (~z_nd.detach().isfinite()).any(dim=1).sum()
-        header[BAD_CODES] = (
-            ~codebook_kd.detach().sum().isfinite()
-        )  # a sum needs no memory, and NaN propagates through it
+        # A sum needs no memory, and NaN propagates through it.
+        header[BAD_CODES] = ~codebook_kd.detach().sum().isfinite()
     elif fits and z_nd.numel():
         header[BAD_TOKENS], header[LAST_CODE] = (z_nd < 0).sum(), z_nd.max()
     return header

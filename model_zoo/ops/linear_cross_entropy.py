@@ -14,7 +14,7 @@ from torch.nn import functional as F
 from model_zoo.errors import ModelError
 from model_zoo.ops.codebook_parallel import CodebookShard, GroupCommunicator
 from model_zoo.ops.eager import eager
-from model_zoo.ops.tiled import accumulation_dtype
+from model_zoo.ops.tiled import accumulation_dtype, fast_exp
 
 # Bytes of the logits of one chunk of tokens. Each chunk reads and writes the whole gradient of the weight, so a GPU,
 # which is limited by memory bandwidth here, needs larger chunks. Measured on two cores, see docs/LOG.md.
@@ -141,15 +141,12 @@ class _Chunked(torch.autograd.Function):
 
                 max_c = tokens.reduce_(logits_vc.amax(dim=0), dist.ReduceOp.MAX)
                 target_logit_c = logits_vc.gather(0, local_c)[0].where(mine_c, 0)
-                # exp as exp2: on CPUs PyTorch's exp calls MKL, which is slow for arguments whose result underflows.
-                logits_vc.sub_(max_c).mul_(1 / math.log(2)).exp2_()
-                sum_c, target_logit_c = tokens.reduce_(
-                    torch.stack([logits_vc.sum(dim=0), target_logit_c]), dist.ReduceOp.SUM
-                )
+                fast_exp(logits_vc.sub_(max_c), out=logits_vc)
+                sums_2c = torch.stack([logits_vc.sum(dim=0), target_logit_c])
+                sum_c, target_logit_c = tokens.reduce_(sums_2c, dist.ReduceOp.SUM)
                 log_sum_n[at] = log_sum_c = max_c + sum_c.log()
-                cross_entropy_n[at] = sum_c.log() + (
-                    max_c - target_logit_c
-                )  # subtract large logits first, for accuracy
+                # Large logits are subtracted first, for accuracy.
+                cross_entropy_n[at] = sum_c.log() + (max_c - target_logit_c)
                 if not (needs_hidden or needs_weight):
                     continue
 
@@ -200,9 +197,8 @@ class _Tokens:
         self.hidden_nd, self.own, self.local_n = hidden_nd.contiguous(), slice(None), target_n
         self.loss_weight_n = hidden_nd.new_ones(len(target_n), dtype=accumulation_dtype(hidden_nd))
         if shard is not None:
-            self.ranks = GroupCommunicator(
-                target_n[:, None], weight_vd, shard
-            )  # raises for targets outside the vocabulary
+            # Raises for targets outside the vocabulary.
+            self.ranks = GroupCommunicator(target_n[:, None], weight_vd, shard)
             counts = torch.tensor(self.ranks.counts, device=target_n.device)
             if 0 in self.ranks.counts:
                 raise ModelError(f"every rank needs a token, but the group's have {self.ranks.counts}")
@@ -215,13 +211,11 @@ class _Tokens:
         self.local_n = self.local_n.clamp(0, len(weight_vd) - 1)
 
     def reduce_(self, value: Tensor, op: dist.ReduceOp) -> Tensor:
-        """Reduces over ranks, in place."""
         if self.shard is not None:
             dist.all_reduce(value, op, group=self.shard.group)
         return value
 
     def scatter_sum(self, all_nd: Tensor) -> Tensor:
-        """Sums over ranks and returns this rank's rows."""
         return all_nd if self.shard is None else self.ranks.scatter_sum(all_nd)
 
 
