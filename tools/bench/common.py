@@ -227,6 +227,11 @@ def cpu_name() -> str:
     return found[0].split(":")[1].strip() if found else platform.machine()
 
 
+def proc_number(path: str, name: str) -> int:
+    """The number in a line ``name: 1234`` or ``name: 1234 kB`` of a file in /proc."""
+    return next(int(line.split()[1]) for line in Path(path).read_text().splitlines() if line.startswith(f"{name}:"))
+
+
 def revision(reference: Path) -> str:
     """Names the reference's checkout and, if it is a git repository, its commit."""
     commit = "revision unknown"

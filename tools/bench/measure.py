@@ -19,7 +19,7 @@ from torch import Tensor
 
 from data.errors import DataError
 from model_zoo.errors import ModelError
-from tools.bench.common import cpu_name
+from tools.bench.common import cpu_name, proc_number
 
 
 def answer(module: str, job: str, arguments: str) -> None:
@@ -95,7 +95,7 @@ def bound_memory(device: str) -> None:
     with contextlib.suppress(OSError):  # /proc may be read-only
         Path("/proc/self/oom_score_adj").write_text("1000")
     if device == "cpu":
-        available = kibibytes("/proc/meminfo", "MemAvailable") * 2**10
+        available = proc_number("/proc/meminfo", "MemAvailable") * 2**10
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
         limit = available if hard == resource.RLIM_INFINITY else min(available, hard)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
@@ -104,7 +104,7 @@ def bound_memory(device: str) -> None:
 def peak_bytes(device: str) -> int:
     """Of the process; on CUDA, of what PyTorch allocates on the device."""
     # Not getrusage: its peak starts at that of the parent process.
-    return kibibytes("/proc/self/status", "VmHWM") * 2**10 if device == "cpu" else torch.cuda.max_memory_allocated()
+    return proc_number("/proc/self/status", "VmHWM") * 2**10 if device == "cpu" else torch.cuda.max_memory_allocated()
 
 
 def reset_peak(device: str) -> None:
@@ -115,11 +115,6 @@ def reset_peak(device: str) -> None:
         ctypes.CDLL(None).malloc_trim(0)  # freed memory would be reused without raising the peak
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
-
-
-def kibibytes(path: str, name: str) -> int:
-    """The value of a line ``name: 1234 kB``."""
-    return next(int(line.split()[1]) for line in Path(path).read_text().splitlines() if line.startswith(f"{name}:"))
 
 
 # ---------------------------------------------------------------------------------------------------------------- time
