@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 
 from tools.bench import common
-from tools.bench.common import bad, names, numbers
+from tools.bench.common import Options, bad, names, numbers
 
 app = typer.Typer(no_args_is_help=True, help="Measure time and memory on this machine.")
 
@@ -30,11 +30,6 @@ Dtype = Annotated[
     Literal["float32", "bfloat16"] | None,
     typer.Option(help="Of matrix products.", show_default="float32; on CUDA bfloat16"),
 ]
-
-
-@app.callback()
-def bench() -> None:
-    """Measure time and memory on this machine."""
 
 
 @app.command()
@@ -72,16 +67,11 @@ def quantizer(
     compare_quantizers(
         parse_shapes(tokens, codes, dim, dtype),
         names("--impl", impl, IMPLS),
+        Options(device, threads, repeats, reference, out, common.command_line(context)),
         temperature=temperature,
         scale=scale,
         skip=not no_skip,
         tile=tile,
-        reference=reference,
-        out=out,
-        device=device,
-        threads=threads,
-        repeats=repeats,
-        command=common.command_line(context),
     )
 
 
@@ -108,7 +98,7 @@ def cross_entropy(
     from tools.bench.quantizer import CROSS_ENTROPY_IMPLS, compare_cross_entropies, parse_shapes
 
     shapes, impls = parse_shapes(tokens, codes, dim, dtype), names("--impl", impl, CROSS_ENTROPY_IMPLS)
-    compare_cross_entropies(shapes, impls, device=device, threads=threads, repeats=repeats)
+    compare_cross_entropies(shapes, impls, Options(device, threads, repeats))
 
 
 @app.command("data")
@@ -187,11 +177,10 @@ def sampling(
 
     Example: ibq bench sample --recipe 6x6,12x12 --reference SEED-Voken
     """
-    from tools.bench.generator import Options, compare_sampling
+    from tools.bench.generator import Choice, compare_sampling
 
-    command = common.command_line(context)
-    options = Options(recipe, impl, dtype, reference, out, device, threads, repeats, command)
-    compare_sampling(options, batch_size, guidance)
+    options = Options(device, threads, repeats, reference, out, common.command_line(context))
+    compare_sampling(Choice(recipe, impl, dtype), options, batch_size, guidance)
 
 
 @app.command("train-ar")
@@ -222,8 +211,7 @@ def training(
 
     Example: ibq bench train-ar --recipe 4x4 --vocabulary 262144 --reference SEED-Voken
     """
-    from tools.bench.generator import Options, compare_training
+    from tools.bench.generator import Choice, compare_training
 
-    command = common.command_line(context)
-    options = Options(recipe, impl, dtype, reference, out, device, threads, repeats, command)
-    compare_training(options, vocabulary, micro_batch)
+    options = Options(device, threads, repeats, reference, out, common.command_line(context))
+    compare_training(Choice(recipe, impl, dtype), options, vocabulary, micro_batch)

@@ -5,8 +5,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from model_zoo.ops import linear_cross_entropy
-from tools.bench.measure import matmul_rate, normal_tensors, time_pass, time_passes
-from tools.bench.quantizer_rows import Measured
+from tools.bench.measure import Measured, matmul_rate, normal_tensors, time_pass, time_passes
 
 SWEEPS = 3  # products of all tokens with all codes: the logits and the gradients of both operands
 
@@ -49,4 +48,4 @@ def measure(
     if device == "cuda":
         time_pass(lambda: loss(*measured), learned, device)  # compiles kernels for these shapes
     passes = time_passes(lambda: loss(*measured), learned, device, repeats)
-    return Measured(*passes, None, None, SWEEPS, rate, None)
+    return passes._replace(sweeps=SWEEPS, operations_per_second=rate)

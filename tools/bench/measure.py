@@ -133,10 +133,12 @@ class PassSeconds(NamedTuple):
     processor: float
 
 
-class Passes(NamedTuple):
-    """Seconds of the fastest repeat; memory of the first.
+class Measured(NamedTuple):
+    """Seconds of the fastest repeat, memory of the first, and from `sweeps` on what the row's job fills in.
 
-    extra_bytes: the peak minus what was in use before, minus gradients. process_bytes: the peak.
+    extra_bytes: the peak minus what was in use before, minus gradients. process_bytes: the peak. sweeps: products of
+    all tokens with all codes that were computed. operations_per_second: of a plain matrix product. kernel: which
+    attention kernel ran, or None.
     """
 
     forward_seconds: float
@@ -144,6 +146,11 @@ class Passes(NamedTuple):
     processor_seconds: float
     extra_bytes: int
     process_bytes: int
+    sweeps: float = 0.0
+    operations_per_second: float = 0.0
+    skip_soft: float | None = None
+    skip_entropy: float | None = None
+    kernel: str | None = None
 
 
 def time_pass(loss: Callable[[], Tensor], operands: Sequence[Tensor], device: str) -> PassSeconds:
@@ -158,7 +165,7 @@ def time_pass(loss: Callable[[], Tensor], operands: Sequence[Tensor], device: st
     return PassSeconds(middle - start, end - middle, time.process_time() - processor)
 
 
-def time_passes(loss: Callable[[], Tensor], operands: Sequence[Tensor], device: str, repeats: int) -> Passes:
+def time_passes(loss: Callable[[], Tensor], operands: Sequence[Tensor], device: str, repeats: int) -> Measured:
     for operand in operands:
         operand.grad = None
     reset_peak(device)
@@ -167,7 +174,7 @@ def time_passes(loss: Callable[[], Tensor], operands: Sequence[Tensor], device: 
     peak = peak_bytes(device)
     extra = max(0, peak - before - sum(operand.grad.nbytes for operand in operands))
     seconds += [time_pass(loss, operands, device) for _ in range(repeats - 1)]
-    return Passes(*min(seconds, key=lambda one: one.forward + one.backward), extra, peak)
+    return Measured(*min(seconds, key=lambda one: one.forward + one.backward), extra, peak)
 
 
 def normal_tensors(dtype: str, device: str) -> Callable[..., Tensor]:

@@ -15,53 +15,19 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from model_zoo.ops.chunked import ChunkedSweeps
 from model_zoo.ops.dense import index_backprop_dense
 from model_zoo.ops.tiled import Settings, SkipStats, index_backprop_tiled
-from tools.bench.measure import load_reference, matmul_rate, normal_tensors, time_pass, time_passes
+from tools.bench.measure import Measured, load_reference, matmul_rate, normal_tensors, time_pass, time_passes
 from tools.bench.quantizer import REFERENCE_CLASS
 
 # A sweep is one product of all tokens with all codes. The number of sweeps of each counted pass, if it skips no tile.
 # "first" computes the logits and never skips. In Triton two kernels compute dz and dC, and each recomputes dl.
+ONE_EACH = dict.fromkeys(("first", "output", "assignment", "average", "average_gradient"), 1)
 PRODUCTS = {
-    "chunked": {
-        "first": 1,
-        "output": 1,
-        "assignment": 1,
-        "average": 1,
-        "soft_gradient": 4,
-        "average_gradient": 1,
-        "entropy_gradient": 3,
-    },
-    "triton": {
-        "first": 1,
-        "output": 1,
-        "assignment": 1,
-        "average": 1,
-        "soft_gradient": 6,
-        "average_gradient": 1,
-        "entropy_gradient": 4,
-    },
+    "chunked": ONE_EACH | {"soft_gradient": 4, "entropy_gradient": 3},
+    "triton": ONE_EACH | {"soft_gradient": 6, "entropy_gradient": 4},
 }
 # Sweeps of impls that skip nothing. dense: logits and code vectors; backward g C^T, onehot^T g, dl C, dl^T z.
 # reference: the same, plus the code vectors of its VQ losses and their gradient. attention: two forward, five backward.
 SWEEPS = {"dense": 6, "reference": 8, "attention": 7}
-
-
-class Measured(NamedTuple):
-    """The fields of `tools.bench.measure.Passes`, and what the impl did.
-
-    sweeps: products of all tokens with all codes that were computed. operations_per_second: of a plain matrix product.
-    kernel: which attention kernel ran, or None.
-    """
-
-    forward_seconds: float
-    backward_seconds: float
-    processor_seconds: float
-    extra_bytes: int
-    process_bytes: int
-    skip_soft: float | None
-    skip_entropy: float | None
-    sweeps: float
-    operations_per_second: float
-    kernel: str | None
 
 
 class Loss(NamedTuple):
@@ -121,8 +87,13 @@ def measure(
     sweeps = SWEEPS.get(impl)
     if sweeps is None:
         sweeps = PRODUCTS[impl]["first"] + sum(PRODUCTS[impl][name] * (1 - skipped[name]) for name in skipped)
-    skip_soft, skip_entropy = skipped.get("soft_gradient"), skipped.get("entropy_gradient")
-    return Measured(*passes, skip_soft, skip_entropy, sweeps, rate, measured.kernel)
+    return passes._replace(
+        sweeps=sweeps,
+        operations_per_second=rate,
+        skip_soft=skipped.get("soft_gradient"),
+        skip_entropy=skipped.get("entropy_gradient"),
+        kernel=measured.kernel,
+    )
 
 
 def index_backprop_loss(impl, z_nd, grad_nd, codebook_kd, temperature, skip, tile) -> Loss:
