@@ -125,6 +125,7 @@ class Options(NamedTuple):
 class Machine(NamedTuple):
     """Where rows are measured. device: cpu or cuda; reference: the reference project's file, if it is measured too."""
 
+    options: Options
     heading: list[str]
     device: str
     name: str
@@ -150,15 +151,15 @@ def prepare(options: Options, file: Path | None = None, names: tuple[str, ...] =
     heading = [f"{today()}: {name}; PyTorch {found['torch']}, Python {found['python']}"]
     if reference:
         heading.append(revision(options.reference))
-    return Machine(heading, found["device"], found["name"], reference)
+    return Machine(options, heading, found["device"], found["name"], reference)
 
 
-def measure_rows(module: str, job: str, rows: list, options: Options, machine: Machine, **settings) -> Iterator:
+def measure_rows(module: str, job: str, rows: list, machine: Machine, **settings) -> Iterator:
     """Yields the rows with `measured` set, or with `reason`. Rows that already have a reason are not measured.
 
     settings: further arguments of the job.
     """
-    settings |= dict(device=machine.device, threads=options.threads, repeats=options.repeats)
+    settings |= dict(device=machine.device, threads=machine.options.threads, repeats=machine.options.repeats)
     for number, row in enumerate(rows, start=1):
         if row.reason:
             yield row

@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections.abc import Collection
 from dataclasses import asdict, replace
 from importlib import metadata
 from itertools import product
@@ -12,7 +11,7 @@ from typing import NamedTuple
 from model_zoo.config import TransformerConfig
 from model_zoo.transformer import flops_per_token
 from tools.bench import common
-from tools.bench.common import Options, bad, names, numbers
+from tools.bench.common import Machine, Options, bad, names, numbers
 from trainer.config import GeneratorRun
 from trainer.recipes import load_recipe
 
@@ -141,13 +140,14 @@ def compare_sampling(choice: Choice, options: Options, batch_size: int | None, g
     models = _models(choice.recipe or ("ar_b,ar_l,ar_xl,ar_xxl" if cuda else "6x6"))
     shapes = [Shape(name, model, batch) for name, model in models.items()]
     impls = impls or ["uncached", *(["cached-eager"] if cuda else []), "cached"]
-    _compare(SAMPLE, impls, choice.dtype, shapes, options, machine, batch_size=batch, guidance=guidance)
+    dtype = choice.dtype or ("bfloat16" if cuda else "float32")
+    _compare(SAMPLE, impls, dtype, shapes, machine, batch_size=batch, guidance=guidance)
 
 
 def compare_training(choice: Choice, options: Options, vocabulary: str, micro_batch: int | None) -> None:
     """`ibq bench train-ar`: measures every impl of every recipe, prints the table, and writes it to ``options.out``."""
     sizes = numbers("--vocabulary", vocabulary)
-    impls = names("--impl", choice.impl, TRAIN.impls) if choice.impl else TRAIN.impls
+    impls = names("--impl", choice.impl, TRAIN.impls) if choice.impl else list(TRAIN.impls)
     machine = common.prepare(options, REFERENCE_FILE, REFERENCE_NAMES)
     cuda = machine.device == "cuda"
     batch = micro_batch or (16 if cuda else 2)
@@ -156,7 +156,8 @@ def compare_training(choice: Choice, options: Options, vocabulary: str, micro_ba
     for (name, model), size in product(models.items(), sizes):
         model = replace(model, vocabulary=size)
         shapes.append(Shape(name, model, batch * model.tokens))
-    _compare(TRAIN, impls, choice.dtype, shapes, options, machine, micro_batch=batch)
+    dtype = choice.dtype or ("bfloat16" if cuda else "float32")
+    _compare(TRAIN, impls, dtype, shapes, machine, micro_batch=batch)
 
 
 def _models(names: str) -> dict[str, TransformerConfig]:
@@ -176,18 +177,9 @@ def _models(names: str) -> dict[str, TransformerConfig]:
     return models
 
 
-def _compare(
-    kind: Kind,
-    chosen: Collection[str],
-    dtype: str | None,
-    shapes: list[Shape],
-    options: Options,
-    machine: common.Machine,
-    **settings,
-) -> None:
+def _compare(kind: Kind, chosen: list[str], dtype: str, shapes: list[Shape], machine: Machine, **settings) -> None:
     """Measures and shows all rows. settings: further arguments of the job."""
     on_cpu = machine.device == "cpu"
-    dtype = dtype or ("float32" if on_cpu else "bfloat16")
     impls = (["reference"] if machine.reference else []) + [impl for impl in kind.impls if impl in chosen]
     rows = []
     for shape, impl in product(shapes, impls):
@@ -196,9 +188,9 @@ def _compare(
     if not on_cpu:
         machine.heading.insert(1, _packages())
     settings |= dict(reference=machine.reference)
-    measured = common.measure_rows("generator_rows", kind.job, rows, options, machine, **settings)
-    report = Report(kind, machine.heading, [], options.command, machine.name, tuple(rows))
-    common.present(report, measured, options.out)
+    measured = common.measure_rows("generator_rows", kind.job, rows, machine, **settings)
+    report = Report(kind, machine.heading, [], machine.options.command, machine.name, tuple(rows))
+    common.present(report, measured, machine.options.out)
 
 
 class Report(NamedTuple):
@@ -288,11 +280,10 @@ class Report(NamedTuple):
             (f"{kind.unit} per second (higher is better)", lambda row: row.speed),
             ("extra memory, MiB (lower is better)", lambda row: row.extra_mib),
         )
-        for (shape, pair), (column, (title, value)) in product(zip(shapes, axes, strict=True), enumerate(values)):
-            axis, own = pair[column], [row for row in rows if str(row.shape) == shape]
+        for (shape, (title, value)), axis in zip(product(shapes, values), axes.flat, strict=True):
+            own = [row for row in rows if str(row.shape) == shape]
             lengths = [value(row) if row.measured else 0 for row in own]
-            found = zip(own, lengths, strict=True)
-            texts = [common.bar_text(length) if row.measured else "not measured" for row, length in found]
+            texts = [common.bar_text(value(row)) if row.measured else "not measured" for row in own]
             colors = [common.COLORS[row.impl] for row in own]
             bars = axis.barh([row.impl for row in own], lengths, 0.75, color=colors)
             axis.bar_label(bars, texts, padding=3, fontsize=8)

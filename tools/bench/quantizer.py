@@ -135,7 +135,7 @@ def compare_quantizers(
     rows = _planned([*(["reference"] if machine.reference else []), *impls], shapes, machine.device)
     settings = dict(temperature=temperature or None, scale=scale, skip=skip, tile=tile_size)
     settings |= dict(reference=machine.reference)
-    measured = common.measure_rows("quantizer_rows", "measure", rows, options, machine, **settings)
+    measured = common.measure_rows("quantizer_rows", "measure", rows, machine, **settings)
     report = Report(machine.heading, rows, SHAPE_COLUMNS + COLUMNS, LEGEND, options.command, machine.name)
     common.present(report, measured, options.out)
 
@@ -145,7 +145,7 @@ def compare_cross_entropies(shapes: list[Shape], impls: list[str], options: Opti
     machine = common.prepare(options)
     rows = _planned(impls, shapes, machine.device)
     columns = SHAPE_COLUMNS + [column for column in COLUMNS if column not in (SKIPPED, SWEEPS)]
-    measured = common.measure_rows("cross_entropy_rows", "measure", rows, options, machine)
+    measured = common.measure_rows("cross_entropy_rows", "measure", rows, machine)
     common.present(Report(machine.heading, rows, columns), measured, None)
 
 
