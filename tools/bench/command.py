@@ -64,15 +64,9 @@ def quantizer(
     """
     from tools.bench.quantizer import IMPLS, compare_quantizers, parse_shapes
 
-    compare_quantizers(
-        parse_shapes(tokens, codes, dim, dtype),
-        names("--impl", impl, IMPLS),
-        Options(device, threads, repeats, reference, out, common.command_line(context)),
-        temperature=temperature,
-        scale=scale,
-        skip=not no_skip,
-        tile=tile,
-    )
+    shapes, impls = parse_shapes(tokens, codes, dim, dtype), names("--impl", impl, IMPLS)
+    options = Options(device, threads, repeats, reference, out, common.command_line(context))
+    compare_quantizers(shapes, impls, options, temperature=temperature, scale=scale, skip=not no_skip, tile=tile)
 
 
 @app.command("cross-entropy")

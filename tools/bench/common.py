@@ -122,8 +122,8 @@ class Options(NamedTuple):
     command: str = ""
 
 
-class Machine(NamedTuple):
-    """Where rows are measured. device: cpu or cuda; reference: the reference project's file, if it is measured too."""
+class Prepared(NamedTuple):
+    """What follows from the options and the machine. device: cpu or cuda; reference: the reference project's file."""
 
     options: Options
     heading: list[str]
@@ -132,7 +132,7 @@ class Machine(NamedTuple):
     reference: str | None
 
 
-def prepare(options: Options, file: Path | None = None, names: tuple[str, ...] = ()) -> Machine:
+def prepare(options: Options, file: Path | None = None, names: tuple[str, ...] = ()) -> Prepared:
     """Checks the options and asks a fresh process about the machine. Raises BadParameter.
 
     file, names: where in a checkout the reference is, and what must be defined there.
@@ -151,15 +151,15 @@ def prepare(options: Options, file: Path | None = None, names: tuple[str, ...] =
     heading = [f"{today()}: {name}; PyTorch {found['torch']}, Python {found['python']}"]
     if reference:
         heading.append(revision(options.reference))
-    return Machine(options, heading, found["device"], found["name"], reference)
+    return Prepared(options, heading, found["device"], found["name"], reference)
 
 
-def measure_rows(module: str, job: str, rows: list, machine: Machine, **settings) -> Iterator:
+def measure_rows(module: str, job: str, rows: list, prepared: Prepared, **settings) -> Iterator:
     """Yields the rows with `measured` set, or with `reason`. Rows that already have a reason are not measured.
 
     settings: further arguments of the job.
     """
-    settings |= dict(device=machine.device, threads=machine.options.threads, repeats=machine.options.repeats)
+    settings |= dict(device=prepared.device, threads=prepared.options.threads, repeats=prepared.options.repeats)
     for number, row in enumerate(rows, start=1):
         if row.reason:
             yield row

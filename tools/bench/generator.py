@@ -11,7 +11,7 @@ from typing import NamedTuple
 from model_zoo.config import TransformerConfig
 from model_zoo.transformer import flops_per_token
 from tools.bench import common
-from tools.bench.common import Machine, Options, bad, names, numbers
+from tools.bench.common import Options, Prepared, bad, names, numbers
 from trainer.config import GeneratorRun
 from trainer.recipes import load_recipe
 
@@ -134,22 +134,22 @@ def compare_sampling(choice: Choice, options: Options, batch_size: int | None, g
     if not 1 <= guidance < math.inf:
         raise bad("--guidance", f"{guidance} is not a finite number >= 1 (1 is no guidance)")
     impls = choice.impl and names("--impl", choice.impl, SAMPLE.impls)
-    machine = common.prepare(options, REFERENCE_FILE, REFERENCE_NAMES)
-    cuda = machine.device == "cuda"
+    prepared = common.prepare(options, REFERENCE_FILE, REFERENCE_NAMES)
+    cuda = prepared.device == "cuda"
     batch = batch_size or (64 if cuda else 4)
     models = _models(choice.recipe or ("ar_b,ar_l,ar_xl,ar_xxl" if cuda else "6x6"))
     shapes = [Shape(name, model, batch) for name, model in models.items()]
     impls = impls or ["uncached", *(["cached-eager"] if cuda else []), "cached"]
     dtype = choice.dtype or ("bfloat16" if cuda else "float32")
-    _compare(SAMPLE, impls, dtype, shapes, machine, batch_size=batch, guidance=guidance)
+    _compare(SAMPLE, impls, dtype, shapes, prepared, batch_size=batch, guidance=guidance)
 
 
 def compare_training(choice: Choice, options: Options, vocabulary: str, micro_batch: int | None) -> None:
     """`ibq bench train-ar`: measures every impl of every recipe, prints the table, and writes it to ``options.out``."""
     sizes = numbers("--vocabulary", vocabulary)
     impls = names("--impl", choice.impl, TRAIN.impls) if choice.impl else list(TRAIN.impls)
-    machine = common.prepare(options, REFERENCE_FILE, REFERENCE_NAMES)
-    cuda = machine.device == "cuda"
+    prepared = common.prepare(options, REFERENCE_FILE, REFERENCE_NAMES)
+    cuda = prepared.device == "cuda"
     batch = micro_batch or (16 if cuda else 2)
     models = _models(choice.recipe or ("ar_xl,ar_xxl" if cuda else "4x4"))
     shapes = []
@@ -157,7 +157,7 @@ def compare_training(choice: Choice, options: Options, vocabulary: str, micro_ba
         model = replace(model, vocabulary=size)
         shapes.append(Shape(name, model, batch * model.tokens))
     dtype = choice.dtype or ("bfloat16" if cuda else "float32")
-    _compare(TRAIN, impls, dtype, shapes, machine, micro_batch=batch)
+    _compare(TRAIN, impls, dtype, shapes, prepared, micro_batch=batch)
 
 
 def _models(names: str) -> dict[str, TransformerConfig]:
@@ -177,20 +177,20 @@ def _models(names: str) -> dict[str, TransformerConfig]:
     return models
 
 
-def _compare(kind: Kind, chosen: list[str], dtype: str, shapes: list[Shape], machine: Machine, **settings) -> None:
+def _compare(kind: Kind, chosen: list[str], dtype: str, shapes: list[Shape], prepared: Prepared, **settings) -> None:
     """Measures and shows all rows. settings: further arguments of the job."""
-    on_cpu = machine.device == "cpu"
-    impls = (["reference"] if machine.reference else []) + [impl for impl in kind.impls if impl in chosen]
+    on_cpu = prepared.device == "cpu"
+    impls = (["reference"] if prepared.reference else []) + [impl for impl in kind.impls if impl in chosen]
     rows = []
     for shape, impl in product(shapes, impls):
         own_dtype = "float32" if (kind, impl) == (SAMPLE, "reference") else dtype  # it supports no other
         rows.append(Row(impl, shape, own_dtype, reason=NOT_ON_CPU.get(impl, "") if on_cpu else ""))
     if not on_cpu:
-        machine.heading.insert(1, _packages())
-    settings |= dict(reference=machine.reference)
-    measured = common.measure_rows("generator_rows", kind.job, rows, machine, **settings)
-    report = Report(kind, machine.heading, [], machine.options.command, machine.name, tuple(rows))
-    common.present(report, measured, machine.options.out)
+        prepared.heading.insert(1, _packages())
+    settings |= dict(reference=prepared.reference)
+    measured = common.measure_rows("generator_rows", kind.job, rows, prepared, **settings)
+    report = Report(kind, prepared.heading, [], prepared.options.command, prepared.name, tuple(rows))
+    common.present(report, measured, prepared.options.out)
 
 
 class Report(NamedTuple):

@@ -131,22 +131,22 @@ def compare_quantizers(
     tile_size = tile and numbers("--tile", tile)
     if tile_size and len(tile_size) != 2:
         raise bad("--tile", f"{tile!r} is not TOKENS,CODES, as in 1024,256")
-    machine = common.prepare(options, REFERENCE_FILE, (REFERENCE_CLASS,))
-    rows = _planned([*(["reference"] if machine.reference else []), *impls], shapes, machine.device)
+    prepared = common.prepare(options, REFERENCE_FILE, (REFERENCE_CLASS,))
+    rows = _planned([*(["reference"] if prepared.reference else []), *impls], shapes, prepared.device)
     settings = dict(temperature=temperature or None, scale=scale, skip=skip, tile=tile_size)
-    settings |= dict(reference=machine.reference)
-    measured = common.measure_rows("quantizer_rows", "measure", rows, machine, **settings)
-    report = Report(machine.heading, rows, SHAPE_COLUMNS + COLUMNS, LEGEND, options.command, machine.name)
+    settings |= dict(reference=prepared.reference)
+    measured = common.measure_rows("quantizer_rows", "measure", rows, prepared, **settings)
+    report = Report(prepared.heading, rows, SHAPE_COLUMNS + COLUMNS, LEGEND, options.command, prepared.name)
     common.present(report, measured, options.out)
 
 
 def compare_cross_entropies(shapes: list[Shape], impls: list[str], options: Options) -> None:
     """`ibq bench cross-entropy`: measures every impl at every shape and prints the table."""
-    machine = common.prepare(options)
-    rows = _planned(impls, shapes, machine.device)
+    prepared = common.prepare(options)
+    rows = _planned(impls, shapes, prepared.device)
     columns = SHAPE_COLUMNS + [column for column in COLUMNS if column not in (SKIPPED, SWEEPS)]
-    measured = common.measure_rows("cross_entropy_rows", "measure", rows, machine)
-    common.present(Report(machine.heading, rows, columns), measured, None)
+    measured = common.measure_rows("cross_entropy_rows", "measure", rows, prepared)
+    common.present(Report(prepared.heading, rows, columns), measured, None)
 
 
 def parse_shapes(tokens: str, codes: str, dim: str, dtype: str) -> list[Shape]:
