@@ -13,14 +13,6 @@ import typer
 
 from tools.options import Overrides
 
-Launch = Annotated[
-    str,
-    typer.Option(
-        help="Command that starts training and evaluation, such as 'torchrun --nproc-per-node 8'.",
-        show_default="this Python",
-    ),
-]
-
 
 def ablate(
     table: Annotated[str, typer.Argument(metavar="TABLE", help="A table's name (see `ibq recipes`) or a .yaml file.")],
@@ -28,7 +20,13 @@ def ablate(
     out: Annotated[Path | None, typer.Option(help="Folder for runs and table.  [default: runs/TABLE]")] = None,
     seeds: Annotated[str, typer.Option(metavar="0,1,2", help="Each row is trained with each seed.")] = "0",
     rows: Annotated[str | None, typer.Option(metavar="NAME;NAME", help="Only these rows.")] = None,
-    launch: Launch = sys.executable,
+    launch: Annotated[
+        str,
+        typer.Option(
+            help="Command that starts training and evaluation, such as 'torchrun --nproc-per-node 8'.",
+            show_default="this Python",
+        ),
+    ] = sys.executable,
     judge: Annotated[str, typer.Option(help="Options of `ibq evaluate reconstruction`, quoted.")] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the commands, for a scheduler.")] = False,
 ) -> None:

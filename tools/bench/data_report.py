@@ -109,9 +109,9 @@ class Memory(NamedTuple):
     @property
     def slopes(self) -> list[float]:
         """Of each worker's resident memory: MiB per 1,000 batches, least squares without the first tenth."""
-        later = [n for n, batches in enumerate(self.batches_n) if batches > self.batches_n[-1] / 10]
-        thousands_n = np.array([self.batches_n[n] for n in later]) / 1000
-        return np.polyfit(thousands_n, np.array([self.resident_mib_nw[n] for n in later]), 1)[0].tolist()
+        batches_n = np.array(self.batches_n)
+        later_n = batches_n > batches_n[-1] / 10
+        return np.polyfit(batches_n[later_n] / 1000, np.array(self.resident_mib_nw)[later_n], 1)[0].tolist()
 
     @property
     def tenths(self) -> list[int]:

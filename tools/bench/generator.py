@@ -116,10 +116,6 @@ class Row(NamedTuple):
     def extra_mib(self) -> float:
         return self.measured["extra_bytes"] / 2**20
 
-    @property
-    def peak_mib(self) -> float:
-        return self.measured["process_bytes"] / 2**20
-
 
 class Choice(NamedTuple):
     """What to measure, as options of both commands; None: the defaults of the device."""
@@ -240,7 +236,7 @@ class Report(NamedTuple):
             f"{row.measured['seconds']:.3f}",
             f"{row.measured['processor_seconds']:.3f}",
             f"{row.extra_mib:.0f}",
-            f"{row.peak_mib:.0f}",
+            f"{row.measured['process_bytes'] / 2**20:.0f}",
             *("-" if ratio is None else f"{ratio:.2f}" for ratio in times),
         ]
 
