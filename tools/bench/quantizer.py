@@ -145,7 +145,7 @@ def compare_cross_entropies(shapes: list[Shape], impls: list[str], options: Opti
     prepared = common.prepare(options)
     rows = _planned(impls, shapes, prepared.device)
     columns = SHAPE_COLUMNS + [column for column in COLUMNS if column not in (SKIPPED, SWEEPS)]
-    measured = common.measure_rows("cross_entropy_rows", "measure", rows, prepared)
+    measured = common.measure_rows("quantizer_rows", "cross_entropy", rows, prepared)
     common.present(Report(prepared.heading, rows, columns), measured, None)
 
 
