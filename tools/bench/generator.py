@@ -117,42 +117,38 @@ class Row(NamedTuple):
         return self.measured["extra_bytes"] / 2**20
 
 
-class Choice(NamedTuple):
-    """What to measure, as options of both commands; None: the defaults of the device."""
-
-    recipe: str | None
-    impl: str | None
-    dtype: str | None
-
-
-def compare_sampling(choice: Choice, options: Options, batch_size: int | None, guidance: float) -> None:
+def compare_sampling(
+    recipe: str | None, impl: str | None, dtype: str | None, options: Options, batch_size: int | None, guidance: float
+) -> None:
     """`ibq bench sample`: measures every impl of every recipe, prints the table, and writes it to ``options.out``."""
     if not 1 <= guidance < math.inf:
         raise bad("--guidance", f"{guidance} is not a finite number >= 1 (1 is no guidance)")
-    impls = choice.impl and names("--impl", choice.impl, SAMPLE.impls)
+    impls = impl and names("--impl", impl, SAMPLE.impls)
     prepared = common.prepare(options, REFERENCE_FILE, REFERENCE_NAMES)
     cuda = prepared.device == "cuda"
     batch = batch_size or (64 if cuda else 4)
-    models = _models(choice.recipe or ("ar_b,ar_l,ar_xl,ar_xxl" if cuda else "6x6"))
+    models = _models(recipe or ("ar_b,ar_l,ar_xl,ar_xxl" if cuda else "6x6"))
     shapes = [Shape(name, model, batch) for name, model in models.items()]
     impls = impls or ["uncached", *(["cached-eager"] if cuda else []), "cached"]
-    dtype = choice.dtype or ("bfloat16" if cuda else "float32")
+    dtype = dtype or ("bfloat16" if cuda else "float32")
     _compare(SAMPLE, impls, dtype, shapes, prepared, batch_size=batch, guidance=guidance)
 
 
-def compare_training(choice: Choice, options: Options, vocabulary: str, micro_batch: int | None) -> None:
+def compare_training(
+    recipe: str | None, impl: str | None, dtype: str | None, options: Options, vocabulary: str, micro_batch: int | None
+) -> None:
     """`ibq bench train-ar`: measures every impl of every recipe, prints the table, and writes it to ``options.out``."""
     sizes = numbers("--vocabulary", vocabulary)
-    impls = names("--impl", choice.impl, TRAIN.impls) if choice.impl else list(TRAIN.impls)
+    impls = names("--impl", impl, TRAIN.impls) if impl else list(TRAIN.impls)
     prepared = common.prepare(options, REFERENCE_FILE, REFERENCE_NAMES)
     cuda = prepared.device == "cuda"
     batch = micro_batch or (16 if cuda else 2)
-    models = _models(choice.recipe or ("ar_xl,ar_xxl" if cuda else "4x4"))
+    models = _models(recipe or ("ar_xl,ar_xxl" if cuda else "4x4"))
     shapes = []
     for (name, model), size in product(models.items(), sizes):
         model = replace(model, vocabulary=size)
         shapes.append(Shape(name, model, batch * model.tokens))
-    dtype = choice.dtype or ("bfloat16" if cuda else "float32")
+    dtype = dtype or ("bfloat16" if cuda else "float32")
     _compare(TRAIN, impls, dtype, shapes, prepared, micro_batch=batch)
 
 

@@ -69,7 +69,7 @@ def measure(
 
     def loss(z: Tensor, grad: Tensor, codebook_kd: nn.Parameter) -> Loss:
         if impl == "reference":
-            return reference_loss(reference_class(reference), z, grad, codebook_kd, temperature)
+            return reference_loss(reference, z, grad, codebook_kd, temperature)
         if impl == "attention":
             return attention_loss(z, grad, codebook_kd)
         return index_backprop_loss(impl, z, grad, codebook_kd, temperature, skip, tile)
@@ -190,8 +190,12 @@ def flash_takes(z_nd: Tensor) -> bool:
     return not z_nd.is_cuda or (z_nd.dtype in (torch.float16, torch.bfloat16) and z_nd.shape[1] <= 256)
 
 
-def reference_loss(quantizer_class, z_bdhw, grad_bdhw, codebook_kd, temperature) -> Loss:
-    """The reference's own quantizer on our operands, with its VQ losses and, with a temperature, its entropy loss."""
+def reference_loss(path: str, z_bdhw, grad_bdhw, codebook_kd, temperature) -> Loss:
+    """The reference's own quantizer on our operands, with its VQ losses and, with a temperature, its entropy loss.
+
+    path: of its file. Raises ModelError.
+    """
+    quantizer_class = getattr(load_reference(path, REFERENCE_CLASS), REFERENCE_CLASS)
     codes, dim = codebook_kd.shape
     entropy = {} if temperature is None else {"entropy_temperature": temperature}
     with torch.device("meta"):  # its own codebook is not needed
@@ -211,8 +215,3 @@ def reference_loss(quantizer_class, z_bdhw, grad_bdhw, codebook_kd, temperature)
 def reference_shape(tokens: int, dim: int) -> tuple[int, int, int, int]:
     """(B, D, H, W): images of 16 x 16 tokens, or one row of tokens if 256 does not divide them."""
     return (1, dim, 1, tokens) if tokens % 256 else (tokens // 256, dim, 16, 16)
-
-
-def reference_class(path: str) -> type[nn.Module]:
-    """The quantizer in the reference's file at ``path``. Raises ModelError."""
-    return getattr(load_reference(path, REFERENCE_CLASS), REFERENCE_CLASS)
