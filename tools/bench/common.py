@@ -37,6 +37,17 @@ COLORS = {
 # ------------------------------------------------------------------------------------------------------------- options
 
 
+class Options(NamedTuple):
+    """Options of several benchmarks. reference: a checkout of the reference project; command: the command line."""
+
+    device: str
+    threads: int | None
+    repeats: int
+    reference: Path | None = None
+    out: Path | None = None
+    command: str = ""
+
+
 def bad(option: str | None, message: str) -> typer.BadParameter:
     """The error for a wrong value of an option, to be raised."""
     return typer.BadParameter(message, param_hint=option)
@@ -109,17 +120,6 @@ answer(*sys.argv[1:])"""
     if done.returncode > 0:
         return {"failed": f"its process ended with status {done.returncode}"}
     return json.loads(done.stdout.splitlines()[-1])
-
-
-class Options(NamedTuple):
-    """Options of several benchmarks. reference: a checkout of the reference project; command: the command line."""
-
-    device: str
-    threads: int | None
-    repeats: int
-    reference: Path | None = None
-    out: Path | None = None
-    command: str = ""
 
 
 class Prepared(NamedTuple):
