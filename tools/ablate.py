@@ -13,14 +13,6 @@ import typer
 
 from tools.options import Overrides
 
-Launch = Annotated[
-    str,
-    typer.Option(
-        help="Command that starts training and evaluation, such as 'torchrun --nproc-per-node 8'.",
-        show_default="this Python",
-    ),
-]
-
 
 def ablate(
     table: Annotated[str, typer.Argument(metavar="TABLE", help="A table's name (see `ibq recipes`) or a .yaml file.")],
@@ -28,7 +20,13 @@ def ablate(
     out: Annotated[Path | None, typer.Option(help="Folder for runs and table.  [default: runs/TABLE]")] = None,
     seeds: Annotated[str, typer.Option(metavar="0,1,2", help="Each row is trained with each seed.")] = "0",
     rows: Annotated[str | None, typer.Option(metavar="NAME;NAME", help="Only these rows.")] = None,
-    launch: Launch = sys.executable,
+    launch: Annotated[
+        str,
+        typer.Option(
+            help="Command that starts training and evaluation, such as 'torchrun --nproc-per-node 8'.",
+            show_default="this Python",
+        ),
+    ] = sys.executable,
     judge: Annotated[str, typer.Option(help="Options of `ibq evaluate reconstruction`, quoted.")] = "",
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only print the commands, for a scheduler.")] = False,
 ) -> None:
@@ -38,31 +36,26 @@ def ablate(
     """
     from trainer import TrainerError
     from trainer.files import writing
-    from trainer.jobs.ablation import (
-        cells_of,
-        existing_seeds,
-        is_evaluated,
-        is_trained,
-        load_ablation,
-        mark_evaluated,
-        write_table,
-    )
+    from trainer.jobs import ablation as jobs
     from trainer.recipes import load_recipe
 
-    ablation = load_ablation(table)
+    ablation = jobs.load_ablation(table)
     out = out or Path("runs") / Path(table).stem
-    numbers = _integers("--seeds", seeds)
+    try:
+        numbers = [int(seed) for seed in seeds.split(",")]
+    except ValueError as error:
+        raise TrainerError(f"--seeds {seeds} is not a list of integers such as 0,1,2") from error
     launcher, options = _split("--launch", launch), _split("--judge", judge)
     if not launcher or not shutil.which(launcher[0]):
         raise TrainerError(f"--launch {launch!r}: no such command; omit it to use this Python")
     named = [row.strip() for row in rows.split(";")] if rows else None
-    cells = cells_of(ablation, named, numbers, overrides or [], out)
+    cells = jobs.cells_of(ablation, named, numbers, overrides or [], out)
     # The table shows all finished cells, whichever rows are asked for. Checks everything before training starts.
-    table_cells = cells_of(ablation, None, sorted({*numbers, *existing_seeds(out)}), overrides or [], out)
+    table_cells = jobs.cells_of(ablation, None, sorted({*numbers, *jobs.existing_seeds(out)}), overrides or [], out)
     for cell in cells:
         load_recipe(ablation.recipe, cell.overrides)
     for cell in table_cells:
-        is_trained(ablation, cell)
+        jobs.is_trained(ablation, cell)
     commands = [list(_commands(ablation, cell, launcher, judge, options)) for cell in cells]
     if dry_run:
         for command in itertools.chain(*commands):
@@ -70,40 +63,30 @@ def ablate(
         return
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
-    for number, cell in enumerate(cells, start=1):
-        for command in (of_cell := commands[number - 1]):
+    for number, (cell, of_cell) in enumerate(zip(cells, commands, strict=True), start=1):
+        for command in of_cell:
             typer.echo(f"[{number}/{len(cells)}] {shlex.join(command)}")
             if status := subprocess.run(command, check=False).returncode:
                 raise TrainerError(f"row {cell.row!r}, seed {cell.seed}, ended with status {status}: see above")
         if of_cell:
             with writing(out):
-                mark_evaluated(cell, judge)
+                jobs.mark_evaluated(cell, judge)
     with writing(out):
-        written = write_table(ablation, [cell for cell in table_cells if is_evaluated(cell, judge)], out)
+        written = jobs.write_table(ablation, [cell for cell in table_cells if jobs.is_evaluated(cell, judge)], out)
     typer.echo("\n".join([written[1].read_text(), *map(str, written)]))
 
 
 def _commands(ablation, cell, launcher: list[str], judge: str, options: list[str]) -> Iterator[list[str]]:
     """The commands that a cell still needs: training, then evaluation."""
-    from trainer.jobs.ablation import is_begun, is_evaluated, is_trained
+    from trainer.jobs import ablation as jobs
 
-    trained = is_trained(ablation, cell)
+    trained = jobs.is_trained(ablation, cell)
     if not trained:
-        arguments = ["--resume", str(cell.run)] if is_begun(cell) else [ablation.recipe, *cell.overrides]
+        arguments = ["--resume", str(cell.run)] if jobs.is_begun(cell) else [ablation.recipe, *cell.overrides]
         yield [*launcher, "-m", "trainer", *arguments]
-    if not trained or not is_evaluated(cell, judge):
+    if not trained or not jobs.is_evaluated(cell, judge):
         report = ["--report", str(cell.report)]
         yield [*launcher, "-m", "tools", "evaluate", "reconstruction", str(cell.run), *report, *options]
-
-
-def _integers(option: str, text: str) -> list[int]:
-    """Parses 0,1,2. Raises TrainerError."""
-    from trainer import TrainerError
-
-    try:
-        return [int(number) for number in text.split(",")]
-    except ValueError as error:
-        raise TrainerError(f"{option} {text} is not a list of integers such as 0,1,2") from error
 
 
 def _split(option: str, text: str) -> list[str]:

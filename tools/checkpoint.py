@@ -1,8 +1,7 @@
 """`ibq checkpoint`: imports published checkpoints, exports models, and describes both."""
 
-from enum import Enum
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import typer
 
@@ -11,11 +10,6 @@ app = typer.Typer(
     no_args_is_help=True,
 )
 SOURCE = "A run's folder or one of its checkpoints, a published .ckpt, an export, or a name on the model hub."
-
-
-class Layout(str, Enum):
-    safetensors = "safetensors"
-    published = "published"
 
 
 Wanted = Annotated[str, typer.Option(help="all, ema (averages) or raw (as trained).")]
@@ -42,7 +36,9 @@ def import_command(
 def export_command(
     source: Annotated[str, typer.Argument(help=SOURCE)],
     out: Annotated[Path, typer.Option(help="A new or empty folder; with --layout published a new FILE.ckpt.")],
-    layout: Annotated[Layout, typer.Option(help="published: one .ckpt for the published code.")] = Layout.safetensors,
+    layout: Annotated[
+        Literal["safetensors", "published"], typer.Option(help="published: one .ckpt for the published code.")
+    ] = "safetensors",
     weights: Wanted = "all",
 ) -> None:
     """Write a model as a folder of safetensors with its configuration, or in the published layout.
@@ -53,7 +49,7 @@ def export_command(
     """
     from trainer.jobs.export import export, export_published
 
-    _print((export if layout is Layout.safetensors else export_published)(source, out, weights))
+    _print((export if layout == "safetensors" else export_published)(source, out, weights))
 
 
 @app.command("info")

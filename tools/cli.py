@@ -71,13 +71,10 @@ def main(arguments: list[str] | None = None) -> None:
         if watchdog and isinstance(error, watchdog.Stopped):
             sys.stderr.write(f"ibq: {error}\n")
             sys.exit(watchdog.STOPPED)
-        if not isinstance(error, tuple(_user_errors())):
+        imported = [(sys.modules[package], name) for package, name in USER_ERRORS if package in sys.modules]
+        if not any(isinstance(error, getattr(package, name)) for package, name in imported):
             raise
         _fail(str(error))
-
-
-def _user_errors() -> list[type[Exception]]:
-    return [getattr(sys.modules[package], name) for package, name in USER_ERRORS if package in sys.modules]
 
 
 def _fail(message: str) -> None:

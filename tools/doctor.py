@@ -88,8 +88,7 @@ def check_package_names() -> Iterator[Finding]:
     shadows = {shadow.package: shadow for shadow in shadowed_packages()}
     ours = []
     for package in PACKAGES:
-        if package in shadows:
-            shadow = shadows[package]
+        if shadow := shadows.get(package):
             yield Finding(f"package {package}", PROBLEM, f"Python imports {shadow.file}", shadow.fix)
         elif owners := _owners(package):  # pip silently lets a second distribution write into the folder
             names = " ".join(owners)

@@ -15,28 +15,6 @@ if TYPE_CHECKING:
 app = typer.Typer(no_args_is_help=True, help="Evaluate a trained tokenizer or generator.")
 app.command("generation")(evaluate_generation.generation)
 
-Size = Annotated[
-    str | None,
-    typer.Option(
-        help="Pixels of the crop, or 'original'.",
-        show_default="the recipe's, or the run's data.val_image_size or image_size; without a run 256",
-    ),
-]
-Resize = Annotated[
-    str | None,
-    typer.Option(
-        help="cv2_bilinear, pil_antialias or adm_center_crop.",
-        show_default="the recipe's, or the run's data.resize; without a run cv2_bilinear",
-    ),
-]
-Report = Annotated[
-    Path | None,
-    typer.Option(
-        help="FILE.json; FILE.md and images are written beside it.",
-        show_default="RUN/report.json; without a run NAME_reconstruction.json",
-    ),
-]
-
 
 @app.command(no_args_is_help=True)
 def reconstruction(
@@ -56,10 +34,28 @@ def reconstruction(
             show_default="the recipe's, or auto",
         ),
     ] = None,
-    size: Size = None,
-    resize: Resize = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            help="Pixels of the crop, or 'original'.",
+            show_default="the recipe's, or the run's data.val_image_size or image_size; without a run 256",
+        ),
+    ] = None,
+    resize: Annotated[
+        str | None,
+        typer.Option(
+            help="cv2_bilinear, pil_antialias or adm_center_crop.",
+            show_default="the recipe's, or the run's data.resize; without a run cv2_bilinear",
+        ),
+    ] = None,
     weights: Weights = "ema",
-    report: Report = None,
+    report: Annotated[
+        Path | None,
+        typer.Option(
+            help="FILE.json; FILE.md and images are written beside it.",
+            show_default="RUN/report.json; without a run NAME_reconstruction.json",
+        ),
+    ] = None,
     batch_size: BatchSize = 16,
     device: Device = "auto",
 ) -> None:

@@ -73,28 +73,22 @@ def generation(
     if samples is not None:
         if sweep or out:
             raise typer.BadParameter("--sweep and --out need --generator; with --samples use --report")
-        return _evaluate_samples(samples, reference, report, scoring)
+        from trainer.evaluation.generation import evaluate_generation
+
+        with progress("done") as on_progress:
+            evaluated = evaluate_generation(samples, reference, report_path=report, on_progress=on_progress, **scoring)
+        if evaluated is not None:  # otherwise another process prints the result
+            print_report(evaluated)
+        return
     if not sweep or out is None or report is not None:
         raise typer.BadParameter("--generator needs --sweep NAME=VALUE,VALUE and --out DIR, which holds the reports")
     sampling = dict(classes=classes, tokenizer=tokenizer, precision=precision)
     sampling |= dict(batch_size=sample_batch_size, device=device)
-    _evaluate_sweep(generator, reference, sweep, count=count, out=out, sampling=sampling, scoring=scoring)
+    from trainer.evaluation.sweep import sweep as evaluate_sweep
 
-
-def _evaluate_samples(samples: Path, reference: Path, report: Path | None, scoring: dict) -> None:
-    from trainer.evaluation.generation import evaluate_generation
-
+    options = dict(count=count, out=out, sampling=sampling, scoring=scoring)
     with progress("done") as on_progress:
-        evaluated = evaluate_generation(samples, reference, report_path=report, on_progress=on_progress, **scoring)
-    if evaluated is not None:  # otherwise another process prints the result
-        print_report(evaluated)
-
-
-def _evaluate_sweep(generator: Path, reference: Path, settings: list[str], **options) -> None:
-    from trainer.evaluation.sweep import sweep
-
-    with progress("done") as on_progress:
-        swept = sweep(generator, reference, settings, **options, on_progress=on_progress)
+        swept = evaluate_sweep(generator, reference, sweep, **options, on_progress=on_progress)
     if swept is not None:
         print_sweep(swept)
 

@@ -4,6 +4,8 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from tools.bench.common import pyplot, save
+
 if TYPE_CHECKING:
     from data.prep.stats import Histogram
 
@@ -37,22 +39,12 @@ def _percent(share: float) -> str:
 
 def draw(histograms: list["Histogram"], title: str, path: Path) -> None:
     """Draws them in one image. Raises OSError."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
     columns = min(2, len(histograms))
     rows = math.ceil(len(histograms) / columns)
     bars = [max(len(one.bins) for one in histograms[row * columns : (row + 1) * columns]) for row in range(rows)]
-    figure, axes = pyplot.subplots(
-        rows,
-        columns,
-        figsize=(5.5 * columns, 0.5 + sum(0.6 + 0.28 * count for count in bars)),
-        height_ratios=[0.6 + 0.28 * count for count in bars],
-        layout="constrained",
-        squeeze=False,
-    )
+    heights = [0.6 + 0.28 * count for count in bars]  # inches
+    shape = dict(figsize=(5.5 * columns, 0.5 + sum(heights)), height_ratios=heights, squeeze=False)
+    figure, axes = pyplot().subplots(rows, columns, layout="constrained", **shape)
     figure.get_layout_engine().set(h_pad=0.1, w_pad=0.1)
     for axis in axes.flat[len(histograms) :]:
         axis.set_visible(False)
@@ -64,8 +56,7 @@ def draw(histograms: list["Histogram"], title: str, path: Path) -> None:
         axis.set_ylim(bars[number // columns] - 0.4, -0.6)  # all bars have the same thickness, from the top
         axis.set_xticks([])
         axis.tick_params(left=False)
-        axis.spines[["top", "right", "bottom", "left"]].set_visible(False)
+        axis.spines[["bottom", "left"]].set_visible(False)
         axis.set_title(histogram.title, loc="left", fontsize=10, fontweight="bold")
     figure.suptitle(title, fontsize=11)
-    figure.savefig(path, dpi=110)
-    pyplot.close(figure)
+    save(figure, path)

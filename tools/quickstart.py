@@ -42,8 +42,7 @@ def quickstart(overrides: Overrides = None) -> None:
         return evaluate_and_print(run)
     tokens, side = run / "tokens", config.data.image_size // load_tokenizer(run).downsampling_factor
     tokenize(run, images=BUNDLED, out=tokens, views="ten-crop", device=config.trainer.device)
-    grid, device = [side, side], config.trainer.device
-    values = run / GENERATOR, tokens, tokens, run, config.model.codebook_size, grid, device
+    values = run / GENERATOR, tokens, tokens, run, config.model.codebook_size, [side, side], config.trainer.device
     fitting = [f"{key}={value}" for key, value in zip(FITTED, values, strict=True)]
     generator = train("ar_quickstart", fitting + for_generator)
     sample(generator, classes=SHOWN_CLASSES, count=SAMPLES, out=generator / SAMPLED, device=config.trainer.device)

@@ -5,15 +5,12 @@ import json
 import os
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from tools import histograms, shards_text
 from tools.console import progress
-
-if TYPE_CHECKING:
-    from data.prep.check import Checked
 
 NAMED = 10  # images of a list that are printed
 STDOUT = "-"
@@ -129,8 +126,7 @@ def check(
     place = index or _index_place(urls, write)
     _check_writable(json_file, place if write else None)
     known = Index(place) if place and not write else None
-    found: list[Checked] = []
-    broken = 0
+    found, broken = [], 0
     with progress("checking", lines=False) as on_progress:
         for checked in check_shards(urls, index=known, decode_images=decode, jobs=min(jobs or cores(), len(urls))):
             found.append(checked)

@@ -11,6 +11,7 @@ import argparse
 import glob
 import json
 import math
+from itertools import islice
 from pathlib import Path
 
 import matplotlib
@@ -33,21 +34,13 @@ def measure_usage(run: Path, paths: list[str], size: int) -> dict:
     config = load_run_config(run, [])
     tokenizer = model_zoo.load_tokenizer(run)
     usage = CodebookUsage(tokenizer.config.codebook_size)
-    tokens, used, ends, waiting = [0], [0.0], {}, []
-
-    def count() -> None:
-        if waiting:
-            usage.update(tokenizer.tokenize(torch.stack(waiting).float() / 127.5 - 1))
-            waiting.clear()
+    tokens, used, ends = [0], [0.0], {}
+    for path in paths:
+        images = iter(evaluation_images(path, image_size=size, resize=config.data.resize))
+        while batch := [image.image_chw for image in islice(images, 8)]:
+            usage.update(tokenizer.tokenize(torch.stack(batch).float() / 127.5 - 1))
             tokens.append(usage.token_count())
             used.append(usage.usage())
-
-    for path in paths:
-        for image in evaluation_images(path, image_size=size, resize=config.data.resize):
-            waiting.append(image.image_chw)
-            if len(waiting) == 8:
-                count()
-        count()
         ends[path] = {"tokens": tokens[-1], "usage": used[-1], "perplexity": usage.perplexity()}
     for end in ends.values():
         end["drawn_from_all"] = rarefied(usage.counts_k, end["tokens"])

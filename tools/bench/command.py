@@ -6,8 +6,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from tools.bench import common
-from tools.bench.common import bad, names, numbers
+from tools.bench.common import Options, bad, check_out, command_line, names, numbers
 
 app = typer.Typer(no_args_is_help=True, help="Measure time and memory on this machine.")
 
@@ -30,11 +29,6 @@ Dtype = Annotated[
     Literal["float32", "bfloat16"] | None,
     typer.Option(help="Of matrix products.", show_default="float32; on CUDA bfloat16"),
 ]
-
-
-@app.callback()
-def bench() -> None:
-    """Measure time and memory on this machine."""
 
 
 @app.command()
@@ -69,20 +63,9 @@ def quantizer(
     """
     from tools.bench.quantizer import IMPLS, compare_quantizers, parse_shapes
 
-    compare_quantizers(
-        parse_shapes(tokens, codes, dim, dtype),
-        names("--impl", impl, IMPLS),
-        temperature=temperature,
-        scale=scale,
-        skip=not no_skip,
-        tile=tile,
-        reference=reference,
-        out=out,
-        device=device,
-        threads=threads,
-        repeats=repeats,
-        command=common.command_line(context),
-    )
+    shapes, impls = parse_shapes(tokens, codes, dim, dtype), names("--impl", impl, IMPLS)
+    options = Options(device, threads, repeats, reference, out, command_line(context))
+    compare_quantizers(shapes, impls, options, temperature=temperature, scale=scale, skip=not no_skip, tile=tile)
 
 
 @app.command("cross-entropy")
@@ -108,7 +91,7 @@ def cross_entropy(
     from tools.bench.quantizer import CROSS_ENTROPY_IMPLS, compare_cross_entropies, parse_shapes
 
     shapes, impls = parse_shapes(tokens, codes, dim, dtype), names("--impl", impl, CROSS_ENTROPY_IMPLS)
-    compare_cross_entropies(shapes, impls, device=device, threads=threads, repeats=repeats)
+    compare_cross_entropies(shapes, impls, Options(device, threads, repeats))
 
 
 @app.command("data")
@@ -147,12 +130,12 @@ def data_stream(
         raise bad("--seconds", f"{seconds} is not a finite number above 0")
     if memory_batches and memory_batches < 20:
         raise bad("--memory-batches", f"{memory_batches} are too few for a slope; use at least 20, or 0 for none")
-    common.check_out(out, ".png", ".json")
+    check_out(out, ".png", ".json")
     from tools.bench.data import compare
     from tools.bench.data_report import Plan
 
     plan = Plan(counts, world, image_size, seconds, repeats, memory_batches)
-    compare(data, plan, out, common.command_line(context))
+    compare(data, plan, out, command_line(context))
 
 
 @app.command("sample")
@@ -187,11 +170,10 @@ def sampling(
 
     Example: ibq bench sample --recipe 6x6,12x12 --reference SEED-Voken
     """
-    from tools.bench.generator import Options, compare_sampling
+    from tools.bench.generator import compare_sampling
 
-    command = common.command_line(context)
-    options = Options(recipe, impl, dtype, reference, out, device, threads, repeats, command)
-    compare_sampling(options, batch_size, guidance)
+    options = Options(device, threads, repeats, reference, out, command_line(context))
+    compare_sampling(recipe, impl, dtype, options, batch_size, guidance)
 
 
 @app.command("train-ar")
@@ -222,8 +204,7 @@ def training(
 
     Example: ibq bench train-ar --recipe 4x4 --vocabulary 262144 --reference SEED-Voken
     """
-    from tools.bench.generator import Options, compare_training
+    from tools.bench.generator import compare_training
 
-    command = common.command_line(context)
-    options = Options(recipe, impl, dtype, reference, out, device, threads, repeats, command)
-    compare_training(options, vocabulary, micro_batch)
+    options = Options(device, threads, repeats, reference, out, command_line(context))
+    compare_training(recipe, impl, dtype, options, vocabulary, micro_batch)

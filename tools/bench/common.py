@@ -37,6 +37,17 @@ COLORS = {
 # ------------------------------------------------------------------------------------------------------------- options
 
 
+class Options(NamedTuple):
+    """Options of several benchmarks. reference: a checkout of the reference project; command: the command line."""
+
+    device: str
+    threads: int | None
+    repeats: int
+    reference: Path | None = None
+    out: Path | None = None
+    command: str = ""
+
+
 def bad(option: str | None, message: str) -> typer.BadParameter:
     """The error for a wrong value of an option, to be raised."""
     return typer.BadParameter(message, param_hint=option)
@@ -60,15 +71,6 @@ def names(option: str, text: str, choices: tuple[str, ...]) -> list[str]:
     if wrong := [name for name in found if name not in choices]:
         raise bad(option, f"{wrong[0]!r} is not one of {', '.join(choices)}")
     return found
-
-
-def reference_path(checkout: Path, file: Path) -> str:
-    """A file of the reference project, given the folder of its checkout. Raises BadParameter."""
-    path = checkout / file
-    if not path.is_file():
-        fix = "git clone https://github.com/TencentARC/SEED-Voken and pass that folder"
-        raise bad("--reference", f"{checkout} has no {file}: {fix}")
-    return str(path.resolve())
 
 
 def check_out(out: Path | None, *suffixes: str) -> None:
@@ -120,19 +122,44 @@ answer(*sys.argv[1:])"""
     return json.loads(done.stdout.splitlines()[-1])
 
 
-def machine(device: str, threads: int | None, reference: list[str] | None) -> dict:
-    """The fields of `tools.bench.measure.Machine`. Raises BadParameter if the device or the reference is missing.
+class Prepared(NamedTuple):
+    """What follows from the options and the machine. device: cpu or cuda; reference: the reference project's file."""
 
-    reference: a file of the reference project and the names that must be defined in it.
+    options: Options
+    heading: list[str]
+    device: str
+    name: str
+    reference: str | None
+
+
+def prepare(options: Options, file: Path | None = None, names: tuple[str, ...] = ()) -> Prepared:
+    """Checks the options and asks a fresh process about the machine. Raises BadParameter.
+
+    file, names: where in a checkout the reference is, and what must be defined there.
     """
-    found = run_job("measure", "machine", device=device, threads=threads, reference=reference)
+    path = options.reference and options.reference / file
+    if path and not path.is_file():
+        fix = "git clone https://github.com/TencentARC/SEED-Voken and pass that folder"
+        raise bad("--reference", f"{options.reference} has no {file}: {fix}")
+    check_out(options.out, ".png")
+    reference = path and str(path.resolve())
+    asked = dict(device=options.device, threads=options.threads, reference=reference and [reference, *names])
+    found = run_job("measure", "machine", **asked)
     if "failed" in found:
         raise bad(None, found["failed"])
-    return found
+    name = found["name"] if found["device"] == "cuda" else f"{found['name']}, {plural(found['threads'], 'thread')}"
+    heading = [f"{today()}: {name}; PyTorch {found['torch']}, Python {found['python']}"]
+    if reference:
+        heading.append(revision(options.reference))
+    return Prepared(options, heading, found["device"], found["name"], reference)
 
 
-def measure_rows(module: str, job: str, rows: list, **settings) -> Iterator:
-    """Yields the rows with `measured` set, or with `reason`. Rows that already have a reason are not measured."""
+def measure_rows(module: str, job: str, rows: list, prepared: Prepared, **settings) -> Iterator:
+    """Yields the rows with `measured` set, or with `reason`. Rows that already have a reason are not measured.
+
+    settings: further arguments of the job.
+    """
+    settings |= dict(device=prepared.device, threads=prepared.options.threads, repeats=prepared.options.repeats)
     for number, row in enumerate(rows, start=1):
         if row.reason:
             yield row
@@ -186,8 +213,11 @@ def markdown_table(table: Table) -> str:
     return "\n".join(text)
 
 
-def markdown_page(*parts: str) -> str:
-    """Joins the parts that are not empty by blank lines."""
+def markdown_page(title: str, report: Any, tables: list[Table], *more: str) -> str:
+    """Title, heading, command, tables, notes, and more. report: as in `present`, with its `command`."""
+    notes = "\n".join(f"- {note}" for note in report.notes())
+    heading = f"# {title}", *report.heading, f"`{report.command}`"
+    parts = [*heading, *map(markdown_table, tables), notes, *more]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
@@ -212,12 +242,6 @@ def present(report: Any, rows: Iterator, out: Path | None) -> None:
             typer.echo(f"picture: {out.with_suffix('.png')}")
 
 
-def machine_line(found: dict) -> str:
-    """Date, processor and versions, from `machine`."""
-    name = found["name"] if found["device"] == "cuda" else f"{found['name']}, {plural(found['threads'], 'thread')}"
-    return f"{today()}: {name}; PyTorch {found['torch']}, Python {found['python']}"
-
-
 def today() -> str:
     return f"{datetime.now(timezone.utc):%Y-%m-%d}"
 
@@ -225,6 +249,11 @@ def today() -> str:
 def cpu_name() -> str:
     found = [line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("model name")]
     return found[0].split(":")[1].strip() if found else platform.machine()
+
+
+def proc_number(path: str, name: str) -> int:
+    """The number in a line ``name: 1234`` or ``name: 1234 kB`` of a file in /proc."""
+    return next(int(line.split()[1]) for line in Path(path).read_text().splitlines() if line.startswith(f"{name}:"))
 
 
 def revision(reference: Path) -> str:

@@ -108,8 +108,7 @@ def _size(root: str) -> str:
     if wrong := next((url for url in urls if is_remote(url) or not url.endswith(".tar")), None):
         raise DataError(f"{redacted(wrong)} is not a local tar: copy some tars to this machine and pass them as --data")
     total = sum(map(os.path.getsize, urls))
-    fields = dict(line.split(":") for line in Path("/proc/meminfo").read_text().splitlines())
-    available = int(fields["MemAvailable"].split()[0]) * 1024
+    available = common.proc_number("/proc/meminfo", "MemAvailable") * 1024
     if total > available / 2:
         raise DataError(
             f"the tars of --data are {total / 1e9:.1f} GB; the bound keeps them in memory, of which "

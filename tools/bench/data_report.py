@@ -109,9 +109,9 @@ class Memory(NamedTuple):
     @property
     def slopes(self) -> list[float]:
         """Of each worker's resident memory: MiB per 1,000 batches, least squares without the first tenth."""
-        later = [n for n, batches in enumerate(self.batches_n) if batches > self.batches_n[-1] / 10]
-        thousands_n = np.array([self.batches_n[n] for n in later]) / 1000
-        return np.polyfit(thousands_n, np.array([self.resident_mib_nw[n] for n in later]), 1)[0].tolist()
+        batches_n = np.array(self.batches_n)
+        later_n = batches_n > batches_n[-1] / 10
+        return np.polyfit(batches_n[later_n] / 1000, np.array(self.resident_mib_nw)[later_n], 1)[0].tolist()
 
     @property
     def tenths(self) -> list[int]:
@@ -141,9 +141,6 @@ class Report(NamedTuple):
         """None if it was not measured."""
         return next((row for row in self.rows if row.rates and (row.scheme, row.workers) == (scheme, workers)), None)
 
-    def bound(self, workers: int) -> Row | None:
-        return self.row("bound", workers)
-
     def record(self) -> dict:
         """For JSON."""
         rows = [row._asdict() | {"rates": [rate._asdict() for rate in row.rates]} for row in self.rows]
@@ -155,7 +152,7 @@ class Report(NamedTuple):
         names = [row.scheme, str(row.workers)]
         if not row.rates:
             return [*names, f"not measured: {row.reason}"]
-        bound, shares = self.bound(row.workers), ["-", "-"]
+        bound, shares = self.row("bound", row.workers), ["-", "-"]
         if bound is not None:
             ratios = row.images_per_second / bound.images_per_second, bound.processor_ms / row.processor_ms
             shares = [f"{ratio:.1%}" for ratio in ratios]
@@ -210,16 +207,9 @@ class Report(NamedTuple):
     def markdown(self, picture: str) -> str:
         speed = Table(SPEED_HEADINGS, [self.speed_cells(row) for row in self.rows])
         tables = [speed, self.bytes_table(), *([self.memory_table()] if self.memories else [])]
-        return common.markdown_page(
-            "# The training stream",
-            *self.heading,
-            f"`{self.command}`",
-            *map(common.markdown_table, tables),
-            "\n".join(f"- {note}" for note in self.notes()),
-            LONG_LEGEND,
-            MEMORY_LEGEND if self.memories else "",
-            f"![Images per second, bytes, memory]({picture})",
-        )
+        legends = LONG_LEGEND, MEMORY_LEGEND if self.memories else ""
+        picture = f"![Images per second, bytes, memory]({picture})"
+        return common.markdown_page("The training stream", self, tables, *legends, picture)
 
     def draw(self, path: Path) -> None:
         """Images per second over workers, bytes read / needed, and memory over batches."""
@@ -248,7 +238,7 @@ def _draw_speed(axis, report: Report) -> None:
         bars = axis.bar(at, heights, width * 0.92, color=COLORS[scheme], label=about.get(scheme, scheme))
         texts = [f"{row.images_per_second:.0f}" if row else "" for row in rows]
         axis.bar_label(bars, texts, padding=-11, color="white", fontsize=8)  # above it would overlap the bound's line
-    bounds = [(n, row.images_per_second) for n, number in enumerate(workers) if (row := report.bound(number))]
+    bounds = [(n, row.images_per_second) for n, number in enumerate(workers) if (row := report.row("bound", number))]
     if bounds:
         places, heights = zip(*bounds, strict=True)
         ends = [n - 0.47 for n in places], [n + 0.47 for n in places]

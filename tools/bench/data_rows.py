@@ -32,7 +32,7 @@ from data.shards import expand
 from data.sources import Source
 from data.storage import bytes_read
 from data.transforms import decode
-from tools.bench.common import plural
+from tools.bench.common import plural, proc_number
 from tools.bench.data_report import SAMPLES_OF_TAR, TARS, Bytes, Memory, Rate
 
 BATCH = 32
@@ -40,16 +40,6 @@ SHUFFLED = 1000  # size of webdataset's shuffle buffer, as in its documentation
 WARM_UP_BATCHES = 6  # of each process; a DataLoader prefetches two
 SMALL_IMAGE, SMALL_BATCH = 32, 8  # for jobs where speed does not matter
 LOOKS = 100  # measurements of the workers' memory
-
-
-class Tars(NamedTuple):
-    """What a row reads: a path as in `data.train`, and the image size in pixels."""
-
-    root: str
-    image_size: int
-
-    def config(self, workers: int = 0) -> DataConfig:
-        return DataConfig(train=self.root, image_size=self.image_size, workers=workers)
 
 
 class Generated(NamedTuple):
@@ -104,39 +94,27 @@ def _part(image: Image.Image, rng: random.Random, side: int = 512) -> Image.Imag
 # --------------------------------------------------------------------------------------------------------- the schemes
 
 
-def ibq_batches(tars: Tars, workers: int, rank: int = 0, world: int = 1) -> Iterator[list[Delivered]]:
-    """Endless."""
-    stream = train_batches(
-        tars.config(workers),
-        global_batch_size=BATCH * world,
-        micro_batch_size=BATCH,
-        rank=rank,
-        world_size=world,
-        seed=0,
-    )
-    for batch in stream:
+def batches_of(
+    scheme: str, config: DataConfig, rank: int, world: int, *, endless: bool = True
+) -> Iterator[list[Delivered]]:
+    """The batches of one rank. Those of ibq are always endless."""
+    if scheme == "ibq":
+        return _ibq(config, rank, world)
+    if scheme == "webdataset":  # as in its documentation: tars are distributed over ranks and workers
+        return _webdataset(config, rank, world, slice(None), endless)
+    # As in TencentARC/SEED-Voken: each rank decodes all samples and keeps every W-th.
+    return _webdataset(config, 0, 1, slice(rank, None, world), endless)
+
+
+def _ibq(config: DataConfig, rank: int, world: int) -> Iterator[list[Delivered]]:
+    sizes = {"global_batch_size": BATCH * world, "micro_batch_size": BATCH}
+    for batch in train_batches(config, **sizes, rank=rank, world_size=world, seed=0):
         yield [Delivered(info.shard, info.key) for info in batch.infos]
 
 
-def webdataset_batches(
-    tars: Tars, workers: int, rank: int = 0, world: int = 1, *, endless: bool = True
-) -> Iterator[list[Delivered]]:
-    """As in webdataset's documentation: tars are distributed over ranks and workers."""
-    return _webdataset(tars, workers, rank, world, slice(None), endless)
-
-
-def discard_batches(
-    tars: Tars, workers: int, rank: int = 0, world: int = 1, *, endless: bool = True
-) -> Iterator[list[Delivered]]:
-    """As in TencentARC/SEED-Voken: each rank decodes all samples and keeps every W-th."""
-    return _webdataset(tars, workers, 0, 1, slice(rank, None, world), endless)
-
-
-def _webdataset(
-    tars: Tars, workers: int, rank: int, world: int, keep: slice, endless: bool
-) -> Iterator[list[Delivered]]:
+def _webdataset(config: DataConfig, rank: int, world: int, keep: slice, endless: bool) -> Iterator[list[Delivered]]:
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(world))  # where split_by_node looks
-    urls, transform, rng = expand(tars.root), transform_of(tars.config()), random.Random(0)
+    urls, transform, rng, workers = expand(config.train), transform_of(config), random.Random(0), config.workers
     if len(urls) < world * max(1, workers):
         raise DataError(f"there are fewer tars than {plural(world, 'rank')} x {plural(max(1, workers), 'worker')}")
 
@@ -159,16 +137,12 @@ def _webdataset(
 
 def measure(root: str, image_size: int, scheme: str, workers: int, world: int, seconds: float) -> Rate:
     """Measures whole passes over the samples, as many as fill ``seconds``."""
-    tars = Tars(root, image_size)
+    config = DataConfig(train=root, image_size=image_size, workers=workers)
     if scheme == "bound":
-        return bound(tars, workers, seconds)
-    images_in_pass = sum(len(shard) for shard in _source(tars).shards)
-    if scheme == "ibq":
-        batches = ibq_batches(tars, workers)
-    elif scheme == "webdataset":
-        batches = webdataset_batches(tars, workers)
-    else:
-        batches, images_in_pass = discard_batches(tars, workers, 0, world), math.ceil(images_in_pass / world)
+        return bound(config, seconds)
+    ranks = world if scheme == "discard" else 1
+    images_in_pass = math.ceil(sum(map(len, _source(config).shards)) / ranks)
+    batches = batches_of(scheme, config, 0, ranks)
     for _ in range(WARM_UP_BATCHES * max(1, workers)):
         next(batches)
     start, processor, images = time.perf_counter(), _processor_seconds(), 0
@@ -180,14 +154,14 @@ def measure(root: str, image_size: int, scheme: str, workers: int, world: int, s
             return Rate(images, images / passed, _processor_seconds() - processor)
 
 
-def bound(tars: Tars, workers: int, seconds: float) -> Rate:
-    """Measures the transform alone, in this process or in ``workers`` processes."""
+def bound(config: DataConfig, seconds: float) -> Rate:
+    """Measures the transform alone, in as many processes as workers, or in this process."""
     contents = []
-    for shard in _source(tars).shards:
+    for shard in _source(config).shards:
         for index in range(len(shard)):
             with contextlib.suppress(ImageError):
                 contents.append(shard.read(index).image())
-    transform, count = transform_of(tars.config()), max(1, workers)
+    transform, count = transform_of(config), max(1, config.workers)
     context = multiprocessing.get_context("fork")
     ready, rates = context.Barrier(count, timeout=600), context.SimpleQueue()
 
@@ -206,10 +180,10 @@ def bound(tars: Tars, workers: int, seconds: float) -> Rate:
             passed = time.perf_counter() - start
         rates.put(Rate(images, images / passed, time.process_time() - processor))
 
-    processes = [context.Process(target=work, args=(first,)) for first in range(workers)]
+    processes = [context.Process(target=work, args=(first,)) for first in range(config.workers)]
     for process in processes:
         process.start()
-    if not workers:
+    if not processes:
         work(0)
     for process in processes:
         process.join()
@@ -218,9 +192,9 @@ def bound(tars: Tars, workers: int, seconds: float) -> Rate:
     return Rate(*(sum(values) for values in zip(*(rates.get() for _ in range(count)), strict=True)))
 
 
-def _source(tars: Tars) -> Source:
+def _source(config: DataConfig) -> Source:
     """Opens the tars by their index, or scans them."""
-    return open_sources(tars.config())[0]
+    return open_sources(config)[0]
 
 
 def _processor_seconds() -> float:
@@ -229,9 +203,8 @@ def _processor_seconds() -> float:
 
 
 def _processor_seconds_of(pid: int) -> float:
-    fields = (
-        Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
-    )  # the process name before may contain spaces
+    # The process name before the last parenthesis may contain spaces.
+    fields = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
@@ -244,9 +217,9 @@ def _workers() -> list[int]:
 
 def count_bytes(root: str, scheme: str, world: int) -> Bytes:
     """Counts bytes of one epoch of ``world`` ranks, one after the other, without workers; small images save time."""
-    tars = Tars(root, SMALL_IMAGE)
+    config = DataConfig(train=root, image_size=SMALL_IMAGE, workers=0)
     before = _bytes_read()
-    shards = _source(tars).shards
+    shards = _source(config).shards
     scanned = _bytes_read() - before
     size = {}
     for shard in shards:
@@ -259,13 +232,8 @@ def count_bytes(root: str, scheme: str, world: int) -> Bytes:
         )
     before, storage_before, delivered = _bytes_read(), bytes_read(), []
     for rank in range(world):
-        if scheme == "ibq":
-            batches = itertools.islice(ibq_batches(tars, 0, rank, world), steps)
-        elif scheme == "webdataset":
-            batches = webdataset_batches(tars, 0, rank, world, endless=False)
-        else:
-            batches = discard_batches(tars, 0, rank, world, endless=False)
-        delivered += itertools.chain.from_iterable(batches)
+        batches = batches_of(scheme, config, rank, world, endless=False)
+        delivered += itertools.chain(*itertools.islice(batches, steps if scheme == "ibq" else None))
     read, by_storage = _bytes_read() - before, bytes_read() - storage_before if scheme == "ibq" else None
     needed = sum(size[one.tar, key_hash(one.key)] for one in delivered)
     return Bytes(scheme, len(delivered), len(set(delivered)), read, needed, by_storage, scanned)
@@ -273,7 +241,7 @@ def count_bytes(root: str, scheme: str, world: int) -> Bytes:
 
 def _bytes_read() -> int:
     """Read by this process so far, cached or not."""
-    return int(Path("/proc/self/io").read_text().split()[1])  # "rchar: 1234" is its first line
+    return proc_number("/proc/self/io", "rchar")
 
 
 # -------------------------------------------------------------------------------------------------------------- memory
@@ -281,10 +249,9 @@ def _bytes_read() -> int:
 
 def watch_memory(root: str, workers: int, batches: int) -> Memory:
     """Watches the memory of the training stream's workers."""
-    config = Tars(root, SMALL_IMAGE).config(workers)
-    stream = train_batches(
-        config, global_batch_size=SMALL_BATCH, micro_batch_size=SMALL_BATCH, rank=0, world_size=1, seed=0
-    )
+    config = DataConfig(train=root, image_size=SMALL_IMAGE, workers=workers)
+    sizes = {"global_batch_size": SMALL_BATCH, "micro_batch_size": SMALL_BATCH}
+    stream = train_batches(config, **sizes, rank=0, world_size=1, seed=0)
     memory = Memory([], [], [])
     marks = {math.ceil(batches * n / LOOKS) for n in range(1, LOOKS + 1)}
     for number in range(1, batches + 1):

@@ -2,7 +2,7 @@
 
 import math
 import re
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from itertools import product
 from pathlib import Path
@@ -11,7 +11,7 @@ from typing import NamedTuple
 from model_zoo.config import TransformerConfig
 from model_zoo.transformer import flops_per_token
 from tools.bench import common
-from tools.bench.common import bad, names, numbers
+from tools.bench.common import Options, Prepared, bad, names, numbers
 from trainer.config import GeneratorRun
 from trainer.recipes import load_recipe
 
@@ -116,50 +116,40 @@ class Row(NamedTuple):
     def extra_mib(self) -> float:
         return self.measured["extra_bytes"] / 2**20
 
-    @property
-    def peak_mib(self) -> float:
-        return self.measured["process_bytes"] / 2**20
 
-
-class Options(NamedTuple):
-    """The options of both commands. command: the command line."""
-
-    recipe: str | None
-    impl: str | None
-    dtype: str | None
-    reference: Path | None
-    out: Path | None
-    device: str
-    threads: int | None
-    repeats: int
-    command: str
-
-
-def compare_sampling(options: Options, batch_size: int | None, guidance: float) -> None:
+def compare_sampling(
+    recipe: str | None, impl: str | None, dtype: str | None, options: Options, batch_size: int | None, guidance: float
+) -> None:
     """`ibq bench sample`: measures every impl of every recipe, prints the table, and writes it to ``options.out``."""
     if not 1 <= guidance < math.inf:
         raise bad("--guidance", f"{guidance} is not a finite number >= 1 (1 is no guidance)")
-    prepared = _prepare(SAMPLE, options)
+    impls = impl and names("--impl", impl, SAMPLE.impls)
+    prepared = common.prepare(options, REFERENCE_FILE, REFERENCE_NAMES)
     cuda = prepared.device == "cuda"
     batch = batch_size or (64 if cuda else 4)
-    models = _models(options.recipe or ("ar_b,ar_l,ar_xl,ar_xxl" if cuda else "6x6"))
+    models = _models(recipe or ("ar_b,ar_l,ar_xl,ar_xxl" if cuda else "6x6"))
     shapes = [Shape(name, model, batch) for name, model in models.items()]
-    usual = ["uncached", "cached-eager", "cached"] if cuda else ["uncached", "cached"]
-    _compare(SAMPLE, options, prepared, usual, shapes, batch_size=batch, guidance=guidance)
+    impls = impls or ["uncached", *(["cached-eager"] if cuda else []), "cached"]
+    dtype = dtype or ("bfloat16" if cuda else "float32")
+    _compare(SAMPLE, impls, dtype, shapes, prepared, batch_size=batch, guidance=guidance)
 
 
-def compare_training(options: Options, vocabulary: str, micro_batch: int | None) -> None:
+def compare_training(
+    recipe: str | None, impl: str | None, dtype: str | None, options: Options, vocabulary: str, micro_batch: int | None
+) -> None:
     """`ibq bench train-ar`: measures every impl of every recipe, prints the table, and writes it to ``options.out``."""
     sizes = numbers("--vocabulary", vocabulary)
-    prepared = _prepare(TRAIN, options)
+    impls = names("--impl", impl, TRAIN.impls) if impl else list(TRAIN.impls)
+    prepared = common.prepare(options, REFERENCE_FILE, REFERENCE_NAMES)
     cuda = prepared.device == "cuda"
     batch = micro_batch or (16 if cuda else 2)
-    models = _models(options.recipe or ("ar_xl,ar_xxl" if cuda else "4x4"))
+    models = _models(recipe or ("ar_xl,ar_xxl" if cuda else "4x4"))
     shapes = []
     for (name, model), size in product(models.items(), sizes):
-        model = TransformerConfig(**{**asdict(model), "vocabulary": size})
+        model = replace(model, vocabulary=size)
         shapes.append(Shape(name, model, batch * model.tokens))
-    _compare(TRAIN, options, prepared, list(TRAIN.impls), shapes, micro_batch=batch)
+    dtype = dtype or ("bfloat16" if cuda else "float32")
+    _compare(TRAIN, impls, dtype, shapes, prepared, micro_batch=batch)
 
 
 def _models(names: str) -> dict[str, TransformerConfig]:
@@ -179,46 +169,20 @@ def _models(names: str) -> dict[str, TransformerConfig]:
     return models
 
 
-class Prepared(NamedTuple):
-    """What follows from the options and the machine. device: cpu or cuda; impls: None for the device's defaults."""
-
-    heading: list[str]
-    name: str
-    device: str
-    impls: list[str] | None
-    reference: str | None
-
-
-def _prepare(kind: Kind, options: Options) -> Prepared:
-    """Checks the options. Raises BadParameter."""
-    impls = options.impl and names("--impl", options.impl, kind.impls)
-    path = options.reference and common.reference_path(options.reference, REFERENCE_FILE)
-    common.check_out(options.out, ".png")
-    machine = common.machine(options.device, options.threads, path and [path, *REFERENCE_NAMES])
-    heading = [common.machine_line(machine)]
-    if machine["device"] == "cuda":
-        heading.append(_packages())
-    if options.reference is not None:
-        heading.append(common.revision(options.reference))
-    return Prepared(heading, machine["name"], machine["device"], impls, path)
-
-
-def _compare(
-    kind: Kind, options: Options, prepared: Prepared, usual: list[str], shapes: list[Shape], **settings
-) -> None:
-    """Measures and shows all rows. usual: the impls of this device; settings: further arguments of the job."""
+def _compare(kind: Kind, chosen: list[str], dtype: str, shapes: list[Shape], prepared: Prepared, **settings) -> None:
+    """Measures and shows all rows. settings: further arguments of the job."""
     on_cpu = prepared.device == "cpu"
-    dtype = options.dtype or ("float32" if on_cpu else "bfloat16")
-    chosen = prepared.impls or usual
     impls = (["reference"] if prepared.reference else []) + [impl for impl in kind.impls if impl in chosen]
     rows = []
     for shape, impl in product(shapes, impls):
         own_dtype = "float32" if (kind, impl) == (SAMPLE, "reference") else dtype  # it supports no other
         rows.append(Row(impl, shape, own_dtype, reason=NOT_ON_CPU.get(impl, "") if on_cpu else ""))
-    settings |= dict(device=prepared.device, threads=options.threads, repeats=options.repeats)
-    measured = common.measure_rows("generator_rows", kind.job, rows, reference=prepared.reference, **settings)
-    report = Report(kind, prepared.heading, [], options.command, prepared.name, tuple(rows))
-    common.present(report, measured, options.out)
+    if not on_cpu:
+        prepared.heading.insert(1, _packages())
+    settings |= dict(reference=prepared.reference)
+    measured = common.measure_rows("generator_rows", kind.job, rows, prepared, **settings)
+    report = Report(kind, prepared.heading, [], prepared.options.command, prepared.name, tuple(rows))
+    common.present(report, measured, prepared.options.out)
 
 
 class Report(NamedTuple):
@@ -268,7 +232,7 @@ class Report(NamedTuple):
             f"{row.measured['seconds']:.3f}",
             f"{row.measured['processor_seconds']:.3f}",
             f"{row.extra_mib:.0f}",
-            f"{row.peak_mib:.0f}",
+            f"{row.measured['process_bytes'] / 2**20:.0f}",
             *("-" if ratio is None else f"{ratio:.2f}" for ratio in times),
         ]
 
@@ -294,10 +258,8 @@ class Report(NamedTuple):
 
     def markdown(self, picture: str) -> str:
         table = common.Table(self.headings, [self.cells(row) for row in self.rows])
-        notes = "\n".join(f"- {note}" for note in self.notes())
-        heading = f"# {self.kind.title}", *self.heading, f"`{self.command}`"
         picture = f"![Speed and memory]({picture})"
-        return common.markdown_page(*heading, common.markdown_table(table), notes, self.legend, picture)
+        return common.markdown_page(self.kind.title, self, [table], self.legend, picture)
 
     def draw(self, path: Path) -> None:
         """Bars of speed and of extra memory for each shape."""
@@ -310,11 +272,10 @@ class Report(NamedTuple):
             (f"{kind.unit} per second (higher is better)", lambda row: row.speed),
             ("extra memory, MiB (lower is better)", lambda row: row.extra_mib),
         )
-        for (shape, pair), (column, (title, value)) in product(zip(shapes, axes, strict=True), enumerate(values)):
-            axis, own = pair[column], [row for row in rows if str(row.shape) == shape]
+        for (shape, (title, value)), axis in zip(product(shapes, values), axes.flat, strict=True):
+            own = [row for row in rows if str(row.shape) == shape]
             lengths = [value(row) if row.measured else 0 for row in own]
-            found = zip(own, lengths, strict=True)
-            texts = [common.bar_text(length) if row.measured else "not measured" for row, length in found]
+            texts = [common.bar_text(value(row)) if row.measured else "not measured" for row in own]
             colors = [common.COLORS[row.impl] for row in own]
             bars = axis.barh([row.impl for row in own], lengths, 0.75, color=colors)
             axis.bar_label(bars, texts, padding=3, fontsize=8)

@@ -71,7 +71,7 @@ def sample(
     class_b = torch.arange(batch_size, device=device) % config.classes
     autocast = None if dtype == "float32" else getattr(torch, dtype)
     if impl == "reference":
-        run = published_sampling(published(reference), generator, class_b, guidance)
+        run = published_sampling(load_reference(reference, *REFERENCE_NAMES), generator, class_b, guidance)
     else:
         if autocast:
             keep_products_in(generator, autocast)
@@ -173,14 +173,9 @@ def train(
 # ------------------------------------------------------------------------------------------------------------ reference
 
 
-def published(path: str) -> ModuleType:
-    """The reference's module at ``path``. Raises ModelError."""
-    return load_reference(path, *REFERENCE_NAMES)
-
-
 def published_generator(path: str, config: TransformerConfig) -> nn.Module:
     """The reference's generator of the same size, with the settings of its configurations."""
-    return published(path).GPT(
+    return load_reference(path, *REFERENCE_NAMES).GPT(
         vocab_size=config.vocabulary,
         block_size=config.tokens,
         n_layer=config.depth,

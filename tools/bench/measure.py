@@ -19,7 +19,7 @@ from torch import Tensor
 
 from data.errors import DataError
 from model_zoo.errors import ModelError
-from tools.bench.common import cpu_name
+from tools.bench.common import cpu_name, proc_number
 
 
 def answer(module: str, job: str, arguments: str) -> None:
@@ -95,7 +95,7 @@ def bound_memory(device: str) -> None:
     with contextlib.suppress(OSError):  # /proc may be read-only
         Path("/proc/self/oom_score_adj").write_text("1000")
     if device == "cpu":
-        available = kibibytes("/proc/meminfo", "MemAvailable") * 2**10
+        available = proc_number("/proc/meminfo", "MemAvailable") * 2**10
         hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
         limit = available if hard == resource.RLIM_INFINITY else min(available, hard)
         resource.setrlimit(resource.RLIMIT_DATA, (limit, hard))
@@ -104,7 +104,7 @@ def bound_memory(device: str) -> None:
 def peak_bytes(device: str) -> int:
     """Of the process; on CUDA, of what PyTorch allocates on the device."""
     # Not getrusage: its peak starts at that of the parent process.
-    return kibibytes("/proc/self/status", "VmHWM") * 2**10 if device == "cpu" else torch.cuda.max_memory_allocated()
+    return proc_number("/proc/self/status", "VmHWM") * 2**10 if device == "cpu" else torch.cuda.max_memory_allocated()
 
 
 def reset_peak(device: str) -> None:
@@ -115,11 +115,6 @@ def reset_peak(device: str) -> None:
         ctypes.CDLL(None).malloc_trim(0)  # freed memory would be reused without raising the peak
         with contextlib.suppress(OSError):
             Path("/proc/self/clear_refs").write_text("5")
-
-
-def kibibytes(path: str, name: str) -> int:
-    """The value of a line ``name: 1234 kB``."""
-    return next(int(line.split()[1]) for line in Path(path).read_text().splitlines() if line.startswith(f"{name}:"))
 
 
 # ---------------------------------------------------------------------------------------------------------------- time
@@ -138,10 +133,12 @@ class PassSeconds(NamedTuple):
     processor: float
 
 
-class Passes(NamedTuple):
-    """Seconds of the fastest repeat; memory of the first.
+class Measured(NamedTuple):
+    """Seconds of the fastest repeat, memory of the first, and from `sweeps` on what the row's job fills in.
 
-    extra_bytes: the peak minus what was in use before, minus gradients. process_bytes: the peak.
+    extra_bytes: the peak minus what was in use before, minus gradients. process_bytes: the peak. sweeps: products of
+    all tokens with all codes that were computed. operations_per_second: of a plain matrix product. kernel: which
+    attention kernel ran, or None.
     """
 
     forward_seconds: float
@@ -149,6 +146,11 @@ class Passes(NamedTuple):
     processor_seconds: float
     extra_bytes: int
     process_bytes: int
+    sweeps: float = 0.0
+    operations_per_second: float = 0.0
+    skip_soft: float | None = None
+    skip_entropy: float | None = None
+    kernel: str | None = None
 
 
 def time_pass(loss: Callable[[], Tensor], operands: Sequence[Tensor], device: str) -> PassSeconds:
@@ -163,7 +165,7 @@ def time_pass(loss: Callable[[], Tensor], operands: Sequence[Tensor], device: st
     return PassSeconds(middle - start, end - middle, time.process_time() - processor)
 
 
-def time_passes(loss: Callable[[], Tensor], operands: Sequence[Tensor], device: str, repeats: int) -> Passes:
+def time_passes(loss: Callable[[], Tensor], operands: Sequence[Tensor], device: str, repeats: int) -> Measured:
     for operand in operands:
         operand.grad = None
     reset_peak(device)
@@ -172,7 +174,7 @@ def time_passes(loss: Callable[[], Tensor], operands: Sequence[Tensor], device: 
     peak = peak_bytes(device)
     extra = max(0, peak - before - sum(operand.grad.nbytes for operand in operands))
     seconds += [time_pass(loss, operands, device) for _ in range(repeats - 1)]
-    return Passes(*min(seconds, key=lambda one: one.forward + one.backward), extra, peak)
+    return Measured(*min(seconds, key=lambda one: one.forward + one.backward), extra, peak)
 
 
 def normal_tensors(dtype: str, device: str) -> Callable[..., Tensor]:

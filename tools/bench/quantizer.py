@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from tools.bench import common
-from tools.bench.common import bad, names, numbers
+from tools.bench.common import Options, bad, names, numbers
 
 IMPLS = ("dense", "chunked", "triton", "attention")
 CROSS_ENTROPY_IMPLS = ("dense", "chunked", "liger")
@@ -46,7 +46,7 @@ class Shape(NamedTuple):
 
 
 class Row(NamedTuple):
-    """measured: the fields of `tools.bench.quantizer_rows.Measured`, or None and the reason."""
+    """measured: the fields of `tools.bench.measure.Measured`, or None and the reason."""
 
     impl: str
     shape: Shape
@@ -116,19 +116,14 @@ COLUMNS = [
 def compare_quantizers(
     shapes: list[Shape],
     impls: list[str],
+    options: Options,
     *,
     temperature: float,
     scale: float,
     skip: bool,
     tile: str | None,
-    reference: Path | None,
-    out: Path | None,
-    device: str,
-    threads: int | None,
-    repeats: int,
-    command: str,
 ) -> None:
-    """`ibq bench quantizer`: measures every impl at every shape, prints the table, and writes it to ``out``."""
+    """`ibq bench quantizer`: measures every impl at every shape, prints the table, and writes it to a file."""
     if not 0 <= temperature < math.inf:
         raise bad("--temperature", f"{temperature} is not a finite number >= 0 (0 leaves the entropies out)")
     if not 0 < scale < 1e6:
@@ -136,27 +131,22 @@ def compare_quantizers(
     tile_size = tile and numbers("--tile", tile)
     if tile_size and len(tile_size) != 2:
         raise bad("--tile", f"{tile!r} is not TOKENS,CODES, as in 1024,256")
-    path = reference and common.reference_path(reference, REFERENCE_FILE)
-    common.check_out(out, ".png")
-    machine = common.machine(device, threads, path and [path, REFERENCE_CLASS])
-    heading = [common.machine_line(machine), *([common.revision(reference)] if reference else [])]
-    rows = _planned([*(["reference"] if reference else []), *impls], shapes, machine["device"])
-    settings = dict(temperature=temperature or None, scale=scale, skip=skip, tile=tile_size, reference=path)
-    settings |= dict(device=machine["device"], threads=threads, repeats=repeats)
-    report = Report(heading, rows, SHAPE_COLUMNS + COLUMNS, LEGEND, command, machine["name"])
-    common.present(report, common.measure_rows("quantizer_rows", "measure", rows, **settings), out)
+    prepared = common.prepare(options, REFERENCE_FILE, (REFERENCE_CLASS,))
+    rows = _planned([*(["reference"] if prepared.reference else []), *impls], shapes, prepared.device)
+    settings = dict(temperature=temperature or None, scale=scale, skip=skip, tile=tile_size)
+    settings |= dict(reference=prepared.reference)
+    measured = common.measure_rows("quantizer_rows", "measure", rows, prepared, **settings)
+    report = Report(prepared.heading, rows, SHAPE_COLUMNS + COLUMNS, LEGEND, options.command, prepared.name)
+    common.present(report, measured, options.out)
 
 
-def compare_cross_entropies(
-    shapes: list[Shape], impls: list[str], *, device: str, threads: int | None, repeats: int
-) -> None:
+def compare_cross_entropies(shapes: list[Shape], impls: list[str], options: Options) -> None:
     """`ibq bench cross-entropy`: measures every impl at every shape and prints the table."""
-    machine = common.machine(device, threads, None)
-    rows = _planned(impls, shapes, machine["device"])
+    prepared = common.prepare(options)
+    rows = _planned(impls, shapes, prepared.device)
     columns = SHAPE_COLUMNS + [column for column in COLUMNS if column not in (SKIPPED, SWEEPS)]
-    report = Report([common.machine_line(machine)], rows, columns)
-    settings = dict(device=machine["device"], threads=threads, repeats=repeats)
-    common.present(report, common.measure_rows("cross_entropy_rows", "measure", rows, **settings), None)
+    measured = common.measure_rows("quantizer_rows", "cross_entropy", rows, prepared)
+    common.present(Report(prepared.heading, rows, columns), measured, None)
 
 
 def parse_shapes(tokens: str, codes: str, dim: str, dtype: str) -> list[Shape]:
@@ -196,14 +186,9 @@ class Report:
         return _cells(row, self.shown)
 
     def markdown(self, picture: str) -> str:
-        table = common.Table(
-            [column.heading for column in self.columns], [_cells(row, self.columns) for row in self.rows]
-        )
-        notes = "\n".join(f"- {note}" for note in self.notes())
-        heading = *self.heading, f"`{self.command}`"
-        return common.markdown_page(
-            "# Index backpropagation", *heading, common.markdown_table(table), notes, LONG_LEGEND
-        )
+        headings = [column.heading for column in self.columns]
+        table = common.Table(headings, [_cells(row, self.columns) for row in self.rows])
+        return common.markdown_page("Index backpropagation", self, [table], LONG_LEGEND)
 
     def notes(self) -> list[str]:
         """Ratios of the tiled impls to those that hold all logits, and the attention kernel."""

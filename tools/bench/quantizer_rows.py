@@ -1,4 +1,4 @@
-"""One row of `ibq bench quantizer`. Runs in a fresh process.
+"""One row of `ibq bench quantizer` or `ibq bench cross-entropy`. Runs in a fresh process.
 
 The reference is imported from a checkout of its project; this project contains none of its code.
 """
@@ -12,56 +12,23 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from model_zoo.ops import linear_cross_entropy
 from model_zoo.ops.chunked import ChunkedSweeps
 from model_zoo.ops.dense import index_backprop_dense
 from model_zoo.ops.tiled import Settings, SkipStats, index_backprop_tiled
-from tools.bench.measure import load_reference, matmul_rate, normal_tensors, time_pass, time_passes
+from tools.bench.measure import Measured, load_reference, matmul_rate, normal_tensors, time_pass, time_passes
 from tools.bench.quantizer import REFERENCE_CLASS
 
 # A sweep is one product of all tokens with all codes. The number of sweeps of each counted pass, if it skips no tile.
 # "first" computes the logits and never skips. In Triton two kernels compute dz and dC, and each recomputes dl.
+ONE_EACH = dict.fromkeys(("first", "output", "assignment", "average", "average_gradient"), 1)
 PRODUCTS = {
-    "chunked": {
-        "first": 1,
-        "output": 1,
-        "assignment": 1,
-        "average": 1,
-        "soft_gradient": 4,
-        "average_gradient": 1,
-        "entropy_gradient": 3,
-    },
-    "triton": {
-        "first": 1,
-        "output": 1,
-        "assignment": 1,
-        "average": 1,
-        "soft_gradient": 6,
-        "average_gradient": 1,
-        "entropy_gradient": 4,
-    },
+    "chunked": ONE_EACH | {"soft_gradient": 4, "entropy_gradient": 3},
+    "triton": ONE_EACH | {"soft_gradient": 6, "entropy_gradient": 4},
 }
 # Sweeps of impls that skip nothing. dense: logits and code vectors; backward g C^T, onehot^T g, dl C, dl^T z.
 # reference: the same, plus the code vectors of its VQ losses and their gradient. attention: two forward, five backward.
 SWEEPS = {"dense": 6, "reference": 8, "attention": 7}
-
-
-class Measured(NamedTuple):
-    """The fields of `tools.bench.measure.Passes`, and what the impl did.
-
-    sweeps: products of all tokens with all codes that were computed. operations_per_second: of a plain matrix product.
-    kernel: which attention kernel ran, or None.
-    """
-
-    forward_seconds: float
-    backward_seconds: float
-    processor_seconds: float
-    extra_bytes: int
-    process_bytes: int
-    skip_soft: float | None
-    skip_entropy: float | None
-    sweeps: float
-    operations_per_second: float
-    kernel: str | None
 
 
 class Loss(NamedTuple):
@@ -102,7 +69,7 @@ def measure(
 
     def loss(z: Tensor, grad: Tensor, codebook_kd: nn.Parameter) -> Loss:
         if impl == "reference":
-            return reference_loss(reference_class(reference), z, grad, codebook_kd, temperature)
+            return reference_loss(reference, z, grad, codebook_kd, temperature)
         if impl == "attention":
             return attention_loss(z, grad, codebook_kd)
         return index_backprop_loss(impl, z, grad, codebook_kd, temperature, skip, tile)
@@ -121,8 +88,55 @@ def measure(
     sweeps = SWEEPS.get(impl)
     if sweeps is None:
         sweeps = PRODUCTS[impl]["first"] + sum(PRODUCTS[impl][name] * (1 - skipped[name]) for name in skipped)
-    skip_soft, skip_entropy = skipped.get("soft_gradient"), skipped.get("entropy_gradient")
-    return Measured(*passes, skip_soft, skip_entropy, sweeps, rate, measured.kernel)
+    return passes._replace(
+        sweeps=sweeps,
+        operations_per_second=rate,
+        skip_soft=skipped.get("soft_gradient"),
+        skip_entropy=skipped.get("entropy_gradient"),
+        kernel=measured.kernel,
+    )
+
+
+def cross_entropy(
+    *,
+    impl: str,
+    dtype: str,
+    tokens: int,
+    codes: int,
+    dim: int,
+    device: str = "cpu",
+    threads: int | None = None,
+    repeats: int = 1,
+) -> Measured:
+    """Forward and backward passes of the mean cross-entropy. Logits are normal(0, 1), targets random.
+
+    dense is the usual `F.cross_entropy(F.linear(hidden, weight), target)`; `linear_cross_entropy`'s own readable impl
+    needs more memory.
+    """
+    if threads:
+        torch.set_num_threads(threads)
+    normal = normal_tensors(dtype, device)
+    target_generator = torch.Generator(device).manual_seed(1)
+
+    def operands(tokens: int, codes: int) -> tuple[Tensor, Tensor, Tensor]:
+        target_n = torch.randint(codes, (tokens,), device=device, generator=target_generator)
+        return normal(tokens, dim).requires_grad_(), normal(codes, dim).div_(dim**0.5).requires_grad_(), target_n
+
+    def loss(hidden_nd: Tensor, weight_vd: Tensor, target_n: Tensor) -> Tensor:
+        if impl == "dense":
+            return F.cross_entropy(F.linear(hidden_nd, weight_vd), target_n)
+        return linear_cross_entropy(hidden_nd, weight_vd, target_n, impl=impl).loss
+
+    rate = matmul_rate(normal, device, tokens, dim)
+    small = operands(64, 600)
+    time_pass(lambda: loss(*small), [], device)  # starts libraries and threads
+    measured = operands(tokens, codes)
+    learned = measured[:2]
+    if device == "cuda":
+        time_pass(lambda: loss(*measured), learned, device)  # compiles kernels for these shapes
+    passes = time_passes(lambda: loss(*measured), learned, device, repeats)
+    # Three products of all tokens with all codes: the logits and the gradients of both operands.
+    return passes._replace(sweeps=3, operations_per_second=rate)
 
 
 def index_backprop_loss(impl, z_nd, grad_nd, codebook_kd, temperature, skip, tile) -> Loss:
@@ -176,8 +190,12 @@ def flash_takes(z_nd: Tensor) -> bool:
     return not z_nd.is_cuda or (z_nd.dtype in (torch.float16, torch.bfloat16) and z_nd.shape[1] <= 256)
 
 
-def reference_loss(quantizer_class, z_bdhw, grad_bdhw, codebook_kd, temperature) -> Loss:
-    """The reference's own quantizer on our operands, with its VQ losses and, with a temperature, its entropy loss."""
+def reference_loss(path: str, z_bdhw, grad_bdhw, codebook_kd, temperature) -> Loss:
+    """The reference's own quantizer on our operands, with its VQ losses and, with a temperature, its entropy loss.
+
+    path: of its file. Raises ModelError.
+    """
+    quantizer_class = getattr(load_reference(path, REFERENCE_CLASS), REFERENCE_CLASS)
     codes, dim = codebook_kd.shape
     entropy = {} if temperature is None else {"entropy_temperature": temperature}
     with torch.device("meta"):  # its own codebook is not needed
@@ -197,8 +215,3 @@ def reference_loss(quantizer_class, z_bdhw, grad_bdhw, codebook_kd, temperature)
 def reference_shape(tokens: int, dim: int) -> tuple[int, int, int, int]:
     """(B, D, H, W): images of 16 x 16 tokens, or one row of tokens if 256 does not divide them."""
     return (1, dim, 1, tokens) if tokens % 256 else (tokens // 256, dim, 16, 16)
-
-
-def reference_class(path: str) -> type[nn.Module]:
-    """The quantizer in the reference's file at ``path``. Raises ModelError."""
-    return getattr(load_reference(path, REFERENCE_CLASS), REFERENCE_CLASS)

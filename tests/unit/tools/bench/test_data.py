@@ -10,6 +10,7 @@ import pytest
 from PIL import Image
 from webdataset.writer import TarWriter
 
+from data.config import DataConfig
 from data.errors import DataError
 from tools.bench import data_report, data_rows
 from tools.bench.data_report import Bytes, Memory, Rate
@@ -110,7 +111,7 @@ def test_tars_that_are_made(tmp_path, monkeypatch):
     for name in ("once", "again"):
         (tmp_path / name).mkdir()
         data_rows.generate(str(tmp_path / name))
-    source = data_rows._source(data_rows.Tars(str(tmp_path / "once"), 64))
+    source = data_rows._source(DataConfig(train=str(tmp_path / "once")))
     assert source.samples == 6
     assert (tmp_path / "once" / "index.safetensors").is_file()
     for shard in source.shards:

@@ -12,6 +12,7 @@ from model_zoo.config import Sampling, TransformerConfig
 from model_zoo.sampler import Sampler
 from model_zoo.transformer import Transformer, flops_per_token
 from tools.bench import common, generator, generator_rows
+from tools.bench.measure import load_reference
 
 TINY = TransformerConfig(vocabulary=40, classes=5, grid=[4, 4], depth=2, heads=2, head_dim=8)
 # A clone of TencentARC/SEED-Voken: if it is given, the rows of the reference are tested with it.
@@ -74,7 +75,7 @@ def test_without_a_cache_the_same_codes_come_out(guidance):
 
 
 def test_the_reference_samples_one_class_beside_none_and_all_codes(published):
-    module = generator_rows.published(str(published / generator.REFERENCE_FILE))
+    module = load_reference(str(published / generator.REFERENCE_FILE), *generator.REFERENCE_NAMES)
     gpt = generator_rows.published_generator(module.__file__, TINY)
     generator_rows.published_sampling(module, gpt, torch.tensor([3, 4]), 2.0)()
     generator_rows.published_sampling(module, gpt, torch.tensor([3, 4]), 1.0)()

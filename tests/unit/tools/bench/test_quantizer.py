@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from tools.bench import cross_entropy_rows, quantizer, quantizer_rows
+from tools.bench import quantizer, quantizer_rows
 
 SMALL = ["--repeats", "1", "--device", "cpu", "--threads", "1"]
 # The interface of the published quantizer, and a stand-in's few lines.
@@ -55,10 +55,9 @@ def test_attention_over_the_codebook_is_the_softmax():
 @pytest.mark.parametrize("temperature", [None, 0.01])
 def test_the_reference_gets_our_codebook_and_all_its_losses_count(checkout, temperature):
     path = checkout(quantizer.REFERENCE_FILE, STAND_IN) / quantizer.REFERENCE_FILE
-    reference = quantizer_rows.reference_class(str(path))
     z_bdhw = torch.randn(quantizer_rows.reference_shape(6, 4), requires_grad=True)
     codebook_kd = torch.nn.Parameter(torch.randn(9, 4))
-    loss = quantizer_rows.reference_loss(reference, z_bdhw, torch.zeros_like(z_bdhw), codebook_kd, temperature)
+    loss = quantizer_rows.reference_loss(str(path), z_bdhw, torch.zeros_like(z_bdhw), codebook_kd, temperature)
     value = loss.of(None)
     value.backward()
     z_nd = z_bdhw.detach().flatten(2).transpose(1, 2)[0]
@@ -74,7 +73,7 @@ def test_the_reference_sees_pictures():
 
 def test_cross_entropy_computes_three_sweeps():
     for impl in ("dense", "chunked"):
-        measured = cross_entropy_rows.measure(impl=impl, dtype="float32", tokens=16, codes=40, dim=8)
+        measured = quantizer_rows.cross_entropy(impl=impl, dtype="float32", tokens=16, codes=40, dim=8)
         assert measured.sweeps == 3 and measured.forward_seconds > 0 and measured.backward_seconds > 0
 
 
@@ -155,7 +154,7 @@ def test_the_defaults_of_cross_entropy_are_those_of_the_largest_vocabulary(bench
     status, out, _ = bench("cross-entropy")
     assert status == 0 and out.count("not measured: too large for a test") == 2
     shape = dict(tokens=2048, codes=2**18, dim=1024, dtype="float32", device="cpu", threads=None, repeats=1)
-    assert asked[1:] == [("cross_entropy_rows.measure", dict(impl=impl) | shape) for impl in ("dense", "chunked")]
+    assert asked[1:] == [("quantizer_rows.cross_entropy", dict(impl=impl) | shape) for impl in ("dense", "chunked")]
 
 
 def test_ratios_are_to_every_base_that_was_measured():
