@@ -129,9 +129,7 @@ class _Writing(threading.Thread):
     ``error`` is."""
 
     def __init__(self, unfinished: Path, state: dict, file: Path, shards: list[TensorShard]):
-        super().__init__(
-            name=f"writing {file}", daemon=True
-        )  # ends with the process, which leaves the checkpoint incomplete
+        super().__init__(name=f"writing {file}", daemon=True)  # a process that ends leaves the checkpoint incomplete
         self.unfinished, self.state, self.file, self.shards = unfinished, state, file, shards
         self.part: tuple[str, dict] | None = None
         self.error: str | None = None
@@ -221,7 +219,7 @@ def _manifest(folder: Path) -> dict[str, dict]:
         files = json.loads((folder / MANIFEST).read_text())["files"]
         files = {name: {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])} for name, entry in files.items()}
         # Every checkpoint has the state and a part of a rank; a tensor file that the manifest does not name is foreign.
-        if files.keys() - {STATE} != {path.name for path in folder.glob("*.safetensors")} | (files.keys() - {STATE}):
+        if not {path.name for path in folder.glob("*.safetensors")} <= files.keys():
             raise ValueError("a file that the manifest does not name")
         if STATE not in files or not any(re.fullmatch(r"rank_\d+\.safetensors", name) for name in files):
             raise ValueError("no part of any rank")

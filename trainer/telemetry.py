@@ -12,6 +12,7 @@ from PIL import Image
 
 from trainer import TrainerError
 from trainer.config import RunConfig
+from trainer.files import os_errors
 from trainer.parallel import World, run_on_main
 
 # The metrics that the progress line shows, if they are logged.
@@ -193,10 +194,8 @@ def open_telemetry(run: Path, start_step: int, max_steps: int, world: World) -> 
     opened = []
 
     def open_it() -> None:
-        try:
+        with os_errors(f"cannot write into {run}", "fix that and resume"):
             opened.append(RunTelemetry(run, start_step, max_steps))
-        except OSError as error:
-            raise TrainerError(f"cannot write into {run}: {error.strerror or error}; fix that and resume") from error
 
     run_on_main(world, open_it)
     return opened[0] if opened else Telemetry()

@@ -25,16 +25,6 @@ from model_zoo.io.sharded_tensors import TensorShard
 from trainer.engines.base import stored_bytes
 from trainer.parallel import forget_groups
 
-# The attributes of DeepSpeed's classes that are used here, for the test of the installed version.
-STAGE_1_2_ATTRIBUTES = ("scaled_global_norm", "update_lp_params", "clear_backward_seen_flag")
-STAGE_3_ATTRIBUTES = (
-    "_get_norm_groups",
-    "_partition_all_parameters",
-    "_reassign_or_swap_out_partitioned_parameters",
-    "get_param_id",
-    "clear_backward_seen_flag",
-)
-
 
 class FlatRange(NamedTuple):
     """Where a rank keeps part of a parameter: elements from ``start`` on are ``flat[offset : offset + length]``."""

@@ -166,8 +166,7 @@ class ColorBaselines:
 
     def _patch_sums(self, values_bchw: Tensor) -> np.ndarray:
         """(b, n, c) sums of integers from 0 to 255, in the smallest type that holds them."""
-        pad = padding(*values_bchw.shape[-2:], self.patch_size)
-        padded_bchw = F.pad(values_bchw, (pad.left, pad.right, pad.top, pad.bottom))
+        padded_bchw = F.pad(values_bchw, padding(*values_bchw.shape[-2:], self.patch_size))
         sums_bcn = F.avg_pool2d(padded_bchw, self.patch_size, divisor_override=1).flatten(2)
         return sums_bcn.transpose(1, 2).cpu().numpy().astype(np.min_scalar_type(255 * self.patch_size**2))
 

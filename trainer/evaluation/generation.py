@@ -31,7 +31,7 @@ from trainer.evaluation.provenance import environment, weights_files
 from trainer.evaluation.reconstruction_report import check_report_path
 from trainer.evaluation.timing import StageTimer
 from trainer.jobs.setup import choose_device, job_world
-from trainer.parallel import World, as_trainer_error, run_on_all_ranks, run_on_main
+from trainer.parallel import World, run_on_all_ranks, run_on_main
 
 METRICS = {"fid": ("gfid",), "is": ("inception_score",), "pr": ("precision", "recall")}
 NEIGHBOURS = 3
@@ -83,7 +83,7 @@ def evaluate_generation(
         timer = StageTimer(world.device)
         json_path = Path(report_path) if report_path is not None else _default_report(Path(samples))
         run_on_main(world, lambda: check_report_path(json_path))
-        weights = run_on_main(world, lambda: as_trainer_error(lambda: weights_files(["inception"])))
+        weights = run_on_main(world, lambda: weights_files(["inception"]))
         inputs = run_on_all_ranks(lambda: _open(Path(samples), Path(reference), metrics))
         extractor = FeatureExtractor(world, batch_size, _cache(cache))
         features = _extract(inputs, extractor, timer, on_progress)

@@ -81,7 +81,7 @@ def reconstruct_images(
             images_bchw = (levels_bchw.double() / 127.5 - 1).float()
             height, width = images_bchw.shape[-2:]
             pad = padding(height, width, tokenizer.downsampling_factor)
-            index_bhw = tokenizer.tokenize(F.pad(images_bchw, (pad.left, pad.right, pad.top, pad.bottom)))
+            index_bhw = tokenizer.tokenize(F.pad(images_bchw, pad))
             padded_bchw = tokenizer.detokenize(index_bhw).float()
             reconstruction_bchw = padded_bchw[..., pad.top : pad.top + height, pad.left : pad.left + width]
         keys, positions = [image.key for image in batch], [image.index for image in batch]

@@ -137,7 +137,12 @@ def _make_sampler(generator: Transformer, batch_size: int, precision: str, compi
 
 
 def _load_models(checkpoint: Path, weights: str | None, tokenizer: str | Path | None) -> _Models:
-    recipe = None if is_standalone(checkpoint) else _recipe(checkpoint)
+    recipe = None
+    if not is_standalone(checkpoint):
+        run = run_folder(checkpoint)
+        recipe = load_run_config(run, [])
+        if not isinstance(recipe, GeneratorRun):
+            raise TrainerError(f"{run} is a {recipe.task} run: `ibq sample` needs a generator run")
     if weights is None:
         weights = "raw" if recipe and not recipe.ema.decay else "ema"
     generator = load_generator(checkpoint, weights)
@@ -148,14 +153,6 @@ def _load_models(checkpoint: Path, weights: str | None, tokenizer: str | Path | 
             "that it was trained with, by --tokenizer"
         )
     return _Models(checkpoint, recipe, weights, generator, decoder)
-
-
-def _recipe(checkpoint: Path) -> GeneratorRun:
-    run = run_folder(checkpoint)
-    recipe = load_run_config(run, [])
-    if not isinstance(recipe, GeneratorRun):
-        raise TrainerError(f"{run} is a {recipe.task} run: `ibq sample` needs a generator run")
-    return recipe
 
 
 def _load_tokenizer(checkpoint: Path, recipe: GeneratorRun | None, option: str | Path | None) -> Tokenizer:

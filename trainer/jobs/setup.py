@@ -14,7 +14,7 @@ from data.parallel import cores
 from model_zoo.io.load import find_checkpoint, is_standalone
 from model_zoo.io.run_layout import run_folder
 from trainer import TrainerError
-from trainer.parallel import World, as_trainer_error, run_on_main, start_world, stop_world
+from trainer.parallel import World, run_on_main, start_world, stop_world
 
 TIMEOUT_SECONDS = 7 * 86400.0  # until a process stops waiting for the slowest one
 
@@ -42,7 +42,7 @@ def job_world(device: str) -> Iterator[World]:
 
 def common_checkpoint(world: World, source: str | Path) -> Path:
     """The checkpoint that rank 0 finds, on all ranks: of one step, even while training writes new ones."""
-    return Path(run_on_main(world, lambda: as_trainer_error(lambda: str(find_checkpoint(Path(source))))))
+    return run_on_main(world, lambda: find_checkpoint(Path(source)))
 
 
 def data_config(checkpoint: Path) -> DataConfig | None:
@@ -56,7 +56,11 @@ def data_config(checkpoint: Path) -> DataConfig | None:
         raise TrainerError(f"the data section of {path}: {str(error).splitlines()[0]}") from error
 
 
-def threads_per_process(limit: int | None = None) -> int:
-    """This machine's cores divided among its processes, at most ``limit``."""
-    threads = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    return threads if limit is None else min(limit, threads)
+def threads_per_process() -> int:
+    """This machine's cores divided among its processes."""
+    return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def decode_threads() -> int:
+    """The number of threads with which an evaluation decodes images: at most 8 per process."""
+    return min(8, threads_per_process())

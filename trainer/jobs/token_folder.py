@@ -11,7 +11,6 @@ from data.prep.check import check_shards
 from trainer import TrainerError
 from trainer.files import write_json, write_text, writing
 from trainer.jobs.resumable import check_same_settings
-from trainer.parallel import as_trainer_error
 
 RECORD = "tokens.json"
 SKIPPED = "skipped.jsonl"
@@ -79,20 +78,20 @@ class FinishedFolder(NamedTuple):
 
 
 def finish_folder(out: Path, images: str) -> FinishedFolder:
-    """Merges the lists of skipped images, checks the shards and writes their index. Raises TrainerError."""
+    """Merges the lists of skipped images, checks the shards and writes their index. Raises TrainerError or
+    DataError."""
     with writing(out):
         skipped = _merge_skipped(out)
     urls = sorted(str(path) for path in out.glob("tokens-*.tar"))
     if not urls:
         raise TrainerError(f"none of the {len(skipped):,} images in {images} can be read: {skipped[0]}")
     path = out / INDEX_NAME
-    if (index := as_trainer_error(lambda: Index(path)) if path.exists() else None) and _describes(index, urls):
+    if path.exists() and _describes(index := Index(path), urls):
         return FinishedFolder(len(urls), int(index.first[-1]), skipped)
-    found = as_trainer_error(lambda: list(check_shards(urls, jobs=min(cores(), len(urls)))))
+    found = list(check_shards(urls, jobs=min(cores(), len(urls))))
     if bad := next((checked for checked in found if checked.table is None), None):
         raise TrainerError(f"{bad.name} is damaged ({bad.problems[0].message}): remove it and run the command again")
-    digests = [checked.sha256 for checked in found]
-    as_trainer_error(lambda: write_index(path, urls, [checked.table for checked in found], digests))
+    write_index(path, urls, [checked.table for checked in found], [checked.sha256 for checked in found])
     return FinishedFolder(len(urls), sum(checked.samples for checked in found), skipped)
 
 

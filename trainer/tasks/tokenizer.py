@@ -27,20 +27,19 @@ from trainer.model_state import ModelState, Network
 from trainer.parallel import World, mean_over_ranks, row_groups, sum_over_ranks
 from trainer.precision import LossScale
 from trainer.tasks.adversarial import Adversary
-from trainer.tasks.base import Step, StepMetrics, Task, Validation
+from trainer.tasks.base import PICTURES, Step, StepMetrics, Task, Validation, row_of_pictures
 from trainer.tasks.initialization import load_initial_weights, place_codes_among_features
 
 # Value of init_from.freeze -> prefixes of the parameters that it freezes.
 FROZEN = {"encoder": ("encoder.", "quant_conv.", "quantize."), "decoder": ("decoder.", "post_quant_conv.")}
-PICTURES = 8  # validation images whose reconstructions are shown during training
 
 
 class TokenizerTask(Task):
     """Trains encoder, quantizer and decoder against a discriminator.
 
     The codebook has an engine to itself (`RowSharded`), because its rows may be sharded over ranks. The rest of the
-    tokenizer is the main network, under the recipe's engine. Each rank holds full copies of
-    the frozen parts and of the discriminator.
+    tokenizer is the main network, under the recipe's engine. Each rank holds full copies of the frozen parts and of the
+    discriminator.
     """
 
     config: TokenizerRun
@@ -318,16 +317,7 @@ class TokenizerTask(Task):
         side = config.data.val_image_size or config.data.image_size
         grey = data.EvaluationImage("", torch.full((3, side, side), 127, dtype=torch.uint8), -1)
         with self.evaluation():
-            images = data.evaluation_images(
-                config.data.val,
-                image_size=side,
-                resize=config.data.resize,
-                shard=(world.rank, world.size),
-                access=data.access_of(config.data),
-            )
-            here = range(world.rank, config.trainer.validation_images, world.size)
-            images = (image for _, image in zip(here, images, strict=False))
-            for image, counts in self.in_lockstep(images, grey):
+            for image, counts in self.in_lockstep(self.validation_images(side), grey):
                 beat()
                 original = image.image_chw[None].to(world.device).float() / 127.5 - 1
                 index_bhw, reconstruction = self.reconstruct(original)
@@ -347,12 +337,7 @@ class TokenizerTask(Task):
         usage = usage.merged()
         if not sums[2] > 0:
             return Validation({}, {}, [])
-        drawn = {}
-        if pictures:
-            from torchvision.utils import make_grid  # slow to import, and only used here
-
-            grid = make_grid(torch.stack(pictures) / 2 + 0.5, nrow=PICTURES, padding=2, pad_value=1)
-            drawn["reconstructions"] = (grid * 255).to(torch.uint8)
+        drawn = {"reconstructions": row_of_pictures(torch.stack(pictures))} if pictures else {}
         psnr_mean, l1_mean = (sums[:2] / sums[2]).tolist()
         return Validation({"val/psnr": psnr_mean, "val/l1": l1_mean, "val/usage": usage.usage()}, drawn, [])
 
