@@ -15,7 +15,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from model_zoo.io.hashing import sha256_of
-from model_zoo.io.run_layout import run_folder
+from model_zoo.io.run_layout import checkpoint_step, run_folder
 from model_zoo.io.sharded_tensors import TensorShard, save_shards
 from trainer import TrainerError
 from trainer.parallel import World, any_rank, gather_objects, run_on_main
@@ -120,7 +120,7 @@ class Checkpoints:
         # Later checkpoints, left from before the run was resumed, must not push out the one just written.
         past = [path for path in checkpoint_folders(self.folder.parent) if path <= folder]
         for old in past[: -self.keep_last]:
-            if not self.keep_every_steps or step_of(old) % self.keep_every_steps:
+            if not self.keep_every_steps or checkpoint_step(old) % self.keep_every_steps:
                 shutil.rmtree(old)
 
 
@@ -154,15 +154,10 @@ def write_part(file: Path, shards: list[TensorShard]) -> None:
     _sync(file)
 
 
-def step_of(folder: Path) -> int:
-    """The step in a checkpoint folder's name."""
-    return int(folder.name.removeprefix("step_"))
-
-
 def checkpoint_folders(run: Path) -> list[Path]:
     """The finished checkpoints of a run, oldest first."""
     folders = (run / "checkpoints").glob("step_*")
-    return sorted(path for path in folders if re.fullmatch(r"step_\d+", path.name) and path.is_dir())
+    return sorted(path for path in folders if checkpoint_step(path) is not None and path.is_dir())
 
 
 def find_checkpoint(source: Path, world: World) -> tuple[Path, list[str]]:

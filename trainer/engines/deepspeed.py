@@ -76,11 +76,6 @@ def load_deepspeed_config(name: str, *, micro_batch_size: int, micro_batches: in
             raise TrainerError(f'{path}: "{key}" to {device} is not supported: its state could not be saved; use "cpu"')
         if device == "cpu" and stage < least:
             raise TrainerError(f'{path}: "{key}" needs ZeRO stage {least} or above')
-    recipe = {
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": micro_batches,
-        "train_batch_size": micro_batch_size * micro_batches * dist.get_world_size(),
-    }
     # The task clips by the norm over all parameters, including the codebook, which DeepSpeed does not know. Without
     # this key, DeepSpeed would clip to 1.
     if config.get("gradient_clipping", "auto") != "auto":
@@ -88,6 +83,11 @@ def load_deepspeed_config(name: str, *, micro_batch_size: int, micro_batches: in
     config["gradient_clipping"] = 0.0
     # PyTorch's fused Adam updates offloaded state; it is vectorized on CPUs too.
     config.setdefault("zero_force_ds_cpu_optimizer", False)
+    recipe = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": micro_batches,
+        "train_batch_size": micro_batch_size * micro_batches * dist.get_world_size(),
+    }
     for key, value in recipe.items():
         if config.get(key, "auto") == "auto":
             config[key] = value

@@ -45,13 +45,10 @@ class FlatRange(NamedTuple):
 class Stage0:
     """ZeRO 0: DeepSpeed averages gradients and shards nothing."""
 
+    offloads = False  # whether the optimizer is in the CPU's memory
+
     def __init__(self, engine, parameters: dict[str, nn.Parameter]):
         self.engine, self.parameters = engine, parameters
-
-    @property
-    def offloads(self) -> bool:
-        """Whether the optimizer is in the CPU's memory."""
-        return False
 
     def before_forward(self) -> None:
         """What DeepSpeed's own forward does first."""

@@ -7,7 +7,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from data.evaluation import EvaluationImage
 from model_zoo.eval_nets.inception import FEATURES
+from model_zoo.tokenizer import Tokenizer
 from trainer import TrainerError
 from trainer.evaluation.baselines import ColorBaselines
 from trainer.evaluation.distribution import GaussianMoments, frechet_distance
@@ -31,19 +32,6 @@ from trainer.reports.image_grid import Example, Gallery, merge_galleries
 PROTOCOL = "paper"  # defined by trainer.metrics.image and docs/metrics.md
 
 
-class ReconstructingTokenizer(Protocol):
-    """The interface that an evaluation needs; `model_zoo.Tokenizer` in eval mode has it."""
-
-    downsampling_factor: int
-
-    @property
-    def config(self): ...  # with codebook_size
-
-    def tokenize(self, images_bchw: Tensor) -> Tensor: ...
-
-    def detokenize(self, index_bhw: Tensor) -> Tensor: ...
-
-
 class Reconstruction(NamedTuple):
     """A batch of images of one size and their reconstructions, which have that size too."""
 
@@ -55,7 +43,7 @@ class Reconstruction(NamedTuple):
 
 
 def reconstruct_images(
-    tokenizer: ReconstructingTokenizer,
+    tokenizer: Tokenizer,
     images: Iterable[EvaluationImage],
     *,
     batch_size: int,
@@ -100,9 +88,7 @@ class _Row(NamedTuple):
 class _Scorer:
     """One process's part of an evaluation: accumulates scores, codes, moments and example images of batches."""
 
-    def __init__(
-        self, tokenizer: ReconstructingTokenizer, networks: Networks, image_count: int, seed: int, timer: StageTimer
-    ):
+    def __init__(self, tokenizer: Tokenizer, networks: Networks, image_count: int, seed: int, timer: StageTimer):
         self.networks, self.timer = networks, timer
         codebook_size = tokenizer.config.codebook_size
         self.baselines = ColorBaselines(
@@ -163,7 +149,7 @@ class _Scorer:
 
 
 def evaluate_reconstruction(
-    tokenizer: ReconstructingTokenizer,
+    tokenizer: Tokenizer,
     images: Iterable[EvaluationImage],
     *,
     world: World,
@@ -222,7 +208,7 @@ def _frechet_distance(first: GaussianMoments, second: GaussianMoments) -> float:
 
 
 def _make_report(
-    tokenizer: ReconstructingTokenizer,
+    tokenizer: Tokenizer,
     scorer: _Scorer,
     rows: list[_Row],
     rfid: float | None,

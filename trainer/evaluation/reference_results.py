@@ -46,10 +46,7 @@ def reference_rows(name: str | None) -> list[dict]:
 
 
 def comparison_table(
-    report: dict,
-    references: list[dict],
-    measures: dict[str, Measure] = MEASURES,
-    name: str = "measured here",
+    report: dict, references: list[dict], measures: dict[str, Measure] = MEASURES, name: str = "measured here"
 ) -> list[list[str]]:
     """Headings, the measured values, and the reference rows, for all measures that any reference row has.
 

@@ -15,10 +15,11 @@ from omegaconf import OmegaConf
 
 from model_zoo.errors import ModelError
 from model_zoo.io.load import find_checkpoint
+from model_zoo.io.run_layout import checkpoint_step
 from trainer import TrainerError
 from trainer.config import RunConfig
 from trainer.files import json_text, write_files
-from trainer.jobs.resumable import check_same_settings
+from trainer.jobs.setup import check_same_settings
 from trainer.recipes import ABLATIONS, find_recipe, leaves, load_recipe, load_run_config, read_as, renamed
 from trainer.telemetry import metric_lines
 
@@ -142,7 +143,7 @@ def mark_evaluated(cell: Cell, options: str) -> None:
 
 def _last_step(run: Path) -> int:
     try:
-        return int(find_checkpoint(run).name.removeprefix("step_"))
+        return checkpoint_step(find_checkpoint(run))
     except ModelError:
         return 0
 

@@ -17,7 +17,7 @@ from data.folder_reader import find_images
 from model_zoo.io.hashing import sha256_of
 from trainer import TrainerError
 from trainer.files import complete_file, unfinished, write_json, writing
-from trainer.jobs.resumable import check_same_settings
+from trainer.jobs.setup import check_same_settings
 
 SEEDS = "the first 63 bits of SHA-256 of 'SEED CLASS NTH', NTH the image's number among those of its class, from 0"
 MAX_GRID_IMAGES = 1024  # a grid is built in memory

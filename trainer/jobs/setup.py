@@ -1,8 +1,10 @@
-"""What the commands that use trained models share: the device, the processes, and what belongs to a checkpoint."""
+"""What the commands that use trained models share: the device, the processes, what belongs to a checkpoint, and the
+check of a job that continues a former one."""
 
 import contextlib
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -17,6 +19,7 @@ from trainer import TrainerError
 from trainer.parallel import World, run_on_main, start_world, stop_world
 
 TIMEOUT_SECONDS = 7 * 86400.0  # until a process stops waiting for the slowest one
+SHOWN = 60  # characters: longer settings are not shown in an error message
 
 
 def choose_device(name: str) -> torch.device:
@@ -64,3 +67,21 @@ def threads_per_process() -> int:
 def decode_threads() -> int:
     """The number of threads with which an evaluation decodes images: at most 8 per process."""
     return min(8, threads_per_process())
+
+
+def check_same_settings(
+    out: Path, contents: str, former: dict, current: dict, how_to_repeat: Callable[[str, dict], str]
+) -> None:
+    """Raises TrainerError if a setting differs from that of the job that began the output.
+
+    contents: what ``out`` holds. how_to_repeat: the option or words that set the setting of that name to its former
+    value.
+    """
+    for name, value in current.items():
+        if former.get(name) != value:
+            before, after = (json.dumps(settings.get(name)) for settings in (former, current))
+            what = f"{name} {before}, now {after}" if len(before + after) < SHOWN else f"other {name}"
+            raise TrainerError(
+                f"{out} holds {contents} of other settings ({what}): give {how_to_repeat(name, former)} again to "
+                "continue, or name another path with --out"
+            )

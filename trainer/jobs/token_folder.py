@@ -10,7 +10,7 @@ from data.parallel import cores
 from data.prep.check import check_shards
 from trainer import TrainerError
 from trainer.files import write_json, write_text, writing
-from trainer.jobs.resumable import check_same_settings
+from trainer.jobs.setup import check_same_settings
 
 RECORD = "tokens.json"
 SKIPPED = "skipped.jsonl"

@@ -19,7 +19,7 @@ from trainer.config import GeneratorRun
 from trainer.engines.row_sharded import RowSharded
 from trainer.metrics.codebook import CodebookUsage
 from trainer.model_state import ModelState, Network
-from trainer.parallel import World, raise_on_all_ranks, row_groups, sum_over_ranks
+from trainer.parallel import World, row_groups, run_on_all_ranks, sum_over_ranks
 from trainer.precision import LossScale, autocast_dtype
 from trainer.tasks.base import PICTURES, Step, StepMetrics, Task, Validation, row_of_pictures
 from trainer.throughput import matmul_rate
@@ -115,14 +115,14 @@ class GeneratorTask(Task):
     def check(self) -> None:
         """Also checks the classes of validation images, so that a run does not fail at its first validation."""
         super().check()
-        wrong = None
+
+        def check_labels() -> None:
+            for image in self._validation_images():
+                if wrong := self._wrong_label(image.label):
+                    raise TrainerError(f"data.val: {image.key} {wrong}")
+
         if self.config.data.val is not None:
-            try:
-                labels = ((image.key, self._wrong_label(image.label)) for image in self._validation_images())
-                wrong = next((f"data.val: {key} {wrong}" for key, wrong in labels if wrong), None)
-            except data.DataError as error:
-                wrong = str(error)
-        raise_on_all_ranks(wrong)
+            run_on_all_ranks(check_labels)
 
     def describe(self) -> list[str]:
         model = self.config.model
