@@ -138,7 +138,6 @@ class RunTelemetry(Telemetry):
             self.writer.close()
 
     def advance(self, step: int) -> None:
-        """Sets the number of finished steps."""
         self.progress.update(self.bar, completed=step)
 
     def log(self, step: int, scalars: dict[str, float]) -> None:

@@ -179,8 +179,7 @@ class Stage3(Stage1And2):
     def parameter_bytes(self) -> int:
         # Small parameters stay gathered after the first step; the others are gathered within a forward only.
         parts = [p.ds_tensor for p in self.parameters.values()] + self.zero.fp32_partitioned_groups_flat
-        persistent = self.zero.persistent_parameters
-        return stored_bytes(parts) + sum(p.ds_numel * p.element_size() for p in persistent)
+        return stored_bytes(parts) + sum(p.ds_numel * p.element_size() for p in self.zero.persistent_parameters)
 
     def gradient_bytes(self) -> int:
         return stored_bytes([self.zero.grad_partitions_flat_buffer])

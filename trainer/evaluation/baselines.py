@@ -136,11 +136,6 @@ class ColorBaselines:
             found += [_psnr(*pair) for pair in zip(images, np.split(palette_k3[nearest_n], ends[:-1]), strict=True)]
         return found
 
-    def draw_mean_color(self, levels_chw: Tensor) -> Tensor:
-        """The image in its mean colour, uint8 (3, h, w)."""
-        color = np.rint(_mean_color(self._sums(levels_chw[None], [0])[0].patches)).astype(np.uint8)
-        return torch.from_numpy(color)[:, None, None].expand(levels_chw.shape).contiguous()
-
     def draw_palette(self, levels_chw: Tensor, palette_k3: np.ndarray) -> Tensor:
         """The image with each patch in the palette's nearest colour, uint8 (3, h, w)."""
         height, width = levels_chw.shape[-2:]

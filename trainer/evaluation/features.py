@@ -74,8 +74,7 @@ class FolderImages:
         self.count = len(self.files)
         self.height = self.width = 0
         if self.files:
-            first = next(self.batches(1, (0, self.count)))
-            self.height, self.width = first.levels_bchw.shape[2:]
+            self.height, self.width = next(self.batches(1, (0, self.count))).levels_bchw.shape[2:]
 
     def sha256(self) -> str:
         digest = hashlib.sha256()

@@ -166,8 +166,7 @@ def _not_measured(metrics: str | None, count: int, reference: Reference) -> dict
     asked = _parse_metrics(metrics)
     if metrics is not None and (refused := [name for name in asked if name in reasons]):
         raise TrainerError(f"--metrics {refused[0]}: {reasons[refused[0]]}")
-    left_out = {name: "not among --metrics" for name in METRICS if name not in asked}
-    return left_out | reasons
+    return {name: "not among --metrics" for name in METRICS if name not in asked} | reasons
 
 
 def _extract(inputs: _Inputs, extractor: FeatureExtractor, timer: StageTimer, on_progress: Progress) -> _Features:

@@ -230,6 +230,9 @@ def _make_report(
         values = [getattr(score, name) for score in scores]
         return None if None in values else math.fsum(values) / len(values)
 
+    def with_palette(example: Example) -> Example:
+        return example._replace(palette_chw=scorer.baselines.draw_palette(example.original_chw, palette_k3))
+
     not_measured = dict(scorer.networks.not_measured)
     if scorer.networks.inception and rfid is None:
         not_measured["rfid"] = "it needs at least 2 images"
@@ -256,23 +259,8 @@ def _make_report(
         not_measured=not_measured,
         skipped=skipped,
         images=scores,
-        examples=_with_baselines(merge_galleries(galleries), scorer.baselines, palette_k3),
+        examples={name: list(map(with_palette, chosen)) for name, chosen in merge_galleries(galleries).items()},
     )
-
-
-def _with_baselines(
-    examples: dict[str, list[Example]], baselines: ColorBaselines, palette_k3: np.ndarray
-) -> dict[str, list[Example]]:
-    return {
-        name: [
-            example._replace(
-                mean_color_chw=baselines.draw_mean_color(example.original_chw),
-                palette_chw=baselines.draw_palette(example.original_chw, palette_k3),
-            )
-            for example in chosen
-        ]
-        for name, chosen in examples.items()
-    }
 
 
 def describe_skipped(images: Iterable[EvaluationImage]) -> list[str]:

@@ -116,8 +116,7 @@ def describe_settings(settings: dict) -> str:
 
 
 def _write(evaluated: list[EvaluatedSetting], out: Path) -> Sweep:
-    names = list(evaluated[0].settings)
-    table = [[*names, *(measure.title for measure in MEASURES.values())]]
+    table = [[*evaluated[0].settings, *(measure.title for measure in MEASURES.values())]]
     for settings, report in evaluated:
         table.append([*map(str, settings.values()), *report.formatted()])
     swept = Sweep(evaluated, table, out / "sweep.json", out / "sweep.md", out / "sweep.png")

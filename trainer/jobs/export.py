@@ -110,8 +110,7 @@ def import_published(source: str | Path, out: str | Path, weights: str = "all") 
         for tensors, group in zip(part, GROUPS, strict=True)
     }
     left_out = {why: keys for why, keys in published.left_out.items() if why != OTHER_ENTRIES}
-    rest = published.keys - sum(read.values()) - sum(map(len, left_out.values()))
-    read["settings of the EMA"] = rest
+    read["settings of the EMA"] = published.keys - sum(read.values()) - sum(map(len, left_out.values()))
     summary = [f"keys: {published.keys:,}: " + ", ".join(f"{what} {count:,}" for what, count in read.items() if count)]
     summary += [f"left out: {_describe_keys(keys)}: {why}" for why, keys in published.left_out.items()]
     return Exported(exported.out, exported.summary + summary)

@@ -106,8 +106,7 @@ class TokenizerTask(Task):
         if codebook:
             adam = None if self.codes_frozen else self.make_adam()
             self.codebook = RowSharded(quantizer, adam, config.model.codebook_size, self.groups, **self.batch)
-            network = Network(self.codebook, "tokenizer", "quantize.")
-            (frozen if self.codes_frozen else trained)["codebook"] = network
+            (frozen if self.codes_frozen else trained)["codebook"] = Network(self.codebook, "tokenizer", "quantize.")
         if held:
             learning = [p for p in self.tokenizer.parameters() if p.requires_grad]
             engine = DataParallel(self.tokenizer, None, [*codebook, *learning], **self.batch)
