@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from model_zoo.config import broken_rule
 from trainer import TrainerError
 from trainer.config import GeneratorRun, RunConfig, TokenizerRun
+from trainer.files import complete_file
 
 TASKS = {"tokenizer": TokenizerRun, "generator": GeneratorRun}
 EVALUATION = "evaluation"  # the folder of recipes for evaluations
@@ -68,9 +69,8 @@ def load_run_config(run: str | Path, overrides: list[str]) -> RunConfig:
 
 def save_config(config: RunConfig, path: Path) -> None:
     """Writes the resolved configuration. An existing file stays intact if the process is killed meanwhile."""
-    unfinished = path.with_suffix(".unfinished")
-    OmegaConf.save(OmegaConf.structured(config), unfinished)
-    unfinished.replace(path)
+    with complete_file(path) as temporary:
+        OmegaConf.save(OmegaConf.structured(config), temporary)
 
 
 def read_recipe(path: Path) -> DictConfig:

@@ -248,12 +248,8 @@ def _tokenizer_of_run(checkpoint: Path) -> list[SourceModel]:
 def _build(found: Weights, kind: str) -> Tokenizer | Transformer:
     """The model with these tensors as weights. Raises ModelError for wrong names or shapes."""
     schema, build = MODELS[kind]
-
-    def on_meta(config):
-        with torch.device("meta"):  # skips the initialization
-            return build(config)
-
-    return build_model(found, kind, schema, on_meta, assign=True)
+    with torch.device("meta"):  # skips the initialization
+        return build_model(found, kind, schema, build, assign=True)
 
 
 def _fingerprint(model: Tokenizer | Transformer) -> str:

@@ -1,7 +1,6 @@
 """The output of `ibq sample`: a folder of PNGs, an .npz in the format of ADM's evaluation, or one PNG grid."""
 
 import hashlib
-import json
 import math
 import os
 import re
@@ -17,7 +16,7 @@ from data.folder_reader import find_images
 from model_zoo.io.hashing import sha256_of
 from trainer import TrainerError
 from trainer.files import complete_file, unfinished, write_json, writing
-from trainer.jobs.setup import check_same_settings
+from trainer.jobs.setup import check_same_settings, read_record
 
 SEEDS = "the first 63 bits of SHA-256 of 'SEED CLASS NTH', NTH the image's number among those of its class, from 0"
 MAX_GRID_IMAGES = 1024  # a grid is built in memory
@@ -188,16 +187,7 @@ class SampleOutput:
 
 
 def _read_record(path: Path) -> dict | None:
-    """A job's record; None if there is none."""
-    try:
-        record = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except ValueError:
-        record = None
-    if not isinstance(record, dict) or not {"settings", "finished"} <= record.keys():
-        raise _not_ours(path)
-    return record
+    return read_record(path, {"settings", "finished"}, _not_ours(path))
 
 
 def _not_ours(path: Path) -> TrainerError:

@@ -69,6 +69,20 @@ def decode_threads() -> int:
     return min(8, threads_per_process())
 
 
+def read_record(path: Path, keys: set[str], error: TrainerError) -> dict | None:
+    """What a former job wrote of itself: a JSON object with at least these keys; None if there is no file. Raises the
+    error for anything else."""
+    try:
+        record = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not keys <= record.keys():
+        raise error
+    return record
+
+
 def check_same_settings(
     out: Path, contents: str, former: dict, current: dict, how_to_repeat: Callable[[str, dict], str]
 ) -> None:

@@ -10,7 +10,7 @@ from data.parallel import cores
 from data.prep.check import check_shards
 from trainer import TrainerError
 from trainer.files import write_json, write_text, writing
-from trainer.jobs.setup import check_same_settings
+from trainer.jobs.setup import check_same_settings, read_record
 
 RECORD = "tokens.json"
 SKIPPED = "skipped.jsonl"
@@ -36,7 +36,8 @@ def begin_folder(out: Path, settings: dict, shard_count: int) -> list[int]:
         if out.exists() and not out.is_dir():
             raise TrainerError(f"{out} is a file: name a folder with --out")
         out.mkdir(parents=True, exist_ok=True)
-        former = _former_settings(out / RECORD)
+        not_ours = f"{out / RECORD} is damaged, or `ibq tokenize` did not write it: name another folder with --out"
+        former = read_record(out / RECORD, {"tokenizer", "views", "input"}, TrainerError(not_ours))
         if former is None and any(out.glob("*.tar")):
             raise TrainerError(f"{out} holds tars that `ibq tokenize` did not write: name another folder with --out")
         if any(out.glob("tokens-*.tar")):
@@ -46,19 +47,6 @@ def begin_folder(out: Path, settings: dict, shard_count: int) -> list[int]:
                 path.unlink(missing_ok=True)
         write_json(out / RECORD, settings)
     return [number for number in range(shard_count) if not shard_path(out, number).exists()]
-
-
-def _former_settings(path: Path) -> dict | None:
-    """The settings of the job that began the folder; None if there was none. Raises TrainerError."""
-    try:
-        former = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        former = None
-    if not isinstance(former, dict) or not {"tokenizer", "views", "input"} <= former.keys():
-        raise TrainerError(f"{path} is damaged, or `ibq tokenize` did not write it: name another folder with --out")
-    return former
 
 
 def _how_to_repeat(name: str, former: dict) -> str:

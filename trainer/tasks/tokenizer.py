@@ -80,7 +80,11 @@ class TokenizerTask(Task):
         if config.loss.entropy.weight > 0 and self.tokenizer.quantize.has_entropy and not self.codes_frozen:
             self.entropy_temperature = config.loss.entropy.temperature
         if config.trainer.compile:
-            self._compile()
+            networks = [self.tokenizer.encoder, self.tokenizer.decoder] if self.codes_frozen else [self.tokenizer]
+            if self.adversary.engine:
+                networks.append(self.adversary.engine.module)
+            for network in networks:
+                network.compile()
 
     def _build_perceptual(self) -> nn.Module | None:
         """LPIPS, if its weight is not 0."""
@@ -112,13 +116,6 @@ class TokenizerTask(Task):
             engine = DataParallel(self.tokenizer, None, [*codebook, *learning], **self.batch)
             frozen["frozen"] = Network(engine, "tokenizer")
         return trained, frozen
-
-    def _compile(self) -> None:
-        tokenizer = self.tokenizer
-        for module in (tokenizer.encoder, tokenizer.decoder) if self.codes_frozen else (tokenizer,):
-            module.compile()
-        if self.adversary.engine:
-            self.adversary.engine.module.compile()
 
     def check(self) -> None:
         """Raises TrainerError for image sizes that do not fit the networks, and for an implementation of the quantizer
