@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 from trainer import TrainerError
-from trainer.parallel import World, raise_on_all_ranks, run_on_main
+from trainer.files import os_errors
+from trainer.parallel import World, run_on_all_ranks, run_on_main
 
 if TYPE_CHECKING:
     from data import Batch, TrainStream
@@ -26,21 +27,22 @@ class AuditWriter:
         """Sets aside what earlier processes wrote of steps after ``start``, which are trained again, and opens this
         rank's file, or returns None unless enabled. All ranks call together. Raises TrainerError on all of them."""
         folder = run / "audit"
-        refused = run_on_main(world, lambda: _refusal(lambda: _set_aside(run, start)))
-        if refused:
-            raise TrainerError(f"cannot write into {folder}: {refused}; fix that and resume")
-        writers = []
 
-        def open_file() -> None:
-            folder.mkdir(exist_ok=True)
-            path = folder / f"from_{start:08d}_rank_{world.rank:05d}.jsonl"
-            writers.append(cls(path, path.open("w", encoding="utf-8")))
-            sizes = {source.name: source.samples for source in stream.sources}
-            writers[0].file.write(json.dumps({"samples_of_sources": sizes}) + "\n")
+        def set_aside() -> None:
+            with os_errors(f"cannot write into {folder}", "fix that and resume"):
+                _set_aside(run, start)
 
-        refused = _refusal(open_file) if enabled else None
-        raise_on_all_ranks(refused and f"cannot write into {folder}: {refused}; fix that, or leave out data.audit")
-        return writers[0] if enabled else None
+        def open_file() -> AuditWriter:
+            with os_errors(f"cannot write into {folder}", "fix that, or leave out data.audit"):
+                folder.mkdir(exist_ok=True)
+                path = folder / f"from_{start:08d}_rank_{world.rank:05d}.jsonl"
+                writer = cls(path, path.open("w", encoding="utf-8"))
+                sizes = {source.name: source.samples for source in stream.sources}
+                writer.file.write(json.dumps({"samples_of_sources": sizes}) + "\n")
+                return writer
+
+        run_on_main(world, set_aside)
+        return run_on_all_ranks(open_file) if enabled else None
 
     def write(self, step: int, batches: list[Batch]) -> None:
         """Writes one step's samples. Raises OSError."""
@@ -48,15 +50,6 @@ class AuditWriter:
         samples = [[info.source, info.position.epoch, info.shard, info.key] for info in infos]
         self.file.write(json.dumps({"step": step, "samples": samples}) + "\n")
         self.file.flush()
-
-
-def _refusal(action) -> str | None:
-    """Runs an action; returns why the file system refused it, if it did."""
-    try:
-        action()
-    except OSError as error:
-        return error.strerror or str(error)
-    return None
 
 
 def _set_aside(run: Path, start: int) -> None:
@@ -96,7 +89,7 @@ def read_audit(run: str | Path) -> Audit:
     sizes: dict[str, int | None] = {}
     last_steps = {}
     for file in files:
-        first, *steps = (entry for entry in _entries(file))
+        first, *steps = _entries(file)
         sizes |= first["samples_of_sources"]
         start, stop = _start_of(file), next_start[_start_of(file)]
         trained = [entry["step"] for entry in steps if stop is None or entry["step"] <= stop]

@@ -15,7 +15,7 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 from model_zoo.io.hashing import sha256_of
-from model_zoo.io.run_layout import run_folder
+from model_zoo.io.run_layout import checkpoint_step, run_folder
 from model_zoo.io.sharded_tensors import TensorShard, save_shards
 from trainer import TrainerError
 from trainer.parallel import World, any_rank, gather_objects, run_on_main
@@ -120,7 +120,7 @@ class Checkpoints:
         # Later checkpoints, left from before the run was resumed, must not push out the one just written.
         past = [path for path in checkpoint_folders(self.folder.parent) if path <= folder]
         for old in past[: -self.keep_last]:
-            if not self.keep_every_steps or step_of(old) % self.keep_every_steps:
+            if not self.keep_every_steps or checkpoint_step(old) % self.keep_every_steps:
                 shutil.rmtree(old)
 
 
@@ -129,9 +129,7 @@ class _Writing(threading.Thread):
     ``error`` is."""
 
     def __init__(self, unfinished: Path, state: dict, file: Path, shards: list[TensorShard]):
-        super().__init__(
-            name=f"writing {file}", daemon=True
-        )  # ends with the process, which leaves the checkpoint incomplete
+        super().__init__(name=f"writing {file}", daemon=True)  # a process that ends leaves the checkpoint incomplete
         self.unfinished, self.state, self.file, self.shards = unfinished, state, file, shards
         self.part: tuple[str, dict] | None = None
         self.error: str | None = None
@@ -156,15 +154,10 @@ def write_part(file: Path, shards: list[TensorShard]) -> None:
     _sync(file)
 
 
-def step_of(folder: Path) -> int:
-    """The step in a checkpoint folder's name."""
-    return int(folder.name.removeprefix("step_"))
-
-
 def checkpoint_folders(run: Path) -> list[Path]:
     """The finished checkpoints of a run, oldest first."""
     folders = (run / "checkpoints").glob("step_*")
-    return sorted(path for path in folders if re.fullmatch(r"step_\d+", path.name) and path.is_dir())
+    return sorted(path for path in folders if checkpoint_step(path) is not None and path.is_dir())
 
 
 def find_checkpoint(source: Path, world: World) -> tuple[Path, list[str]]:
@@ -221,7 +214,7 @@ def _manifest(folder: Path) -> dict[str, dict]:
         files = json.loads((folder / MANIFEST).read_text())["files"]
         files = {name: {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])} for name, entry in files.items()}
         # Every checkpoint has the state and a part of a rank; a tensor file that the manifest does not name is foreign.
-        if files.keys() - {STATE} != {path.name for path in folder.glob("*.safetensors")} | (files.keys() - {STATE}):
+        if not {path.name for path in folder.glob("*.safetensors")} <= files.keys():
             raise ValueError("a file that the manifest does not name")
         if STATE not in files or not any(re.fullmatch(r"rank_\d+\.safetensors", name) for name in files):
             raise ValueError("no part of any rank")

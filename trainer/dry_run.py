@@ -18,7 +18,7 @@ from typing import NamedTuple
 import torch
 import torch.distributed as dist
 from omegaconf import OmegaConf
-from torch import Tensor, nn
+from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from data import redacted
@@ -143,7 +143,7 @@ def _patch(config: RunConfig) -> None:
     """Replaces functions that need the values of tensors, other ranks, a compiler or files."""
     # Modules are built on their final device, so `to` has nothing to do; it would fail for FakeTensors.
     nn.Module._apply = lambda self, function, recurse=True: self
-    quantizer_base.initial_codes = _codes_without_values
+    quantizer_base.initial_codes = lambda start, stop, codebook_size, code_dim, std: torch.empty(stop - start, code_dim)
     CodebookShard.check = lambda self, codes: None  # communicates with the other ranks
     if isinstance(config, GeneratorRun):
         if config.data.content == "images" or config.model.embedding == "codebook":
@@ -164,10 +164,6 @@ def _patch(config: RunConfig) -> None:
         from trainer.engines.deepspeed_internals import disable_shared_memory_collectives
 
         disable_shared_memory_collectives()
-
-
-def _codes_without_values(start: int, stop: int, codebook_size: int, code_dim: int, std: float) -> Tensor:
-    return torch.empty(stop - start, code_dim)
 
 
 def _with_values(function: Callable) -> Callable:
@@ -222,15 +218,11 @@ def _fork(connection, function: Callable, arguments: tuple) -> None:
 # ------------------------------------------------------------------------------------------------ what is printed
 
 
-def _yaml(config: RunConfig) -> str:
-    return OmegaConf.to_yaml(OmegaConf.structured(config)).rstrip()
-
-
 def report(config: RunConfig, processes: int, plans: list[RankMemory]) -> str:
     """The printed text: recipe, mesh and batch, memory."""
+    settings = OmegaConf.to_yaml(OmegaConf.structured(config)).rstrip()
     parts = [
-        # URLs may contain secrets.
-        re.sub(r"[a-z][a-z0-9+.-]*://[^\s'\"]+", lambda url: redacted(url[0]), _yaml(config)),
+        re.sub(r"[a-z][a-z0-9+.-]*://[^\s'\"]+", lambda url: redacted(url[0]), settings),  # URLs may contain secrets
         _aligned(_mesh(config, processes, plans[0])),
         _memory(plans),
         _offloaded(config, plans[0]) + NOT_COUNTED,
@@ -291,13 +283,11 @@ def _span(ranks: list[int]) -> str:
 
 
 def _memory(plans: list[RankMemory]) -> str:
-    networks = [[plan.networks[name] for plan in plans] for name in plans[0].networks]
+    held = {name: [plan.networks[name] for plan in plans] for name in plans[0].networks}
+    held["total of a rank"] = [Held(*map(sum, zip(*plan.networks.values(), strict=True))) for plan in plans]
     rows = [["", "parameters", "gradients", "optimizer", "EMA", "total"]]
-    for name, held in zip(plans[0].networks, networks, strict=True):
-        columns = [*zip(*held, strict=True), [each.total for each in held]]
-        rows.append([name, *map(_range, columns)])
-    sums = [[sum(column) for column in zip(*plan.networks.values(), strict=True)] for plan in plans]
-    rows.append(["total of a rank", *map(_range, [*zip(*sums, strict=True), [plan.total for plan in plans]])])
+    for name, on_ranks in held.items():
+        rows.append([name, *map(_range, zip(*on_ranks, strict=True)), _range([one.total for one in on_ranks])])
     worst = max(plans, key=lambda plan: plan.total)
     ranks = " and ".join(str(plan.rank) for plan in plans)
     title = f"Memory of rank {ranks}" + ("; other ranks are in between" if len(plans) > 1 else "")

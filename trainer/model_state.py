@@ -60,9 +60,8 @@ class ModelState:
         """This rank's shards of a checkpoint's tensors. The shards of all ranks together hold every element once."""
         shards = []
         for network in self.trained.values():
-            engine = network.engine
             for kind, of_kind in self._kinds(network).items():
-                shards += [network.named(shard, kind).part(*engine.replica) for shard in of_kind]
+                shards += [network.named(shard, kind).part(*network.engine.replica) for shard in of_kind]
         for network in self.frozen.values():
             for kind in ("", "_ema") if self.ema else ("",):  # the average of constant weights is the weights
                 shards += [network.named(s, kind).part(*network.engine.replica) for s in network.engine.weights()]

@@ -178,17 +178,13 @@ def row_groups(world: World, key: str, parallel: int, rows: int, timeout_seconds
         )
     if rows < parallel:
         raise TrainerError(f"{rows} codes cannot be spread over {key}={parallel} processes")
-    groups = {}
-    # Every rank must create every group, in the same order.
-    for ranks in [range(first, first + parallel) for first in range(0, world.size, parallel)]:
-        group = dist.new_group(list(ranks), timeout=_collective_timeout(timeout_seconds))
-        if world.rank in ranks:
-            groups["shard"] = CodebookShard.even(rows, group)
-    for ranks in [range(first, world.size, parallel) for first in range(parallel)]:
-        group = dist.new_group(list(ranks), timeout=_collective_timeout(timeout_seconds))
-        if world.rank in ranks:
-            groups["replicas"] = group
-    return RowGroups(**groups)
+    timeout = _collective_timeout(timeout_seconds)
+    shards = [list(range(first, first + parallel)) for first in range(0, world.size, parallel)]
+    replicas = [list(range(first, world.size, parallel)) for first in range(parallel)]
+    # Every rank creates every group, in the same order, and gets the one that it is in.
+    shard, _ = dist.new_subgroups_by_enumeration(shards, timeout)
+    own_replicas, _ = dist.new_subgroups_by_enumeration(replicas, timeout)
+    return RowGroups(CodebookShard.even(rows, shard), own_replicas)
 
 
 def mean_over_ranks(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Tensor:
@@ -229,36 +225,29 @@ def raise_on_all_ranks(message: str | None) -> None:
             raise TrainerError(found)
 
 
-def as_trainer_error(action: Callable):
-    """Returns the action's result; a DataError or ModelError becomes a TrainerError."""
+def _attempt(action: Callable) -> list:
+    """[result, None], or [None, message] where the action raises an error that the user can fix."""
     try:
-        return action()
-    except (DataError, ModelError) as error:
-        raise TrainerError(str(error)) from error
+        return [action(), None]
+    except (DataError, ModelError, TrainerError) as error:
+        return [None, str(error)]
 
 
 def run_on_all_ranks(action: Callable):
-    """Runs an action on every rank and returns this rank's result. If it fails on any rank, all ranks raise the first
-    rank's TrainerError."""
-    result = message = None
-    try:
-        result = as_trainer_error(action)
-    except TrainerError as error:
-        message = str(error)
+    """Runs an action on every rank and returns this rank's result. If it raises a TrainerError, DataError or ModelError
+    on any rank, all ranks raise the first rank's as a TrainerError."""
+    result, message = _attempt(action)
     raise_on_all_ranks(message)
     return result
 
 
-def run_on_main(world: World, action):
-    """Runs an action on rank 0 and returns its result on all ranks. If it raises a TrainerError, all ranks raise it, so
-    that bad input ends every process instead of leaving the others waiting."""
-    message = [None, None]
-    if world.is_main:
-        try:
-            message[0] = action()
-        except TrainerError as error:
-            message[1] = str(error)
-    dist.broadcast_object_list(message, src=0)
-    if message[1] is not None:
-        raise TrainerError(message[1])
-    return message[0]
+def run_on_main(world: World, action: Callable):
+    """Runs an action on rank 0 and returns its result on all ranks. If it raises a TrainerError, DataError or
+    ModelError, all ranks raise it as a TrainerError, so that bad input ends every process instead of leaving the others
+    waiting."""
+    outcome = _attempt(action) if world.is_main else [None, None]
+    dist.broadcast_object_list(outcome, src=0)
+    result, message = outcome
+    if message is not None:
+        raise TrainerError(message)
+    return result

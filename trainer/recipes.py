@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from model_zoo.config import broken_rule
 from trainer import TrainerError
 from trainer.config import GeneratorRun, RunConfig, TokenizerRun
+from trainer.files import complete_file
 
 TASKS = {"tokenizer": TokenizerRun, "generator": GeneratorRun}
 EVALUATION = "evaluation"  # the folder of recipes for evaluations
@@ -68,9 +69,8 @@ def load_run_config(run: str | Path, overrides: list[str]) -> RunConfig:
 
 def save_config(config: RunConfig, path: Path) -> None:
     """Writes the resolved configuration. An existing file stays intact if the process is killed meanwhile."""
-    unfinished = path.with_suffix(".unfinished")
-    OmegaConf.save(OmegaConf.structured(config), unfinished)
-    unfinished.replace(path)
+    with complete_file(path) as temporary:
+        OmegaConf.save(OmegaConf.structured(config), temporary)
 
 
 def read_recipe(path: Path) -> DictConfig:
@@ -82,6 +82,15 @@ def read_recipe(path: Path) -> DictConfig:
     if not OmegaConf.is_dict(from_file):
         raise TrainerError(f"{path} is not a recipe: it must map keys to values")
     return from_file
+
+
+def read_as(schema: type, path: Path):
+    """Reads a file as an object of the dataclass ``schema``. Raises a one-line TrainerError."""
+    node = OmegaConf.structured(schema)
+    try:
+        return OmegaConf.to_object(OmegaConf.merge(node, read_recipe(path)))
+    except OmegaConfBaseException as error:
+        raise TrainerError(f"{path}: {_explain(error, node)}") from error
 
 
 def renamed(override: str) -> str:
@@ -123,7 +132,7 @@ def _resolve(path: Path, overrides: list[str], defaults: dict | None = None) -> 
     try:
         merged = OmegaConf.merge(schema, (defaults or {}).get(task, {}), from_file)  # a copy
     except OmegaConfBaseException as error:
-        raise TrainerError(f"{path}: {explain(error, schema)}") from error
+        raise TrainerError(f"{path}: {_explain(error, schema)}") from error
     keys = _keys_of(overrides, schema)
     if "task" in keys:
         raise TrainerError(f"task= cannot be changed: {path.stem} is a recipe for a {task}")
@@ -131,11 +140,11 @@ def _resolve(path: Path, overrides: list[str], defaults: dict | None = None) -> 
         try:
             _override(merged, key, override)
         except (OmegaConfBaseException, yaml.YAMLError) as error:
-            raise TrainerError(f"{override!r}: {explain(error, schema)}") from error
+            raise TrainerError(f"{override!r}: {_explain(error, schema)}") from error
     try:
         config = OmegaConf.to_object(merged)
     except OmegaConfBaseException as error:
-        raise TrainerError(f"{path}: {explain(error, schema)}") from error
+        raise TrainerError(f"{path}: {_explain(error, schema)}") from error
     _check_fields(config)
     _check(config)
     if "engine.config" in keys and config.engine.kind != "deepspeed":
@@ -224,7 +233,7 @@ def _check_tokenizer(config: TokenizerRun) -> None:
         )
 
 
-def explain(error: Exception, schema: DictConfig) -> str:
+def _explain(error: Exception, schema: DictConfig) -> str:
     """Returns OmegaConf's message in one line, with the closest known key if a key is unknown."""
     message = str(error).splitlines()[0]
     key = getattr(error, "full_key", None)

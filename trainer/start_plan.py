@@ -11,9 +11,10 @@ from model_zoo.io.sharded_tensors import ShardedTensors
 from trainer import TrainerError
 from trainer.checkpoint import checkpoint_folders, find_checkpoint, load_state
 from trainer.config import GeneratorRun, RunConfig
+from trainer.files import os_errors
 from trainer.init_from import InitRecord, save_init_record
 from trainer.model_state import ModelState
-from trainer.parallel import World, as_trainer_error, raise_on_all_ranks, run_on_main
+from trainer.parallel import World, raise_on_all_ranks, run_on_main
 from trainer.randomness import restore_random_state
 from trainer.recipes import load_run_config, save_config
 from trainer.telemetry import metric_lines, scanning
@@ -87,7 +88,7 @@ def plan_start(config: RunConfig, source: Source, world: World) -> StartPlan:
     if source.checkpoint is None:
         return fresh
     # Rank 0 alone looks at the folder: another node's view of a shared disk may be older.
-    if source.restart and not run_on_main(world, lambda: as_trainer_error(lambda: _holds_run(config))):
+    if source.restart and not run_on_main(world, lambda: _holds_run(config)):
         return fresh
     if source.restart and not run_on_main(world, lambda: bool(checkpoint_folders(source.checkpoint))):
         return fresh._replace(reuses_folder=True)
@@ -119,15 +120,11 @@ def open_folder(config: RunConfig, plan: StartPlan, init_from: InitRecord | None
     run = Path(config.run)
     if not plan.reuses_folder and ((run / "config.yaml").exists() or (run / "checkpoints").exists()):
         raise TrainerError(f"{run} already holds a run: resume it (`ibq resume {run}`) or choose another run=FOLDER")
-    try:
+    with os_errors(f"cannot write the run folder {run}", "choose another with run=FOLDER"):
         (run / "samples").mkdir(parents=True, exist_ok=True)
         save_config(config, run / "config.yaml")
         if plan.reuses_folder and not plan.checkpoint:
             (run / "metrics.jsonl").unlink(missing_ok=True)  # its steps are trained again
-    except OSError as error:
-        raise TrainerError(
-            f"cannot write the run folder {run}: {error.strerror}; choose another with run=FOLDER"
-        ) from error
     if init_from:
         save_init_record(run, init_from)
 

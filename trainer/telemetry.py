@@ -12,7 +12,8 @@ from PIL import Image
 
 from trainer import TrainerError
 from trainer.config import RunConfig
-from trainer.parallel import World, run_on_main
+from trainer.files import os_errors
+from trainer.parallel import World, run_on_all_ranks
 
 # The metrics that the progress line shows, if they are logged.
 SHOWN = {
@@ -137,7 +138,6 @@ class RunTelemetry(Telemetry):
             self.writer.close()
 
     def advance(self, step: int) -> None:
-        """Sets the number of finished steps."""
         self.progress.update(self.bar, completed=step)
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
@@ -190,16 +190,14 @@ def _in_words(scalars: dict[str, float]) -> str:
 def open_telemetry(run: Path, start_step: int, max_steps: int, world: World) -> Telemetry:
     """Returns a `RunTelemetry` on rank 0, and a `Telemetry` that discards everything on other ranks. Raises
     TrainerError on all ranks if the run's folder cannot be written."""
-    opened = []
 
-    def open_it() -> None:
-        try:
-            opened.append(RunTelemetry(run, start_step, max_steps))
-        except OSError as error:
-            raise TrainerError(f"cannot write into {run}: {error.strerror or error}; fix that and resume") from error
+    def open_it() -> Telemetry:
+        if not world.is_main:
+            return Telemetry()
+        with os_errors(f"cannot write into {run}", "fix that and resume"):
+            return RunTelemetry(run, start_step, max_steps)
 
-    run_on_main(world, open_it)
-    return opened[0] if opened else Telemetry()
+    return run_on_all_ranks(open_it)
 
 
 def describe(config: RunConfig, world: World, task, start: int) -> str:

@@ -6,12 +6,9 @@ import torch
 from torch import nn
 
 from trainer.config import EngineConfig
-from trainer.engines.base import Engine, MakeOptimizer, Memory, clip_scale
+from trainer.engines.base import Engine, MakeOptimizer
 from trainer.engines.ddp import DataParallel
-from trainer.engines.row_sharded import RowSharded
 from trainer.parallel import World
-
-__all__ = ["DataParallel", "Engine", "MakeOptimizer", "Memory", "RowSharded", "build_engine", "clip_scale"]
 
 
 def build_engine(

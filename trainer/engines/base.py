@@ -24,10 +24,14 @@ class Memory(NamedTuple):
 
 def stored_bytes(tensors: Iterable[Tensor]) -> int:
     """Bytes of the storages behind tensors: a shared storage counts once, padding counts too."""
-    # Only a DTensor has `to_local`; importing its class would take as long as half of torch.
-    tensors = [tensor.to_local() if hasattr(tensor, "to_local") else tensor for tensor in tensors]
-    storages = [tensor.untyped_storage() for tensor in tensors]
+    storages = [local(tensor).untyped_storage() for tensor in tensors]
     return sum({storage._cdata: storage.nbytes() for storage in storages}.values())
+
+
+def local(tensor: Tensor) -> Tensor:
+    """This rank's part of a DTensor; any other tensor itself."""
+    # Only a DTensor has `to_local`; importing its class would take as long as half of torch.
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
 class Engine(ABC):
@@ -42,6 +46,7 @@ class Engine(ABC):
     """
 
     optimizer: Optimizer
+    parameters: dict[str, nn.Parameter]  # those that the engine owns
     # (index, count) among the ranks that hold the same shards: together they write one copy.
     replica: tuple[int, int] = (0, 1)
     # Whether a forward is a collective, so that all ranks must run equally many, in evaluation too.
@@ -76,27 +81,35 @@ class Engine(ABC):
         """Finishes the reduction and returns the norm of the global gradient on all ranks. Call it once per step. The
         norm is not finite if any rank's gradient is not."""
 
-    @abstractmethod
     def step(self, lr: float, scale: Tensor | float = 1.0) -> None:
         """Multiplies the gradients by ``scale`` (for clipping; at most 1), updates the parameters, clears gradients."""
+        gradients = self._gradients()
+        if isinstance(scale, Tensor) and gradients:
+            scale = scale.to(gradients[0].device)  # the CPU, if the engine offloads
+        torch._foreach_mul_(gradients, scale)
+        for group in self.param_groups:
+            group["lr"] = lr
+        self.optimizer.step()
+        self.skip()
 
-    @abstractmethod
     def skip(self) -> None:
         """Clears the gradients without an update; call it instead of `step`."""
+        self.optimizer.zero_grad()  # sets gradients to None by default; apex's takes no argument
 
     @abstractmethod
     def weights(self) -> list[TensorShard]:
         """This rank's shards of the parameters, in fp32, named as in the module's state dict. Their values are views:
         after writing to them, call `sync_weights`."""
 
-    @abstractmethod
     def moments(self, key: str) -> list[Tensor]:
         """Views of the optimizer state of that name (`trainer.optim.MOMENTS`), in the order of `weights`."""
+        return [local(self.optimizer.state[parameter][key]).view(-1) for parameter in self.parameters.values()]
 
-    @abstractmethod
     def resident_bytes(self) -> Memory:
         """Bytes of the tensors that this rank holds: parameters, their gradients after a backward, optimizer state.
         Activations and communication buffers are not included."""
+        shards = [local(parameter) for parameter in self.parameters.values()]
+        return Memory(stored_bytes(shards), sum(shard.nbytes for shard in shards), self.optimizer_bytes())
 
     def optimizer_bytes(self) -> int:
         """Bytes of this rank's optimizer state."""
@@ -114,6 +127,9 @@ class Engine(ABC):
     @updates.setter
     def updates(self, number: int) -> None:
         set_step(self.optimizer, number)
+
+    def _gradients(self) -> list[Tensor]:
+        return [local(p.grad) for p in self.parameters.values() if p.grad is not None]
 
 
 class Root(nn.Module):

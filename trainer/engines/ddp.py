@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from torch._utils import _flatten_dense_tensors, _unflatten_dense_tensors
 
 from model_zoo.io.sharded_tensors import TensorShard, whole_tensor
-from trainer.engines.base import Engine, MakeOptimizer, Memory, stored_bytes, trained_parameters
+from trainer.engines.base import Engine, MakeOptimizer, trained_parameters
 from trainer.optim import start_moments
 from trainer.parallel import sum_over_ranks
 
@@ -49,25 +49,5 @@ class DataParallel(Engine):
             torch._foreach_div_(gradients, dist.get_world_size())
         return torch.nn.utils.get_total_norm(gradients)
 
-    def step(self, lr: float, scale: Tensor | float = 1.0) -> None:
-        torch._foreach_mul_(self._gradients(), scale)
-        for group in self.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.skip()
-
-    def skip(self) -> None:
-        self.optimizer.zero_grad()  # sets gradients to None by default; apex's takes no argument
-
     def weights(self) -> list[TensorShard]:
         return [whole_tensor(name, parameter) for name, parameter in self.parameters.items()]
-
-    def moments(self, key: str) -> list[Tensor]:
-        return [self.optimizer.state[parameter][key].view(-1) for parameter in self.parameters.values()]
-
-    def resident_bytes(self) -> Memory:
-        parameters = self.parameters.values()
-        return Memory(stored_bytes(parameters), sum(p.nbytes for p in parameters), self.optimizer_bytes())
-
-    def _gradients(self) -> list[Tensor]:
-        return [p.grad for p in self.parameters.values() if p.grad is not None]

@@ -68,20 +68,14 @@ def load_deepspeed_config(name: str, *, micro_batch_size: int, micro_batches: in
     stage = zero.get("stage", 0)
     if isinstance(stage, bool) or stage not in (0, 1, 2, 3):
         raise TrainerError(f"{path}: there is no ZeRO stage {stage!r}; use 0, 1, 2 or 3")
-    for key in ("offload_optimizer", "offload_param"):
+    for key, least in (("offload_optimizer", 1), ("offload_param", 3)):
         if not isinstance(zero.get(key, {}), dict):
             raise TrainerError(f'{path}: "{key}" must be an object: {{"device": "cpu"}}')
         device = zero.get(key, {}).get("device", "none")
         if device not in ("none", "cpu"):
             raise TrainerError(f'{path}: "{key}" to {device} is not supported: its state could not be saved; use "cpu"')
-        if device == "cpu" and zero.get("stage", 0) < (1 if key == "offload_optimizer" else 3):
-            least = "1" if key == "offload_optimizer" else "3"
+        if device == "cpu" and stage < least:
             raise TrainerError(f'{path}: "{key}" needs ZeRO stage {least} or above')
-    recipe = {
-        "train_micro_batch_size_per_gpu": micro_batch_size,
-        "gradient_accumulation_steps": micro_batches,
-        "train_batch_size": micro_batch_size * micro_batches * dist.get_world_size(),
-    }
     # The task clips by the norm over all parameters, including the codebook, which DeepSpeed does not know. Without
     # this key, DeepSpeed would clip to 1.
     if config.get("gradient_clipping", "auto") != "auto":
@@ -89,6 +83,11 @@ def load_deepspeed_config(name: str, *, micro_batch_size: int, micro_batches: in
     config["gradient_clipping"] = 0.0
     # PyTorch's fused Adam updates offloaded state; it is vectorized on CPUs too.
     config.setdefault("zero_force_ds_cpu_optimizer", False)
+    recipe = {
+        "train_micro_batch_size_per_gpu": micro_batch_size,
+        "gradient_accumulation_steps": micro_batches,
+        "train_batch_size": micro_batch_size * micro_batches * dist.get_world_size(),
+    }
     for key, value in recipe.items():
         if config.get(key, "auto") == "auto":
             config[key] = value

@@ -25,16 +25,6 @@ from model_zoo.io.sharded_tensors import TensorShard
 from trainer.engines.base import stored_bytes
 from trainer.parallel import forget_groups
 
-# The attributes of DeepSpeed's classes that are used here, for the test of the installed version.
-STAGE_1_2_ATTRIBUTES = ("scaled_global_norm", "update_lp_params", "clear_backward_seen_flag")
-STAGE_3_ATTRIBUTES = (
-    "_get_norm_groups",
-    "_partition_all_parameters",
-    "_reassign_or_swap_out_partitioned_parameters",
-    "get_param_id",
-    "clear_backward_seen_flag",
-)
-
 
 class FlatRange(NamedTuple):
     """Where a rank keeps part of a parameter: elements from ``start`` on are ``flat[offset : offset + length]``."""
@@ -55,13 +45,10 @@ class FlatRange(NamedTuple):
 class Stage0:
     """ZeRO 0: DeepSpeed averages gradients and shards nothing."""
 
+    offloads = False  # whether the optimizer is in the CPU's memory
+
     def __init__(self, engine, parameters: dict[str, nn.Parameter]):
         self.engine, self.parameters = engine, parameters
-
-    @property
-    def offloads(self) -> bool:
-        """Whether the optimizer is in the CPU's memory."""
-        return False
 
     def before_forward(self) -> None:
         """What DeepSpeed's own forward does first."""
@@ -192,8 +179,7 @@ class Stage3(Stage1And2):
     def parameter_bytes(self) -> int:
         # Small parameters stay gathered after the first step; the others are gathered within a forward only.
         parts = [p.ds_tensor for p in self.parameters.values()] + self.zero.fp32_partitioned_groups_flat
-        persistent = self.zero.persistent_parameters
-        return stored_bytes(parts) + sum(p.ds_numel * p.element_size() for p in persistent)
+        return stored_bytes(parts) + sum(p.ds_numel * p.element_size() for p in self.zero.persistent_parameters)
 
     def gradient_bytes(self) -> int:
         return stored_bytes([self.zero.grad_partitions_flat_buffer])

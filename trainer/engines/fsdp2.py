@@ -15,7 +15,7 @@ from torch.distributed.tensor._utils import compute_local_shape_and_global_offse
 from model_zoo.io.sharded_tensors import TensorShard
 from trainer import TrainerError
 from trainer.config import EngineConfig
-from trainer.engines.base import Engine, MakeOptimizer, Memory, Root, stored_bytes, trained_parameters
+from trainer.engines.base import Engine, MakeOptimizer, Root, trained_parameters
 from trainer.optim import start_moments
 from trainer.parallel import World, before_stop, forget_groups, sum_over_ranks
 
@@ -60,9 +60,7 @@ class Fsdp2(Engine):
             mesh=mesh,
             reshard_after_forward=config.reshard,
             mp_policy=MixedPrecisionPolicy(gather_dtype, torch.float32 if gather_dtype else None, None, False),
-            offload_policy=CPUOffloadPolicy(pin_memory=world.device.type == "cuda")
-            if config.offload
-            else OffloadPolicy(),
+            offload_policy=CPUOffloadPolicy(world.device.type == "cuda") if config.offload else OffloadPolicy(),
         )
         names = list(trained_parameters(module, ignored))
         self.root = Root(module, ignored)
@@ -87,19 +85,6 @@ class Fsdp2(Engine):
         norm = torch.nn.utils.get_total_norm(self._gradients()).to(self.device)
         return sum_over_ranks(norm.square(), self.group).sqrt()
 
-    def step(self, lr: float, scale: Tensor | float = 1.0) -> None:
-        gradients = self._gradients()
-        if isinstance(scale, Tensor) and gradients:
-            scale = scale.to(gradients[0].device)
-        torch._foreach_mul_(gradients, scale)
-        for group in self.param_groups:
-            group["lr"] = lr
-        self.optimizer.step()
-        self.skip()
-
-    def skip(self) -> None:
-        self.optimizer.zero_grad(set_to_none=True)
-
     def weights(self) -> list[TensorShard]:
         shards = []
         for name, parameter in self.parameters.items():
@@ -110,21 +95,11 @@ class Fsdp2(Engine):
             shards.append(TensorShard(name, tuple(parameter.shape), start, parameter.to_local().detach().view(-1)))
         return shards
 
-    def moments(self, key: str) -> list[Tensor]:
-        return [self.optimizer.state[p][key].to_local().view(-1) for p in self.parameters.values()]
-
-    def resident_bytes(self) -> Memory:
-        shards = [parameter.to_local() for parameter in self.parameters.values()]
-        return Memory(stored_bytes(shards), sum(shard.nbytes for shard in shards), self.optimizer_bytes())
-
     def sync_weights(self) -> None:
         # Parameters that an evaluation left gathered are outdated.
         for module in self.root.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-
-    def _gradients(self) -> list[Tensor]:
-        return [p.grad.to_local() for p in self.parameters.values() if p.grad is not None]
 
 
 def _units(module: nn.Module) -> list[nn.Module]:

@@ -136,11 +136,6 @@ class ColorBaselines:
             found += [_psnr(*pair) for pair in zip(images, np.split(palette_k3[nearest_n], ends[:-1]), strict=True)]
         return found
 
-    def draw_mean_color(self, levels_chw: Tensor) -> Tensor:
-        """The image in its mean colour, uint8 (3, h, w)."""
-        color = np.rint(_mean_color(self._sums(levels_chw[None], [0])[0].patches)).astype(np.uint8)
-        return torch.from_numpy(color)[:, None, None].expand(levels_chw.shape).contiguous()
-
     def draw_palette(self, levels_chw: Tensor, palette_k3: np.ndarray) -> Tensor:
         """The image with each patch in the palette's nearest colour, uint8 (3, h, w)."""
         height, width = levels_chw.shape[-2:]
@@ -166,8 +161,7 @@ class ColorBaselines:
 
     def _patch_sums(self, values_bchw: Tensor) -> np.ndarray:
         """(b, n, c) sums of integers from 0 to 255, in the smallest type that holds them."""
-        pad = padding(*values_bchw.shape[-2:], self.patch_size)
-        padded_bchw = F.pad(values_bchw, (pad.left, pad.right, pad.top, pad.bottom))
+        padded_bchw = F.pad(values_bchw, padding(*values_bchw.shape[-2:], self.patch_size))
         sums_bcn = F.avg_pool2d(padded_bchw, self.patch_size, divisor_override=1).flatten(2)
         return sums_bcn.transpose(1, 2).cpu().numpy().astype(np.min_scalar_type(255 * self.patch_size**2))
 

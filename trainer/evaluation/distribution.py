@@ -78,12 +78,10 @@ def frechet_distance(mean_d: Tensor, covariance_dd: Tensor, other_mean_d: Tensor
     the singular values of A^T B. Computing these avoids roots of rounding errors if a covariance is singular, as it is
     with fewer images than dimensions. Raises TrainerError if a value is not finite.
     """
-    mean_d, covariance_dd, other_mean_d, other_covariance_dd = (
-        values.double() for values in (mean_d, covariance_dd, other_mean_d, other_covariance_dd)
-    )
-    for values in (mean_d, covariance_dd, other_mean_d, other_covariance_dd):
-        if not values.isfinite().all():
-            raise TrainerError("the features' mean or covariance is not finite: the images or statistics are damaged")
+    given = [values.double() for values in (mean_d, covariance_dd, other_mean_d, other_covariance_dd)]
+    if not all(values.isfinite().all() for values in given):
+        raise TrainerError("the features' mean or covariance is not finite: the images or statistics are damaged")
+    mean_d, covariance_dd, other_mean_d, other_covariance_dd = given
     roots_r = torch.linalg.svdvals(_factor(covariance_dd).T @ _factor(other_covariance_dd))
     trace = covariance_dd.trace() + other_covariance_dd.trace() - 2 * roots_r.sum()
     return max(0.0, float((mean_d - other_mean_d).square().sum() + trace))  # negative values are rounding errors

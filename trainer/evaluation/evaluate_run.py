@@ -7,7 +7,7 @@ from typing import NamedTuple
 from model_zoo.config import TokenizerConfig
 from model_zoo.io.hashing import fingerprint_of
 from model_zoo.io.load import build_model, is_standalone, read_weights
-from model_zoo.io.run_layout import run_folder
+from model_zoo.io.run_layout import checkpoint_step, run_folder
 from model_zoo.tokenizer import Tokenizer
 from trainer import TrainerError
 from trainer.evaluation.images import ImageSource, open_images
@@ -121,11 +121,10 @@ def _load(checkpoint: Path, weights: str, source: ImageSource, measures: str, wo
 def _provenance(inputs: _Inputs, report: ReconstructionReport, world: World, json_path: Path) -> dict:
     """What a reader needs to repeat the measurement."""
     checkpoint, source = inputs.checkpoint, inputs.source
-    step = checkpoint.name.removeprefix("step_")
     return {
         "checkpoint": checkpoint.name,
         "checkpoint_path": str(checkpoint),
-        "step": int(step) if step.isdecimal() else None,
+        "step": checkpoint_step(checkpoint),
         "fingerprint": inputs.fingerprint,  # of all weights, unlike `Tokenizer.fingerprint`
         "weights": inputs.held_weights,
         "start": read_init_record(run_folder(checkpoint)),

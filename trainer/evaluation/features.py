@@ -21,12 +21,11 @@ from data.npz import Npz
 from model_zoo.eval_nets.inception import FEATURES, Inception, InceptionFeatures
 from model_zoo.eval_nets.weights import WEIGHTS_FILES
 from model_zoo.io.hashing import sha256_of
-from trainer.jobs.setup import threads_per_process
-from trainer.parallel import World, as_trainer_error, gather_objects, run_on_all_ranks, run_on_main
+from trainer.jobs.setup import decode_threads
+from trainer.parallel import World, gather_objects, run_on_all_ranks, run_on_main
 from trainer.precision import full_precision
 
 PROTOCOL = "adm"  # defined by model_zoo.eval_nets.inception and docs/generator.md
-DECODE_THREADS = 8  # at most, per process
 
 
 class ImageBatch(NamedTuple):
@@ -75,8 +74,7 @@ class FolderImages:
         self.count = len(self.files)
         self.height = self.width = 0
         if self.files:
-            first = next(self.batches(1, (0, self.count)))
-            self.height, self.width = first.levels_bchw.shape[2:]
+            self.height, self.width = next(self.batches(1, (0, self.count))).levels_bchw.shape[2:]
 
     def sha256(self) -> str:
         digest = hashlib.sha256()
@@ -85,8 +83,8 @@ class FolderImages:
         return digest.hexdigest()
 
     def batches(self, batch_size: int, shard: tuple[int, int]) -> Iterator[ImageBatch]:
-        threads = threads_per_process(DECODE_THREADS)
-        images = evaluation_images(str(self.path), image_size=None, shard=shard, block=batch_size, threads=threads)
+        options = dict(shard=shard, block=batch_size, threads=decode_threads())
+        images = evaluation_images(str(self.path), image_size=None, **options)
         for _, group in itertools.groupby(images, key=lambda image: image.index // batch_size):
             batch = list(group)
             for image in batch:
@@ -129,7 +127,7 @@ class FeatureExtractor:
     def extract(self, images: ImageSet, on_progress: Callable[[int, int], None]) -> SetFeatures:
         """The features of all images, in order; all processes call it together. on_progress: called with the
         approximate number of finished images and the total."""
-        sha256 = run_on_main(self.world, lambda: as_trainer_error(images.sha256))
+        sha256 = run_on_main(self.world, images.sha256)
         key = {"pictures": sha256, "weights": WEIGHTS_FILES["inception"].sha256, "protocol": PROTOCOL}
         name = hashlib.sha256("\n".join(key.values()).encode()).hexdigest()
         path = self.cache and self.cache / f"features_{PROTOCOL}_{name[:32]}.npz"

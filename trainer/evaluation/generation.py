@@ -13,13 +13,7 @@ from model_zoo.eval_nets.inception import InceptionFeatures
 from trainer import TrainerError
 from trainer.evaluation.distribution import GaussianMoments, frechet_distance, inception_score, precision_recall
 from trainer.evaluation.features import PROTOCOL, FeatureExtractor, ImageSet, SetFeatures
-from trainer.evaluation.generation_inputs import (
-    Reference,
-    Statistics,
-    open_reference,
-    open_samples,
-    sampling_record,
-)
+from trainer.evaluation.generation_inputs import Reference, Statistics, open_reference, open_samples, sampling_record
 from trainer.evaluation.generation_report import (
     SPLITS,
     EvaluatedGeneration,
@@ -31,7 +25,7 @@ from trainer.evaluation.provenance import environment, weights_files
 from trainer.evaluation.reconstruction_report import check_report_path
 from trainer.evaluation.timing import StageTimer
 from trainer.jobs.setup import choose_device, job_world
-from trainer.parallel import World, as_trainer_error, run_on_all_ranks, run_on_main
+from trainer.parallel import World, run_on_all_ranks, run_on_main
 
 METRICS = {"fid": ("gfid",), "is": ("inception_score",), "pr": ("precision", "recall")}
 NEIGHBOURS = 3
@@ -42,12 +36,11 @@ Progress = Callable[[int, int, str], None]
 
 
 class _Inputs(NamedTuple):
-    """not_possible: of METRICS, each with the reason. metrics: those to measure."""
+    """not_measured: of METRICS, each with the reason."""
 
     samples: ImageSet
     reference: Reference
-    not_possible: dict[str, str]
-    metrics: list[str]
+    not_measured: dict[str, str]
 
 
 class _Features(NamedTuple):
@@ -83,7 +76,7 @@ def evaluate_generation(
         timer = StageTimer(world.device)
         json_path = Path(report_path) if report_path is not None else _default_report(Path(samples))
         run_on_main(world, lambda: check_report_path(json_path))
-        weights = run_on_main(world, lambda: as_trainer_error(lambda: weights_files(["inception"])))
+        weights = run_on_main(world, lambda: weights_files(["inception"]))
         inputs = run_on_all_ranks(lambda: _open(Path(samples), Path(reference), metrics))
         extractor = FeatureExtractor(world, batch_size, _cache(cache))
         features = _extract(inputs, extractor, timer, on_progress)
@@ -121,7 +114,7 @@ def check_generation(
     if count < 2:
         raise TrainerError(f"--count {count}: at least 2 samples are needed, and 50,000 for published results")
     weights_files(["inception"])
-    _not_possible(metrics, count, open_reference(Path(reference)))
+    _not_measured(metrics, count, open_reference(Path(reference)))
 
 
 def _check_options(metrics: str | None, seed: int, batch_size: int, device: str) -> None:
@@ -154,14 +147,12 @@ def _default_report(samples: Path) -> Path:
 
 def _open(samples: Path, reference: Path, metrics: str | None) -> _Inputs:
     opened, against = open_samples(samples), open_reference(reference)
-    not_possible = _not_possible(metrics, opened.count, against)
-    return _Inputs(
-        opened, against, not_possible, [name for name in _parse_metrics(metrics) if name not in not_possible]
-    )
+    return _Inputs(opened, against, _not_measured(metrics, opened.count, against))
 
 
-def _not_possible(metrics: str | None, count: int, reference: Reference) -> dict[str, str]:
-    """The METRICS that ``count`` samples do not allow, and why. Raises TrainerError if the user asked for one."""
+def _not_measured(metrics: str | None, count: int, reference: Reference) -> dict[str, str]:
+    """The METRICS that ``count`` samples do not allow or that the user leaves out, and why. Raises TrainerError if the
+    user asked for one that is not possible."""
     reasons = {}
     if count < SPLITS:
         reasons["is"] = f"{SPLITS} splits need at least {SPLITS} samples, not {count}"
@@ -172,23 +163,21 @@ def _not_possible(metrics: str | None, count: int, reference: Reference) -> dict
             f"{NEIGHBOURS} neighbours need more than {NEIGHBOURS} images, not {count} samples and "
             f"{reference.images.count} reference images"
         )
-    if metrics is not None and (refused := [name for name in _parse_metrics(metrics) if name in reasons]):
+    asked = _parse_metrics(metrics)
+    if metrics is not None and (refused := [name for name in asked if name in reasons]):
         raise TrainerError(f"--metrics {refused[0]}: {reasons[refused[0]]}")
-    return reasons
+    return {name: "not among --metrics" for name in METRICS if name not in asked} | reasons
 
 
 def _extract(inputs: _Inputs, extractor: FeatureExtractor, timer: StageTimer, on_progress: Progress) -> _Features:
     """All processes call it together."""
     with timer.stage("samples"):
         samples = extractor.extract(inputs.samples, lambda *progress: on_progress(*progress, "samples"))
-    needs_images = "pr" in inputs.metrics or ("fid" in inputs.metrics and inputs.reference.statistics is None)
-    if not needs_images:
-        return _Features(samples, None)
-    with timer.stage("reference"):
-        images = inputs.reference.images
-        return _Features(
-            samples, extractor.extract(images, lambda *progress: on_progress(*progress, "reference images"))
-        )
+    reference, against = None, inputs.reference
+    if "pr" not in inputs.not_measured or ("fid" not in inputs.not_measured and against.statistics is None):
+        with timer.stage("reference"):
+            reference = extractor.extract(against.images, lambda *progress: on_progress(*progress, "reference images"))
+    return _Features(samples, reference)
 
 
 def _measure(
@@ -198,14 +187,14 @@ def _measure(
     values = dict.fromkeys(("gfid", "inception_score", "inception_score_std", "precision", "recall"))
     samples = InceptionFeatures(*(rows.to(device) for rows in features.samples.features))
     reference_nd = features.reference.features.pool_nd.to(device) if features.reference else None
-    if "fid" in inputs.metrics:
+    if "fid" not in inputs.not_measured:
         statistics = inputs.reference.statistics or _statistics(reference_nd)
         values["gfid"] = frechet_distance(*_statistics(samples.pool_nd), *(value.to(device) for value in statistics))
-    if "is" in inputs.metrics:
+    if "is" not in inputs.not_measured:
         order_n = torch.from_numpy(np.random.default_rng(seed).permutation(len(samples.logits_nk))).to(device)
         score = inception_score(samples.logits_nk[order_n], SPLITS)
         values |= {"inception_score": score.mean, "inception_score_std": score.std}
-    if "pr" in inputs.metrics:
+    if "pr" not in inputs.not_measured:
         values |= precision_recall(
             reference_nd,
             samples.pool_nd,
@@ -255,10 +244,10 @@ def _make_report(
         reference_statistics=reference.describe_statistics(),
         protocol=PROTOCOL,
         not_measured={
-            measure: inputs.not_possible.get(name, "not among --metrics")
+            measure: inputs.not_measured[name]
             for name, measures in METRICS.items()
             for measure in measures
-            if name not in inputs.metrics
+            if name in inputs.not_measured
         },
         warnings=_warnings(samples, reference.images) + warnings,
         provenance=provenance,

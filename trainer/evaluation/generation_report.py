@@ -1,12 +1,11 @@
 """The results of a generation evaluation, and the files that hold them."""
 
-import json
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import NamedTuple
 
-from trainer.evaluation.reference_results import reference_rows
-from trainer.files import write_files
+from trainer.evaluation import reference_results
+from trainer.files import json_text, write_files
 from trainer.reports.measures import Measure, describe_seconds, markdown_table
 
 SPLITS = 10  # of the Inception score
@@ -58,21 +57,17 @@ class EvaluatedGeneration(NamedTuple):
 
 def comparison_table(report: GenerationReport) -> list[list[str]]:
     """Headings, the measured values, and the published results."""
-    table = [["model", *(measure.title for measure in MEASURES.values())]]
-    table.append(["**measured here**", *report.formatted()])
-    for row in reference_rows("imagenet_generation"):
-        table.append([row["model"], *(measure.format_published(row[key]) for key, measure in MEASURES.items())])
-    return table
+    rows = reference_results.reference_rows("imagenet_generation")
+    return reference_results.comparison_table(vars(report), rows, MEASURES, "**measured here**")
 
 
 def write_evaluated_generation(evaluated: EvaluatedGeneration) -> None:
     """Writes FILE.md and, last, FILE.json."""
-    as_json = json.dumps(evaluated.report.to_json(), indent=1, allow_nan=False) + "\n"
-    writers = {
-        evaluated.markdown_path: lambda path: path.write_text(to_markdown(evaluated), encoding="utf-8"),
-        evaluated.json_path: lambda path: path.write_text(as_json),
+    contents = {
+        evaluated.markdown_path: to_markdown(evaluated),
+        evaluated.json_path: json_text(evaluated.report.to_json()),
     }
-    write_files(writers, "--report")
+    write_files(contents, "--report")
 
 
 def to_markdown(evaluated: EvaluatedGeneration) -> str:

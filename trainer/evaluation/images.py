@@ -7,12 +7,11 @@ from data.evaluation import EvaluationImages, evaluation_images
 from data.transforms import RESIZES
 from model_zoo.io.run_layout import run_folder
 from trainer import TrainerError
-from trainer.jobs.setup import data_config, threads_per_process
+from trainer.jobs.setup import data_config, decode_threads
 from trainer.metrics.image import SSIM_WINDOW
 from trainer.parallel import World
 
 SIZE, RESIZE = 256, "cv2_bilinear"  # of published tokenizers on ImageNet; used if neither options nor a run say more
-DECODE_THREADS = 8  # at most, per process
 
 
 class ImageSource(NamedTuple):
@@ -57,6 +56,6 @@ def open_images(
         resize=resize,
         shard=(world.rank, world.size),
         block=batch_size,
-        threads=threads_per_process(DECODE_THREADS),
+        threads=decode_threads(),
     )
     return ImageSource(opened, path, size, resize, batch_size)

@@ -19,7 +19,7 @@ def environment(device: torch.device | str) -> dict[str, str | None]:
         "device": torch.cuda.get_device_name(device) if is_cuda else f"CPU ({platform.machine()})",
         "python": platform.python_version(),
         "torch": torch.__version__,  # includes the CUDA version
-        **{package: _version(package) for package in PACKAGES},
+        **{package: installed_version(package) for package in PACKAGES},
     }
 
 
@@ -39,7 +39,8 @@ def image_list_hash(keys: Iterable[str]) -> str:
     return digest.hexdigest()
 
 
-def _version(package: str) -> str | None:
+def installed_version(package: str) -> str | None:
+    """A package's version; None if it is not installed, as `ibq` itself in a checkout."""
     try:
         return metadata.version(package)
     except metadata.PackageNotFoundError:

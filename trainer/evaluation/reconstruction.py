@@ -7,7 +7,7 @@ import itertools
 import math
 import operator
 from collections.abc import Callable, Iterable, Iterator
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch.nn import functional as F
 
 from data.evaluation import EvaluationImage
 from model_zoo.eval_nets.inception import FEATURES
+from model_zoo.tokenizer import Tokenizer
 from trainer import TrainerError
 from trainer.evaluation.baselines import ColorBaselines
 from trainer.evaluation.distribution import GaussianMoments, frechet_distance
@@ -31,19 +32,6 @@ from trainer.reports.image_grid import Example, Gallery, merge_galleries
 PROTOCOL = "paper"  # defined by trainer.metrics.image and docs/metrics.md
 
 
-class ReconstructingTokenizer(Protocol):
-    """The interface that an evaluation needs; `model_zoo.Tokenizer` in eval mode has it."""
-
-    downsampling_factor: int
-
-    @property
-    def config(self): ...  # with codebook_size
-
-    def tokenize(self, images_bchw: Tensor) -> Tensor: ...
-
-    def detokenize(self, index_bhw: Tensor) -> Tensor: ...
-
-
 class Reconstruction(NamedTuple):
     """A batch of images of one size and their reconstructions, which have that size too."""
 
@@ -55,7 +43,7 @@ class Reconstruction(NamedTuple):
 
 
 def reconstruct_images(
-    tokenizer: ReconstructingTokenizer,
+    tokenizer: Tokenizer,
     images: Iterable[EvaluationImage],
     *,
     batch_size: int,
@@ -81,7 +69,7 @@ def reconstruct_images(
             images_bchw = (levels_bchw.double() / 127.5 - 1).float()
             height, width = images_bchw.shape[-2:]
             pad = padding(height, width, tokenizer.downsampling_factor)
-            index_bhw = tokenizer.tokenize(F.pad(images_bchw, (pad.left, pad.right, pad.top, pad.bottom)))
+            index_bhw = tokenizer.tokenize(F.pad(images_bchw, pad))
             padded_bchw = tokenizer.detokenize(index_bhw).float()
             reconstruction_bchw = padded_bchw[..., pad.top : pad.top + height, pad.left : pad.left + width]
         keys, positions = [image.key for image in batch], [image.index for image in batch]
@@ -100,9 +88,7 @@ class _Row(NamedTuple):
 class _Scorer:
     """One process's part of an evaluation: accumulates scores, codes, moments and example images of batches."""
 
-    def __init__(
-        self, tokenizer: ReconstructingTokenizer, networks: Networks, image_count: int, seed: int, timer: StageTimer
-    ):
+    def __init__(self, tokenizer: Tokenizer, networks: Networks, image_count: int, seed: int, timer: StageTimer):
         self.networks, self.timer = networks, timer
         codebook_size = tokenizer.config.codebook_size
         self.baselines = ColorBaselines(
@@ -163,7 +149,7 @@ class _Scorer:
 
 
 def evaluate_reconstruction(
-    tokenizer: ReconstructingTokenizer,
+    tokenizer: Tokenizer,
     images: Iterable[EvaluationImage],
     *,
     world: World,
@@ -222,7 +208,7 @@ def _frechet_distance(first: GaussianMoments, second: GaussianMoments) -> float:
 
 
 def _make_report(
-    tokenizer: ReconstructingTokenizer,
+    tokenizer: Tokenizer,
     scorer: _Scorer,
     rows: list[_Row],
     rfid: float | None,
@@ -243,6 +229,9 @@ def _make_report(
     def mean(name: str) -> float | None:
         values = [getattr(score, name) for score in scores]
         return None if None in values else math.fsum(values) / len(values)
+
+    def with_palette(example: Example) -> Example:
+        return example._replace(palette_chw=scorer.baselines.draw_palette(example.original_chw, palette_k3))
 
     not_measured = dict(scorer.networks.not_measured)
     if scorer.networks.inception and rfid is None:
@@ -270,23 +259,8 @@ def _make_report(
         not_measured=not_measured,
         skipped=skipped,
         images=scores,
-        examples=_with_baselines(merge_galleries(galleries), scorer.baselines, palette_k3),
+        examples={name: list(map(with_palette, chosen)) for name, chosen in merge_galleries(galleries).items()},
     )
-
-
-def _with_baselines(
-    examples: dict[str, list[Example]], baselines: ColorBaselines, palette_k3: np.ndarray
-) -> dict[str, list[Example]]:
-    return {
-        name: [
-            example._replace(
-                mean_color_chw=baselines.draw_mean_color(example.original_chw),
-                palette_chw=baselines.draw_palette(example.original_chw, palette_k3),
-            )
-            for example in chosen
-        ]
-        for name, chosen in examples.items()
-    }
 
 
 def describe_skipped(images: Iterable[EvaluationImage]) -> list[str]:

@@ -1,13 +1,12 @@
 """The results of a reconstruction evaluation, and the files that hold them."""
 
-import json
 import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
 from trainer import TrainerError
-from trainer.files import unfinished, write_files, writing
+from trainer.files import json_text, unfinished, write_files, writing
 from trainer.reports.image_grid import Example, side_by_side
 from trainer.reports.measures import MEASURES, describe_crop, describe_seconds, markdown_table
 
@@ -99,12 +98,11 @@ def write_evaluated_run(evaluated: EvaluatedRun) -> None:
     report = evaluated.report
     # "manifest" is the key that former versions wrote and that users' scripts read.
     content = {**report.to_json(), "warnings": evaluated.warnings, "manifest": evaluated.provenance}
-    as_json = json.dumps(content, indent=1, allow_nan=False) + "\n"
     grids = {name: side_by_side(examples) for name, examples in report.examples.items()}
-    writers = {evaluated.grids[name]: lambda path, grid=grid: grid.save(path, "PNG") for name, grid in grids.items()}
-    writers[evaluated.markdown_path] = lambda path: path.write_text(to_markdown(evaluated), encoding="utf-8")
-    writers[evaluated.json_path] = lambda path: path.write_text(as_json)
-    write_files(writers, "--report")
+    contents = {evaluated.grids[name]: lambda path, grid=grid: grid.save(path, "PNG") for name, grid in grids.items()}
+    contents[evaluated.markdown_path] = to_markdown(evaluated)
+    contents[evaluated.json_path] = json_text(content)
+    write_files(contents, "--report")
 
 
 def figure_rows(report: ReconstructionReport) -> list[list[str]]:

@@ -5,12 +5,11 @@ from importlib import resources
 from typing import Any
 
 import yaml
-from omegaconf import MISSING, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf import MISSING
 
 from trainer import TrainerError
-from trainer.recipes import EVALUATION, explain, find_recipe, read_recipe
-from trainer.reports.measures import MEASURES
+from trainer.recipes import EVALUATION, find_recipe, read_as
+from trainer.reports.measures import MEASURES, Measure
 
 DEFAULT_RECIPE = "eval_imagenet"  # without --recipe, results are compared with its published ones
 
@@ -33,11 +32,7 @@ class EvaluationRecipe:
 
 def load_evaluation_recipe(name: str) -> EvaluationRecipe:
     """Reads the recipe of that name, or that YAML file. Raises TrainerError, one line."""
-    path, schema = find_recipe(name, [EVALUATION]), OmegaConf.structured(EvaluationRecipe)
-    try:
-        return OmegaConf.to_object(OmegaConf.merge(schema, read_recipe(path)))
-    except OmegaConfBaseException as error:
-        raise TrainerError(f"{path}: {explain(error, schema)}") from error
+    return read_as(EvaluationRecipe, find_recipe(name, [EVALUATION]))
 
 
 def reference_rows(name: str | None) -> list[dict]:
@@ -50,14 +45,16 @@ def reference_rows(name: str | None) -> list[dict]:
     return tables[name]
 
 
-def comparison_table(report: dict, references: list[dict]) -> list[list[str]]:
+def comparison_table(
+    report: dict, references: list[dict], measures: dict[str, Measure] = MEASURES, name: str = "measured here"
+) -> list[list[str]]:
     """Headings, the measured values, and the reference rows, for all measures that any reference row has.
 
-    report: values by key of MEASURES.
+    report: values by key of ``measures``. name: of the row of measured values.
     """
-    shown = {key: measure for key, measure in MEASURES.items() if any(key in row for row in references)}
+    shown = {key: measure for key, measure in measures.items() if any(key in row for row in references)}
     table = [["model", *(measure.title for measure in shown.values())]]
-    table.append(["measured here", *(measure.format_measured(report.get(key)) for key, measure in shown.items())])
+    table.append([name, *(measure.format_measured(report.get(key)) for key, measure in shown.items())])
     for row in references:
         table.append([row["model"], *(measure.format_published(row.get(key)) for key, measure in shown.items())])
     return table

@@ -1,7 +1,6 @@
 """Evaluates a generator at several sampling settings; running it again continues where it stopped."""
 
 import itertools
-import json
 from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
@@ -12,7 +11,7 @@ from model_zoo.errors import ModelError
 from trainer import TrainerError
 from trainer.evaluation.generation import check_generation, evaluate_generation
 from trainer.evaluation.generation_report import MEASURES, GenerationReport
-from trainer.files import write_files
+from trainer.files import json_text, write_files
 from trainer.jobs.sample import sample
 from trainer.jobs.sample_output import NOT_FOLDERS
 from trainer.reports.measures import markdown_table
@@ -117,32 +116,27 @@ def describe_settings(settings: dict) -> str:
 
 
 def _write(evaluated: list[EvaluatedSetting], out: Path) -> Sweep:
-    names = list(evaluated[0].settings)
-    table = [[*names, *(measure.title for measure in MEASURES.values())]]
+    table = [[*evaluated[0].settings, *(measure.title for measure in MEASURES.values())]]
     for settings, report in evaluated:
         table.append([*map(str, settings.values()), *report.formatted()])
     swept = Sweep(evaluated, table, out / "sweep.json", out / "sweep.md", out / "sweep.png")
     rows = [{"settings": settings, **report.to_json()} for settings, report in evaluated]
-    as_json = json.dumps(rows, indent=1, allow_nan=False) + "\n"
     warnings = dict.fromkeys(f"- Warning: {warning}." for one in evaluated for warning in one.report.warnings)
     title = f"# Sampling settings: {evaluated[0].report.sample_count:,} samples each"
     text = "\n\n".join([title, markdown_table(table), *["\n".join(warnings)] * bool(warnings), "![sweep](sweep.png)"])
-    writers = {
+    contents = {
         swept.chart_path: lambda path: draw(evaluated, path),
-        swept.markdown_path: lambda path: path.write_text(text + "\n", encoding="utf-8"),
-        swept.json_path: lambda path: path.write_text(as_json),
+        swept.markdown_path: text + "\n",
+        swept.json_path: json_text(rows),
     }
-    write_files(writers)
+    write_files(contents)
     return swept
 
 
 def draw(evaluated: list[EvaluatedSetting], path: Path) -> None:
     """Plots gFID and Inception score, or the other measures without these, over guidance, or over the first swept
     setting; one line per combination of the other settings."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib.figure import Figure
 
     names = list(evaluated[0].settings)
     x_axis = X_AXIS if X_AXIS in names else names[0]
@@ -152,8 +146,9 @@ def draw(evaluated: list[EvaluatedSetting], path: Path) -> None:
         lines.setdefault(describe_settings(rest), []).append(one)
     measured = [name for name in MEASURES if getattr(evaluated[0].report, name) is not None]
     shown = [name for name in measured if name in ("gfid", "inception_score")] or measured
-    figure, axes = pyplot.subplots(1, len(shown), figsize=(5.2 * len(shown), 4), layout="constrained", squeeze=False)
-    for axis, name in zip(axes.flat, shown, strict=True):
+    figure = Figure((5.2 * len(shown), 4), layout="constrained")
+    axes = figure.subplots(1, len(shown), squeeze=False)[0]
+    for axis, name in zip(axes, shown, strict=True):
         for label, ones in lines.items():
             points = sorted((one.settings[x_axis], getattr(one.report, name)) for one in ones)
             axis.plot(*zip(*points, strict=True), marker="o", label=label)
@@ -163,7 +158,6 @@ def draw(evaluated: list[EvaluatedSetting], path: Path) -> None:
         axis.grid(alpha=0.3)
         axis.spines[["top", "right"]].set_visible(False)
     if len(lines) > 1:
-        axes.flat[0].legend(frameon=False, fontsize=8)
+        axes[0].legend(frameon=False, fontsize=8)
     figure.suptitle(f"{evaluated[0].report.sample_count:,} samples per setting", fontsize=11)
     figure.savefig(path, dpi=110, format="png")
-    pyplot.close(figure)

@@ -12,15 +12,15 @@ from pathlib import Path
 from typing import NamedTuple
 
 from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from model_zoo.errors import ModelError
 from model_zoo.io.load import find_checkpoint
+from model_zoo.io.run_layout import checkpoint_step
 from trainer import TrainerError
 from trainer.config import RunConfig
-from trainer.files import write_files
-from trainer.jobs.resumable import check_same_settings
-from trainer.recipes import ABLATIONS, explain, find_recipe, leaves, load_recipe, load_run_config, read_recipe, renamed
+from trainer.files import json_text, write_files
+from trainer.jobs.setup import check_same_settings
+from trainer.recipes import ABLATIONS, find_recipe, leaves, load_recipe, load_run_config, read_as, renamed
 from trainer.telemetry import metric_lines
 
 CURVES = {
@@ -67,11 +67,8 @@ class Cell(NamedTuple):
 
 def load_ablation(name: str) -> Ablation:
     """Reads the table of that name, or that YAML file. Raises TrainerError, one line."""
-    path, schema = find_recipe(name, [ABLATIONS]), OmegaConf.structured(Ablation)
-    try:
-        ablation = OmegaConf.to_object(OmegaConf.merge(schema, read_recipe(path)))
-    except OmegaConfBaseException as error:
-        raise TrainerError(f"{path}: {explain(error, schema)}") from error
+    path = find_recipe(name, [ABLATIONS])
+    ablation = read_as(Ablation, path)
     for table in (ablation, *ablation.rows.values()):
         table.set = list(map(renamed, table.set))
     if not ablation.rows:
@@ -146,7 +143,7 @@ def mark_evaluated(cell: Cell, options: str) -> None:
 
 def _last_step(run: Path) -> int:
     try:
-        return int(find_checkpoint(run).name.removeprefix("step_"))
+        return checkpoint_step(find_checkpoint(run))
     except ModelError:
         return 0
 
@@ -187,14 +184,13 @@ def write_table(ablation: Ablation, cells: list[Cell], out: Path) -> list[Path]:
     """Writes table.json, table.md and curves.png of evaluated cells; returns their paths. Raises TrainerError."""
     measured = figures(ablation, cells)
     tree = {row: {name: figure._asdict() for name, figure in named.items()} for row, named in measured.items()}
-    as_json = json.dumps({"title": ablation.title, "rows": tree}, indent=1) + "\n"
-    writers = {
-        out / "table.json": lambda path: path.write_text(as_json),
-        out / "table.md": lambda path: path.write_text(markdown(ablation, measured)),
+    files = {
+        out / "table.json": json_text({"title": ablation.title, "rows": tree}),
+        out / "table.md": markdown(ablation, measured),
         out / "curves.png": lambda path: draw_curves(ablation, cells, path),
     }
-    write_files(writers)
-    return list(writers)
+    write_files(files)
+    return list(files)
 
 
 def markdown(ablation: Ablation, measured: dict[str, dict[str, Figure]]) -> str:
@@ -230,12 +226,11 @@ def _number(name: str, value: float | None) -> str:
 
 def draw_curves(ablation: Ablation, cells: list[Cell], path: Path) -> None:
     """Plots logged metrics: one panel for each of CURVES, one colour per row, one line per seed."""
-    import matplotlib
+    import matplotlib.figure
+    from matplotlib.ticker import PercentFormatter
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
-    figure, panels = pyplot.subplots(1, len(CURVES), figsize=(5 * len(CURVES), 4), layout="constrained")
+    figure = matplotlib.figure.Figure((5 * len(CURVES), 4), layout="constrained")
+    panels = figure.subplots(1, len(CURVES))
     colors = {row: f"C{number % 10}" for number, row in enumerate(ablation.rows)}
     named = set()
     for cell in cells:
@@ -253,9 +248,8 @@ def draw_curves(ablation: Ablation, cells: list[Cell], path: Path) -> None:
         panel.grid(alpha=0.3)
         if name.endswith("usage"):
             panel.set_ylim(0, 1.02)
-            panel.yaxis.set_major_formatter(matplotlib.ticker.PercentFormatter(1.0))
+            panel.yaxis.set_major_formatter(PercentFormatter(1.0))
     if named:
         figure.legend(loc="outside lower center", ncols=5, fontsize=8)
     figure.suptitle(ablation.title)
     figure.savefig(path, dpi=110, format="png")
-    pyplot.close(figure)

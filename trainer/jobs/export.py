@@ -110,8 +110,7 @@ def import_published(source: str | Path, out: str | Path, weights: str = "all") 
         for tensors, group in zip(part, GROUPS, strict=True)
     }
     left_out = {why: keys for why, keys in published.left_out.items() if why != OTHER_ENTRIES}
-    rest = published.keys - sum(read.values()) - sum(map(len, left_out.values()))
-    read["settings of the EMA"] = rest
+    read["settings of the EMA"] = published.keys - sum(read.values()) - sum(map(len, left_out.values()))
     summary = [f"keys: {published.keys:,}: " + ", ".join(f"{what} {count:,}" for what, count in read.items() if count)]
     summary += [f"left out: {_describe_keys(keys)}: {why}" for why, keys in published.left_out.items()]
     return Exported(exported.out, exported.summary + summary)
@@ -249,12 +248,8 @@ def _tokenizer_of_run(checkpoint: Path) -> list[SourceModel]:
 def _build(found: Weights, kind: str) -> Tokenizer | Transformer:
     """The model with these tensors as weights. Raises ModelError for wrong names or shapes."""
     schema, build = MODELS[kind]
-
-    def on_meta(config):
-        with torch.device("meta"):  # skips the initialization
-            return build(config)
-
-    return build_model(found, kind, schema, on_meta, assign=True)
+    with torch.device("meta"):  # skips the initialization
+        return build_model(found, kind, schema, build, assign=True)
 
 
 def _fingerprint(model: Tokenizer | Transformer) -> str:

@@ -91,10 +91,7 @@ def _results(checkpoint: Path, model: Tokenizer | Transformer) -> list[str]:
         report = json.loads(path.read_text())
         provenance = report.get("manifest", {})
         if provenance.get("fingerprint") != fingerprint_of(model.state_dict()):  # another step, or EMA against raw
-            return [
-                "Not measured: the run's report.json is not of these weights. `ibq evaluate` measures them.",
-                "",
-            ]
+            return ["Not measured: the run's report.json is not of these weights. `ibq evaluate` measures them.", ""]
         names = provenance["images"] if isinstance(provenance["images"], list) else [provenance["images"]]
         images = f"{report['image_count']:,} images of {', '.join(names)}, {describe_crop(provenance)}"
         rows = [f"| {name} | {report[key]:.4g} |" for key, name in RESULTS.items() if report.get(key) is not None]

@@ -23,7 +23,7 @@ from trainer import TrainerError
 from trainer.config import GeneratorRun
 from trainer.jobs.sample_output import SEEDS, SampleOutput
 from trainer.jobs.setup import choose_device, common_checkpoint, job_world
-from trainer.parallel import World, gather_objects, raise_on_all_ranks, run_on_main
+from trainer.parallel import World, gather_objects, run_on_all_ranks, run_on_main
 from trainer.precision import autocast_dtype
 from trainer.recipes import load_run_config
 
@@ -137,7 +137,12 @@ def _make_sampler(generator: Transformer, batch_size: int, precision: str, compi
 
 
 def _load_models(checkpoint: Path, weights: str | None, tokenizer: str | Path | None) -> _Models:
-    recipe = None if is_standalone(checkpoint) else _recipe(checkpoint)
+    recipe = None
+    if not is_standalone(checkpoint):
+        run = run_folder(checkpoint)
+        recipe = load_run_config(run, [])
+        if not isinstance(recipe, GeneratorRun):
+            raise TrainerError(f"{run} is a {recipe.task} run: `ibq sample` needs a generator run")
     if weights is None:
         weights = "raw" if recipe and not recipe.ema.decay else "ema"
     generator = load_generator(checkpoint, weights)
@@ -148,14 +153,6 @@ def _load_models(checkpoint: Path, weights: str | None, tokenizer: str | Path | 
             "that it was trained with, by --tokenizer"
         )
     return _Models(checkpoint, recipe, weights, generator, decoder)
-
-
-def _recipe(checkpoint: Path) -> GeneratorRun:
-    run = run_folder(checkpoint)
-    recipe = load_run_config(run, [])
-    if not isinstance(recipe, GeneratorRun):
-        raise TrainerError(f"{run} is a {recipe.task} run: `ibq sample` needs a generator run")
-    return recipe
 
 
 def _load_tokenizer(checkpoint: Path, recipe: GeneratorRun | None, option: str | Path | None) -> Tokenizer:
@@ -223,11 +220,11 @@ def _sample_missing(
     on_progress: Progress,
 ) -> int:
     """Samples this rank's share of the missing chunks; returns the number of images that all ranks made."""
-    missing = output.missing()
-    raise_on_all_ranks(None)  # no rank may write before all ranks have listed what is missing
-    before, start, made, failure = output.finished_images(missing), time.monotonic(), 0, None
-    counted = start
-    try:
+    missing = run_on_all_ranks(output.missing)  # no rank may write before all ranks have listed what is missing
+    before, start = output.finished_images(missing), time.monotonic()
+
+    def sample_own() -> int:
+        made, counted = 0, start
         for chunk in missing:
             if chunk % world.size != world.rank:
                 continue
@@ -243,7 +240,6 @@ def _sample_missing(
                 done = output.finished_images(output.missing()) if world.size > 1 else before + made
                 counted = time.monotonic()
                 on_progress(done, output.count, (done - before) / (counted - start))
-    except (TrainerError, ModelError) as error:
-        failure = str(error)
-    raise_on_all_ranks(failure)
-    return sum(gather_objects(made))
+        return made
+
+    return sum(gather_objects(run_on_all_ranks(sample_own)))

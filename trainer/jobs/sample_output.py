@@ -1,8 +1,6 @@
 """The output of `ibq sample`: a folder of PNGs, an .npz in the format of ADM's evaluation, or one PNG grid."""
 
-import contextlib
 import hashlib
-import json
 import math
 import os
 import re
@@ -17,8 +15,8 @@ from PIL import Image
 from data.folder_reader import find_images
 from model_zoo.io.hashing import sha256_of
 from trainer import TrainerError
-from trainer.files import unfinished, write_json, writing
-from trainer.jobs.resumable import check_same_settings
+from trainer.files import complete_file, unfinished, write_json, writing
+from trainer.jobs.setup import check_same_settings, read_record
 
 SEEDS = "the first 63 bits of SHA-256 of 'SEED CLASS NTH', NTH the image's number among those of its class, from 0"
 MAX_GRID_IMAGES = 1024  # a grid is built in memory
@@ -56,20 +54,19 @@ class SampleOutput:
 
     def images(self, chunk: int) -> list[ImageToSample]:
         """The images of a chunk, in order."""
-        labels = [(number, self._label(number)) for number in self._numbers(chunk)]
+        labels = self._labels(chunk).items()
         return [ImageToSample(label, seed_of(self.seed, label, n // len(self.classes))) for n, label in labels]
 
-    def _numbers(self, chunk: int) -> range:
-        return range(chunk * self.batch_size, min((chunk + 1) * self.batch_size, self.count))
-
-    def _label(self, number: int) -> int:
-        return self.classes[number % len(self.classes)]
+    def _labels(self, chunk: int) -> dict[int, int]:
+        """The classes of a chunk's images, by their numbers."""
+        numbers = range(chunk * self.batch_size, min((chunk + 1) * self.batch_size, self.count))
+        return {number: self.classes[number % len(self.classes)] for number in numbers}
 
     def _names(self, chunk: int) -> list[str]:
         """The files of a chunk."""
         if not self.is_folder:
             return [f"chunk_{chunk:06d}.npy"]
-        labels = [(number, self._label(number)) for number in self._numbers(chunk)]
+        labels = self._labels(chunk).items()
         return [f"{n:06d}_class_{'none' if label == self.no_class else f'{label:04d}'}.png" for n, label in labels]
 
     def missing(self) -> list[int]:
@@ -80,7 +77,7 @@ class SampleOutput:
 
     def finished_images(self, missing: list[int]) -> int:
         """The number of images outside the missing chunks."""
-        return self.count - sum(len(self._numbers(chunk)) for chunk in missing)
+        return self.count - sum(len(self._labels(chunk)) for chunk in missing)
 
     def begin(self, record: dict) -> bool:
         """Creates the output, or continues that of a job with the same settings; returns whether it is complete
@@ -112,7 +109,7 @@ class SampleOutput:
         arrays = images_bhwc if self.is_folder else [images_bhwc]
         with writing(self.out):
             for name, array in zip(self._names(chunk), arrays, strict=True):
-                with _complete_file(self.parts / name) as file:
+                with complete_file(self.parts / name) as temporary, temporary.open("wb") as file:
                     if self.is_folder:
                         Image.fromarray(array).save(file, "PNG")
                     else:
@@ -124,7 +121,7 @@ class SampleOutput:
         record["images_per_class"] = dict(zip(map(str, self.classes), counts.tolist(), strict=False))
         with writing(self.out):
             if not self.is_folder:
-                with _complete_file(self.out) as file:
+                with complete_file(self.out) as temporary, temporary.open("wb") as file:
                     self._write_npz(file) if self.kind == ".npz" else self._grid().save(file, "PNG")
             # An evaluation checks these to see that the record describes these files.
             record["finished"]["bytes"] = output_bytes(self.out)
@@ -189,25 +186,8 @@ class SampleOutput:
         return Image.fromarray(grid_hwc)
 
 
-@contextlib.contextmanager
-def _complete_file(path: Path) -> Iterator:
-    """A binary file that is renamed to ``path`` when it is complete."""
-    with unfinished(path).open("wb") as file:
-        yield file
-    unfinished(path).replace(path)
-
-
 def _read_record(path: Path) -> dict | None:
-    """A job's record; None if there is none."""
-    try:
-        record = json.loads(path.read_bytes())
-    except (FileNotFoundError, NotADirectoryError):
-        return None
-    except ValueError:
-        record = None
-    if not isinstance(record, dict) or not {"settings", "finished"} <= record.keys():
-        raise _not_ours(path)
-    return record
+    return read_record(path, {"settings", "finished"}, _not_ours(path))
 
 
 def _not_ours(path: Path) -> TrainerError:

@@ -1,8 +1,10 @@
-"""What the commands that use trained models share: the device, the processes, and what belongs to a checkpoint."""
+"""What the commands that use trained models share: the device, the processes, what belongs to a checkpoint, and the
+check of a job that continues a former one."""
 
 import contextlib
+import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
@@ -14,9 +16,10 @@ from data.parallel import cores
 from model_zoo.io.load import find_checkpoint, is_standalone
 from model_zoo.io.run_layout import run_folder
 from trainer import TrainerError
-from trainer.parallel import World, as_trainer_error, run_on_main, start_world, stop_world
+from trainer.parallel import World, run_on_main, start_world, stop_world
 
 TIMEOUT_SECONDS = 7 * 86400.0  # until a process stops waiting for the slowest one
+SHOWN = 60  # characters: longer settings are not shown in an error message
 
 
 def choose_device(name: str) -> torch.device:
@@ -42,7 +45,7 @@ def job_world(device: str) -> Iterator[World]:
 
 def common_checkpoint(world: World, source: str | Path) -> Path:
     """The checkpoint that rank 0 finds, on all ranks: of one step, even while training writes new ones."""
-    return Path(run_on_main(world, lambda: as_trainer_error(lambda: str(find_checkpoint(Path(source))))))
+    return run_on_main(world, lambda: find_checkpoint(Path(source)))
 
 
 def data_config(checkpoint: Path) -> DataConfig | None:
@@ -56,7 +59,43 @@ def data_config(checkpoint: Path) -> DataConfig | None:
         raise TrainerError(f"the data section of {path}: {str(error).splitlines()[0]}") from error
 
 
-def threads_per_process(limit: int | None = None) -> int:
-    """This machine's cores divided among its processes, at most ``limit``."""
-    threads = max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
-    return threads if limit is None else min(limit, threads)
+def threads_per_process() -> int:
+    """This machine's cores divided among its processes."""
+    return max(1, cores() // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def decode_threads() -> int:
+    """The number of threads with which an evaluation decodes images: at most 8 per process."""
+    return min(8, threads_per_process())
+
+
+def read_record(path: Path, keys: set[str], error: TrainerError) -> dict | None:
+    """What a former job wrote of itself: a JSON object with at least these keys; None if there is no file. Raises the
+    error for anything else."""
+    try:
+        record = json.loads(path.read_bytes())
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except ValueError:
+        record = None
+    if not isinstance(record, dict) or not keys <= record.keys():
+        raise error
+    return record
+
+
+def check_same_settings(
+    out: Path, contents: str, former: dict, current: dict, how_to_repeat: Callable[[str, dict], str]
+) -> None:
+    """Raises TrainerError if a setting differs from that of the job that began the output.
+
+    contents: what ``out`` holds. how_to_repeat: the option or words that set the setting of that name to its former
+    value.
+    """
+    for name, value in current.items():
+        if former.get(name) != value:
+            before, after = (json.dumps(settings.get(name)) for settings in (former, current))
+            what = f"{name} {before}, now {after}" if len(before + after) < SHOWN else f"other {name}"
+            raise TrainerError(
+                f"{out} holds {contents} of other settings ({what}): give {how_to_repeat(name, former)} again to "
+                "continue, or name another path with --out"
+            )

@@ -10,8 +10,7 @@ from data.parallel import cores
 from data.prep.check import check_shards
 from trainer import TrainerError
 from trainer.files import write_json, write_text, writing
-from trainer.jobs.resumable import check_same_settings
-from trainer.parallel import as_trainer_error
+from trainer.jobs.setup import check_same_settings, read_record
 
 RECORD = "tokens.json"
 SKIPPED = "skipped.jsonl"
@@ -37,7 +36,8 @@ def begin_folder(out: Path, settings: dict, shard_count: int) -> list[int]:
         if out.exists() and not out.is_dir():
             raise TrainerError(f"{out} is a file: name a folder with --out")
         out.mkdir(parents=True, exist_ok=True)
-        former = _former_settings(out / RECORD)
+        not_ours = f"{out / RECORD} is damaged, or `ibq tokenize` did not write it: name another folder with --out"
+        former = read_record(out / RECORD, {"tokenizer", "views", "input"}, TrainerError(not_ours))
         if former is None and any(out.glob("*.tar")):
             raise TrainerError(f"{out} holds tars that `ibq tokenize` did not write: name another folder with --out")
         if any(out.glob("tokens-*.tar")):
@@ -47,19 +47,6 @@ def begin_folder(out: Path, settings: dict, shard_count: int) -> list[int]:
                 path.unlink(missing_ok=True)
         write_json(out / RECORD, settings)
     return [number for number in range(shard_count) if not shard_path(out, number).exists()]
-
-
-def _former_settings(path: Path) -> dict | None:
-    """The settings of the job that began the folder; None if there was none. Raises TrainerError."""
-    try:
-        former = json.loads(path.read_bytes())
-    except FileNotFoundError:
-        return None
-    except ValueError:
-        former = None
-    if not isinstance(former, dict) or not {"tokenizer", "views", "input"} <= former.keys():
-        raise TrainerError(f"{path} is damaged, or `ibq tokenize` did not write it: name another folder with --out")
-    return former
 
 
 def _how_to_repeat(name: str, former: dict) -> str:
@@ -79,20 +66,20 @@ class FinishedFolder(NamedTuple):
 
 
 def finish_folder(out: Path, images: str) -> FinishedFolder:
-    """Merges the lists of skipped images, checks the shards and writes their index. Raises TrainerError."""
+    """Merges the lists of skipped images, checks the shards and writes their index. Raises TrainerError or
+    DataError."""
     with writing(out):
         skipped = _merge_skipped(out)
     urls = sorted(str(path) for path in out.glob("tokens-*.tar"))
     if not urls:
         raise TrainerError(f"none of the {len(skipped):,} images in {images} can be read: {skipped[0]}")
     path = out / INDEX_NAME
-    if (index := as_trainer_error(lambda: Index(path)) if path.exists() else None) and _describes(index, urls):
+    if path.exists() and _describes(index := Index(path), urls):
         return FinishedFolder(len(urls), int(index.first[-1]), skipped)
-    found = as_trainer_error(lambda: list(check_shards(urls, jobs=min(cores(), len(urls)))))
+    found = list(check_shards(urls, jobs=min(cores(), len(urls))))
     if bad := next((checked for checked in found if checked.table is None), None):
         raise TrainerError(f"{bad.name} is damaged ({bad.problems[0].message}): remove it and run the command again")
-    digests = [checked.sha256 for checked in found]
-    as_trainer_error(lambda: write_index(path, urls, [checked.table for checked in found], digests))
+    write_index(path, urls, [checked.table for checked in found], [checked.sha256 for checked in found])
     return FinishedFolder(len(urls), sum(checked.samples for checked in found), skipped)
 
 

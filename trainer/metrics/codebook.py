@@ -116,11 +116,7 @@ class CodebookHealth:
 
     def state_dict(self) -> dict[str, Tensor]:
         """The state to save; equal on all ranks directly after `read`."""
-        return {
-            "counts_k": self.since_start.counts_k,
-            "last_step_k": self.last_step_k,
-            "best_usage": self.best_usage,
-        }
+        return {"counts_k": self.since_start.counts_k, "last_step_k": self.last_step_k, "best_usage": self.best_usage}
 
     def load_state_dict(self, state: dict[str, Tensor]) -> None:
         """Restores a `state_dict`."""

@@ -80,7 +80,7 @@ def finite_mean(values: Iterable[float]) -> FiniteMean:
 
 
 class Padding(NamedTuple):
-    """Pixels added on each side."""
+    """Pixels added on each side, in the order of `torch.nn.functional.pad`."""
 
     left: int
     right: int

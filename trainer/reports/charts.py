@@ -67,11 +67,7 @@ CHARTS = [
     Chart(
         "Next code",
         "Cross-entropy in nats per code. A value below the entropy of the code frequencies means that context helps.",
-        {
-            "loss/cross_entropy": "training",
-            "val/loss": "validation",
-            "val/unigram_entropy": "code frequencies",
-        },
+        {"loss/cross_entropy": "training", "val/loss": "validation", "val/unigram_entropy": "code frequencies"},
     ),
     Chart("Speed", "Images per second, over all processes.", {"images_per_second": "images/s"}, from_zero=True),
     Chart("Model FLOPs utilization", "Relative to the speed of a plain matrix product.", {"mfu": "MFU"}, percent=True),

@@ -20,7 +20,6 @@ class Example(NamedTuple):
     psnr: float  # dB
     original_chw: Tensor
     reconstruction_chw: Tensor
-    mean_color_chw: Tensor | None = None
     palette_chw: Tensor | None = None
     position: int = 0
     lpips: float | None = None  # None if not measured

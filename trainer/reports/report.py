@@ -1,6 +1,5 @@
 """report.html of a run: one self-contained file with its configuration, curves, measurements and images."""
 
-import importlib.metadata
 import json
 import math
 import os
@@ -13,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from model_zoo.io.sharded_tensors import ShardedTensors
 from trainer import TrainerError
+from trainer.evaluation.provenance import installed_version
 from trainer.reports import generator_report, tokenizer_report
 from trainer.reports.charts import CHARTS, Curve, Point, draw_chart
 from trainer.reports.html import image, page
@@ -184,13 +184,9 @@ def _hardware() -> str:
 
 
 def _versions() -> str:
-    versions = [f"Python {platform.python_version()}", f"torch {torch.__version__}"]
-    for name in ("ibq", "deepspeed"):
-        try:
-            versions.append(f"{name} {importlib.metadata.version(name)}")
-        except importlib.metadata.PackageNotFoundError:  # ibq run from a checkout that is not installed
-            continue
-    return ", ".join(versions)
+    versions = {"Python": platform.python_version(), "torch": torch.__version__}
+    versions |= {name: installed_version(name) for name in ("ibq", "deepspeed")}
+    return ", ".join(f"{name} {version}" for name, version in versions.items() if version)
 
 
 def _duration(seconds: float) -> str:

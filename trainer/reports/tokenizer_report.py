@@ -146,8 +146,7 @@ def reconstructions(run: Path, evaluation: dict | None) -> str:
     shown = {}
     for name, file in evaluation["manifest"].get("pictures", {"first": "report.png"}).items():
         if (run / file).is_file():
-            alt = f"{name.capitalize()} images: original, palette and reconstruction of each"
-            shown[name] = image(run / file, alt)
+            shown[name] = image(run / file, f"{name.capitalize()} images: original, palette and reconstruction of each")
     if not shown:
         return ""
     first = shown.pop("first", "")

@@ -2,11 +2,9 @@
 
 from trainer.config import GeneratorRun, RunConfig
 from trainer.parallel import World
-from trainer.tasks.base import Step, Task, Validation
+from trainer.tasks.base import Task
 from trainer.tasks.generator import GeneratorTask
 from trainer.tasks.tokenizer import TokenizerTask
-
-__all__ = ["GeneratorTask", "Step", "Task", "TokenizerTask", "Validation", "make_task"]
 
 
 def make_task(config: RunConfig, world: World, micro_batch_size: int, micro_batches: int) -> Task:

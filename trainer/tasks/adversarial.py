@@ -26,11 +26,7 @@ class Adversary:
         self.config, self.loss, self.decoder, self.autocast = config, config.loss, decoder, autocast
         self.engine = None
         if self.loss.generator.weight > 0:
-            network = PatchDiscriminator(
-                channels=config.discriminator.channels,
-                layers=config.discriminator.layers,
-                norm=config.discriminator.norm,
-            ).to(world.device)
+            network = PatchDiscriminator(**vars(config.discriminator)).to(world.device)
             # Small, so every engine keeps it whole on each rank. Its two forwards before one backward would break under
             # a sharding engine's hooks.
             self.engine = DataParallel(network, make_optimizer(lr=self.lr), **batch)

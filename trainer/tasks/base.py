@@ -6,11 +6,13 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from functools import partial
-from typing import TYPE_CHECKING, Any, NamedTuple
+from itertools import islice
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+import data
 from trainer import TrainerError
 from trainer.config import RunConfig
 from trainer.engines import build_engine
@@ -22,8 +24,15 @@ from trainer.parallel import RowGroups, World, any_rank, mean_over_ranks
 from trainer.precision import autocast_dtype
 from trainer.schedules import learning_rate_factor, weight_decay
 
-if TYPE_CHECKING:
-    from data import Batch
+PICTURES = 8  # images that a validation shows
+
+
+def row_of_pictures(images_bchw: Tensor) -> Tensor:
+    """Images in [-1, 1] side by side: uint8 ``(3, h, w)``."""
+    from torchvision.utils import make_grid  # slow to import, and only used here
+
+    row_chw = make_grid(images_bchw / 2 + 0.5, nrow=PICTURES, padding=2, pad_value=1)
+    return (row_chw * 255).to(torch.uint8)
 
 
 class Step(NamedTuple):
@@ -66,11 +75,11 @@ class Task(ABC):
     def describe(self) -> list[str]:
         """The model in a few words each: number of codes, what is sharded, what is frozen."""
 
-    def check_batch(self, batch: Batch) -> None:  # noqa: B027 (most tasks accept every batch)
+    def check_batch(self, batch: data.Batch) -> None:  # noqa: B027 (most tasks accept every batch)
         """Raises TrainerError for a batch that cannot be trained on."""
 
     @abstractmethod
-    def inputs(self, batch: Batch) -> Any:
+    def inputs(self, batch: data.Batch) -> Any:
         """Moves a micro-batch to the device, in the form that `step` takes."""
 
     @abstractmethod
@@ -171,6 +180,19 @@ class Task(ABC):
         if not loss_scale.update(finite) and not finite:
             metrics.skipped.append(network)
         return finite
+
+    def validation_images(
+        self, image_size: int, tokens: data.TokenSpec | None = None
+    ) -> Iterator[data.EvaluationImage | data.EvaluationToken]:
+        """This rank's share of the first ``trainer.validation_images`` images of ``data.val``, or of their tokens."""
+        config, world = self.config, self.world
+        options = dict(shard=(world.rank, world.size), access=data.access_of(config.data))
+        if tokens:
+            images = data.evaluation_tokens(config.data.val, tokens, **options)
+        else:
+            resize = config.data.resize
+            images = data.evaluation_images(config.data.val, image_size=image_size, resize=resize, **options)
+        return islice(images, len(range(world.rank, config.trainer.validation_images, world.size)))
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:

@@ -19,12 +19,10 @@ from trainer.config import GeneratorRun
 from trainer.engines.row_sharded import RowSharded
 from trainer.metrics.codebook import CodebookUsage
 from trainer.model_state import ModelState, Network
-from trainer.parallel import World, raise_on_all_ranks, row_groups, sum_over_ranks
+from trainer.parallel import World, row_groups, run_on_all_ranks, sum_over_ranks
 from trainer.precision import LossScale, autocast_dtype
-from trainer.tasks.base import Step, StepMetrics, Task, Validation
+from trainer.tasks.base import PICTURES, Step, StepMetrics, Task, Validation, row_of_pictures
 from trainer.throughput import matmul_rate
-
-PICTURES = 8  # images sampled at each validation, if the recipe names a tokenizer
 
 
 class Codes(NamedTuple):
@@ -117,14 +115,14 @@ class GeneratorTask(Task):
     def check(self) -> None:
         """Also checks the classes of validation images, so that a run does not fail at its first validation."""
         super().check()
-        wrong = None
+
+        def check_labels() -> None:
+            for image in self._validation_images():
+                if wrong := self._wrong_label(image.label):
+                    raise TrainerError(f"data.val: {image.key} {wrong}")
+
         if self.config.data.val is not None:
-            try:
-                labels = ((image.key, self._wrong_label(image.label)) for image in self._validation_images())
-                wrong = next((f"data.val: {key} {wrong}" for key, wrong in labels if wrong), None)
-            except data.DataError as error:
-                wrong = str(error)
-        raise_on_all_ranks(wrong)
+            run_on_all_ranks(check_labels)
 
     def describe(self) -> list[str]:
         model = self.config.model
@@ -144,11 +142,9 @@ class GeneratorTask(Task):
             return None
         if label is None:
             return "has no class: give one in its .cls, or train without classes (loss.label_dropout=1)"
-        return (
-            f"has class {label}, but model.classes={classes}: it must be above all classes"
-            if label >= classes
-            else None
-        )
+        if label >= classes:
+            return f"has class {label}, but model.classes={classes}: it must be above all classes"
+        return None
 
     def inputs(self, batch: data.Batch) -> Codes:
         if self.config.data.content == "images":
@@ -208,16 +204,10 @@ class GeneratorTask(Task):
         return Validation(scalars, pictures, notes)
 
     def _validation_images(self) -> Iterator[data.EvaluationToken | data.EvaluationImage]:
-        """This rank's share of the first ``trainer.validation_images`` images."""
-        config, world = self.config, self.world
-        shard, access = (world.rank, world.size), data.access_of(config.data)
+        config, tokens = self.config, None
         if config.data.content == "tokens":
-            spec = data.TokenSpec(config.tokenizer.fingerprint, config.model.vocabulary, tuple(config.model.grid))
-            images = data.evaluation_tokens(config.data.val, spec, shard=shard, access=access)
-        else:
-            side, resize = config.data.image_size, config.data.resize
-            images = data.evaluation_images(config.data.val, image_size=side, resize=resize, shard=shard, access=access)
-        return itertools.islice(images, len(range(world.rank, config.trainer.validation_images, world.size)))
+            tokens = data.TokenSpec(config.tokenizer.fingerprint, config.model.vocabulary, tuple(config.model.grid))
+        return self.validation_images(config.data.image_size, tokens)
 
     def _validation_batches(self) -> Iterator[Codes]:
         """Micro-batches of validation images. A sharded head needs equally many tokens on its ranks: one image each."""
@@ -250,10 +240,7 @@ class GeneratorTask(Task):
         with self.autocast():
             index_bhw = self.main_engine.run(sampler.sample, class_b, list(range(PICTURES)), self.config.sampling, beat)
         images_bchw = self.tokenizer.detokenize(index_bhw).clamp(-1, 1)
-        from torchvision.utils import make_grid  # slow to import, and only used here
-
-        grid = make_grid(images_bchw / 2 + 0.5, nrow=PICTURES, padding=2, pad_value=1)
-        return {"samples": (grid * 255).to(torch.uint8).cpu()} if self.world.is_main else {}
+        return {"samples": row_of_pictures(images_bchw).cpu()} if self.world.is_main else {}
 
     def speed(self, images_per_second: float) -> dict[str, float]:
         """Also tokens per second and MFU: three times the operations of a forward pass (`flops_per_token`), relative to

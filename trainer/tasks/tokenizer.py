@@ -27,20 +27,19 @@ from trainer.model_state import ModelState, Network
 from trainer.parallel import World, mean_over_ranks, row_groups, sum_over_ranks
 from trainer.precision import LossScale
 from trainer.tasks.adversarial import Adversary
-from trainer.tasks.base import Step, StepMetrics, Task, Validation
+from trainer.tasks.base import PICTURES, Step, StepMetrics, Task, Validation, row_of_pictures
 from trainer.tasks.initialization import load_initial_weights, place_codes_among_features
 
 # Value of init_from.freeze -> prefixes of the parameters that it freezes.
 FROZEN = {"encoder": ("encoder.", "quant_conv.", "quantize."), "decoder": ("decoder.", "post_quant_conv.")}
-PICTURES = 8  # validation images whose reconstructions are shown during training
 
 
 class TokenizerTask(Task):
     """Trains encoder, quantizer and decoder against a discriminator.
 
     The codebook has an engine to itself (`RowSharded`), because its rows may be sharded over ranks. The rest of the
-    tokenizer is the main network, under the recipe's engine. Each rank holds full copies of
-    the frozen parts and of the discriminator.
+    tokenizer is the main network, under the recipe's engine. Each rank holds full copies of the frozen parts and of the
+    discriminator.
     """
 
     config: TokenizerRun
@@ -81,7 +80,11 @@ class TokenizerTask(Task):
         if config.loss.entropy.weight > 0 and self.tokenizer.quantize.has_entropy and not self.codes_frozen:
             self.entropy_temperature = config.loss.entropy.temperature
         if config.trainer.compile:
-            self._compile()
+            networks = [self.tokenizer.encoder, self.tokenizer.decoder] if self.codes_frozen else [self.tokenizer]
+            if self.adversary.engine:
+                networks.append(self.adversary.engine.module)
+            for network in networks:
+                network.compile()
 
     def _build_perceptual(self) -> nn.Module | None:
         """LPIPS, if its weight is not 0."""
@@ -107,20 +110,12 @@ class TokenizerTask(Task):
         if codebook:
             adam = None if self.codes_frozen else self.make_adam()
             self.codebook = RowSharded(quantizer, adam, config.model.codebook_size, self.groups, **self.batch)
-            network = Network(self.codebook, "tokenizer", "quantize.")
-            (frozen if self.codes_frozen else trained)["codebook"] = network
+            (frozen if self.codes_frozen else trained)["codebook"] = Network(self.codebook, "tokenizer", "quantize.")
         if held:
             learning = [p for p in self.tokenizer.parameters() if p.requires_grad]
             engine = DataParallel(self.tokenizer, None, [*codebook, *learning], **self.batch)
             frozen["frozen"] = Network(engine, "tokenizer")
         return trained, frozen
-
-    def _compile(self) -> None:
-        tokenizer = self.tokenizer
-        for module in (tokenizer.encoder, tokenizer.decoder) if self.codes_frozen else (tokenizer,):
-            module.compile()
-        if self.adversary.engine:
-            self.adversary.engine.module.compile()
 
     def check(self) -> None:
         """Raises TrainerError for image sizes that do not fit the networks, and for an implementation of the quantizer
@@ -318,16 +313,7 @@ class TokenizerTask(Task):
         side = config.data.val_image_size or config.data.image_size
         grey = data.EvaluationImage("", torch.full((3, side, side), 127, dtype=torch.uint8), -1)
         with self.evaluation():
-            images = data.evaluation_images(
-                config.data.val,
-                image_size=side,
-                resize=config.data.resize,
-                shard=(world.rank, world.size),
-                access=data.access_of(config.data),
-            )
-            here = range(world.rank, config.trainer.validation_images, world.size)
-            images = (image for _, image in zip(here, images, strict=False))
-            for image, counts in self.in_lockstep(images, grey):
+            for image, counts in self.in_lockstep(self.validation_images(side), grey):
                 beat()
                 original = image.image_chw[None].to(world.device).float() / 127.5 - 1
                 index_bhw, reconstruction = self.reconstruct(original)
@@ -347,12 +333,7 @@ class TokenizerTask(Task):
         usage = usage.merged()
         if not sums[2] > 0:
             return Validation({}, {}, [])
-        drawn = {}
-        if pictures:
-            from torchvision.utils import make_grid  # slow to import, and only used here
-
-            grid = make_grid(torch.stack(pictures) / 2 + 0.5, nrow=PICTURES, padding=2, pad_value=1)
-            drawn["reconstructions"] = (grid * 255).to(torch.uint8)
+        drawn = {"reconstructions": row_of_pictures(torch.stack(pictures))} if pictures else {}
         psnr_mean, l1_mean = (sums[:2] / sums[2]).tolist()
         return Validation({"val/psnr": psnr_mean, "val/l1": l1_mean, "val/usage": usage.usage()}, drawn, [])
 

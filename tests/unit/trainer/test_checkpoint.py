@@ -8,17 +8,10 @@ import pytest
 import torch
 from safetensors import SafetensorError
 
+from model_zoo.io.run_layout import checkpoint_step
 from model_zoo.io.sharded_tensors import ShardedTensors, whole_tensor
 from trainer import TrainerError, checkpoint
-from trainer.checkpoint import (
-    CheckpointError,
-    Checkpoints,
-    checkpoint_folders,
-    damage,
-    find_checkpoint,
-    load_state,
-    step_of,
-)
+from trainer.checkpoint import CheckpointError, Checkpoints, checkpoint_folders, damage, find_checkpoint, load_state
 
 STATE = {"data": [1, {"a": 2}], "task": "any"}
 PART = "rank_00000.safetensors"
@@ -82,7 +75,7 @@ def test_a_checkpoint_is_a_folder_that_latest_names(world, tmp_path, asynchronou
     save(tmp_path, world, 2000, asynchronous=asynchronous)
     assert_in_force(tmp_path, world, 2000)
     assert checkpoint_folders(tmp_path) == [folder_of(tmp_path, 1000), folder_of(tmp_path, 2000)]
-    assert step_of(folder_of(tmp_path, 2000)) == 2000
+    assert checkpoint_step(folder_of(tmp_path, 2000)) == 2000
 
 
 def test_the_manifest_names_every_file_with_its_size_and_hash(world, tmp_path):
@@ -257,9 +250,9 @@ def test_the_newest_checkpoints_are_kept(world, tmp_path, asynchronous):
 
 def test_those_of_every_so_many_steps_are_kept_for_good(world, tmp_path):
     save(tmp_path, world, *range(5, 50, 5), keep_last=2, keep_every_steps=20)
-    assert [step_of(folder) for folder in checkpoint_folders(tmp_path)] == [20, 40, 45]
+    assert [checkpoint_step(folder) for folder in checkpoint_folders(tmp_path)] == [20, 40, 45]
     save(tmp_path, world, 50, 55, keep_last=1, keep_every_steps=20)
-    assert [step_of(folder) for folder in checkpoint_folders(tmp_path)] == [20, 40, 55]
+    assert [checkpoint_step(folder) for folder in checkpoint_folders(tmp_path)] == [20, 40, 55]
 
 
 def test_the_same_step_is_written_over(world, tmp_path):

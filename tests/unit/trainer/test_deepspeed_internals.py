@@ -11,8 +11,6 @@ import pytest
 from deepspeed.runtime.zero.stage3 import DeepSpeedZeroOptimizer_Stage3
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 
-from trainer.engines import deepspeed_internals
-
 TESTED_VERSION = "0.19."
 FIELDS = {  # set in __init__, so that they are no attributes of the class
     DeepSpeedZeroOptimizer: ("single_partition_of_fp32_groups", "cpu_offload", "clip_grad"),
@@ -22,8 +20,11 @@ FIELDS = {  # set in __init__, so that they are no attributes of the class
     ),
 }
 METHODS = {
-    DeepSpeedZeroOptimizer: deepspeed_internals.STAGE_1_2_ATTRIBUTES,
-    DeepSpeedZeroOptimizer_Stage3: deepspeed_internals.STAGE_3_ATTRIBUTES,
+    DeepSpeedZeroOptimizer: ("scaled_global_norm", "update_lp_params", "clear_backward_seen_flag"),
+    DeepSpeedZeroOptimizer_Stage3: (
+        *("_get_norm_groups", "_partition_all_parameters", "_reassign_or_swap_out_partitioned_parameters"),
+        *("get_param_id", "clear_backward_seen_flag"),
+    ),
 }
 
 

@@ -27,8 +27,7 @@ from model_zoo.io.sharded_tensors import save_shards, whole_tensor
 from tools import cli
 from trainer import TrainerError
 from trainer.jobs import tokenize as module
-from trainer.jobs.tokenize import tokenize
-from trainer.jobs.views import image_views
+from trainer.jobs.tokenize import image_views, tokenize
 
 SIDE = 32
 MODEL = dict(
