@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from model_zoo.eval_nets.weights import WEIGHTS_FILES
-from tools import cli, doctor
+from tools import doctor
 from tools.doctor import OK, OPTIONAL, PROBLEM, Finding
 
 
@@ -132,12 +132,10 @@ def test_a_check_that_breaks_is_a_problem():
 
 
 @pytest.mark.parametrize("status", [OK, OPTIONAL, PROBLEM])
-def test_the_report(monkeypatch, capsys, status):
+def test_the_report(monkeypatch, ibq, status):
     fix = "" if status == OK else f"rename /{'a_folder_whose_name_no_table_has_room_for' * 3}/data"
     monkeypatch.setattr(doctor, "examine", lambda: [Finding("package data", status, "Python imports another", fix)])
-    with pytest.raises(SystemExit) as exited:
-        cli.main(["doctor"])
-    assert (exited.value.code or 0) == (status == PROBLEM)
-    out = capsys.readouterr().out
+    exit_status, out, _ = ibq("doctor")
+    assert exit_status == (status == PROBLEM)
     assert fix in out
     assert ("1 problem" in out) == (status == PROBLEM)

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from model_zoo import ModelError
-from tools.bench import common
+from tools.bench import common, generator, quantizer
 from tools.bench.measure import failure
 
 ROOT = Path(__file__).resolve().parents[4]
@@ -52,6 +52,29 @@ def test_why_a_row_has_no_numbers(capsys, error, said):
 def test_a_short_row_is_filled_and_bars_are_replaced():
     table = common.Table(["impl", "a", "b"], [["dense", "1", "2"], ["triton", "not measured: a|b"]])
     assert common.markdown_table(table).splitlines()[2:] == ["| dense | 1 | 2 |", "| triton | not measured: a/b | - |"]
+
+
+@pytest.mark.parametrize(
+    ("command", "file", "lacked"),
+    [
+        ("quantizer", quantizer.REFERENCE_FILE, "IndexPropagationQuantize"),
+        ("sample", generator.REFERENCE_FILE, "sample_IBQ"),
+    ],
+)
+def test_a_reference_that_cannot_be_loaded_is_one_line(refusal, jobs_here, checkout, command, file, lacked):
+    for text, said in (
+        ("import a_package_that_nobody_has\n", "needs the package a_package_that_nobody_has; install it"),
+        ("GPT = None\n", f"has no {lacked}; check out TencentARC/SEED-Voken's main branch"),
+    ):
+        assert said in refusal("bench", command, "--reference", checkout(file, text))
+
+
+@pytest.mark.parametrize(
+    ("command", "suffix"), [("quantizer", ".png"), ("data", ".md"), ("data", ".png"), ("data", ".json")]
+)
+def test_nothing_is_overwritten(refusal, tmp_path, command, suffix):
+    (tmp_path / f"table{suffix}").touch()
+    assert "already exists" in refusal("bench", command, "--out", tmp_path / "table.md")
 
 
 @pytest.mark.process

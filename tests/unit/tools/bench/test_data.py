@@ -227,23 +227,17 @@ def test_ratios_are_of_the_fastest_repeats():
         (["--data", "images.zip"], "images.zip is not a local tar"),
     ],
 )
-def test_mistakes_are_one_line(assert_refused, bench, tmp_path, monkeypatch, arguments, said):
+def test_mistakes_are_one_line(refusal, tmp_path, monkeypatch, arguments, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images.zip").touch()
-    assert_refused(said, "data", *arguments)
-    assert "secret" not in bench("data", *arguments)[2]
+    line = refusal("bench", "data", *arguments)
+    assert said in line and "secret" not in line
 
 
-@pytest.mark.parametrize("suffix", [".md", ".png", ".json"])
-def test_nothing_is_overwritten(assert_refused, tmp_path, suffix):
-    (tmp_path / f"table{suffix}").touch()
-    assert_refused("already exists", "data", "--out", tmp_path / "table.md")
-
-
-def test_tars_that_do_not_fit_into_memory(assert_refused, tmp_path):
+def test_tars_that_do_not_fit_into_memory(refusal, tmp_path):
     with (tmp_path / "large.tar").open("wb") as file:
         file.truncate(10**13)
-    assert_refused("use fewer tars", "data", "--data", tmp_path)
+    assert "use fewer tars" in refusal("bench", "data", "--data", tmp_path)
 
 
 def test_a_process_that_dies_is_a_reason(tars, bench, answers):
