@@ -1,11 +1,13 @@
 """Chunked linear cross-entropy against the dense one in float64, and what only chunks can get wrong."""
 
 import math
+import re
 import sys
 
 import numpy as np
 import pytest
 import torch
+from model_checks import refused
 from torch import nn
 from torch.nn import functional as F
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -329,9 +331,7 @@ def test_targets_outside_of_the_vocabulary_are_refused(impl, bad):
 )
 def test_mistakes_are_told_in_one_line(change, said):
     arguments = dict(hidden_nd=torch.zeros(6, 8), weight_vd=torch.zeros(40, 8), target_n=torch.zeros(6).long())
-    with pytest.raises(ModelError, match=said) as caught:
-        linear_cross_entropy(**(arguments | change))
-    assert "\n" not in str(caught.value)
+    assert re.search(said, refused(linear_cross_entropy, **(arguments | change)))
 
 
 def test_liger_that_is_not_installed_says_how_to_get_it(monkeypatch):

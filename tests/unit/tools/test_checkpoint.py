@@ -4,25 +4,15 @@ import json
 
 import pytest
 import torch
+from model_checks import tiny_tokenizer
 
-from model_zoo import Tokenizer, TokenizerConfig, load_tokenizer
-
-TINY = TokenizerConfig(
-    codebook_size=8,
-    code_dim=4,
-    channels=32,
-    channel_multipliers=[1],
-    num_res_blocks=1,
-    attention_factors=[],
-    latent_channels=4,
-)
+from model_zoo import load_tokenizer
 
 
 @pytest.fixture
 def published(tmp_path):
-    torch.manual_seed(0)
     path = tmp_path / "tiny.ckpt"
-    torch.save({"state_dict": Tokenizer(TINY).state_dict(), "global_step": 12}, path)
+    torch.save({"state_dict": tiny_tokenizer().state_dict(), "global_step": 12}, path)
     return path
 
 

@@ -1,0 +1,55 @@
+"""What tests of models share: a tiny tokenizer, checkpoints, and checks of what is loaded and what is refused."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+from model_zoo import ModelError, Tokenizer, TokenizerConfig
+from model_zoo.io.sharded_tensors import save_shards, whole_tensor
+
+# 32 channels, since published models have groups of 32.
+TINY = TokenizerConfig(
+    codebook_size=8,
+    code_dim=4,
+    channels=32,
+    channel_multipliers=[1],
+    num_res_blocks=1,
+    attention_factors=[],
+    latent_channels=4,
+)
+
+
+def tiny_tokenizer(seed: int = 0, **changes) -> Tokenizer:
+    """TINY with changes. The seed makes its weights."""
+    torch.manual_seed(seed)
+    return Tokenizer(replace(TINY, **changes))
+
+
+def write_checkpoint(folder: Path, *, ranks: int = 1, **models: nn.Module) -> None:
+    """Writes a run's checkpoint of models by their names there; each of its ranks holds a share of every tensor."""
+    folder.mkdir(parents=True, exist_ok=True)
+    states = {kind: model.state_dict() for kind, model in models.items()}
+    shards = [whole_tensor(f"{kind}/{name}", value) for kind, state in states.items() for name, value in state.items()]
+    for rank in range(ranks):
+        save_shards(folder / f"rank_{rank:05d}.safetensors", [shard.part(rank, ranks) for shard in shards])
+
+
+def assert_same(loaded: nn.Module, expected: nn.Module) -> None:
+    """A loaded model has the configuration and the weights of ``expected``, and is in evaluation mode."""
+    assert loaded.config == expected.config
+    assert not any(module.training for module in loaded.modules())
+    state, expected_state = loaded.state_dict(), expected.state_dict()
+    assert state.keys() == expected_state.keys()
+    assert all(torch.equal(state[name], value) for name, value in expected_state.items())
+
+
+def refused(function: Callable, *arguments, **options) -> str:
+    """The message, of one line, with which a call is refused."""
+    with pytest.raises(ModelError) as error:
+        function(*arguments, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
