@@ -5,20 +5,17 @@ import pytest
 import skimage.data
 import torch
 from model_checks import refused
-from random_networks import accept, hashes_of, write_inception
+from random_networks import accepted, write_inception
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from model_zoo.eval_nets.inception import FEATURES, SIDE, Inception
-from model_zoo.eval_nets.weights import WEIGHTS_FILES
 
 
 @pytest.fixture(scope="module")
 def weights(tmp_path_factory):
-    published = WEIGHTS_FILES["inception"]
     path = write_inception(tmp_path_factory.mktemp("inception"))
-    accept(hashes_of(path.parent))
-    yield path
-    WEIGHTS_FILES["inception"] = published
+    with accepted(path.parent):
+        yield path
 
 
 @pytest.fixture(scope="module")
