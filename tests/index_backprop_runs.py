@@ -33,6 +33,20 @@ def random_operands(tokens, codes, dim, dtype=torch.float64, *, scale=1.0, devic
     return z_nd, codebook_kd, {name: torch.tensor(g, dtype=dtype, device=device) for name, g in upstream.items()}
 
 
+def tied_operands(codes, device="cpu"):
+    """z of 20 tokens, a codebook of five vectors many times over, and the lowest of the codes that tie."""
+    generator = torch.Generator().manual_seed(0)
+    # Integers, so that equal codes have exactly equal logits whatever the order of summation.
+    few_kd = torch.randint(-3, 4, (5, 8), generator=generator).float()
+    codebook_kd = few_kd[torch.randint(0, 5, (codes,), generator=generator)]
+    z_nd = torch.randint(-3, 4, (20, 8), generator=generator).float()
+    z_nd[7] = 0  # ties with all
+    logits_nk = z_nd @ codebook_kd.T
+    lowest_n = (logits_nk == logits_nk.amax(dim=1, keepdim=True)).int().argmax(dim=1)
+    assert lowest_n[7] == 0
+    return z_nd.to(device), codebook_kd.to(device), lowest_n.to(device)
+
+
 def run(op, z_nd, codebook_kd, upstream, temperature, dtype=None, **settings):
     """Outputs and gradients by name, as float64, and the indices. ``upstream`` names the outputs that the loss uses."""
     z, codebook = (x.detach().to(dtype or x.dtype).requires_grad_() for x in (z_nd, codebook_kd))

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from model_zoo import ModelError, Tokenizer, TokenizerConfig
 from model_zoo.io.sharded_tensors import save_shards, whole_tensor
@@ -27,6 +27,16 @@ def tiny_tokenizer(seed: int = 0, **changes) -> Tokenizer:
     """TINY with changes. The seed makes its weights."""
     torch.manual_seed(seed)
     return Tokenizer(replace(TINY, **changes))
+
+
+def features(dim: int = 8, b: int = 2, h: int = 3, w: int = 5) -> Tensor:
+    """Random (b, dim, h, w), the same each time, with a gradient."""
+    return torch.randn(b, dim, h, w, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+
+def tokens(z_bdhw: Tensor) -> Tensor:
+    """(N, D), without a graph."""
+    return z_bdhw.detach().movedim(1, 3).flatten(0, 2)
 
 
 def write_checkpoint(folder: Path, *, ranks: int = 1, **models: nn.Module) -> None:

@@ -9,19 +9,8 @@ from torch import nn
 from model_zoo import ModelError
 from model_zoo.autoencoder import AttentionBlock, Decoder, Downsample, Encoder, checkpoint_activations, group_norm
 
-PUBLISHED = {
-    "channels": 128,
-    "channel_multipliers": (1, 1, 2, 2, 4),
-    "attention_factors": (16,),
-    "latent_channels": 256,
-}
-TINY = {
-    "channels": 16,
-    "channel_multipliers": [1, 2, 2],
-    "num_res_blocks": 1,
-    "attention_factors": [4],
-    "latent_channels": 8,
-}
+PUBLISHED = dict(channels=128, channel_multipliers=(1, 1, 2, 2, 4), attention_factors=(16,), latent_channels=256)
+TINY = dict(channels=16, channel_multipliers=[1, 2, 2], num_res_blocks=1, attention_factors=[4], latent_channels=8)
 
 
 def parameter_count(module: nn.Module) -> int:

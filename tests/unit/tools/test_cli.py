@@ -3,6 +3,7 @@
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import typer
@@ -79,27 +80,19 @@ def test_wrong_usage_is_one_line(refusal, arguments, said):
 
 @pytest.mark.parametrize("error", [data.DataError, model_zoo.ModelError, trainer.TrainerError])
 def test_a_mistake_of_the_user_is_one_line(ibq, monkeypatch, error):
-    def fail(recipe, overrides):
-        raise error("no recipe is called nothing: see `ibq recipes`")
-
-    monkeypatch.setattr(trainer.loop, "train", fail)
+    mistake = error("no recipe is called nothing: see `ibq recipes`")
+    monkeypatch.setattr(trainer.loop, "train", Mock(side_effect=mistake))
     assert ibq("train", "nothing") == (2, "", "ibq: error: no recipe is called nothing: see `ibq recipes`\n")
 
 
 def test_our_own_mistakes_keep_their_traceback(monkeypatch):
-    def fail(recipe, overrides):
-        raise ZeroDivisionError
-
-    monkeypatch.setattr(trainer.loop, "train", fail)
+    monkeypatch.setattr(trainer.loop, "train", Mock(side_effect=ZeroDivisionError))
     with pytest.raises(ZeroDivisionError):
         cli.main(["train", "debug"])
 
 
 def test_interrupt_is_130(ibq, monkeypatch):
-    def interrupt(recipe, overrides):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(trainer.loop, "train", interrupt)
+    monkeypatch.setattr(trainer.loop, "train", Mock(side_effect=KeyboardInterrupt))
     assert ibq("train", "debug")[0] == 130
 
 

@@ -20,7 +20,11 @@ class Hub(types.ModuleType):
         self.repositories, self.network, self.fetched, self.cached = repositories, True, [], set()
 
     def list_repo_files(self, repo_id, revision=None):
-        folder = self._repository(repo_id, revision)
+        if not self.network:
+            raise RuntimeError("no route\nto host")
+        if (repo_id, revision) not in self.repositories:
+            raise RuntimeError(f"404: {repo_id}")
+        folder = self.repositories[repo_id, revision]
         return [str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()]
 
     def snapshot_download(self, repo_id, revision=None, allow_patterns=None, local_files_only=False):
@@ -31,13 +35,6 @@ class Hub(types.ModuleType):
             self.fetched.append(allow_patterns)
             self.cached.add((repo_id, revision))
         return str(self.repositories[repo_id, revision])
-
-    def _repository(self, repo_id, revision):
-        if not self.network:
-            raise RuntimeError("no route\nto host")
-        if (repo_id, revision) not in self.repositories:
-            raise RuntimeError(f"404: {repo_id}")
-        return self.repositories[repo_id, revision]
 
 
 @pytest.fixture

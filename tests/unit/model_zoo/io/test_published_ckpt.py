@@ -11,14 +11,7 @@ from golden import make_published
 from golden.make_published import CLASSES, CODES, POSITIONS, classes, codes, images, weight_of
 from model_checks import assert_same
 
-from model_zoo import (
-    Tokenizer,
-    TokenizerConfig,
-    Transformer,
-    TransformerConfig,
-    load_generator,
-    load_tokenizer,
-)
+from model_zoo import Tokenizer, TokenizerConfig, Transformer, TransformerConfig, load_generator, load_tokenizer
 from model_zoo.discriminator import PatchDiscriminator
 from model_zoo.io.load import read_weights
 from model_zoo.io.published_ckpt import open_published, published_state, read_published
