@@ -101,12 +101,7 @@ def test_an_untrained_model_finds_all_codes_equally_likely():
 
 @pytest.mark.parametrize(
     ("layers", "hidden", "parameters"),
-    [
-        (16, 2816, 342_994_944),
-        (20, 3584, 649_640_960),
-        (24, 4096, 1_076_103_168),
-        (30, 5120, 2_063_331_840),
-    ],
+    [(16, 2816, 342_994_944), (20, 3584, 649_640_960), (24, 4096, 1_076_103_168), (30, 5120, 2_063_331_840)],
 )
 def test_published_sizes(layers, hidden, parameters):
     with torch.device("meta"):

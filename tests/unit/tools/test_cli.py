@@ -25,7 +25,7 @@ def leaves(command, path=()):
             yield (*path, name)
 
 
-LEAVES = sorted(leaves(typer.main.get_command(cli.app)))
+LEAVES = sorted(" ".join(path) for path in leaves(typer.main.get_command(cli.app)))
 
 
 @pytest.mark.process
@@ -37,25 +37,15 @@ def test_start_up_imports_nothing_heavy():
 
 
 def test_the_commands_are_there():
-    assert set(LEAVES) >= {
-        ("quickstart",),
-        ("train",),
-        ("resume",),
-        ("reconstruct",),
-        ("evaluate", "reconstruction"),
-        ("shards", "pack"),
-        ("shards", "check"),
-        ("shards", "stats"),
-        ("recipes",),
-        ("doctor",),
-    }
+    assert {"quickstart", "train", "resume", "reconstruct", "recipes", "doctor"} < set(LEAVES)
+    assert {"evaluate reconstruction", "shards pack", "shards check", "shards stats"} < set(LEAVES)
 
 
-@pytest.mark.parametrize("path", LEAVES, ids=" ".join)
+@pytest.mark.parametrize("path", LEAVES)
 def test_every_help_has_an_example(ibq, path):
-    status, out, _ = ibq(*path, "--help")
+    status, out, _ = ibq(*path.split(), "--help")
     assert status == 0
-    assert f"Example: ibq {' '.join(path)}" in out
+    assert f"Example: ibq {path}" in out
 
 
 def test_no_arguments_show_the_help(ibq):

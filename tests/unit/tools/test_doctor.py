@@ -5,6 +5,7 @@ import os
 import time
 from importlib import metadata
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -69,10 +70,7 @@ def test_versions_are_held_against_the_ranges_of_the_metadata(monkeypatch):
 
 
 def test_ibq_that_is_not_installed_is_a_problem(monkeypatch):
-    def requires(name):
-        raise metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(metadata, "requires", requires)
+    monkeypatch.setattr(metadata, "requires", Mock(side_effect=metadata.PackageNotFoundError))
     [finding] = doctor.check_requirements()
     assert (finding.status, finding.fix) == (PROBLEM, f"pip install -e {doctor.ROOT}")
 

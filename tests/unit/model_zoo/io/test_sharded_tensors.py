@@ -1,9 +1,7 @@
-import json
-
 import pytest
 import torch
 from model_checks import refused
-from safetensors.torch import save_file
+from safetensors.torch import save
 
 from model_zoo.io.sharded_tensors import ShardedTensors, TensorShard, save_shards, whole_tensor
 
@@ -147,56 +145,26 @@ def test_files_that_disagree_about_a_shape_are_refused(tmp_path):
     assert "b.safetensors holds it of shape [3, 4], another file says (4, 3)" in refused(ShardedTensors, tmp_path)
 
 
-def cut_short(path):
-    path.write_bytes(path.read_bytes()[:-3])
+def file_with(layout: str, *shape: int) -> bytes:
+    return save({"it": torch.ones(shape)}, metadata={"pieces": layout})
 
 
-def no_safetensors(path):
-    path.write_bytes(b"not at all\n" * 100)
+LAYOUTS = ["{", "{}", "[]", "7", '{"it": 0}', '{"it": [0]}', '{"it": [0, 2]}', '{"it": ["here", [2]]}']
+DAMAGED = {
+    "cut short": file_with('{"it": [0, [2]]}', 2)[:-3],
+    "no safetensors": b"not at all\n" * 100,
+    "empty": b"",
+    "without layout": save({"it": torch.ones(2)}),
+    "not flat": file_with('{"it": [0, [2, 2]]}', 2, 2),
+    **{layout: file_with(layout, 2) for layout in LAYOUTS},
+}
 
 
-def empty(path):
-    path.write_bytes(b"")
-
-
-def without_layout(path):
-    save_file({"it": torch.ones(2)}, path)
-
-
-def layout(content):
-    def write(path):
-        save_file({"it": torch.ones(2)}, path, metadata={"pieces": content})
-
-    return write
-
-
-def not_flat(path):
-    save_file({"it": torch.ones(2, 2)}, path, metadata={"pieces": json.dumps({"it": [0, [2, 2]]})})
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        cut_short,
-        no_safetensors,
-        empty,
-        without_layout,
-        not_flat,
-        layout("{"),
-        layout("{}"),
-        layout("[]"),
-        layout("7"),
-        layout('{"it": 0}'),
-        layout('{"it": [0]}'),
-        layout('{"it": [0, 2]}'),
-        layout('{"it": ["here", [2]]}'),
-    ],
-)
-def test_a_damaged_file_is_named_in_one_line(tmp_path, damage):
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_file_is_named_in_one_line(tmp_path, content):
     save_shards(tmp_path / "good.safetensors", [whole_tensor("other", torch.ones(2))])
     path = tmp_path / "bad.safetensors"
-    save_shards(path, [whole_tensor("it", torch.ones(2))])
-    damage(path)
+    path.write_bytes(content)
     assert f"{path} is not a file of a checkpoint: " in refused(ShardedTensors, tmp_path)
 
 
@@ -205,6 +173,6 @@ def test_a_file_that_goes_bad_after_its_header_was_read_is_named_in_one_line(tmp
     path = tmp_path / "all.safetensors"
     save_shards(path, [whole_tensor("it", torch.ones(2))])
     files = ShardedTensors(tmp_path)
-    path.unlink() if change == "unlink" else cut_short(path)
+    path.unlink() if change == "unlink" else path.write_bytes(path.read_bytes()[:-3])
     for read, argument in ((files.fill, whole_tensor("it", torch.zeros(2))), (files.tensor, "it")):
         assert f"{path} cannot be read: " in refused(read, argument)

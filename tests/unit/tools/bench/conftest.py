@@ -70,6 +70,20 @@ def checkout(tmp_path) -> Callable[[Path, str], Path]:
 
 
 @pytest.fixture
+def printed_rows() -> Callable[..., list[list[str]]]:
+    """`printed_rows(out, count, heading)`: the words of a printed table's first rows, below the line that begins with
+    ``heading``. No line is too wide for a terminal."""
+
+    def read(out: str, count: int, heading: str = "impl ") -> list[list[str]]:
+        lines = out.splitlines()
+        assert all(len(line) <= 120 for line in lines)
+        at = next(number for number, line in enumerate(lines, start=1) if line.startswith(heading))
+        return [line.split() for line in lines[at : at + count]]
+
+    return read
+
+
+@pytest.fixture
 def table_rows() -> Callable[[str], list[list[str]]]:
     """`table_rows(text)`: the cells of a Markdown file's first table, headings first."""
 

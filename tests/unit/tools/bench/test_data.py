@@ -125,7 +125,7 @@ def test_tars_that_are_made(tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------------------------- tables
 
 
-def test_the_tables_and_the_files(tars, tmp_path, bench, answers):
+def test_the_tables_and_the_files(tars, tmp_path, bench, answers, printed_rows):
     def answer(job, arguments):
         if job == "measure":
             if arguments["scheme"] != "bound" and arguments["workers"] == 3:
@@ -140,10 +140,7 @@ def test_the_tables_and_the_files(tars, tmp_path, bench, answers):
     status, said, err = bench("data", *arguments, "--repeats", 2, "--memory-batches", 20, "--out", out)
     assert status == 0
     assert ("data_rows.watch_memory", dict(root=tars, workers=3, batches=20)) in asked
-    lines = said.splitlines()
-    assert [line for line in lines if len(line) > 120] == []
-    at = next(n for n, line in enumerate(lines) if line.startswith("scheme "))
-    rows = [line.split() for line in lines[at + 1 : at + 9]]
+    rows = printed_rows(said, 8, "scheme ")
     assert [row[:2] for row in rows] == [[scheme, n] for n in "03" for scheme in data_report.SCHEMES]
     assert rows[0][3] == rows[0][5] == "100.0%"
     assert all(len(row) == 8 for row in rows[:5])  # two repeats

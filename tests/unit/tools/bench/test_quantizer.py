@@ -25,14 +25,6 @@ class IndexPropagationQuantize(nn.Module):
 """
 
 
-def printed_rows(out: str, count: int) -> list[list[str]]:
-    """The words of the first rows of a printed table."""
-    lines = out.splitlines()
-    assert all(len(line) <= 120 for line in lines)
-    heading = next(number for number, line in enumerate(lines) if line.startswith("impl "))
-    return [line.split() for line in lines[heading + 1 : heading + 1 + count]]
-
-
 # ------------------------------------------------------------------------------------------------------------- figures
 
 
@@ -81,7 +73,7 @@ def test_cross_entropy_computes_three_sweeps():
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
-def test_the_table_and_the_files(bench, jobs_here, checkout, table_rows, tmp_path, monkeypatch):
+def test_the_table_and_the_files(bench, jobs_here, checkout, printed_rows, table_rows, tmp_path, monkeypatch):
     published = checkout(quantizer.REFERENCE_FILE, STAND_IN)
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
@@ -111,7 +103,7 @@ def test_the_table_and_the_files(bench, jobs_here, checkout, table_rows, tmp_pat
     assert "`ibq bench quantizer --tokens 32 --codes 48 --dim 8 --impl dense,chunked,triton,attention" in text
 
 
-def test_the_table_of_cross_entropies(bench, jobs_here):
+def test_the_table_of_cross_entropies(bench, jobs_here, printed_rows):
     arguments = ["--tokens", "64", "--codes", "3000", "--dim", "8", "--impl", "dense,chunked,liger"]
     status, out, err = bench("cross-entropy", *arguments, *SMALL, "--dtype", "float32,bfloat16")
     assert status == 0
