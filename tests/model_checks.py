@@ -1,4 +1,4 @@
-"""What tests of models share: a tiny tokenizer, checkpoints, and checks of what is loaded and what is refused."""
+"""What tests of models share: small models, checkpoints, and checks of what is loaded and what is refused."""
 
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from model_zoo import ModelError, Tokenizer, TokenizerConfig
+from model_zoo import ModelError, Tokenizer, TokenizerConfig, Transformer, TransformerConfig
 from model_zoo.io.sharded_tensors import save_shards, whole_tensor
 
 # 32 channels, since published models have groups of 32.
@@ -27,6 +27,17 @@ def tiny_tokenizer(seed: int = 0, **changes) -> Tokenizer:
     """TINY with changes. The seed makes its weights."""
     torch.manual_seed(seed)
     return Tokenizer(replace(TINY, **changes))
+
+
+def random_transformer(config: TransformerConfig, seed: int = 0) -> Transformer:
+    """In eval mode, with weights that all matter: the head begins at zero, and gates begin near it."""
+    torch.manual_seed(seed)
+    transformer = Transformer(config).eval()
+    with torch.no_grad():
+        for tensor in (*transformer.parameters(), *transformer.buffers()):
+            if tensor is not transformer.rope_tp2:
+                tensor.normal_(std=0.3)
+    return transformer
 
 
 def features(dim: int = 8, b: int = 2, h: int = 3, w: int = 5) -> Tensor:

@@ -195,7 +195,7 @@ def truth(name):
         found["sample_entropy"] = torch.stack(parts)
         loss = loss + (sample_grads * found["sample_entropy"]).sum()
         loss = loss + len(tokens) * (out.average_entropy + (out.average_probability_k * average_grads).sum())
-        found["average_entropy"] = out.average_entropy
+        found["average_entropy"] = out.average_entropy.expand(len(tokens))  # every rank has the one of all codes
     loss.backward()
     found |= {"z.grad": z.grad, "codebook.grad": codebook.grad, "nearest": out.index_n}
     found["euclidean"] = (z.detach()[:, None] - codebook.detach()).square().sum(dim=2).argmin(dim=1)
@@ -212,12 +212,8 @@ def test_ranks_equal_one_process_with_all_tokens(results, name):
     assert ("sample_entropy" in found[0]) == (temperature is not None)
     tolerance = 1e-11 if dtype == torch.float64 else 1e-5
     for key in found[0]:
-        if key == "average_entropy":  # every rank has the one of all codes
-            actual, true = torch.stack([rank[key] for rank in found]), expected[key].expand(len(tokens))
-        elif key == "sample_entropy":
-            actual, true = torch.stack([rank[key] for rank in found]), expected[key]
-        else:
-            actual, true = torch.cat([rank[key] for rank in found]), expected[key]
+        join = torch.stack if key.endswith("entropy") else torch.cat
+        actual, true = join([rank[key] for rank in found]), expected[key]
         if actual.dtype == torch.int64:
             assert torch.equal(actual, true), key
         else:

@@ -4,7 +4,7 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
-from model_checks import assert_same, refused, write_checkpoint
+from model_checks import assert_same, random_transformer, refused, write_checkpoint
 from omegaconf import OmegaConf
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
@@ -17,14 +17,7 @@ TINY = TransformerConfig(vocabulary=40, classes=5, grid=[3, 4], depth=2, heads=2
 
 
 def tiny(seed=0, **changes) -> Transformer:
-    """In eval mode, with weights that all matter: the head begins at zero, and gates begin near it."""
-    torch.manual_seed(seed)
-    transformer = Transformer(replace(TINY, **changes)).eval()
-    with torch.no_grad():
-        for tensor in (*transformer.parameters(), *transformer.buffers()):
-            if tensor is not transformer.rope_tp2:
-                tensor.normal_(std=0.3)
-    return transformer
+    return random_transformer(replace(TINY, **changes), seed)
 
 
 def codes(images=3, count=11, seed=1):

@@ -17,22 +17,17 @@ ROOT = Path(__file__).resolve().parents[4]
 
 
 @pytest.mark.parametrize(
-    ("status", "said"),
+    ("status", "said", "answer"),
     [
-        (-signal.SIGKILL, "killed, probably out of memory"),
-        (-signal.SIGSEGV, "ended by SIGSEGV"),
-        (3, "its process ended with status 3"),
+        (-signal.SIGKILL, "", {"failed": "killed, probably out of memory"}),
+        (-signal.SIGSEGV, "", {"failed": "ended by SIGSEGV"}),
+        (3, "", {"failed": "its process ended with status 3"}),
+        (0, 'a library that talks on stdout\n{"sweeps": 6}\n', {"sweeps": 6}),
     ],
 )
-def test_a_process_that_dies_is_a_reason(monkeypatch, status, said):
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], status, stdout=""))
-    assert common.run_job("quantizer_rows", "measure") == {"failed": said}
-
-
-def test_the_answer_is_the_last_line_of_stdout(monkeypatch):
-    said = 'a library that talks on stdout\n{"sweeps": 6}\n'
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, stdout=said))
-    assert common.run_job("quantizer_rows", "measure") == {"sweeps": 6}
+def test_the_answer_is_why_a_process_died_or_its_last_line(monkeypatch, status, said, answer):
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], status, stdout=said))
+    assert common.run_job("quantizer_rows", "measure") == answer
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from model_checks import random_transformer
 from torch import nn
 
 from model_zoo.config import Sampling, TransformerConfig
@@ -61,10 +62,7 @@ def measured(seconds, mebibytes, rate=1e12):
 @pytest.mark.parametrize("guidance", [1.0, 2.0])
 def test_without_a_cache_the_same_codes_come_out(guidance):
     """So that both rows are of the same work. In fp64, in which no two codes lie within rounding."""
-    torch.manual_seed(0)
-    transformer = Transformer(TINY).double().eval()
-    for parameter in transformer.parameters():
-        nn.init.normal_(parameter, std=0.3)
+    transformer = random_transformer(TINY).double()
     class_b, settings = torch.tensor([1, 4, 2]), Sampling(guidance=guidance)
     codes_bt = generator_rows.sample_uncached(transformer, class_b, [5, 6, 7], settings, None)
     cached_bhw = Sampler(transformer, 3).sample(class_b, [5, 6, 7], settings)
