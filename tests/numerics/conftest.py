@@ -1,3 +1,5 @@
+"""Float32 products are exact, whatever ran before in this process."""
+
 import pytest
 import torch
 

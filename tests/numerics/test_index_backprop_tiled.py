@@ -49,8 +49,7 @@ def test_each_upstream_gradient_alone_and_together(tiled, used):
         exact, _ = run(index_backprop_dense, z_nd, codebook_kd, upstream, temperature, torch.float64)
         values, _ = run(tiled.op, z_nd, codebook_kd, upstream, temperature, tile=TILE)
         assert values.keys() == exact.keys()  # so that the gradient of z is None for code_nd alone
-        for name in exact:
-            torch.testing.assert_close(values[name], exact[name], **tiled.dense_tolerance)
+        torch.testing.assert_close(values, exact, **tiled.dense_tolerance)
 
 
 @pytest.mark.parametrize("wanted", ["z", "codebook"])
@@ -73,8 +72,7 @@ def test_strided_operands_and_upstream_gradients(tiled):
         assert not strided_z.is_contiguous() and not strided_codebook.is_contiguous()
         values, index_n = run(tiled.op, strided_z, strided_codebook, upstream, 0.1, tile=TILE)
         assert torch.equal(index_n, tiled.index_n)
-        for name in values:
-            torch.testing.assert_close(values[name], tiled.values[name], **tiled.stride_tolerance)
+        torch.testing.assert_close(values, tiled.values, **tiled.stride_tolerance)
 
 
 def test_expanded_upstream_gradient(tiled):

@@ -212,9 +212,8 @@ def test_logits_of_ten_thousand_stay_finite(few_tokens, dtype, z_weight):
     found = run("chunked", hidden_nd, weight_vd, target_n, z_weight, dtype=dtype)
     exact = run("dense", hidden_nd, weight_vd, target_n, z_weight, dtype=torch.float64)
     assert found["cross_entropy"] > 7000
-    for name in exact:
-        assert found[name].isfinite().all(), name
-        torch.testing.assert_close(found[name], exact[name], rtol=2 * TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    assert all(value.isfinite().all() for value in found.values())
+    torch.testing.assert_close(found, exact, rtol=2 * TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("impl", ["dense", "chunked"])
@@ -295,8 +294,7 @@ def test_strided_operands(few_tokens):
     expected = run("chunked", hidden_nd, weight_vd, target_n)
     for strided_weight in (weight_vd.T.contiguous().T, weight_vd.repeat_interleave(2, dim=1)[:, ::2]):
         found = run("chunked", hidden_nd.T.contiguous().T, strided_weight, target_n.repeat_interleave(2)[::2])
-        for name in expected:
-            torch.testing.assert_close(found[name], expected[name], rtol=1e-5, atol=1e-7)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-7)
 
 
 def test_auto_is_chunked_on_a_cpu():

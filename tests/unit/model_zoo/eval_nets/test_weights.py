@@ -84,7 +84,7 @@ def test_the_published_names_hold_the_first_digits_of_the_hash(key, monkeypatch)
     assert wanted.url.endswith(f"/{wanted.file}")
 
 
-def test_the_inception_file_is_torch_fidelitys(monkeypatch):
+def test_the_inception_file_is_torch_fidelitys():
     from torch_fidelity.feature_extractor_inceptionv3 import URL_INCEPTION_V3
 
     assert WEIGHTS_FILES["inception"].url == URL_INCEPTION_V3
