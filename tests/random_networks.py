@@ -19,8 +19,6 @@ from torch_fidelity import feature_extractor_inceptionv3
 from model_zoo.eval_nets.inception import FEATURES, InceptionFeatures
 from model_zoo.eval_nets.weights import WEIGHTS_FILES, checked_weights, weights_path
 
-TRUNKS = {"vgg16": "vgg16", "alexnet": "alexnet"}  # key of WEIGHTS_FILES -> torchvision's model
-
 
 @contextmanager
 def one_thread() -> Iterator[None]:
@@ -65,14 +63,21 @@ def _filled(state: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor
     return state
 
 
+def write_trunk(folder: Path, model: str, seed: int = 0) -> Path:
+    """Writes the file of one of LPIPS' trunks, with a classifier cut down to one tensor."""
+    with torch.device("meta"):
+        trunk = getattr(torchvision.models, model)().features
+    state = _filled({f"features.{name}": tensor for name, tensor in trunk.state_dict().items()}, seed)
+    path = folder / WEIGHTS_FILES[model].file
+    torch.save({**state, "classifier.0.weight": torch.zeros(1)}, path)
+    return path
+
+
 def write_networks(folder: Path) -> Path:
-    """Writes all three files; the trunks of LPIPS without their classifiers."""
+    """Writes all three files."""
     write_inception(folder)
-    for seed, (key, model) in enumerate(TRUNKS.items()):
-        with torch.device("meta"):
-            trunk = getattr(torchvision.models, model)().features
-        state = _filled({f"features.{name}": tensor for name, tensor in trunk.state_dict().items()}, seed)
-        torch.save(state, folder / WEIGHTS_FILES[key].file)
+    for seed, model in enumerate(("vgg16", "alexnet")):
+        write_trunk(folder, model, seed)
     return folder
 
 
@@ -86,6 +91,14 @@ def accept(hashes: dict[str, str]) -> None:
     """From here on, in this process, these are the hashes of the published files."""
     for key, sha256 in hashes.items():
         WEIGHTS_FILES[key] = WEIGHTS_FILES[key]._replace(sha256=sha256)
+
+
+@contextmanager
+def accepted(folder: Path) -> Iterator[None]:
+    """Inside, the weights files in a folder pass for the published ones."""
+    with patch.dict(WEIGHTS_FILES):
+        accept(hashes_of(folder))
+        yield
 
 
 class SmallInception(nn.Module):

@@ -356,21 +356,14 @@ def import_everything() -> None:
             if not module.name.endswith("__main__") and "triton" not in module.name:
                 importlib.import_module(module.name)
     for module in (
-        *("pytest", "comparing", "tokens", "torch.testing", "torch.utils.tensorboard", "skimage"),
+        "pytest", "comparing", "tokens", "torch.testing", "torch.utils.tensorboard", "skimage",
         # Training imports these where it first uses them.
-        *("torchvision", "rich.console", "rich.progress", "rich.table", "rich._emoji_codes"),
-        # DeepSpeed imports these with its first engine, the last for a decorator of torch.compile.
-        *(
-            "deepspeed.module_inject",
-            "deepspeed.module_inject.auto_ep_layer",
-            "deepspeed.runtime.zero.muon.muon_optimizer",
-        ),
-        *(
-            "torch._inductor.lowering",
-            "deepspeed.runtime.superoffload.superoffload_stage3",
-            "deepspeed.ops.op_builder.all_ops",
-        ),
-    ):
+        "torchvision", "rich.console", "rich.progress", "rich.table", "rich._emoji_codes",
+        # DeepSpeed imports these with its first engine, the last three for a decorator of torch.compile.
+        "deepspeed.module_inject", "deepspeed.module_inject.auto_ep_layer",
+        "deepspeed.runtime.zero.muon.muon_optimizer", "torch._inductor.lowering",
+        "deepspeed.runtime.superoffload.superoffload_stage3", "deepspeed.ops.op_builder.all_ops",
+    ):  # fmt: skip
         importlib.import_module(module)
     Image.init()
     from deepspeed.accelerator import get_accelerator

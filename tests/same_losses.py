@@ -66,17 +66,9 @@ def main() -> None:
                 continue
             run = Path(folder) / str(number)
             arguments = [argument.replace("kind=ddp", f"kind={options.ddp}") for argument in arguments]
-            launcher = ["-m", "trainer"]
-            if processes > 1:
-                launcher = [
-                    "-m",
-                    "torch.distributed.run",
-                    "--nproc-per-node",
-                    str(processes),
-                    "--standalone",
-                    *launcher,
-                ]
-            command = [sys.executable, *launcher, *arguments, f"run={run}"]
+            torchrun = ["-m", "torch.distributed.run", "--nproc-per-node", str(processes), "--standalone"]
+            launcher = torchrun if processes > 1 else []
+            command = [sys.executable, *launcher, "-m", "trainer", *arguments, f"run={run}"]
             subprocess.run(command, env=environment, check=True, stderr=subprocess.DEVNULL)
             print(f"{name:32} {digest(run)}", flush=True)
 

@@ -1,9 +1,8 @@
 """Training on CUDA. These tests have never run on a GPU yet: none was at hand when they were written."""
 
-import json
-
 import pytest
 import torch
+from comparing import read_metrics
 
 from trainer.loop import train
 
@@ -11,8 +10,7 @@ pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(),
 
 
 def losses(run, name="loss/total"):
-    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
-    return [line[name] for line in lines if name in line]
+    return [line[name] for line in read_metrics(run) if name in line]
 
 
 def test_cuda_starts_with_the_losses_of_the_cpu(tmp_path):

@@ -29,17 +29,6 @@ TABLE = FOLDER / "README.md"
 NOT_CAUGHT = "**NOT CAUGHT**"
 TIMEOUT_SECONDS = 1200.0
 PASSED, FAILED = 0, 1  # pytest's exit statuses; any other means that it could not run the tests
-ABOUT = """# Mutations
-
-Each patch in this folder puts one fault into the product, and the default tier (`make test`) must fail on every one.
-`python tests/mutations/run.py` applies them one at a time to a copy of the tree, runs the tests that the patch names,
-and writes this table; `--only NAME` runs one. A new mutation is a new `NAME.patch`, whose header says what is wrong and
-which tests must fail. If a refactor moves the code of a patch, edit the patch: `tests/unit/test_mutations.py` names
-those that no longer apply.
-
-| mutation | area | fault | caught by |
-|---|---|---|---|
-"""
 
 
 class MutationError(Exception):
@@ -153,13 +142,13 @@ def run(mutation: Mutation, unchanged: Path, tree: Path) -> Outcome:
 
 
 def update_table(mutations: list[Mutation], outcomes: dict[str, Outcome]) -> None:
-    """Writes the outcomes into README.md, which keeps what it says of the other mutations."""
-    text = TABLE.read_text(encoding="utf-8") if TABLE.is_file() else ""
+    """Writes the outcomes into README.md, which keeps what it says before the rows and of the other mutations."""
+    text = TABLE.read_text(encoding="utf-8")
     caught = dict(re.findall(r"^\| `(\w+)` \|.*\| ([^|]+) \|$", text, re.MULTILINE))
     for name, outcome in outcomes.items():
         caught[name] = f"`{outcome.caught_by.removeprefix('tests/')}`" if outcome.caught_by else NOT_CAUGHT
     rows = [f"| `{name}` | {area} | {fault} | {caught.get(name, 'not run')} |\n" for name, area, fault, *_ in mutations]
-    TABLE.write_text(ABOUT + "".join(rows), encoding="utf-8")
+    TABLE.write_text(text[: text.index("| `")] + "".join(rows), encoding="utf-8")
 
 
 def main() -> int:

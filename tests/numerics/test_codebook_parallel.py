@@ -5,8 +5,8 @@ the warm ranks return their results, and the tests compare them.
 import pytest
 import torch
 import torch.distributed as dist
+from model_checks import refused
 
-from model_zoo import ModelError
 from model_zoo.ops import index_backprop
 from model_zoo.ops.chunked import ChunkedSweeps, nearest_code
 from model_zoo.ops.codebook_parallel import CodebookShard, lookup_code, sum_over_shards
@@ -118,32 +118,16 @@ def mistaken(name, group, rank):
     codebook_kd = torch.ones(rows, codebook_dim)
     if rank == 2 and name == "nan code":
         codebook_kd[0, 0] = float("nan")
-    messages = []
-    for call in (index_backprop, nearest_code):
-        try:
-            call(z_nd, codebook_kd, shard=CodebookShard(start, stop, group))
-        except ModelError as error:
-            messages.append(str(error))
-    return messages
-
-
-def told(call):
-    """What a ModelError says."""
-    with pytest.raises(ModelError) as error:
-        call()
-    return str(error.value)
+    shard = CodebookShard(start, stop, group)
+    return [refused(call, z_nd, codebook_kd, shard=shard) for call in (index_backprop, nearest_code)]
 
 
 def beyond(group, rank):
     """Rank 1 asks for codes that are not there; and the shards end before the quantizer's codebook does."""
     shard = CodebookShard(10 * rank, 10 * rank + 10, group)
-    return [
-        *(
-            told(lambda i=i: lookup_code(torch.tensor([0, i if rank == 1 else 0]), torch.ones(10, 8), shard))
-            for i in (40, -1)
-        ),
-        told(lambda: QUANTIZERS["ibq"](50, 8, 1.0, shard)),
-    ]
+    indices = [torch.tensor([0, i if rank == 1 else 0]) for i in (40, -1)]
+    of_codes = [refused(lookup_code, index_n, torch.ones(10, 8), shard) for index_n in indices]
+    return [*of_codes, refused(QUANTIZERS["ibq"], 50, 8, 1.0, shard)]
 
 
 def quantizers(group):
@@ -211,7 +195,7 @@ def truth(name):
         found["sample_entropy"] = torch.stack(parts)
         loss = loss + (sample_grads * found["sample_entropy"]).sum()
         loss = loss + len(tokens) * (out.average_entropy + (out.average_probability_k * average_grads).sum())
-        found["average_entropy"] = out.average_entropy
+        found["average_entropy"] = out.average_entropy.expand(len(tokens))  # every rank has the one of all codes
     loss.backward()
     found |= {"z.grad": z.grad, "codebook.grad": codebook.grad, "nearest": out.index_n}
     found["euclidean"] = (z.detach()[:, None] - codebook.detach()).square().sum(dim=2).argmin(dim=1)
@@ -228,12 +212,8 @@ def test_ranks_equal_one_process_with_all_tokens(results, name):
     assert ("sample_entropy" in found[0]) == (temperature is not None)
     tolerance = 1e-11 if dtype == torch.float64 else 1e-5
     for key in found[0]:
-        if key == "average_entropy":  # every rank has the one of all codes
-            actual, true = torch.stack([rank[key] for rank in found]), expected[key].expand(len(tokens))
-        elif key == "sample_entropy":
-            actual, true = torch.stack([rank[key] for rank in found]), expected[key]
-        else:
-            actual, true = torch.cat([rank[key] for rank in found]), expected[key]
+        join = torch.stack if key.endswith("entropy") else torch.cat
+        actual, true = join([rank[key] for rank in found]), expected[key]
         if actual.dtype == torch.int64:
             assert torch.equal(actual, true), key
         else:
@@ -252,9 +232,8 @@ def test_ties_across_shards_go_to_the_lowest_index(results):
 @pytest.mark.parametrize("name", MISTAKES)
 def test_a_mistake_of_one_rank_is_told_to_all_at_once(results, name):
     messages = [message for rank in results for message in rank["mistakes"][name]]
-    assert len(messages) == 2 * RANKS
     (message,) = set(messages)
-    assert message.startswith(MISTAKES[name]) and "\n" not in message
+    assert message.startswith(MISTAKES[name])
 
 
 def test_codes_beyond_the_codebook_and_shards_that_end_before_it(results):

@@ -1,60 +1,29 @@
 """The tiled index backpropagation against the dense one in float64, and what only tiles can get wrong."""
 
-import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from index_backprop_runs import GOLDEN_CASES, TILE, error, random_operands, run, run_golden, tied_operands, tiled_by
 
 from model_zoo import ModelError
 from model_zoo.ops import index_backprop
 from model_zoo.ops.chunked import ChunkedSweeps, nearest_code
 from model_zoo.ops.dense import index_backprop_dense
 from model_zoo.ops.index_backprop import fastest_impl
-from model_zoo.ops.tiled import Settings, SkipStats, index_backprop_tiled
+from model_zoo.ops.tiled import SkipStats
 from model_zoo.ops.types import average_entropy
 from model_zoo.quantizers.registry import QUANTIZERS
 
-GOLDEN = Path(__file__).parents[1] / "golden" / "index_backprop.json"
-OUTPUTS = ["quantized_nd", "code_nd", "sample_entropy", "average_probability_k"]
+index_backprop_chunked = tiled_by(ChunkedSweeps)
 # Tokens, codes, code dimension: one token, one code, a last tile of one, dimensions up to 512.
 SHAPES = [(1, 1, 8), (1, 37, 8), (5, 33, 9), (64, 257, 16), (33, 300, 32), (3, 5, 512), (40, 161, 64)]
-TILE = (16, 32)  # small, so that these shapes have many
 # Largest error over the largest true value that is allowed beside the dense path's own error in the same type: some
 # units of rounding (of the results, in half precision).
 TOLERANCE = {torch.float64: 1e-14, torch.float32: 4e-6, torch.bfloat16: 2**-8, torch.float16: 2**-11}
-
-
-def index_backprop_chunked(z_nd, codebook_kd, temperature, **settings):
-    return index_backprop_tiled(z_nd, codebook_kd, temperature, sweeps=ChunkedSweeps, settings=Settings(**settings))
-
-
-def random_operands(tokens, codes, dim, dtype=torch.float64, scale=1.0, seed=0):
-    """z and codebook, and a gradient for each differentiable output, rounded to ``dtype``."""
-    generator = np.random.default_rng(seed)
-    z_nd, codebook_kd = (torch.tensor(scale * generator.normal(size=(n, dim)) / dim**0.25) for n in (tokens, codes))
-    shapes = [(tokens, dim), (tokens, dim), (), (codes,)]
-    upstream = {name: torch.tensor(generator.normal(size=s)) for name, s in zip(OUTPUTS, shapes, strict=True)}
-    return z_nd.to(dtype), codebook_kd.to(dtype), {name: g.to(dtype) for name, g in upstream.items()}
-
-
-def run(op, z_nd, codebook_kd, upstream, temperature, dtype=None, **settings):
-    """Outputs and gradients by name, as float64. ``upstream`` names the outputs that the loss uses."""
-    z, codebook = (x.detach().to(dtype or x.dtype).requires_grad_() for x in (z_nd, codebook_kd))
-    out = op(z, codebook, temperature, **settings)
-    used = {name: g for name, g in upstream.items() if getattr(out, name) is not None}
-    outputs = [getattr(out, name) for name in used]
-    torch.autograd.backward(outputs, [g.to(o.dtype) for g, o in zip(used.values(), outputs, strict=True)])
-    values = {name: getattr(out, name) for name in OUTPUTS} | {"z.grad": z.grad, "codebook.grad": codebook.grad}
-    return {name: v.detach().double() for name, v in values.items() if v is not None}, out.index_n
-
-
-def error(value, exact, least=1e-30):
-    return ((value - exact).abs().max() / exact.abs().max().clamp(min=least)).item()
 
 
 @pytest.mark.parametrize("temperature", [None, 0.01, 0.5, 3.0])
@@ -77,29 +46,6 @@ def test_error_is_no_larger_than_that_of_dense(dtype, shape, temperature):
             if half and name.endswith("grad"):
                 allowed += TOLERANCE[dtype]
             assert error(chunked[name], exact[name]) <= allowed, (name, settings)
-
-
-@pytest.mark.parametrize("temperature", [0.02, 0.7])
-@pytest.mark.parametrize("used", [[name] for name in OUTPUTS] + [OUTPUTS[:1] + OUTPUTS[2:], OUTPUTS[2:]], ids="+".join)
-def test_each_upstream_gradient_alone_and_together(used, temperature):
-    z_nd, codebook_kd, upstream = random_operands(18, 70, 16)
-    upstream = {name: upstream[name] for name in used}
-    exact, _ = run(index_backprop_dense, z_nd, codebook_kd, upstream, temperature)
-    chunked, _ = run(index_backprop_chunked, z_nd, codebook_kd, upstream, temperature, tile=TILE)
-    assert chunked.keys() == exact.keys()  # so that the gradient of z is None for code_nd alone
-    for name in exact:
-        torch.testing.assert_close(chunked[name], exact[name], rtol=1e-10, atol=1e-12)
-
-
-@pytest.mark.parametrize("wanted", ["z", "codebook"])
-def test_one_operand_may_be_fixed(wanted):
-    z_nd, codebook_kd, upstream = random_operands(18, 70, 16)
-    both, _ = run(index_backprop_chunked, z_nd, codebook_kd, upstream, 0.1, tile=TILE)
-    operand = (z_nd if wanted == "z" else codebook_kd).requires_grad_()
-    out = index_backprop_chunked(z_nd, codebook_kd, 0.1, tile=TILE)
-    torch.autograd.backward([getattr(out, name) for name in OUTPUTS], [upstream[name] for name in OUTPUTS])
-    assert torch.equal(operand.grad, both[f"{wanted}.grad"])
-    assert (z_nd if wanted == "codebook" else codebook_kd).grad is None
 
 
 @pytest.mark.parametrize("skip", [True, False])
@@ -136,20 +82,10 @@ def test_gradcheck_of_the_straight_through_output():
     assert torch.autograd.gradcheck(Surrogate.apply, operands)
 
 
-@pytest.mark.parametrize("number", range(len(json.loads(GOLDEN.read_text()))))
-def test_golden_numbers_in_tiles_of_two_by_three(number):
-    case = json.loads(GOLDEN.read_text())[number]
-    z, codebook, grad_nd = (torch.tensor(case[k], dtype=torch.float64) for k in ("z_nd", "codebook_kd", "grad_nd"))
-    out = index_backprop_chunked(z.requires_grad_(), codebook.requires_grad_(), case["temperature"], tile=(2, 3))
-    loss = (out.quantized_nd * grad_nd).sum()
-    if case["temperature"] is not None:
-        loss = loss + case["sample_weight"] * out.sample_entropy + case["average_weight"] * out.average_entropy
-    loss.backward()
-    values = out._asdict() | {"average_entropy": out.average_entropy}
-    values |= {"grad_z_nd": z.grad, "grad_codebook_kd": codebook.grad}
-    for name, value in values.items():
-        if value is not None and name in case:
-            np.testing.assert_allclose(value.detach(), case[name], rtol=1e-10, atol=1e-12, err_msg=name)
+@pytest.mark.parametrize("case", GOLDEN_CASES)
+def test_golden_numbers_in_tiles_of_two_by_three(case):
+    for name, value in run_golden(index_backprop_chunked, case, torch.float64, tile=(2, 3)).items():
+        np.testing.assert_allclose(value, case[name], rtol=1e-10, atol=1e-12, err_msg=name)
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
@@ -181,18 +117,10 @@ def test_wide_assignments_skip_nothing():
 
 
 def test_ties_go_to_the_lowest_index_across_tiles():
-    generator = torch.Generator().manual_seed(0)
-    # Integers, so that equal codes have exactly equal logits whatever the order of summation.
-    few_kd = torch.randint(-3, 4, (5, 8), generator=generator).float()
-    codebook_kd = few_kd[torch.randint(0, 5, (70,), generator=generator)]
-    z_nd = torch.randint(-3, 4, (20, 8), generator=generator).float()
-    z_nd[7] = 0  # ties with all
-    logits_nk = z_nd @ codebook_kd.T
-    lowest_n = (logits_nk == logits_nk.amax(dim=1, keepdim=True)).int().argmax(dim=1)
+    z_nd, codebook_kd, lowest_n = tied_operands(70)
     for tile in [(16, 32), (20, 7), (1, 1), (64, 512)]:
         assert torch.equal(index_backprop_chunked(z_nd, codebook_kd, 0.01, tile=tile).index_n, lowest_n)
         assert torch.equal(nearest_code(z_nd, codebook_kd, tile=tile), lowest_n)
-    assert lowest_n[7] == 0
 
 
 @pytest.mark.parametrize("shape", [(300, 513, 32), (7, 515, 64), (1, 1025, 64)])
@@ -213,13 +141,12 @@ def test_logits_of_ten_thousand_give_no_nan(tile, temperature, dtype):
     # Ascending, so that the running maximum rises by 1e4 and by 2e4 from tile to tile.
     codebook_kd = torch.tensor([[-100.0, 0.0], [-100, 0], [0, 0], [0, 100], [100, 0]])
     z_nd = torch.tensor([[100.0, 0.0], [-100, 0], [100, 100], [0, 0]])
-    upstream = {name: g for name, g in random_operands(4, 5, 2)[2].items()}
+    upstream = random_operands(4, 5, 2)[2]
     values, index_n = run(index_backprop_chunked, z_nd, codebook_kd, upstream, temperature, dtype, tile=tile)
     assert index_n.tolist() == [4, 0, 3, 0]
     assert all(value.isfinite().all() for value in values.values())
     exact, _ = run(index_backprop_dense, z_nd, codebook_kd, upstream, temperature, torch.float64)
-    for name in exact:
-        torch.testing.assert_close(values[name], exact[name], rtol=2 * TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    torch.testing.assert_close(values, exact, rtol=2 * TOLERANCE[dtype], atol=TOLERANCE[dtype])
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
@@ -260,33 +187,6 @@ def test_what_is_skipped_is_nothing_also_all_together():
     assert entropy > 0.005
 
 
-def test_strided_operands_and_upstream_gradients():
-    z_nd, codebook_kd, upstream = random_operands(33, 130, 16, torch.float32)
-    expected, expected_index_n = run(index_backprop_chunked, z_nd, codebook_kd, upstream, 0.1, tile=TILE)
-    strided_z = z_nd.T.contiguous().T
-    for strided_codebook in (codebook_kd.T.contiguous().T, codebook_kd.repeat_interleave(2, dim=1)[:, ::2]):
-        z, codebook = strided_z.detach().requires_grad_(), strided_codebook.detach().requires_grad_()
-        assert not z.is_contiguous() and not codebook.is_contiguous()
-        out = index_backprop_chunked(z, codebook, 0.1, tile=TILE)
-        grads = [upstream[name] for name in OUTPUTS]
-        grads[0] = grads[0].T.contiguous().T
-        torch.autograd.backward([getattr(out, name) for name in OUTPUTS], grads)
-        assert torch.equal(out.index_n, expected_index_n)
-        for grad, name in ((z.grad, "z.grad"), (codebook.grad, "codebook.grad")):
-            torch.testing.assert_close(grad.double(), expected[name], rtol=1e-4, atol=1e-4)
-
-
-def test_expanded_upstream_gradient():
-    """`sum().backward()` passes an expanded gradient, whose elements share memory."""
-    z_nd, codebook_kd, _ = random_operands(9, 70, 8)
-    grads = []
-    for op in (index_backprop_dense, index_backprop_chunked):
-        z = z_nd.detach().requires_grad_()
-        op(z, codebook_kd, None).quantized_nd.sum().backward()
-        grads.append(z.grad)
-    torch.testing.assert_close(*grads)
-
-
 def test_same_input_same_bits():
     """Also where all tokens share few codes, whose gradients are sums over tokens."""
     z_nd, codebook_kd, upstream = random_operands(300, 500, 16, torch.float32)
@@ -308,18 +208,6 @@ def test_forward_is_the_chosen_code_to_the_last_bit():
         assert torch.equal(out.code_nd, codebook_kd[out.index_n])
         sums = torch.float64 if dtype == torch.float64 else torch.float32
         assert out.sample_entropy.dtype == out.average_probability_k.dtype == sums
-
-
-def test_without_gradients_the_values_are_the_same():
-    z_nd, codebook_kd, upstream = random_operands(18, 70, 16)
-    expected, index_n = run(index_backprop_chunked, z_nd, codebook_kd, upstream, 0.1, tile=TILE)
-    stats = SkipStats()
-    with torch.no_grad():
-        out = index_backprop_chunked(z_nd.requires_grad_(), codebook_kd, 0.1, tile=TILE, stats=stats)
-    assert torch.equal(out.index_n, index_n)
-    assert all(torch.equal(getattr(out, name), expected[name]) for name in OUTPUTS)
-    assert "output" not in stats.visited  # softmax(l) C is the backward pass's affair
-    assert not out.quantized_nd.requires_grad
 
 
 @pytest.mark.parametrize("dtype", list(TOLERANCE))

@@ -1,18 +1,19 @@
 """The Triton kernels against the dense index backpropagation in float64, on a GPU or else in Triton's interpreter."""
 
 import itertools
-import json
-from pathlib import Path
+from functools import partial
 
-import numpy as np
+import index_backprop_runs
 import pytest
 import torch
+from index_backprop_runs import GOLDEN_CASES, TILE, error, run, run_golden, tied_operands, tiled_by
+from model_checks import refused
 
 from model_zoo import ModelError
 from model_zoo.ops import index_backprop
 from model_zoo.ops.dense import index_backprop_dense
 from model_zoo.ops.index_backprop import fastest_impl
-from model_zoo.ops.tiled import HardGradient, Settings, SkipStats, index_backprop_tiled
+from model_zoo.ops.tiled import HardGradient, Settings, SkipStats
 
 tl = pytest.importorskip("triton.language")
 from model_zoo.ops import triton_sweeps  # noqa: E402  (Triton is not there on every system)
@@ -21,56 +22,18 @@ from model_zoo.ops.triton_sweeps import TritonSweeps  # noqa: E402
 # NumPy, in the interpreter, says so of the rows beside the operands, which are thrown away.
 pytestmark = pytest.mark.filterwarnings("ignore:(invalid value|overflow) encountered:RuntimeWarning")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-GOLDEN = Path(__file__).parents[1] / "golden" / "index_backprop.json"
-OUTPUTS = ["quantized_nd", "code_nd", "sample_entropy", "average_probability_k"]
+index_backprop_triton = tiled_by(TritonSweeps)
+random_operands = partial(index_backprop_runs.random_operands, dtype=torch.float32, device=DEVICE)
 # Tokens, codes, code dimension: one token, one code, last tiles of one, dimensions up to 512.
 SHAPES = [(1, 1, 8), (1, 37, 8), (5, 33, 9), (64, 257, 16), (33, 200, 32), (3, 5, 512), (40, 161, 64)]
 if DEVICE == "cpu":  # The interpreter's time grows with the number of tiles. One of these has more than 4 tiles of
     # codes, so that each has one program; in the others several programs share a tile.
     SHAPES = [(1, 1, 8), (1, 37, 8), (17, 129, 9), (32, 33, 32), (3, 5, 512), (18, 65, 40)]
-TILE = (16, 32)  # small, so that these shapes have many
 # Largest error over the largest true value beside that of dense fp32 with the same operands. Half-precision products
 # are exact, so that values are as good as in fp32; gradients are rounded to the type, half a unit (2^-9 in bf16), and
 # so is each dl before its product with C or z; a few of them make up the largest gradient.
 VALUES = 4e-6
 GRADIENTS = {torch.float32: VALUES, torch.bfloat16: 2**-7, torch.float16: 2**-10}
-
-
-@pytest.fixture(autouse=True)
-def fp32_products():
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    yield
-    torch.set_float32_matmul_precision(before)
-
-
-def index_backprop_triton(z_nd, codebook_kd, temperature, **settings):
-    return index_backprop_tiled(z_nd, codebook_kd, temperature, sweeps=TritonSweeps, settings=Settings(**settings))
-
-
-def random_operands(tokens, codes, dim, dtype=torch.float32, scale=1.0, seed=0):
-    """z and codebook, and a gradient for each differentiable output, rounded to ``dtype``."""
-    generator = np.random.default_rng(seed)
-    z_nd, codebook_kd = (scale * generator.normal(size=(n, dim)) / dim**0.25 for n in (tokens, codes))
-    shapes = [(tokens, dim), (tokens, dim), (), (codes,)]
-    upstream = {name: generator.normal(size=shape) for name, shape in zip(OUTPUTS, shapes, strict=True)}
-    z_nd, codebook_kd = (torch.tensor(x, dtype=dtype, device=DEVICE) for x in (z_nd, codebook_kd))
-    return z_nd, codebook_kd, {name: torch.tensor(g, dtype=dtype, device=DEVICE) for name, g in upstream.items()}
-
-
-def run(op, z_nd, codebook_kd, upstream, temperature, dtype=None, **settings):
-    """Outputs and gradients by name, as float64, and the indices. ``upstream`` names the outputs that the loss uses."""
-    z, codebook = (x.detach().to(dtype or x.dtype).requires_grad_() for x in (z_nd, codebook_kd))
-    out = op(z, codebook, temperature, **settings)
-    used = {name: g for name, g in upstream.items() if getattr(out, name) is not None}
-    outputs = [getattr(out, name) for name in used]
-    torch.autograd.backward(outputs, [g.to(o.dtype) for g, o in zip(used.values(), outputs, strict=True)])
-    values = {name: getattr(out, name) for name in OUTPUTS} | {"z.grad": z.grad, "codebook.grad": codebook.grad}
-    return {name: v.detach().double() for name, v in values.items() if v is not None}, out.index_n
-
-
-def error(value, exact):
-    return ((value - exact).abs().max() / exact.abs().max().clamp(min=1e-30)).item()
 
 
 def combinations():
@@ -83,7 +46,7 @@ def combinations():
 
 @pytest.mark.parametrize(("dtype", "shape", "temperature"), list(combinations()))
 def test_error_is_no_larger_than_that_of_dense(dtype, shape, temperature):
-    z_nd, codebook_kd, upstream = random_operands(*shape, dtype)
+    z_nd, codebook_kd, upstream = random_operands(*shape, dtype=dtype)
     exact, index_n = run(index_backprop_dense, z_nd, codebook_kd, upstream, temperature, torch.float64)
     dense, _ = run(index_backprop_dense, z_nd, codebook_kd, upstream, temperature, torch.float32)
     # The interpreter's time counts: there one setting, of every other shape the one that skips.
@@ -102,63 +65,18 @@ def test_error_is_no_larger_than_that_of_dense(dtype, shape, temperature):
             assert error(values[name], exact[name]) <= allowed, (name, setting)
 
 
-@pytest.mark.parametrize("used", [[name] for name in OUTPUTS] + [OUTPUTS[2:]], ids="+".join)
-def test_each_upstream_gradient_alone(used):
-    z_nd, codebook_kd, upstream = random_operands(18, 36, 16)
-    upstream = {name: upstream[name] for name in used}
-    exact, _ = run(index_backprop_dense, z_nd, codebook_kd, upstream, 0.7, torch.float64)
-    values, _ = run(index_backprop_triton, z_nd, codebook_kd, upstream, 0.7, tile=TILE)
-    assert values.keys() == exact.keys()  # so that the gradient of z is None for code_nd alone
-    for name in exact:
-        torch.testing.assert_close(values[name], exact[name], rtol=1e-4, atol=1e-5)
-
-
-@pytest.fixture(scope="module")
-def whole_run():
-    """`run` of both operands with all upstream gradients, at temperature 0.1. Tests compare it with other ways."""
-    return run(index_backprop_triton, *random_operands(18, 36, 16), 0.1, tile=TILE)
-
-
-@pytest.mark.parametrize("wanted", ["z", "codebook"])
-def test_one_operand_may_be_fixed(whole_run, wanted):
-    z_nd, codebook_kd, upstream = random_operands(18, 36, 16)
-    operand = (z_nd if wanted == "z" else codebook_kd).requires_grad_()
-    out = index_backprop_triton(z_nd, codebook_kd, 0.1, tile=TILE)
-    torch.autograd.backward([getattr(out, name) for name in OUTPUTS], [upstream[name] for name in OUTPUTS])
-    assert torch.equal(operand.grad.double(), whole_run[0][f"{wanted}.grad"])
-    assert (z_nd if wanted == "codebook" else codebook_kd).grad is None
-
-
-@pytest.mark.parametrize("number", range(len(json.loads(GOLDEN.read_text()))))
-def test_golden_numbers(number):
-    case = json.loads(GOLDEN.read_text())[number]
-    z, codebook, grad_nd = (torch.tensor(case[k], device=DEVICE) for k in ("z_nd", "codebook_kd", "grad_nd"))
-    out = index_backprop_triton(z.requires_grad_(), codebook.requires_grad_(), case["temperature"])
-    loss = (out.quantized_nd * grad_nd).sum()
-    if case["temperature"] is not None:
-        loss = loss + case["sample_weight"] * out.sample_entropy + case["average_weight"] * out.average_entropy
-    loss.backward()
-    values = out._asdict() | {"average_entropy": out.average_entropy}
-    values |= {"grad_z_nd": z.grad, "grad_codebook_kd": codebook.grad}
-    tolerance = VALUES / min(1, case["temperature"] or 1)
-    for name, value in values.items():
-        if value is not None and name in case:
-            exact = torch.tensor(case[name], dtype=torch.float64)
-            assert error(value.detach().double().cpu(), exact) <= tolerance, name
+@pytest.mark.parametrize("case", GOLDEN_CASES)
+def test_golden_numbers(case):
+    for name, value in run_golden(index_backprop_triton, case, torch.float32, DEVICE).items():
+        exact = torch.tensor(case[name], dtype=torch.float64)
+        assert error(value.double().cpu(), exact) <= VALUES / min(1, case["temperature"] or 1), name
 
 
 def test_ties_go_to_the_lowest_index_within_and_across_tiles_and_parts_of_lists():
-    generator = torch.Generator().manual_seed(0)
-    few_kd = torch.randint(-3, 4, (5, 8), generator=generator).float()
-    codebook_kd = few_kd[torch.randint(0, 5, (130,), generator=generator)].to(DEVICE)
-    z_nd = torch.randint(-3, 4, (20, 8), generator=generator).float().to(DEVICE)
-    z_nd[7] = 0  # ties with all
-    logits_nk = z_nd @ codebook_kd.T
-    lowest_n = (logits_nk == logits_nk.amax(dim=1, keepdim=True)).int().argmax(dim=1)
+    z_nd, codebook_kd, lowest_n = tied_operands(130, DEVICE)
     for dtype in GRADIENTS:
         out = index_backprop_triton(z_nd.to(dtype), codebook_kd.to(dtype), None, tile=TILE)
         assert torch.equal(out.index_n, lowest_n)
-    assert lowest_n[7] == 0
 
 
 def test_equal_codes_tie_also_where_logits_are_rounded():
@@ -179,7 +97,7 @@ def test_logits_of_ten_thousand_give_no_nan(temperature, dtype):
     far = torch.tensor([[-100.0, 0.0, 100], [-100, 0, 100], [0, 0, 100], [0, 100, 100], [100, 0, 100]])
     codebook_kd = torch.cat([far[:1].expand(18, 3), far]).to(DEVICE)
     z_nd = torch.tensor([[100.0, 0, 0], [-100, 0, 0], [100, 100, 0], [0, 0, 0], [0, 0, -100]], device=DEVICE)
-    upstream = random_operands(5, 23, 3, dtype)[2]
+    upstream = random_operands(5, 23, 3, dtype=dtype)[2]
     values, index_n = run(index_backprop_triton, z_nd, codebook_kd, upstream, temperature, dtype, tile=(16, 16))
     exact, exact_index_n = run(index_backprop_dense, z_nd, codebook_kd, upstream, temperature, torch.float64)
     assert torch.equal(index_n, exact_index_n)
@@ -217,36 +135,10 @@ def test_same_input_same_bits():
     assert all(torch.equal(runs[0][0][name], runs[1][0][name]) for name in runs[0][0])
 
 
-def test_strided_operands_and_upstream_gradients(whole_run):
-    z_nd, codebook_kd, upstream = random_operands(18, 36, 16)
-    expected, expected_index_n = whole_run
-    z = z_nd.T.contiguous().T.requires_grad_()
-    codebook = codebook_kd.repeat_interleave(2, dim=1)[:, ::2].detach().requires_grad_()
-    assert not z.is_contiguous() and not codebook.is_contiguous()
-    out = index_backprop_triton(z, codebook, 0.1, tile=TILE)
-    grads = [upstream[name] for name in OUTPUTS]
-    grads[0] = grads[0].T.contiguous().T
-    torch.autograd.backward([getattr(out, name) for name in OUTPUTS], grads)
-    assert torch.equal(out.index_n, expected_index_n)
-    assert torch.equal(z.grad.double(), expected["z.grad"])
-    assert torch.equal(codebook.grad.double(), expected["codebook.grad"])
-
-
-def test_expanded_upstream_gradient():
-    """`sum().backward()` passes an expanded gradient, whose elements share memory."""
-    z_nd, codebook_kd, _ = random_operands(9, 40, 8)
-    grads = []
-    for op in (index_backprop_dense, index_backprop_triton):
-        z = z_nd.detach().requires_grad_()
-        op(z, codebook_kd, None).quantized_nd.sum().backward()
-        grads.append(z.grad)
-    torch.testing.assert_close(*grads, rtol=1e-4, atol=1e-6)
-
-
 @pytest.mark.parametrize("dtype", list(GRADIENTS))
 def test_chosen_codes_of_other_ranks_are_left_out(dtype):
     """And a code of many tokens gets the sum of all their gradients."""
-    z_nd, codebook_kd, _ = random_operands(50, 37, 9, dtype)
+    z_nd, codebook_kd, _ = random_operands(50, 37, 9, dtype=dtype)
     index_n = torch.tensor([-40, -1, 37, 38, 1000, 36, 0, 15, 16] + 41 * [20], device=DEVICE)
     grad_nd = torch.randn(50, 9, generator=torch.Generator().manual_seed(0)).to(DEVICE)
     sweeps = TritonSweeps(z_nd, codebook_kd, 2000, Settings(tile=(16, 16)))
@@ -257,15 +149,6 @@ def test_chosen_codes_of_other_ranks_are_left_out(dtype):
     expected_kd.index_add_(0, index_n[here], grad_nd[here].double())
     assert grad_z_nd is None and grad_kd.dtype == dtype
     assert error(grad_kd.double(), expected_kd) <= GRADIENTS[dtype] / 2
-
-
-def test_without_gradients_the_values_are_the_same(whole_run):
-    z_nd, codebook_kd, _ = random_operands(18, 36, 16)
-    expected, index_n = whole_run
-    with torch.no_grad():
-        out = index_backprop_triton(z_nd.requires_grad_(), codebook_kd, 0.1, tile=TILE)
-    assert torch.equal(out.index_n, index_n)
-    assert all(torch.equal(getattr(out, name).double(), expected[name]) for name in OUTPUTS)
 
 
 def test_tf32_is_what_pytorchs_switch_says():
@@ -297,9 +180,8 @@ def test_by_name():
 def test_operands_that_no_kernel_takes(z_dtype, codebook_dtype, dim, said):
     z_nd = torch.zeros(4, dim, dtype=z_dtype, device=DEVICE)
     codebook_kd = torch.zeros(5, dim, dtype=codebook_dtype, device=DEVICE)
-    with pytest.raises(ModelError, match=rf"{said}.*impl='chunked'") as raised:
-        index_backprop(z_nd, codebook_kd, impl="triton")
-    assert "\n" not in str(raised.value)
+    message = refused(index_backprop, z_nd, codebook_kd, impl="triton")
+    assert said in message and "impl='chunked'" in message
     assert not triton_sweeps.suits(z_nd, codebook_kd)
 
 

@@ -1,24 +1,16 @@
+import re
+
 import pytest
 import torch
 import torch.nn.functional as F
+from model_checks import refused
 from torch import nn
 
 from model_zoo import ModelError
 from model_zoo.autoencoder import AttentionBlock, Decoder, Downsample, Encoder, checkpoint_activations, group_norm
 
-PUBLISHED = {
-    "channels": 128,
-    "channel_multipliers": (1, 1, 2, 2, 4),
-    "attention_factors": (16,),
-    "latent_channels": 256,
-}
-TINY = {
-    "channels": 16,
-    "channel_multipliers": [1, 2, 2],
-    "num_res_blocks": 1,
-    "attention_factors": [4],
-    "latent_channels": 8,
-}
+PUBLISHED = dict(channels=128, channel_multipliers=(1, 1, 2, 2, 4), attention_factors=(16,), latent_channels=256)
+TINY = dict(channels=16, channel_multipliers=[1, 2, 2], num_res_blocks=1, attention_factors=[4], latent_channels=8)
 
 
 def parameter_count(module: nn.Module) -> int:
@@ -144,9 +136,8 @@ def test_bf16_autocast():
 
 
 def test_sides_that_do_not_divide_name_the_mend():
-    with pytest.raises(ModelError, match=r"10 x 17 .* tokens of 4 x 4 .* to 8 x 16") as error:
-        Encoder(**TINY)(torch.randn(1, 3, 10, 17))
-    assert "\n" not in str(error.value)
+    message = refused(Encoder(**TINY), torch.randn(1, 3, 10, 17))
+    assert re.search("10 x 17 .* tokens of 4 x 4 .* to 8 x 16", message)
 
 
 def test_attention_factor_without_a_level_names_the_choices():

@@ -2,6 +2,7 @@ import itertools
 
 import pytest
 import torch
+from model_checks import features, tokens
 
 from model_zoo import ModelError
 from model_zoo.config import EntropyLoss, QuantizerLoss
@@ -10,24 +11,16 @@ from model_zoo.ops.codebook_parallel import CodebookShard
 from model_zoo.quantizers.lfq import LookupFreeQuantizer
 
 
-def features(d, b=2, h=3, w=5):
-    return torch.randn(b, d, h, w, generator=torch.Generator().manual_seed(1)).requires_grad_()
-
-
 def all_codes(d) -> torch.Tensor:
     """Every code's vector, (2^d, d) in float64, lowest bit first."""
     return torch.tensor([code[::-1] for code in itertools.product([-1.0, 1.0], repeat=d)], dtype=torch.float64)
-
-
-def tokens(z_bdhw):
-    return z_bdhw.permute(0, 2, 3, 1).reshape(-1, z_bdhw.shape[1])
 
 
 @pytest.mark.parametrize("d", [1, 2, 5, 8])
 def test_a_code_is_the_signs_and_the_nearest_of_all_codes(d):
     quantizer, z_bdhw = LookupFreeQuantizer(2**d, d), features(d)
     quantized = quantizer(z_bdhw)
-    expected_n = torch.cdist(tokens(z_bdhw).detach().double(), all_codes(d)).argmin(dim=1)
+    expected_n = torch.cdist(tokens(z_bdhw).double(), all_codes(d)).argmin(dim=1)
     assert torch.equal(quantized.index_bhw.flatten(), expected_n)
     assert torch.equal(quantizer.tokenize(z_bdhw).flatten(), expected_n)
     assert torch.equal(tokens(quantizer.lookup(quantized.index_bhw)).double(), all_codes(d)[expected_n])
@@ -40,7 +33,7 @@ def test_a_code_is_the_signs_and_the_nearest_of_all_codes(d):
 def test_entropies_are_those_of_the_softmax_over_all_codes(d, temperature):
     quantizer, z_bdhw = LookupFreeQuantizer(2**d, d), features(d)
     quantized = quantizer(z_bdhw, temperature)
-    z_nd = tokens(z_bdhw).detach().double().requires_grad_()
+    z_nd = tokens(z_bdhw).double().requires_grad_()
     log_p_nk = (2 * z_nd @ all_codes(d).T / temperature).log_softmax(dim=1)
     sample_entropy = -(log_p_nk.exp() * log_p_nk).sum(dim=1).mean()
     average_k = log_p_nk.exp().mean(dim=0)

@@ -1,5 +1,6 @@
 import pytest
 import torch
+from model_checks import features, tokens
 
 from model_zoo.quantizers.base import Quantizer
 from model_zoo.quantizers.registry import QUANTIZERS
@@ -10,19 +11,6 @@ BOTH = ["ibq", "vq"]  # the others have files of their own
 def make(name, codes=37, dim=8, init_std=1.0, seed=0) -> Quantizer:
     torch.manual_seed(seed)
     return QUANTIZERS[name](codes, dim, init_std)
-
-
-def features(b=2, d=8, h=3, w=5, seed=1):
-    return torch.randn(b, d, h, w, generator=torch.Generator().manual_seed(seed)).requires_grad_()
-
-
-def tokens(z_bdhw):
-    return z_bdhw.detach().permute(0, 2, 3, 1).reshape(-1, z_bdhw.shape[1])
-
-
-def as_map(z_nd, like_bdhw):
-    b, d, h, w = like_bdhw.shape
-    return z_nd.view(b, h, w, d).permute(0, 3, 1, 2)
 
 
 def test_vq_takes_the_nearest_code_by_brute_force():
@@ -114,7 +102,7 @@ def test_double_quantization_is_a_term_of_ibq_alone():
     grad_logits_nk = soft_nk * (grad_nd @ codebook_kd.T - (grad_nd * output_nd).sum(dim=1, keepdim=True))
     expected_nd = grad_logits_nk @ codebook_kd - grad_nd
     expected_kd = (grad_logits_nk.T @ z_nd).index_add_(0, index_n, grad_nd)
-    torch.testing.assert_close(z_bdhw.grad, as_map(expected_nd, z_bdhw).float(), rtol=1e-4, atol=1e-7)
+    torch.testing.assert_close(tokens(z_bdhw.grad), expected_nd.float(), rtol=1e-4, atol=1e-7)
     torch.testing.assert_close(quantizer.embedding.weight.grad, expected_kd.float(), rtol=1e-4, atol=1e-7)
 
 
@@ -133,7 +121,7 @@ def test_entropy_terms_come_where_a_temperature_asks_for_them():
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_quantizer_is_an_fp32_island_under_bf16_autocast(name, dtype):
     quantizer = make(name, codes=2048, dim=64)
-    z_bdhw = features(1, 64, 32, 32).detach().to(dtype)
+    z_bdhw = features(64, 1, 32, 32).detach().to(dtype)
     expected = quantizer(z_bdhw.float(), 0.5)
     with torch.autocast("cpu", torch.bfloat16):
         quantized = quantizer(z_bdhw, 0.5)

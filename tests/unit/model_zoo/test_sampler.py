@@ -1,27 +1,20 @@
 """Sampling. What is marked `gpu` has never run on a GPU yet: none was at hand when it was written."""
 
 import math
-from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
+from model_checks import random_transformer
 
-from model_zoo import ModelError, Sampler, Sampling, Transformer, TransformerConfig
+from model_zoo import ModelError, Sampler, Sampling, TransformerConfig
 from model_zoo.sampler import draw, guidance_scale_t, keep_products_in
 
 # More positions than a bucket of static steps, so that there are two.
 TINY = TransformerConfig(vocabulary=40, classes=5, grid=[9, 8], depth=2, heads=2, head_dim=8, dropout=0.0)
+tiny = partial(random_transformer, TINY)
 ALL = Sampling(temperature=0.9, guidance=3.0, guidance_schedule="cosine", top_k=30, top_p=0.9)
-
-
-def tiny(seed=0, **changes) -> Transformer:
-    torch.manual_seed(seed)
-    transformer = Transformer(replace(TINY, **changes)).eval()
-    for parameter in transformer.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return transformer
 
 
 def sampled(sampler, images, settings=ALL):

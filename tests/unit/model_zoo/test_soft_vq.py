@@ -2,6 +2,7 @@ import math
 
 import pytest
 import torch
+from model_checks import features, tokens
 
 from model_zoo import ModelError
 from model_zoo.ops.codebook_parallel import CodebookShard
@@ -13,19 +14,12 @@ def make(codes=37, dim=8) -> SoftVectorQuantizer:
     return SoftVectorQuantizer(codes, dim, 0.5)
 
 
-def features():
-    return torch.randn(2, 8, 3, 5, generator=torch.Generator().manual_seed(1)).requires_grad_()
-
-
-def tokens(z_bdhw):
-    return z_bdhw.detach().double().permute(0, 2, 3, 1).reshape(-1, z_bdhw.shape[1]).requires_grad_()
-
-
 @pytest.mark.parametrize("progress", [0.0, 0.5, 0.8])
 def test_training_sees_the_mixture_and_all_codes_get_gradients(progress):
     quantizer, z_bdhw = make(), features()
     quantizer.anneal(progress)
-    z_nd, codes_kd = tokens(z_bdhw), quantizer.embedding.weight.detach().double().requires_grad_()
+    z_nd = tokens(z_bdhw).double().requires_grad_()
+    codes_kd = quantizer.embedding.weight.detach().double().requires_grad_()
     mixture_nd = (z_nd @ codes_kd.T / quantizer.temperature.double()).softmax(dim=1) @ codes_kd
     weight_nd = torch.randn(mixture_nd.shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
     (mixture_nd * weight_nd).sum().backward()
@@ -38,7 +32,7 @@ def test_training_sees_the_mixture_and_all_codes_get_gradients(progress):
     assert moved == 37 if progress < 0.7 else moved > 5
     scale = codes_kd.grad.abs().max().item()
     torch.testing.assert_close(quantizer.embedding.weight.grad.double(), codes_kd.grad, rtol=1e-4, atol=1e-5 * scale)
-    got_grad_nd = z_bdhw.grad.double().permute(0, 2, 3, 1).reshape(-1, 8)
+    got_grad_nd = tokens(z_bdhw.grad).double()
     torch.testing.assert_close(got_grad_nd, z_nd.grad, rtol=1e-4, atol=1e-5 * z_nd.grad.abs().max().item())
     error = quantized.double_quantization.item()
     assert error == pytest.approx((mixture_nd - z_nd).square().mean().item(), rel=1e-5)
@@ -46,7 +40,7 @@ def test_training_sees_the_mixture_and_all_codes_get_gradients(progress):
 
 def test_inference_is_hard():
     quantizer, z_bdhw = make(), features()
-    expected_n = (tokens(z_bdhw) @ quantizer.embedding.weight.double().T).argmax(dim=1)
+    expected_n = (tokens(z_bdhw).double() @ quantizer.embedding.weight.double().T).argmax(dim=1)
     assert torch.equal(quantizer.tokenize(z_bdhw).flatten(), expected_n)
     in_evaluation = quantizer.eval()(z_bdhw)
     assert torch.equal(in_evaluation.quantized_bdhw, quantizer.lookup(in_evaluation.index_bhw))

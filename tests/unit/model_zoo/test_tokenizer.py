@@ -3,10 +3,10 @@ from dataclasses import asdict, replace
 
 import pytest
 import torch
+from model_checks import assert_same, refused, write_checkpoint
 from omegaconf import OmegaConf
 
 from model_zoo import ModelError, Tokenizer, TokenizerConfig, load_tokenizer
-from model_zoo.io.sharded_tensors import save_shards, whole_tensor
 from model_zoo.quantizers.registry import QUANTIZERS
 
 TINY = TokenizerConfig(
@@ -118,43 +118,23 @@ def test_codes_outside_the_codebook_are_refused(code):
     tiny().detokenize(index_bhw.clamp(0, 31))
 
 
-def test_unknown_quantizer_names_the_choices():
-    with pytest.raises(ModelError, match=r"'nearest': choose one of .*ibq.*vq"):
-        tiny(quantizer="nearest")
-
-
-@pytest.mark.parametrize(("name", "size", "least"), [("codebook_size", 1, 2), ("code_dim", 0, 1)])
-def test_codebooks_that_cannot_be_are_refused(name, size, least):
-    with pytest.raises(ModelError, match=f"model.{name}={size} must be at least {least}"):
-        tiny(**{name: size})
-
-
 @pytest.mark.parametrize(
-    ("name", "size"),
+    ("name", "value", "message"),
     [
-        ("channels", 0),
-        ("channel_multipliers", []),
-        ("channel_multipliers", [1, -1]),
-        ("num_res_blocks", 0),
-        ("latent_channels", -3),
-        ("patch_size", 0),
+        ("quantizer", "nearest", "'nearest': choose one of .*ibq.*vq"),
+        ("codebook_size", 1, "model.codebook_size=1 must be at least 2"),
+        ("code_dim", 0, "model.code_dim=0 must be at least 1"),
+        ("channels", 0, r"model\.channels=.* must (be|have) at least 1"),
+        ("channel_multipliers", [], r"model\.channel_multipliers=.* must (be|have) at least 1"),
+        ("channel_multipliers", [1, -1], r"model\.channel_multipliers=.* must (be|have) at least 1"),
+        ("num_res_blocks", 0, r"model\.num_res_blocks=.* must (be|have) at least 1"),
+        ("latent_channels", -3, r"model\.latent_channels=.* must (be|have) at least 1"),
+        ("patch_size", 0, r"model\.patch_size=.* must (be|have) at least 1"),
     ],
 )
-def test_sizes_that_cannot_be_are_refused(name, size):
-    with pytest.raises(ModelError, match=rf"model\.{name}=.* must (be|have) at least 1"):
-        tiny(**{name: size})
-
-
-def write_checkpoint(folder, **models):
-    """As two ranks would: each holds a share of every tensor of every model."""
-    folder.mkdir(parents=True, exist_ok=True)
-    for rank in range(2):
-        shards = [
-            whole_tensor(f"{model}/{name}", value).part(rank, 2)
-            for model, tokenizer in models.items()
-            for name, value in tokenizer.state_dict().items()
-        ]
-        save_shards(folder / f"rank_{rank:05d}.safetensors", shards)
+def test_configurations_that_cannot_be_are_refused(name, value, message):
+    with pytest.raises(ModelError, match=message):
+        tiny(**{name: value})
 
 
 @pytest.fixture(scope="module")
@@ -162,7 +142,8 @@ def written_run(tmp_path_factory):
     run = tmp_path_factory.mktemp("written") / "run"
     for step in (5, 10):
         models = {"tokenizer": tiny(seed=step), "tokenizer_ema": tiny(seed=step + 1)}
-        write_checkpoint(run / "checkpoints" / f"step_{step:08d}", **models, discriminator=torch.nn.Linear(2, 2))
+        models["discriminator"] = torch.nn.Linear(2, 2)
+        write_checkpoint(run / "checkpoints" / f"step_{step:08d}", ranks=2, **models)
     (run / "checkpoints" / "latest").write_text("step_00000010\n")
     OmegaConf.save({"seed": 3, "model": asdict(TINY)}, run / "config.yaml")
     return run
@@ -174,87 +155,73 @@ def run(written_run, tmp_path):
     return shutil.copytree(written_run, tmp_path / "run")
 
 
-def assert_is(tokenizer, expected):
-    assert tokenizer.config == TINY
-    assert not any(module.training for module in tokenizer.modules())
-    expected = expected.state_dict()
-    assert tokenizer.state_dict().keys() == expected.keys()
-    assert all(torch.equal(value, expected[name]) for name, value in tokenizer.state_dict().items())
-
-
-@pytest.mark.parametrize(("weights", "seed"), [("raw", 10), ("ema", 11)])
-def test_load_tokenizer_takes_the_asked_weights_of_the_latest_checkpoint(run, weights, seed):
-    assert_is(load_tokenizer(str(run), weights), tiny(seed=seed))
-
-
-@pytest.mark.parametrize(("weights", "seed"), [("raw", 5), ("ema", 6)])
-def test_load_tokenizer_takes_the_checkpoint_that_is_named(run, weights, seed):
-    assert_is(load_tokenizer(str(run / "checkpoints" / "step_00000005"), weights), tiny(seed=seed))
-
-
-def test_load_tokenizer_takes_ema_weights_unless_told(run):
-    assert_is(load_tokenizer(run), tiny(seed=11))
+@pytest.mark.parametrize(
+    ("place", "weights", "seed"),
+    [
+        (".", ["raw"], 10),
+        (".", ["ema"], 11),
+        (".", [], 11),
+        ("checkpoints/step_00000005", ["raw"], 5),
+        ("checkpoints/step_00000005", ["ema"], 6),
+    ],
+)
+def test_load_tokenizer_takes_the_asked_weights_of_the_latest_or_the_named_checkpoint(run, place, weights, seed):
+    assert_same(load_tokenizer(str(run / place), *weights), tiny(seed=seed))
 
 
 def test_load_tokenizer_takes_a_run_in_a_folder_named_checkpoints(run, tmp_path):
     (tmp_path / "checkpoints").mkdir()
-    assert_is(load_tokenizer(run.rename(tmp_path / "checkpoints" / "first_try")), tiny(seed=11))
-
-
-def refused(*arguments) -> str:
-    with pytest.raises(ModelError) as error:
-        load_tokenizer(*arguments)
-    assert "\n" not in str(error.value)
-    return str(error.value)
+    assert_same(load_tokenizer(run.rename(tmp_path / "checkpoints" / "first_try")), tiny(seed=11))
 
 
 def test_load_tokenizer_refuses_what_is_no_run_folder(run, tmp_path):
-    assert "is not a run folder" in refused(tmp_path / "nowhere")
-    assert "is not a run folder" in refused(run / "checkpoints")
-    assert "is not a run folder" in refused(run / "config.yaml")
+    assert "is not a run folder" in refused(load_tokenizer, tmp_path / "nowhere")
+    assert "is not a run folder" in refused(load_tokenizer, run / "checkpoints")
+    assert "is not a run folder" in refused(load_tokenizer, run / "config.yaml")
 
 
 def test_load_tokenizer_refuses_a_run_without_a_checkpoint(run):
     (run / "checkpoints" / "latest").unlink()
-    message = refused(run)
+    message = refused(load_tokenizer, run)
     assert "no finished checkpoint" in message and "checkpoint_every_steps" in message
 
 
 def test_load_tokenizer_refuses_checkpoints_that_do_not_exist(run):
-    assert "holds no ema weights" in refused(run / "checkpoints" / "step_00000099")
+    assert "holds no ema weights" in refused(load_tokenizer, run / "checkpoints" / "step_00000099")
     (run / "checkpoints" / "latest").write_text("step_00000099")
-    assert "latest names step_00000099, which does not exist" in refused(run)
+    assert "latest names step_00000099, which does not exist" in refused(load_tokenizer, run)
 
 
 def test_load_tokenizer_says_how_to_do_without_ema(run):
-    write_checkpoint(run / "checkpoints" / "step_00000010", tokenizer=tiny(seed=10))
-    assert "--weights raw" in refused(run)
-    assert_is(load_tokenizer(run, "raw"), tiny(seed=10))
+    write_checkpoint(run / "checkpoints" / "step_00000010", ranks=2, tokenizer=tiny(seed=10))
+    assert "--weights raw" in refused(load_tokenizer, run)
+    assert_same(load_tokenizer(run, "raw"), tiny(seed=10))
 
 
 def test_load_tokenizer_refuses_other_names_of_weights(run):
-    assert "'ema' or 'raw', not 'best'" in refused(run, "best")
+    assert "'ema' or 'raw', not 'best'" in refused(load_tokenizer, run, "best")
 
 
 def test_load_tokenizer_refuses_a_checkpoint_with_a_part_missing(run):
     (run / "checkpoints" / "step_00000010" / "rank_00001.safetensors").unlink()
-    message = refused(run)
+    message = refused(load_tokenizer, run)
     assert "step_00000010 is incomplete: tokenizer_ema/" in message and "lacks its elements from" in message
 
 
 def test_load_tokenizer_refuses_a_damaged_part(run):
     part = run / "checkpoints" / "step_00000010" / "rank_00001.safetensors"
     part.write_bytes(part.read_bytes()[:-1])
-    assert f"{part} is not a file of a checkpoint" in refused(run)
+    assert f"{part} is not a file of a checkpoint" in refused(load_tokenizer, run)
 
 
 @pytest.mark.parametrize("change", [{"codebook_size": 64}, {"num_res_blocks": 2}, {"attention_factors": [2, 4]}])
 def test_load_tokenizer_refuses_the_weights_of_another_recipe(run, change):
     OmegaConf.save({"model": asdict(replace(TINY, **change))}, run / "config.yaml")
-    assert f"step_00000010 (ema weights) does not hold the weights of {run / 'config.yaml'}: it " in refused(run)
+    message = refused(load_tokenizer, run)
+    assert f"step_00000010 (ema weights) does not hold the weights of {run / 'config.yaml'}: it " in message
 
 
 @pytest.mark.parametrize("content", ["seed: 3", "model: [1", "model: {codes: 7}", "model: {code_dim: many}", "7"])
 def test_load_tokenizer_refuses_a_recipe_of_no_tokenizer(run, content):
     (run / "config.yaml").write_text(content)
-    assert f"{run / 'config.yaml'} does not describe a tokenizer (" in refused(run)
+    assert f"{run / 'config.yaml'} does not describe a tokenizer (" in refused(load_tokenizer, run)

@@ -5,12 +5,13 @@ import os
 import time
 from importlib import metadata
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
 
 from model_zoo.eval_nets.weights import WEIGHTS_FILES
-from tools import cli, doctor
+from tools import doctor
 from tools.doctor import OK, OPTIONAL, PROBLEM, Finding
 
 
@@ -69,10 +70,7 @@ def test_versions_are_held_against_the_ranges_of_the_metadata(monkeypatch):
 
 
 def test_ibq_that_is_not_installed_is_a_problem(monkeypatch):
-    def requires(name):
-        raise metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(metadata, "requires", requires)
+    monkeypatch.setattr(metadata, "requires", Mock(side_effect=metadata.PackageNotFoundError))
     [finding] = doctor.check_requirements()
     assert (finding.status, finding.fix) == (PROBLEM, f"pip install -e {doctor.ROOT}")
 
@@ -132,12 +130,10 @@ def test_a_check_that_breaks_is_a_problem():
 
 
 @pytest.mark.parametrize("status", [OK, OPTIONAL, PROBLEM])
-def test_the_report(monkeypatch, capsys, status):
+def test_the_report(monkeypatch, ibq, status):
     fix = "" if status == OK else f"rename /{'a_folder_whose_name_no_table_has_room_for' * 3}/data"
     monkeypatch.setattr(doctor, "examine", lambda: [Finding("package data", status, "Python imports another", fix)])
-    with pytest.raises(SystemExit) as exited:
-        cli.main(["doctor"])
-    assert (exited.value.code or 0) == (status == PROBLEM)
-    out = capsys.readouterr().out
+    exit_status, out, _ = ibq("doctor")
+    assert exit_status == (status == PROBLEM)
     assert fix in out
     assert ("1 problem" in out) == (status == PROBLEM)

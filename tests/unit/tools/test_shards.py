@@ -19,17 +19,13 @@ from webdataset.writer import TarWriter
 from data import DataConfig, TrainStream
 from data.index import Index
 from data.prep.stats import Histogram
-from tools import cli, histograms
+from tools import histograms
 
 
-def run(capsys, *arguments):
-    """Exit status, stdout and stderr of `ibq shards ARGUMENTS`, in this process and without others."""
-    if arguments[:1] in (("check",), ("stats",)) and "--jobs" not in arguments:
-        arguments = *arguments, "--jobs", 1
-    with pytest.raises(SystemExit) as exited:
-        cli.main(["shards", *map(str, arguments)])
-    captured = capsys.readouterr()
-    return exited.value.code or 0, captured.out, captured.err
+@pytest.fixture
+def shards(ibq):
+    """`ibq shards ARGUMENTS`, in this process and, unless they hold another --jobs, without others."""
+    return lambda command, *arguments: ibq("shards", command, "--jobs", 1, *arguments)
 
 
 def image(number: int) -> bytes:
@@ -83,8 +79,8 @@ BROKEN = {4: "truncated", 5: "truncated", 6: "corrupt", 7: "corrupt", 8: "corrup
 # --------------------------------------------------------------------------------------------------------------- check
 
 
-def test_twelve_tars_with_eight_damages(capsys, damaged, tmp_path):
-    status, out, err = run(capsys, "check", damaged, "--decode", "--json", tmp_path / "found.json")
+def test_twelve_tars_with_eight_damages(shards, damaged, tmp_path):
+    status, out, err = shards("check", damaged, "--decode", "--json", tmp_path / "found.json")
     assert status == 1 and err == ""
     lines = out.splitlines()
     for shard, kind in BROKEN.items():
@@ -106,84 +102,80 @@ def test_twelve_tars_with_eight_damages(capsys, damaged, tmp_path):
         assert record["bytes"] == os.path.getsize(record["shard"]) and len(record["sha256"]) == 64
 
 
-def test_the_quarantine_that_is_printed_is_one_that_trains(capsys, damaged):
-    _, out, _ = run(capsys, "check", damaged)
+def test_the_quarantine_that_is_printed_is_one_that_trains(shards, damaged):
+    _, out, _ = shards("check", damaged)
     quarantine = out.splitlines()[-1].split("[")[1].split("]")[0].split(",")
     config = DataConfig(train=str(damaged), quarantine=quarantine, image_size=32, workers=0, max_bad_in_a_row=1)
     options = {"global_batch_size": 5, "micro_batch_size": 5, "rank": 0, "world_size": 1, "seed": 0}
     assert len(next(TrainStream(config, **options)).infos) == 5
 
 
-def test_json_on_stdout_is_alone_there(capsys, damaged):
-    status, out, err = run(capsys, "check", damaged, "--json", "-")
+def test_json_on_stdout_is_alone_there(shards, damaged):
+    status, out, err = shards("check", damaged, "--json", "-")
     assert status == 1
     assert len([json.loads(line) for line in out.splitlines()]) == 12
     assert "4 ok, 2 flawed" not in err and "6 broken" in err  # without --decode, one is not noticed
 
 
-def test_whole_tars_are_ok_and_an_index_is_written_and_compared(capsys, folder):
-    status, out, _ = run(capsys, "check", folder)
+def test_whole_tars_are_ok_and_an_index_is_written_and_compared(shards, folder):
+    status, out, _ = shards("check", folder)
     assert (status, len(out.splitlines())) == (0, 1) and ": 4 ok\n" in out
-    status, out, _ = run(capsys, "check", folder, "--write-index")
+    status, out, _ = shards("check", folder, "--write-index")
     place = folder / "index.safetensors"
     assert status == 0 and f"wrote {place}: 4 tars, 24 samples\n" in out
     assert len(Index(place)) == 4
-    assert run(capsys, "check", folder)[0] == 0
+    assert shards("check", folder)[0] == 0
     path = folder / "train-000002.tar"
     content, times = path.read_bytes(), path.stat()
     at = content.index(b"\xff\xd9") - 50
     path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # neither its size nor its time tells
-    status, out, _ = run(capsys, "check", folder)
+    status, out, _ = shards("check", folder)
     assert status == 1
     assert out.startswith(f"flawed  train-000002.tar  index: not as in the index {place}: other content (SHA-256)\n")
     os.remove(folder / "train-000003.tar")
-    assert (
-        f"broken  train-000003.tar  missing: in the index {place}, but not there\n" in run(capsys, "check", folder)[1]
-    )
-    assert run(capsys, "check", folder, "--write-index")[0] == 0  # written again, it is of what is there
-    assert run(capsys, "check", folder)[0] == 0
+    assert f"broken  train-000003.tar  missing: in the index {place}, but not there\n" in shards("check", folder)[1]
+    assert shards("check", folder, "--write-index")[0] == 0  # written again, it is of what is there
+    assert shards("check", folder)[0] == 0
 
 
-def test_no_index_is_written_over_broken_tars_unless_they_are_left_out(capsys, damaged, tmp_path):
-    status, out, _ = run(capsys, "check", damaged, "--write-index")
+def test_no_index_is_written_over_broken_tars_unless_they_are_left_out(shards, damaged, tmp_path):
+    status, out, _ = shards("check", damaged, "--write-index")
     assert status == 1
     assert "wrote no index: move the broken tars elsewhere, or leave them out with --skip-broken" in out
     assert not (damaged / "index.safetensors").exists()
-    status, out, _ = run(
-        capsys, "check", damaged, "--write-index", "--skip-broken", "--index", tmp_path / "i.safetensors"
-    )
+    status, out, _ = shards("check", damaged, "--write-index", "--skip-broken", "--index", tmp_path / "i.safetensors")
     assert status == 1 and f"wrote {tmp_path / 'i.safetensors'}: 6 tars, 31 samples" in out
     numbers = [n for n in range(12) if n not in BROKEN]
     assert Index(tmp_path / "i.safetensors").names == [f"train-{n:06d}.tar" for n in numbers]
-    status, out, _ = run(capsys, "check", damaged, "--index", tmp_path / "i.safetensors")
+    status, out, _ = shards("check", damaged, "--index", tmp_path / "i.safetensors")
     assert status == 1 and "  index: " not in out  # which are not in it for a reason
     for shard in BROKEN:
         os.remove(damaged / f"train-{shard:06d}.tar")
     (damaged / "train-000010.tar").unlink()
-    assert run(capsys, "check", damaged, "--write-index")[0] == 0
+    assert shards("check", damaged, "--write-index")[0] == 0
 
 
-def test_nothing_but_broken_tars_give_no_index(capsys, tmp_path):
+def test_nothing_but_broken_tars_give_no_index(shards, tmp_path):
     (tmp_path / "a.tar").write_bytes(b"")
-    status, out, _ = run(capsys, "check", tmp_path, "--write-index", "--skip-broken")
+    status, out, _ = shards("check", tmp_path, "--write-index", "--skip-broken")
     assert status == 1 and "wrote no index" in out
 
 
-def test_patterns_lists_doubled_names_and_remote_tars(capsys, folder, tmp_path):
+def test_patterns_lists_doubled_names_and_remote_tars(shards, folder, tmp_path):
     (tmp_path / "list.txt").write_text(f"# mine\n{folder}/train-000000.tar\n")
-    status, out, _ = run(capsys, "check", f"{folder}/train-{{000000..000001}}.tar", tmp_path / "list.txt")
+    status, out, _ = shards("check", f"{folder}/train-{{000000..000001}}.tar", tmp_path / "list.txt")
     assert status == 0 and out.startswith("2 tars, 12 samples, ")
     with Server(folder=folder) as server:
         urls = server.url("/train-{000000..000003}.tar?token=secret")
-        status, out, err = run(capsys, "check", urls, "--write-index")
+        status, out, err = shards("check", urls, "--write-index")
         assert status == 2 and "choose a place with --index FILE" in err
         place = tmp_path / "remote.safetensors"
-        status, out, err = run(capsys, "check", urls, "--write-index", "--index", place, "--json", "-")
+        status, out, err = shards("check", urls, "--write-index", "--index", place, "--json", "-")
         assert status == 0 and "4 tars, 24 samples" in err
         assert "secret" not in out + err
-        assert run(capsys, "check", urls, "--index", place)[0] == 0
-    assert run(capsys, "check", folder, "--index", place)[0] == 0  # local copies of what was indexed in the store
+        assert shards("check", urls, "--index", place)[0] == 0
+    assert shards("check", folder, "--index", place)[0] == 0  # local copies of what was indexed in the store
 
 
 @pytest.mark.parametrize(
@@ -211,23 +203,20 @@ def test_patterns_lists_doubled_names_and_remote_tars(capsys, folder, tmp_path):
         (["stats", "{tars}", "--samples", "0"], "--samples"),
     ],
 )
-def test_mistakes_are_one_line_and_status_2(capsys, folder, monkeypatch, arguments, said):
+def test_mistakes_are_one_line_and_status_2(refusal, folder, monkeypatch, arguments, said):
     monkeypatch.chdir(folder.parent)
-    status, out, err = run(capsys, *(argument.format(tars=folder) for argument in arguments))
-    assert (status, out) == (2, "")
-    assert err.startswith("ibq: error: ") and err.count("\n") == 1
-    assert said in err
+    assert said in refusal("shards", *(argument.format(tars=folder) for argument in arguments))
     assert sorted(path.name for path in folder.parent.iterdir()) == ["tars"]
 
 
-def test_a_bar_is_drawn_on_a_terminal(capsys, monkeypatch, damaged):
-    status, plain, err = run(capsys, "check", damaged)
+def test_a_bar_is_drawn_on_a_terminal(shards, monkeypatch, damaged):
+    status, plain, err = shards("check", damaged)
     assert (status, err) == (1, "") and "\x1b" not in plain and "6 broken" in plain
     leader, follower = pty.openpty()
     monkeypatch.setenv("TERM", "xterm")
     with os.fdopen(follower, "w") as terminal, monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", terminal)
-        status, out, _ = run(capsys, "check", damaged)
+        status, out, _ = shards("check", damaged)
         drawn = os.read(leader, 1 << 16)
     os.close(leader)
     assert (status, out) == (1, plain)
@@ -235,16 +224,16 @@ def test_a_bar_is_drawn_on_a_terminal(capsys, monkeypatch, damaged):
 
 
 @pytest.mark.process
-def test_several_processes_find_the_same(capsys, damaged):
-    assert run(capsys, "check", damaged, "--jobs", 2) == run(capsys, "check", damaged)
+def test_several_processes_find_the_same(shards, damaged):
+    assert shards("check", damaged, "--jobs", 2) == shards("check", damaged)
 
 
 # --------------------------------------------------------------------------------------------------------------- stats
 
 
-def test_stats_in_words_bars_json_and_a_picture(capsys, folder, tmp_path):
+def test_stats_in_words_bars_json_and_a_picture(shards, folder, tmp_path):
     shown = tmp_path / "photos.png"
-    status, out, err = run(capsys, "stats", folder, "--picture", shown, "--json", tmp_path / "found.json")
+    status, out, err = shards("stats", folder, "--picture", shown, "--json", tmp_path / "found.json")
     assert (status, err) == (0, "")
     lines = out.splitlines()
     assert lines[0] == f"{folder}: 4 shards, 24 samples"
@@ -266,21 +255,21 @@ def test_stats_in_words_bars_json_and_a_picture(capsys, folder, tmp_path):
     assert found["classes"] == {"count": 2, "missing": 0, "images": {"min": 12, "median": 12, "max": 12}}
 
 
-def test_stats_of_some_samples_and_as_json_alone(capsys, folder):
-    status, out, err = run(capsys, "stats", folder, "--samples", 5, "--json", "-")
+def test_stats_of_some_samples_and_as_json_alone(shards, folder):
+    status, out, err = shards("stats", folder, "--samples", 5, "--json", "-")
     assert status == 0 and err.startswith(f"{folder}: 4 shards, 5 of 24 samples\n")
     found = json.loads(out)
     assert (found["samples"], found["samples_in_all"]) == (5, 24)
     assert "unusable" in found and sum(found["histograms"]["shorter_side"].values()) == 5
 
 
-def test_stats_report_what_is_missing(capsys, tmp_path):
+def test_stats_report_what_is_missing(shards, tmp_path):
     with TarWriter(str(tmp_path / "a.tar"), encoder=False, mtime=0) as writer:
         for n, punsafe in enumerate((0.1, 0.3, "n/a", None)):
             metadata = json.dumps({"punsafe": punsafe, "similarity": 0.5}).encode()
             writer.write({"__key__": str(n), "jpg": image(n), "json": metadata, **({"txt": b"a"} if n else {})})
         writer.write({"__key__": "bad", "jpg": b"no image"})
-    status, out, _ = run(capsys, "stats", tmp_path / "a.tar", "--source", "laion-coco")
+    status, out, _ = shards("stats", tmp_path / "a.tar", "--source", "laion-coco")
     assert status == 0
     lines = out.splitlines()
     assert lines[2:4] == ["  captions: 3, missing in 1", "  classes: none"]
@@ -290,10 +279,10 @@ def test_stats_report_what_is_missing(capsys, tmp_path):
     assert lines[9:11] == ["  unusable: 1", f"    bad in {tmp_path}/a.tar: no JPEG, PNG or WebP image"]
 
 
-def test_stats_of_nothing_that_can_be_used(capsys, tmp_path):
+def test_stats_of_nothing_that_can_be_used(shards, tmp_path):
     with TarWriter(str(tmp_path / "a.tar"), encoder=False, mtime=0) as writer:
         writer.write({"__key__": "bad", "jpg": b"no image"})
-    status, out, _ = run(capsys, "stats", tmp_path / "a.tar", "--picture", tmp_path / "a.png")
+    status, out, _ = shards("stats", tmp_path / "a.tar", "--picture", tmp_path / "a.png")
     assert status == 0
     assert out.splitlines() == [
         f"{tmp_path}/a.tar: 1 shard, 1 samples",
@@ -303,11 +292,11 @@ def test_stats_of_nothing_that_can_be_used(capsys, tmp_path):
     assert not (tmp_path / "a.png").exists()
 
 
-def test_stats_of_a_folder_of_images(capsys, tmp_path):
+def test_stats_of_a_folder_of_images(shards, tmp_path):
     for n in range(3):
         (tmp_path / "photos").mkdir(exist_ok=True)
         (tmp_path / "photos" / f"{n}.jpg").write_bytes(image(n))
-    status, out, _ = run(capsys, "stats", tmp_path / "photos")
+    status, out, _ = shards("stats", tmp_path / "photos")
     assert status == 0 and out.startswith(f"{tmp_path}/photos: 1 shard, 3 samples\n")
 
 
@@ -323,11 +312,11 @@ def test_bars_of_any_share():
 # -------------------------------------------------------------------------------------------------------------- tokens
 
 
-def test_token_shards_are_checked_indexed_and_counted(capsys, tmp_path):
+def test_token_shards_are_checked_indexed_and_counted(shards, tmp_path):
     folder = write_tokens(tmp_path / "tokens", count=20, per_shard=8)
-    status, out, err = run(capsys, "check", folder, "--write-index")
+    status, out, err = shards("check", folder, "--write-index")
     assert (status, err) == (0, "") and "3 tars, 20 samples" in out and (folder / "index.safetensors").is_file()
-    status, out, _ = run(capsys, "stats", folder, "--json", tmp_path / "stats.json")
+    status, out, _ = shards("stats", folder, "--json", tmp_path / "stats.json")
     assert status == 0
     assert f"  tokens of tokenizer {FINGERPRINT}: 256 codes, 8 x 8, 1 view: 20" in out
     assert "a sample: 20 of tokens" in out and "  classes: all in 4 classes of 5 to 5" in out
@@ -336,5 +325,5 @@ def test_token_shards_are_checked_indexed_and_counted(capsys, tmp_path):
     path = folder / "tokens-000001.tar"
     content = path.read_bytes()
     path.write_bytes(content.replace(b'"codes":256', b'"codes":100', 1))
-    status, out, _ = run(capsys, "check", path)
+    status, out, _ = shards("check", path)
     assert status == 1 and "undecodable: sample 0: 000008: code " in out and "outside the 100 of" in out

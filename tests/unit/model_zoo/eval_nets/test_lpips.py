@@ -1,14 +1,14 @@
-import hashlib
+from collections.abc import Iterator
 from pathlib import Path
 
 import lpips
 import pytest
 import torch
 import torch.nn.functional as F
+from random_networks import accepted, write_trunk
 
 from model_zoo import ModelError
 from model_zoo.eval_nets.lpips import SMALLEST_SIDE, TRUNKS, Perceptual
-from model_zoo.eval_nets.weights import WEIGHTS_FILES
 
 # torchvision's layers: convolutions as (width, kernel, stride, padding), each with a ReLU, and max-pools as (kernel,).
 # A trunk's features are those of the convolutions before its pools (VGG16), or of every convolution (AlexNet).
@@ -23,32 +23,12 @@ FEATURES_AFTER = {"vgg": (1, 4, 8, 12, 16), "alex": (0, 2, 4, 5, 6)}
 
 
 @pytest.fixture(scope="module")
-def trunk_files(tmp_path_factory) -> dict[str, Path]:
-    """Files like torchvision's, the trunks random, the classifiers cut down to one tensor."""
-    generator = torch.Generator().manual_seed(0)
-    files = {}
-    for net, layers in LAYERS.items():
-        state, index, in_channels = {"classifier.0.weight": torch.zeros(1)}, 0, 3
-        for width, *window in layers:
-            if not window:
-                index += 1
-                continue
-            weight = torch.empty(width, in_channels, window[0], window[0])
-            weight.normal_(std=(2 / (window[0] ** 2 * in_channels)) ** 0.5, generator=generator)
-            state[f"features.{index}.weight"] = weight
-            state[f"features.{index}.bias"] = torch.empty(width).normal_(std=0.1, generator=generator)
-            index, in_channels = index + 2, width
-        files[net] = tmp_path_factory.mktemp(net) / WEIGHTS_FILES[TRUNKS[net]].file
-        torch.save(state, files[net])
-    return files
-
-
-@pytest.fixture
-def published(trunk_files, monkeypatch):
-    """The files made here pass for the published ones."""
-    for net, file in trunk_files.items():
-        digest = hashlib.sha256(file.read_bytes()).hexdigest()
-        monkeypatch.setitem(WEIGHTS_FILES, TRUNKS[net], WEIGHTS_FILES[TRUNKS[net]]._replace(sha256=digest))
+def trunk_files(tmp_path_factory) -> Iterator[dict[str, Path]]:
+    """Files like torchvision's, which pass for them."""
+    folder = tmp_path_factory.mktemp("trunks")
+    files = {net: write_trunk(folder, TRUNKS[net]) for net in LAYERS}
+    with accepted(folder):
+        yield files
 
 
 @pytest.fixture(params=["vgg", "alex"])
@@ -57,7 +37,7 @@ def net(request) -> str:
 
 
 @pytest.fixture
-def loss(trunk_files, published, net) -> Perceptual:
+def loss(trunk_files, net) -> Perceptual:
     return Perceptual(str(trunk_files[net]), net)
 
 
@@ -113,7 +93,7 @@ def test_gradient_reaches_the_image(loss):
     assert y_bchw.grad.isfinite().all() and y_bchw.grad.abs().sum() > 0
 
 
-def test_construction_is_silent_and_draws_no_random_numbers(trunk_files, published, net, capfd, recwarn):
+def test_construction_is_silent_and_draws_no_random_numbers(trunk_files, net, capfd, recwarn):
     state = torch.get_rng_state()
     Perceptual(str(trunk_files[net]), net)
     assert torch.equal(torch.get_rng_state(), state)
@@ -121,17 +101,16 @@ def test_construction_is_silent_and_draws_no_random_numbers(trunk_files, publish
     assert not recwarn.list
 
 
-def test_a_trunk_with_other_layers_is_refused(tmp_path, trunk_files, net, monkeypatch):
+def test_a_trunk_with_other_layers_is_refused(tmp_path, trunk_files, net):
     state = torch.load(trunk_files[net], weights_only=True)
     state["features.0.weight"] = state["features.0.weight"][:32]
-    torch.save(state, tmp_path / "other.pth")
-    digest = hashlib.sha256((tmp_path / "other.pth").read_bytes()).hexdigest()
-    monkeypatch.setitem(WEIGHTS_FILES, TRUNKS[net], WEIGHTS_FILES[TRUNKS[net]]._replace(sha256=digest))
-    with pytest.raises(RuntimeError, match="size mismatch"):
-        Perceptual(str(tmp_path / "other.pth"), net)
+    other = tmp_path / trunk_files[net].name
+    torch.save(state, other)
+    with accepted(tmp_path), pytest.raises(RuntimeError, match="size mismatch"):
+        Perceptual(str(other), net)
 
 
-def test_the_file_is_that_of_the_trunk(trunk_files, published):
+def test_the_file_is_that_of_the_trunk(trunk_files):
     with pytest.raises(ModelError, match="not the published alexnet"):
         Perceptual(str(trunk_files["vgg"]), "alex")
 

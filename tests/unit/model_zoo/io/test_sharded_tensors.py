@@ -1,10 +1,8 @@
-import json
-
 import pytest
 import torch
-from safetensors.torch import save_file
+from model_checks import refused
+from safetensors.torch import save
 
-from model_zoo import ModelError
 from model_zoo.io.sharded_tensors import ShardedTensors, TensorShard, save_shards, whole_tensor
 
 TENSORS = {
@@ -25,13 +23,6 @@ def write_cut(folder, name, tensor, ends):
     for number, (start, end) in enumerate(zip(starts, [*ends, len(flat)], strict=True)):
         shard = TensorShard(name, tuple(tensor.shape), start, flat[start:end])
         save_shards(folder / f"part_{len(starts) - number}.safetensors", [shard])
-
-
-def refused(action) -> str:
-    with pytest.raises(ModelError) as error:
-        action()
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 @pytest.mark.parametrize("holders", [1, 2, 3, 16])
@@ -120,12 +111,9 @@ def test_a_folder_without_files_holds_nothing(tmp_path):
 def test_a_missing_name_is_one_line(tmp_path):
     save_shards(tmp_path / "all.safetensors", [whole_tensor("it", torch.ones(2))])
     files = ShardedTensors(tmp_path)
-    for read in (
-        lambda: files.shape("other"),
-        lambda: files.tensor("other"),
-        lambda: files.fill(whole_tensor("other", torch.ones(2))),
-    ):
-        assert refused(read) == f"{tmp_path} holds no other"
+    other = whole_tensor("other", torch.ones(2))
+    for read, argument in ((files.shape, "other"), (files.tensor, "other"), (files.fill, other)):
+        assert refused(read, argument) == f"{tmp_path} holds no other"
 
 
 @pytest.mark.parametrize("lost, first", [((0, 4), 0), ((8, 10), 8), ((15, 20), 15)])
@@ -134,9 +122,9 @@ def test_a_gap_is_one_line_that_says_where_and_what_lies_beside_it_is_read(tmp_p
     for start, stop in ((0, lost[0]), (lost[1], 20)):
         save_shards(tmp_path / f"{start}.safetensors", [TensorShard("it", (20,), start, tensor[start:stop])])
     files = ShardedTensors(tmp_path)
-    assert f"it lacks its elements from {first} on" in refused(lambda: files.tensor("it"))
+    assert f"it lacks its elements from {first} on" in refused(files.tensor, "it")
     # No value is made up, wherever the wanted stretch begins or ends.
-    assert "lacks its elements" in refused(lambda: files.fill(TensorShard("it", (20,), lost[1] - 1, torch.zeros(1))))
+    assert "lacks its elements" in refused(files.fill, TensorShard("it", (20,), lost[1] - 1, torch.zeros(1)))
     for start, stop in ((0, lost[0]), (lost[1], 20)):
         values = torch.zeros(stop - start)
         files.fill(TensorShard("it", (20,), start, values))
@@ -146,7 +134,7 @@ def test_a_gap_is_one_line_that_says_where_and_what_lies_beside_it_is_read(tmp_p
 def test_another_shape_is_refused_even_where_the_number_of_elements_fits(tmp_path):
     save_shards(tmp_path / "all.safetensors", [whole_tensor("it", torch.ones(4, 3))])
     values = torch.zeros(12)
-    message = refused(lambda: ShardedTensors(tmp_path).fill(TensorShard("it", (3, 4), 0, values)))
+    message = refused(ShardedTensors(tmp_path).fill, TensorShard("it", (3, 4), 0, values))
     assert message == f"it has shape [4, 3] in {tmp_path}, not [3, 4]"
     assert not values.any()
 
@@ -154,62 +142,30 @@ def test_another_shape_is_refused_even_where_the_number_of_elements_fits(tmp_pat
 def test_files_that_disagree_about_a_shape_are_refused(tmp_path):
     for name, shape in (("a", (4, 3)), ("b", (3, 4))):
         save_shards(tmp_path / f"{name}.safetensors", [TensorShard("it", shape, 0, torch.ones(6))])
-    assert "b.safetensors holds it of shape [3, 4], another file says (4, 3)" in refused(
-        lambda: ShardedTensors(tmp_path)
-    )
+    assert "b.safetensors holds it of shape [3, 4], another file says (4, 3)" in refused(ShardedTensors, tmp_path)
 
 
-def cut_short(path):
-    path.write_bytes(path.read_bytes()[:-3])
+def file_with(layout: str, *shape: int) -> bytes:
+    return save({"it": torch.ones(shape)}, metadata={"pieces": layout})
 
 
-def no_safetensors(path):
-    path.write_bytes(b"not at all\n" * 100)
+LAYOUTS = ["{", "{}", "[]", "7", '{"it": 0}', '{"it": [0]}', '{"it": [0, 2]}', '{"it": ["here", [2]]}']
+DAMAGED = {
+    "cut short": file_with('{"it": [0, [2]]}', 2)[:-3],
+    "no safetensors": b"not at all\n" * 100,
+    "empty": b"",
+    "without layout": save({"it": torch.ones(2)}),
+    "not flat": file_with('{"it": [0, [2, 2]]}', 2, 2),
+    **{layout: file_with(layout, 2) for layout in LAYOUTS},
+}
 
 
-def empty(path):
-    path.write_bytes(b"")
-
-
-def without_layout(path):
-    save_file({"it": torch.ones(2)}, path)
-
-
-def layout(content):
-    def write(path):
-        save_file({"it": torch.ones(2)}, path, metadata={"pieces": content})
-
-    return write
-
-
-def not_flat(path):
-    save_file({"it": torch.ones(2, 2)}, path, metadata={"pieces": json.dumps({"it": [0, [2, 2]]})})
-
-
-@pytest.mark.parametrize(
-    "damage",
-    [
-        cut_short,
-        no_safetensors,
-        empty,
-        without_layout,
-        not_flat,
-        layout("{"),
-        layout("{}"),
-        layout("[]"),
-        layout("7"),
-        layout('{"it": 0}'),
-        layout('{"it": [0]}'),
-        layout('{"it": [0, 2]}'),
-        layout('{"it": ["here", [2]]}'),
-    ],
-)
-def test_a_damaged_file_is_named_in_one_line(tmp_path, damage):
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_a_damaged_file_is_named_in_one_line(tmp_path, content):
     save_shards(tmp_path / "good.safetensors", [whole_tensor("other", torch.ones(2))])
     path = tmp_path / "bad.safetensors"
-    save_shards(path, [whole_tensor("it", torch.ones(2))])
-    damage(path)
-    assert f"{path} is not a file of a checkpoint: " in refused(lambda: ShardedTensors(tmp_path))
+    path.write_bytes(content)
+    assert f"{path} is not a file of a checkpoint: " in refused(ShardedTensors, tmp_path)
 
 
 @pytest.mark.parametrize("change", ["unlink", "cut_short"])
@@ -217,6 +173,6 @@ def test_a_file_that_goes_bad_after_its_header_was_read_is_named_in_one_line(tmp
     path = tmp_path / "all.safetensors"
     save_shards(path, [whole_tensor("it", torch.ones(2))])
     files = ShardedTensors(tmp_path)
-    path.unlink() if change == "unlink" else cut_short(path)
-    for read in (lambda: files.fill(whole_tensor("it", torch.zeros(2))), lambda: files.tensor("it")):
-        assert f"{path} cannot be read: " in refused(read)
+    path.unlink() if change == "unlink" else path.write_bytes(path.read_bytes()[:-3])
+    for read, argument in ((files.fill, whole_tensor("it", torch.zeros(2))), (files.tensor, "it")):
+        assert f"{path} cannot be read: " in refused(read, argument)

@@ -1,6 +1,7 @@
 """`ibq bench` in this process."""
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from importlib import import_module
 from pathlib import Path
 
@@ -8,35 +9,14 @@ import pytest
 import torch
 
 from data import tar_format
-from tools import cli
 from tools.bench import common
 from tools.bench.measure import failure
 
 
 @pytest.fixture
-def bench(capsys) -> Callable[..., tuple[int, str, str]]:
+def bench(ibq) -> Callable[..., tuple[int, str, str]]:
     """`bench(*arguments)`: exit status, stdout and stderr of `ibq bench ARGUMENTS`."""
-
-    def run(*arguments) -> tuple[int, str, str]:
-        capsys.readouterr()
-        with pytest.raises(SystemExit) as exited:
-            cli.main(["bench", *map(str, arguments)])
-        return exited.value.code or 0, *capsys.readouterr()
-
-    return run
-
-
-@pytest.fixture
-def assert_refused(bench) -> Callable[..., None]:
-    """`assert_refused(said, *arguments)`: the command ends with status 2 and one line that contains ``said``."""
-
-    def check(said: str, *arguments) -> None:
-        status, out, err = bench(*arguments)
-        assert (status, out) == (2, "")
-        assert err.startswith("ibq: error: ") and err.count("\n") == 1
-        assert said in err
-
-    return check
+    return partial(ibq, "bench")
 
 
 @pytest.fixture
@@ -58,13 +38,16 @@ def jobs_here(monkeypatch) -> Iterator[None]:
 
 @pytest.fixture
 def answers(monkeypatch) -> Callable[..., list[tuple[str, dict]]]:
-    """`answers(function)`: jobs are answered by `function(job, arguments)`, and appended to the returned list."""
+    """`answers(function)`: jobs are answered by `function(job, arguments)`, or by a machine with this device, and
+    appended to the returned list."""
 
-    def use(function: Callable[[str, dict], dict]) -> list[tuple[str, dict]]:
+    def use(function: Callable[[str, dict], dict], device: str = "cpu") -> list[tuple[str, dict]]:
         asked = []
 
         def run_job(module: str, job: str, **arguments) -> dict:
             asked.append((f"{module}.{job}", arguments))
+            if job == "machine":
+                return dict(device=device, name="one", threads=2, torch="0", python="0")
             return function(job, arguments)
 
         monkeypatch.setattr(common, "run_job", run_job)
@@ -84,6 +67,20 @@ def checkout(tmp_path) -> Callable[[Path, str], Path]:
         return tmp_path / "published"
 
     return make
+
+
+@pytest.fixture
+def printed_rows() -> Callable[..., list[list[str]]]:
+    """`printed_rows(out, count, heading)`: the words of a printed table's first rows, below the line that begins with
+    ``heading``. No line is too wide for a terminal."""
+
+    def read(out: str, count: int, heading: str = "impl ") -> list[list[str]]:
+        lines = out.splitlines()
+        assert all(len(line) <= 120 for line in lines)
+        at = next(number for number, line in enumerate(lines, start=1) if line.startswith(heading))
+        return [line.split() for line in lines[at : at + count]]
+
+    return read
 
 
 @pytest.fixture

@@ -10,29 +10,24 @@ import pytest
 import torch
 
 from model_zoo import ModelError
-from tools.bench import common
+from tools.bench import common, generator, quantizer
 from tools.bench.measure import failure
 
 ROOT = Path(__file__).resolve().parents[4]
 
 
 @pytest.mark.parametrize(
-    ("status", "said"),
+    ("status", "said", "answer"),
     [
-        (-signal.SIGKILL, "killed, probably out of memory"),
-        (-signal.SIGSEGV, "ended by SIGSEGV"),
-        (3, "its process ended with status 3"),
+        (-signal.SIGKILL, "", {"failed": "killed, probably out of memory"}),
+        (-signal.SIGSEGV, "", {"failed": "ended by SIGSEGV"}),
+        (3, "", {"failed": "its process ended with status 3"}),
+        (0, 'a library that talks on stdout\n{"sweeps": 6}\n', {"sweeps": 6}),
     ],
 )
-def test_a_process_that_dies_is_a_reason(monkeypatch, status, said):
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], status, stdout=""))
-    assert common.run_job("quantizer_rows", "measure") == {"failed": said}
-
-
-def test_the_answer_is_the_last_line_of_stdout(monkeypatch):
-    said = 'a library that talks on stdout\n{"sweeps": 6}\n'
-    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], 0, stdout=said))
-    assert common.run_job("quantizer_rows", "measure") == {"sweeps": 6}
+def test_the_answer_is_why_a_process_died_or_its_last_line(monkeypatch, status, said, answer):
+    monkeypatch.setattr(subprocess, "run", lambda *_, **__: subprocess.CompletedProcess([], status, stdout=said))
+    assert common.run_job("quantizer_rows", "measure") == answer
 
 
 @pytest.mark.parametrize(
@@ -52,6 +47,29 @@ def test_why_a_row_has_no_numbers(capsys, error, said):
 def test_a_short_row_is_filled_and_bars_are_replaced():
     table = common.Table(["impl", "a", "b"], [["dense", "1", "2"], ["triton", "not measured: a|b"]])
     assert common.markdown_table(table).splitlines()[2:] == ["| dense | 1 | 2 |", "| triton | not measured: a/b | - |"]
+
+
+@pytest.mark.parametrize(
+    ("command", "file", "lacked"),
+    [
+        ("quantizer", quantizer.REFERENCE_FILE, "IndexPropagationQuantize"),
+        ("sample", generator.REFERENCE_FILE, "sample_IBQ"),
+    ],
+)
+def test_a_reference_that_cannot_be_loaded_is_one_line(refusal, jobs_here, checkout, command, file, lacked):
+    for text, said in (
+        ("import a_package_that_nobody_has\n", "needs the package a_package_that_nobody_has; install it"),
+        ("GPT = None\n", f"has no {lacked}; check out TencentARC/SEED-Voken's main branch"),
+    ):
+        assert said in refusal("bench", command, "--reference", checkout(file, text))
+
+
+@pytest.mark.parametrize(
+    ("command", "suffix"), [("quantizer", ".png"), ("data", ".md"), ("data", ".png"), ("data", ".json")]
+)
+def test_nothing_is_overwritten(refusal, tmp_path, command, suffix):
+    (tmp_path / f"table{suffix}").touch()
+    assert "already exists" in refusal("bench", command, "--out", tmp_path / "table.md")
 
 
 @pytest.mark.process

@@ -7,12 +7,12 @@ from functools import cache
 
 import pytest
 import torch
+from model_checks import TINY
 from omegaconf import OmegaConf
 
 from model_zoo import (
     ModelError,
     Tokenizer,
-    TokenizerConfig,
     Transformer,
     TransformerConfig,
     load_generator,
@@ -25,15 +25,7 @@ from model_zoo.io.sharded_tensors import save_shards, whole_tensor
 from trainer import TrainerError
 from trainer.jobs.export import export, export_published, import_published, info
 
-TOKENIZER = TokenizerConfig(
-    codebook_size=16,
-    code_dim=4,
-    channels=32,
-    channel_multipliers=[1, 1],
-    num_res_blocks=1,
-    attention_factors=[],
-    latent_channels=4,
-)
+TOKENIZER = replace(TINY, codebook_size=16, channel_multipliers=[1, 1])
 GENERATOR = TransformerConfig(vocabulary=16, classes=3, grid=[4, 4], depth=1, heads=1)
 
 

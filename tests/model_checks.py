@@ -1,0 +1,76 @@
+"""What tests of models share: small models, checkpoints, and checks of what is loaded and what is refused."""
+
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from model_zoo import ModelError, Tokenizer, TokenizerConfig, Transformer, TransformerConfig
+from model_zoo.io.sharded_tensors import save_shards, whole_tensor
+
+# 32 channels, since published models have groups of 32.
+TINY = TokenizerConfig(
+    codebook_size=8,
+    code_dim=4,
+    channels=32,
+    channel_multipliers=[1],
+    num_res_blocks=1,
+    attention_factors=[],
+    latent_channels=4,
+)
+
+
+def tiny_tokenizer(seed: int = 0, **changes) -> Tokenizer:
+    """TINY with changes. The seed makes its weights."""
+    torch.manual_seed(seed)
+    return Tokenizer(replace(TINY, **changes))
+
+
+def random_transformer(config: TransformerConfig, seed: int = 0) -> Transformer:
+    """In eval mode, with weights that all matter: the head begins at zero, and gates begin near it."""
+    torch.manual_seed(seed)
+    transformer = Transformer(config).eval()
+    with torch.no_grad():
+        for tensor in (*transformer.parameters(), *transformer.buffers()):
+            if tensor is not transformer.rope_tp2:
+                tensor.normal_(std=0.3)
+    return transformer
+
+
+def features(dim: int = 8, b: int = 2, h: int = 3, w: int = 5) -> Tensor:
+    """Random (b, dim, h, w), the same each time, with a gradient."""
+    return torch.randn(b, dim, h, w, generator=torch.Generator().manual_seed(1)).requires_grad_()
+
+
+def tokens(z_bdhw: Tensor) -> Tensor:
+    """(N, D), without a graph."""
+    return z_bdhw.detach().movedim(1, 3).flatten(0, 2)
+
+
+def write_checkpoint(folder: Path, *, ranks: int = 1, **models: nn.Module) -> None:
+    """Writes a run's checkpoint of models by their names there; each of its ranks holds a share of every tensor."""
+    folder.mkdir(parents=True, exist_ok=True)
+    states = {kind: model.state_dict() for kind, model in models.items()}
+    shards = [whole_tensor(f"{kind}/{name}", value) for kind, state in states.items() for name, value in state.items()]
+    for rank in range(ranks):
+        save_shards(folder / f"rank_{rank:05d}.safetensors", [shard.part(rank, ranks) for shard in shards])
+
+
+def assert_same(loaded: nn.Module, expected: nn.Module) -> None:
+    """A loaded model has the configuration and the weights of ``expected``, and is in evaluation mode."""
+    assert loaded.config == expected.config
+    assert not any(module.training for module in loaded.modules())
+    state, expected_state = loaded.state_dict(), expected.state_dict()
+    assert state.keys() == expected_state.keys()
+    assert all(torch.equal(state[name], value) for name, value in expected_state.items())
+
+
+def refused(function: Callable, *arguments, **options) -> str:
+    """The message, of one line, with which a call is refused."""
+    with pytest.raises(ModelError) as error:
+        function(*arguments, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
