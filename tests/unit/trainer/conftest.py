@@ -1,13 +1,16 @@
 import pytest
-
-from trainer.parallel import start_world, stop_world
+from tiny import single_process, single_world
 
 
 @pytest.fixture
-def world(monkeypatch):
+def alone():
+    """This process is not one of several ranks."""
+    with single_process():
+        yield
+
+
+@pytest.fixture
+def world():
     """A process group of this process alone."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # start_world sets it; so it is taken back afterwards
-    yield start_world("cpu")
-    stop_world()
+    with single_world() as world:
+        yield world

@@ -24,14 +24,6 @@ def weights(_networks, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def alone(monkeypatch) -> None:
-    """This process is not one of several ranks."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # start_world sets it; this restores it after the test
-
-
-@pytest.fixture
 def small_inception(weights, monkeypatch) -> None:
     """Features of generated images come from SmallInception."""
     monkeypatch.setattr("trainer.evaluation.features.Inception", SmallInception)

@@ -166,10 +166,8 @@ def run_in_this_process(command, check):
     return subprocess.CompletedProcess(command, 0)
 
 
+@pytest.mark.usefixtures("alone")
 def test_a_table_is_trained_evaluated_drawn_and_not_made_again(tmp_path, monkeypatch, capfd):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
     monkeypatch.setenv("IBQ_WEIGHTS", str(tmp_path))
     monkeypatch.setattr("tools.ablate.subprocess", SimpleNamespace(run=run_in_this_process))
     mine, out = table(tmp_path, TWO_ROWS), tmp_path / "out"

@@ -30,6 +30,8 @@ from trainer.jobs import tokenize as module
 from trainer.jobs.tokenize import tokenize
 from trainer.jobs.views import image_views
 
+pytestmark = pytest.mark.usefixtures("alone")
+
 SIDE = 32
 MODEL = dict(
     codebook_size=300, code_dim=8, channels=32, channel_multipliers=[1, 1], num_res_blocks=1, attention_factors=[],
@@ -43,13 +45,6 @@ def one_core():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("trainer.jobs.token_folder.cores", lambda: 1)
         yield
-
-
-@pytest.fixture(autouse=True)
-def alone(monkeypatch):
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")
 
 
 @pytest.fixture(scope="module")

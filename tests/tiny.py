@@ -1,0 +1,125 @@
+"""Tiny tokenizers on one process, folders of runs, and pictures, for tests of the trainer."""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import skimage.data
+import torch
+from omegaconf import OmegaConf
+from torch import Tensor, nn
+
+from model_zoo.io.sharded_tensors import save_shards, whole_tensor
+from trainer.config import TokenizerRun
+from trainer.parallel import World, start_world, stop_world
+from trainer.start_plan import plan_batch
+from trainer.tasks.tokenizer import TokenizerTask
+
+# Images of 16 x 16, 4 x 4 tokens. Entropy at a temperature that leaves it a gradient.
+TOKENIZER_RUN = dict(
+    trainer__max_steps=20,
+    trainer__global_batch_size=8,
+    trainer__precision="fp32",
+    model__codebook_size=24,
+    model__code_dim=6,
+    model__channels=16,
+    model__channel_multipliers=[1],
+    model__num_res_blocks=1,
+    model__attention_factors=[],
+    model__latent_channels=12,
+    model__patch_size=4,
+    model__codebook_init_std=0.5,
+    discriminator__channels=8,
+    discriminator__layers=2,
+    discriminator__norm="group",
+    loss__perceptual__weight=0.0,
+    loss__entropy__temperature=0.5,
+    optimizer__lr=1e-3,
+    optimizer__epsilon=1e-3,
+    ema__decay=0.9,
+)
+
+
+def tokenizer_run(**changes) -> TokenizerRun:
+    """TOKENIZER_RUN with changes, each by its key with ``__`` for a dot."""
+    config = OmegaConf.structured(TokenizerRun)
+    for key, value in {**TOKENIZER_RUN, **changes}.items():
+        OmegaConf.update(config, key.replace("__", "."), value)
+    return OmegaConf.to_object(config)
+
+
+def tokenizer_task(world: World, **changes) -> TokenizerTask:
+    config = tokenizer_run(**changes)
+    return TokenizerTask(config, world, *plan_batch(config, world))
+
+
+@contextmanager
+def single_process() -> Iterator[None]:
+    """This process is not one of several ranks."""
+    with pytest.MonkeyPatch.context() as environment:
+        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
+            environment.delenv(name, raising=False)
+        environment.setenv("DS_ACCELERATOR", "cpu")  # start_world sets it; so it is taken back afterwards
+        yield
+
+
+@contextmanager
+def single_world() -> Iterator[World]:
+    """A process group of this process alone."""
+    with single_process():
+        yield start_world("cpu")
+        stop_world()
+
+
+def write_run(run: Path, config: Any, *, step: int = 3, ranks: int = 1, **models: nn.Module) -> Path:
+    """Writes and returns a run's folder with a checkpoint of models by their names there. ranks: how many wrote it, of
+    which each has a part of every tensor."""
+    checkpoint = run / "checkpoints" / f"step_{step:08d}"
+    checkpoint.mkdir(parents=True)
+    states = {kind: model.state_dict() for kind, model in models.items()}
+    shards = [whole_tensor(f"{kind}/{name}", value) for kind, state in states.items() for name, value in state.items()]
+    for rank in range(ranks):
+        save_shards(checkpoint / f"rank_{rank:05d}.safetensors", [shard.part(rank, ranks) for shard in shards])
+    (checkpoint.parent / "latest").write_text(checkpoint.name)
+    OmegaConf.save(config, run / "config.yaml")
+    return run
+
+
+def images(seed: int = 0, count: int = 8) -> Tensor:
+    """uint8 (count, 3, 16, 16) of noise."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(0, 256, (count, 3, 16, 16), dtype=torch.uint8, generator=generator)
+
+
+def photograph(number: int, height: int, width: int) -> Tensor:
+    """uint8 (3, height, width) cut out of one of four real photographs."""
+    whole = [skimage.data.astronaut, skimage.data.coffee, skimage.data.chelsea, skimage.data.rocket][number % 4]()
+    return torch.from_numpy(whole[40 : 40 + height, 150 : 150 + width].copy()).permute(2, 0, 1)
+
+
+def as_float(levels: Tensor) -> Tensor:
+    """uint8 to float32 from -1 to 1."""
+    return levels.float() / 127.5 - 1
+
+
+def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
+    assert first.keys() == second.keys()
+    return all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def gradients(module):
+    return {name: None if p.grad is None else p.grad.clone() for name, p in module.named_parameters()}
+
+
+def watch(engine, look):
+    """Calls ``look()`` just before each update of the engine; returns the list of what it gave."""
+    seen, step = [], engine.step
+
+    def watched(*arguments):
+        seen.append(look())
+        return step(*arguments)
+
+    engine.step = watched
+    return seen
