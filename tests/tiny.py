@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,9 @@ import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
+from model_zoo import Tokenizer, TokenizerConfig, Transformer, TransformerConfig
 from model_zoo.io.sharded_tensors import save_shards, whole_tensor
-from trainer.config import TokenizerRun
+from trainer.config import GeneratorRun, TokenizerRun, TrainerConfig
 from trainer.parallel import World, start_world, stop_world
 from trainer.start_plan import plan_batch
 from trainer.tasks.tokenizer import TokenizerTask
@@ -40,6 +42,11 @@ TOKENIZER_RUN = dict(
     optimizer__epsilon=1e-3,
     ema__decay=0.9,
 )
+TOKENIZER = TokenizerConfig(
+    codebook_size=32, code_dim=4, channels=8, channel_multipliers=[1], num_res_blocks=1, attention_factors=[],
+    latent_channels=4, patch_size=4,
+)  # fmt: skip
+GENERATOR = TransformerConfig(vocabulary=32, classes=6, grid=[2, 3], depth=1, heads=2, head_dim=8, dropout=0.0)
 
 
 def tokenizer_run(**changes) -> TokenizerRun:
@@ -85,6 +92,36 @@ def write_run(run: Path, config: Any, *, step: int = 3, ranks: int = 1, **models
     (checkpoint.parent / "latest").write_text(checkpoint.name)
     OmegaConf.save(config, run / "config.yaml")
     return run
+
+
+def tokenizer_of(seed: int = 0, **changes) -> Tokenizer:
+    """Random weights; codes of 4 x 4 pixels, unless changes of TOKENIZER are given."""
+    torch.manual_seed(seed)
+    return Tokenizer(replace(TOKENIZER, **changes))
+
+
+def generator_of(seed: int = 0, **changes) -> Transformer:
+    """Random weights, also of the head, which would start at zero; changes: of GENERATOR."""
+    torch.manual_seed(seed)
+    generator = Transformer(replace(GENERATOR, **changes))
+    for parameter in generator.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    return generator
+
+
+def generator_run(model: TransformerConfig = GENERATOR) -> GeneratorRun:
+    return GeneratorRun(model=model, trainer=TrainerConfig(max_steps=4, global_batch_size=2))
+
+
+def write_tokenizer_run(run: Path, tokenizer: Tokenizer) -> Path:
+    return write_run(run, replace(tokenizer_run(), model=tokenizer.config), tokenizer_ema=tokenizer)
+
+
+def write_generator_run(run: Path, generator: Transformer, tokenizer: Path | None = None) -> Path:
+    """tokenizer: the run that it names."""
+    config = generator_run(generator.config)
+    config.tokenizer.source = str(tokenizer) if tokenizer else None
+    return write_run(run, config, generator=generator)
 
 
 def images(seed: int = 0, count: int = 8) -> Tensor:

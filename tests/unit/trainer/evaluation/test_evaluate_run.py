@@ -5,12 +5,11 @@ import skimage.data
 import torch
 from omegaconf import OmegaConf
 from PIL import Image
+from tiny import tokenizer_of, write_run
 from typer.testing import CliRunner
 
-import model_zoo
 from data import DataError
 from model_zoo import ModelError
-from model_zoo.io.sharded_tensors import save_shards, whole_tensor
 from tools.evaluate import app
 from trainer import TrainerError
 from trainer.evaluation.evaluate_run import evaluate_run
@@ -35,21 +34,9 @@ def run(tmp_path_factory):
     for name in ("astronaut", "coffee", "chelsea"):
         Image.fromarray(getattr(skimage.data, name)()).resize((75, 53)).save(photos / f"{name}.png")
     (photos / "broken.png").write_bytes(b"no picture")
-    model = dict(
-        codebook_size=32, code_dim=8, channels=32, channel_multipliers=[1, 1], num_res_blocks=1, attention_factors=[],
-        latent_channels=8, patch_size=4,
-    )  # fmt: skip
-    checkpoint = folder / "checkpoints" / "step_00000003"
-    checkpoint.mkdir(parents=True)
-    for seed, name in enumerate(("tokenizer", "tokenizer_ema")):
-        torch.manual_seed(seed)
-        tokenizer = model_zoo.Tokenizer(model_zoo.TokenizerConfig(**model))
-        pieces = [whole_tensor(f"{name}/{key}", value) for key, value in tokenizer.state_dict().items()]
-        save_shards(checkpoint / f"rank_{seed:05d}.safetensors", pieces)
-    (folder / "checkpoints" / "latest").write_text("step_00000003")
+    tokenizer, average = (tokenizer_of(seed, channel_multipliers=[1, 1]) for seed in range(2))
     data = {"val": str(photos), "image_size": 32, "resize": "pil_antialias"}
-    OmegaConf.save({"model": model, "data": data}, folder / "config.yaml")
-    return folder
+    return write_run(folder, {"model": tokenizer.config, "data": data}, tokenizer=tokenizer, tokenizer_ema=average)
 
 
 def test_a_run_is_evaluated_on_its_own_validation_data(run, tmp_path):
@@ -184,9 +171,7 @@ def test_one_checkpoint_and_a_published_one_have_reports_of_their_own(run, tmp_p
     evaluated = evaluate_run(run / "checkpoints" / "step_00000003", device="cpu")
     assert evaluated.json_path.name == "tiny_step_00000003_reconstruction.json" and evaluated.json_path.is_file()
     published = tmp_path / "published.ckpt"
-    tokenizer = model_zoo.Tokenizer(model_zoo.TokenizerConfig(codebook_size=32, code_dim=8, channels=32,
-        channel_multipliers=[1, 1, 1, 1], num_res_blocks=1, attention_factors=[], latent_channels=8))  # fmt: skip
-    torch.save({"state_dict": tokenizer.state_dict()}, published)
+    torch.save({"state_dict": tokenizer_of(channel_multipliers=[1, 1, 1, 1], patch_size=1).state_dict()}, published)
     with pytest.raises(TrainerError, match=r"is not a run with a data\.val: name the images with --images PATH"):
         evaluate_run(published, device="cpu")
     photos = OmegaConf.load(run / "config.yaml").data.val

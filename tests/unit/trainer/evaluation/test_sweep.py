@@ -3,20 +3,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from PIL import Image
 from random_networks import main_with_small_inception, one_thread
+from tiny import generator_of, tokenizer_of, write_generator_run, write_tokenizer_run
 
 import trainer.evaluation.features
 import trainer.jobs.sample_output
 from data import DataError
-from model_zoo import ModelError, Tokenizer, TokenizerConfig, Transformer, TransformerConfig
-from model_zoo.io.sharded_tensors import save_shards, whole_tensor
+from model_zoo import ModelError
 from tools import cli
 from trainer import TrainerError
-from trainer.config import GeneratorRun, TokenizerRun
 from trainer.evaluation.sweep import settings_grid, sweep
-from trainer.recipes import save_config
 
 
 @pytest.fixture(autouse=True)
@@ -29,33 +26,8 @@ def cache(small_inception, alone, tmp_path, monkeypatch):
 def run(tmp_path_factory) -> Path:
     """A generator's run, of random weights. Tests only read it."""
     folder = tmp_path_factory.mktemp("runs")
-    torch.manual_seed(0)
-    models = {
-        "tokenizer": Tokenizer(
-            TokenizerConfig(
-                codebook_size=32, code_dim=4, channels=8, channel_multipliers=[1], num_res_blocks=1,
-                attention_factors=[], latent_channels=4, patch_size=4,
-            )
-        ),
-        "generator": Transformer(
-            TransformerConfig(vocabulary=32, classes=4, grid=[2, 3], depth=1, heads=2, head_dim=8, dropout=0.0)
-        ),
-    }  # fmt: skip
-    for parameter in models["generator"].parameters():
-        parameter.data.normal_(std=0.3)
-    for kind, model in models.items():
-        checkpoint = folder / kind / "checkpoints" / "step_00000001"
-        checkpoint.mkdir(parents=True)
-        kept = {"tokenizer": "tokenizer_ema", "generator": "generator"}[kind]
-        pieces = [whole_tensor(f"{kept}/{name}", value) for name, value in model.state_dict().items()]
-        save_shards(checkpoint / "rank_00000.safetensors", pieces)
-        (checkpoint.parent / "latest").write_text(f"{checkpoint.name}\n")
-        config = TokenizerRun(model=model.config) if kind == "tokenizer" else GeneratorRun(model=model.config)
-        if kind == "generator":
-            config.tokenizer.source = str(folder / "tokenizer")
-        config.trainer.max_steps, config.trainer.global_batch_size = 1, 1
-        save_config(config, folder / kind / "config.yaml")
-    return folder / "generator"
+    tokenizer = write_tokenizer_run(folder / "tokenizer", tokenizer_of())
+    return write_generator_run(folder / "generator", generator_of(), tokenizer)
 
 
 @pytest.fixture
@@ -87,7 +59,7 @@ def test_each_setting_is_sampled_and_judged(run, reference, tmp_path):
         alone = json.loads((tmp_path / "out" / f"{name}_generation.json").read_text())
         assert row["inception_score"] == alone["inception_score"] and row["sample_count"] == 10
         sampling = row["manifest"]["samples"]["sampling"]
-        assert sampling["checkpoint"] == "step_00000001"
+        assert sampling["checkpoint"] == "step_00000003"
         assert {key: sampling[key] for key in row["settings"]} == row["settings"]
     assert len({row["manifest"]["samples"]["sha256"] for row in rows}) == 4
     text = done.markdown_path.read_text()

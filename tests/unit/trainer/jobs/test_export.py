@@ -2,10 +2,11 @@
 
 import json
 import shutil
-from dataclasses import asdict, replace
+from dataclasses import replace
 from functools import cache
 
 import pytest
+import tiny
 import torch
 from omegaconf import OmegaConf
 
@@ -21,7 +22,6 @@ from model_zoo import (
 from model_zoo.discriminator import PatchDiscriminator
 from model_zoo.io.hashing import fingerprint_of, sha256_of
 from model_zoo.io.load import read_weights
-from model_zoo.io.sharded_tensors import save_shards, whole_tensor
 from trainer import TrainerError
 from trainer.jobs.export import export, export_published, import_published, info
 
@@ -57,19 +57,12 @@ def discriminator(norm="batch") -> PatchDiscriminator:
 
 
 def write_run(run, config, **models):
-    """A run's folder with a checkpoint by two ranks, each of which wrote half of every tensor."""
-    folder = run / "checkpoints" / "step_00000010"
-    folder.mkdir(parents=True)
-    pieces = [
-        whole_tensor(f"{kind}/{name}", value) for kind, m in models.items() for name, value in m.state_dict().items()
-    ]
-    for rank in range(2):
-        save_shards(folder / f"rank_{rank:05d}.safetensors", [piece.part(rank, 2) for piece in pieces])
+    """A run's folder with a checkpoint by two ranks, its state and its manifest."""
+    config = {**config, "model": next(iter(models.values())).config}
+    folder = tiny.write_run(run, config, step=10, ranks=2, **models) / "checkpoints" / "step_00000010"
     (folder / "state.json").write_text('{"step": 10}')
     files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in folder.iterdir()}
     (folder / "manifest.json").write_text(json.dumps({"files": files}))
-    (folder.parent / "latest").write_text(folder.name)
-    OmegaConf.save({**config, "model": asdict(next(iter(models.values())).config)}, run / "config.yaml")
     return run
 
 
@@ -369,7 +362,7 @@ def test_info_checks_every_set_of_weights(run, tmp_path, weights):
     models = {"tokenizer": tokenizer(1), "tokenizer_ema": tokenizer(2)}
     models["tokenizer" if weights == "raw" else "tokenizer_ema"] = bad
     mixed = write_run(tmp_path / "mixed", {}, **models)
-    OmegaConf.save({"model": asdict(TOKENIZER)}, mixed / "config.yaml")
+    OmegaConf.save({"model": TOKENIZER}, mixed / "config.yaml")
     with pytest.raises(ModelError, match=rf"\({weights} weights\) does not hold the weights of"):
         info(mixed)
 

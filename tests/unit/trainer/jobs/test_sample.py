@@ -3,67 +3,22 @@ import hashlib
 import json
 import shutil
 import signal
-from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from ranks import wait_for
+from tiny import generator_of, generator_run, tokenizer_of, write_generator_run, write_run, write_tokenizer_run
 
 import trainer.jobs.sample
 import trainer.jobs.sample_output
-from model_zoo import ModelError, Sampler, Sampling, Tokenizer, TokenizerConfig, Transformer, TransformerConfig
+from model_zoo import ModelError, Sampler, Sampling
 from model_zoo.io.load import find_checkpoint
-from model_zoo.io.sharded_tensors import save_shards, whole_tensor
 from tools import cli
 from trainer import TrainerError
-from trainer.config import GeneratorRun, TokenizerRun
 from trainer.jobs.sample import sample
 from trainer.jobs.sample_output import seed_of
-from trainer.recipes import save_config
-
-TOKENIZER = TokenizerConfig(
-    codebook_size=32, code_dim=4, channels=8, channel_multipliers=[1], num_res_blocks=1, attention_factors=[],
-    latent_channels=4, patch_size=4,
-)  # fmt: skip
-GENERATOR = TransformerConfig(vocabulary=32, classes=6, grid=[2, 3], depth=1, heads=2, head_dim=8, dropout=0.0)
-
-
-def write_run(run, config, **models):
-    checkpoint = run / "checkpoints" / "step_00000004"
-    checkpoint.mkdir(parents=True)
-    pieces = [
-        whole_tensor(f"{kind}/{name}", value) for kind, m in models.items() for name, value in m.state_dict().items()
-    ]
-    save_shards(checkpoint / "rank_00000.safetensors", pieces)
-    (checkpoint.parent / "latest").write_text(f"{checkpoint.name}\n")
-    config.trainer.max_steps, config.trainer.global_batch_size = 4, 2
-    save_config(config, run / "config.yaml")
-    return run
-
-
-def tokenizer_of(seed=0, **changes):
-    torch.manual_seed(seed)
-    return Tokenizer(replace(TOKENIZER, **changes))
-
-
-def generator_of(seed=0, **changes):
-    torch.manual_seed(seed)
-    generator = Transformer(replace(GENERATOR, **changes))
-    for parameter in generator.parameters():
-        torch.nn.init.normal_(parameter, std=0.3)
-    return generator
-
-
-def write_tokenizer_run(run, tokenizer):
-    return write_run(run, TokenizerRun(model=tokenizer.config), tokenizer_ema=tokenizer)
-
-
-def write_generator_run(run, generator, tokenizer=None, **models):
-    config = GeneratorRun(model=generator.config)
-    config.tokenizer.source = str(tokenizer) if tokenizer else None
-    return write_run(run, config, generator=generator, **models)
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +77,7 @@ def test_npz(run, tmp_path):
     report = json.loads(sampled.report.read_text())
     assert sampled.report == tmp_path / "new" / "x.npz.json"
     assert report["settings"]["seed"] == 0 and report["settings"]["weights"] == "raw"
-    assert report["checkpoint"] == "step_00000004" and report["images_per_class"] == {"1": 4, "4": 3}
+    assert report["checkpoint"] == "step_00000003" and report["images_per_class"] == {"1": 4, "4": 3}
     content = (tmp_path / "new" / "x.npz").read_bytes()
     assert report["finished"]["bytes"] == len(content)
     assert report["finished"]["sha256"] == hashlib.sha256(content).hexdigest()
@@ -186,7 +141,7 @@ def test_published_checkpoint_with_its_tokenizer(tmp_path):
 
 def test_ema_where_the_run_keeps_one_and_no_class(tmp_path):
     tokenizer = write_tokenizer_run(tmp_path / "tokenizer", tokenizer_of())
-    config = GeneratorRun(model=GENERATOR)
+    config = generator_run()
     config.ema.decay, config.loss.label_dropout, config.tokenizer.source = 0.9, 1.0, str(tokenizer)
     write_run(tmp_path / "run", config, generator=generator_of(1), generator_ema=generator_of(2))
     first = sample(tmp_path / "run", count=2, precision="bf16")
@@ -338,7 +293,7 @@ def test_runs_that_do_not_fit_are_refused(run, tmp_path):
     with pytest.raises(TrainerError, match="the tokenizer has 16 codes, the generator 32"):
         sample(lonely, tokenizer=small)
     other = write_tokenizer_run(tmp_path / "other", tokenizer_of(1))
-    config = GeneratorRun(model=GENERATOR)
+    config = generator_run()
     config.tokenizer.fingerprint = tokenizer_of(0).fingerprint()
     strict = write_run(tmp_path / "strict", config, generator=generator_of())
     with pytest.raises(TrainerError, match="is not the one that the generator was trained with"):

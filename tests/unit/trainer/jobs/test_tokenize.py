@@ -11,9 +11,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from omegaconf import OmegaConf
 from PIL import Image
 from serving import Server
+from tiny import tokenizer_of, write_run
 from webdataset.writer import TarWriter
 
 import model_zoo
@@ -33,10 +33,7 @@ from trainer.jobs.views import image_views
 pytestmark = pytest.mark.usefixtures("alone")
 
 SIDE = 32
-MODEL = dict(
-    codebook_size=300, code_dim=8, channels=32, channel_multipliers=[1, 1], num_res_blocks=1, attention_factors=[],
-    latent_channels=8, patch_size=4,
-)  # fmt: skip
+MODEL = dict(codebook_size=300, channel_multipliers=[1, 1])
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -50,17 +47,9 @@ def one_core():
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     """A run with an untrained tokenizer of 8x8 patches; its EMA weights differ."""
-    folder = tmp_path_factory.mktemp("runs") / "tiny"
-    checkpoint = folder / "checkpoints" / "step_00000003"
-    checkpoint.mkdir(parents=True)
-    for seed, name in enumerate(("tokenizer", "tokenizer_ema")):
-        torch.manual_seed(seed)
-        tokenizer = model_zoo.Tokenizer(model_zoo.TokenizerConfig(**MODEL))
-        pieces = [whole_tensor(f"{name}/{key}", value) for key, value in tokenizer.state_dict().items()]
-        save_shards(checkpoint / f"rank_{seed:05d}.safetensors", pieces)
-    (folder / "checkpoints" / "latest").write_text("step_00000003")
-    OmegaConf.save({"task": "tokenizer", "model": MODEL, "data": {"image_size": SIDE}}, folder / "config.yaml")
-    return folder
+    models = {"tokenizer": tokenizer_of(0, **MODEL), "tokenizer_ema": tokenizer_of(1, **MODEL)}
+    config = {"task": "tokenizer", "model": models["tokenizer"].config, "data": {"image_size": SIDE}}
+    return write_run(tmp_path_factory.mktemp("runs") / "tiny", config, **models)
 
 
 def png(number: int, size=(50, 40)) -> bytes:
@@ -185,8 +174,7 @@ def test_a_zip_file_a_pattern_and_a_server(run, tars, flipped, tmp_path):
 
 
 def test_the_fingerprint_is_of_what_makes_codes():
-    torch.manual_seed(0)
-    tokenizer = model_zoo.Tokenizer(model_zoo.TokenizerConfig(**MODEL))
+    tokenizer = tokenizer_of(**MODEL)
     fingerprint = tokenizer.fingerprint()
     assert len(fingerprint) == 16 and int(fingerprint, 16) >= 0
     with torch.no_grad():
