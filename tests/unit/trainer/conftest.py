@@ -1,5 +1,5 @@
 import pytest
-from tiny import single_process, single_world
+from support import single_process, single_world
 
 
 @pytest.fixture

@@ -2,13 +2,15 @@ import json
 import os
 import re
 import threading
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors import SafetensorError
+from support import refusal
 
-from model_zoo.io.sharded_tensors import ShardedTensors, whole_tensor
+from model_zoo.io.sharded_tensors import ShardedTensors, TensorShard, whole_tensor
 from trainer import TrainerError, checkpoint
 from trainer.checkpoint import (
     CheckpointError,
@@ -29,13 +31,18 @@ def tensors(step: int) -> dict[str, torch.Tensor]:
     return {"weights": torch.arange(1000.0).view(10, 100) + step, "count": torch.tensor(step)}
 
 
-def save(run, world, *steps: int, asynchronous=False, keep_last=3, keep_every_steps=None) -> None:
-    checkpoints = Checkpoints(
-        run, world, keep_last=keep_last, keep_every_steps=keep_every_steps, asynchronous=asynchronous
-    )
+def shards(step: int) -> list[TensorShard]:
+    return [whole_tensor(name, tensor) for name, tensor in tensors(step).items()]
+
+
+def save_and_finish(checkpoints: Checkpoints, *steps: int) -> None:
     for step in steps:
-        checkpoints.save(step, STATE, [whole_tensor(name, tensor) for name, tensor in tensors(step).items()])
+        checkpoints.save(step, STATE, shards(step))
     checkpoints.finish()
+
+
+def save(run, world, *steps: int, keep_last=3, **options) -> None:
+    save_and_finish(Checkpoints(run, world, keep_last=keep_last, **options), *steps)
 
 
 def names(run) -> list[str]:
@@ -58,15 +65,7 @@ def assert_in_force(run, world, step: int) -> None:
         assert torch.equal(files.tensor(name), tensor)
 
 
-def one_line(error) -> str:
-    assert "\n" not in str(error.value)
-    return str(error.value)
-
-
-def refused(source, world) -> str:
-    with pytest.raises(TrainerError) as error:
-        find_checkpoint(source, world)
-    return one_line(error)
+refused = partial(refusal, TrainerError, find_checkpoint)
 
 
 def test_a_world_of_one_runs_on_the_cpu(world):
@@ -103,9 +102,10 @@ def test_training_goes_on_while_it_is_written_and_does_not_change_it(world, tmp_
 
     monkeypatch.setattr(checkpoint, "write_part", slow)
     checkpoints = Checkpoints(tmp_path, world, keep_last=3, asynchronous=True)
-    held = tensors(10)
-    checkpoints.save(10, STATE, [whole_tensor(name, tensor) for name, tensor in held.items()])
-    held["weights"].zero_()  # the next step
+    held = shards(10)
+    checkpoints.save(10, STATE, held)
+    for shard in held:
+        shard.values.zero_()  # the next step
     for _ in range(3):
         checkpoints.poll()
         assert names(tmp_path) == ["step_00000010.unfinished"]  # nobody takes it for a checkpoint
@@ -126,7 +126,7 @@ def test_training_goes_on_while_it_is_written_and_does_not_change_it(world, tmp_
 
 def test_polling_seals_what_is_written(world, tmp_path):
     checkpoints = Checkpoints(tmp_path, world, keep_last=3, asynchronous=True)
-    checkpoints.save(10, STATE, [whole_tensor(name, tensor) for name, tensor in tensors(10).items()])
+    checkpoints.save(10, STATE, shards(10))
     checkpoints.writing.join(60)
     checkpoints.poll()
     assert checkpoints.writing is None
@@ -158,17 +158,13 @@ def test_a_failure_at_any_moment_leaves_the_former_checkpoint_in_force(
     failing = half_written if stage == "write_part" else fail(OSError(28, "No space left on device"))
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, stage, failing)
-        with pytest.raises(CheckpointError) as error:
-            checkpoints.save(20, STATE, [whole_tensor(name, tensor) for name, tensor in tensors(20).items()])
-            checkpoints.finish()
-    message = one_line(error)
+        message = refusal(CheckpointError, save_and_finish, checkpoints, 20)
     assert "cannot write checkpoint step_00000020 (" in message and "No space left on device" in message
     assert f"`ibq resume {tmp_path}`" in message
     assert_in_force(tmp_path, world, 10)
     assert not [name for name in names(tmp_path) if name.endswith(".unfinished") and name.startswith("step")]
     # The same writer goes on: what was in the way is gone.
-    checkpoints.save(20, STATE, [whole_tensor(name, tensor) for name, tensor in tensors(20).items()])
-    checkpoints.finish()
+    save_and_finish(checkpoints, 20)
     assert names(tmp_path) == ["latest", "step_00000010", "step_00000020"]
     assert_in_force(tmp_path, world, 20)
 

@@ -5,9 +5,9 @@ import shutil
 from functools import partial
 
 import pytest
-import tiny
+import support
 import torch
-from tiny import as_float, equal, gradients, single_world, tokenizer_run, tokenizer_task, watch
+from support import as_float, equal, gradients, refusal, single_world, tokenizer_run, tokenizer_task, watch
 
 from model_zoo import load_tokenizer
 from model_zoo.io.sharded_tensors import ShardedTensors, save_shards
@@ -36,7 +36,7 @@ SETTINGS = dict(
 
 
 tiny_config = partial(tokenizer_run, **SETTINGS)
-images = partial(tiny.images, count=4)
+images = partial(support.images, count=4)
 
 
 @pytest.fixture
@@ -295,11 +295,7 @@ def test_few_codes_of_a_frozen_encoder_are_no_alarm(build, run):
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 
-def refused(function, *arguments) -> str:
-    with pytest.raises(TrainerError) as error:
-        function(*arguments)
-    assert "\n" not in str(error.value)
-    return str(error.value)
+refused = partial(refusal, TrainerError)
 
 
 def refused_source(source, **changes) -> str:
@@ -314,7 +310,7 @@ def test_a_source_that_is_missing_or_holds_no_such_weights(build, run, tmp_path)
     bare = write_run(build(ema__decay=0.0), tmp_path / "bare")
     message = refused_source(bare)
     assert "init_from.weights=ema" in message and "raw" in message
-    generator = tiny.write_run(tmp_path / "generator", GeneratorRun(), generator=torch.nn.Linear(2, 2))
+    generator = support.write_run(tmp_path / "generator", GeneratorRun(), generator=torch.nn.Linear(2, 2))
     assert "is from a generator run" in refused_source(generator)
 
 

@@ -2,10 +2,10 @@ import math
 
 import numpy as np
 import pytest
-import skimage.data
 import skimage.metrics
 import torch
 from scipy.cluster.vq import kmeans2
+from support import photograph
 
 from trainer.evaluation.baselines import ColorBaselines, fit_palette
 from trainer.metrics import image as metrics
@@ -14,8 +14,7 @@ from trainer.metrics.codebook import USAGE_WINDOW_TOKENS, CodebookUsage, window_
 
 def photographs(side=64):
     """Four uint8 crops (4, 3, side, side) of real photographs."""
-    whole = [skimage.data.astronaut(), skimage.data.coffee(), skimage.data.chelsea(), skimage.data.rocket()]
-    return torch.stack([torch.from_numpy(p[40 : 40 + side, 150 : 150 + side].copy()).permute(2, 0, 1) for p in whole])
+    return torch.stack([photograph(number, side, side) for number in range(4)])
 
 
 def as_float(levels):

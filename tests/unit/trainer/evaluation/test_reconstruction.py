@@ -8,9 +8,9 @@ import lpips
 import numpy as np
 import pytest
 import scipy.linalg
-import skimage.data
 import skimage.metrics
 import torch
+from support import photograph, refusal
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from data import EvaluationImage
@@ -57,13 +57,7 @@ class ExactTokenizer(GreyTokenizer):
 
 def photographs(*sizes):
     """Real photographs cut to (height, width)."""
-    whole = [skimage.data.astronaut(), skimage.data.coffee(), skimage.data.chelsea(), skimage.data.rocket()]
-    return [
-        EvaluationImage(
-            f"{i}.png", torch.from_numpy(whole[i % 4][40 : 40 + h, 150 : 150 + w].copy()).permute(2, 0, 1), i
-        )
-        for i, (h, w) in enumerate(sizes)
-    ]
+    return [EvaluationImage(f"{i}.png", photograph(i, *size), i) for i, size in enumerate(sizes)]
 
 
 @pytest.fixture
@@ -325,12 +319,7 @@ def test_auto_measures_what_is_there_and_says_what_is_not(weights, tmp_path, mon
     [
         ("all", 256, 10, "vgg16-397923af.pth, for "),
         ("rfid", 256, 1, "rFID cannot be measured: it needs at least 2 images"),
-        (
-            "psnr,lpips_vgg",
-            8,
-            10,
-            "LPIPS (VGG) cannot be measured: images of 8 pixels are too small, it needs",
-        ),
+        ("psnr,lpips_vgg", 8, 10, "LPIPS (VGG) cannot be measured: images of 8 pixels are too small, it needs"),
         ("psnr,fid", 256, 10, "'fid' is unknown: choose auto, all, or a list of rfid, lpips_vgg"),
         ("auto,psnr", 256, 10, "auto and all cannot be combined"),
         ("lpips_alex", 256, 10, "is not the published alexnet"),
@@ -340,9 +329,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(weights, tmp_path, monke
     monkeypatch.setenv("IBQ_WEIGHTS", str(tmp_path))
     (tmp_path / WEIGHTS_FILES["inception"].file).symlink_to(weights / WEIGHTS_FILES["inception"].file)
     (tmp_path / WEIGHTS_FILES["alexnet"].file).write_bytes(b"other weights")
-    with pytest.raises((TrainerError, ModelError)) as error:
-        load_networks(asked, size, count)
-    assert message in str(error.value) and "\n" not in str(error.value)
+    assert message in refusal((TrainerError, ModelError), load_networks, asked, size, count)
 
 
 def test_the_timer_accounts_for_all_seconds():

@@ -5,7 +5,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from random_networks import main_with_small_inception, one_thread
-from tiny import generator_of, tokenizer_of, write_generator_run, write_tokenizer_run
+from support import generator_of, tokenizer_of, write_generator_run, write_tokenizer_run
 
 import trainer.evaluation.features
 import trainer.jobs.sample_output

@@ -9,7 +9,14 @@ import pytest
 import torch
 from PIL import Image
 from ranks import wait_for
-from tiny import generator_of, generator_run, tokenizer_of, write_generator_run, write_run, write_tokenizer_run
+from support import (
+    generator_of,
+    generator_run,
+    tokenizer_of,
+    write_generator_run,
+    write_run,
+    write_tokenizer_run,
+)
 
 import trainer.jobs.sample
 import trainer.jobs.sample_output

@@ -1,6 +1,6 @@
-"""Tiny tokenizers on one process, folders of runs, and pictures, for tests of the trainer."""
+"""What tests of the trainer share: tiny models and their runs, pictures, worlds of one process, and comparisons."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -144,6 +144,14 @@ def as_float(levels: Tensor) -> Tensor:
 def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     assert first.keys() == second.keys()
     return all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def refusal(errors: type[Exception] | tuple[type[Exception], ...], function: Callable, *arguments, **options) -> str:
+    """The one line with which a function refuses a mistake."""
+    with pytest.raises(errors) as error:
+        function(*arguments, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
 
 
 def gradients(module):
