@@ -14,7 +14,6 @@ from torch_fidelity.metric_prc import prc_features_to_metric
 
 from data.npz import Npz
 from model_zoo.eval_nets.weights import WEIGHTS_FILES
-from tools import cli
 from trainer import TrainerError
 from trainer.evaluation.features import FeatureExtractor, FolderImages, NpzImages, _gathered
 from trainer.evaluation.generation import evaluate_generation
@@ -282,30 +281,13 @@ def test_three_processes_have_the_results_of_one(samples, tmp_path, weights, ran
     assert evaluate(samples, folder, metrics="is,pr").inception_score == together["inception_score"]
 
 
-@pytest.fixture
-def assert_refused_by(monkeypatch, capfd):
-    """Runs `ibq` here; what it said in its one line."""
-
-    def run(*arguments, **environment) -> str:
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        with pytest.raises(SystemExit) as exited:
-            cli.main([str(argument) for argument in arguments])
-        err = capfd.readouterr().err
-        assert exited.value.code == 2 and err.count("\n") == 1 and err.startswith("ibq: error: "), err
-        return err
-
-    return run
+def test_a_missing_weights_file_is_one_line_on_every_process(samples, reference, tmp_path, monkeypatch, refused_by_ibq):
+    monkeypatch.setenv("IBQ_WEIGHTS", str(tmp_path))
+    said = refused_by_ibq("evaluate", "generation", "--samples", samples, "--reference", reference)
+    assert "weights-inception-2015-12-05-6726825d.pth" in said and "IBQ_WEIGHTS" in said
 
 
-def test_a_missing_weights_file_is_one_line_on_every_process(samples, reference, tmp_path, assert_refused_by):
-    finished = assert_refused_by(
-        "evaluate", "generation", "--samples", samples, "--reference", reference, IBQ_WEIGHTS=str(tmp_path)
-    )
-    assert "weights-inception-2015-12-05-6726825d.pth" in finished and "IBQ_WEIGHTS" in finished
-
-
-def test_mistakes_of_the_user_are_one_line(samples, reference, tmp_path, assert_refused_by):
+def test_mistakes_of_the_user_are_one_line(samples, reference, tmp_path, refused_by_ibq):
     one = write_npz(tmp_path / "one.npz", pictures(1))
     floats = write_npz(tmp_path / "floats.npz", pictures(3) / 255)
     np.savez(tmp_path / "none.npz", other=np.zeros(3))
@@ -337,7 +319,7 @@ def test_mistakes_of_the_user_are_one_line(samples, reference, tmp_path, assert_
         (samples, reference, "--device", "tpu"): "--device tpu is unknown",
         (samples, reference, "--sweep", "guidance=1"): "need --generator",
     }.items():
-        assert said in assert_refused_by("evaluate", "generation", "--samples", first, "--reference", second, *more)
+        assert said in refused_by_ibq("evaluate", "generation", "--samples", first, "--reference", second, *more)
     assert not list(tmp_path.glob("*_generation.*"))
 
 

@@ -269,14 +269,9 @@ def test_any_number_of_processes_makes_the_same_images_and_continues_after_a_kil
         (["--count", "many"], "--count"),
     ],
 )
-def test_bad_input_is_one_line(run, tmp_path, monkeypatch, capsys, options, message):
+def test_bad_input_is_one_line(run, tmp_path, monkeypatch, refused_by_ibq, options, message):
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit) as exited:
-        cli.main(["sample", str(run), *options])
-    err = capsys.readouterr().err
-    assert exited.value.code == 2
-    assert err.startswith("ibq: error: ") and err.count("\n") == 1
-    assert message in err
+    assert message in refused_by_ibq("sample", run, *options)
     assert not (run / "sampled").exists() and not list(tmp_path.glob("x*"))
 
 

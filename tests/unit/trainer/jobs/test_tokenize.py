@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from omegaconf import OmegaConf
 from PIL import Image
 from serving import Server
 from support import refusal, tokenizer_of, write_run
@@ -23,7 +24,6 @@ from data.prep.check import check_shards
 from data.tar_format import scan
 from data.tar_reader import TarShard
 from data.transforms import pixels_chw, resize_and_center_crop, resize_named
-from model_zoo.io.sharded_tensors import save_shards, whole_tensor
 from tools import cli
 from trainer import TrainerError
 from trainer.jobs import tokenize as module
@@ -273,13 +273,7 @@ def test_other_settings_are_not_mixed(run, tars, tmp_path, options, message):
     assert files(tmp_path / "out") == before
 
 
-def said(capsys, *arguments):
-    with pytest.raises(SystemExit) as exited:
-        cli.main(["tokenize", *map(str, arguments)])
-    return exited.value.code, capsys.readouterr().err
-
-
-def test_bad_input_gets_one_line(capsys, run, tars, tmp_path):
+def test_bad_input_gets_one_line(refused_by_ibq, run, tars, tmp_path):
     (tmp_path / "empty").mkdir()
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.png").write_bytes(b"no picture")
@@ -311,9 +305,7 @@ def test_bad_input_gets_one_line(capsys, run, tars, tmp_path):
     ]:
         given = {"run": run, "images": tars, "out": out, "device": "cpu", **changes}
         options = [word for name, value in given.items() if name != "run" for word in (f"--{name}", value)]
-        status, err = said(capsys, given["run"], *options)
-        lines = [line for line in err.splitlines() if line]
-        assert status == 2 and len(lines) == 1 and message in lines[0], (changes, err)
+        assert message in refused_by_ibq("tokenize", given["run"], *options), changes
         shutil.rmtree(out, ignore_errors=True)
 
 
@@ -332,15 +324,10 @@ def test_tokens_are_not_tokenized(run, flipped, tmp_path):
     assert not (tmp_path / "out").exists()
 
 
-def test_another_run_is_named(capsys, run, tars, tmp_path):
-    other = shutil.copytree(run, tmp_path / "run")
-    for path in other.glob("checkpoints/*/*.safetensors"):
-        path.unlink()
-    save_shards(
-        other / "checkpoints/step_00000003/rank_00000.safetensors", [whole_tensor("generator/a", torch.zeros(2))]
-    )
-    status, err = said(capsys, other, "--images", tars, "--out", tmp_path / "out", "--weights", "raw")
-    assert status == 2 and "is from a generator run: give a tokenizer run" in err
+def test_another_run_is_named(refused_by_ibq, run, tars, tmp_path):
+    other = write_run(tmp_path / "run", OmegaConf.load(run / "config.yaml"), generator=torch.nn.Linear(2, 2))
+    said = refused_by_ibq("tokenize", other, "--images", tars, "--out", tmp_path / "out", "--weights", "raw")
+    assert "is from a generator run: give a tokenizer run" in said
 
 
 def test_damage_in_a_later_shard_leaves_the_finished_ones(run, tars, tmp_path, monkeypatch):
