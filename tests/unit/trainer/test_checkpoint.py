@@ -4,6 +4,7 @@ import re
 import threading
 from functools import partial
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -133,13 +134,6 @@ def test_polling_seals_what_is_written(world, tmp_path):
     assert_in_force(tmp_path, world, 10)
 
 
-def fail(error):
-    def failing(*_):
-        raise error
-
-    return failing
-
-
 def half_written(file, shards):
     file.write_bytes(b"half of")
     raise OSError(28, "No space left on device")
@@ -155,7 +149,7 @@ def test_a_failure_at_any_moment_leaves_the_former_checkpoint_in_force(
 ):
     save(tmp_path, world, 10)
     checkpoints = Checkpoints(tmp_path, world, keep_last=3, asynchronous=asynchronous)
-    failing = half_written if stage == "write_part" else fail(OSError(28, "No space left on device"))
+    failing = half_written if stage == "write_part" else Mock(side_effect=OSError(28, "No space left on device"))
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, stage, failing)
         message = refusal(CheckpointError, save_and_finish, checkpoints, 20)
@@ -172,7 +166,8 @@ def test_a_failure_at_any_moment_leaves_the_former_checkpoint_in_force(
 @MODES
 def test_what_safetensors_refuses_to_write_is_a_checkpoint_error_too(world, tmp_path, monkeypatch, asynchronous):
     save(tmp_path, world, 10)
-    monkeypatch.setattr(checkpoint, "write_part", fail(SafetensorError("I/O error: No space left on device")))
+    full = SafetensorError("I/O error: No space left on device")
+    monkeypatch.setattr(checkpoint, "write_part", Mock(side_effect=full))
     with pytest.raises(CheckpointError, match=r"rank 0: I/O error: No space left on device"):
         save(tmp_path, world, 20, asynchronous=asynchronous)
     assert_in_force(tmp_path, world, 10)
@@ -184,7 +179,7 @@ def test_a_kill_at_any_moment_leaves_the_former_checkpoint_in_force(world, tmp_p
     """Nothing is tidied up after it; the next run's first save does that."""
     save(tmp_path, world, 10)
     with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, stage, fail(KeyboardInterrupt()))
+        patch.setattr(checkpoint, stage, Mock(side_effect=KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             save(tmp_path, world, 20, asynchronous=asynchronous)
     assert_in_force(tmp_path, world, 10)
@@ -269,40 +264,26 @@ def test_the_same_step_is_written_over(world, tmp_path):
 
 
 def cut_short(folder):
-    content = (folder / PART).read_bytes()
-    (folder / PART).write_bytes(content[:-1])
+    os.truncate(folder / PART, (folder / PART).stat().st_size - 1)
 
 
-def flip_a_bit(folder):
-    content = bytearray((folder / PART).read_bytes())
-    content[-100] ^= 1
-    (folder / PART).write_bytes(content)
-
-
-def flip_a_bit_of_the_state(folder):
-    content = bytearray((folder / "state.json").read_bytes())
+def flip_a_bit(folder, name=PART):
+    content = bytearray((folder / name).read_bytes())
     content[-2] ^= 1
-    (folder / "state.json").write_bytes(content)
+    (folder / name).write_bytes(content)
 
 
-def lose_a_file(folder):
-    (folder / PART).unlink()
+def lose(folder, name=PART):
+    (folder / name).unlink()
 
 
 def put_a_folder_in_its_place(folder):
-    lose_a_file(folder)
+    lose(folder)
     (folder / PART).mkdir()
 
 
-def lose_the_manifest(folder):
-    (folder / "manifest.json").unlink()
-
-
 def manifest(content):
-    def write(folder):
-        (folder / "manifest.json").write_text(content)
-
-    return write
+    return lambda folder: (folder / "manifest.json").write_text(content)
 
 
 DAMAGES = pytest.mark.parametrize(
@@ -310,11 +291,11 @@ DAMAGES = pytest.mark.parametrize(
     [
         (cut_short, rf"{PART} has 4\d+ bytes instead of 4\d+"),
         (flip_a_bit, rf"{PART} is not what was written \(its sha256 differs\)"),
-        (flip_a_bit_of_the_state, r"state\.json is not what was written \(its sha256 differs\)"),
-        (lose_a_file, rf"{PART} is missing"),
+        (partial(flip_a_bit, name="state.json"), r"state\.json is not what was written \(its sha256 differs\)"),
+        (lose, rf"{PART} is missing"),
         (put_a_folder_in_its_place, rf"{PART} cannot be read \(Is a directory\)"),
         (
-            lose_the_manifest,
+            partial(lose, name="manifest.json"),
             r"manifest\.json is missing \(it was never finished, or an older version of ibq wrote it\)",
         ),
         (manifest('{"files": {"rank_00'), r"manifest\.json is damaged"),
@@ -358,11 +339,11 @@ def test_one_that_was_named_and_does_not_exist_is_refused(world, tmp_path):
 
 def test_every_one_that_is_passed_over_is_told_and_where_none_is_whole_that_too(world, tmp_path):
     save(tmp_path, world, 10, 20, 30)
-    lose_a_file(folder_of(tmp_path, 30))
+    lose(folder_of(tmp_path, 30))
     flip_a_bit(folder_of(tmp_path, 20))
     found, notes = find_checkpoint(tmp_path, world)
     assert found == folder_of(tmp_path, 10) and [note[:13] for note in notes] == ["step_00000030", "step_00000020"]
-    lose_the_manifest(folder_of(tmp_path, 10))
+    lose(folder_of(tmp_path, 10), "manifest.json")
     message = refused(tmp_path, world)
     assert "has no complete checkpoint" in message
     assert message.index("step_00000030") < message.index("step_00000020") < message.index("step_00000010")
@@ -373,9 +354,8 @@ def test_no_checkpoint_yet_is_said(world, tmp_path):
     (tmp_path / "checkpoints" / "step_00000010.unfinished").mkdir(parents=True)
     assert "has no finished checkpoint" in refused(tmp_path, world)
     (tmp_path / "checkpoints" / "step_00000010").mkdir()
-    assert "has no complete checkpoint: step_00000010 is passed over: manifest.json is missing" in refused(
-        tmp_path, world
-    )
+    said = "has no complete checkpoint: step_00000010 is passed over: manifest.json is missing"
+    assert said in refused(tmp_path, world)
 
 
 def test_a_run_in_a_folder_named_checkpoints_is_a_run(world, tmp_path):
@@ -389,7 +369,7 @@ def test_latest_may_be_edited_by_hand(world, tmp_path):
     (tmp_path / "checkpoints" / "latest").write_text("step_00000020\n")
     assert find_checkpoint(tmp_path, world) == (folder_of(tmp_path, 20), [])
     # Where that one is not whole, one before it stands in, none after it.
-    lose_a_file(folder_of(tmp_path, 20))
+    lose(folder_of(tmp_path, 20))
     found, (note,) = find_checkpoint(tmp_path, world)
     assert found == folder_of(tmp_path, 10) and note == f"step_00000020 is passed over: {PART} is missing"
 
