@@ -6,8 +6,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import skimage.data
+import skimage.metrics
 import torch
 from omegaconf import OmegaConf
 from torch import Tensor, nn
@@ -15,6 +17,8 @@ from torch import Tensor, nn
 from model_zoo import Tokenizer, TokenizerConfig, Transformer, TransformerConfig
 from model_zoo.io.sharded_tensors import save_shards, whole_tensor
 from trainer.config import GeneratorRun, TokenizerRun, TrainerConfig
+from trainer.ema import Ema
+from trainer.engines.base import Engine
 from trainer.parallel import World, start_world, stop_world
 from trainer.start_plan import plan_batch
 from trainer.tasks.tokenizer import TokenizerTask
@@ -144,6 +148,39 @@ def as_float(levels: Tensor) -> Tensor:
 def equal(first: dict[str, Tensor], second: dict[str, Tensor]) -> bool:
     assert first.keys() == second.keys()
     return all(torch.equal(value, second[name]) for name, value in first.items())
+
+
+def weights(module: nn.Module) -> dict[str, Tensor]:
+    """A copy of a module's state."""
+    return {name: value.clone() for name, value in module.state_dict().items()}
+
+
+def averages(ema: Ema, engine: Engine) -> dict[str, Tensor]:
+    """A copy of the running averages of an engine's weights."""
+    return {shard.name: shard.values.view(shard.shape).clone() for shard in ema.shards(engine)}
+
+
+def frechet_distance_by_hand(x_nd: Tensor, y_md: Tensor) -> float:
+    """Of few pictures: with centred features X and Y over the roots of n - 1 and m - 1, covariances are X^T X and
+    Y^T Y, and the trace of the root of their product is the sum of the singular values of X Y^T, of n x m numbers."""
+    x_nd, y_md = x_nd.double().numpy(), y_md.double().numpy()
+    shift_d = x_nd.mean(axis=0) - y_md.mean(axis=0)
+    x_nd, y_md = ((f - f.mean(axis=0)) / np.sqrt(len(f) - 1) for f in (x_nd, y_md))
+    root = np.linalg.svd(x_nd @ y_md.T, compute_uv=False).sum()
+    return float(shift_d @ shift_d + (x_nd**2).sum() + (y_md**2).sum() - 2 * root)
+
+
+def paper_levels(image_chw: Tensor) -> np.ndarray:
+    """The protocol `paper` written out for one image, in numpy: float [0, 1] pixels, height x width x channel."""
+    unit = (np.clip(image_chw.numpy(), np.float32(-1), np.float32(1)) + np.float32(1)) / np.float32(2)
+    return ((unit * np.float32(255)).astype(np.uint8).astype(np.float64) / 255).transpose(1, 2, 0)
+
+
+def psnr_and_ssim_by_hand(x_chw: Tensor, y_chw: Tensor, **options) -> tuple[float, float]:
+    """By scikit-image; options: of its SSIM."""
+    x_hwc, y_hwc = paper_levels(x_chw), paper_levels(y_chw)
+    psnr = skimage.metrics.peak_signal_noise_ratio(x_hwc, y_hwc, data_range=1)
+    return psnr, skimage.metrics.structural_similarity(x_hwc, y_hwc, data_range=1, channel_axis=-1, **options)
 
 
 def refusal(errors: type[Exception] | tuple[type[Exception], ...], function: Callable, *arguments, **options) -> str:

@@ -8,10 +8,11 @@ from functools import partial
 from operator import attrgetter
 
 import pytest
+import support
 import torch
 import torch.distributed as dist
 from PIL import Image
-from support import as_float, equal, gradients, images, refusal, tokenizer_task, watch
+from support import as_float, equal, gradients, images, refusal, tokenizer_task, watch, weights
 from torch.nn import functional as F
 
 from model_zoo import ModelError
@@ -33,15 +34,10 @@ def build(world):
     return partial(tokenizer_task, world)
 
 
-def weights(module):
-    return {name: value.clone() for name, value in module.state_dict().items()}
-
-
 def averages(task):
     """The EMA's, by the names of the tokenizer's state dict."""
-    engines = ((task.main_engine, ""), (task.codebook, "quantize."))
-    shards = [(f"{prefix}{shard.name}", shard) for engine, prefix in engines for shard in task.state.ema.shards(engine)]
-    return {name: shard.values.view(shard.shape).clone() for name, shard in shards}
+    of_codes = {f"quantize.{name}": value for name, value in support.averages(task.state.ema, task.codebook).items()}
+    return support.averages(task.state.ema, task.main_engine) | of_codes
 
 
 def save(task, folder):

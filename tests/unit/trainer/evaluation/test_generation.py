@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from random_networks import accept, hashes_of, main_with_small_inception, one_thread
+from support import frechet_distance_by_hand
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
@@ -78,16 +79,6 @@ def features_by_torch_fidelity(weights: Path, images: np.ndarray) -> tuple[torch
     )
     with torch.no_grad():
         return extractor(torch.from_numpy(images).permute(0, 3, 1, 2))
-
-
-def frechet_distance_by_hand(x_nd: torch.Tensor, y_md: torch.Tensor) -> float:
-    """Of few pictures: with centred features X and Y over the roots of n - 1 and m - 1, covariances are X^T X and
-    Y^T Y, and the trace of the root of their product is the sum of the singular values of X Y^T, of n x m numbers."""
-    x_nd, y_md = x_nd.double().numpy(), y_md.double().numpy()
-    shift_d = x_nd.mean(axis=0) - y_md.mean(axis=0)
-    x_nd, y_md = ((f - f.mean(axis=0)) / np.sqrt(len(f) - 1) for f in (x_nd, y_md))
-    root = np.linalg.svd(x_nd @ y_md.T, compute_uv=False).sum()
-    return float(shift_d @ shift_d + (x_nd**2).sum() + (y_md**2).sum() - 2 * root)
 
 
 def test_all_figures_are_those_of_torch_fidelitys_features(real_inception, weights, tmp_path, monkeypatch):

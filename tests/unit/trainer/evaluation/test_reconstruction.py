@@ -7,10 +7,8 @@ from unittest.mock import patch
 import lpips
 import numpy as np
 import pytest
-import scipy.linalg
-import skimage.metrics
 import torch
-from support import photograph, refusal
+from support import frechet_distance_by_hand, photograph, psnr_and_ssim_by_hand, refusal
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from data import EvaluationImage
@@ -218,19 +216,7 @@ def independent_features(pictures_bchw):
     unit = (pictures_bchw.double().clamp(-1, 1) + 1) / 2
     resized = torch.nn.functional.interpolate(unit, size=(299, 299), mode="bilinear", align_corners=False)
     with torch.no_grad():
-        return torch.nn.Sequential(*trunk)(2 * resized - 1).flatten(1).numpy()
-
-
-def independent_rfid(first_nd, second_nd):
-    """The formula with scipy's root, in float64."""
-    (mean, centred), (other_mean, other_centred) = (
-        (features_nd.mean(axis=0), features_nd - features_nd.mean(axis=0)) for features_nd in (first_nd, second_nd)
-    )
-    # The non-zero eigenvalues of S T are those of a small matrix: both covariances are of few pictures.
-    n = len(centred) - 1
-    cross = centred @ other_centred.T / n
-    trace = np.sqrt(np.clip(scipy.linalg.eigvals(cross @ cross.T).real, 0, None)).sum()
-    return ((mean - other_mean) ** 2).sum() + (centred**2).sum() / n + (other_centred**2).sum() / n - 2 * trace
+        return torch.nn.Sequential(*trunk)(2 * resized - 1).flatten(1)
 
 
 def as_tensors(images):
@@ -253,16 +239,13 @@ def test_all_measures_equal_independent_ones(evaluate, weights, monkeypatch):
         assert getattr(report, f"lpips_{net}") == pytest.approx(np.mean(want), rel=1e-4)
     assert report.rfid == 1.5
     [moments] = given
-    features = np.split(independent_features(torch.cat([x_bchw, y_bchw])), 2)
+    features = independent_features(torch.cat([x_bchw, y_bchw])).split(3)
     for features_nd, (mean_d, covariance_dd) in zip(features, (moments[:2], moments[2:]), strict=True):
         covariance = np.cov(features_nd, rowvar=False)
-        np.testing.assert_allclose(mean_d, features_nd.mean(axis=0), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(mean_d, features_nd.mean(dim=0), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(covariance_dd, covariance, rtol=0, atol=1e-4 * covariance.max())
     for score, x, y in zip(report.images, x_bchw, y_bchw, strict=True):
-        a, b = (((((p + 1) / 2).numpy() * np.float32(255)).astype(np.uint8) / 255).transpose(1, 2, 0) for p in (x, y))
-        assert score.psnr == pytest.approx(skimage.metrics.peak_signal_noise_ratio(a, b, data_range=1), abs=1e-6)
-        want = skimage.metrics.structural_similarity(a, b, data_range=1, channel_axis=-1)
-        assert score.ssim == pytest.approx(want, abs=1e-6)
+        assert (score.psnr, score.ssim) == pytest.approx(psnr_and_ssim_by_hand(x, y), abs=1e-6)
         assert score.l1 == pytest.approx(float((x.double() - y.double()).abs().mean()), rel=1e-5)
     # The worst are the first by LPIPS.
     worst = max(report.images, key=lambda score: score.lpips_vgg)
@@ -275,8 +258,8 @@ def test_rfid_equals_an_independent_one_and_is_0_for_unchanged_pictures(evaluate
     images = photographs(*[(48, 40)] * 3)
     networks = load_networks("all", None, len(images))
     rfid = evaluate(GreyTokenizer(), images, networks=networks).rfid
-    features_nd, other_nd = np.split(independent_features(torch.cat(as_tensors(images))), 2)
-    assert rfid == pytest.approx(independent_rfid(features_nd, other_nd), rel=1e-4)
+    features_nd = independent_features(torch.cat(as_tensors(images)))
+    assert rfid == pytest.approx(frechet_distance_by_hand(*features_nd.split(3)), rel=1e-4)
     exact = evaluate(ExactTokenizer(), images, networks=networks)
     assert exact.infinite_psnr_count == 3 and exact.lpips_vgg == exact.lpips_alex == 0
     assert abs(exact.rfid) < 1e-6 * rfid

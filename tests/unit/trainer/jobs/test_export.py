@@ -2,53 +2,24 @@
 
 import json
 import shutil
-from dataclasses import replace
-from functools import cache
+from functools import cache, partial
 
 import pytest
 import support
 import torch
 from omegaconf import OmegaConf
-from support import refusal
+from support import generator_of, refusal, tokenizer_of
 
-from model_zoo import (
-    ModelError,
-    Tokenizer,
-    TokenizerConfig,
-    Transformer,
-    TransformerConfig,
-    load_generator,
-    load_tokenizer,
-)
+from model_zoo import ModelError, load_generator, load_tokenizer
 from model_zoo.discriminator import PatchDiscriminator
 from model_zoo.io.hashing import fingerprint_of, sha256_of
 from model_zoo.io.load import read_weights
 from trainer import TrainerError
 from trainer.jobs.export import export, export_published, import_published, info
 
-TOKENIZER = TokenizerConfig(
-    codebook_size=16,
-    code_dim=4,
-    channels=32,
-    channel_multipliers=[1, 1],
-    num_res_blocks=1,
-    attention_factors=[],
-    latent_channels=4,
-)
-GENERATOR = TransformerConfig(vocabulary=16, classes=3, grid=[4, 4], depth=1, heads=1)
-
-
 # Tests only read these models.
-@cache
-def tokenizer(seed, **changes) -> Tokenizer:
-    torch.manual_seed(seed)
-    return Tokenizer(replace(TOKENIZER, **changes))
-
-
-@cache
-def generator(seed, **changes) -> Transformer:
-    torch.manual_seed(seed)
-    return Transformer(replace(GENERATOR, **changes))
+tokenizer = cache(partial(tokenizer_of, codebook_size=16, channels=32, channel_multipliers=[1, 1], patch_size=1))
+generator = cache(partial(generator_of, vocabulary=16, classes=3, grid=[4, 4], heads=1, head_dim=64, dropout=0.1))
 
 
 @cache
@@ -361,7 +332,7 @@ def test_info_checks_every_set_of_weights(run, tmp_path, weights):
     models = {"tokenizer": tokenizer(1), "tokenizer_ema": tokenizer(2)}
     models["tokenizer" if weights == "raw" else "tokenizer_ema"] = bad
     mixed = write_run(tmp_path / "mixed", {}, **models)
-    OmegaConf.save({"model": TOKENIZER}, mixed / "config.yaml")
+    OmegaConf.save({"model": tokenizer(1).config}, mixed / "config.yaml")
     with pytest.raises(ModelError, match=rf"\({weights} weights\) does not hold the weights of"):
         info(mixed)
 
