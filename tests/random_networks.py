@@ -19,8 +19,6 @@ from torch_fidelity import feature_extractor_inceptionv3
 from model_zoo.eval_nets.inception import FEATURES, InceptionFeatures
 from model_zoo.eval_nets.weights import WEIGHTS_FILES, checked_weights, weights_path
 
-TRUNKS = {"vgg16": "vgg16", "alexnet": "alexnet"}  # key of WEIGHTS_FILES -> torchvision's model
-
 
 @contextmanager
 def one_thread() -> Iterator[None]:
@@ -68,9 +66,9 @@ def _filled(state: dict[str, torch.Tensor], seed: int) -> dict[str, torch.Tensor
 def write_networks(folder: Path) -> Path:
     """Writes all three files; the trunks of LPIPS without their classifiers."""
     write_inception(folder)
-    for seed, (key, model) in enumerate(TRUNKS.items()):
+    for seed, key in enumerate(("vgg16", "alexnet")):
         with torch.device("meta"):
-            trunk = getattr(torchvision.models, model)().features
+            trunk = getattr(torchvision.models, key)().features
         state = _filled({f"features.{name}": tensor for name, tensor in trunk.state_dict().items()}, seed)
         torch.save(state, folder / WEIGHTS_FILES[key].file)
     return folder

@@ -360,16 +360,9 @@ def import_everything() -> None:
         # Training imports these where it first uses them.
         *("torchvision", "rich.console", "rich.progress", "rich.table", "rich._emoji_codes"),
         # DeepSpeed imports these with its first engine, the last for a decorator of torch.compile.
-        *(
-            "deepspeed.module_inject",
-            "deepspeed.module_inject.auto_ep_layer",
-            "deepspeed.runtime.zero.muon.muon_optimizer",
-        ),
-        *(
-            "torch._inductor.lowering",
-            "deepspeed.runtime.superoffload.superoffload_stage3",
-            "deepspeed.ops.op_builder.all_ops",
-        ),
+        *("deepspeed.module_inject", "deepspeed.module_inject.auto_ep_layer"),
+        *("deepspeed.runtime.zero.muon.muon_optimizer", "torch._inductor.lowering"),
+        *("deepspeed.runtime.superoffload.superoffload_stage3", "deepspeed.ops.op_builder.all_ops"),
     ):
         importlib.import_module(module)
     Image.init()

@@ -68,14 +68,8 @@ def main() -> None:
             arguments = [argument.replace("kind=ddp", f"kind={options.ddp}") for argument in arguments]
             launcher = ["-m", "trainer"]
             if processes > 1:
-                launcher = [
-                    "-m",
-                    "torch.distributed.run",
-                    "--nproc-per-node",
-                    str(processes),
-                    "--standalone",
-                    *launcher,
-                ]
+                torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+                launcher = [*torchrun, *launcher]
             command = [sys.executable, *launcher, *arguments, f"run={run}"]
             subprocess.run(command, env=environment, check=True, stderr=subprocess.DEVNULL)
             print(f"{name:32} {digest(run)}", flush=True)

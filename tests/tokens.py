@@ -1,10 +1,9 @@
 """Token shards for tests: each class has different transitions between codes."""
 
-import io
-import tarfile
 from pathlib import Path
 
 import numpy as np
+from webdataset.writer import TarWriter
 
 from data.tokens import pack_codes
 
@@ -40,13 +39,9 @@ def write_tokens(
     folder.mkdir(parents=True)
     index_nhw = codes(classes, count, vocabulary, grid, seed)
     for first in range(0, count, per_shard):
-        with tarfile.open(folder / f"tokens-{first // per_shard:06d}.tar", "w") as tar:
+        with TarWriter(str(folder / f"tokens-{first // per_shard:06d}.tar"), encoder=False, mtime=0) as writer:
             for n in range(first, min(count, first + per_shard)):
-                members = {"codes": pack_codes(index_nhw[n : n + 1], tokenizer, vocabulary)}
-                if labels:
-                    members["cls"] = str(n % classes).encode()
-                for suffix, content in members.items():
-                    info = tarfile.TarInfo(f"{n:06d}.{suffix}")
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
+                label = {"cls": str(n % classes).encode()} if labels else {}
+                codes_1hw = pack_codes(index_nhw[n : n + 1], tokenizer, vocabulary)
+                writer.write({"__key__": f"{n:06d}", "codes": codes_1hw, **label})
     return folder
