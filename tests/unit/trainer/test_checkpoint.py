@@ -408,5 +408,4 @@ def test_going_on_from_an_earlier_checkpoint_keeps_what_is_written_then(world, t
 @pytest.mark.parametrize("content", ["", "{", "7", "[1]"])
 def test_a_damaged_state_is_one_line(tmp_path, content):
     (tmp_path / "state.json").write_text(content)
-    with pytest.raises(TrainerError, match=r"state\.json is damaged"):
-        load_state(tmp_path)
+    assert "state.json is damaged" in refusal(TrainerError, load_state, tmp_path)

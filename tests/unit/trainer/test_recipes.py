@@ -363,8 +363,7 @@ def test_yaml_cannot_execute_python(recipe, tmp_path):
 
 
 def test_a_folder_without_config_is_no_run_folder(tmp_path):
-    with pytest.raises(TrainerError, match="is not a run folder"):
-        load_run_config(tmp_path, [])
+    assert "is not a run folder" in refusal(TrainerError, load_run_config, tmp_path, [])
 
 
 def test_resuming_checks_changes_like_training(recipe, tmp_path):

@@ -55,8 +55,7 @@ def test_a_good_step_between_begins_the_count_anew(world, tmp_path):
     skips = SkippedSteps(tmp_path, world, limit=2)
     for step, skipped in enumerate([["generator"], ["generator"], [], ["generator"], ["discriminator"]]):
         assert (skips.update(step, skipped, keys(step)) is None) == (not skipped)
-    with pytest.raises(TrainerError, match=r"at step 5, number 3 in a row"):
-        skips.update(5, ["generator"], keys(5))
+    assert "at step 5, number 3 in a row" in refusal(TrainerError, skips.update, 5, ["generator"], keys(5))
 
 
 def test_with_a_limit_of_none_the_first_one_ends_the_run(world, tmp_path):

@@ -130,8 +130,7 @@ def test_training_precision_does_not_leak_in(evaluate):
 
 
 def test_no_image_is_an_error_and_tiny_images_are_skipped(evaluate):
-    with pytest.raises(TrainerError, match="no image to evaluate: give"):
-        evaluate(GreyTokenizer(), [])
+    assert "no image to evaluate: give" in refusal(TrainerError, evaluate, GreyTokenizer(), [])
     with pytest.raises(TrainerError, match=r"no image to evaluate \(1 skipped, the first: 0\.png: smaller than"):
         evaluate(GreyTokenizer(), photographs((6, 32)))
     heard = []

@@ -12,6 +12,7 @@ from ranks import wait_for
 from support import (
     generator_of,
     generator_run,
+    refusal,
     tokenizer_of,
     write_generator_run,
     write_run,
@@ -183,8 +184,7 @@ def test_a_job_goes_on_where_it_ended(run, tmp_path, out):
 
     with pytest.raises(KeyboardInterrupt):
         sample(run, **options, out=tmp_path / out, on_progress=stop)
-    with pytest.raises(TrainerError, match="seed 0, now 3"):
-        sample(run, **options, out=tmp_path / out, seed=3)
+    assert "seed 0, now 3" in refusal(TrainerError, sample, run, **options, out=tmp_path / out, seed=3)
     went_on = sample(run, **options, out=tmp_path / out)
     assert went_on.made == 3
     files = [path for path in (tmp_path / "whole").rglob("*") if path.suffix in (".npz", ".png")]
@@ -277,23 +277,18 @@ def test_bad_input_is_one_line(run, tmp_path, monkeypatch, refused_by_ibq, optio
 
 def test_runs_that_do_not_fit_are_refused(run, tmp_path):
     tokenizer = run.parent / "tokenizer"
-    with pytest.raises(TrainerError, match="is a tokenizer run: `ibq sample` needs a generator run"):
-        sample(tokenizer)
-    with pytest.raises(TrainerError, match="is not a run folder"):
-        sample(tmp_path / "nowhere")
-    with pytest.raises(ModelError, match=r"nowhere\.ckpt does not exist"):
-        sample(tmp_path / "nowhere.ckpt")
+    assert "is a tokenizer run: `ibq sample` needs a generator run" in refusal(TrainerError, sample, tokenizer)
+    assert "is not a run folder" in refusal(TrainerError, sample, tmp_path / "nowhere")
+    assert "nowhere.ckpt does not exist" in refusal(ModelError, sample, tmp_path / "nowhere.ckpt")
     with pytest.raises(
         TrainerError,
         match=r"no tokenizer: .* is from a generator run: .*; name another with --tokenizer",
     ):
         sample(run, tokenizer=run)
     lonely = write_generator_run(tmp_path / "lonely", generator_of())
-    with pytest.raises(TrainerError, match="names no tokenizer: give its run or checkpoint with --tokenizer"):
-        sample(lonely)
+    assert "names no tokenizer: give its run or checkpoint with --tokenizer" in refusal(TrainerError, sample, lonely)
     small = write_tokenizer_run(tmp_path / "small", tokenizer_of(codebook_size=16))
-    with pytest.raises(TrainerError, match="the tokenizer has 16 codes, the generator 32"):
-        sample(lonely, tokenizer=small)
+    assert "the tokenizer has 16 codes, the generator 32" in refusal(TrainerError, sample, lonely, tokenizer=small)
     other = write_tokenizer_run(tmp_path / "other", tokenizer_of(1))
     config = generator_run()
     config.tokenizer.fingerprint = tokenizer_of(0).fingerprint()
@@ -390,5 +385,4 @@ def test_logits_that_are_not_finite_are_told(tmp_path):
     generator = generator_of()
     generator.head.weight.data[0] = torch.nan
     run = write_generator_run(tmp_path / "run", generator, tokenizer)
-    with pytest.raises((TrainerError, ModelError), match="logits are not finite"):
-        sample(run, count=1)
+    assert "logits are not finite" in refusal((TrainerError, ModelError), sample, run, count=1)

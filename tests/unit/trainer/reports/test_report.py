@@ -162,8 +162,7 @@ def test_metrics_survive_resume_nulls_and_a_cut_last_line(tmp_path):
     assert read_metrics(path) == {"a": [Point(1, 1.0), Point(2, 2.0)]}
     assert read_metrics(tmp_path / "none.jsonl") == {}
     path.write_text('{"step": 1, "a": 1.0}\nnonsense\n{"step": 2, "a": 5.0}\n')
-    with pytest.raises(TrainerError, match="line 2"):
-        read_metrics(path)
+    assert "line 2" in refusal(TrainerError, read_metrics, path)
 
 
 def test_training_time_follows_the_logged_speed():
