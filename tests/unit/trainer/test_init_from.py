@@ -188,12 +188,7 @@ def test_a_source_without_a_discriminator_is_said_to_have_none(build, run, publi
 
 @pytest.mark.parametrize(
     ("freeze", "quantizer", "micro_batch_size"),
-    [
-        ("encoder", "ibq", 2),
-        ("encoder", "vq", 4),
-        ("decoder", "ibq", 4),
-        ("decoder", "vq", 2),
-    ],
+    [("encoder", "ibq", 2), ("encoder", "vq", 4), ("decoder", "ibq", 4), ("decoder", "vq", 2)],
 )
 def test_what_is_frozen_stays_to_the_bit_and_the_rest_learns(build, run, freeze, quantizer, micro_batch_size):
     source = write_run(build(model__quantizer=quantizer), run.parent / "source")

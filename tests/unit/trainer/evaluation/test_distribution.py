@@ -10,12 +10,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from trainer import TrainerError
-from trainer.evaluation.distribution import (
-    GaussianMoments,
-    frechet_distance,
-    inception_score,
-    precision_recall,
-)
+from trainer.evaluation.distribution import GaussianMoments, frechet_distance, inception_score, precision_recall
 
 
 def features(count: int, dimensions: int = 6, seed: int = 0, mean: float = 0.0) -> torch.Tensor:

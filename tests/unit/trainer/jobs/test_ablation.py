@@ -89,9 +89,7 @@ def test_figures_are_means_and_spreads_over_seeds(tmp_path):
         cell.run.mkdir(parents=True)
         cell.report.write_text(json.dumps({"psnr": psnr, "usage": 0.5, "rfid": None}))
     measured = figures(ablation, cells[:3])
-    assert measured == {
-        "As it is": {"psnr": Figure(22.0, pytest.approx(7**0.5), 3), "usage": Figure(0.5, 0.0, 3)},
-    }
+    assert measured == {"As it is": {"psnr": Figure(22.0, pytest.approx(7**0.5), 3), "usage": Figure(0.5, 0.0, 3)}}
     text = markdown(ablation, measured)
     assert "| As it is | 22.00 ± 2.65 | 50.0% ± 0.0% | 3.50 |" in text
     assert "over 3 seeds" in text

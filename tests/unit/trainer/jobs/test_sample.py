@@ -281,8 +281,7 @@ def test_runs_that_do_not_fit_are_refused(run, tmp_path):
     assert "is not a run folder" in refusal(TrainerError, sample, tmp_path / "nowhere")
     assert "nowhere.ckpt does not exist" in refusal(ModelError, sample, tmp_path / "nowhere.ckpt")
     with pytest.raises(
-        TrainerError,
-        match=r"no tokenizer: .* is from a generator run: .*; name another with --tokenizer",
+        TrainerError, match=r"no tokenizer: .* is from a generator run: .*; name another with --tokenizer"
     ):
         sample(run, tokenizer=run)
     lonely = write_generator_run(tmp_path / "lonely", generator_of())

@@ -113,12 +113,7 @@ def test_a_finished_run_has_all_sections_and_needs_nothing_from_elsewhere(run):
 def test_only_what_was_logged_is_drawn(run):
     fill(run)
     charts = Page(write_report(run).read_text()).charts
-    assert [label.split(" over ")[0] for label in charts] == [
-        "Reconstruction",
-        "Validation",
-        "Codebook usage",
-        "Speed",
-    ]
+    assert [label.split(" over ")[0] for label in charts] == ["Reconstruction", "Validation", "Codebook usage", "Speed"]
     assert "L1 from 0.526 at step 10 to 0.103 at step 450" in charts[0]
     assert "training from 2% at step 10 to 75% at step 450" in charts[2]
 
