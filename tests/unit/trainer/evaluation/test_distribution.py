@@ -192,15 +192,8 @@ def test_all_are_torch_fidelitys_on_the_same_features():
     distance = frechet_distance(reference.mean(), reference.covariance(), samples.mean(), samples.covariance())
     assert distance == pytest.approx(theirs["frechet_inception_distance"], rel=1e-9)
     theirs = isc_features_to_metric(logits_nk, splits=10, shuffle=False)
-    assert inception_score(logits_nk) == pytest.approx(
-        (theirs["inception_score_mean"], theirs["inception_score_std"]), rel=1e-9
-    )
-    theirs = prc_features_to_metric(
-        samples_nd.double(),
-        reference_nd.double(),
-        prc_neighborhood=3,
-        prc_batch_size=64,
-        save_cpu_ram=True,
-        verbose=False,
-    )
+    wanted = theirs["inception_score_mean"], theirs["inception_score_std"]
+    assert inception_score(logits_nk) == pytest.approx(wanted, rel=1e-9)
+    options = dict(prc_neighborhood=3, prc_batch_size=64, save_cpu_ram=True, verbose=False)
+    theirs = prc_features_to_metric(samples_nd.double(), reference_nd.double(), **options)
     assert precision_recall(reference_nd, samples_nd) == pytest.approx((theirs["precision"], theirs["recall"]))

@@ -1,8 +1,10 @@
 import copy
 import hashlib
 import json
+import re
 import shutil
 import signal
+from unittest.mock import DEFAULT, Mock
 
 import numpy as np
 import pytest
@@ -66,16 +68,9 @@ def load(path):
 
 
 def test_npz(run, tmp_path):
-    heard = []
-    sampled = sample(
-        run,
-        classes="1,4",
-        count=7,
-        out=tmp_path / "new" / "x.npz",
-        batch_size=3,
-        on_progress=lambda *a: heard.append(a),
-    )
-    arrays = load(tmp_path / "new" / "x.npz")
+    out, heard = tmp_path / "new" / "x.npz", []
+    sampled = sample(run, classes="1,4", count=7, out=out, batch_size=3, on_progress=lambda *a: heard.append(a))
+    arrays = load(out)
     assert list(arrays) == ["arr_0", "classes"]
     assert arrays["arr_0"].shape == (7, 8, 12, 3) and arrays["arr_0"].dtype == np.uint8
     assert len(np.unique(arrays["arr_0"].reshape(7, -1), axis=0)) == 7
@@ -86,11 +81,11 @@ def test_npz(run, tmp_path):
     assert sampled.report == tmp_path / "new" / "x.npz.json"
     assert report["settings"]["seed"] == 0 and report["settings"]["weights"] == "raw"
     assert report["checkpoint"] == "step_00000003" and report["images_per_class"] == {"1": 4, "4": 3}
-    content = (tmp_path / "new" / "x.npz").read_bytes()
+    content = out.read_bytes()
     assert report["finished"]["bytes"] == len(content)
     assert report["finished"]["sha256"] == hashlib.sha256(content).hexdigest()
     assert report["finished"]["images_made"] == 7 and report["finished"]["images_per_second"] > 0
-    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["x.npz", "x.npz.json"]
+    assert sorted(path.name for path in out.parent.iterdir()) == ["x.npz", "x.npz.json"]
 
 
 def test_folder(run, tmp_path):
@@ -166,10 +161,8 @@ def test_a_job_that_is_done_says_so_and_other_settings_are_refused(run, tmp_path
         assert sample(run, **options).made == 4
         before = {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
         assert sample(run, **options).made == 0
-        with pytest.raises(
-            TrainerError, match=r"other settings \(temperature 1.0, now 0.5\): give --temperature 1.0 again to continue"
-        ):
-            sample(run, **options, sampling={"temperature": 0.5})
+        said = refusal(TrainerError, sample, run, **options, sampling={"temperature": 0.5})
+        assert "other settings (temperature 1.0, now 0.5): give --temperature 1.0 again to continue" in said
         assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
 
 
@@ -280,10 +273,8 @@ def test_runs_that_do_not_fit_are_refused(run, tmp_path):
     assert "is a tokenizer run: `ibq sample` needs a generator run" in refusal(TrainerError, sample, tokenizer)
     assert "is not a run folder" in refusal(TrainerError, sample, tmp_path / "nowhere")
     assert "nowhere.ckpt does not exist" in refusal(ModelError, sample, tmp_path / "nowhere.ckpt")
-    with pytest.raises(
-        TrainerError, match=r"no tokenizer: .* is from a generator run: .*; name another with --tokenizer"
-    ):
-        sample(run, tokenizer=run)
+    said = refusal(TrainerError, sample, run, tokenizer=run)
+    assert re.search("no tokenizer: .* is from a generator run: .*; name another with --tokenizer", said)
     lonely = write_generator_run(tmp_path / "lonely", generator_of())
     assert "names no tokenizer: give its run or checkpoint with --tokenizer" in refusal(TrainerError, sample, lonely)
     small = write_tokenizer_run(tmp_path / "small", tokenizer_of(codebook_size=16))
@@ -292,8 +283,8 @@ def test_runs_that_do_not_fit_are_refused(run, tmp_path):
     config = generator_run()
     config.tokenizer.fingerprint = tokenizer_of(0).fingerprint()
     strict = write_run(tmp_path / "strict", config, generator=generator_of())
-    with pytest.raises(TrainerError, match="is not the one that the generator was trained with"):
-        sample(strict, tokenizer=other)
+    said = refusal(TrainerError, sample, strict, tokenizer=other)
+    assert "is not the one that the generator was trained with" in said
     assert sample(strict, tokenizer=tokenizer, count=1).made == 1
 
 
@@ -309,14 +300,13 @@ def test_what_lies_in_the_way_stays(run, tmp_path):
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for name, message in (
         ("x.npz", "already exists and was not written by `ibq sample`: choose another --out"),
-        ("y.npz", r"y\.npz\.json already exists"),
-        ("z.npz", r"z\.npz\.parts already exists"),
+        ("y.npz", "y.npz.json already exists"),
+        ("z.npz", "z.npz.parts already exists"),
         ("file", "is a file: name a folder"),
-        ("folder.png", r"is a folder: name a file, or a folder without \.png"),
+        ("folder.png", "is a folder: name a file, or a folder without .png"),
         ("folder", "already exists"),
     ):
-        with pytest.raises(TrainerError, match=message):
-            sample(run, count=1, out=tmp_path / name)
+        assert message in refusal(TrainerError, sample, run, count=1, out=tmp_path / name)
     assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
 
 
@@ -358,21 +348,13 @@ def test_the_setting_to_go_on_with_is_named(run, tmp_path, monkeypatch, changes,
     write_tokenizer_run(tmp_path / "other", tokenizer_of(1))
     options = {"count": 3, "batch_size": 2}
     sample(run, **options)
-    with pytest.raises(TrainerError) as error:
-        sample(run, **{**options, **changes})
-    assert message in str(error.value)
+    assert message in refusal(TrainerError, sample, run, **{**options, **changes})
 
 
 def test_a_full_disk_is_told_and_what_was_made_stays(run, tmp_path, monkeypatch):
-    write, calls = np.save, []
-
-    def full(file, array):
-        calls.append(1)
-        if len(calls) == 3:
-            raise OSError(28, "No space left on device")
-        write(file, array)
-
-    monkeypatch.setattr(trainer.jobs.sample_output.np, "save", full)
+    full = OSError(28, "No space left on device")
+    save = Mock(wraps=np.save, side_effect=[DEFAULT, DEFAULT, full])
+    monkeypatch.setattr(trainer.jobs.sample_output.np, "save", save)
     with pytest.raises(TrainerError, match=r"cannot write .*x\.npz: No space left on device"):
         sample(run, count=8, batch_size=2, out=tmp_path / "x.npz")
     monkeypatch.undo()

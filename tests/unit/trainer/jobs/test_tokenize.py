@@ -7,6 +7,7 @@ import shutil
 import signal
 import zipfile
 from pathlib import Path
+from unittest.mock import DEFAULT, Mock
 
 import numpy as np
 import pytest
@@ -196,16 +197,9 @@ def test_the_fingerprint_is_of_what_makes_codes():
 
 
 def test_it_goes_on_where_it_was_stopped(run, tars, flipped, tmp_path, monkeypatch):
-    out, written = tmp_path / "out", []
-    real = module._encode
-
-    def stop(*arguments):
-        written.append(1)
-        if len(written) == 4:
-            raise KeyboardInterrupt
-        return real(*arguments)
-
-    monkeypatch.setattr(module, "_encode", stop)
+    out = tmp_path / "out"
+    encode = Mock(wraps=module._encode, side_effect=[DEFAULT, DEFAULT, DEFAULT, KeyboardInterrupt])
+    monkeypatch.setattr(module, "_encode", encode)
     with pytest.raises(KeyboardInterrupt):
         go(run, tars, out, views="flip")
     monkeypatch.undo()
