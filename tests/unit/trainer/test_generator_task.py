@@ -156,9 +156,8 @@ def test_what_does_not_fit_the_tokenizer_is_refused(build, overrides, said):
 
 
 def batch(values: np.ndarray, labels: list[int | None]) -> Batch:
-    infos = [
-        SampleInfo("set", f"key{n}", "a.tar", SamplePosition(0, 0, n), None, label) for n, label in enumerate(labels)
-    ]
+    places = [(f"key{n}", "a.tar", SamplePosition(0, 0, n)) for n in range(len(labels))]
+    infos = [SampleInfo("set", *place, None, label) for place, label in zip(places, labels, strict=True)]
     return Batch(torch.from_numpy(values), infos, {}, [])
 
 

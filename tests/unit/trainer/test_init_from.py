@@ -192,11 +192,8 @@ def test_a_source_without_a_discriminator_is_said_to_have_none(build, run, publi
 )
 def test_what_is_frozen_stays_to_the_bit_and_the_rest_learns(build, run, freeze, quantizer, micro_batch_size):
     source = write_run(build(model__quantizer=quantizer), run.parent / "source")
-    task = build(
-        model__quantizer=quantizer,
-        trainer__micro_batch_size=micro_batch_size,
-        init_from=InitFromConfig(str(source), freeze=freeze),
-    )
+    init_from = InitFromConfig(str(source), freeze=freeze)
+    task = build(model__quantizer=quantizer, trainer__micro_batch_size=micro_batch_size, init_from=init_from)
     task.load_initial_weights()
     before = held(task, "tokenizer")
     for step in range(3):
@@ -310,12 +307,8 @@ def test_a_source_that_is_missing_or_holds_no_such_weights(build, run, tmp_path)
 
 
 def test_the_source_may_have_any_shape_but_that_of_the_recipe_and_the_mend_is_what_to_type(run, published):
-    other = dict(
-        model__codebook_size=32,
-        model__channel_multipliers=[1, 1, 2],
-        model__attention_factors=[],
-        model__quantizer="vq",
-    )
+    other = dict(model__codebook_size=32, model__channel_multipliers=[1, 1, 2], model__attention_factors=[])
+    other["model__quantizer"] = "vq"
     message = refused_source(run, **other)
     assert "model.codebook_size is 24 there and 32 here" in message
     fix = message.partition("; use ")[2]

@@ -1,4 +1,5 @@
 import json
+from itertools import product
 from pathlib import Path
 
 from support import refusal
@@ -20,9 +21,7 @@ def test_steps_that_were_taken_again_count_once(tmp_path):
         segment(tmp_path, 0, rank, range(1, 8), "first")  # stopped in step 7; its newest checkpoint is of step 4
         segment(tmp_path, 4, rank, range(5, 11), "second")
     delivered = list(read_audit(tmp_path).delivered)
-    assert sorted((one.step, one.rank) for one in delivered) == [
-        (step, rank) for step in range(1, 11) for rank in (0, 1)
-    ]
+    assert sorted((one.step, one.rank) for one in delivered) == [*product(range(1, 11), range(2))]
     assert {one.shard for one in delivered if one.step > 4} == {"second"}
     assert {one.shard for one in delivered if one.step <= 4} == {"first"}
 
@@ -69,9 +68,7 @@ def test_a_resume_sets_aside_what_was_written_of_later_steps(tmp_path):
     for rank in range(2):
         segment(tmp_path, 10, rank, range(11, 14))
     found = sorted((one.step, one.rank) for one in read_audit(tmp_path).delivered)
-    assert found == [(step, rank) for step in range(1, 11) for rank in range(4)] + [
-        (step, rank) for step in range(11, 14) for rank in range(2)
-    ]
+    assert found == [*product(range(1, 11), range(4)), *product(range(11, 14), range(2))]
 
 
 def test_a_damaged_line_is_named(tmp_path):

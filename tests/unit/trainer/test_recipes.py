@@ -396,10 +396,8 @@ SOURCES = "data.sources=[{name: a, root: x, weight: 2}, {name: b, root: y, filte
 
 def test_sources_are_read_and_changed_by_their_place():
     config = load_recipe("debug", [SOURCES, "data.sources.0.weight=3", "data.sources.1.filters.min_side=64"])
-    assert [(source.name, source.weight, source.filters.min_side) for source in config.data.sources] == [
-        ("a", 3.0, None),
-        ("b", 1.0, 64),
-    ]
+    found = [(source.name, source.weight, source.filters.min_side) for source in config.data.sources]
+    assert found == [("a", 3.0, None), ("b", 1.0, 64)]
 
 
 @pytest.mark.parametrize(

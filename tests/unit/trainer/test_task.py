@@ -161,12 +161,8 @@ def test_discriminator_learns_hinge_and_lecam_from_real_and_reconstructed_images
     hinge = 0.5 * ((1 - real).clamp(min=0).mean() + (1 + fake).clamp(min=0).mean())
     lecam = (real + 0.2).clamp(min=0).square().mean() + (0.3 - fake).clamp(min=0).square().mean()
     (hinge + 0.05 * lecam).backward()
-    by_hand = {
-        "loss/discriminator": hinge,
-        "loss/lecam": lecam,
-        "discriminator/logits_real": real.mean(),
-        "discriminator/logits_fake": fake.mean(),
-    }
+    by_hand = {"loss/discriminator": hinge, "loss/lecam": lecam}
+    by_hand |= {"discriminator/logits_real": real.mean(), "discriminator/logits_fake": fake.mean()}
     assert_scalars(scalars, by_hand, rel=1e-4, abs=1e-6)
     torch.testing.assert_close(seen[0], gradients(network), rtol=1e-3, atol=1e-6)
     assert task.adversary.lecam.mean_real.item() == pytest.approx(0.999 * 0.3 + 0.001 * real.mean().item(), rel=1e-5)
@@ -312,10 +308,8 @@ def test_a_step_does_not_depend_on_how_its_batch_is_cut(build, kind):
         task = build(trainer__micro_batch_size=micro_batch_size, loss__discriminator__kind=kind)
         micro_batches = list(images().split(micro_batch_size))
         assert len(micro_batches) == task.main_engine.micro_batches
-        seen = [
-            watch(engine, lambda module=engine.module: gradients(module))
-            for engine in (task.main_engine, task.adversary.engine)
-        ]
+        engines = task.main_engine, task.adversary.engine
+        seen = [watch(engine, lambda module=engine.module: gradients(module)) for engine in engines]
         scalars = task.step(micro_batches, 0).scalars
         results.append((seen, scalars, task))
     (whole, whole_scalars, whole_task), (parts, parts_scalars, parts_task) = results
@@ -331,10 +325,8 @@ def test_a_step_does_not_depend_on_how_its_batch_is_cut(build, kind):
 
 
 def test_rates_follow_the_schedule_for_both_networks(build):
-    task = build(
-        schedule=ScheduleConfig(kind="multistep", warmup_steps=4, milestones=[6], factor=0.1),
-        optimizer__discriminator_lr=4e-3,
-    )
+    schedule = ScheduleConfig(kind="multistep", warmup_steps=4, milestones=[6], factor=0.1)
+    task = build(schedule=schedule, optimizer__discriminator_lr=4e-3)
     before = weights(task.tokenizer), weights(task.adversary.engine.module)
     rates = []
     for step in (0, 1, 4, 6):
@@ -598,11 +590,9 @@ def test_a_checkpoint_holds_each_tensor_once_by_the_names_of_the_state_dicts(bui
     files = ShardedTensors(folder)
     adversary = task.adversary
     modules = {"tokenizer": task.tokenizer, "discriminator": adversary.engine.module, "lecam": adversary.lecam}
-    expected = {
-        f"{model}/{name}": value for model, module in modules.items() for name, value in weights(module).items()
-    }
-    expected |= {f"tokenizer_ema/{name}": value for name, value in averages(task).items()}
-    expected |= {f"codebook_health/{name}": value for name, value in weights(task.health).items()}
+    modules["codebook_health"] = task.health
+    parts = {model: weights(module) for model, module in modules.items()} | {"tokenizer_ema": averages(task)}
+    expected = {f"{part}/{name}": value for part, values in parts.items() for name, value in values.items()}
     trained = [(f"tokenizer{{}}/{name}", p) for name, p in task.tokenizer.named_parameters()]
     trained += [(f"discriminator{{}}/{name}", p) for name, p in task.adversary.engine.module.named_parameters()]
     for key in (".exp_avg", ".exp_avg_sq"):
@@ -773,10 +763,8 @@ def test_the_loss_scale_is_gone_on_with(build, tmp_path):
     task.state.loss_scales["tokenizer"].value = 32.0
     resumed = build(trainer__precision="fp16")
     load(resumed, *save(task, tmp_path))
-    assert {name: scale.value for name, scale in resumed.state.loss_scales.items()} == {
-        "tokenizer": 32.0,
-        "discriminator": 2.0**16,
-    }
+    scales = {name: scale.value for name, scale in resumed.state.loss_scales.items()}
+    assert scales == {"tokenizer": 32.0, "discriminator": 2.0**16}
 
 
 def test_all_terms_have_weights_of_their_own(build):

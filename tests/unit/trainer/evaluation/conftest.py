@@ -24,6 +24,12 @@ def weights(_networks, monkeypatch) -> Path:
 
 
 @pytest.fixture
+def cache(weights, alone, tmp_path, monkeypatch) -> None:
+    """The cache of features is empty, and this process is not one of several ranks."""
+    monkeypatch.setenv("IBQ_CACHE", str(tmp_path / "cache"))
+
+
+@pytest.fixture
 def small_inception(weights, monkeypatch) -> None:
     """Features of generated images come from SmallInception."""
     monkeypatch.setattr("trainer.evaluation.features.Inception", SmallInception)

@@ -116,9 +116,8 @@ def test_inception_score_by_a_loop(count):
     logits_nk = logits(count)
     scores = []
     for split in range(10):
-        rows = [
-            [math.exp(v) for v in row] for row in logits_nk[split * count // 10 : (split + 1) * count // 10].tolist()
-        ]
+        own_nk = logits_nk[split * count // 10 : (split + 1) * count // 10]
+        rows = [[math.exp(v) for v in row] for row in own_nk.tolist()]
         p_nk = [[v / sum(row) for v in row] for row in rows]
         mean_k = [sum(column) / len(p_nk) for column in zip(*p_nk, strict=True)]
         divergences = [sum(p * math.log(p / q) for p, q in zip(row, mean_k, strict=True)) for row in p_nk]
@@ -186,9 +185,8 @@ def test_precision_and_recall_of_too_few_are_refused(counts):
 def test_all_are_torch_fidelitys_on_the_same_features():
     reference_nd, samples_nd, logits_nk = features(200, 16), 1.1 * features(150, 16, seed=1) + 0.1, logits(150)
     reference, samples = moments_of(reference_nd), moments_of(samples_nd)
-    theirs = fid_statistics_to_metric(
-        fid_features_to_statistics(reference_nd.double()), fid_features_to_statistics(samples_nd.double()), False
-    )
+    statistics = (fid_features_to_statistics(nd.double()) for nd in (reference_nd, samples_nd))
+    theirs = fid_statistics_to_metric(*statistics, False)
     distance = frechet_distance(reference.mean(), reference.covariance(), samples.mean(), samples.covariance())
     assert distance == pytest.approx(theirs["frechet_inception_distance"], rel=1e-9)
     theirs = isc_features_to_metric(logits_nk, splits=10, shuffle=False)

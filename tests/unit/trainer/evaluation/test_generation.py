@@ -20,6 +20,8 @@ from trainer.evaluation.features import FeatureExtractor, FolderImages, NpzImage
 from trainer.evaluation.generation import evaluate_generation
 from trainer.evaluation.generation_inputs import sampling_record
 
+pytestmark = pytest.mark.usefixtures("cache")
+
 
 @pytest.fixture(autouse=True)
 def small(request):
@@ -31,12 +33,6 @@ def small(request):
 @pytest.fixture
 def real_inception() -> None:
     """The test is about Inception's features themselves."""
-
-
-@pytest.fixture(autouse=True)
-def cache(weights, alone, tmp_path, monkeypatch):
-    """Each test has an empty cache."""
-    monkeypatch.setenv("IBQ_CACHE", str(tmp_path / "cache"))
 
 
 def pictures(count: int, seed: int = 0, side: int = 16) -> np.ndarray:
@@ -72,11 +68,8 @@ def evaluate(samples, reference, **options):
 
 
 def features_by_torch_fidelity(weights: Path, images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    extractor = FeatureExtractorInceptionV3(
-        "inception-v3-compat",
-        ["2048", "logits_unbiased"],
-        feature_extractor_weights_path=str(weights / WEIGHTS_FILES["inception"].file),
-    )
+    path, outputs = str(weights / WEIGHTS_FILES["inception"].file), ["2048", "logits_unbiased"]
+    extractor = FeatureExtractorInceptionV3("inception-v3-compat", outputs, feature_extractor_weights_path=path)
     with torch.no_grad():
         return extractor(torch.from_numpy(images).permute(0, 3, 1, 2))
 
@@ -96,9 +89,8 @@ def test_all_figures_are_those_of_torch_fidelitys_features(real_inception, weigh
     theirs = isc_features_to_metric(logits_nk[:8][np.random.default_rng(3).permutation(8)], splits=4, shuffle=False)
     assert report.inception_score == pytest.approx(theirs["inception_score_mean"], rel=1e-5)
     assert report.inception_score_std == pytest.approx(theirs["inception_score_std"], rel=1e-3)
-    theirs = prc_features_to_metric(
-        pool_nd, reference_nd, prc_neighborhood=3, prc_batch_size=4, save_cpu_ram=False, verbose=False
-    )
+    options = dict(prc_neighborhood=3, prc_batch_size=4, save_cpu_ram=False, verbose=False)
+    theirs = prc_features_to_metric(pool_nd, reference_nd, **options)
     assert (report.precision, report.recall) == pytest.approx((theirs["precision"], theirs["recall"]))
     assert report.precision != report.recall
 

@@ -155,9 +155,7 @@ def test_batches_do_not_depend_on_the_number_of_processes():
 
 @torch.no_grad()
 def test_usage_windows_are_those_of_the_tokens_in_order(evaluate, monkeypatch):
-    monkeypatch.setattr(
-        "trainer.evaluation.reconstruction.window_usage", lambda index_n, size: (index_n.tolist(), size)
-    )
+    monkeypatch.setattr(reconstruction, "window_usage", lambda index_n, size: (index_n.tolist(), size))
     images = photographs((32, 32), (16, 32), (32, 32))
     report = evaluate(GreyTokenizer(), images)
     want = []

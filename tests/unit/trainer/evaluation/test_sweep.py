@@ -14,11 +14,7 @@ from model_zoo import ModelError
 from trainer import TrainerError
 from trainer.evaluation.sweep import settings_grid, sweep
 
-
-@pytest.fixture(autouse=True)
-def cache(small_inception, alone, tmp_path, monkeypatch):
-    """Each test has an empty cache."""
-    monkeypatch.setenv("IBQ_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("cache", "small_inception")
 
 
 @pytest.fixture(scope="module")
@@ -44,16 +40,15 @@ def swept(run, reference, out, asked=("guidance=1,2.5", "temperature=1,1.1"), co
     )  # fmt: skip
 
 
-NAMES = [f"guidance_{guidance}_temperature_{temperature}" for guidance in (1.0, 2.5) for temperature in (1.0, 1.1)]
+SETTINGS = [{"guidance": guidance, "temperature": heat} for guidance in (1.0, 2.5) for heat in (1.0, 1.1)]
+NAMES = [f"guidance_{setting['guidance']}_temperature_{setting['temperature']}" for setting in SETTINGS]
 
 
 def test_each_setting_is_sampled_and_judged(run, reference, tmp_path):
     done = swept(run, reference, tmp_path / "out")
     assert {path.name for path in (tmp_path / "out").glob("*.npz")} == {f"{name}.npz" for name in NAMES}
     rows = json.loads(done.json_path.read_text())
-    assert [row["settings"] for row in rows] == [
-        {"guidance": guidance, "temperature": temperature} for guidance in (1.0, 2.5) for temperature in (1.0, 1.1)
-    ]
+    assert [row["settings"] for row in rows] == SETTINGS
     for name, row in zip(NAMES, rows, strict=True):
         alone = json.loads((tmp_path / "out" / f"{name}_generation.json").read_text())
         assert row["inception_score"] == alone["inception_score"] and row["sample_count"] == 10
@@ -84,12 +79,9 @@ def test_a_sweep_that_was_cut_off_goes_on(run, reference, tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         swept(run, reference, tmp_path / "out", asked)
     assert len(json.loads((tmp_path / "out" / "sweep.json").read_text())) == 1
-    monkeypatch.setattr(
-        trainer.evaluation.features.FeatureExtractor,
-        "_own_features",
-        lambda self, pictures, on_progress: scored.append(pictures),
-    )
-    monkeypatch.setattr(trainer.evaluation.features, "_gathered", lambda *_: pytest.fail("the features were there"))
+    features = trainer.evaluation.features
+    monkeypatch.setattr(features.FeatureExtractor, "_own_features", lambda *arguments: scored.append(arguments))
+    monkeypatch.setattr(features, "_gathered", lambda *_: pytest.fail("the features were there"))
     rows = json.loads(swept(run, reference, tmp_path / "out", asked).json_path.read_text())
     assert len(calls) == 4 + 1 and not scored  # the whole sweep has kept the same pictures' features
     figures = "settings", "inception_score", "precision", "recall"

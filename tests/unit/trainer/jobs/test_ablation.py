@@ -74,9 +74,8 @@ def test_the_commands_settings_win_over_the_rows_and_those_over_the_tables(tmp_p
 
 
 def test_former_names_in_a_table_are_read_as_the_new_ones(tmp_path):
-    former = TWO_ROWS.replace("optimizer.lr=1e-3", "engine.kind=replicated").replace(
-        "optimizer.lr=1e-6", "start.source=a"
-    )
+    former = TWO_ROWS.replace("optimizer.lr=1e-3", "engine.kind=replicated")
+    former = former.replace("optimizer.lr=1e-6", "start.source=a")
     _, slow = cells_of(load_ablation(table(tmp_path, former)), None, [0], [], tmp_path)
     config = load_recipe("debug", slow.overrides)
     assert (config.engine.kind, config.init_from.source) == ("ddp", "a")

@@ -74,11 +74,8 @@ def fill(run):
     """Everything that a finished run holds."""
     with (run / "metrics.jsonl").open("w") as file:
         for step in range(10, 451, 10):
-            record = {
-                "step": step,
-                "loss/reconstruction": 0.5 * math.exp(-step / 200) + 0.05,
-                "codebook/usage": step / 600,
-            }
+            reconstruction = 0.5 * math.exp(-step / 200) + 0.05
+            record = {"step": step, "loss/reconstruction": reconstruction, "codebook/usage": step / 600}
             file.write(json.dumps({**record, "images_per_second": 80.0}) + "\n")
         file.write(json.dumps({"step": 450, "val/psnr": 20.6}) + "\n")
     (run / "report.json").write_text(json.dumps(EVALUATION))
