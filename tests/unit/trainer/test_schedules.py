@@ -50,18 +50,18 @@ def test_warm_up_as_long_as_training_is_possible(kind):
     assert factors([0, 5, 9, 10], max_steps=10, kind=kind, warmup_steps=10)[:3] == pytest.approx([0.0, 0.5, 0.9])
 
 
-def test_ramp_is_zero_before_its_start_and_full_from_its_last_step_on():
-    assert [ramp(step, 10, 4) for step in (0, 9, 10, 11, 12, 13, 14, 99)] == [0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-
-
-@pytest.mark.parametrize("ramp_steps", [0, 1])
-def test_ramp_of_no_length_is_a_switch(ramp_steps):
-    assert [ramp(step, 10, ramp_steps) for step in (9, 10, 11)] == [0.0, 1.0, 1.0]
-
-
-def test_ramp_from_step_zero_acts_at_once():
-    assert ramp(0, 0, 0) == 1.0
-    assert ramp(0, 0, 2) == 0.5
+@pytest.mark.parametrize(
+    ("start_step", "ramp_steps", "expected"),
+    [
+        (10, 4, {0: 0.0, 9: 0.0, 10: 0.25, 11: 0.5, 12: 0.75, 13: 1.0, 14: 1.0, 99: 1.0}),
+        (10, 0, {9: 0.0, 10: 1.0, 11: 1.0}),
+        (10, 1, {9: 0.0, 10: 1.0, 11: 1.0}),
+        (0, 0, {0: 1.0}),
+        (0, 2, {0: 0.5}),
+    ],
+)
+def test_ramp_is_zero_before_its_start_and_full_from_its_last_step_on(start_step, ramp_steps, expected):
+    assert {step: ramp(step, start_step, ramp_steps) for step in expected} == expected
 
 
 def test_the_published_generators_schedule():

@@ -14,25 +14,14 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from data.npz import Npz
+from model_zoo.eval_nets.inception import Inception
 from model_zoo.eval_nets.weights import WEIGHTS_FILES
 from trainer import TrainerError
 from trainer.evaluation.features import FeatureExtractor, FolderImages, NpzImages, _gathered
 from trainer.evaluation.generation import evaluate_generation
 from trainer.evaluation.generation_inputs import sampling_record
 
-pytestmark = pytest.mark.usefixtures("cache")
-
-
-@pytest.fixture(autouse=True)
-def small(request):
-    """All tests but those of `real_inception` have the small network."""
-    if "real_inception" not in request.fixturenames:
-        request.getfixturevalue("small_inception")
-
-
-@pytest.fixture
-def real_inception() -> None:
-    """The test is about Inception's features themselves."""
+pytestmark = pytest.mark.usefixtures("cache", "small_inception")
 
 
 def pictures(count: int, seed: int = 0, side: int = 16) -> np.ndarray:
@@ -74,7 +63,8 @@ def features_by_torch_fidelity(weights: Path, images: np.ndarray) -> tuple[torch
         return extractor(torch.from_numpy(images).permute(0, 3, 1, 2))
 
 
-def test_all_figures_are_those_of_torch_fidelitys_features(real_inception, weights, tmp_path, monkeypatch):
+def test_all_figures_are_those_of_torch_fidelitys_features(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.evaluation.features.Inception", Inception)  # the real one
     own, others = pictures(8), pictures(5, seed=1)  # few: the network is slow
     monkeypatch.setattr("trainer.evaluation.generation.SPLITS", 4)  # 10 would need more
     samples, reference = write_npz(tmp_path / "samples.npz", own), write_npz(tmp_path / "reference.npz", others)

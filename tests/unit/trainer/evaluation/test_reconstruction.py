@@ -1,6 +1,5 @@
 import json
 import math
-from contextlib import contextmanager
 from types import SimpleNamespace
 from unittest.mock import patch
 
@@ -186,17 +185,11 @@ def test_a_diverged_model_is_an_error(evaluate):
 # ------------------------------------------------------------------------------------------------------- with networks
 
 
-@contextmanager
-def without_initialisation():
-    """Layers are built without random weights, which take long and are replaced at once."""
-    names = "kaiming_normal_", "kaiming_uniform_", "normal_", "uniform_"
-    with patch.multiple(torch.nn.init, **{name: lambda tensor, *_, **__: tensor for name in names}):
-        yield
-
-
 def independent_lpips(net, key, x_bchw, y_bchw):
     """By the lpips package alone, in float64; a number for each picture."""
-    with without_initialisation():
+    # Random weights take long, and are replaced at once.
+    names = "kaiming_normal_", "kaiming_uniform_", "normal_", "uniform_"
+    with patch.multiple(torch.nn.init, **{name: lambda tensor, *_, **__: tensor for name in names}):
         model = lpips.LPIPS(net=net, version="0.1", pretrained=True, pnet_rand=True, verbose=False).double().eval()
     trunk = torch.load(weights_path(key), weights_only=True)
     state = {name: trunk["features." + name.split(".", 1)[1]] for name in model.net.state_dict()}

@@ -3,6 +3,7 @@
 import json
 import shutil
 from functools import cache, partial
+from unittest.mock import Mock
 
 import pytest
 import support
@@ -246,9 +247,7 @@ def test_places_that_are_taken_are_refused(run, tmp_path):
 
 
 def test_a_failure_leaves_nothing(run, tmp_path, monkeypatch):
-    def full(*arguments, **options):
-        raise OSError(28, "No space left on device")
-
+    full = Mock(side_effect=OSError(28, "No space left on device"))
     monkeypatch.setattr("model_zoo.io.export_format.sha256_of", full)
     with pytest.raises(TrainerError, match=r"cannot write .*out: No space left on device"):
         export(run, tmp_path / "out")
