@@ -10,7 +10,7 @@ from data.tokens import pack_codes
 FINGERPRINT = "0123456789abcdef"
 
 
-def codes(classes: int, count: int, vocabulary: int, grid: tuple[int, int], seed: int = 0) -> np.ndarray:
+def codes(classes: int, count: int, vocabulary: int, grid: tuple[int, int], seed: int) -> np.ndarray:
     """int64 (count, rows, columns) of classes 0, 1, ... by turns. A code is the one before plus the class's stride, or,
     once in ten times, any."""
     random = np.random.default_rng(seed)
@@ -30,7 +30,6 @@ def write_tokens(
     classes: int = 4,
     vocabulary: int = 256,
     grid: tuple[int, int] = (8, 8),
-    tokenizer: str = FINGERPRINT,
     seed: int = 0,
     per_shard: int = 16,
     labels: bool = True,
@@ -42,6 +41,6 @@ def write_tokens(
         with TarWriter(str(folder / f"tokens-{first // per_shard:06d}.tar"), encoder=False, mtime=0) as writer:
             for n in range(first, min(count, first + per_shard)):
                 label = {"cls": str(n % classes).encode()} if labels else {}
-                codes_1hw = pack_codes(index_nhw[n : n + 1], tokenizer, vocabulary)
-                writer.write({"__key__": f"{n:06d}", "codes": codes_1hw, **label})
+                content = pack_codes(index_nhw[n : n + 1], FINGERPRINT, vocabulary)
+                writer.write({"__key__": f"{n:06d}", "codes": content, **label})
     return folder
