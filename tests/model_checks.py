@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -68,9 +69,12 @@ def assert_same(loaded: nn.Module, expected: nn.Module) -> None:
     assert all(torch.equal(state[name], value) for name, value in expected_state.items())
 
 
-def refused(function: Callable, *arguments, **options) -> str:
+def refusal(errors: type[Exception] | tuple[type[Exception], ...], function: Callable, *arguments, **options) -> str:
     """The message, of one line, with which a call is refused."""
-    with pytest.raises(ModelError) as error:
+    with pytest.raises(errors) as error:
         function(*arguments, **options)
     assert "\n" not in str(error.value)
     return str(error.value)
+
+
+refused = partial(refusal, ModelError)

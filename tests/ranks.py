@@ -272,15 +272,11 @@ class Launch:
 
     def ibq(self, *arguments, **environment) -> Finished:
         """`ibq ARGUMENTS`."""
-        return self.finish(self.start("tools.cli", *arguments, **environment))
+        return self.finish(self.start_python("-m", "tools.cli", *arguments, **environment))
 
     def torchrun(self, *arguments, processes: int = 2) -> Finished:
         """`torchrun --nproc-per-node PROCESSES -m trainer ARGUMENTS` on a free port."""
         return self.finish(self.start_python(*TORCHRUN, processes, "-m", "trainer", *arguments))
-
-    def start(self, module: str, *arguments, **environment) -> subprocess.Popen:
-        """`python -m MODULE ARGUMENTS`, not waited for."""
-        return self.start_python("-m", module, *arguments, **environment)
 
     def start_python(self, *arguments, **environment) -> subprocess.Popen:
         """`python ARGUMENTS`, not waited for."""

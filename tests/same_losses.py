@@ -16,6 +16,8 @@ import sys
 import tempfile
 from pathlib import Path
 
+from tokens import write_tokens
+
 STEPS = 60
 ENGINES = {
     "ddp": ["engine.kind=ddp"],
@@ -54,9 +56,6 @@ def main() -> None:
     parser.add_argument("--ddp", default="ddp", help="what engine.kind calls plain PyTorch in the checkout that runs")
     parser.add_argument("--only", help="run only those whose name contains this text")
     options = parser.parse_args()
-    sys.path.insert(0, str(Path(__file__).parent))
-    from tokens import write_tokens
-
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.getcwd()}
     with tempfile.TemporaryDirectory() as folder:
         tokens = Path(folder) / "tokens"

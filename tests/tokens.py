@@ -1,17 +1,16 @@
 """Token shards for tests: each class has different transitions between codes."""
 
-import io
-import tarfile
 from pathlib import Path
 
 import numpy as np
+from webdataset.writer import TarWriter
 
 from data.tokens import pack_codes
 
 FINGERPRINT = "0123456789abcdef"
 
 
-def codes(classes: int, count: int, vocabulary: int, grid: tuple[int, int], seed: int = 0) -> np.ndarray:
+def codes(classes: int, count: int, vocabulary: int, grid: tuple[int, int], seed: int) -> np.ndarray:
     """int64 (count, rows, columns) of classes 0, 1, ... by turns. A code is the one before plus the class's stride, or,
     once in ten times, any."""
     random = np.random.default_rng(seed)
@@ -31,7 +30,6 @@ def write_tokens(
     classes: int = 4,
     vocabulary: int = 256,
     grid: tuple[int, int] = (8, 8),
-    tokenizer: str = FINGERPRINT,
     seed: int = 0,
     per_shard: int = 16,
     labels: bool = True,
@@ -40,13 +38,9 @@ def write_tokens(
     folder.mkdir(parents=True)
     index_nhw = codes(classes, count, vocabulary, grid, seed)
     for first in range(0, count, per_shard):
-        with tarfile.open(folder / f"tokens-{first // per_shard:06d}.tar", "w") as tar:
+        with TarWriter(str(folder / f"tokens-{first // per_shard:06d}.tar"), encoder=False, mtime=0) as writer:
             for n in range(first, min(count, first + per_shard)):
-                members = {"codes": pack_codes(index_nhw[n : n + 1], tokenizer, vocabulary)}
-                if labels:
-                    members["cls"] = str(n % classes).encode()
-                for suffix, content in members.items():
-                    info = tarfile.TarInfo(f"{n:06d}.{suffix}")
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
+                label = {"cls": str(n % classes).encode()} if labels else {}
+                content = pack_codes(index_nhw[n : n + 1], FINGERPRINT, vocabulary)
+                writer.write({"__key__": f"{n:06d}", "codes": content, **label})
     return folder

@@ -99,16 +99,15 @@ def copy_tree(folder: Path) -> None:
             shutil.copy2(ROOT / name, folder / name)
 
 
-def apply(mutation: Mutation, tree: Path) -> None:
-    """Applies a mutation's patch to a copy of the tree. Raises MutationError."""
-    # Inside a repository, `git apply` would look for the files from its root.
-    environment = {**os.environ, "GIT_CEILING_DIRECTORIES": str(tree.parent)}
-    done = subprocess.run(
-        ["git", "apply", str(mutation.patch)], cwd=tree, env=environment, capture_output=True, text=True
-    )
-    unchanged = [hunk.file for hunk in hunks(mutation.patch) if hunk.after not in (tree / hunk.file).read_text()]
-    if done.returncode or unchanged:
-        raise MutationError(f"{mutation.patch.name} does not apply: {done.stderr.strip() or unchanged}")
+def mutated(mutation: Mutation, tree: Path) -> dict[str, str]:
+    """The files of the tree that a mutation changes, with their new texts. Raises MutationError."""
+    texts = {}
+    for hunk in hunks(mutation.patch):
+        text = texts.get(hunk.file) or (tree / hunk.file).read_text(encoding="utf-8")
+        if text.count(hunk.before) != 1:
+            raise MutationError(f"{mutation.patch.name} does not apply to {hunk.file}:\n{hunk.before}")
+        texts[hunk.file] = text.replace(hunk.before, hunk.after)
+    return texts
 
 
 def run_tests(tree: Path, tests: list[str]) -> tuple[int, str]:
@@ -128,7 +127,8 @@ def run(mutation: Mutation, unchanged: Path, tree: Path) -> Outcome:
     """Runs one mutation's tests in ``tree``, a new copy of ``unchanged``. Raises MutationError."""
     shutil.copytree(unchanged, tree)
     try:
-        apply(mutation, tree)
+        for file, text in mutated(mutation, tree).items():
+            (tree / file).write_text(text, encoding="utf-8")
         start = time.monotonic()
         status, output = run_tests(tree, mutation.tests)
         seconds = time.monotonic() - start

@@ -1,23 +1,17 @@
 """The mutations of tests/mutations still fit the code that they change; run.py there shows that tests catch them."""
 
 import ast
-from pathlib import Path
 
 import pytest
-from mutations.run import Mutation, hunks, load_mutations
+from mutations.run import ROOT, Mutation, load_mutations, mutated
 
-ROOT = Path(__file__).parents[2]
 MUTATIONS = {mutation.name: mutation for mutation in load_mutations()}
 mutations = pytest.mark.parametrize("mutation", MUTATIONS.values(), ids=MUTATIONS)
 
 
 @mutations
 def test_a_patch_applies_and_gives_valid_python(mutation: Mutation):
-    texts = {}
-    for hunk in hunks(mutation.patch):
-        text = texts.setdefault(hunk.file, (ROOT / hunk.file).read_text(encoding="utf-8"))
-        assert text.count(hunk.before) == 1, f"{mutation.patch.name} does not apply to {hunk.file}:\n{hunk.before}"
-        texts[hunk.file] = text.replace(hunk.before, hunk.after)
+    texts = mutated(mutation, ROOT)
     assert texts
     for file, text in texts.items():
         assert text != (ROOT / file).read_text(encoding="utf-8")

@@ -1,13 +1,32 @@
 import pytest
+from support import single_process, single_world
 
-from trainer.parallel import start_world, stop_world
+from tools import cli
 
 
 @pytest.fixture
-def world(monkeypatch):
+def alone():
+    """This process is not one of several ranks."""
+    with single_process():
+        yield
+
+
+@pytest.fixture
+def world():
     """A process group of this process alone."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # start_world sets it; so it is taken back afterwards
-    yield start_world("cpu")
-    stop_world()
+    with single_world() as world:
+        yield world
+
+
+@pytest.fixture
+def refused_by_ibq(capfd):
+    """`refused_by_ibq(*arguments)`: the one line with which `ibq ARGUMENTS` refuses a mistake, with status 2."""
+
+    def run(*arguments) -> str:
+        with pytest.raises(SystemExit) as exited:
+            cli.main([*map(str, arguments)])
+        err = capfd.readouterr().err
+        assert exited.value.code == 2 and err.count("\n") == 1 and err.startswith("ibq: error: "), err
+        return err
+
+    return run

@@ -42,9 +42,8 @@ def test_the_alarm_comes_when_usage_falls_below_half_its_best_and_goes_when_it_i
         watched.update(codes, step)
         watched.read(step)
         alarms.append(watched.alarm)
-    assert [bool(alarm) for alarm in alarms] == [False] * 9 + [True] * 5 + [
-        False
-    ] * 6  # the last 8 codes leave at step 9
+    # The last 8 codes leave at step 9.
+    assert [bool(alarm) for alarm in alarms] == [False] * 9 + [True] * 5 + [False] * 6
     assert "usage is 30.0% (best so far 80.0%) over the last 4 steps" in alarms[9]
     assert "optimizer.lr" in alarms[9] and "\n" not in alarms[9]
 

@@ -1,5 +1,8 @@
+from typing import NamedTuple
+
 import pytest
 import torch
+from support import averages, equal, weights
 from torch import nn
 
 from model_zoo.io.sharded_tensors import whole_tensor
@@ -16,11 +19,11 @@ def model(seed=0) -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), nn.Embedding(5, 3))
 
 
-def engine(module) -> DataParallel:
-    def make_adam(parameters):
-        return adam(parameters, 1e-3, OptimizerConfig())
+class Replicated(DataParallel):
+    """Computes with its weights themselves."""
 
-    return DataParallel(module, make_adam, micro_batch_size=1, micro_batches=1)
+    def __init__(self, module):
+        super().__init__(module, lambda p: adam(p, 1e-3, OptimizerConfig()), micro_batch_size=1, micro_batches=1)
 
 
 def set_weights(module, seed):
@@ -28,23 +31,22 @@ def set_weights(module, seed):
     module.load_state_dict(model(seed).state_dict())
 
 
-def averages(ema, of) -> dict[str, torch.Tensor]:
-    return {shard.name: shard.values.view(shard.shape).clone() for shard in ema.shards(of)}
+class Averaged(NamedTuple):
+    """A model, its engine and the average of its weights."""
+
+    module: nn.Module
+    engine: Replicated
+    ema: Ema
 
 
-def weights(module) -> dict[str, torch.Tensor]:
-    return {name: value.detach().clone() for name, value in module.named_parameters()}
-
-
-def equal(first, second) -> bool:
-    assert first.keys() == second.keys()
-    return all(torch.equal(value, second[name]) for name, value in first.items())
+def averaged(decay: float, seed: int = 0) -> Averaged:
+    module = model(seed)
+    engine = Replicated(module)
+    return Averaged(module, engine, Ema((engine,), decay))
 
 
 def test_starts_as_a_copy_of_the_weights_it_is_built_on():
-    module = model(seed=1)
-    of = engine(module)
-    ema = Ema((of,), decay=0.999)
+    module, of, ema = averaged(decay=0.999, seed=1)
     assert equal(averages(ema, of), weights(module))
     with torch.no_grad():
         for parameter in module.parameters():
@@ -53,9 +55,8 @@ def test_starts_as_a_copy_of_the_weights_it_is_built_on():
 
 
 def test_is_the_running_average_with_the_smaller_decay_of_early_steps():
-    module, decay = model(), 0.2
-    of = engine(module)
-    ema = Ema((of,), decay)
+    decay = 0.2
+    module, of, ema = averaged(decay)
     expected = {name: value.double() for name, value in weights(module).items()}
     used = []
     for step in range(6):
@@ -65,41 +66,36 @@ def test_is_the_running_average_with_the_smaller_decay_of_early_steps():
         now = weights(module)
         expected = {name: used[-1] * old + (1 - used[-1]) * now[name].double() for name, old in expected.items()}
     assert used == pytest.approx([2 / 11, 0.2, 0.2, 0.2, 0.2, 0.2])  # both branches of the formula
-    for name, value in averages(ema, of).items():
-        torch.testing.assert_close(value, expected[name].float(), rtol=1e-5, atol=1e-6)
+    expected = {name: value.float() for name, value in expected.items()}
+    torch.testing.assert_close(averages(ema, of), expected, rtol=1e-5, atol=1e-6)
 
 
 def test_late_steps_use_the_whole_decay():
-    module = model()
-    of = engine(module)
-    ema = Ema((of,), decay=0.999)
+    module, of, ema = averaged(decay=0.999)
     before = averages(ema, of)
     set_weights(module, seed=1)
     ema.update(step=100_000)
     now = weights(module)
-    for name, value in averages(ema, of).items():
-        expected = 0.999 * before[name].double() + 0.001 * now[name].double()
-        torch.testing.assert_close(value, expected.float(), rtol=1e-6, atol=1e-7)
+    expected = {name: (0.999 * old.double() + 0.001 * now[name].double()).float() for name, old in before.items()}
+    torch.testing.assert_close(averages(ema, of), expected, rtol=1e-6, atol=1e-7)
 
 
 def test_update_leaves_the_weights_alone():
-    module = model()
-    ema = Ema((engine(module),), decay=0.5)
+    module, _, ema = averaged(decay=0.5)
     set_weights(module, seed=1)
     ema.update(3)
     assert equal(weights(module), weights(model(seed=1)))
 
 
 def test_keeps_fp32_of_bf16_weights():
-    module = model().bfloat16()
-    of = engine(module)
+    of = Replicated(model().bfloat16())
     ema = Ema((of,), decay=0.999)
     assert all(value.dtype == torch.float32 for value in averages(ema, of).values())
 
 
 def test_each_engine_has_its_own_shards_beside_its_weights():
     """Of the same names and shapes, so that a mix-up would go unnoticed but for the values."""
-    engines = [engine(model(seed)) for seed in range(3)]
+    engines = [Replicated(model(seed)) for seed in range(3)]
     ema = Ema(iter(engines), decay=0.9)
     for seed, of in enumerate(engines):
         shards = ema.shards(of)
@@ -108,14 +104,11 @@ def test_each_engine_has_its_own_shards_beside_its_weights():
 
 
 def test_goes_on_from_what_is_written_into_its_shards_bit_for_bit():
-    module = model()
-    of = engine(module)
-    ema = Ema((of,), decay=0.9)
+    module, of, ema = averaged(decay=0.9)
     set_weights(module, seed=1)
     ema.update(0)
     set_weights(module, seed=2)
-    other = engine(model(seed=2))
-    resumed = Ema((other,), decay=0.9)
+    _, other, resumed = averaged(decay=0.9, seed=2)
     for into, saved in zip(resumed.shards(other), ema.shards(of), strict=True):
         into.values.copy_(saved.values)
     assert not equal(averages(resumed, other), weights(module))
@@ -124,11 +117,11 @@ def test_goes_on_from_what_is_written_into_its_shards_bit_for_bit():
     assert equal(averages(ema, of), averages(resumed, other))
 
 
-class Published(DataParallel):
+class Published(Replicated):
     """Computes with a copy of its weights, as ZeRO does, until told to take them over."""
 
     def __init__(self, module):
-        super().__init__(module, lambda p: adam(p, 1e-3, OptimizerConfig()), micro_batch_size=1, micro_batches=1)
+        super().__init__(module)
         self.flat = {name: parameter.detach().clone() for name, parameter in self.parameters.items()}
 
     def weights(self):
@@ -140,7 +133,7 @@ class Published(DataParallel):
             parameter.copy_(self.flat[name])
 
 
-@pytest.mark.parametrize("kind", [engine, Published])
+@pytest.mark.parametrize("kind", [Replicated, Published])
 def test_averages_and_weights_change_places_and_back_bit_for_bit(kind):
     modules = [model(seed) for seed in (0, 1)]
     engines = [kind(module) for module in modules]

@@ -2,73 +2,47 @@
 
 import json
 import shutil
-from dataclasses import replace
 from functools import partial
 
 import pytest
+import support
 import torch
+from model_checks import refusal
+from support import as_float, equal, gradients, single_world, tokenizer_run, tokenizer_task, watch
 
-from model_zoo import TokenizerConfig, load_tokenizer
-from model_zoo.config import EntropyLoss, LossConfig, PerceptualLoss
+from model_zoo import load_tokenizer
 from model_zoo.io.sharded_tensors import ShardedTensors, save_shards
 from trainer import TrainerError
-from trainer.config import (
-    DiscriminatorConfig,
-    EmaConfig,
-    GeneratorRun,
-    InitFromConfig,
-    TokenizerOptimizerConfig,
-    TokenizerRun,
-    TokenizerTrainerConfig,
-)
+from trainer.config import GeneratorRun, InitFromConfig
 from trainer.init_from import InitRecord, read_init_record, read_initial_weights, save_init_record
 from trainer.jobs.export import export
 from trainer.loop import resume
-from trainer.parallel import start_world, stop_world
 from trainer.recipes import load_recipe, load_run_config, save_config
 from trainer.reports.report import write_report
-from trainer.start_plan import plan_batch
-from trainer.tasks.tokenizer import FROZEN, TokenizerTask
+from trainer.tasks.tokenizer import FROZEN
 
-MODEL = TokenizerConfig(
-    codebook_size=24,
-    code_dim=6,
-    channels=8,
-    channel_multipliers=[1, 2],
-    num_res_blocks=1,
-    attention_factors=[2],
-    latent_channels=12,
-    codebook_init_std=0.5,
+# Images of 16 x 16, 8 x 8 tokens.
+SETTINGS = dict(
+    trainer__global_batch_size=4,
+    model__channels=8,
+    model__channel_multipliers=[1, 2],
+    model__attention_factors=[2],
+    model__patch_size=1,
+    discriminator__layers=1,
+    discriminator__norm="batch",
+    optimizer__lr=1e-2,
+    optimizer__epsilon=1e-8,
+    optimizer__weight_decay=0.1,
 )
 
 
-def tiny_config(seed=0, **changes) -> TokenizerRun:
-    """Images of 16 x 16, 8 x 8 tokens."""
-    settings = dict(
-        seed=seed,
-        trainer=TokenizerTrainerConfig(max_steps=20, global_batch_size=4, precision="fp32"),
-        model=MODEL,
-        discriminator=DiscriminatorConfig(channels=8, layers=1),
-        loss=LossConfig(perceptual=PerceptualLoss(weight=0.0), entropy=EntropyLoss(temperature=0.5)),
-        optimizer=TokenizerOptimizerConfig(lr=1e-2, weight_decay=0.1),
-        ema=EmaConfig(decay=0.9),
-    )
-    return TokenizerRun(**{**settings, **changes})
-
-
-def build_in(world, **changes) -> TokenizerTask:
-    config = tiny_config(**changes)
-    return TokenizerTask(config, world, *plan_batch(config, world))
+tiny_config = partial(tokenizer_run, **SETTINGS)
+images = partial(support.images, count=4)
 
 
 @pytest.fixture
 def build(world):
-    return partial(build_in, world)
-
-
-def images(seed=0, count=4):
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(0, 256, (count, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    return partial(tokenizer_task, world, **SETTINGS)
 
 
 def write_run(task, folder):
@@ -89,15 +63,11 @@ def sources(tmp_path_factory):
     """A run of three steps whose averages and weights differ, and the same weights in other forms. Tests only read
     them."""
     folder = tmp_path_factory.mktemp("sources")
-    with pytest.MonkeyPatch.context() as environment:
-        for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-            environment.delenv(name, raising=False)
-        environment.setenv("DS_ACCELERATOR", "cpu")  # start_world sets it; so it is taken back afterwards
-        task = build_in(start_world("cpu"), seed=7)
+    with single_world() as world:
+        task = tokenizer_task(world, **SETTINGS, seed=7)
         for step in range(3):
             task.step([images(step)], step)
         run = write_run(task, folder / "run")
-        stop_world()
     export(run, folder / "exported")
     return {
         "run": run,
@@ -128,11 +98,6 @@ def published(sources, tmp_path):
     return shutil.copy(sources["published"], tmp_path / "published.ckpt")
 
 
-def equal(first, second):
-    assert first.keys() == second.keys()
-    return all(torch.equal(value, second[name]) for name, value in first.items())
-
-
 def held(task, kind):
     """What a checkpoint of the task holds of its tokenizer."""
     named = {shard.name: shard for shard in task.state.tensors() if shard.name.startswith(f"{kind}/")}
@@ -146,9 +111,8 @@ def held(task, kind):
 @pytest.mark.parametrize("weights", ["ema", "raw"])
 def test_weights_come_from_every_source_and_the_average_begins_with_them(build, sources, kind, weights):
     expected = load_tokenizer(sources["run"], weights)
-    assert not equal(
-        expected.state_dict(), load_tokenizer(sources["run"], "raw" if weights == "ema" else "ema").state_dict()
-    )
+    other = load_tokenizer(sources["run"], "raw" if weights == "ema" else "ema")
+    assert not equal(expected.state_dict(), other.state_dict())
     task = build(init_from=InitFromConfig(str(sources[kind]), weights))
     record = task.load_initial_weights()
     assert record.fingerprint == expected.fingerprint()
@@ -161,10 +125,9 @@ def test_the_first_loss_is_that_of_the_loaded_weights(build, run):
     task = build(init_from=InitFromConfig(str(run)))
     task.load_initial_weights()
     scalars = task.step([images(9)], 0).scalars
-    images_bchw = images(9).float() / 127.5 - 1
     with torch.no_grad():
-        reconstruction_bchw = load_tokenizer(run)(images_bchw).reconstruction_bchw
-    by_hand = (reconstruction_bchw - images_bchw).abs().mean().item()
+        reconstruction_bchw = load_tokenizer(run)(as_float(images(9))).reconstruction_bchw
+    by_hand = (reconstruction_bchw - as_float(images(9))).abs().mean().item()
     assert float(scalars["loss/reconstruction"]) == pytest.approx(by_hand, rel=1e-5)
 
 
@@ -174,7 +137,7 @@ def test_all_but_the_weights_begins_anew(build, run):
     assert task.state.numbers() == scratch.state.numbers()
     engines = [network.engine for network in task.state.trained.values()]
     assert not any(values.any() for engine in engines for values in engine.moments("exp_avg"))
-    found, fresh = ({name: value for name, value in of.state.buffers().items()} for of in (task, scratch))
+    found, fresh = task.state.buffers(), scratch.state.buffers()
     for name in fresh:
         assert name.startswith("discriminator/") or torch.equal(found[name], fresh[name])
 
@@ -201,14 +164,13 @@ def test_the_discriminator_is_the_sources_with_its_statistics(build, sources, ki
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
-        ({"discriminator": DiscriminatorConfig(channels=16, layers=1)}, "holds main.0.weight of shape [8, 3, 4, 4]"),
-        ({"discriminator": DiscriminatorConfig(channels=8, layers=1, norm="group")}, "holds main.3.running_mean"),
-        ({"init_from": {"discriminator": False}}, "init_from.discriminator=false"),
+        ({"discriminator__channels": 16}, "holds main.0.weight of shape [8, 3, 4, 4]"),
+        ({"discriminator__norm": "group"}, "holds main.3.running_mean"),
+        ({"init_from__discriminator": False}, "init_from.discriminator=false"),
     ],
 )
 def test_another_discriminator_starts_from_random_weights_and_it_is_said(build, run, changes, said):
-    init_from = InitFromConfig(str(run), **changes.pop("init_from", {}))
-    task = build(init_from=init_from, **changes)
+    task = build(init_from__source=str(run), **changes)
     fresh = build(**changes).adversary.engine.module.state_dict()
     found = task.load_initial_weights().discriminator
     assert found.startswith("random weights") and said in found
@@ -226,24 +188,17 @@ def test_a_source_without_a_discriminator_is_said_to_have_none(build, run, publi
 
 
 @pytest.mark.parametrize(
-    ("freeze", "quantizer", "batch"),
-    [
-        ("encoder", "ibq", {"micro_batch_size": 2}),
-        ("encoder", "vq", {}),
-        ("decoder", "ibq", {}),
-        ("decoder", "vq", {"micro_batch_size": 2}),
-    ],
+    ("freeze", "quantizer", "micro_batch_size"),
+    [("encoder", "ibq", 2), ("encoder", "vq", 4), ("decoder", "ibq", 4), ("decoder", "vq", 2)],
 )
-def test_what_is_frozen_stays_to_the_bit_and_the_rest_learns(build, run, freeze, quantizer, batch):
-    source = write_run(build(model=replace(MODEL, quantizer=quantizer)), run.parent / "source")
-    trainer = TokenizerTrainerConfig(max_steps=20, global_batch_size=4, precision="fp32", **batch)
-    task = build(
-        model=replace(MODEL, quantizer=quantizer), trainer=trainer, init_from=InitFromConfig(str(source), freeze=freeze)
-    )
+def test_what_is_frozen_stays_to_the_bit_and_the_rest_learns(build, run, freeze, quantizer, micro_batch_size):
+    source = write_run(build(model__quantizer=quantizer), run.parent / "source")
+    init_from = InitFromConfig(str(source), freeze=freeze)
+    task = build(model__quantizer=quantizer, trainer__micro_batch_size=micro_batch_size, init_from=init_from)
     task.load_initial_weights()
     before = held(task, "tokenizer")
     for step in range(3):
-        task.step(list(images(step).chunk(2)) if batch else [images(step)], step)
+        task.step(list(images(step).split(micro_batch_size)), step)
     for kind in ("tokenizer", "tokenizer_ema"):
         after = held(task, kind)
         assert after.keys() == before.keys()
@@ -259,20 +214,15 @@ def test_what_is_frozen_stays_to_the_bit_and_the_rest_learns(build, run, freeze,
 def test_a_frozen_encoder_costs_no_assignment_no_graph_and_no_term_of_the_quantizer(build, run, monkeypatch):
     task = build(init_from=InitFromConfig(str(run), freeze="encoder"))
     task.load_initial_weights()
-    quantizer = task.tokenizer.quantize
-
-    def refuse(*_):
-        raise AssertionError("the soft assignment was computed")
-
-    monkeypatch.setattr(quantizer, "assign", refuse)
-    output = task._forward(images().float() / 127.5 - 1)
+    monkeypatch.setattr(task.tokenizer.quantize, "assign", lambda *_: pytest.fail("the assignment was computed"))
+    output = task._forward(as_float(images()))
     assert not output.quantized.quantized_bdhw.requires_grad and output.reconstruction_bchw.requires_grad
     scalars = task.step([images()], 0).scalars
     assert not any("entropy" in name or "codebook" in name or "double" in name for name in scalars)
     total = float(scalars["loss/reconstruction"]) + 0.1 * float(scalars["loss/generator"])
     assert float(scalars["loss/total"]) == pytest.approx(total, rel=1e-5)
     # The codes, and their distance from the features, are those of the whole model.
-    whole = load_tokenizer(run)(images().float() / 127.5 - 1)
+    whole = load_tokenizer(run)(as_float(images()))
     assert torch.equal(output.quantized.index_bhw, whole.quantized.index_bhw)
     torch.testing.assert_close(output.reconstruction_bchw, whole.reconstruction_bchw)
     assert float(scalars["loss/commitment"]) == pytest.approx(whole.quantized.commitment.item(), rel=1e-5)
@@ -280,27 +230,20 @@ def test_a_frozen_encoder_costs_no_assignment_no_graph_and_no_term_of_the_quanti
 
 
 def test_a_frozen_encoder_leaves_the_decoder_the_gradient_that_it_has_in_the_whole_model(build, run):
-    gradients = []
+    seen = []
     for freeze in (None, "encoder"):
         task = build(init_from=InitFromConfig(str(run), freeze=freeze))
         task.load_initial_weights()
-        step, seen = task.main_engine.step, {}
-
-        def look(*arguments, task=task, step=step, seen=seen):
-            seen |= {name: p.grad.clone() for name, p in task.tokenizer.decoder.named_parameters()}
-            return step(*arguments)
-
-        task.main_engine.step = look
+        seen.append(watch(task.main_engine, lambda decoder=task.tokenizer.decoder: gradients(decoder)))
         task.step([images()], 0)
-        gradients.append(seen)
-    for name, gradient in gradients[0].items():
-        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-7, msg=name)
+    (whole,), (frozen,) = seen
+    torch.testing.assert_close(frozen, whole, rtol=1e-4, atol=1e-7)
 
 
 def test_lfq_which_has_no_codebook_can_be_frozen_too(build, tmp_path):
-    model = replace(MODEL, quantizer="lfq", codebook_size=64)
-    source = write_run(build(model=model, seed=3), tmp_path / "source")
-    task = build(model=model, init_from=InitFromConfig(str(source), freeze="encoder"))
+    lfq = dict(model__quantizer="lfq", model__codebook_size=64)
+    source = write_run(build(**lfq, seed=3), tmp_path / "source")
+    task = build(**lfq, init_from=InitFromConfig(str(source), freeze="encoder"))
     task.load_initial_weights()
     before = load_tokenizer(source)
     task.step([images()], 0)
@@ -340,36 +283,29 @@ def test_few_codes_of_a_frozen_encoder_are_no_alarm(build, run):
 # ---------------------------------------------------------------------------------------------------------- bad input
 
 
-def refused(function, *arguments) -> str:
-    with pytest.raises(TrainerError) as error:
-        function(*arguments)
-    assert "\n" not in str(error.value)
-    return str(error.value)
+refused = partial(refusal, TrainerError)
+
+
+def refused_source(source, **changes) -> str:
+    return refused(read_initial_weights, tiny_config(init_from__source=str(source), **changes))
 
 
 def test_a_source_that_is_missing_or_holds_no_such_weights(build, run, tmp_path):
-    message = refused(read_initial_weights, tiny_config(init_from=InitFromConfig(str(tmp_path / "nowhere"))))
+    message = refused_source(tmp_path / "nowhere")
     assert "init_from.source=" in message and "nowhere" in message
     (tmp_path / "empty").mkdir()
-    empty = tiny_config(init_from=InitFromConfig(str(tmp_path / "empty")))
-    assert "not a run folder" in refused(read_initial_weights, empty)
-    bare = write_run(build(ema=EmaConfig(decay=0.0)), tmp_path / "bare")
-    message = refused(read_initial_weights, tiny_config(init_from=InitFromConfig(str(bare))))
+    assert "not a run folder" in refused_source(tmp_path / "empty")
+    bare = write_run(build(ema__decay=0.0), tmp_path / "bare")
+    message = refused_source(bare)
     assert "init_from.weights=ema" in message and "raw" in message
-    generator = tmp_path / "generator"
-    (generator / "checkpoints/step_00000001").mkdir(parents=True)
-    save_config(GeneratorRun(), generator / "config.yaml")
-    (generator / "checkpoints/latest").write_text("step_00000001")
-    shard = build().state.tensors()[0]._replace(name="generator/head.weight")
-    save_shards(generator / "checkpoints/step_00000001/rank_00000.safetensors", [shard])
-    assert "is from a generator run" in refused(
-        read_initial_weights, tiny_config(init_from=InitFromConfig(str(generator)))
-    )
+    generator = support.write_run(tmp_path / "generator", GeneratorRun(), generator=torch.nn.Linear(2, 2))
+    assert "is from a generator run" in refused_source(generator)
 
 
 def test_the_source_may_have_any_shape_but_that_of_the_recipe_and_the_mend_is_what_to_type(run, published):
-    other = replace(MODEL, codebook_size=32, channel_multipliers=[1, 1, 2], attention_factors=[], quantizer="vq")
-    message = refused(read_initial_weights, tiny_config(model=other, init_from=InitFromConfig(str(run))))
+    other = dict(model__codebook_size=32, model__channel_multipliers=[1, 1, 2], model__attention_factors=[])
+    other["model__quantizer"] = "vq"
+    message = refused_source(run, **other)
     assert "model.codebook_size is 24 there and 32 here" in message
     fix = message.partition("; use ")[2]
     for change in ("model.codebook_size=24", "'model.channel_multipliers=[1,2]'", "'model.attention_factors=[2]'"):
@@ -378,17 +314,13 @@ def test_the_source_may_have_any_shape_but_that_of_the_recipe_and_the_mend_is_wh
     changes = [change.strip("'") for change in fix.split()]
     assert load_recipe("debug", changes).model.channel_multipliers == [1, 2]
     # A published file does not say which rule its codes are picked by, so that is the recipe's affair.
-    assert "quantizer" not in refused(
-        read_initial_weights, tiny_config(model=other, init_from=InitFromConfig(str(published)))
-    )
+    assert "quantizer" not in refused_source(published, **other)
 
 
 def test_a_shape_that_the_configuration_does_not_tell(run):
     config = run / "config.yaml"
     config.write_text(config.read_text().replace("code_dim: 6", "code_dim: 5"))
-    message = refused(
-        read_initial_weights, tiny_config(model=replace(MODEL, code_dim=5), init_from=InitFromConfig(str(run)))
-    )
+    message = refused_source(run, model__code_dim=5)
     assert "holds quant_conv.weight of shape [6, 12, 1, 1], expected [5, 12, 1, 1]" in message
 
 

@@ -2,10 +2,10 @@ import math
 
 import numpy as np
 import pytest
-import skimage.data
 import skimage.metrics
 import torch
 from scipy.cluster.vq import kmeans2
+from support import photograph, psnr_and_ssim_by_hand
 
 from trainer.evaluation.baselines import ColorBaselines, fit_palette
 from trainer.metrics import image as metrics
@@ -14,8 +14,7 @@ from trainer.metrics.codebook import USAGE_WINDOW_TOKENS, CodebookUsage, window_
 
 def photographs(side=64):
     """Four uint8 crops (4, 3, side, side) of real photographs."""
-    whole = [skimage.data.astronaut(), skimage.data.coffee(), skimage.data.chelsea(), skimage.data.rocket()]
-    return torch.stack([torch.from_numpy(p[40 : 40 + side, 150 : 150 + side].copy()).permute(2, 0, 1) for p in whole])
+    return torch.stack([photograph(number, side, side) for number in range(4)])
 
 
 def as_float(levels):
@@ -26,29 +25,18 @@ def noisy(images, amount, seed=0):
     return images + amount * torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
 
 
-def paper_levels(image_chw):
-    """The protocol written out for one image, in numpy: float [0, 1] pixels, height x width x channel."""
-    unit = (np.clip(image_chw.numpy(), np.float32(-1), np.float32(1)) + np.float32(1)) / np.float32(2)
-    return ((unit * np.float32(255)).astype(np.uint8).astype(np.float64) / 255).transpose(1, 2, 0)
-
-
 @pytest.mark.parametrize("amount", [0.02, 0.3, 2.0])
 def test_psnr_and_ssim_equal_scikit_image(amount):
     x = as_float(photographs())
     y = noisy(x, amount)
-    psnr, ssim = metrics.psnr(x, y), metrics.ssim(x, y)
+    found = torch.stack([metrics.psnr(x, y), metrics.ssim(x, y)], dim=1)
     for i in range(len(x)):
-        a, b = paper_levels(x[i]), paper_levels(y[i])
-        assert float(psnr[i]) == pytest.approx(skimage.metrics.peak_signal_noise_ratio(a, b, data_range=1), abs=1e-6)
-        want = skimage.metrics.structural_similarity(a, b, data_range=1, channel_axis=-1)
-        assert float(ssim[i]) == pytest.approx(want, abs=1e-6)
+        assert found[i].tolist() == pytest.approx(psnr_and_ssim_by_hand(x[i], y[i]), abs=1e-6)
 
 
 def test_ssim_of_the_smallest_image_is_one_window_and_smaller_ones_are_refused():
     x = as_float(photographs(7))
-    want = skimage.metrics.structural_similarity(
-        paper_levels(x[0]), paper_levels(-x[0]), data_range=1, channel_axis=-1, win_size=7
-    )
+    _, want = psnr_and_ssim_by_hand(x[0], -x[0], win_size=7)
     assert float(metrics.ssim(x, -x)[0]) == pytest.approx(want, abs=1e-6)
     with pytest.raises(ValueError, match="at least 7x7 pixels, not 9x6"):
         metrics.ssim(torch.zeros(1, 3, 6, 9), torch.zeros(1, 3, 6, 9))

@@ -2,6 +2,7 @@ import dataclasses
 
 import pytest
 import torch
+from model_checks import refusal
 
 from model_zoo import ModelError, Tokenizer
 from model_zoo.config import DiscriminatorLoss, GeneratorLoss, Sampling, broken_rule
@@ -28,10 +29,7 @@ def recipe(tmp_path):
 
 
 def refused(recipe: str, *overrides: str) -> str:
-    with pytest.raises((TrainerError, ModelError)) as error:
-        load_recipe(recipe, list(overrides))
-    assert "\n" not in str(error.value)
-    return str(error.value)
+    return refusal((TrainerError, ModelError), load_recipe, recipe, list(overrides))
 
 
 @pytest.mark.parametrize("name", recipe_paths())
@@ -88,12 +86,9 @@ def test_every_spelling_of_a_small_number_is_a_float(recipe, text):
         assert isinstance(value, float) and value == 1e-5
 
 
-def test_unknown_recipe_suggests_the_nearest_name():
+def test_unknown_recipes_are_named(tmp_path):
     assert "'qickstart'; did you mean quickstart" in refused("qickstart")
     assert "ibq recipes" in refused("zzzzzz")
-
-
-def test_missing_recipe_file_is_named(tmp_path):
     assert "nowhere.yaml does not exist" in refused(str(tmp_path / "nowhere.yaml"))
     assert "unknown recipe" in refused(str(tmp_path))
 
@@ -111,11 +106,6 @@ def test_missing_recipe_file_is_named(tmp_path):
 def test_unknown_key_suggests_the_nearest_one(recipe, override, named, suggested):
     message = refused(recipe(), override)
     assert f"unknown key {named}; did you mean" in message and f" {suggested}" in message
-
-
-def test_unknown_key_in_the_file_names_file_and_nearest_key(recipe):
-    message = refused(recipe(SMALLEST + "optimizer: {lrr: 1}\n"))
-    assert "mine.yaml" in message and "unknown key optimizer.lrr; did you mean optimizer.lr" in message
 
 
 @pytest.mark.parametrize(
@@ -136,28 +126,30 @@ def test_unknown_key_in_the_file_names_file_and_nearest_key(recipe):
     ],
 )
 def test_ill_typed_values_are_refused_by_key(recipe, override):
-    message = refused(recipe(), override)
-    assert override in message
+    assert override in refused(recipe(), override)
 
 
-def test_ill_typed_value_in_the_file_names_file_key_and_value(recipe):
-    message = refused(recipe(SMALLEST + "optimizer: {lr: fast}\n"))
-    assert all(part in message for part in ("mine.yaml", "optimizer.lr", "fast"))
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("optimizer: {lrr: 1}", ["unknown key optimizer.lrr; did you mean optimizer.lr"]),
+        ("optimizer: {lr: fast}", ["optimizer.lr", "fast"]),
+        ("start: {sauce: a}", ["unknown key init_from.sauce"]),
+        ("init_from: {sauce: a}", ["unknown key init_from.sauce"]),
+        ("start: 5\nengine: 5", []),
+        ("init_from: 5\nengine: 5", []),
+        ("start: {source: a}\ninit_from: {source: b}", ["mine.yaml: start is called init_from now", "remove start"]),
+    ],
+)
+def test_mistakes_in_a_file_are_told_with_its_name(recipe, text, said):
+    message = refused(recipe(f"{SMALLEST}{text}\n"))
+    assert all(part in message for part in ("mine.yaml", *said))
 
 
 @pytest.mark.parametrize("override", ["optimizer.lr", "=3", "optimizer.lr:3"])
 def test_an_override_without_key_or_value_shows_the_form(recipe, override):
     message = refused(recipe(), override)
     assert repr(override) in message and "is not key=value" in message
-
-
-def test_a_key_given_twice_is_refused(recipe):
-    message = refused(recipe(), "data.train=a.tar", "seed=1", "data.train=b.tar")
-    assert "data.train is given twice" in message
-
-
-def test_braces_at_the_start_of_a_value_end_in_one_line(recipe):
-    assert "data.train={a,b}.tar" in refused(recipe(), "data.train={a,b}.tar")
 
 
 @pytest.mark.parametrize(
@@ -298,22 +290,6 @@ def test_former_names_in_files_are_read_and_saved_as_the_new_ones(recipe, tmp_pa
     assert load_run_config(tmp_path, []) == resumed
 
 
-def test_a_generator_has_neither_the_former_section_nor_the_new_one():
-    assert "unknown key start" in refused("ar_debug", "start.source=x")
-    assert "unknown key init_from" in refused("ar_debug", "init_from.source=x")
-
-
-@pytest.mark.parametrize("section", ["start", "init_from"])
-def test_mistakes_in_a_section_of_either_name_are_one_line(recipe, section):
-    assert "unknown key init_from.sauce" in refused(recipe(f"{SMALLEST}{section}: {{sauce: a}}\n"))
-    assert "mine.yaml" in refused(recipe(f"{SMALLEST}{section}: 5\nengine: 5\n"))
-
-
-def test_a_file_with_both_names_of_a_section_is_refused(recipe):
-    message = refused(recipe(f"{SMALLEST}start: {{source: a}}\ninit_from: {{source: b}}\n"))
-    assert "mine.yaml: start is called init_from now" in message and "remove start" in message
-
-
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
@@ -321,9 +297,13 @@ def test_a_file_with_both_names_of_a_section_is_refused(recipe):
         (["trainer.activation_checkpointing=selective"], "is for generators"),
         (["vocabulary_parallel=2"], "unknown key vocabulary_parallel"),
         (["task=generator"], "task= cannot be changed: mine is a recipe for a tokenizer"),
+        (["data.train=a.tar", "seed=1", "data.train=b.tar"], "data.train is given twice"),
+        (["data.train={a,b}.tar"], "data.train={a,b}.tar"),
+        (["loss.discriminator.start_step=10", "loss.generator.start_step=5"], "untrained discriminator"),
+        (["model.code_dim=1"], "model.code_dim of 2 or more"),
     ],
 )
-def test_a_tokenizer_has_no_settings_of_generators(recipe, changes, said):
+def test_mistakes_in_a_tokenizers_recipe(recipe, changes, said):
     assert said in refused(recipe(), *changes)
 
 
@@ -335,56 +315,55 @@ def test_a_tokenizer_has_no_settings_of_generators(recipe, changes, said):
         (["loss.label_dropout=1.5"], "loss.label_dropout=1.5 must be at most 1"),
         (["schedule.hold=2"], "schedule.hold=2.0 must be at most 1"),
         (["codebook_parallel=2"], "unknown key codebook_parallel"),
+        (["start.source=x"], "unknown key start"),
+        (["init_from.source=x"], "unknown key init_from"),
     ],
 )
 def test_mistakes_in_a_generators_recipe(changes, said):
     assert said in refused("ar_debug", *changes)
 
 
-def test_unknown_tasks_are_refused(recipe):
-    assert "task=painter is unknown: choose one of tokenizer, generator" in refused(
-        recipe(f"task: painter\n{SMALLEST}")
-    )
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        (f"task: painter\n{SMALLEST}", "task=painter is unknown: choose one of tokenizer, generator"),
+        ("seed: 1\n", "trainer.max_steps must be given"),
+        ("", "trainer.max_steps must be given"),
+        ("trainer: {max_steps: 1}\n", "trainer.global_batch_size must be given"),
+        *((text, "mine.yaml") for text in ("- 1\n- 2\n", "5\n", "5.5\n", "true\n", "hello\n")),
+    ],
+)
+def test_a_file_that_is_no_recipe_is_refused(recipe, text, said):
+    assert said in refused(recipe(text))
 
 
-def test_missing_mandatory_values_are_named(recipe):
-    assert "trainer.max_steps must be given" in refused(recipe("seed: 1\n"))
-    assert "trainer.max_steps must be given" in refused(recipe(""))
-    assert "trainer.global_batch_size must be given" in refused(recipe("trainer: {max_steps: 1}\n"))
+def test_the_command_line_may_give_what_is_mandatory(recipe):
     load_recipe(recipe("seed: 1\n"), ["trainer.max_steps=1", "trainer.global_batch_size=1"])
 
 
 @pytest.mark.parametrize(
-    "text", ["trainer: [1", "a:\n\t- b\n", "seed: 1\nseed: 2\n", "seed: 1\n---\nseed: 2\n", "seed: *none\n", "a\0b"]
-)
-def test_broken_yaml_is_refused_by_file(recipe, text):
-    message = refused(recipe(text))
-    assert "mine.yaml is not valid YAML" in message
-
-
-def test_a_file_of_bytes_is_refused_by_name(tmp_path):
-    (tmp_path / "mine.yaml").write_bytes(b"\xff\xfe\x00\x80")
+    "content",
+    [b"trainer: [1", b"a:\n\t- b\n", b"seed: 1\nseed: 2\n", b"seed: 1\n---\nseed: 2\n", b"seed: *none\n", b"a\0b",
+     b"\xff\xfe\x00\x80"],
+)  # fmt: skip
+def test_broken_yaml_is_refused_by_file(tmp_path, content):
+    (tmp_path / "mine.yaml").write_bytes(content)
     assert "mine.yaml is not valid YAML" in refused(str(tmp_path / "mine.yaml"))
-
-
-@pytest.mark.parametrize("text", ["- 1\n- 2\n", "5\n", "5.5\n", "true\n", "hello\n"])
-def test_yaml_that_maps_no_keys_is_refused_by_file(recipe, text):
-    assert "mine.yaml" in refused(recipe(text))
 
 
 def test_yaml_cannot_execute_python(recipe, tmp_path):
     proof = tmp_path / "executed"
-    tag = f"!!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{proof}']]"
-    other = f"!!python/object/apply:os.system ['touch {proof}']"
-    for value in (tag, other):
+    for value in (
+        f"!!python/object/apply:pathlib.Path.touch [!!python/object/apply:pathlib.Path ['{proof}']]",
+        f"!!python/object/apply:os.system ['touch {proof}']",
+    ):
         assert "mine.yaml is not valid YAML" in refused(recipe(f"{SMALLEST}run: {value}\n"))
         assert refused(recipe(), f"run={value}")
     assert not proof.exists()
 
 
 def test_a_folder_without_config_is_no_run_folder(tmp_path):
-    with pytest.raises(TrainerError, match="is not a run folder"):
-        load_run_config(tmp_path, [])
+    assert "is not a run folder" in refusal(TrainerError, load_run_config, tmp_path, [])
 
 
 def test_resuming_checks_changes_like_training(recipe, tmp_path):
@@ -402,8 +381,7 @@ def test_a_run_of_before_codes_began_among_the_features_is_one_of_normal(recipe,
     assert load_run_config(tmp_path, []).model.codebook_init == "normal"
 
 
-def test_codes_of_one_dimension_cannot_have_one_length(recipe):
-    assert "model.code_dim of 2 or more" in refused(recipe(), "model.code_dim=1")
+def test_codes_of_one_dimension_may_begin_as_normal_ones(recipe):
     load_recipe(recipe(), ["model.code_dim=1", "model.codebook_init=normal"])
 
 
@@ -413,20 +391,13 @@ def test_lists_of_two_configurations_are_not_shared(recipe):
     assert second.optimizer.betas == TokenizerRun().optimizer.betas == [0.5, 0.9]
 
 
-def test_the_generator_cannot_start_before_its_discriminator(recipe):
-    message = refused(recipe(), "loss.discriminator.start_step=10", "loss.generator.start_step=5")
-    assert "untrained discriminator" in message
-
-
 SOURCES = "data.sources=[{name: a, root: x, weight: 2}, {name: b, root: y, filters: {min_side: 256}}]"
 
 
 def test_sources_are_read_and_changed_by_their_place():
     config = load_recipe("debug", [SOURCES, "data.sources.0.weight=3", "data.sources.1.filters.min_side=64"])
-    assert [(source.name, source.weight, source.filters.min_side) for source in config.data.sources] == [
-        ("a", 3.0, None),
-        ("b", 1.0, 64),
-    ]
+    found = [(source.name, source.weight, source.filters.min_side) for source in config.data.sources]
+    assert found == [("a", 3.0, None), ("b", 1.0, 64)]
 
 
 @pytest.mark.parametrize(
@@ -440,6 +411,5 @@ def test_sources_are_read_and_changed_by_their_place():
     ],
 )
 def test_mistakes_in_sources_are_named(change, message):
-    with pytest.raises(TrainerError, match=message) as error:
-        load_recipe("debug", ([] if change.startswith("data.sources=") else [SOURCES]) + [change])
-    assert "\n" not in str(error.value)
+    changes = [change] if change.startswith("data.sources=") else [SOURCES, change]
+    assert message in refusal(TrainerError, load_recipe, "debug", changes)

@@ -5,71 +5,63 @@ import pytest
 from trainer.config import OptimizerConfig, ScheduleConfig
 from trainer.schedules import learning_rate_factor, ramp, weight_decay
 
+every_kind = pytest.mark.parametrize("kind", ["constant", "multistep", "cosine", "linear"])
+QUARTER = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4))  # of the way along a cosine from 1 to 0.1
+
 
 def factors(steps, max_steps=100, **settings):
     config = ScheduleConfig(**settings)
     return [learning_rate_factor(config, step, max_steps) for step in steps]
 
 
-@pytest.mark.parametrize("kind", ["constant", "multistep", "cosine", "linear"])
+@every_kind
 def test_warm_up_grows_linearly_from_zero_to_the_peak(kind):
     assert factors(range(6), kind=kind, warmup_steps=5) == pytest.approx([0.0, 0.2, 0.4, 0.6, 0.8, 1.0])
 
 
-@pytest.mark.parametrize("kind", ["constant", "multistep", "cosine", "linear"])
+@every_kind
 def test_without_warm_up_the_first_step_takes_the_peak(kind):
     assert factors([0], kind=kind) == [1.0]
 
 
-def test_constant_stays():
-    assert factors([0, 50, 99, 1000], kind="constant") == [1.0] * 4
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        (dict(kind="constant"), {0: 1.0, 50: 1.0, 99: 1.0, 1000: 1.0}),
+        # Multistep drops at its milestones, which it counts from the start of training.
+        (dict(kind="multistep", milestones=[50, 80], factor=0.1), {49: 1.0, 50: 0.1, 79: 0.1, 80: 0.01, 99: 0.01}),
+        (dict(kind="multistep", milestones=[50, 80], factor=0.5), {50: 0.5}),
+        (dict(kind="multistep", milestones=[10], warmup_steps=5), {5: 1.0, 9: 1.0, 10: 0.1}),
+        # The others go from the peak behind warm-up to their final ratio, and stay there beyond the last step.
+        (dict(kind="cosine", warmup_steps=20, final_ratio=0.1), {20: 1.0, 40: QUARTER, 60: 0.55, 100: 0.1}),
+        (dict(kind="linear", warmup_steps=20, final_ratio=0.1), {20: 1.0, 40: 0.775, 60: 0.55, 100: 0.1}),
+        (dict(kind="cosine", final_ratio=0.2), {100: 0.2, 150: 0.2}),
+        (dict(kind="linear", final_ratio=0.2), {100: 0.2, 150: 0.2}),
+        (dict(kind="cosine"), {0: 1.0, 100: 0.0}),
+        (dict(kind="linear"), {0: 1.0, 100: 0.0}),
+    ],
+)
+def test_each_kind_of_schedule_by_hand(settings, expected):
+    assert factors(expected, **settings) == pytest.approx(list(expected.values()))
 
 
-def test_multistep_drops_at_its_milestones():
-    settings = {"kind": "multistep", "milestones": [50, 80], "factor": 0.1}
-    assert factors([49, 50, 79, 80, 99], **settings) == pytest.approx([1.0, 0.1, 0.1, 0.01, 0.01])
-    assert factors([50], kind="multistep", milestones=[50, 80], factor=0.5) == [0.5]
-
-
-def test_multistep_counts_milestones_from_the_start_of_training():
-    settings = {"kind": "multistep", "milestones": [10], "warmup_steps": 5}
-    assert factors([5, 9, 10], **settings) == pytest.approx([1.0, 1.0, 0.1])
-
-
-def test_cosine_goes_from_the_peak_behind_warm_up_to_its_final_ratio():
-    settings = {"kind": "cosine", "warmup_steps": 20, "final_ratio": 0.1}
-    quarter = 0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi / 4))
-    assert factors([20, 40, 60, 100], **settings) == pytest.approx([1.0, quarter, 0.55, 0.1])
-
-
-def test_linear_goes_from_the_peak_behind_warm_up_to_its_final_ratio():
-    settings = {"kind": "linear", "warmup_steps": 20, "final_ratio": 0.1}
-    assert factors([20, 40, 60, 100], **settings) == pytest.approx([1.0, 0.775, 0.55, 0.1])
-
-
-@pytest.mark.parametrize("kind", ["cosine", "linear"])
-def test_decay_stays_at_its_final_ratio_beyond_the_last_step(kind):
-    assert factors([100, 150], kind=kind, final_ratio=0.2) == pytest.approx([0.2, 0.2])
-    assert factors([0, 100], kind=kind) == pytest.approx([1.0, 0.0])
-
-
-@pytest.mark.parametrize("kind", ["constant", "multistep", "cosine", "linear"])
+@every_kind
 def test_warm_up_as_long_as_training_is_possible(kind):
     assert factors([0, 5, 9, 10], max_steps=10, kind=kind, warmup_steps=10)[:3] == pytest.approx([0.0, 0.5, 0.9])
 
 
-def test_ramp_is_zero_before_its_start_and_full_from_its_last_step_on():
-    assert [ramp(step, 10, 4) for step in (0, 9, 10, 11, 12, 13, 14, 99)] == [0.0, 0.0, 0.25, 0.5, 0.75, 1.0, 1.0, 1.0]
-
-
-@pytest.mark.parametrize("ramp_steps", [0, 1])
-def test_ramp_of_no_length_is_a_switch(ramp_steps):
-    assert [ramp(step, 10, ramp_steps) for step in (9, 10, 11)] == [0.0, 1.0, 1.0]
-
-
-def test_ramp_from_step_zero_acts_at_once():
-    assert ramp(0, 0, 0) == 1.0
-    assert ramp(0, 0, 2) == 0.5
+@pytest.mark.parametrize(
+    ("start_step", "ramp_steps", "expected"),
+    [
+        (10, 4, {0: 0.0, 9: 0.0, 10: 0.25, 11: 0.5, 12: 0.75, 13: 1.0, 14: 1.0, 99: 1.0}),
+        (10, 0, {9: 0.0, 10: 1.0, 11: 1.0}),
+        (10, 1, {9: 0.0, 10: 1.0, 11: 1.0}),
+        (0, 0, {0: 1.0}),
+        (0, 2, {0: 0.5}),
+    ],
+)
+def test_ramp_is_zero_before_its_start_and_full_from_its_last_step_on(start_step, ramp_steps, expected):
+    assert {step: ramp(step, start_step, ramp_steps) for step in expected} == expected
 
 
 def test_the_published_generators_schedule():

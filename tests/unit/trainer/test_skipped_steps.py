@@ -1,6 +1,6 @@
 import json
 
-import pytest
+from model_checks import refusal
 
 from trainer import TrainerError
 from trainer.skipped_steps import SkippedSteps
@@ -43,14 +43,10 @@ def test_more_than_the_limit_in_a_row_end_the_run_with_the_keys(world, tmp_path)
     skips = SkippedSteps(tmp_path, world, limit=2)
     for step in (1, 2):
         assert skips.update(step, ["generator"], keys(step))
-    with pytest.raises(TrainerError) as error:
-        skips.update(3, ["generator"], keys(30, 31))
-    message = str(error.value)
-    assert message.startswith(
+    assert refusal(TrainerError, skips.update, 3, ["generator"], keys(30, 31)).startswith(
         "loss or gradient of the generator is not finite at step 3, number 3 in a row (trainer.max_skipped_steps=2); "
         "its samples: shard-30, shard-31. Checkpoints hold finite weights"
     )
-    assert "\n" not in message
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]  # those of the last one too
 
 
@@ -58,20 +54,18 @@ def test_a_good_step_between_begins_the_count_anew(world, tmp_path):
     skips = SkippedSteps(tmp_path, world, limit=2)
     for step, skipped in enumerate([["generator"], ["generator"], [], ["generator"], ["discriminator"]]):
         assert (skips.update(step, skipped, keys(step)) is None) == (not skipped)
-    with pytest.raises(TrainerError, match=r"at step 5, number 3 in a row"):
-        skips.update(5, ["generator"], keys(5))
+    assert "at step 5, number 3 in a row" in refusal(TrainerError, skips.update, 5, ["generator"], keys(5))
 
 
 def test_with_a_limit_of_none_the_first_one_ends_the_run(world, tmp_path):
-    with pytest.raises(
-        TrainerError, match=r"number 1 in a row \(trainer\.max_skipped_steps=0\); its samples: shard-1\."
-    ):
-        SkippedSteps(tmp_path, world, limit=0).update(1, ["generator"], keys(1))
+    skips = SkippedSteps(tmp_path, world, limit=0)
+    said = refusal(TrainerError, skips.update, 1, ["generator"], keys(1))
+    assert "number 1 in a row (trainer.max_skipped_steps=0); its samples: shard-1." in said
 
 
 def test_of_many_keys_the_line_shows_the_first_and_the_file_all(world, tmp_path):
-    with pytest.raises(TrainerError) as error:
-        SkippedSteps(tmp_path, world, limit=0).update(1, ["generator"], keys(*range(20)))
+    skips = SkippedSteps(tmp_path, world, limit=0)
+    message = refusal(TrainerError, skips.update, 1, ["generator"], keys(*range(20)))
     expected = f"its samples: {', '.join(keys(*range(8)))} and 12 more, see {tmp_path / 'skipped_steps.jsonl'}. "
-    assert expected in str(error.value) and "shard-8" not in str(error.value)
+    assert expected in message and "shard-8" not in message
     assert lines(tmp_path)[0]["keys_of_ranks"] == [keys(*range(20))]

@@ -77,10 +77,7 @@ def test_process_ends_with_0_however_slow_gloos_threads_are(tmp_path):
     subprocess.run([compiler, "-shared", "-fPIC", tmp_path / "slow.cpp", "-o", library, "-ldl"], check=True)
     environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     done = subprocess.run(
-        [sys.executable, "-c", PROGRAM],
-        env={**environment, "LD_PRELOAD": str(library)},
-        capture_output=True,
-        text=True,
+        [sys.executable, "-c", PROGRAM], env={**environment, "LD_PRELOAD": str(library)}, capture_output=True, text=True
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout == "0 gloo threads are left\n"

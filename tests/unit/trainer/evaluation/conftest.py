@@ -24,11 +24,9 @@ def weights(_networks, monkeypatch) -> Path:
 
 
 @pytest.fixture
-def alone(monkeypatch) -> None:
-    """This process is not one of several ranks."""
-    for name in ("RANK", "LOCAL_RANK", "WORLD_SIZE"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("DS_ACCELERATOR", "cpu")  # start_world sets it; this restores it after the test
+def cache(weights, alone, tmp_path, monkeypatch) -> None:
+    """The cache of features is empty, and this process is not one of several ranks."""
+    monkeypatch.setenv("IBQ_CACHE", str(tmp_path / "cache"))
 
 
 @pytest.fixture

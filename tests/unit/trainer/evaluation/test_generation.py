@@ -8,35 +8,20 @@ import pytest
 import torch
 from PIL import Image
 from random_networks import accept, hashes_of, main_with_small_inception, one_thread
+from support import frechet_distance_by_hand
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from data.npz import Npz
+from model_zoo.eval_nets.inception import Inception
 from model_zoo.eval_nets.weights import WEIGHTS_FILES
-from tools import cli
 from trainer import TrainerError
 from trainer.evaluation.features import FeatureExtractor, FolderImages, NpzImages, _gathered
 from trainer.evaluation.generation import evaluate_generation
 from trainer.evaluation.generation_inputs import sampling_record
 
-
-@pytest.fixture(autouse=True)
-def small(request):
-    """All tests but those of `real_inception` have the small network."""
-    if "real_inception" not in request.fixturenames:
-        request.getfixturevalue("small_inception")
-
-
-@pytest.fixture
-def real_inception() -> None:
-    """The test is about Inception's features themselves."""
-
-
-@pytest.fixture(autouse=True)
-def cache(weights, alone, tmp_path, monkeypatch):
-    """Each test has an empty cache."""
-    monkeypatch.setenv("IBQ_CACHE", str(tmp_path / "cache"))
+pytestmark = pytest.mark.usefixtures("cache", "small_inception")
 
 
 def pictures(count: int, seed: int = 0, side: int = 16) -> np.ndarray:
@@ -72,26 +57,14 @@ def evaluate(samples, reference, **options):
 
 
 def features_by_torch_fidelity(weights: Path, images: np.ndarray) -> tuple[torch.Tensor, torch.Tensor]:
-    extractor = FeatureExtractorInceptionV3(
-        "inception-v3-compat",
-        ["2048", "logits_unbiased"],
-        feature_extractor_weights_path=str(weights / WEIGHTS_FILES["inception"].file),
-    )
+    path, outputs = str(weights / WEIGHTS_FILES["inception"].file), ["2048", "logits_unbiased"]
+    extractor = FeatureExtractorInceptionV3("inception-v3-compat", outputs, feature_extractor_weights_path=path)
     with torch.no_grad():
         return extractor(torch.from_numpy(images).permute(0, 3, 1, 2))
 
 
-def frechet_distance_by_hand(x_nd: torch.Tensor, y_md: torch.Tensor) -> float:
-    """Of few pictures: with centred features X and Y over the roots of n - 1 and m - 1, covariances are X^T X and
-    Y^T Y, and the trace of the root of their product is the sum of the singular values of X Y^T, of n x m numbers."""
-    x_nd, y_md = x_nd.double().numpy(), y_md.double().numpy()
-    shift_d = x_nd.mean(axis=0) - y_md.mean(axis=0)
-    x_nd, y_md = ((f - f.mean(axis=0)) / np.sqrt(len(f) - 1) for f in (x_nd, y_md))
-    root = np.linalg.svd(x_nd @ y_md.T, compute_uv=False).sum()
-    return float(shift_d @ shift_d + (x_nd**2).sum() + (y_md**2).sum() - 2 * root)
-
-
-def test_all_figures_are_those_of_torch_fidelitys_features(real_inception, weights, tmp_path, monkeypatch):
+def test_all_figures_are_those_of_torch_fidelitys_features(weights, tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.evaluation.features.Inception", Inception)  # the real one
     own, others = pictures(8), pictures(5, seed=1)  # few: the network is slow
     monkeypatch.setattr("trainer.evaluation.generation.SPLITS", 4)  # 10 would need more
     samples, reference = write_npz(tmp_path / "samples.npz", own), write_npz(tmp_path / "reference.npz", others)
@@ -106,9 +79,8 @@ def test_all_figures_are_those_of_torch_fidelitys_features(real_inception, weigh
     theirs = isc_features_to_metric(logits_nk[:8][np.random.default_rng(3).permutation(8)], splits=4, shuffle=False)
     assert report.inception_score == pytest.approx(theirs["inception_score_mean"], rel=1e-5)
     assert report.inception_score_std == pytest.approx(theirs["inception_score_std"], rel=1e-3)
-    theirs = prc_features_to_metric(
-        pool_nd, reference_nd, prc_neighborhood=3, prc_batch_size=4, save_cpu_ram=False, verbose=False
-    )
+    options = dict(prc_neighborhood=3, prc_batch_size=4, save_cpu_ram=False, verbose=False)
+    theirs = prc_features_to_metric(pool_nd, reference_nd, **options)
     assert (report.precision, report.recall) == pytest.approx((theirs["precision"], theirs["recall"]))
     assert report.precision != report.recall
 
@@ -125,12 +97,8 @@ def test_all_figures_are_those_of_torch_fidelitys_features(real_inception, weigh
     assert manifest["weights_files"]["inception"]["sha256"] == WEIGHTS_FILES["inception"].sha256
     assert manifest["environment"]["torch"] == torch.__version__
     text = evaluated.markdown_path.read_text()
-    for part in (
-        f"| **measured here** | {report.gfid:.2f} |",
-        "| IBQ-AR-XXL | 2.05 | 286.73 | 0.83 | 0.57 |",
-        "Warning",
-    ):
-        assert part in text
+    assert f"| **measured here** | {report.gfid:.2f} |" in text and "Warning" in text
+    assert "| IBQ-AR-XXL | 2.05 | 286.73 | 0.83 | 0.57 |" in text
     assert {what for _, _, what in heard} == {"samples", "reference images", "blocks of precision and recall"}
     assert heard[2] == (8, 8, "samples")
 
@@ -269,7 +237,7 @@ def test_three_processes_have_the_results_of_one(samples, tmp_path, weights, ran
     arguments = "evaluate", "generation", "--samples", samples, "--reference", folder, "--metrics", "is,pr"
     options = "--batch-size", 4, "--device", "cpu", "--report", tmp_path / "many.json"
     environment = {"IBQ_WEIGHTS": str(weights), "IBQ_CACHE": str(tmp_path / "cache")}
-    command = [str(word) for word in (*arguments, *options)]
+    command = [*map(str, (*arguments, *options))]
     finished = ranks.command(3, main_with_small_inception, command, environment=environment)
     assert finished.status == 0, finished.err
     assert finished.out.count("12 samples (protocol: adm)") == 1
@@ -282,30 +250,13 @@ def test_three_processes_have_the_results_of_one(samples, tmp_path, weights, ran
     assert evaluate(samples, folder, metrics="is,pr").inception_score == together["inception_score"]
 
 
-@pytest.fixture
-def assert_refused_by(monkeypatch, capfd):
-    """Runs `ibq` here; what it said in its one line."""
-
-    def run(*arguments, **environment) -> str:
-        for name, value in environment.items():
-            monkeypatch.setenv(name, value)
-        with pytest.raises(SystemExit) as exited:
-            cli.main([str(argument) for argument in arguments])
-        err = capfd.readouterr().err
-        assert exited.value.code == 2 and err.count("\n") == 1 and err.startswith("ibq: error: "), err
-        return err
-
-    return run
+def test_a_missing_weights_file_is_one_line_on_every_process(samples, reference, tmp_path, monkeypatch, refused_by_ibq):
+    monkeypatch.setenv("IBQ_WEIGHTS", str(tmp_path))
+    said = refused_by_ibq("evaluate", "generation", "--samples", samples, "--reference", reference)
+    assert "weights-inception-2015-12-05-6726825d.pth" in said and "IBQ_WEIGHTS" in said
 
 
-def test_a_missing_weights_file_is_one_line_on_every_process(samples, reference, tmp_path, assert_refused_by):
-    finished = assert_refused_by(
-        "evaluate", "generation", "--samples", samples, "--reference", reference, IBQ_WEIGHTS=str(tmp_path)
-    )
-    assert "weights-inception-2015-12-05-6726825d.pth" in finished and "IBQ_WEIGHTS" in finished
-
-
-def test_mistakes_of_the_user_are_one_line(samples, reference, tmp_path, assert_refused_by):
+def test_mistakes_of_the_user_are_one_line(samples, reference, tmp_path, refused_by_ibq):
     one = write_npz(tmp_path / "one.npz", pictures(1))
     floats = write_npz(tmp_path / "floats.npz", pictures(3) / 255)
     np.savez(tmp_path / "none.npz", other=np.zeros(3))
@@ -337,7 +288,7 @@ def test_mistakes_of_the_user_are_one_line(samples, reference, tmp_path, assert_
         (samples, reference, "--device", "tpu"): "--device tpu is unknown",
         (samples, reference, "--sweep", "guidance=1"): "need --generator",
     }.items():
-        assert said in assert_refused_by("evaluate", "generation", "--samples", first, "--reference", second, *more)
+        assert said in refused_by_ibq("evaluate", "generation", "--samples", first, "--reference", second, *more)
     assert not list(tmp_path.glob("*_generation.*"))
 
 

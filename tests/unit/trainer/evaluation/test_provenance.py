@@ -24,9 +24,8 @@ def test_weights_files_are_those_that_were_used(tmp_path, monkeypatch):
     for key in ("vgg16", "inception"):
         monkeypatch.setitem(WEIGHTS_FILES, key, WEIGHTS_FILES[key]._replace(sha256=digest))
         (tmp_path / WEIGHTS_FILES[key].file).write_bytes(b"weights")
-    assert weights_files(["vgg16", "inception"]) == {
-        key: {"file": str(tmp_path / WEIGHTS_FILES[key].file), "sha256": digest} for key in ("vgg16", "inception")
-    }
+    paths = {key: str(tmp_path / WEIGHTS_FILES[key].file) for key in ("vgg16", "inception")}
+    assert weights_files(list(paths)) == {key: {"file": path, "sha256": digest} for key, path in paths.items()}
     with pytest.raises(ModelError, match="alexnet"):
         weights_files(["alexnet"])
 

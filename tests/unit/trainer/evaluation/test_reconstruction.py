@@ -1,16 +1,14 @@
 import json
 import math
-from contextlib import contextmanager
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import lpips
 import numpy as np
 import pytest
-import scipy.linalg
-import skimage.data
-import skimage.metrics
 import torch
+from model_checks import refusal
+from support import frechet_distance_by_hand, photograph, psnr_and_ssim_by_hand
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from data import EvaluationImage
@@ -57,13 +55,7 @@ class ExactTokenizer(GreyTokenizer):
 
 def photographs(*sizes):
     """Real photographs cut to (height, width)."""
-    whole = [skimage.data.astronaut(), skimage.data.coffee(), skimage.data.chelsea(), skimage.data.rocket()]
-    return [
-        EvaluationImage(
-            f"{i}.png", torch.from_numpy(whole[i % 4][40 : 40 + h, 150 : 150 + w].copy()).permute(2, 0, 1), i
-        )
-        for i, (h, w) in enumerate(sizes)
-    ]
+    return [EvaluationImage(f"{i}.png", photograph(i, *size), i) for i, size in enumerate(sizes)]
 
 
 @pytest.fixture
@@ -138,8 +130,7 @@ def test_training_precision_does_not_leak_in(evaluate):
 
 
 def test_no_image_is_an_error_and_tiny_images_are_skipped(evaluate):
-    with pytest.raises(TrainerError, match="no image to evaluate: give"):
-        evaluate(GreyTokenizer(), [])
+    assert "no image to evaluate: give" in refusal(TrainerError, evaluate, GreyTokenizer(), [])
     with pytest.raises(TrainerError, match=r"no image to evaluate \(1 skipped, the first: 0\.png: smaller than"):
         evaluate(GreyTokenizer(), photographs((6, 32)))
     heard = []
@@ -164,9 +155,7 @@ def test_batches_do_not_depend_on_the_number_of_processes():
 
 @torch.no_grad()
 def test_usage_windows_are_those_of_the_tokens_in_order(evaluate, monkeypatch):
-    monkeypatch.setattr(
-        "trainer.evaluation.reconstruction.window_usage", lambda index_n, size: (index_n.tolist(), size)
-    )
+    monkeypatch.setattr(reconstruction, "window_usage", lambda index_n, size: (index_n.tolist(), size))
     images = photographs((32, 32), (16, 32), (32, 32))
     report = evaluate(GreyTokenizer(), images)
     want = []
@@ -197,17 +186,11 @@ def test_a_diverged_model_is_an_error(evaluate):
 # ------------------------------------------------------------------------------------------------------- with networks
 
 
-@contextmanager
-def without_initialisation():
-    """Layers are built without random weights, which take long and are replaced at once."""
-    names = "kaiming_normal_", "kaiming_uniform_", "normal_", "uniform_"
-    with patch.multiple(torch.nn.init, **{name: lambda tensor, *_, **__: tensor for name in names}):
-        yield
-
-
 def independent_lpips(net, key, x_bchw, y_bchw):
     """By the lpips package alone, in float64; a number for each picture."""
-    with without_initialisation():
+    # Random weights take long, and are replaced at once.
+    names = "kaiming_normal_", "kaiming_uniform_", "normal_", "uniform_"
+    with patch.multiple(torch.nn.init, **{name: lambda tensor, *_, **__: tensor for name in names}):
         model = lpips.LPIPS(net=net, version="0.1", pretrained=True, pnet_rand=True, verbose=False).double().eval()
     trunk = torch.load(weights_path(key), weights_only=True)
     state = {name: trunk["features." + name.split(".", 1)[1]] for name in model.net.state_dict()}
@@ -224,19 +207,7 @@ def independent_features(pictures_bchw):
     unit = (pictures_bchw.double().clamp(-1, 1) + 1) / 2
     resized = torch.nn.functional.interpolate(unit, size=(299, 299), mode="bilinear", align_corners=False)
     with torch.no_grad():
-        return torch.nn.Sequential(*trunk)(2 * resized - 1).flatten(1).numpy()
-
-
-def independent_rfid(first_nd, second_nd):
-    """The formula with scipy's root, in float64."""
-    (mean, centred), (other_mean, other_centred) = (
-        (features_nd.mean(axis=0), features_nd - features_nd.mean(axis=0)) for features_nd in (first_nd, second_nd)
-    )
-    # The non-zero eigenvalues of S T are those of a small matrix: both covariances are of few pictures.
-    n = len(centred) - 1
-    cross = centred @ other_centred.T / n
-    trace = np.sqrt(np.clip(scipy.linalg.eigvals(cross @ cross.T).real, 0, None)).sum()
-    return ((mean - other_mean) ** 2).sum() + (centred**2).sum() / n + (other_centred**2).sum() / n - 2 * trace
+        return torch.nn.Sequential(*trunk)(2 * resized - 1).flatten(1)
 
 
 def as_tensors(images):
@@ -259,16 +230,13 @@ def test_all_measures_equal_independent_ones(evaluate, weights, monkeypatch):
         assert getattr(report, f"lpips_{net}") == pytest.approx(np.mean(want), rel=1e-4)
     assert report.rfid == 1.5
     [moments] = given
-    features = np.split(independent_features(torch.cat([x_bchw, y_bchw])), 2)
+    features = independent_features(torch.cat([x_bchw, y_bchw])).split(3)
     for features_nd, (mean_d, covariance_dd) in zip(features, (moments[:2], moments[2:]), strict=True):
         covariance = np.cov(features_nd, rowvar=False)
-        np.testing.assert_allclose(mean_d, features_nd.mean(axis=0), rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(mean_d, features_nd.mean(dim=0), rtol=1e-4, atol=1e-5)
         np.testing.assert_allclose(covariance_dd, covariance, rtol=0, atol=1e-4 * covariance.max())
     for score, x, y in zip(report.images, x_bchw, y_bchw, strict=True):
-        a, b = (((((p + 1) / 2).numpy() * np.float32(255)).astype(np.uint8) / 255).transpose(1, 2, 0) for p in (x, y))
-        assert score.psnr == pytest.approx(skimage.metrics.peak_signal_noise_ratio(a, b, data_range=1), abs=1e-6)
-        want = skimage.metrics.structural_similarity(a, b, data_range=1, channel_axis=-1)
-        assert score.ssim == pytest.approx(want, abs=1e-6)
+        assert (score.psnr, score.ssim) == pytest.approx(psnr_and_ssim_by_hand(x, y), abs=1e-6)
         assert score.l1 == pytest.approx(float((x.double() - y.double()).abs().mean()), rel=1e-5)
     # The worst are the first by LPIPS.
     worst = max(report.images, key=lambda score: score.lpips_vgg)
@@ -281,8 +249,8 @@ def test_rfid_equals_an_independent_one_and_is_0_for_unchanged_pictures(evaluate
     images = photographs(*[(48, 40)] * 3)
     networks = load_networks("all", None, len(images))
     rfid = evaluate(GreyTokenizer(), images, networks=networks).rfid
-    features_nd, other_nd = np.split(independent_features(torch.cat(as_tensors(images))), 2)
-    assert rfid == pytest.approx(independent_rfid(features_nd, other_nd), rel=1e-4)
+    features_nd = independent_features(torch.cat(as_tensors(images)))
+    assert rfid == pytest.approx(frechet_distance_by_hand(*features_nd.split(3)), rel=1e-4)
     exact = evaluate(ExactTokenizer(), images, networks=networks)
     assert exact.infinite_psnr_count == 3 and exact.lpips_vgg == exact.lpips_alex == 0
     assert abs(exact.rfid) < 1e-6 * rfid
@@ -325,12 +293,7 @@ def test_auto_measures_what_is_there_and_says_what_is_not(weights, tmp_path, mon
     [
         ("all", 256, 10, "vgg16-397923af.pth, for "),
         ("rfid", 256, 1, "rFID cannot be measured: it needs at least 2 images"),
-        (
-            "psnr,lpips_vgg",
-            8,
-            10,
-            "LPIPS (VGG) cannot be measured: images of 8 pixels are too small, it needs",
-        ),
+        ("psnr,lpips_vgg", 8, 10, "LPIPS (VGG) cannot be measured: images of 8 pixels are too small, it needs"),
         ("psnr,fid", 256, 10, "'fid' is unknown: choose auto, all, or a list of rfid, lpips_vgg"),
         ("auto,psnr", 256, 10, "auto and all cannot be combined"),
         ("lpips_alex", 256, 10, "is not the published alexnet"),
@@ -340,9 +303,7 @@ def test_what_cannot_be_measured_is_refused_in_one_line(weights, tmp_path, monke
     monkeypatch.setenv("IBQ_WEIGHTS", str(tmp_path))
     (tmp_path / WEIGHTS_FILES["inception"].file).symlink_to(weights / WEIGHTS_FILES["inception"].file)
     (tmp_path / WEIGHTS_FILES["alexnet"].file).write_bytes(b"other weights")
-    with pytest.raises((TrainerError, ModelError)) as error:
-        load_networks(asked, size, count)
-    assert message in str(error.value) and "\n" not in str(error.value)
+    assert message in refusal((TrainerError, ModelError), load_networks, asked, size, count)
 
 
 def test_the_timer_accounts_for_all_seconds():

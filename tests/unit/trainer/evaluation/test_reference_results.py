@@ -1,5 +1,8 @@
+import re
+
 import pytest
 import yaml
+from model_checks import refusal
 
 from trainer import TrainerError
 from trainer.evaluation.reference_results import (
@@ -27,9 +30,7 @@ def test_every_recipe_reads_and_names_rows_and_measures_that_are_there(name):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_training_by_it_is_refused_in_one_line(name):
-    with pytest.raises(TrainerError, match=f"{name} trains nothing: .* --recipe {name}") as error:
-        load_recipe(name, [])
-    assert "\n" not in str(error.value)
+    assert re.search(f"{name} trains nothing: .* --recipe {name}", refusal(TrainerError, load_recipe, name, []))
 
 
 @pytest.mark.parametrize(
@@ -43,9 +44,7 @@ def test_training_by_it_is_refused_in_one_line(name):
 )
 def test_mistakes_in_a_file_are_named_in_one_line(tmp_path, text, message):
     (tmp_path / "mine.yaml").write_text(text)
-    with pytest.raises(TrainerError) as error:
-        load_evaluation_recipe(str(tmp_path / "mine.yaml"))
-    assert message in str(error.value) and "\n" not in str(error.value)
+    assert message in refusal(TrainerError, load_evaluation_recipe, str(tmp_path / "mine.yaml"))
 
 
 def test_rows_of_an_unknown_name_are_refused():

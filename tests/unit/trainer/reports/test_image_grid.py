@@ -9,10 +9,8 @@ from trainer.reports.image_grid import Example, Gallery, merge_galleries, pair, 
 
 def example(position, psnr=20.0, side=32, **values):
     generator = torch.Generator().manual_seed(position)
-    pictures = [torch.randint(0, 256, (3, side, side), dtype=torch.uint8, generator=generator) for _ in range(3)]
-    return Example(
-        f"{position}.png", psnr, pictures[0], pictures[1], palette_chw=pictures[2], position=position, **values
-    )
+    a, b, c = (torch.randint(0, 256, (3, side, side), dtype=torch.uint8, generator=generator) for _ in range(3))
+    return Example(f"{position}.png", psnr, a, b, palette_chw=c, position=position, **values)
 
 
 def test_a_grid_shows_each_picture_above_its_reconstruction():

@@ -5,6 +5,7 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
+from model_checks import refusal
 from omegaconf import OmegaConf
 from PIL import Image
 
@@ -73,11 +74,8 @@ def fill(run):
     """Everything that a finished run holds."""
     with (run / "metrics.jsonl").open("w") as file:
         for step in range(10, 451, 10):
-            record = {
-                "step": step,
-                "loss/reconstruction": 0.5 * math.exp(-step / 200) + 0.05,
-                "codebook/usage": step / 600,
-            }
+            reconstruction = 0.5 * math.exp(-step / 200) + 0.05
+            record = {"step": step, "loss/reconstruction": reconstruction, "codebook/usage": step / 600}
             file.write(json.dumps({**record, "images_per_second": 80.0}) + "\n")
         file.write(json.dumps({"step": 450, "val/psnr": 20.6}) + "\n")
     (run / "report.json").write_text(json.dumps(EVALUATION))
@@ -112,12 +110,7 @@ def test_a_finished_run_has_all_sections_and_needs_nothing_from_elsewhere(run):
 def test_only_what_was_logged_is_drawn(run):
     fill(run)
     charts = Page(write_report(run).read_text()).charts
-    assert [label.split(" over ")[0] for label in charts] == [
-        "Reconstruction",
-        "Validation",
-        "Codebook usage",
-        "Speed",
-    ]
+    assert [label.split(" over ")[0] for label in charts] == ["Reconstruction", "Validation", "Codebook usage", "Speed"]
     assert "L1 from 0.526 at step 10 to 0.103 at step 450" in charts[0]
     assert "training from 2% at step 10 to 75% at step 450" in charts[2]
 
@@ -161,8 +154,7 @@ def test_metrics_survive_resume_nulls_and_a_cut_last_line(tmp_path):
     assert read_metrics(path) == {"a": [Point(1, 1.0), Point(2, 2.0)]}
     assert read_metrics(tmp_path / "none.jsonl") == {}
     path.write_text('{"step": 1, "a": 1.0}\nnonsense\n{"step": 2, "a": 5.0}\n')
-    with pytest.raises(TrainerError, match="line 2"):
-        read_metrics(path)
+    assert "line 2" in refusal(TrainerError, read_metrics, path)
 
 
 def test_training_time_follows_the_logged_speed():
@@ -209,6 +201,4 @@ def test_every_mark_lies_within_the_chart(chart, curve):
 )
 def test_mistakes_are_one_clear_line(run, break_it, message):
     break_it(run)
-    with pytest.raises(TrainerError, match=message) as error:
-        write_report(run)
-    assert "\n" not in str(error.value)
+    assert message in refusal(TrainerError, write_report, run)
