@@ -31,65 +31,10 @@ def test_alpha_is_composited_on_white(encode):
     assert pixel(decode(encode(half_red, "WEBP", lossless=True))) == (255, 127, 127)
 
 
-def test_palette_transparency_is_composited_on_white(encode):
-    image = Image.new("P", (4, 4), 1)
-    image.putpalette([0, 0, 255, 255, 0, 0])
-    image.putpixel((3, 3), 0)
-    decoded = decode(encode(image, "PNG", transparency=1))
-    assert pixel(decoded) == (255, 255, 255)
-    assert pixel(decoded, 3, 3) == (0, 0, 255)
-
-
-def test_sixteen_bit_grey_is_divided_by_257(encode):
-    grey = Image.fromarray(np.full((3, 5), 40000, np.uint16))
-    assert pixel(decode(encode(grey, "PNG"))) == (156, 156, 156)
-    assert pixel(decode(encode(Image.fromarray(np.full((3, 5), 65535, np.uint16)), "PNG"))) == (255, 255, 255)
-
-
 def test_grey_and_cmyk_become_rgb(encode):
     assert pixel(decode(encode(Image.new("L", (4, 4), 90), "PNG"))) == (90, 90, 90)
     red = pixel(decode(encode(Image.new("CMYK", (16, 16), (0, 255, 255, 0)), "JPEG", quality=100)))
     assert red[0] > 250 and max(red[1:]) < 5
-
-
-@pytest.mark.parametrize("orientation", range(1, 9))
-def test_exif_orientation_is_applied(encode, orientation):
-    image = Image.new("RGB", (32, 16), "white")
-    image.paste((0, 0, 0), (0, 0, 8, 8))
-    exif = Image.Exif()
-    exif[0x0112] = orientation
-    decoded = decode(encode(image, "JPEG", exif=exif, quality=95))
-    assert decoded.size == ((32, 16) if orientation < 5 else (16, 32))
-    corners = {1: (2, 2), 2: (29, 2), 3: (29, 13), 4: (2, 13), 5: (2, 2), 6: (13, 2), 7: (13, 29), 8: (2, 29)}
-    assert max(pixel(decoded, *corners[orientation])) < 20
-
-
-def test_animation_gives_its_first_frame(encode):
-    frames = [Image.new("RGB", (8, 8), color) for color in ("red", "blue")]
-    content = encode(frames[0], "WEBP", save_all=True, append_images=frames[1:], lossless=True)
-    assert pixel(decode(content)) == (255, 0, 0)
-
-
-@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
-def test_truncated_image_is_an_error(make_picture, encode, kind):
-    content = encode(make_picture(0, (200, 200)), kind)
-    decode(content)
-    with pytest.raises(ImageError):
-        decode(content[: len(content) * 2 // 3])
-
-
-def test_what_is_no_image_is_an_error_of_one_line():
-    for content in (b"", b"no image", b"\xff\xd8\xff\xe0 broken", b"\x89PNG\r\n\x1a\n broken"):
-        with pytest.raises(ImageError) as error:
-            decode(content)
-        assert "\n" not in str(error.value) and "0x" not in str(error.value)
-
-
-def test_too_many_pixels_are_refused_by_the_header(encode):
-    content = encode(Image.new("1", (12_000, 12_000)), "PNG")
-    assert len(content) < 100_000
-    with pytest.raises(ImageError, match="12000 x 12000"):
-        decode(content)
 
 
 def test_draft_keeps_the_asked_side_and_nearly_the_pixels(make_picture, encode):
