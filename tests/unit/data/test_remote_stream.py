@@ -11,6 +11,7 @@ import time
 from collections import Counter
 
 import pytest
+from samples import encoded, picture, write_tar
 from serving import Server, s3
 
 from data import DataConfig, DataError, SourceConfig, scan, train_batches
@@ -28,12 +29,12 @@ def no_waits(clock):
 
 
 @pytest.fixture
-def folder(tmp_path, make_tar, make_picture, encode):
+def folder(tmp_path):
     """Eight tars of 5 pictures."""
     (tmp_path / "tars").mkdir()
     for shard, name in enumerate(NAMES):
-        samples = [{"__key__": f"{shard}-{n}", "jpg": encode(make_picture(9 * shard + n))} for n in range(5)]
-        make_tar(tmp_path / "tars" / name, samples)
+        samples = [{"__key__": f"{shard}-{n}", "jpg": encoded(picture(9 * shard + n))} for n in range(5)]
+        write_tar(tmp_path / "tars" / name, samples)
     return tmp_path / "tars"
 
 
@@ -193,9 +194,9 @@ def test_passing_faults_are_not_seen(folder, index):
         assert infos(root, 20, index, request_seconds=0.5, retry_seconds=20.0)[0] == expected
 
 
-def test_a_shard_that_is_not_the_one_of_the_index_is_refused(folder, index, make_tar, make_picture, encode):
-    samples = [{"__key__": f"other{n}", "jpg": encode(make_picture(n))} for n in range(15)]
-    make_tar(folder / NAMES[2], samples)
+def test_a_shard_that_is_not_the_one_of_the_index_is_refused(folder, index):
+    samples = [{"__key__": f"other{n}", "jpg": encoded(picture(n))} for n in range(15)]
+    write_tar(folder / NAMES[2], samples)
     with pytest.raises(DataError, match=r"train-000002.tar has .* bytes, but its index says .*.*quarantine"):
         infos(str(folder), 20, index)
     content = (folder / NAMES[4]).read_bytes()

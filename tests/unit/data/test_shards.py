@@ -2,24 +2,14 @@ import hashlib
 import json
 import multiprocessing
 import os
-import tarfile
 
 import pytest
+from samples import encoded, members, picture, write_tar
 
 import data
 from data import DataError, expand, scan
 from data.prep.photographs import PHOTOGRAPHS
 from data.tar_reader import TarShard
-
-
-def members(path):
-    with tarfile.open(path) as tar:
-        return {member.name: tar.extractfile(member).read() for member in tar}
-
-
-def _json(content):
-    return [value for name, value in content.items() if name.endswith(".json")]
-
 
 # -------------------------------------------------------------------------------------------------- expand and scan
 
@@ -58,11 +48,11 @@ def test_expand_of_nothing():
             expand(spec)
 
 
-def test_scan_finds_what_webdataset_groups(tmp_path, make_tar, make_picture, encode):
-    images = [encode(make_picture(n)) for n in range(3)]
+def test_scan_finds_what_webdataset_groups(tmp_path):
+    images = [encoded(picture(n)) for n in range(3)]
     samples = [{"__key__": f"part/{'x' * 60}{n}", "JPG": image, "txt": b"t"} for n, image in enumerate(images)]
     samples.insert(1, {"__key__": "caption-only", "txt": b"t"})
-    path = make_tar(tmp_path / "a.tar", samples)
+    path = write_tar(tmp_path / "a.tar", samples)
     shard = TarShard(path, scan(path))
     assert len(shard) == 4
     assert [shard.read(n).image() for n in (0, 2, 3)] == images
@@ -92,7 +82,7 @@ def test_no_photograph_is_in_both_splits(packed):
     scenes, pixels = {}, {}
     for split, path in packed.items():
         content = members(path)
-        sources = {json.loads(value)["source"] for value in _json(content)}
+        sources = {json.loads(value)["source"] for name, value in content.items() if name.endswith(".json")}
         assert sources == set(PHOTOGRAPHS[split])
         scenes[split] = {name.split("_left")[0].split("_right")[0].split(".")[0] for name in sources}
         images = {name: value for name, value in content.items() if name.endswith(("jpg", "png"))}

@@ -12,7 +12,8 @@ import tarfile
 
 import numpy as np
 import pytest
-from faults.corpus import SIZE, encoded, flipped, member, patched, picture, tar, with_header
+from faults.corpus import SIZE, flipped, member, patched, tar, with_header
+from samples import encoded, picture, write_tar
 from serving import Server
 
 from data import DataError, scan
@@ -31,7 +32,7 @@ def header(content: bytes, name: str) -> int:
 
 
 # Six samples part/0 to part/5, each jpg and txt. A time with a fraction is in PAX headers.
-CONTENTS = [("jpg", encoded(picture(3, 48, 40), "JPEG")), ("txt", b"a caption")]
+CONTENTS = [("jpg", encoded(picture(3))), ("txt", b"a caption")]
 WHOLE = tar(
     *(
         member(f"part/{n}.{suffix}", content, tarfile.PAX_FORMAT, mtime=0.5)
@@ -94,7 +95,7 @@ def test_samples_before_the_damage_are_counted(tmp_path):
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_a_whole_tar_is_ok_whatever_else_is_in_it(tmp_path, make_picture, encode, format):
+def test_a_whole_tar_is_ok_whatever_else_is_in_it(tmp_path, format):
     """Long and Unicode names, folders, links, files that are no samples, one block of zeros at its end."""
     path = tmp_path / "a.tar"
     long = "folder/" * 12 + "x" * 60 if format == tarfile.USTAR_FORMAT else "long" * 60
@@ -105,7 +106,7 @@ def test_a_whole_tar_is_ok_whatever_else_is_in_it(tmp_path, make_picture, encode
     if format == tarfile.PAX_FORMAT:
         members.insert(0, tarfile.TarInfo.create_pax_global_header({"comment": "made by hand"}))
     for name in ("README", "a.jpg", "a.txt", "猫.jpg", f"{long}.jpg"):
-        members.append(member(name, encode(make_picture(len(name))), format))
+        members.append(member(name, encoded(picture(len(name))), format))
     path.write_bytes(tar(*members, end=bytes(512)))
     checked = check_shard(str(path), decode_images=True)
     assert (checked.status, checked.problems) == ("ok", [])
@@ -118,8 +119,8 @@ def test_a_whole_tar_is_ok_whatever_else_is_in_it(tmp_path, make_picture, encode
 # ------------------------------------------------------------------------------------------------------------- samples
 
 
-def test_bad_samples_are_named_in_a_tar_that_can_be_read(tmp_path, make_tar, make_picture, encode):
-    image = encode(make_picture(0, (200, 200)))
+def test_bad_samples_are_named_in_a_tar_that_can_be_read(tmp_path):
+    image = encoded(picture(0, (200, 200)))
     samples = [
         {"__key__": "good", "jpg": image},
         {"__key__": "caption-only", "txt": b"a"},
@@ -129,7 +130,7 @@ def test_bad_samples_are_named_in_a_tar_that_can_be_read(tmp_path, make_tar, mak
         {"__key__": "twice", "jpg": image},
         {"__key__": "twice", "jpg": image, "txt": b"b"},
     ]
-    path = make_tar(tmp_path / "a.tar", samples)
+    path = write_tar(tmp_path / "a.tar", samples)
     plain, decoded = check_shard(path), check_shard(path, decode_images=True)
     assert [(one.kind, one.sample, one.key) for one in plain.problems] == [
         ("no image", 1, "caption-only"),
@@ -144,29 +145,25 @@ def test_bad_samples_are_named_in_a_tar_that_can_be_read(tmp_path, make_tar, mak
     assert "truncated" in new[0].message and "no JPEG, PNG or WebP image" in new[1].message
 
 
-def test_a_tar_without_any_image_is_broken(tmp_path, make_tar):
-    checked = check_shard(make_tar(tmp_path / "a.tar", [{"__key__": str(n), "txt": b"a"} for n in range(3)]))
+def test_a_tar_without_any_image_is_broken(tmp_path):
+    checked = check_shard(write_tar(tmp_path / "a.tar", [{"__key__": str(n), "txt": b"a"} for n in range(3)]))
     said = [("empty", "no image and no tokens in any of its 3 samples")]
     assert [(one.kind, one.message) for one in checked.problems] == said
     assert checked.status == "broken" and checked.counts == {"empty": 1}
 
 
-def test_of_many_problems_the_first_are_named_and_all_are_counted(
-    tmp_path, make_tar, make_picture, encode, monkeypatch
-):
+def test_of_many_problems_the_first_are_named_and_all_are_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(checking, "NAMED_SAMPLES", 4)
-    samples = [{"__key__": f"{n:02}", "txt": b"a"} for n in range(30)] + [
-        {"__key__": "x", "jpg": encode(make_picture(0))}
-    ]
-    checked = check_shard(make_tar(tmp_path / "a.tar", samples))
+    samples = [{"__key__": f"{n:02}", "txt": b"a"} for n in range(30)] + [{"__key__": "x", "jpg": encoded(picture(0))}]
+    checked = check_shard(write_tar(tmp_path / "a.tar", samples))
     assert [one.key for one in checked.problems] == ["00", "01", "02", "03"]
     assert checked.counts == {"no image": 30}
 
 
-def test_the_record_is_json_even_of_odd_names(tmp_path, make_tar, make_picture, encode):
+def test_the_record_is_json_even_of_odd_names(tmp_path):
     path = tmp_path / "a.tar"
     no_utf_8 = member("caf\udce9.txt", b"a", tarfile.GNU_FORMAT)
-    path.write_bytes(tar(no_utf_8, member("b.jpg", encode(make_picture(0)))))
+    path.write_bytes(tar(no_utf_8, member("b.jpg", encoded(picture(0)))))
     record = json.loads(json.dumps(check_shard(str(path)).record()))
     assert list(record) == ["shard", "status", "samples", "bytes", "sha256", "counts", "problems"]
     assert record["shard"] == str(path) and record["status"] == "flawed" and record["samples"] == 2
@@ -179,9 +176,9 @@ def test_the_record_is_json_even_of_odd_names(tmp_path, make_tar, make_picture, 
 # ---------------------------------------------------------------------------------------------------------- all shards
 
 
-def test_copies_and_doubled_keys_name_both_places(tmp_path, make_tar, make_picture, encode):
+def test_copies_and_doubled_keys_name_both_places(tmp_path):
     def shard(name, keys):
-        return make_tar(tmp_path / name, [{"__key__": key, "jpg": encode(make_picture(len(name)))} for key in keys])
+        return write_tar(tmp_path / name, [{"__key__": key, "jpg": encoded(picture(len(name)))} for key in keys])
 
     paths = [
         shard("a.tar", ["k0", "k1", "k2", "k1"]),
@@ -245,12 +242,12 @@ def test_shards_as_their_index_tells_are_ok(indexed):
     assert [checked.status for checked in found] == ["ok"] * 3
 
 
-def test_what_differs_from_the_index_is_said(indexed, make_tar, make_picture, encode):
+def test_what_differs_from_the_index_is_said(indexed):
     paths = [indexed / f"train-{n:06d}.tar" for n in range(3)]
     content = paths[0].read_bytes()
     at = content.index(b"\xff\xda", header(content, "0-3.jpg")) + 100  # in the pixels of an image
     paths[0].write_bytes(flipped(content, at))
-    make_tar(paths[1], [{"__key__": f"new-{n}", "jpg": encode(make_picture(n))} for n in range(3)])
+    write_tar(paths[1], [{"__key__": f"new-{n}", "jpg": encoded(picture(n))} for n in range(3)])
     paths[2].rename(indexed / "other.tar")
     first, second, other, missing = compared(indexed, paths[0].name, paths[1].name, "other.tar")
     place = indexed / "index.safetensors"
@@ -265,7 +262,7 @@ def test_what_differs_from_the_index_is_said(indexed, make_tar, make_picture, en
     ]
 
 
-def test_other_keys_and_positions_are_told_apart(indexed, make_tar):
+def test_other_keys_and_positions_are_told_apart(indexed):
     path = indexed / "train-000002.tar"
     content = path.read_bytes()
     index = Index(indexed / "index.safetensors")
@@ -328,11 +325,11 @@ def test_a_store_that_breaks_off_is_unreadable_and_not_damaged(tars):
     assert [one.kind for one in checked.problems] == ["unreadable"]
 
 
-def test_memory_holds_no_more_than_a_sample_and_a_piece(tmp_path, make_tar, make_picture, encode, monkeypatch):
+def test_memory_holds_no_more_than_a_sample_and_a_piece(tmp_path, monkeypatch):
     monkeypatch.setattr(checking, "RANGE_BYTES", 4096)
     monkeypatch.setattr("data.tar_reader.RANGE_BYTES", 4096)
-    image = encode(make_picture(0, (100, 100)))
-    path = make_tar(tmp_path / "a.tar", [{"__key__": f"{n}", "jpg": image} for n in range(200)])
+    image = encoded(picture(0, (100, 100)))
+    path = write_tar(tmp_path / "a.tar", [{"__key__": f"{n}", "jpg": image} for n in range(200)])
     most = 0
     fill = checking._Hashed._fill
 
