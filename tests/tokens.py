@@ -1,10 +1,9 @@
 """Token shards for tests: each class has different transitions between codes."""
 
-import io
-import tarfile
 from pathlib import Path
 
 import numpy as np
+from samples import write_tar
 
 from data.tokens import pack_codes
 
@@ -40,13 +39,10 @@ def write_tokens(
     folder.mkdir(parents=True)
     index_nhw = codes(classes, count, vocabulary, grid, seed)
     for first in range(0, count, per_shard):
-        with tarfile.open(folder / f"tokens-{first // per_shard:06d}.tar", "w") as tar:
-            for n in range(first, min(count, first + per_shard)):
-                members = {"codes": pack_codes(index_nhw[n : n + 1], tokenizer, vocabulary)}
-                if labels:
-                    members["cls"] = str(n % classes).encode()
-                for suffix, content in members.items():
-                    info = tarfile.TarInfo(f"{n:06d}.{suffix}")
-                    info.size = len(content)
-                    tar.addfile(info, io.BytesIO(content))
+        samples = [
+            {"__key__": f"{n:06d}", "codes": pack_codes(index_nhw[n : n + 1], tokenizer, vocabulary)}
+            | ({"cls": str(n % classes).encode()} if labels else {})
+            for n in range(first, min(count, first + per_shard))
+        ]
+        write_tar(folder / f"tokens-{first // per_shard:06d}.tar", samples)
     return folder
