@@ -1,12 +1,11 @@
 """Runs that several tests look at, each trained once on warm ranks."""
 
-import hashlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from ranks import Ended, Ranks, settings
+from ranks import Ended, Ranks
 
 
 class Run(NamedTuple):
@@ -39,46 +38,13 @@ class Runs:
         if name not in self.ended:
             processes, changes = RUNS[name]
             self.ended[name] = self.ranks.train(processes, "debug", run, changes)
-        assert self.ended[name].status == 0, self.ended[name].err
+        self.ended[name].succeeded()
         return run
 
 
 @pytest.fixture(scope="session")
 def runs(ranks, tmp_path_factory) -> Runs:
     return Runs(ranks, tmp_path_factory.mktemp("runs"))
-
-
-@pytest.fixture(scope="session")
-def debug_settings() -> Callable[..., list[str]]:
-    """`debug_settings(changes)`: the arguments that every run of this folder has, with changes."""
-    return settings
-
-
-@pytest.fixture(scope="session")
-def fingerprint() -> Callable[[Path], dict[str, str]]:
-    """`fingerprint(folder)`: every path under it, hidden ones too, with the hash of a file's content."""
-
-    def take(folder: Path) -> dict[str, str]:
-        return {
-            str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
-            for path in sorted(folder.rglob("*"))
-        }
-
-    return take
-
-
-@pytest.fixture(scope="session")
-def assert_refused() -> Callable[..., None]:
-    """`assert_refused(finished, *said)`: a mistake of the user ends in one line, exit status 2 and no traceback."""
-
-    def check(finished: Ended, *said: str) -> None:
-        assert finished.status == 2, finished.err
-        assert finished.err.count("\n") == 1, finished.err
-        assert finished.error_lines, finished.err
-        for text in said:
-            assert text in finished.err
-
-    return check
 
 
 @pytest.fixture(scope="session")

@@ -18,7 +18,7 @@ def metadata_of(path):
 
 @pytest.fixture
 def photos(tmp_path):
-    """Two class folders with five good images (one with caption and class), one truncated, one that is text."""
+    """Two class folders: five good images (one with caption and class), one truncated, one that is text, one empty."""
     folder = tmp_path / "photos"
     (folder / "cat").mkdir(parents=True)
     (folder / "dog").mkdir()
@@ -31,6 +31,7 @@ def photos(tmp_path):
     (folder / "dog" / ("long" * 40 + ".jpg")).write_bytes(encoded(picture(4, (300, 200))))
     (folder / "dog" / "cut.jpg").write_bytes(encoded(picture(5, (200, 200)))[:2000])
     (folder / "dog" / "fake.png").write_text("no image")
+    (folder / "dog" / "empty.png").touch()
     (folder / "dog" / "._a.jpg").write_text("hidden")
     return folder
 
@@ -38,8 +39,8 @@ def photos(tmp_path):
 def test_pack_keeps_bytes_captions_classes_and_names_bad_images(photos, tmp_path):
     calls = []
     report = pack(photos, tmp_path / "out", progress=lambda done, total: calls.append((done, total)))
-    assert report.samples == 5 and calls == [(n, 7) for n in range(1, 8)]
-    assert sorted(Path(skipped.source).name for skipped in report.skipped) == ["cut.jpg", "fake.png"]
+    assert report.samples == 5 and calls == [(n, 8) for n in range(1, 9)]
+    assert sorted(Path(skipped.source).name for skipped in report.skipped) == ["cut.jpg", "empty.png", "fake.png"]
     assert [os.path.basename(path) for path in report.shards] == ["train-000000.tar"]
     content = members(report.shards[0])
     keys = {name.split(".")[0] for name in content}
@@ -274,7 +275,8 @@ def test_pack_command(photos, tmp_path):
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     assert "packed 5 images into 3 tars" in result.output
-    assert "skipped 2 that cannot be read:" in result.output and "fake.png: no JPEG, PNG or WebP" in result.output
+    assert "skipped 3 that cannot be read:" in result.output and "fake.png: no JPEG, PNG or WebP" in result.output
+    assert "cut.jpg" in result.output and "empty.png" in result.output
     again = CliRunner().invoke(app, command)
     assert isinstance(again.exception, DataError)
 
