@@ -4,6 +4,8 @@ import hashlib
 import json
 import math
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -69,6 +71,14 @@ def fingerprint(folder: Path) -> dict[str, str]:
         str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
         for path in sorted(folder.rglob("*"))
     }
+
+
+@contextmanager
+def unchanged(*folders: Path) -> Iterator[None]:
+    """Fails the test if anything in them is not as it was."""
+    before = [fingerprint(folder) for folder in folders]
+    yield
+    assert [fingerprint(folder) for folder in folders] == before
 
 
 def assert_refused(ended: Ended, *said: str) -> None:

@@ -1,50 +1,37 @@
 """Runs that several tests look at, each trained once on warm ranks."""
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple
 
 import pytest
-from ranks import Ended, Ranks
+from ranks import Ended
 
-
-class Run(NamedTuple):
-    """The recipe `debug` on so many processes with these changes."""
-
-    processes: int
-    changes: dict[str, str | int | float]
-
-
+# Name -> (number of processes, changes) of a run of the recipe `debug`.
 RUNS = {
     # The reference, with the checkpoints of steps 5, 10, 15 and 20.
-    "one": Run(1, {"trainer.max_steps": 20}),
-    "one, accumulating": Run(1, {"trainer.micro_batch_size": 2}),
-    "stopped": Run(1, {"trainer.max_steps": 10, "trainer.checkpoint_every_steps": 10}),
-    "zero1": Run(2, {"engine.kind": "deepspeed", "engine.config": "zero1", "trainer.max_steps": 8}),
-    "vq": Run(1, {"model.quantizer": "vq"}),
-    "compiled": Run(1, {"trainer.max_steps": 2, "trainer.compile": "true"}),
+    "one": (1, {"trainer.max_steps": 20}),
+    "one, accumulating": (1, {"trainer.micro_batch_size": 2}),
+    "stopped": (1, {"trainer.max_steps": 10, "trainer.checkpoint_every_steps": 10}),
+    "zero1": (2, {"engine.kind": "deepspeed", "engine.config": "zero1", "trainer.max_steps": 8}),
+    "vq": (1, {"model.quantizer": "vq"}),
+    "compiled": (1, {"trainer.max_steps": 2, "trainer.compile": "true"}),
 }
 
 
-class Runs:
-    """``runs[name]``: the folder of one of RUNS, which is trained when it is first asked for."""
+@pytest.fixture(scope="session")
+def runs(ranks, tmp_path_factory) -> Callable[[str], Path]:
+    """`runs(name)`: the folder of one of RUNS, which is trained when it is first asked for."""
+    folder = tmp_path_factory.mktemp("runs")
 
-    def __init__(self, ranks: Ranks, folder: Path):
-        self.ranks, self.folder = ranks, folder
-        self.ended: dict[str, Ended] = {}
-
-    def __getitem__(self, name: str) -> Path:
-        run = self.folder / name.replace(", ", "_")
-        if name not in self.ended:
-            processes, changes = RUNS[name]
-            self.ended[name] = self.ranks.train(processes, "debug", run, changes)
-        self.ended[name].succeeded()
+    @functools.cache
+    def train(name: str) -> Path:
+        processes, changes = RUNS[name]
+        run = folder / name.replace(", ", "_")
+        ranks.train(processes, "debug", run, changes).succeeded()
         return run
 
-
-@pytest.fixture(scope="session")
-def runs(ranks, tmp_path_factory) -> Runs:
-    return Runs(ranks, tmp_path_factory.mktemp("runs"))
+    return train
 
 
 @pytest.fixture(scope="session")

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
-from comparing import assert_refused, fingerprint
+from comparing import assert_refused, fingerprint, unchanged
 from ranks import TORCHRUN, settings
 from samples import picture
 
@@ -115,9 +115,8 @@ TRAIN_MISTAKES = {
 @pytest.mark.parametrize("mistake", TRAIN_MISTAKES)
 def test_train(ibq_here, place, mistake):
     (recipe, *changes), said = TRAIN_MISTAKES[mistake]
-    before = fingerprint(place)
-    assert_refused(ibq_here("train", recipe, "trainer.device=cpu", *changes), *said)
-    assert fingerprint(place) == before
+    with unchanged(place):
+        assert_refused(ibq_here("train", recipe, "trainer.device=cpu", *changes), *said)
 
 
 @pytest.mark.parametrize(
@@ -138,21 +137,19 @@ def test_train(ibq_here, place, mistake):
     ],
 )
 def test_deepspeed_config(ibq_here, place, config, said):
-    before = fingerprint(place)
-    finished = ibq_here("train", "debug", "trainer.device=cpu", "engine.kind=deepspeed", f"engine.config={config}")
-    assert finished.status == 2, finished.err
-    (line,) = finished.error_lines  # DeepSpeed prints other lines
-    assert said in line
-    assert "Traceback" not in finished.err
-    assert fingerprint(place) == before
+    with unchanged(place):
+        finished = ibq_here("train", "debug", "trainer.device=cpu", "engine.kind=deepspeed", f"engine.config={config}")
+        assert finished.status == 2, finished.err
+        (line,) = finished.error_lines  # DeepSpeed prints other lines
+        assert said in line
+        assert "Traceback" not in finished.err
 
 
 def test_a_run_folder_that_holds_a_run(ibq_here, runs):
-    run = runs["one"]
-    before = fingerprint(run)
-    finished = ibq_here("train", "debug", f"run={run}", *settings())
-    assert_refused(finished, "already holds a run", f"ibq resume {run}")
-    assert fingerprint(run) == before
+    run = runs("one")
+    with unchanged(run):
+        finished = ibq_here("train", "debug", f"run={run}", *settings())
+        assert_refused(finished, "already holds a run", f"ibq resume {run}")
 
 
 @pytest.mark.parametrize(
@@ -168,18 +165,16 @@ def test_a_run_folder_that_holds_a_run(ibq_here, runs):
     ids=" ".join,
 )
 def test_a_folder_that_is_no_run(ibq_here, place, command):
-    before = fingerprint(place)
-    assert_refused(ibq_here(*command), "is not a run folder", "ibq train")
-    assert fingerprint(place) == before
+    with unchanged(place):
+        assert_refused(ibq_here(*command), "is not a run folder", "ibq train")
 
 
 @pytest.mark.parametrize("command", [["resume"], ["evaluate", "reconstruction"]], ids=" ".join)
 def test_a_run_without_a_checkpoint(ibq_here, runs, place, command):
     (place / "run").mkdir()
-    (place / "run/config.yaml").write_bytes((runs["one"] / "config.yaml").read_bytes())
-    before = fingerprint(place)
-    assert_refused(ibq_here(*command, "run"), "no finished checkpoint")
-    assert fingerprint(place) == before
+    (place / "run/config.yaml").write_bytes((runs("one") / "config.yaml").read_bytes())
+    with unchanged(place):
+        assert_refused(ibq_here(*command, "run"), "no finished checkpoint")
 
 
 @pytest.mark.parametrize(
@@ -195,9 +190,8 @@ def test_a_run_without_a_checkpoint(ibq_here, runs, place, command):
     ids=lambda value: " ".join(value) if isinstance(value, list) else "",
 )
 def test_evaluate_options(ibq_here, runs, place, options, said):
-    before = fingerprint(place), fingerprint(runs["one"])
-    assert_refused(ibq_here("evaluate", "reconstruction", runs["one"], *options), said)
-    assert (fingerprint(place), fingerprint(runs["one"])) == before
+    with unchanged(place, runs("one")):
+        assert_refused(ibq_here("evaluate", "reconstruction", runs("one"), *options), said)
 
 
 @pytest.mark.parametrize(
@@ -214,9 +208,8 @@ def test_evaluate_options(ibq_here, runs, place, options, said):
 def test_pack(ibq_here, place, folder, out, said):
     (place / "pictures").mkdir()
     picture(0).save(place / "pictures/0.png")
-    before = fingerprint(place)
-    assert_refused(ibq_here("shards", "pack", folder, "--out", out), said)
-    assert fingerprint(place) == before
+    with unchanged(place):
+        assert_refused(ibq_here("shards", "pack", folder, "--out", out), said)
 
 
 def test_a_number_without_a_point_is_a_number(ibq_here, place):

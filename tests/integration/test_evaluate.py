@@ -33,7 +33,7 @@ def evaluate(runs, ranks, weights, tmp_path_factory):
     def run(processes, images, *arguments, folder=weights):
         report = tmp_path_factory.mktemp("report") / "r.json"
         options = "--images", images, "--report", report, "--device", "cpu", *arguments
-        command = [str(word) for word in ("evaluate", "reconstruction", runs["stopped"], *options)]
+        command = [str(word) for word in ("evaluate", "reconstruction", runs("stopped"), *options)]
         ended = ranks.command(processes, main, command, environment={"IBQ_WEIGHTS": str(folder)})
         return ended, json.loads(report.read_text()) if report.is_file() else None
 

@@ -5,7 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
-from comparing import assert_refused, copy_until, differences, fingerprint, loss_lines, read_metrics
+from comparing import assert_refused, copy_until, differences, loss_lines, read_metrics, unchanged
 from ranks import settings, wait_for
 
 
@@ -14,7 +14,7 @@ def copy_of(runs, tmp_path):
     """`copy_of(name)`: a copy of one of `runs`."""
 
     def copy(name: str, folder: str = "run") -> Path:
-        return shutil.copytree(runs[name], tmp_path / folder)
+        return shutil.copytree(runs(name), tmp_path / folder)
 
     return copy
 
@@ -22,12 +22,12 @@ def copy_of(runs, tmp_path):
 def test_resumed_equals_unbroken_bit_for_bit(runs, ranks, copy_of):
     run = copy_of("stopped")
     ranks.resume(1, run, "trainer.max_steps=20").succeeded()
-    expected, actual = ([line for line in read_metrics(r) if line["step"] > 10] for r in (runs["one"], run))
+    expected, actual = ([line for line in read_metrics(r) if line["step"] > 10] for r in (runs("one"), run))
     assert sum("loss/total" in line for line in actual) == 10
     assert any("val/psnr" in line for line in actual)
     assert actual == expected
     # Weights, averages, moments, LeCAM's means, the codebook's health, the random numbers' state.
-    paths = [r / "checkpoints/step_00000020/rank_00000.safetensors" for r in (runs["one"], run)]
+    paths = [r / "checkpoints/step_00000020/rank_00000.safetensors" for r in (runs("one"), run)]
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
@@ -63,19 +63,19 @@ def test_a_killed_run_goes_on_from_its_newest_checkpoint(runs, ranks, tmp_path):
     assert f"steps {step + 1} to {last}" in finished.err
     lines = loss_lines(run)
     assert [line["step"] for line in lines] == list(range(1, last + 1))
-    assert lines[:20] == loss_lines(runs["one"])
+    assert lines[:20] == loss_lines(runs("one"))
     assert not list(run.rglob("*.unfinished"))
 
 
 def test_deepspeed_resumed_equals_unbroken(runs, ranks, tmp_path):
-    run = copy_until(runs["zero1"], 5, tmp_path / "run")
+    run = copy_until(runs("zero1"), 5, tmp_path / "run")
     finished = ranks.resume(2, run).succeeded()
     assert "steps 6 to 8" in finished.err
-    for file, difference in differences(*(r / "checkpoints/step_00000008" for r in (runs["zero1"], run))).items():
+    for file, difference in differences(*(r / "checkpoints/step_00000008" for r in (runs("zero1"), run))).items():
         assert difference.whole < 1e-6, file
     lines = loss_lines(run)
     assert [line["step"] for line in lines] == list(range(1, 9))
-    for line, true_line in zip(lines, loss_lines(runs["zero1"]), strict=True):
+    for line, true_line in zip(lines, loss_lines(runs("zero1")), strict=True):
         assert line == pytest.approx(true_line, rel=1e-6, abs=1e-9)
 
 
@@ -137,7 +137,7 @@ def test_a_named_checkpoint_is_the_one_to_go_on_from(ranks, copy_of, runs):
     run = copy_of("one")
     finished = ranks.resume(1, run / "checkpoints/step_00000010", "trainer.max_steps=12").succeeded()
     assert "steps 11 to 12" in finished.err
-    assert loss_lines(run) == loss_lines(runs["one"])[:12]
+    assert loss_lines(run) == loss_lines(runs("one"))[:12]
     assert (run / "checkpoints/latest").read_text() == "step_00000012"
 
 
@@ -146,30 +146,27 @@ def test_checkpoints_written_in_the_background_are_those_written_at_once(ranks, 
     ranks.train(1, "debug", run, {"trainer.max_steps": 10, "trainer.async_checkpoints": "false"}).succeeded()
     for step in (5, 10):
         file = f"checkpoints/step_{step:08d}/rank_00000.safetensors"
-        assert (run / file).read_bytes() == (runs["one"] / file).read_bytes()
+        assert (run / file).read_bytes() == (runs("one") / file).read_bytes()
 
 
 @pytest.mark.parametrize("change", ["model.channels=32", "model.codebook_size=128", "discriminator.channels=8"])
 def test_another_model_is_refused_and_the_run_stays_as_it_was(ibq_here, copy_of, change):
     run = copy_of("stopped")
-    before = fingerprint(run)
-    finished = ibq_here("resume", run, "trainer.max_steps=20", change)
-    assert_refused(finished, "cannot resume from", "was written with other settings")
-    assert fingerprint(run) == before
+    with unchanged(run):
+        finished = ibq_here("resume", run, "trainer.max_steps=20", change)
+        assert_refused(finished, "cannot resume from", "was written with other settings")
 
 
 def test_a_run_that_is_done_says_how_to_go_on(ibq_here, runs):
-    before = fingerprint(runs["stopped"])
-    assert_refused(ibq_here("resume", runs["stopped"]), "is at step 10 already", "trainer.max_steps=20")
-    assert fingerprint(runs["stopped"]) == before
+    with unchanged(runs("stopped")):
+        assert_refused(ibq_here("resume", runs("stopped")), "is at step 10 already", "trainer.max_steps=20")
 
 
 def test_other_data_is_refused(ibq_here, copy_of):
     run = copy_of("stopped")
-    before = fingerprint(run)
-    finished = ibq_here("resume", run, "trainer.max_steps=20", "data.train=bundled:val")
-    assert_refused(finished, "cannot resume")
-    assert fingerprint(run) == before
+    with unchanged(run):
+        finished = ibq_here("resume", run, "trainer.max_steps=20", "data.train=bundled:val")
+        assert_refused(finished, "cannot resume")
 
 
 @pytest.mark.parametrize(
@@ -189,9 +186,8 @@ def test_other_data_is_refused(ibq_here, copy_of):
 def test_a_damaged_run_ends_in_one_line(ibq_here, copy_of, file, content):
     run = copy_of("one, accumulating")
     (run / "checkpoints/step_00000005" / file).write_bytes(content)
-    before = fingerprint(run)
     if file == "../latest":  # there is a whole checkpoint all the same
         ibq_here("resume", run, "trainer.max_steps=6").succeeded()
         return
-    assert_refused(ibq_here("resume", run, "trainer.max_steps=6"))
-    assert fingerprint(run) == before
+    with unchanged(run):
+        assert_refused(ibq_here("resume", run, "trainer.max_steps=6"))

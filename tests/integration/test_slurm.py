@@ -11,7 +11,7 @@ from pathlib import Path
 
 import psutil
 import pytest
-from comparing import fingerprint, read_metrics
+from comparing import read_metrics, unchanged
 from ranks import ROOT, Ended, Launch, settings, wait_for
 
 SCRIPT = ROOT / "tools/ibq.sbatch"
@@ -118,10 +118,9 @@ def test_a_job_stopped_by_its_time_limit_goes_on_when_queued_again(cluster, laun
     ranks.start(2, *recipe, f"run={unbroken}").wait().succeeded()
     assert read_metrics(run) == read_metrics(unbroken)
 
-    before = fingerprint(run)
-    third = cluster.run(*recipe, f"run={run}").succeeded()
-    assert third.err.count("nothing is left to do") == 1
-    assert fingerprint(run) == before
+    with unchanged(run):
+        third = cluster.run(*recipe, f"run={run}").succeeded()
+        assert third.err.count("nothing is left to do") == 1
     assert cluster.asked == [f"requeue {JOB}"]
 
 
