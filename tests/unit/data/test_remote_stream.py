@@ -12,7 +12,7 @@ from collections import Counter
 import pytest
 from ranks import wait_for
 from samples import Steps, index_of, pictured, write_tar
-from serving import Server, s3
+from serving import Server, s3, use_s3
 
 from data import DataConfig, DataError, SourceConfig, scan
 from data.storage import bytes_read
@@ -112,9 +112,8 @@ def test_few_shards_without_an_index_are_refused_with_the_mend(server):
 
 def test_s3_with_and_without_an_index(folder, index, monkeypatch):
     expected, _ = infos(str(folder), 11)  # an epoch and a step
-    with s3("bucket", {f"set/{name}": (folder / name).read_bytes() for name in NAMES}) as store:
-        for name, value in store.environment.items():
-            monkeypatch.setenv(name, value)
+    with s3("bucket", {f"set/{name}": (folder / name).read_bytes() for name in NAMES}) as endpoint:
+        use_s3(monkeypatch, endpoint)
         assert infos("s3://bucket/set", 11, index)[0] == expected
         taken, _ = infos("s3://bucket/set", 11)
         assert sorted({key for key, position, _ in taken if position.epoch == 0}) == sorted(
