@@ -70,11 +70,6 @@ def test_reconstruct(runs, ranks, pictures, tmp_path):
             image.load()
 
 
-def test_recipes(ranks):
-    finished = ranks.ibq("recipes").succeeded().succeeded()
-    assert {line.split()[0] for line in finished.out.splitlines()} >= {"debug", "quickstart", "ibq_16384"}
-
-
 def test_doctor(ranks):
     finished = ranks.ibq("doctor")
     assert finished.status in (0, 1)  # 1 where this machine lacks something, which is not what is tested here

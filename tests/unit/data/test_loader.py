@@ -20,18 +20,13 @@ def test_folder_in_a_fixed_order_with_bad_images_listed(tmp_path):
     folder = tmp_path / "images"
     (folder / "b").mkdir(parents=True)
     for n, name in enumerate(("c.png", "b/a.png", "a.jpg", "d.webp")):
-        (folder / name).write_bytes(encoded(picture(n), {"g": "JPEG", "p": "WEBP"}.get(name[-1], "PNG")))
-    (folder / "c.png").write_bytes(encoded(picture(0), "PNG"))
+        picture(n).save(folder / name)
     (folder / "aa.jpg").write_text("no image")
     images = evaluation_images(str(folder), image_size=16)
+    in_order = [("a.jpg", 0), ("b/a.png", 2), ("c.png", 3), ("d.webp", 4)]
     for _ in range(2):
         found = list(images)
-        assert [(image.key, image.index) for image in found] == [
-            ("a.jpg", 0),
-            ("b/a.png", 2),
-            ("c.png", 3),
-            ("d.webp", 4),
-        ]
+        assert [(image.key, image.index) for image in found] == in_order
         assert [os.path.basename(skipped.source) for skipped in images.skipped] == ["aa.jpg"]
     assert len(images) == 5
     assert found[0].image_chw.shape == (3, 16, 16) and found[0].image_chw.dtype == torch.uint8

@@ -30,11 +30,8 @@ def test_sizes_shapes_formats_captions_and_classes(tmp_path):
     classes = [b"3", b"3", b"0", None, b"17", b"3"]
     samples = []
     for n, (size, kind, caption, label) in enumerate(zip(sizes, kinds, captions, classes, strict=True)):
-        members = {
-            "txt": caption,
-            "cls": label,
-            {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}[kind]: encoded(picture(n, size), kind),
-        }
+        suffix = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}[kind]
+        members = {"txt": caption, "cls": label, suffix: encoded(picture(n, size), kind)}
         samples.append({"__key__": str(n), **{name: value for name, value in members.items() if value is not None}})
     found = counted(write_tar(tmp_path / "a.tar", samples))
     assert found.samples == 6 and found.unusable_samples == 0
@@ -44,18 +41,11 @@ def test_sizes_shapes_formats_captions_and_classes(tmp_path):
     assert found.lengths == {4: 1, 5: 1, 100: 1, 7: 1} and found.missing_captions == 2
     assert found.classes == {3: 3, 0: 1, 17: 1} and found.missing_classes == 1
     record = json.loads(json.dumps(found.record()))
-    assert record["histograms"]["shorter_side"] == {"192 to 255": 3, "256 to 383": 2, "384 to 511": 1}
-    assert record["histograms"]["shape"] == {
-        **{"2:3": 1, "3:4": 0, "1:1": 1, "4:3": 1, "3:2": 1, "16:9": 1, "2:1 or wider": 1}
-    }
-    assert record["histograms"]["captions"] == {
-        "below 10": 3,
-        "10 to 19": 0,
-        "20 to 39": 0,
-        "40 to 79": 0,
-        "80 to 159": 1,
-    }
-    assert record["histograms"]["classes"] == {"below 2": 2, "2 to 9": 1}
+    histograms = record["histograms"]
+    assert histograms["shorter_side"] == {"192 to 255": 3, "256 to 383": 2, "384 to 511": 1}
+    assert histograms["shape"] == {"2:3": 1, "3:4": 0, "1:1": 1, "4:3": 1, "3:2": 1, "16:9": 1, "2:1 or wider": 1}
+    assert histograms["captions"] == {"below 10": 3, "10 to 19": 0, "20 to 39": 0, "40 to 79": 0, "80 to 159": 1}
+    assert histograms["classes"] == {"below 2": 2, "2 to 9": 1}
     assert record["shorter_side"] == {"min": 200, "median": 255, "max": 450}
     assert record["captions"] == {"missing": 2, "characters": {"min": 4, "median": 5, "max": 100}}
     assert record["classes"] == {"count": 3, "missing": 1, "images": {"min": 1, "median": 1, "max": 3}}
@@ -71,9 +61,8 @@ def test_only_headers_of_images_are_read_and_turned_as_they_are_displayed(tmp_pa
     samples = [{"__key__": str(n), "jpg": image} for n, image in enumerate((turned, cut, cut_png))]
     found = counted(write_tar(tmp_path / "a.tar", samples))
     assert found.unusable_samples == 0 and found.sides == {360: 3}
-    assert found.record()["histograms"]["shape"] == {
-        **{"9:16": 1, "2:3": 0, "3:4": 0, "1:1": 0, "4:3": 0, "3:2": 0, "16:9": 2}
-    }
+    shapes = found.record()["histograms"]["shape"]
+    assert shapes == {"9:16": 1, "2:3": 0, "3:4": 0, "1:1": 0, "4:3": 0, "3:2": 0, "16:9": 2}
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # as data.transforms does, before pytest
@@ -126,12 +115,8 @@ def test_captions_and_scores_lie_where_the_catalogue_says(tmp_path):
         **{"numbers": 2, "missing": 0, "not_numeric": 2, "min": 0.1, "mean": pytest.approx(0.3), "max": 0.5}
     }
     assert record["width"]["numbers"] == 3 and record["width"]["missing"] == 1
-    assert record["watermark"] == {
-        **dict.fromkeys(("min", "mean", "max")),
-        "numbers": 0,
-        "missing": 4,
-        "not_numeric": 0,
-    }
+    empty = dict.fromkeys(("min", "mean", "max"))
+    assert record["watermark"] == {"numbers": 0, "missing": 4, "not_numeric": 0, **empty}
     assert counted(path).scores == {} and counted(path).lengths == {4: 4}
 
 
