@@ -10,8 +10,9 @@ import numpy as np
 from PIL import Image
 from webdataset.writer import TarWriter
 
-from data import merge_states, scan, train_batches
+from data import merge_states, train_batches
 from data.index import write_index
+from data.prep.check import check_shards
 
 
 def picture(number: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
@@ -41,6 +42,16 @@ def write_tar(path: Path, samples: Iterable[dict], mtime: float = 0) -> str:
     return str(path)
 
 
+def write_tars(folder: Path, counts: Iterable[int], name: str = "{:05d}.tar", **members: bytes) -> Path:
+    """Makes a folder of tars with so many pictures each, and these other members; keys 0-0, 0-1, ...; returns it."""
+    folder.mkdir()
+    first = 0
+    for shard, count in enumerate(counts):
+        write_tar(folder / name.format(shard), pictured((f"{shard}-{n}" for n in range(count)), first, **members))
+        first += count
+    return folder
+
+
 def members(path: str | Path) -> dict[str, bytes]:
     """The content of a tar by name."""
     with tarfile.open(path) as tar:
@@ -49,8 +60,9 @@ def members(path: str | Path) -> dict[str, bytes]:
 
 def index_of(tars: Path, place: Path) -> str:
     """Writes an index of a folder's tars; returns its path."""
-    paths = sorted(map(str, tars.glob("*.tar")))
-    write_index(place, paths, [scan(path) for path in paths], ["00" * 32] * len(paths))
+    found = list(check_shards(sorted(map(str, tars.glob("*.tar")))))
+    urls, tables, digests = zip(*((one.url, one.table, one.sha256) for one in found), strict=True)
+    write_index(place, urls, tables, digests)
     return str(place)
 
 

@@ -16,12 +16,12 @@ from faults import corpus
 from faults.corpus import IMAGES, TARS, Delivered, Kind, Pixels, Refused, Skipped, Undetectable, named
 from PIL import Image
 from ranks import settings
-from samples import Steps
+from samples import Steps, index_of
 from torchvision.transforms import v2
 
 import data
 from data import DataConfig, DataError, ImageError, decode
-from data.index import Index, write_index
+from data.index import Index
 from data.prep.check import check_shards
 from data.tar_format import SampleSpan, read_members, read_plain_members, sample_spans
 
@@ -272,10 +272,9 @@ def test_json_that_is_asked_for(tmp_path, content, said):
 def indexed(path: Path, sound: bytes, damaged: bytes) -> Index:
     """The index of a tar that has been damaged since."""
     path.write_bytes(sound)
-    (checked,) = check_shards([str(path)])
-    write_index(path.parent / "index.safetensors", [str(path)], [checked.table], [checked.sha256])
+    place = index_of(path.parent, path.parent / "index.safetensors")
     path.write_bytes(damaged)
-    return Index(path.parent / "index.safetensors")
+    return Index(place)
 
 
 @pytest.mark.parametrize(("kind", "sound"), corpus.SILENT, ids=lambda value: getattr(value, "name", ""))

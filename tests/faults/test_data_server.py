@@ -6,7 +6,7 @@ from collections import Counter
 
 import pytest
 from ranks import settings
-from samples import index_of, pictured, write_tar
+from samples import index_of, write_tars
 from serving import Server
 
 from trainer.audit import read_audit
@@ -18,11 +18,7 @@ SHARDS, SAMPLES, STEPS = 4, 12, 12  # two epochs
 @pytest.fixture
 def folder(tmp_path):
     """Tars of generated pictures, and their index beside them under a name that is not looked for."""
-    tars = tmp_path / "tars"
-    tars.mkdir()
-    for shard in range(SHARDS):
-        samples = pictured([f"{shard}-{n}" for n in range(SAMPLES)], first=shard * SAMPLES)
-        write_tar(tars / f"{shard:05d}.tar", samples, mtime=0.0)
+    tars = write_tars(tmp_path / "tars", [SAMPLES] * SHARDS)
     index_of(tars, tars / "of.safetensors")
     return tars
 

@@ -7,7 +7,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from samples import pictured, write_tar
+from samples import write_tars
 
 from data.errors import DataError
 from data.workers import SLOTS
@@ -78,9 +78,4 @@ def clock(monkeypatch):
 @pytest.fixture
 def tars(tmp_path):
     """Three tars with 7, 9 and 4 pictures, keys 0-0, 0-1, ..., as a folder."""
-    folder = tmp_path / "tars"
-    folder.mkdir()
-    for shard, count in enumerate((7, 9, 4)):
-        samples = pictured([f"{shard}-{n}" for n in range(count)], first=10 * shard, txt=b"a caption")
-        write_tar(folder / f"train-{shard:06d}.tar", samples)
-    return folder
+    return write_tars(tmp_path / "tars", (7, 9, 4), "train-{:06d}.tar", txt=b"a caption")

@@ -11,7 +11,7 @@ from collections import Counter
 
 import pytest
 from ranks import wait_for
-from samples import Steps, index_of, pictured, write_tar
+from samples import Steps, index_of, pictured, write_tar, write_tars
 from serving import Server, s3, use_s3
 
 from data import DataConfig, DataError, SourceConfig, scan
@@ -30,10 +30,7 @@ def no_waits(clock):
 @pytest.fixture
 def folder(tmp_path):
     """Eight tars of 5 pictures."""
-    (tmp_path / "tars").mkdir()
-    for shard, name in enumerate(NAMES):
-        write_tar(tmp_path / "tars" / name, pictured([f"{shard}-{n}" for n in range(5)], first=9 * shard))
-    return tmp_path / "tars"
+    return write_tars(tmp_path / "tars", [5] * 8, "train-{:06d}.tar")
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import torch
 from faults.corpus import patched
-from samples import Steps, encoded, index_of, picture, pictured, write_tar
+from samples import Steps, encoded, index_of, picture, pictured, write_tar, write_tars
 
 from data import DataConfig, DataError, FilterConfig, SourceConfig, merge_states, scan
 from data.index import SampleTable, write_index
@@ -552,12 +552,7 @@ def test_fields_and_likeness_of_sources_of_ones_own(tmp_path):
 def many(tmp_path, monkeypatch):
     """40 tars of 3 samples: more than are scanned before the run."""
     monkeypatch.setattr("data.sources.MOST_SCANNED", 30)
-    (tmp_path / "many").mkdir()
-    content = [encoded(picture(n)) for n in range(5)]
-    for shard in range(40):
-        samples = [{"__key__": f"{shard}-{n}", "jpg": content[(shard + n) % 5]} for n in range(3)]
-        write_tar(tmp_path / "many" / f"{shard:05d}.tar", samples)
-    return tmp_path / "many"
+    return write_tars(tmp_path / "many", [3] * 40)
 
 
 def test_many_tars_without_an_index_go_on_by_shard_with_one(many):

@@ -13,7 +13,7 @@ import tarfile
 import numpy as np
 import pytest
 from faults.corpus import SIZE, flipped, member, patched, tar, with_header
-from samples import encoded, picture, write_tar
+from samples import encoded, index_of, picture, pictured, write_tar
 from serving import Server
 
 from data import DataError, scan
@@ -154,7 +154,7 @@ def test_a_tar_without_any_image_is_broken(tmp_path):
 
 def test_of_many_problems_the_first_are_named_and_all_are_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(checking, "NAMED_SAMPLES", 4)
-    samples = [{"__key__": f"{n:02}", "txt": b"a"} for n in range(30)] + [{"__key__": "x", "jpg": encoded(picture(0))}]
+    samples = [{"__key__": f"{n:02}", "txt": b"a"} for n in range(30)] + pictured(["x"])
     checked = check_shard(write_tar(tmp_path / "a.tar", samples))
     assert [one.key for one in checked.problems] == ["00", "01", "02", "03"]
     assert checked.counts == {"no image": 30}
@@ -225,9 +225,7 @@ def test_a_million_keys_are_compared_without_a_python_object_for_each(tmp_path):
 @pytest.fixture
 def indexed(tars):
     """The folder `tars` with an index of its three tars."""
-    found = list(check_shards([str(path) for path in sorted(tars.glob("*.tar"))]))
-    urls, tables, digests = zip(*((one.url, one.table, one.sha256) for one in found), strict=True)
-    write_index(tars / "index.safetensors", urls, tables, digests)
+    index_of(tars, tars / "index.safetensors")
     return tars
 
 
@@ -247,7 +245,7 @@ def test_what_differs_from_the_index_is_said(indexed):
     content = paths[0].read_bytes()
     at = content.index(b"\xff\xda", header(content, "0-3.jpg")) + 100  # in the pixels of an image
     paths[0].write_bytes(flipped(content, at))
-    write_tar(paths[1], [{"__key__": f"new-{n}", "jpg": encoded(picture(n))} for n in range(3)])
+    write_tar(paths[1], pictured(f"new-{n}" for n in range(3)))
     paths[2].rename(indexed / "other.tar")
     first, second, other, missing = compared(indexed, paths[0].name, paths[1].name, "other.tar")
     place = indexed / "index.safetensors"
