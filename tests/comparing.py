@@ -1,10 +1,15 @@
-"""What tests of whole runs compare: the tensors of checkpoints and the lines of metrics.jsonl."""
+"""What tests of whole runs compare: the tensors of checkpoints, the lines of metrics.jsonl, files and messages."""
 
+import hashlib
 import json
 import math
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+from ranks import Ended
 from torch import Tensor
 
 from model_zoo.io.sharded_tensors import ShardedTensors
@@ -43,3 +48,43 @@ def read_metrics(run: Path) -> list[dict]:
     """The lines of metrics.jsonl, without the speed, which is never the same twice."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [{name: value for name, value in line.items() if name not in OF_SPEED} for line in lines]
+
+
+def loss_lines(run: Path) -> list[dict]:
+    """The lines of metrics.jsonl that hold a step's losses."""
+    return [line for line in read_metrics(run) if "loss/total" in line]
+
+
+def copy_until(run: Path, step: int, copy: Path) -> Path:
+    """Copies a run as if it had been killed after the checkpoint of that step; returns the copy."""
+    shutil.copytree(run, copy)
+    for later in (copy / "checkpoints").glob("step_*"):
+        if later.name > f"step_{step:08d}":
+            shutil.rmtree(later)
+    (copy / "checkpoints/latest").write_text(f"step_{step:08d}")
+    return copy
+
+
+def fingerprint(folder: Path) -> dict[str, str]:
+    """Every path under it, hidden ones too, with the hash of a file's content."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest() if path.is_file() else "folder"
+        for path in sorted(folder.rglob("*"))
+    }
+
+
+@contextmanager
+def unchanged(*folders: Path) -> Iterator[None]:
+    """Fails the test if anything in them is not as it was."""
+    before = [fingerprint(folder) for folder in folders]
+    yield
+    assert [fingerprint(folder) for folder in folders] == before
+
+
+def assert_refused(ended: Ended, *said: str) -> None:
+    """A mistake of the user ends in one line, exit status 2 and no traceback."""
+    assert ended.status == 2, ended.err
+    assert ended.err.count("\n") == 1, ended.err
+    assert ended.error_lines, ended.err
+    for text in said:
+        assert text in ended.err

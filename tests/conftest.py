@@ -14,6 +14,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 import torch
 from ranks import Launch, Ranks
 
+pytest.register_assert_rewrite("comparing")
+
 # Triton reads this once, where it decorates a kernel: without a GPU its interpreter runs the kernels on the CPU. Set
 # here, before any test module imports them.
 if not torch.cuda.is_available():

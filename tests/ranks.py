@@ -97,6 +97,11 @@ class Ended(NamedTuple):
     def error_lines(self) -> list[str]:
         return [line for line in self.err.splitlines() if line.startswith("ibq: error:")]
 
+    def succeeded(self) -> "Ended":
+        """Itself; fails the test unless every status is 0."""
+        assert self.status == 0, self.err
+        return self
+
 
 class Job:
     """Ranks that are running."""
@@ -252,36 +257,20 @@ class Ranks:
             return Client(str(address))
 
 
-class Finished(NamedTuple):
-    """What a command line ended with."""
-
-    status: int
-    out: str
-    err: str
-
-    @property
-    def error_lines(self) -> list[str]:
-        return [line for line in self.err.splitlines() if line.startswith("ibq: error:")]
-
-
 class Launch:
     """Starts command lines as a user does."""
 
     def __init__(self, cache: Path):
         self.environment = _environment(cache)
 
-    def ibq(self, *arguments, **environment) -> Finished:
-        """`ibq ARGUMENTS`."""
-        return self.finish(self.start_python("-m", "tools.cli", *arguments, **environment))
+    def python(self, *arguments) -> Ended:
+        """`python ARGUMENTS`."""
+        return self.finish(self.start(sys.executable, *arguments))
 
-    def torchrun(self, *arguments, processes: int = 2) -> Finished:
-        """`torchrun --nproc-per-node PROCESSES -m trainer ARGUMENTS` on a free port."""
-        return self.finish(self.start_python(*TORCHRUN, processes, "-m", "trainer", *arguments))
-
-    def start_python(self, *arguments, **environment) -> subprocess.Popen:
-        """`python ARGUMENTS`, not waited for."""
+    def start(self, *command, **environment) -> subprocess.Popen:
+        """A command with further variables of its environment, not waited for."""
         return subprocess.Popen(
-            [sys.executable, *map(str, arguments)],
+            [*map(str, command)],
             cwd=ROOT,
             env={**self.environment, **environment},
             stdout=subprocess.PIPE,
@@ -290,7 +279,7 @@ class Launch:
         )
 
     @staticmethod
-    def finish(process: subprocess.Popen, timeout_seconds: float = PROCESS_SECONDS) -> Finished:
+    def finish(process: subprocess.Popen, timeout_seconds: float = PROCESS_SECONDS) -> Ended:
         """Waits for a started command."""
         try:
             out, err = process.communicate(timeout=timeout_seconds)
@@ -298,7 +287,7 @@ class Launch:
             process.send_signal(signal.SIGTERM)  # torchrun then ends its processes
             out, err = process.communicate(timeout=60)
             raise AssertionError(f"{process.args} took more than {timeout_seconds} s\n{out}\n{err}") from None
-        return Finished(process.returncode, out, err)
+        return Ended([process.returncode], [out], [err])
 
 
 def _target(function: Callable) -> tuple[str, str, str]:

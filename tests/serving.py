@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import unquote, urlsplit
 
+import pytest
+
 STALL_SECONDS = 30.0  # a stalled answer ends then, or when its server does
 
 
@@ -187,16 +189,9 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
 
-class S3(NamedTuple):
-    """endpoint: the server's address; environment: the variables with which its clients find it and may read."""
-
-    endpoint: str
-    environment: dict[str, str]
-
-
-def s3_environment(endpoint: str) -> dict[str, str]:
-    """Variables for an S3 client that talks to `endpoint` alone and finds no other credentials."""
-    return {
+def use_s3(monkeypatch: pytest.MonkeyPatch, endpoint: str) -> None:
+    """S3 clients talk to the server at `endpoint` alone and find no other credentials."""
+    environment = {
         "AWS_ENDPOINT_URL": endpoint,
         "AWS_ACCESS_KEY_ID": "testing",
         "AWS_SECRET_ACCESS_KEY": "testing",
@@ -205,11 +200,13 @@ def s3_environment(endpoint: str) -> dict[str, str]:
         "AWS_CONFIG_FILE": "/dev/null",
         "AWS_SHARED_CREDENTIALS_FILE": "/dev/null",
     }
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
 
 
 @contextlib.contextmanager
-def s3(bucket: str, files: Mapping[str, bytes]) -> Iterator[S3]:
-    """moto's S3 server in a thread, with `files` by key in one bucket."""
+def s3(bucket: str, files: Mapping[str, bytes]) -> Iterator[str]:
+    """The address of moto's S3 server, in a thread, with `files` by key in one bucket."""
     import boto3
     from moto.server import ThreadedMotoServer
 
@@ -232,6 +229,6 @@ def s3(bucket: str, files: Mapping[str, bytes]) -> Iterator[S3]:
         client.create_bucket(Bucket=bucket)
         for key, content in files.items():
             client.put_object(Bucket=bucket, Key=key, Body=content)
-        yield S3(endpoint, s3_environment(endpoint))
+        yield endpoint
     finally:
         moto.stop()

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import numpy as np
-from webdataset.writer import TarWriter
+from samples import write_tar
 
 from data.tokens import pack_codes
 
@@ -38,9 +38,10 @@ def write_tokens(
     folder.mkdir(parents=True)
     index_nhw = codes(classes, count, vocabulary, grid, seed)
     for first in range(0, count, per_shard):
-        with TarWriter(str(folder / f"tokens-{first // per_shard:06d}.tar"), encoder=False, mtime=0) as writer:
-            for n in range(first, min(count, first + per_shard)):
-                label = {"cls": str(n % classes).encode()} if labels else {}
-                content = pack_codes(index_nhw[n : n + 1], FINGERPRINT, vocabulary)
-                writer.write({"__key__": f"{n:06d}", "codes": content, **label})
+        samples = [
+            {"__key__": f"{n:06d}", "codes": pack_codes(index_nhw[n : n + 1], FINGERPRINT, vocabulary)}
+            | ({"cls": str(n % classes).encode()} if labels else {})
+            for n in range(first, min(count, first + per_shard))
+        ]
+        write_tar(folder / f"tokens-{first // per_shard:06d}.tar", samples)
     return folder

@@ -1,10 +1,10 @@
 """Fixtures of the tests that inject a fault into a run of two ranks and look at what is left of it."""
 
-import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from comparing import copy_until
 from faults.outcome import CHANGES
 from ranks import Ranks
 
@@ -25,16 +25,11 @@ def two_ranks(ranks: Ranks) -> SimpleNamespace:
 def unbroken(two_ranks, tmp_path_factory) -> Path:
     """A run without a fault: 12 steps, checkpoints of steps 2, 4, ... 12."""
     run = tmp_path_factory.mktemp("unbroken") / "run"
-    ended = two_ranks.train(run, {"trainer.max_steps": 12, "trainer.keep_last": 6})
-    assert ended.statuses == [0, 0], ended.err
+    two_ranks.train(run, {"trainer.max_steps": 12, "trainer.keep_last": 6}).succeeded()
     return run
 
 
 @pytest.fixture
 def copy_of_unbroken(unbroken, tmp_path) -> Path:
     """A copy of it as it was at step 6."""
-    run = shutil.copytree(unbroken, tmp_path / "copy")
-    for step in (8, 10, 12):
-        shutil.rmtree(run / f"checkpoints/step_{step:08d}")
-    (run / "checkpoints/latest").write_text("step_00000006")
-    return run
+    return copy_until(unbroken, 6, tmp_path / "copy")

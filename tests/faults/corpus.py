@@ -99,13 +99,24 @@ def on_white(rgb_hwc: np.ndarray, alpha_hw: np.ndarray) -> np.ndarray:
     return np.rint(rgb_hwc * alpha + 255 * (1 - alpha)).astype(np.uint8)
 
 
+def grey(levels_hw1: np.ndarray) -> np.ndarray:
+    return np.repeat(levels_hw1, 3, -1).astype(np.uint8)
+
+
+def keyed(rgb_hwc: np.ndarray, transparent_hw1: np.ndarray) -> np.ndarray:
+    """White where it is transparent."""
+    return np.where(transparent_hw1, 255, rgb_hwc).astype(np.uint8)
+
+
 # -------------------------------------------------------------------------------------------------------------- JPEG
 
 
 PICTURE = picture(0, 48, 40)
+TWO_FRAMES = {"save_all": True, "append_images": [Image.fromarray(~PICTURE)]}
 JPEG_ROUNDS = 8  # of 255, at most, where chroma has full resolution; twice or three times that elsewhere
 PLAIN = encoded(PICTURE, "JPEG")
 PROGRESSIVE = encoded(PICTURE, "JPEG", progressive=True)
+ALPHA = picture(7, 48, 40)[..., :1]
 LARGE_PICTURE = picture(3, 192, 160)
 LARGE = encoded(LARGE_PICTURE, "JPEG", quality=85)
 
@@ -283,11 +294,11 @@ def good_jpegs() -> list[Kind]:
     def good(name: str, content: bytes, why: str, rgb_hwc=PICTURE, tolerance=JPEG_ROUNDS) -> Kind:
         return Kind(f"JPEG {name}", content, Pixels(rgb_hwc, tolerance), why)
 
-    grey = picture(4, 48, 40)[..., 0]
+    levels = picture(4, 48, 40)[..., :1]
     cmyk = encoded(Image.fromarray(inks(), "CMYK"), "JPEG")
     sheet, sheet_colors = press_sheet()
     as_ycc = without(encoded(Image.fromarray(PICTURE, "YCbCr"), "JPEG"), 0xE0)
-    pair = encoded(PICTURE, "MPO", quality=95, subsampling=0, save_all=True, append_images=[Image.fromarray(~PICTURE)])
+    pair = encoded(PICTURE, "MPO", quality=95, subsampling=0, **TWO_FRAMES)
     kinds = [
         good("baseline", PLAIN, "the most common of all"),
         good("with chroma at half resolution", encoded(PICTURE, "JPEG", subsampling=2), "as in cameras", tolerance=24),
@@ -300,7 +311,7 @@ def good_jpegs() -> list[Kind]:
             without(PLAIN, 0xC4),
             "as frames of motion JPEG: the tables are known",
         ),
-        good("of grey", encoded(grey, "JPEG"), "grey is red, green and blue alike", np.stack([grey] * 3, -1)),
+        good("of grey", encoded(levels[..., 0], "JPEG"), "grey is red, green and blue alike", grey(levels)),
         good("of RGB, not YCbCr", with_segment(as_ycc, 0xEE, b"Adobe\0d\0\0\0\0\0"), "Adobe's marker says: no YCbCr"),
         good("of CMYK", cmyk, "Adobe stores inks inverted; without a profile each takes its part", rgb_of_inks(inks())),
         good("of CMYK without Adobe's marker", without(cmyk, 0xEE), "browsers take it as Adobe's", rgb_of_inks(inks())),
@@ -462,24 +473,16 @@ def shorts(*values: int) -> bytes:
 
 def good_pngs() -> list[Kind]:
     levels = PICTURE[..., :1]
-    alpha = picture(7, 48, 40)[..., :1]
     deep = PICTURE.astype(np.int64) * 257 + picture(8, 48, 40) - 128
     deep = deep.clip(0, 65535)
-    deep_alpha = (alpha.astype(np.int64) * 257 + 77).clip(0, 65535)
+    deep_alpha = (ALPHA.astype(np.int64) * 257 + 77).clip(0, 65535)
     numbers = levels // 32
     colors = picture(9, 8, 1)[0]
     clear = picture(10, 8, 1)[0, :, 0]
 
-    def grey(levels_hw1: np.ndarray) -> np.ndarray:
-        return np.repeat(levels_hw1, 3, -1).astype(np.uint8)
-
     def good(name: str, content: bytes, rgb_hwc: np.ndarray, why: str, tolerance: int = 0) -> Kind:
         return Kind(f"PNG {name}", content, Pixels(rgb_hwc, tolerance), why, "png")
 
-    def keyed(rgb_hwc: np.ndarray, transparent_hw1: np.ndarray) -> np.ndarray:
-        return np.where(transparent_hw1, 255, rgb_hwc).astype(np.uint8)
-
-    two_frames = {"save_all": True, "append_images": [Image.fromarray(~PICTURE)]}
     plain = png(PICTURE, 8, COLORS)
     kinds = [
         good("of 8 bits", plain, PICTURE, "as it is"),
@@ -488,9 +491,9 @@ def good_pngs() -> list[Kind]:
         good("of 16 bits, grey", png(deep[..., :1], 16, GREY), grey((deep[..., :1] + 128) // 257), "divided by 257"),
         good("of 16 bits", png(deep, 16, COLORS), (deep + 128) // 257, "by 257; Pillow cuts the low byte off", 1),
         good("of 16 bits, interlaced", png(deep, 16, COLORS, interlaced=True), (deep + 128) // 257, "the same", 1),
-        good("of 8 bits with alpha", *_with_alpha(PICTURE, alpha, 8, COLORS_ALPHA), "on white", 1),
+        good("of 8 bits with alpha", *_with_alpha(PICTURE, ALPHA, 8, COLORS_ALPHA), "on white", 1),
         good("of 16 bits with alpha", *_with_alpha(deep, deep_alpha, 16, COLORS_ALPHA), "on white", 1),
-        good("grey with alpha", *_with_alpha(levels, alpha, 8, GREY_ALPHA), "on white", 1),
+        good("grey with alpha", *_with_alpha(levels, ALPHA, 8, GREY_ALPHA), "on white", 1),
         good("grey of 16 bits with alpha", *_with_alpha(deep[..., :1], deep_alpha, 16, GREY_ALPHA), "on white", 1),
         good("with a transparent colour", *_with_key(PICTURE, 8, COLORS), "on white"),
         good("of 16 bits with a transparent colour", *_with_key(deep, 16, COLORS), "on white", 1),
@@ -513,10 +516,10 @@ def good_pngs() -> list[Kind]:
             np.append(colors[:7], [[0, 0, 0]], 0)[numbers[..., 0]],
             "black, as in libpng and in browsers",
         ),
-        good("animated (APNG)", encoded(PICTURE, "PNG", **two_frames), PICTURE, "its first frame"),
+        good("animated (APNG)", encoded(PICTURE, "PNG", **TWO_FRAMES), PICTURE, "its first frame"),
         good(
             "animated, with a separate still picture",
-            encoded(PICTURE, "PNG", default_image=True, **two_frames),
+            encoded(PICTURE, "PNG", default_image=True, **TWO_FRAMES),
             PICTURE,
             "the still one is what is shown where nothing moves",
         ),
@@ -574,7 +577,7 @@ def _with_key(values_hwc: np.ndarray, depth: int, color: int) -> tuple[bytes, np
     key = values_hwc[20, 20]
     shown = values_hwc if depth == 8 else (values_hwc + 128) // 257
     transparent = (values_hwc == key).all(-1, keepdims=True)
-    return png(values_hwc, depth, color, (b"tRNS", shorts(*key))), np.where(transparent, 255, shown).astype(np.uint8)
+    return png(values_hwc, depth, color, (b"tRNS", shorts(*key))), keyed(shown, transparent)
 
 
 def bad_pngs() -> list[Kind]:
@@ -598,6 +601,7 @@ def bad_pngs() -> list[Kind]:
     def bad(name: str, content: bytes, reason: str, why: str) -> Kind:
         return Kind(f"PNG {name}", content, Skipped(reason), why, "png")
 
+    fewer_rows = png(PICTURE, 8, COLORS, interlaced=True, kept_rows=60)
     text = b"a\0\0" + zlib.compress(bytes(5_000_000))
     numbers = PICTURE[..., :1] // 32
     kinds += [
@@ -607,12 +611,7 @@ def bad_pngs() -> list[Kind]:
         bad("with 512 zero bytes", patched(plain, pixels + 300, bytes(512)), "checksum", "its checksum tells"),
         bad("with CR before each LF", plain.replace(b"\n", b"\r\n"), "no JPEG, PNG", "copied as if it were text"),
         bad("of fewer rows", png(PICTURE, 8, COLORS, kept_rows=39), "fewer rows", "the rest is not black"),
-        bad(
-            "of fewer rows, interlaced",
-            png(PICTURE, 8, COLORS, interlaced=True, kept_rows=60),
-            "fewer rows",
-            "of seven passes there are six and a half",
-        ),
+        bad("of fewer rows, interlaced", fewer_rows, "fewer rows", "of seven passes there are six and a half"),
         bad("without its palette", png(numbers, 8, PALETTE), "palette", "its colours are not known"),
         bad("of width 0", png(PICTURE[:, :0], 8, COLORS), "no JPEG, PNG", "nothing to see"),
         bad("of an unknown colour type", png(PICTURE, 8, 5), "no JPEG, PNG", "no such thing"),
@@ -627,12 +626,10 @@ def bad_pngs() -> list[Kind]:
 
 
 def webps() -> list[Kind]:
-    alpha = picture(7, 48, 40)[..., :1]
-    frames = {"save_all": True, "append_images": [Image.fromarray(~PICTURE)], "lossless": True}
     lossless = encoded(PICTURE, "WEBP", lossless=True)
     lossy = encoded(PICTURE, "WEBP", quality=95)
-    moving = encoded(PICTURE, "WEBP", **frames)
-    with_alpha = encoded(np.concatenate([PICTURE, alpha], -1), "WEBP", lossless=True, exact=True)
+    moving = encoded(PICTURE, "WEBP", lossless=True, **TWO_FRAMES)
+    with_alpha = encoded(np.concatenate([PICTURE, ALPHA], -1), "WEBP", lossless=True, exact=True)
     turned = encoded(as_stored(PICTURE, 8), "WEBP", lossless=True, exif=exif(8))
     size = lossless.index(b"VP8L") + 9  # 14 bits of width - 1, then 14 of height - 1
 
@@ -645,7 +642,7 @@ def webps() -> list[Kind]:
     return [
         good("lossy", lossy, "as on the web", tolerance=24),
         good("lossless", lossless, "as it is"),
-        good("with alpha", with_alpha, "on white", on_white(PICTURE, alpha[..., 0] / 255), 1),
+        good("with alpha", with_alpha, "on white", on_white(PICTURE, ALPHA[..., 0] / 255), 1),
         good("animated", moving, "its first frame"),
         good("with EXIF", turned, "shown upright"),
         bad("cut in its header", lossy[:10], "no JPEG, PNG or WebP", "part of it is missing"),
@@ -658,7 +655,6 @@ def webps() -> list[Kind]:
 
 
 def no_images() -> list[Kind]:
-    frames = {"save_all": True, "append_images": [Image.fromarray(~PICTURE)]}
     html = b"<!DOCTYPE html><html><head><title>404 Not Found</title></head><body>no such picture</body></html>"
     contents = {
         "HTML": (html, "what many servers send in place of a missing picture"),
@@ -668,7 +664,7 @@ def no_images() -> list[Kind]:
         "a pointer of Git LFS": (b"version https://git-lfs.github.com/spec/v1\noid sha256:00\nsize 9\n", "not fetched"),
         "PDF": (b"%PDF-1.4\n1 0 obj\n<<>>\nendobj\ntrailer<<>>\n%%EOF\n", "no picture"),
         "SVG": (b'<svg xmlns="http://www.w3.org/2000/svg" width="9" height="9"/>', "a drawing and no pixels"),
-        "an animated GIF": (encoded(PICTURE, "GIF", **frames), "formats are JPEG, PNG and WebP"),
+        "an animated GIF": (encoded(PICTURE, "GIF", **TWO_FRAMES), "formats are JPEG, PNG and WebP"),
         "BMP": (encoded(PICTURE, "BMP"), "formats are JPEG, PNG and WebP"),
         "TIFF": (encoded(PICTURE, "TIFF"), "formats are JPEG, PNG and WebP"),
         "AVIF": (b"\0\0\0\x1cftypavif\0\0\0\0avifmif1miaf" + bytes(200), "formats are JPEG, PNG and WebP"),
@@ -735,8 +731,18 @@ def damaged_tars() -> list[Kind]:
     def bad(name: str, content: bytes, reason: str, why: str) -> Kind:
         return Kind(name, content, Refused(reason), why, "tar")
 
-    a_pax = {"form": tarfile.PAX_FORMAT}
+    def claiming(size_bytes: int, content: bytes = WHOLE, start: int = SECOND) -> bytes:
+        """A size in binary, as GNU's tar writes large ones."""
+        return with_header(content, start, SIZE, b"\x80" + size_bytes.to_bytes(11, "big"))
+
+    def sized(size: str) -> bytes:
+        """With a size of g1.png in a PAX header."""
+        return tar(good(0), member("g1.png", pixels(1), tarfile.PAX_FORMAT, pax_headers={"size": size}), good(2))
+
+    pax_bomb = tar(good(0), member("x", type=tarfile.XHDTYPE) * 1000, good(2))
+    torn_pax = tar(good(0), member("pax", b"11 path=abc", type=tarfile.XHDTYPE))
     long_name = member("g1.png", b"long/" * 30, type=tarfile.GNUTYPE_LONGNAME)
+    very_long_name = tar(good(0), claiming(1 << 80, long_name, 0), good(2))
     return [
         bad("cut between two samples", WHOLE[:THIRD], "end mark", "samples are missing, and nothing else tells it"),
         bad("cut between two members", WHOLE[: SECOND + BLOCK + padded], "end mark", "a member is missing"),
@@ -762,30 +768,10 @@ def damaged_tars() -> list[Kind]:
         bad("gzipped", gzip.compress(WHOLE, mtime=0), "no whole, uncompressed tar", "its samples cannot be found"),
         bad("claim of 1 GB", with_header(WHOLE, SECOND, SIZE, b"07777777777\0"), "no whole", "there is no such end"),
         bad("claim of 2 GB", with_header(WHOLE, SECOND, SIZE, b"20000000000\0"), "claims", "no image is as large"),
-        bad(
-            "claim of 2^60 bytes",
-            with_header(WHOLE, SECOND, SIZE, b"\x80" + (1 << 60).to_bytes(11, "big")),
-            "no whole",
-            "no image is as large",
-        ),
-        bad(
-            "claim of 2^80 bytes",
-            with_header(WHOLE, SECOND, SIZE, b"\x80" + (1 << 80).to_bytes(11, "big")),
-            "no whole",
-            "no file is as large",
-        ),
-        bad(
-            "long name of 2^80 bytes",
-            tar(good(0), with_header(long_name, 0, SIZE, b"\x80" + (1 << 80).to_bytes(11, "big")), good(2)),
-            "no whole",
-            "no name is as long",
-        ),
-        bad(
-            "1000 PAX headers in a row",
-            tar(good(0), member("x", type=tarfile.XHDTYPE) * 1000, good(2)),
-            "no whole",
-            "a bomb",
-        ),
+        bad("claim of 2^60 bytes", claiming(1 << 60), "no whole", "no image is as large"),
+        bad("claim of 2^80 bytes", claiming(1 << 80), "no whole", "no file is as large"),
+        bad("long name of 2^80 bytes", very_long_name, "no whole", "no name is as long"),
+        bad("1000 PAX headers in a row", pax_bomb, "no whole", "a bomb"),
         bad(
             "negative size",
             with_header(WHOLE, SECOND, SIZE, b"\xff" * 10 + b"\xfc\x00"),
@@ -794,24 +780,9 @@ def damaged_tars() -> list[Kind]:
         ),
         bad("size of -2^80 bytes", with_header(WHOLE, SECOND, SIZE, b"\xff" + bytes(11)), "no whole", "no size"),
         bad("size that is no number", with_header(WHOLE, SECOND, SIZE, b"a lot......\0"), "no whole", "no number"),
-        bad(
-            "PAX header with another size",
-            tar(good(0), member("g1.png", pixels(1), pax_headers={"size": "700"}, **a_pax), good(2)),
-            "no whole",
-            "the next header is not where it should be",
-        ),
-        bad(
-            "PAX header with a negative size",
-            tar(good(0), member("g1.png", pixels(1), pax_headers={"size": "-1536"}, **a_pax), good(2)),
-            "no whole",
-            "it leads back to where it was, for ever",
-        ),
-        bad(
-            "PAX header at the end",
-            tar(good(0), member("pax", b"11 path=abc", type=tarfile.XHDTYPE)),
-            "no whole",
-            "torn",
-        ),
+        bad("PAX header with another size", sized("700"), "no whole", "the next header is not where it should be"),
+        bad("PAX header with a negative size", sized("-1536"), "no whole", "it leads back to where it was, for ever"),
+        bad("PAX header at the end", torn_pax, "no whole", "torn"),
         bad("texts only", tar(member("a.txt", b"text"), member("b.txt", b"text")), "holds no image", "not meant"),
         bad("GIFs only", tar(member("a.gif", encoded(PICTURE, "GIF"))), "holds no image", "formats: JPEG, PNG, WebP"),
         bad("folders only", tar(member("a", type=tarfile.DIRTYPE)), "holds no sample", "not meant"),

@@ -5,7 +5,6 @@ import json
 import re
 from pathlib import Path
 
-from comparing import read_metrics
 from ranks import Ended, settings
 
 CHANGES = {"trainer.max_steps": 6, "trainer.validate_every_steps": 100, "trainer.checkpoint_every_steps": 2}
@@ -14,11 +13,6 @@ CHANGES = {"trainer.max_steps": 6, "trainer.validate_every_steps": 100, "trainer
 def fault_settings(changes: dict | None = None) -> list[str]:
     """The settings of every run here, with changes, as KEY=VALUE."""
     return settings({**CHANGES, **(changes or {})})
-
-
-def loss_lines(run: Path) -> list[dict]:
-    """The lines of metrics.jsonl that hold a step's losses."""
-    return [line for line in read_metrics(run) if "loss/total" in line]
 
 
 def latest(run: Path) -> Path:

@@ -4,7 +4,8 @@ tested on one process in tests/unit/trainer/test_checkpoint.py."""
 from pathlib import Path
 
 import pytest
-from faults.outcome import assert_resumed, loss_lines
+from comparing import loss_lines
+from faults.outcome import assert_resumed
 
 NEWEST, BEFORE = 6, 4
 PART = "rank_00001.safetensors"

@@ -1,19 +1,14 @@
 """A server that fails under a run ends all ranks together, after a whole step that is saved."""
 
-import io
 import re
 import time
 from collections import Counter
 
-import numpy as np
 import pytest
-from PIL import Image
 from ranks import settings
+from samples import index_of, write_tars
 from serving import Server
-from webdataset.writer import TarWriter
 
-from data import scan
-from data.index import write_index
 from trainer.audit import read_audit
 from trainer.checkpoint import checkpoint_folders
 
@@ -23,17 +18,8 @@ SHARDS, SAMPLES, STEPS = 4, 12, 12  # two epochs
 @pytest.fixture
 def folder(tmp_path):
     """Tars of generated pictures, and their index beside them under a name that is not looked for."""
-    random = np.random.default_rng(0)
-    tars = tmp_path / "tars"
-    tars.mkdir()
-    for shard in range(SHARDS):
-        with TarWriter(str(tars / f"{shard:05d}.tar"), encoder=False, mtime=0.0) as writer:
-            for n in range(SAMPLES):
-                picture = io.BytesIO()
-                Image.fromarray(random.integers(0, 255, (36, 40, 3), np.uint8)).save(picture, "JPEG")
-                writer.write({"__key__": f"{shard}-{n}", "jpg": picture.getvalue()})
-    paths = sorted(map(str, tars.glob("*.tar")))
-    write_index(tars / "of.safetensors", paths, [scan(path) for path in paths], ["00" * 32] * len(paths))
+    tars = write_tars(tmp_path / "tars", [SAMPLES] * SHARDS)
+    index_of(tars, tars / "of.safetensors")
     return tars
 
 

@@ -5,7 +5,8 @@ import os
 from pathlib import Path
 
 import pytest
-from faults.outcome import assert_resumed, assert_whole, latest, loss_lines, newest_step
+from comparing import loss_lines
+from faults.outcome import assert_resumed, assert_whole, latest, newest_step
 
 MEGABYTE = 1 << 20
 # A checkpoint of `debug` takes 11 MB: the first fits, the second does not, not even the first rank's part of it.

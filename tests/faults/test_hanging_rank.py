@@ -4,7 +4,8 @@ import json
 import re
 
 import pytest
-from faults.outcome import assert_resumed, fault_settings, loss_lines, newest_step
+from comparing import loss_lines
+from faults.outcome import assert_resumed, fault_settings, newest_step
 from ranks import INJECT, TORCHRUN
 
 HANG = {"kind": "hang", "rank": 1, "step": 5, "timeout_seconds": 3.0}
@@ -32,7 +33,7 @@ def test_every_rank_reports_where_it_hangs(two_ranks, unbroken, tmp_path):
 @pytest.mark.full
 def test_torchrun_reports_the_exit_status(launch, tmp_path):
     arguments = "debug", f"run={tmp_path / 'run'}", *fault_settings()
-    ended = launch.finish(launch.start_python(*TORCHRUN, 2, INJECT, json.dumps(HANG), *arguments))
+    ended = launch.python(*TORCHRUN, 2, INJECT, json.dumps(HANG), *arguments)
     assert ended.status != 0
     assert_reported(ended.err)
     assert re.search(r"exitcode\s*: 124", ended.err), ended.err

@@ -3,7 +3,8 @@
 import signal
 
 import pytest
-from faults.outcome import assert_resumed, assert_whole, latest, loss_lines, newest_step
+from comparing import loss_lines
+from faults.outcome import assert_resumed, assert_whole, latest, newest_step
 
 STEPS = 6
 SAVED, KILLED = 2, 4  # the checkpoint that is there, and the one in whose writing the kill comes

@@ -6,7 +6,8 @@ import re
 from pathlib import Path
 
 import pytest
-from faults.outcome import assert_resumed, latest, loss_lines, newest_step
+from comparing import loss_lines
+from faults.outcome import assert_resumed, latest, newest_step
 
 from model_zoo.io.sharded_tensors import ShardedTensors
 

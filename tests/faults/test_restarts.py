@@ -8,7 +8,8 @@ import signal
 import pytest
 import torch
 import torch.distributed as dist
-from faults.outcome import assert_whole, fault_settings, latest, loss_lines, newest_step
+from comparing import loss_lines
+from faults.outcome import assert_whole, fault_settings, latest, newest_step
 from ranks import INJECT, TORCHRUN
 
 from trainer.parallel import start_world
@@ -36,8 +37,7 @@ def test_torchrun_restarts_after_a_kill_and_the_run_completes(launch, unbroken, 
     run = tmp_path / "run"
     torchrun = *TORCHRUN, 2, "--max-restarts", 1  # which must be enough
     arguments = "debug", f"run={run}", *fault_settings({"trainer.max_steps": STEPS})
-    ended = launch.finish(launch.start_python(*torchrun, INJECT, json.dumps(fault), *arguments))
-    assert ended.status == 0, ended.err
+    ended = launch.python(*torchrun, INJECT, json.dumps(fault), *arguments).succeeded()
     assert_restarted(ended.err, run, unbroken, after)
 
 

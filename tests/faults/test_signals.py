@@ -2,10 +2,12 @@
 
 import json
 import signal
+import sys
 import time
 
 import pytest
-from faults.outcome import assert_resumed, assert_whole, fault_settings, latest, loss_lines, newest_step
+from comparing import loss_lines
+from faults.outcome import assert_resumed, assert_whole, fault_settings, latest, newest_step
 from ranks import INJECT, TORCHRUN, wait_for
 
 LONG = {"trainer.max_steps": 1000, "trainer.checkpoint_every_steps": 1000}  # only a signal saves
@@ -37,7 +39,7 @@ def test_torchrun_passes_it_on_to_all_ranks(launch, two_ranks, unbroken, tmp_pat
     metrics = run / "metrics.jsonl"
     settings = fault_settings({**LONG, "data.workers": 1})
     slow = json.dumps({"kind": "slow_steps", "seconds": 0.2})
-    process = launch.start_python(*TORCHRUN, 2, INJECT, slow, "debug", f"run={run}", *settings)
+    process = launch.start(sys.executable, *TORCHRUN, 2, INJECT, slow, "debug", f"run={run}", *settings)
     wait_for(lambda: metrics.exists() and '"step": 2,' in metrics.read_text(), "second step", 120, process)
     process.send_signal(signal.SIGTERM)
     stopped = launch.finish(process)

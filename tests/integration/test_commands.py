@@ -5,11 +5,12 @@ import math
 import re
 import shutil
 
-import numpy as np
 import pytest
 import torch
-from comparing import read_metrics
+from comparing import loss_lines, read_metrics, unchanged
 from PIL import Image
+from ranks import settings
+from samples import picture
 
 from model_zoo.io.sharded_tensors import ShardedTensors
 
@@ -21,20 +22,14 @@ def pictures(tmp_path_factory):
     """Twelve smooth pictures in two sub-folders, none of them square."""
     folder = tmp_path_factory.mktemp("pictures")
     for number in range(12):
-        rng = np.random.default_rng(number)
-        image = Image.fromarray(rng.integers(0, 256, (6, 6, 3), dtype=np.uint8))
         path = folder / ("cats" if number % 2 else "dogs") / f"{number}.{('png', 'jpg', 'webp')[number % 3]}"
         path.parent.mkdir(exist_ok=True)
-        image.resize((110 + 5 * number, 100), Image.Resampling.BICUBIC).save(path)
+        picture(number, (110 + 5 * number, 100)).save(path)
     return folder
 
 
-def losses(lines: list[dict], name: str) -> list[float]:
-    return [line[name] for line in lines if name in line]
-
-
 def test_train_leaves_a_whole_run_folder(runs):
-    run = runs["one"]
+    run = runs("one")
     assert (run / "config.yaml").is_file()
     assert (run / "checkpoints/latest").read_text() == "step_00000020"
     assert list((run / "tensorboard").glob("events.*"))
@@ -44,14 +39,13 @@ def test_train_leaves_a_whole_run_folder(runs):
 
 
 def test_train_lowers_the_loss(runs):
-    reconstruction = losses(read_metrics(runs["one"]), "loss/reconstruction")
+    reconstruction = [line["loss/reconstruction"] for line in loss_lines(runs("one"))]
     assert sum(reconstruction[-5:]) < 0.95 * sum(reconstruction[:5])
 
 
 def test_evaluate(runs, ranks):
-    run = runs["one"]
-    finished = ranks.ibq("evaluate", "reconstruction", run, "--device", "cpu")
-    assert finished.status == 0, finished.err
+    run = runs("one")
+    finished = ranks.ibq("evaluate", "reconstruction", run, "--device", "cpu").succeeded()
     report = json.loads((run / "report.json").read_text())
     for name in ("psnr", "ssim", "l1", "usage", "perplexity", "baseline_mean_color_psnr", "baseline_palette_psnr"):
         assert math.isfinite(report[name]), name
@@ -67,20 +61,13 @@ def test_evaluate(runs, ranks):
 
 def test_reconstruct(runs, ranks, pictures, tmp_path):
     arguments = "--images", pictures, "--out", tmp_path / "out", "--size", "original", "--weights", "raw"
-    finished = ranks.ibq("reconstruct", runs["one"], *arguments, "--device", "cpu")
-    assert finished.status == 0, finished.err
+    finished = ranks.ibq("reconstruct", runs("one"), *arguments, "--device", "cpu").succeeded()
     assert "12 images" in finished.out
     written = sorted((tmp_path / "out").glob("*.png"))
     assert len(written) == 12 + 1
     for path in written:
         with Image.open(path) as image:
             image.load()
-
-
-def test_recipes(ranks):
-    finished = ranks.ibq("recipes")
-    assert finished.status == 0
-    assert {line.split()[0] for line in finished.out.splitlines()} >= {"debug", "quickstart", "ibq_16384"}
 
 
 def test_doctor(ranks):
@@ -90,13 +77,12 @@ def test_doctor(ranks):
     assert "torch" in finished.out
 
 
-def test_pack_and_train_on_tars(ranks, pictures, debug_settings, tmp_path):
+def test_pack_and_train_on_tars(ranks, pictures, tmp_path):
     """As published, but for size: BatchNorm in the discriminator, bf16, adaptive weight, loader processes."""
     for split in ("train", "val"):
         out = tmp_path / "tars" / split
         options = "--prefix", split, "--max-samples-per-shard", "5", "--layout", "imagenet"
-        finished = ranks.ibq("shards", "pack", pictures, "--out", out, *options)
-        assert finished.status == 0, finished.err
+        finished = ranks.ibq("shards", "pack", pictures, "--out", out, *options).succeeded()
         assert "packed 12 images into 3 tars" in finished.out
     run = tmp_path / "run"
     changes = {
@@ -110,10 +96,8 @@ def test_pack_and_train_on_tars(ranks, pictures, debug_settings, tmp_path):
         "trainer.precision": "bf16",
         "trainer.max_steps": 4,
     }
-    finished = ranks.ibq("train", "debug", f"run={run}", *debug_settings(changes))
-    assert finished.status == 0, finished.err
-    lines = read_metrics(run)
-    training = [line for line in lines if "loss/total" in line]
+    ranks.ibq("train", "debug", f"run={run}", *settings(changes)).succeeded()
+    lines, training = read_metrics(run), loss_lines(run)
     assert len(training) == 4
     assert all(math.isfinite(value) for line in lines for value in line.values())
     assert training[-1]["loss/reconstruction"] < training[0]["loss/reconstruction"]
@@ -124,19 +108,19 @@ def test_pack_and_train_on_tars(ranks, pictures, debug_settings, tmp_path):
 
 
 def test_vq_baseline(runs):
-    lines = [line for line in read_metrics(runs["vq"]) if "loss/total" in line]
+    lines = loss_lines(runs("vq"))
     assert len(lines) == 5
     assert all(math.isfinite(value) for line in lines for value in line.values())
     assert "loss/commitment" in lines[0] and "loss/codebook" in lines[0]
     assert "loss/average_entropy" not in lines[0] and "loss/double_quantization" not in lines[0]
 
 
-def test_tf32_is_pytorchs_switch(ibq_here, debug_settings, tmp_path):
+def test_tf32_is_pytorchs_switch(ibq_here, tmp_path):
     before = torch.get_float32_matmul_precision()
     try:
         for chosen, precision in (("true", "high"), ("false", "highest")):
             changes = {"trainer.tf32": chosen, "trainer.max_steps": 1, "data.val": "null"}
-            assert ibq_here("train", "debug", f"run={tmp_path / chosen}", *debug_settings(changes)).status == 0
+            ibq_here("train", "debug", f"run={tmp_path / chosen}", *settings(changes)).succeeded()
             assert torch.get_float32_matmul_precision() == precision
     finally:
         torch.set_float32_matmul_precision(before)
@@ -145,19 +129,17 @@ def test_tf32_is_pytorchs_switch(ibq_here, debug_settings, tmp_path):
 @pytest.mark.full
 @pytest.mark.skipif(COMPILER is None, reason="torch.compile needs a C++ compiler on the CPU")
 def test_compiled_equals_eager(runs):
-    compiled, eager = ([line for line in read_metrics(runs[name]) if line["step"] <= 2] for name in ("compiled", "one"))
-    for line, true_line in zip([line for line in compiled if "loss/total" in line], eager, strict=True):
+    for line, true_line in zip(loss_lines(runs("compiled")), loss_lines(runs("one"))[:2], strict=True):
         assert line["loss/total"] == pytest.approx(true_line["loss/total"], rel=1e-3)
         assert line["loss/discriminator"] == pytest.approx(true_line["loss/discriminator"], rel=1e-3)
 
 
-def test_not_finite_in_a_resumed_run_leaves_its_checkpoint(runs, ranks, fingerprint, tmp_path):
-    run = shutil.copytree(runs["stopped"], tmp_path / "run")
-    before = fingerprint(run / "checkpoints")
-    changes = "trainer.max_steps=14", "trainer.checkpoint_every_steps=1", "optimizer.lr=1e30"
-    finished = ranks.ibq("resume", run, *changes)
-    assert finished.status == 2, finished.err
-    (line,) = finished.error_lines
-    assert "is not finite at step" in line
-    assert "Traceback" not in finished.err
-    assert fingerprint(run / "checkpoints") == before
+def test_not_finite_in_a_resumed_run_leaves_its_checkpoint(runs, ranks, tmp_path):
+    run = shutil.copytree(runs("stopped"), tmp_path / "run")
+    with unchanged(run / "checkpoints"):
+        changes = "trainer.max_steps=14", "trainer.checkpoint_every_steps=1", "optimizer.lr=1e30"
+        finished = ranks.ibq("resume", run, *changes)
+        assert finished.status == 2, finished.err
+        (line,) = finished.error_lines
+        assert "is not finite at step" in line
+        assert "Traceback" not in finished.err

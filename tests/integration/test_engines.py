@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import pytest
-from comparing import differences, read_metrics
+from comparing import differences, loss_lines, read_metrics
 from ranks import Ended, Ranks
 
 STEPS = 4
@@ -113,10 +113,9 @@ def all_cells() -> list[Cell]:
     for engine in ENGINES:
         for reference, ema, sharded in product(("fixed", "adaptive"), ({}, NO_EMA), ({}, SHARDED)):
             cells += [Cell(processes, engine, reference, {**ema, **sharded}) for processes in (2, 4)]
-        cells += [Cell(2, engine, "fixed", NO_EMA), Cell(2, engine, "clipped", CUT), Cell(2, engine, "bf16", {})]
+        cells += [Cell(2, engine, "clipped", CUT), Cell(2, engine, "bf16", {})]
         if engine != "fsdp2 hybrid":
             cells += [Cell(1, engine, "fixed", {}), Cell(1, engine, "adaptive", NO_EMA)]
-    cells += [Cell(4, engine, "adaptive", SHARDED) for engine in MAIN]
     cells += [Cell(2, engine, "fp16", {}) for engine in MAIN]
     cells += [Cell(2, "fsdp2", "vq", SHARDED)]
     cut = {**SHARDED, "trainer.micro_batch_size": 1}
@@ -143,9 +142,7 @@ class Matrix:
         run = self.folder / cell.name
         if cell.name not in self.ended:
             self.ended[cell.name] = self.ranks.train(cell.processes, "debug", run, cell.settings)
-        ended = self.ended[cell.name]
-        assert ended.status == 0, ended.err[-5000:]
-        assert cell.description in ended.err
+        assert cell.description in self.ended[cell.name].succeeded().err
         return run
 
     def reference(self, cell: Cell) -> Path:
@@ -172,9 +169,9 @@ def test_a_cell_equals_one_process(matrix, cell):
         else:
             assert difference.whole < (HALF_TOLERANCE if half else TOLERANCE), model
             assert half or difference.worst < TENSOR_TOLERANCE, model
-    lines = [[line for line in read_metrics(run) if "loss/total" in line] for run in (expected, actual)]
-    assert [line["step"] for line in lines[1]] == list(range(1, STEPS + 1))
-    for line, expected_line in zip(*reversed(lines), strict=True):
+    lines = loss_lines(actual)
+    assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    for line, expected_line in zip(lines, loss_lines(expected), strict=True):
         if half:
             assert line["loss/total"] == pytest.approx(expected_line["loss/total"], rel=10 * HALF_TOLERANCE)
         else:
@@ -188,10 +185,7 @@ def test_a_cell_equals_one_process(matrix, cell):
 
 def test_clipping_and_the_adaptive_weight_are_really_there(matrix):
     """The references that cells are compared with are not by mistake one and the same."""
-    of = {
-        name: [line for line in read_metrics(matrix[cell]) if "loss/total" in line]
-        for name, cell in matrix.references.items()
-    }
+    of = {name: loss_lines(matrix[cell]) for name, cell in matrix.references.items()}
     assert min(line["grad_norm/tokenizer"] for line in of["clipped"]) > 0.05
     assert all(line["weight/generator"] == pytest.approx(0.1) for line in of["fixed"])
     assert all(line["weight/generator"] != pytest.approx(0.1) for line in of["adaptive"])
@@ -204,8 +198,7 @@ def test_clipping_and_the_adaptive_weight_are_really_there(matrix):
 def test_training_moves_the_weights_by_far_more_than_the_tolerance(matrix, ranks, tmp_path):
     start = tmp_path / "start"
     changes = {**REFERENCES["fixed"], "trainer.max_steps": 1, "trainer.checkpoint_every_steps": 1, "optimizer.lr": 0}
-    ended = ranks.train(1, "debug", start, changes)
-    assert ended.status == 0, ended.err
+    ranks.train(1, "debug", start, changes).succeeded()
     trained = matrix[matrix.references["fixed"]] / CHECKPOINT
     for model, difference in differences(start / "checkpoints/step_00000001", trained).items():
         if model in ("tokenizer", "tokenizer_ema", "discriminator"):
@@ -232,8 +225,7 @@ def start(ranks, tmp_path_factory):
     @cache
     def train(processes: int, changes: tuple) -> Path:
         run = folder / f"{processes}_{hash(changes)}"
-        ended = ranks.train(processes, "debug", run, {**base, **dict(changes)})
-        assert ended.status == 0, ended.err
+        ranks.train(processes, "debug", run, {**base, **dict(changes)}).succeeded()
         return run / "checkpoints/step_00000001"
 
     return lambda processes, changes: train(processes, tuple(changes.items()))

@@ -3,10 +3,9 @@
 import json
 import shutil
 
-import numpy as np
 import pytest
-from PIL import Image
 from random_networks import main, write_networks
+from samples import picture
 
 TIMES = ("seconds", "processes")
 
@@ -21,8 +20,7 @@ def pictures(tmp_path_factory):
     """Five smooth pictures of several sizes, one of them grey, and a file that is none."""
     folder = tmp_path_factory.mktemp("pictures")
     for number in range(5):
-        levels = np.random.default_rng(number).integers(0, 256, (6, 6, 3), dtype=np.uint8)
-        image = Image.fromarray(levels).resize((70 + 9 * number, 64), Image.Resampling.BICUBIC)
+        image = picture(number, (70 + 9 * number, 64))
         (image.convert("L") if number == 3 else image).save(folder / f"{number}.png")
     (folder / "2_broken.png").write_bytes(b"no picture")
     return folder
@@ -35,7 +33,7 @@ def evaluate(runs, ranks, weights, tmp_path_factory):
     def run(processes, images, *arguments, folder=weights):
         report = tmp_path_factory.mktemp("report") / "r.json"
         options = "--images", images, "--report", report, "--device", "cpu", *arguments
-        command = [str(word) for word in ("evaluate", "reconstruction", runs["stopped"], *options)]
+        command = [str(word) for word in ("evaluate", "reconstruction", runs("stopped"), *options)]
         ended = ranks.command(processes, main, command, environment={"IBQ_WEIGHTS": str(folder)})
         return ended, json.loads(report.read_text()) if report.is_file() else None
 
@@ -55,10 +53,10 @@ def assert_same(report, other):
 def test_two_processes_report_what_one_does(evaluate, pictures):
     arguments = "--metrics", "rfid,lpips_alex", "--batch-size", 2
     finished, one = evaluate(1, pictures, *arguments)
-    assert finished.status == 0, finished.err
+    finished.succeeded()
     assert "seconds: " in finished.out and "warning: rFID of 5 images" in finished.out
     finished, two = evaluate(2, pictures, *arguments)
-    assert finished.status == 0, finished.err
+    finished.succeeded()
     assert finished.out.count("numbers: ") == 1
     assert (one["manifest"]["processes"], two["manifest"]["processes"]) == (1, 2)
     assert one["image_count"] == 5 and len(one["skipped"]) == 1 and one["rfid"] > 0
@@ -71,7 +69,7 @@ def test_processes_without_pictures_and_original_sizes(evaluate, pictures, tmp_p
         shutil.copy(pictures / name, tmp_path / name)
     arguments = "--metrics", "lpips_alex", "--size", "original"
     (_, one), (finished, three) = (evaluate(processes, tmp_path, *arguments) for processes in (1, 3))
-    assert finished.status == 0, finished.err
+    finished.succeeded()
     assert [score["key"] for score in three["images"]] == ["0.png", "4.png"]
     assert one["manifest"]["image_size"] == "original" and one["lpips_alex"] > 0
     assert_same(one, three)

@@ -21,8 +21,6 @@ def sharded(ranks, tmp_path_factory):
     """A run of two processes that hold half of the codebook each, and what was exported of it."""
     folder = tmp_path_factory.mktemp("sharded")
     changes = {"codebook_parallel": 2, "trainer.max_steps": 2, "trainer.checkpoint_every_steps": 2}
-    trained = ranks.train(2, "debug", folder / "run", changes)
-    assert trained.status == 0, trained.err
-    exported = ranks.ibq("checkpoint", "export", folder / "run", "--out", folder / "out")
-    assert exported.status == 0, exported.err
+    ranks.train(2, "debug", folder / "run", changes).succeeded()
+    ranks.ibq("checkpoint", "export", folder / "run", "--out", folder / "out").succeeded()
     return folder / "run", folder / "out"

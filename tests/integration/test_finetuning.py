@@ -1,19 +1,21 @@
 """Runs that start from another run's weights, with all of them or a part frozen, under every kind of engine."""
 
 import json
-import shutil
+from collections.abc import Callable
+from functools import cache
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 import torch
-from comparing import difference, differences, read_metrics
-from ranks import Ended, Ranks, settings
+from comparing import assert_refused, copy_until, difference, differences, read_metrics
+from ranks import settings
 
 from model_zoo import load_tokenizer
 from model_zoo.io.sharded_tensors import ShardedTensors
 
 STEPS = 4
+CHECKPOINT = f"checkpoints/step_{STEPS:08d}"
 TOLERANCE = 1e-5  # of all weights together
 MOMENT_TOLERANCE = 1e-3  # of Adam's moments, in which rounding is a larger part
 FROZEN = {
@@ -81,39 +83,29 @@ OTHER_CELLS = [
 CELLS += [pytest.param(cell, marks=pytest.mark.full) for cell in OTHER_CELLS]
 
 
-class FineTuned:
-    """Runs that start from the run ``source``, each trained when it is first asked for."""
+@pytest.fixture(scope="module")
+def tuned(ranks, runs, tmp_path_factory) -> Callable[[Cell], Path]:
+    """`tuned(cell)`: the folder of its run, which is trained when it is first asked for."""
+    folder = tmp_path_factory.mktemp("tuned")
 
-    def __init__(self, ranks: Ranks, folder: Path, source: Path):
-        self.ranks, self.folder, self.source = ranks, folder, source
-        self.ended: dict[Cell, Ended] = {}
-
-    def __getitem__(self, cell: Cell) -> Path:
-        """The run's folder."""
-        run = self.folder / cell.name
-        if cell not in self.ended:
-            self.ended[cell] = self.ranks.train(cell.processes, "debug", run, cell.settings(self.source))
-        assert self.ended[cell].status == 0, self.ended[cell].err[-5000:]
+    @cache
+    def train(cell: Cell) -> Path:
+        run = folder / cell.name
+        ranks.train(cell.processes, "debug", run, cell.settings(runs("one"))).succeeded()
         return run
 
-    def checkpoint(self, cell: Cell, step: int = STEPS) -> Path:
-        return self[cell] / f"checkpoints/step_{step:08d}"
-
-
-@pytest.fixture(scope="module")
-def tuned(ranks, runs, tmp_path_factory) -> FineTuned:
-    return FineTuned(ranks, tmp_path_factory.mktemp("tuned"), runs["one"])
+    return train
 
 
 @pytest.fixture(scope="module")
 def source(runs) -> dict[str, torch.Tensor]:
     """The weights that all cells start from."""
-    return ShardedTensors(runs["one"] / "checkpoints/step_00000020").tensors("tokenizer_ema/")
+    return ShardedTensors(runs("one") / "checkpoints/step_00000020").tensors("tokenizer_ema/")
 
 
 @pytest.mark.parametrize("cell", [*TRUTHS, *CELLS], ids=Cell.name.fget)
 def test_what_is_frozen_stays_bit_for_bit_and_the_rest_learns(tuned, source, cell):
-    files = ShardedTensors(tuned.checkpoint(cell))
+    files = ShardedTensors(tuned(cell) / CHECKPOINT)
     for weights in ("tokenizer/", "tokenizer_ema/"):
         found = files.tensors(weights)
         assert found.keys() == source.keys()
@@ -129,9 +121,9 @@ def test_what_is_frozen_stays_bit_for_bit_and_the_rest_learns(tuned, source, cel
 @pytest.mark.parametrize("cell", CELLS, ids=Cell.name.fget)
 def test_a_cell_equals_one_process(tuned, cell):
     truth = Cell(1, "ddp", cell.freeze, 1, cell.adaptive)
-    for model, found in differences(tuned.checkpoint(truth), tuned.checkpoint(cell)).items():
+    for model, found in differences(tuned(truth) / CHECKPOINT, tuned(cell) / CHECKPOINT).items():
         assert found.whole < (MOMENT_TOLERANCE if ".exp_avg" in model else TOLERANCE), model
-    lines, expected = read_metrics(tuned[cell]), read_metrics(tuned[truth])
+    lines, expected = read_metrics(tuned(cell)), read_metrics(tuned(truth))
     assert [line["step"] for line in lines] == [0, *range(1, STEPS + 1), STEPS]
     for line, true_line in zip(lines, expected, strict=True):
         assert line == pytest.approx(true_line, rel=1e-4, abs=1e-6)
@@ -139,8 +131,8 @@ def test_a_cell_equals_one_process(tuned, cell):
 
 @pytest.mark.parametrize("freeze", [None, "encoder"])
 def test_held_out_photographs_come_back_better_than_at_the_start(tuned, runs, freeze):
-    validated = [line for line in read_metrics(tuned[Cell(1, "ddp", freeze)]) if "val/psnr" in line]
-    before = [line for line in read_metrics(runs["one"]) if "val/psnr" in line][-1]
+    validated = [line for line in read_metrics(tuned(Cell(1, "ddp", freeze))) if "val/psnr" in line]
+    before = [line for line in read_metrics(runs("one")) if "val/psnr" in line][-1]
     start, now = validated
     # What the source run found of its averages at its end is what the new run finds before its first step.
     assert {**start, "step": 20} == pytest.approx(before, rel=1e-6)
@@ -150,44 +142,37 @@ def test_held_out_photographs_come_back_better_than_at_the_start(tuned, runs, fr
 
 
 def test_the_fingerprint_stays_with_a_frozen_encoder_and_only_then(tuned, runs):
-    before = load_tokenizer(runs["one"]).fingerprint()
+    before = load_tokenizer(runs("one")).fingerprint()
     for freeze in FROZEN:
-        run = tuned[Cell(1, "ddp", freeze)]
+        run = tuned(Cell(1, "ddp", freeze))
         assert json.loads((run / "init_from.json").read_text())["fingerprint"] == before
         for weights in ("ema", "raw"):
             assert (load_tokenizer(run, weights).fingerprint() == before) == (freeze == "encoder")
 
 
 @pytest.mark.parametrize("freeze", [pytest.param(None, marks=pytest.mark.full), "encoder"])
-def test_resumed_equals_unbroken_under_another_engine_without_the_source(tuned, ranks, tmp_path, freeze):
+def test_resumed_equals_unbroken_under_another_engine_without_the_source(tuned, runs, ranks, tmp_path, freeze):
     """One process's run, stopped at step 2, goes on as two of ZeRO 2, though its source is gone."""
     cell = Cell(1, "ddp", freeze)
-    run = shutil.copytree(tuned[cell], tmp_path / "run")
-    shutil.rmtree(run / "checkpoints/step_00000004")
-    (run / "checkpoints/latest").write_text("step_00000002")
+    run = copy_until(tuned(cell), 2, tmp_path / "run")
     config = run / "config.yaml"
-    config.write_text(config.read_text().replace(str(tuned.source), str(tmp_path / "gone")))
+    config.write_text(config.read_text().replace(str(runs("one")), str(tmp_path / "gone")))
     engine = "engine.kind=deepspeed", "engine.config=zero2", f"codebook_parallel={1 if freeze else 2}"
-    finished = ranks.resume(2, run, *engine)
-    assert finished.status == 0, finished.err
+    finished = ranks.resume(2, run, *engine).succeeded()
     assert "steps 3 to 4" in finished.err
-    for model, found in differences(tuned.checkpoint(cell), run / "checkpoints/step_00000004").items():
+    for model, found in differences(tuned(cell) / CHECKPOINT, run / CHECKPOINT).items():
         assert found.whole < (MOMENT_TOLERANCE if ".exp_avg" in model else TOLERANCE), model
-    expected = read_metrics(tuned[cell])
-    for line, true_line in zip(read_metrics(run), expected, strict=True):
+    for line, true_line in zip(read_metrics(run), read_metrics(tuned(cell)), strict=True):
         assert line == pytest.approx(true_line, rel=1e-4, abs=1e-6)
 
 
 def test_resumed_equals_unbroken_bit_for_bit(tuned, ranks, tmp_path):
     cell = Cell(1, "ddp", "encoder")
-    run = shutil.copytree(tuned[cell], tmp_path / "run")
-    shutil.rmtree(run / "checkpoints/step_00000004")
-    (run / "checkpoints/latest").write_text("step_00000002")
-    finished = ranks.resume(1, run)
-    assert finished.status == 0, finished.err
-    file = "checkpoints/step_00000004/rank_00000.safetensors"
-    assert (run / file).read_bytes() == (tuned[cell] / file).read_bytes()
-    assert read_metrics(run) == read_metrics(tuned[cell])
+    run = copy_until(tuned(cell), 2, tmp_path / "run")
+    ranks.resume(1, run).succeeded()
+    file = f"{CHECKPOINT}/rank_00000.safetensors"
+    assert (run / file).read_bytes() == (tuned(cell) / file).read_bytes()
+    assert read_metrics(run) == read_metrics(tuned(cell))
 
 
 @pytest.mark.parametrize(
@@ -199,12 +184,12 @@ def test_resumed_equals_unbroken_bit_for_bit(tuned, ranks, tmp_path):
         ("init_from.weights=best", "choose one of ema, raw"),
     ],
 )
-def test_a_bad_start_ends_in_one_line_and_leaves_nothing(ibq_here, assert_refused, runs, tmp_path, change, said):
-    source = [] if change.startswith("init_from.source") else [f"init_from.source={runs['one']}"]
+def test_a_bad_start_ends_in_one_line_and_leaves_nothing(ibq_here, runs, tmp_path, change, said):
+    source = [] if change.startswith("init_from.source") else [f"init_from.source={runs('one')}"]
     assert_refused(ibq_here("train", "debug", f"run={tmp_path / 'run'}", *settings(), *source, change), said)
     assert not (tmp_path / "run").exists()
 
 
 def test_training_moves_weights_by_far_more_than_the_tolerance(tuned, source):
-    trained = ShardedTensors(tuned.checkpoint(Cell(1, "ddp", None))).tensors("tokenizer/")
+    trained = ShardedTensors(tuned(Cell(1, "ddp", None)) / CHECKPOINT).tensors("tokenizer/")
     assert difference(source, trained).whole > 50 * TOLERANCE

@@ -8,13 +8,13 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
-from comparing import read_metrics
-from ranks import ROOT, Finished, Launch, settings
+from comparing import loss_lines
+from ranks import ROOT, Ended, Launch, settings
 
 from model_zoo.io.sharded_tensors import ShardedTensors
 
@@ -46,14 +46,8 @@ class Nodes:
 
     def start(self, node: int, *command, **environment) -> subprocess.Popen:
         """A command on a node, not waited for."""
-        process = subprocess.Popen(
-            ["ip", "netns", "exec", self.names[node], *map(str, command)],
-            cwd=ROOT,
-            env={**self.launch.environment, "GLOO_SOCKET_IFNAME": DEVICE, **environment},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
+        on_node = "ip", "netns", "exec", self.names[node]
+        process = self.launch.start(*on_node, *command, GLOO_SOCKET_IFNAME=DEVICE, **environment)
         self.started.append(process)
         return process
 
@@ -119,13 +113,8 @@ def nodes(launch) -> Iterator[Nodes]:
 def one_node(ranks, tmp_path_factory) -> Path:
     """The run of two processes on one node."""
     run = tmp_path_factory.mktemp("one_node") / "run"
-    ended = ranks.train(2, "debug", run, {"seed": SEED})
-    assert ended.status == 0, ended.err
+    ranks.train(2, "debug", run, {"seed": SEED}).succeeded()
     return run
-
-
-def training_lines(run: Path) -> list[dict]:
-    return [line for line in read_metrics(run) if "loss/total" in line]
 
 
 def losses(line: dict) -> dict[str, float]:
@@ -141,7 +130,13 @@ def assert_weights_equal(expected: Path, actual: Path, step: int) -> None:
         assert distance < TOLERANCE * sum(float(true[name].double().square().sum()) for name in true) ** 0.5, prefix
 
 
-def finish_all(launch: Launch, processes: list[subprocess.Popen]) -> list[Finished]:
+def assert_losses_equal(expected: Path, actual: Path) -> None:
+    for line, true_line in zip(loss_lines(actual), loss_lines(expected), strict=True):
+        assert line["step"] == true_line["step"]
+        assert losses(line) == pytest.approx(losses(true_line), rel=TOLERANCE)
+
+
+def finish_all(launch: Launch, processes: list[subprocess.Popen]) -> list[Ended]:
     finished = [launch.finish(process) for process in processes]
     for one in finished:
         assert one.status == 0, "\n".join(each.err for each in finished)
@@ -153,7 +148,7 @@ def test_two_nodes_by_torchrun_are_one_node_with_two_processes(launch, nodes, on
     command = "-m", "trainer", "debug", f"run={run}", *settings({"seed": SEED})
     first, _ = finish_all(launch, [nodes.torchrun(node, "2", "join_timeout=60", *command) for node in (0, 1)])
     assert "2 x cpu" in first.err
-    assert training_lines(run) == training_lines(one_node)
+    assert loss_lines(run) == loss_lines(one_node)
     checkpoints = [of_run / "checkpoints/step_00000005" for of_run in (one_node, run)]
     for rank in (0, 1):
         expected, actual = ((folder / f"rank_{rank:05d}.safetensors").read_bytes() for folder in checkpoints)
@@ -168,29 +163,18 @@ def deepspeed(tmp_path) -> list[str]:
     return [str(Path(sys.executable).with_name("deepspeed")), "--hostfile", str(hosts), "--master_port", str(PORT)]
 
 
-@pytest.fixture
-def assert_zero2_equals(one_node) -> Callable[[Path], None]:
-    def check(run: Path) -> None:
-        lines = training_lines(run)
-        for line, true_line in zip(lines, training_lines(one_node), strict=True):
-            assert line["step"] == true_line["step"]
-            assert losses(line) == pytest.approx(losses(true_line), rel=TOLERANCE)
-        assert_weights_equal(one_node, run, 5)
-
-    return check
-
-
 ZERO2 = {"seed": SEED, "engine.kind": "deepspeed", "engine.config": "zero2"}
 
 
 @pytest.mark.full
-def test_two_nodes_by_deepspeed_started_on_each(launch, nodes, deepspeed, assert_zero2_equals, tmp_path):
+def test_two_nodes_by_deepspeed_started_on_each(launch, nodes, deepspeed, one_node, tmp_path):
     run = tmp_path / "run"
     command = [*deepspeed, "--no_ssh", "--master_addr", nodes.addresses[0], "--node_rank"]
     training = "--module", "trainer", "debug", f"run={run}", *settings(ZERO2)
     first, _ = finish_all(launch, [nodes.start(node, *command, node, *training) for node in (0, 1)])
     assert "2 x cpu (deepspeed zero2" in first.err
-    assert_zero2_equals(run)
+    assert_losses_equal(one_node, run)
+    assert_weights_equal(one_node, run, 5)
 
 
 # Where ssh leads: to the node of that name, into an environment that knows nothing of the caller's.
@@ -216,7 +200,7 @@ exit $status
 
 
 @pytest.mark.full
-def test_two_nodes_by_deepspeed_over_ssh(launch, nodes, deepspeed, assert_zero2_equals, tmp_path):
+def test_two_nodes_by_deepspeed_over_ssh(launch, nodes, deepspeed, one_node, tmp_path):
     commands = tmp_path / "bin"
     commands.mkdir()
     for name, text in {"ssh": SSH.format(name=nodes.names[0].rpartition("-")[0]), "pdsh": PDSH}.items():
@@ -228,26 +212,13 @@ def test_two_nodes_by_deepspeed_over_ssh(launch, nodes, deepspeed, assert_zero2_
     passed_on |= {"GLOO_SOCKET_IFNAME": DEVICE, "PATH": launch.environment["PATH"]}
     environment.write_text("".join(f"{name}={value}\n" for name, value in passed_on.items()))
     run = tmp_path / "run"
-    process = subprocess.Popen(
-        [
-            *deepspeed,
-            "--master_addr",
-            nodes.addresses[0],
-            "--module",
-            "trainer",
-            "debug",
-            f"run={run}",
-            *settings(ZERO2),
-        ],
-        cwd=ROOT,
-        env={**launch.environment, "PATH": f"{commands}:{launch.environment['PATH']}", "DS_ENV_FILE": str(environment)},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
+    command = *deepspeed, "--master_addr", nodes.addresses[0], "--module", "trainer", "debug", f"run={run}"
+    path = f"{commands}:{launch.environment['PATH']}"
+    process = launch.start(*command, *settings(ZERO2), PATH=path, DS_ENV_FILE=str(environment))
     (finished,) = finish_all(launch, [process])
     assert "2 x cpu (deepspeed zero2" in finished.err
-    assert_zero2_equals(run)
+    assert_losses_equal(one_node, run)
+    assert_weights_equal(one_node, run, 5)
 
 
 def wait_for_checkpoint(run: Path, process: subprocess.Popen, after: int = 0) -> int:
@@ -279,8 +250,7 @@ def test_a_killed_process_is_started_again_and_the_node_that_is_left_finishes_al
     nodes.lose(1)
 
     # The time until the first node notices is enough for the run to compare with.
-    ended = ranks.train(1, "debug", unbroken, changes)
-    assert ended.status == 0, ended.err
+    ranks.train(1, "debug", unbroken, changes).succeeded()
     (finished,) = finish_all(launch, [first])
     # Both nodes, both again, the first one alone; each time from the newest checkpoint, which a kill may have let pass.
     starts = [tuple(map(int, found)) for found in re.findall(r"(\d) x cpu .* steps (\d+) to 16", finished.err)]
@@ -290,10 +260,8 @@ def test_a_killed_process_is_started_again_and_the_node_that_is_left_finishes_al
         assert step > at_least and step % 3 == 1
     assert "made no progress for 10 s" in finished.err  # nobody told it that the other node is gone
 
-    lines = training_lines(run)
-    assert [line["step"] for line in lines] == list(range(1, 17))
-    for line, true_line in zip(lines, training_lines(unbroken), strict=True):
-        assert losses(line) == pytest.approx(losses(true_line), rel=TOLERANCE)
+    assert [line["step"] for line in loss_lines(run)] == list(range(1, 17))
+    assert_losses_equal(unbroken, run)
     assert_weights_equal(unbroken, run, 16)
 
 

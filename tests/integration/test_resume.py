@@ -5,59 +5,47 @@ import signal
 from pathlib import Path
 
 import pytest
-from comparing import differences, read_metrics
-from ranks import wait_for
+from comparing import assert_refused, copy_until, differences, loss_lines, read_metrics, unchanged
+from ranks import settings, wait_for
 
 
 @pytest.fixture
 def copy_of(runs, tmp_path):
-    """`copy_of(of, step)`: a copy of a run; with a step, as if it had been killed after that checkpoint."""
+    """`copy_of(name)`: a copy of one of `runs`."""
 
-    def copy(of: str, step: int | None = None, name: str = "run") -> Path:
-        run = shutil.copytree(runs[of], tmp_path / name)
-        if step is not None:
-            checkpoints = run / "checkpoints"
-            for later in checkpoints.glob("step_*"):
-                if later.name > f"step_{step:08d}":
-                    shutil.rmtree(later)
-            (checkpoints / "latest").write_text(f"step_{step:08d}")
-        return run
+    def copy(name: str, folder: str = "run") -> Path:
+        return shutil.copytree(runs(name), tmp_path / folder)
 
     return copy
 
 
-def training_lines(lines: list[dict], first: int, last: int) -> list[dict]:
-    return [line for line in lines if "loss/total" in line and first <= line["step"] <= last]
-
-
 def test_resumed_equals_unbroken_bit_for_bit(runs, ranks, copy_of):
     run = copy_of("stopped")
-    finished = ranks.resume(1, run, "trainer.max_steps=20")
-    assert finished.status == 0, finished.err
-    expected, actual = ([line for line in read_metrics(r) if line["step"] > 10] for r in (runs["one"], run))
-    assert len(training_lines(actual, 11, 20)) == 10
+    ranks.resume(1, run, "trainer.max_steps=20").succeeded()
+    expected, actual = ([line for line in read_metrics(r) if line["step"] > 10] for r in (runs("one"), run))
+    assert sum("loss/total" in line for line in actual) == 10
     assert any("val/psnr" in line for line in actual)
     assert actual == expected
     # Weights, averages, moments, LeCAM's means, the codebook's health, the random numbers' state.
-    paths = [r / "checkpoints/step_00000020/rank_00000.safetensors" for r in (runs["one"], run)]
+    paths = [r / "checkpoints/step_00000020/rank_00000.safetensors" for r in (runs("one"), run)]
     assert paths[0].read_bytes() == paths[1].read_bytes()
 
 
-def test_codes_are_placed_among_the_features_once_alone(ibq_here, debug_settings, tmp_path):
+def test_codes_are_placed_among_the_features_once_alone(ibq_here, tmp_path):
     """A resumed run does not place them again."""
-    changes = {"trainer.max_steps": 2, "trainer.checkpoint_every_steps": 1, "model.codebook_init": "features"}
+    changes = {"trainer.checkpoint_every_steps": 1, "model.codebook_init": "features"}
     unbroken, run = tmp_path / "unbroken", tmp_path / "run"
     for folder, steps in ((unbroken, 2), (run, 1)):
-        arguments = debug_settings({**changes, "trainer.max_steps": steps})
-        assert ibq_here("train", "debug", f"run={folder}", *arguments).status == 0
-    assert ibq_here("resume", run, "trainer.max_steps=2").status == 0
+        arguments = settings({**changes, "trainer.max_steps": steps})
+        ibq_here("train", "debug", f"run={folder}", *arguments).succeeded()
+    ibq_here("resume", run, "trainer.max_steps=2").succeeded()
     files = [r / "checkpoints/step_00000002/rank_00000.safetensors" for r in (unbroken, run)]
     assert files[0].read_bytes() == files[1].read_bytes()
 
 
-def test_a_killed_run_goes_on_from_its_newest_checkpoint(runs, ranks, debug_settings, tmp_path):
+def test_a_killed_run_goes_on_from_its_newest_checkpoint(runs, ranks, tmp_path):
     run = tmp_path / "run"
-    arguments = debug_settings({"trainer.max_steps": 1000, "trainer.checkpoint_every_steps": 7})
+    arguments = settings({"trainer.max_steps": 1000, "trainer.checkpoint_every_steps": 7})
     job = ranks.start(1, "debug", f"run={run}", *arguments)
     latest, metrics = run / "checkpoints/latest", run / "metrics.jsonl"
     wait_for(lambda: latest.exists() and '"step": 9,' in metrics.read_text(), "checkpoint and ninth step", 120)
@@ -71,37 +59,32 @@ def test_a_killed_run_goes_on_from_its_newest_checkpoint(runs, ranks, debug_sett
     (run / "checkpoints/step_00000099.unfinished").mkdir()
 
     last = max(20, step + 3)
-    finished = ranks.resume(1, run, f"trainer.max_steps={last}")
-    assert finished.status == 0, finished.err
+    finished = ranks.resume(1, run, f"trainer.max_steps={last}").succeeded()
     assert f"steps {step + 1} to {last}" in finished.err
-    lines = read_metrics(run)
-    assert [line["step"] for line in lines if "loss/total" in line] == list(range(1, last + 1))
-    assert training_lines(lines, 1, 20) == training_lines(read_metrics(runs["one"]), 1, 20)
+    lines = loss_lines(run)
+    assert [line["step"] for line in lines] == list(range(1, last + 1))
+    assert lines[:20] == loss_lines(runs("one"))
     assert not list(run.rglob("*.unfinished"))
 
 
-def test_deepspeed_resumed_equals_unbroken(runs, ranks, copy_of):
-    run = copy_of("zero1", step=5)
-    finished = ranks.resume(2, run)
-    assert finished.status == 0, finished.err
+def test_deepspeed_resumed_equals_unbroken(runs, ranks, tmp_path):
+    run = copy_until(runs("zero1"), 5, tmp_path / "run")
+    finished = ranks.resume(2, run).succeeded()
     assert "steps 6 to 8" in finished.err
-    for file, difference in differences(*(r / "checkpoints/step_00000008" for r in (runs["zero1"], run))).items():
+    for file, difference in differences(*(r / "checkpoints/step_00000008" for r in (runs("zero1"), run))).items():
         assert difference.whole < 1e-6, file
-    expected, actual = (training_lines(read_metrics(r), 1, 8) for r in (runs["zero1"], run))
-    assert [line["step"] for line in actual] == list(range(1, 9))
-    for line, true_line in zip(actual, expected, strict=True):
+    lines = loss_lines(run)
+    assert [line["step"] for line in lines] == list(range(1, 9))
+    for line, true_line in zip(lines, loss_lines(runs("zero1")), strict=True):
         assert line == pytest.approx(true_line, rel=1e-6, abs=1e-9)
 
 
 @pytest.mark.full  # the chain below has these, too
 def test_ddp_goes_on_with_another_number_of_processes(runs, ranks, copy_of):
     # Two steps, for with each more a token may tie between two codes on some processor (docs/LOG.md).
-    alone, run = copy_of("stopped", name="alone"), copy_of("stopped")
-    for finished in (
-        ranks.resume(1, alone, "trainer.max_steps=12"),
-        ranks.resume(2, run, "trainer.max_steps=12"),
-    ):
-        assert finished.status == 0, finished.err
+    alone, run = copy_of("stopped", "alone"), copy_of("stopped")
+    ranks.resume(1, alone, "trainer.max_steps=12").succeeded()
+    finished = ranks.resume(2, run, "trainer.max_steps=12").succeeded()
     assert "2 x cpu" in finished.err
     for file, difference in differences(*(r / "checkpoints/step_00000012" for r in (alone, run))).items():
         assert difference.whole < 1e-5, file
@@ -120,36 +103,31 @@ CHAIN = [
 ]
 
 
-def test_a_chain_of_engines_and_numbers_of_processes_is_an_unbroken_run(ranks, debug_settings, tmp_path):
+def test_a_chain_of_engines_and_numbers_of_processes_is_an_unbroken_run(ranks, tmp_path):
     """1 -> 2 -> 4 -> 3 -> 2 -> 1 processes, ZeRO 0 -> 1 -> 2 -> 3 -> 1, to FSDP2 and back: losses, weights, averages
     and the optimizers' moments."""
-    changes = {"trainer.global_batch_size": 12, "model.codebook_size": 250, "trainer.checkpoint_every_steps": 1}
-    changes["trainer.keep_last"] = len(CHAIN)
-    changes["seed"] = 9
-    unbroken, chain = tmp_path / "unbroken", tmp_path / "chain"
     last = len(CHAIN)
-    arguments = debug_settings({**changes, "trainer.max_steps": last})
-    finished = ranks.start(1, "debug", f"run={unbroken}", *arguments).wait()
-    assert finished.status == 0, finished.err
+    changes = {"trainer.global_batch_size": 12, "model.codebook_size": 250, "trainer.checkpoint_every_steps": 1}
+    changes |= {"trainer.keep_last": last, "seed": 9}
+    unbroken, chain = tmp_path / "unbroken", tmp_path / "chain"
+    ranks.train(1, "debug", unbroken, {**changes, "trainer.max_steps": last}).succeeded()
     for step, (processes, engine, shards) in enumerate(CHAIN, start=1):
         kind, _, config = engine.partition(" ")
-        start = ("--resume", chain) if step > 1 else ("debug", f"run={chain}", *debug_settings(changes))
-        settings = {"engine.kind": kind, "codebook_parallel": shards}
+        given = {"engine.kind": kind, "codebook_parallel": shards, "trainer.max_steps": step}
         if config:
-            settings["engine.config"] = config
-        settings["trainer.max_steps"] = step
-        names = {argument.partition("=")[0] for argument in map(str, start)}
-        given = [f"{key}={value}" for key, value in settings.items() if key not in names]
-        start = [f"trainer.max_steps={step}" if str(a).startswith("trainer.max_steps=") else a for a in start]
-        finished = ranks.start(processes, *start, *given).wait()
-        assert finished.status == 0, finished.err
+            given["engine.config"] = config
+        if step == 1:
+            finished = ranks.train(processes, "debug", chain, {**changes, **given}).succeeded()
+        else:
+            overrides = (f"{key}={value}" for key, value in given.items())
+            finished = ranks.resume(processes, chain, *overrides).succeeded()
         assert f"{processes} x cpu ({engine}, fp32" in finished.err
         assert f"steps {step} to {step}" in finished.err
     for model, difference in differences(*(r / f"checkpoints/step_{last:08d}" for r in (unbroken, chain))).items():
         assert difference.whole < (1e-4 if ".exp_avg" in model else 1e-5), model
-    expected, actual = (training_lines(read_metrics(run), 1, last) for run in (unbroken, chain))
-    assert [line["step"] for line in actual] == list(range(1, last + 1))
-    for line, true_line in zip(actual, expected, strict=True):
+    lines = loss_lines(chain)
+    assert [line["step"] for line in lines] == list(range(1, last + 1))
+    for line, true_line in zip(lines, loss_lines(unbroken), strict=True):
         assert line == pytest.approx(true_line, rel=1e-4, abs=1e-6)
     parts = sorted(path.name for path in (chain / "checkpoints/step_00000003").glob("*.safetensors"))
     assert parts == [f"rank_{rank:05d}.safetensors" for rank in range(4)]
@@ -157,44 +135,38 @@ def test_a_chain_of_engines_and_numbers_of_processes_is_an_unbroken_run(ranks, d
 
 def test_a_named_checkpoint_is_the_one_to_go_on_from(ranks, copy_of, runs):
     run = copy_of("one")
-    finished = ranks.resume(1, run / "checkpoints/step_00000010", "trainer.max_steps=12")
-    assert finished.status == 0, finished.err
+    finished = ranks.resume(1, run / "checkpoints/step_00000010", "trainer.max_steps=12").succeeded()
     assert "steps 11 to 12" in finished.err
-    assert training_lines(read_metrics(run), 1, 20) == training_lines(read_metrics(runs["one"]), 1, 12)
+    assert loss_lines(run) == loss_lines(runs("one"))[:12]
     assert (run / "checkpoints/latest").read_text() == "step_00000012"
 
 
-def test_checkpoints_written_in_the_background_are_those_written_at_once(ranks, debug_settings, runs, tmp_path):
+def test_checkpoints_written_in_the_background_are_those_written_at_once(ranks, runs, tmp_path):
     run = tmp_path / "run"
-    arguments = debug_settings({"trainer.max_steps": 10, "trainer.async_checkpoints": "false"})
-    finished = ranks.start(1, "debug", f"run={run}", *arguments).wait()
-    assert finished.status == 0, finished.err
+    ranks.train(1, "debug", run, {"trainer.max_steps": 10, "trainer.async_checkpoints": "false"}).succeeded()
     for step in (5, 10):
         file = f"checkpoints/step_{step:08d}/rank_00000.safetensors"
-        assert (run / file).read_bytes() == (runs["one"] / file).read_bytes()
+        assert (run / file).read_bytes() == (runs("one") / file).read_bytes()
 
 
 @pytest.mark.parametrize("change", ["model.channels=32", "model.codebook_size=128", "discriminator.channels=8"])
-def test_another_model_is_refused_and_the_run_stays_as_it_was(ibq_here, assert_refused, fingerprint, copy_of, change):
+def test_another_model_is_refused_and_the_run_stays_as_it_was(ibq_here, copy_of, change):
     run = copy_of("stopped")
-    before = fingerprint(run)
-    finished = ibq_here("resume", run, "trainer.max_steps=20", change)
-    assert_refused(finished, "cannot resume from", "was written with other settings")
-    assert fingerprint(run) == before
+    with unchanged(run):
+        finished = ibq_here("resume", run, "trainer.max_steps=20", change)
+        assert_refused(finished, "cannot resume from", "was written with other settings")
 
 
-def test_a_run_that_is_done_says_how_to_go_on(ibq_here, assert_refused, runs, fingerprint):
-    before = fingerprint(runs["stopped"])
-    assert_refused(ibq_here("resume", runs["stopped"]), "is at step 10 already", "trainer.max_steps=20")
-    assert fingerprint(runs["stopped"]) == before
+def test_a_run_that_is_done_says_how_to_go_on(ibq_here, runs):
+    with unchanged(runs("stopped")):
+        assert_refused(ibq_here("resume", runs("stopped")), "is at step 10 already", "trainer.max_steps=20")
 
 
-def test_other_data_is_refused(ibq_here, assert_refused, fingerprint, copy_of):
+def test_other_data_is_refused(ibq_here, copy_of):
     run = copy_of("stopped")
-    before = fingerprint(run)
-    finished = ibq_here("resume", run, "trainer.max_steps=20", "data.train=bundled:val")
-    assert_refused(finished, "cannot resume")
-    assert fingerprint(run) == before
+    with unchanged(run):
+        finished = ibq_here("resume", run, "trainer.max_steps=20", "data.train=bundled:val")
+        assert_refused(finished, "cannot resume")
 
 
 @pytest.mark.parametrize(
@@ -211,12 +183,11 @@ def test_other_data_is_refused(ibq_here, assert_refused, fingerprint, copy_of):
         ("../../metrics.jsonl", b'{"step": 1}\n[1]\n{"step": 2}\n'),
     ],
 )
-def test_a_damaged_run_ends_in_one_line(ibq_here, assert_refused, fingerprint, copy_of, file, content):
+def test_a_damaged_run_ends_in_one_line(ibq_here, copy_of, file, content):
     run = copy_of("one, accumulating")
     (run / "checkpoints/step_00000005" / file).write_bytes(content)
-    before = fingerprint(run)
     if file == "../latest":  # there is a whole checkpoint all the same
-        assert ibq_here("resume", run, "trainer.max_steps=6").status == 0
+        ibq_here("resume", run, "trainer.max_steps=6").succeeded()
         return
-    assert_refused(ibq_here("resume", run, "trainer.max_steps=6"))
-    assert fingerprint(run) == before
+    with unchanged(run):
+        assert_refused(ibq_here("resume", run, "trainer.max_steps=6"))

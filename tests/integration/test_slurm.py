@@ -6,13 +6,13 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
 import pytest
-from comparing import read_metrics
-from ranks import ROOT, Finished, Launch, settings, wait_for
+from comparing import read_metrics, unchanged
+from ranks import ROOT, Ended, Launch, settings, wait_for
 
 SCRIPT = ROOT / "tools/ibq.sbatch"
 JOB = 4711
@@ -57,25 +57,17 @@ class Cluster:
 
     def submit(self, *arguments) -> subprocess.Popen:
         """`sbatch ibq.sbatch ARGUMENTS`, not waited for."""
-        environment = {
-            **self.launch.environment,
-            "PATH": f"{self.commands}:{Path(sys.executable).parent}:/usr/bin:/bin",
-            "SLURM_JOB_ID": str(JOB),
-            "SLURM_JOB_NODELIST": "localhost,localhost",
-            "SLURM_NNODES": "2",
-        }
-        job = subprocess.Popen(
-            ["bash", str(SCRIPT), *arguments],
-            cwd=ROOT,
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
+        job = self.launch.start(
+            *("bash", SCRIPT, *arguments),
+            PATH=f"{self.commands}:{Path(sys.executable).parent}:/usr/bin:/bin",
+            SLURM_JOB_ID=str(JOB),
+            SLURM_JOB_NODELIST="localhost,localhost",
+            SLURM_NNODES="2",
         )
         self.jobs.append(job)
         return job
 
-    def run(self, *arguments) -> Finished:
+    def run(self, *arguments) -> Ended:
         return self.launch.finish(self.submit(*arguments))
 
     @staticmethod
@@ -98,22 +90,15 @@ def cluster(launch, tmp_path) -> Iterator[Cluster]:
             job.communicate()
 
 
-@pytest.fixture
-def step_said() -> Callable[[Path], int]:
+def step_said(run: Path) -> int:
     """The newest step in a run's metrics."""
-
-    def read(run: Path) -> int:
-        file = run / "metrics.jsonl"
-        lines = file.read_text().splitlines(keepends=True) if file.exists() else []
-        return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
-
-    return read
+    file = run / "metrics.jsonl"
+    lines = file.read_text().splitlines(keepends=True) if file.exists() else []
+    return max((json.loads(line)["step"] for line in lines if line.endswith("\n")), default=0)
 
 
 @pytest.mark.full
-def test_a_job_stopped_by_its_time_limit_goes_on_when_queued_again(
-    cluster, launch, ranks, step_said, fingerprint, tmp_path
-):
+def test_a_job_stopped_by_its_time_limit_goes_on_when_queued_again(cluster, launch, ranks, tmp_path):
     run, unbroken = tmp_path / "run", tmp_path / "unbroken"
     recipe = "debug", *settings({"trainer.max_steps": 30, "trainer.checkpoint_every_steps": 100})
     job = cluster.submit(*recipe, f"run={run}")
@@ -128,18 +113,14 @@ def test_a_job_stopped_by_its_time_limit_goes_on_when_queued_again(
     saved = int((run / "checkpoints/latest").read_text().removeprefix("step_"))
     assert 3 <= saved < 30
 
-    second = cluster.run(*recipe, f"run={run}")
-    assert second.status == 0, second.err
+    second = cluster.run(*recipe, f"run={run}").succeeded()
     assert f"steps {saved + 1} to 30" in second.err
-    reference = ranks.start(2, *recipe, f"run={unbroken}").wait()
-    assert reference.status == 0, reference.err
+    ranks.start(2, *recipe, f"run={unbroken}").wait().succeeded()
     assert read_metrics(run) == read_metrics(unbroken)
 
-    before = fingerprint(run)
-    third = cluster.run(*recipe, f"run={run}")
-    assert third.status == 0, third.err
-    assert third.err.count("nothing is left to do") == 1
-    assert fingerprint(run) == before
+    with unchanged(run):
+        third = cluster.run(*recipe, f"run={run}").succeeded()
+        assert third.err.count("nothing is left to do") == 1
     assert cluster.asked == [f"requeue {JOB}"]
 
 

@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 from omegaconf import OmegaConf
+from samples import encoded, picture
 
 from data import DataConfig, DataError, check, decode, evaluation_images
 
@@ -15,27 +16,22 @@ def test_config_is_a_structured_config():
     assert OmegaConf.to_object(merged) == DataConfig(train=["a", "b"], lanes=64)
 
 
-def test_folder_in_a_fixed_order_with_bad_images_listed(tmp_path, make_picture, encode):
+def test_folder_in_a_fixed_order_with_bad_images_listed(tmp_path):
     folder = tmp_path / "images"
     (folder / "b").mkdir(parents=True)
     for n, name in enumerate(("c.png", "b/a.png", "a.jpg", "d.webp")):
-        (folder / name).write_bytes(encode(make_picture(n), {"g": "JPEG", "p": "WEBP"}.get(name[-1], "PNG")))
-    (folder / "c.png").write_bytes(encode(make_picture(0), "PNG"))
+        picture(n).save(folder / name)
     (folder / "aa.jpg").write_text("no image")
     images = evaluation_images(str(folder), image_size=16)
+    in_order = [("a.jpg", 0), ("b/a.png", 2), ("c.png", 3), ("d.webp", 4)]
     for _ in range(2):
         found = list(images)
-        assert [(image.key, image.index) for image in found] == [
-            ("a.jpg", 0),
-            ("b/a.png", 2),
-            ("c.png", 3),
-            ("d.webp", 4),
-        ]
+        assert [(image.key, image.index) for image in found] == in_order
         assert [os.path.basename(skipped.source) for skipped in images.skipped] == ["aa.jpg"]
     assert len(images) == 5
     assert found[0].image_chw.shape == (3, 16, 16) and found[0].image_chw.dtype == torch.uint8
     whole = next(iter(evaluation_images(str(folder / "c.png"), image_size=None)))
-    assert np.array_equal(whole.image_chw.permute(1, 2, 0).numpy(), np.asarray(make_picture(0)))
+    assert np.array_equal(whole.image_chw.permute(1, 2, 0).numpy(), np.asarray(picture(0)))
 
 
 def test_tars_give_the_same_images_over_all_shards(tars):
@@ -56,14 +52,14 @@ def test_resize_protocols_differ(tars):
     assert pil.image_chw.shape == cv2.image_chw.shape and not torch.equal(pil.image_chw, cv2.image_chw)
 
 
-def test_evaluation_never_decodes_at_reduced_scale(tmp_path, make_picture, encode):
-    content = encode(make_picture(0, (320, 320)))
+def test_evaluation_never_decodes_at_reduced_scale(tmp_path):
+    content = encoded(picture(0, (320, 320)))
     (tmp_path / "a.jpg").write_bytes(content)
     image = next(iter(evaluation_images(str(tmp_path / "a.jpg"), image_size=16))).image_chw
     assert np.array_equal(image.permute(1, 2, 0).numpy(), np.asarray(decode(content).resize((16, 16), 2)))
 
 
-def test_mistakes_are_named(tmp_path, tars, make_picture, encode):
+def test_mistakes_are_named(tmp_path, tars):
     empty = tmp_path / "empty"
     empty.mkdir()
     for path, message in [
@@ -74,7 +70,7 @@ def test_mistakes_are_named(tmp_path, tars, make_picture, encode):
             evaluation_images(str(path), image_size=16)
     with pytest.raises(DataError, match="at least 1 pixel"):
         evaluation_images(str(tars), image_size=0)
-    (tars / "a.jpg").write_bytes(encode(make_picture(0)))
+    (tars / "a.jpg").write_bytes(encoded(picture(0)))
     with pytest.raises(DataError, match="holds images and tars"):
         evaluation_images(str(tars), image_size=16)
 

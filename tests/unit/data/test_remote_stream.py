@@ -1,6 +1,5 @@
 """Streams from servers: the same images as from local tars, each byte fetched once."""
 
-import itertools
 import os
 import re
 import shutil
@@ -11,10 +10,11 @@ import time
 from collections import Counter
 
 import pytest
-from serving import Server, s3
+from ranks import wait_for
+from samples import Steps, index_of, pictured, write_tar, write_tars
+from serving import Server, s3, use_s3
 
-from data import DataConfig, DataError, SourceConfig, scan, train_batches
-from data.index import write_index
+from data import DataConfig, DataError, SourceConfig, scan
 from data.storage import bytes_read
 
 NAMES = [f"train-{n:06d}.tar" for n in range(8)]
@@ -28,59 +28,47 @@ def no_waits(clock):
 
 
 @pytest.fixture
-def folder(tmp_path, make_tar, make_picture, encode):
+def folder(tmp_path):
     """Eight tars of 5 pictures."""
-    (tmp_path / "tars").mkdir()
-    for shard, name in enumerate(NAMES):
-        samples = [{"__key__": f"{shard}-{n}", "jpg": encode(make_picture(9 * shard + n))} for n in range(5)]
-        make_tar(tmp_path / "tars" / name, samples)
-    return tmp_path / "tars"
+    return write_tars(tmp_path / "tars", [5] * 8, "train-{:06d}.tar")
+
+
+@pytest.fixture
+def server(folder):
+    with Server(folder=folder) as server:
+        yield server
+
+
+@pytest.fixture
+def root(server):
+    """The eight tars on the server."""
+    return server.url("/train-{000000..000007}.tar")
 
 
 @pytest.fixture
 def index(folder, tmp_path):
-    paths = [str(folder / name) for name in NAMES]
-    write_index(tmp_path / "index.safetensors", paths, [scan(path) for path in paths], ["00" * 32] * len(paths))
-    return str(tmp_path / "index.safetensors")
+    return index_of(folder, tmp_path / "index.safetensors")
 
 
-def infos(root, steps, index=None, **options):
-    state = options.pop("state", None)
+def infos(root, steps, index=None, state=None, **options):
     source = SourceConfig(root=root, index=index)
     settings = {"image_size": 8, "workers": 0, "lanes": 4, "shuffle_block": 3, **options}
-    stream = train_batches(
-        DataConfig(sources=[source], **settings),
-        global_batch_size=4,
-        micro_batch_size=4,
-        rank=0,
-        world_size=1,
-        seed=3,
-        state=state,
-    )
-    batches = list(itertools.islice(stream, steps))
-    stream.close()
-    taken = [
-        (info.key, info.position, pixels.numpy().tobytes())
-        for batch in batches
-        for info, pixels in zip(batch.infos, batch.values, strict=True)
-    ]
-    return taken, batches[-1].state
+    running = Steps(DataConfig(sources=[source], **settings), batch=4, state=state)
+    taken = [(info.key, info.position, pixels) for step in running.infos(steps) for info, pixels in step]
+    running.streams[0].close()
+    return taken, running.states[0]
 
 
 @pytest.mark.parametrize("workers", WORKERS)
-def test_http_with_an_index_gives_what_local_tars_give(folder, index, workers):
+def test_http_with_an_index_gives_what_local_tars_give(folder, index, root, workers):
     expected, _ = infos(str(folder), 20)
-    with Server(folder=folder) as server:
-        root = server.url("/train-{000000..000007}.tar")
-        assert infos(root, 20, index, workers=workers)[0] == expected
+    assert infos(root, 20, index, workers=workers)[0] == expected
 
 
-def test_resumes_on_a_server_what_began_on_a_disk(folder, index):
+def test_resumes_on_a_server_what_began_on_a_disk(folder, index, root):
     expected, _ = infos(str(folder), 12)
     _, state = infos(str(folder), 5)
-    with Server(folder=folder) as server:
-        root = server.url("/train-{000000..000007}.tar")
-        assert infos(root, 7, index, state=state)[0] == expected[20:]
+    assert infos(root, 7, index, state=state)[0] == expected[20:]
 
 
 def join_prefetches():
@@ -91,42 +79,38 @@ def join_prefetches():
             assert not thread.is_alive()
 
 
-def test_each_byte_of_an_epoch_is_fetched_once(folder, index):
+def test_each_byte_of_an_epoch_is_fetched_once(folder, index, root):
     needed = sum(int((table.stops_n - table.starts_n).sum()) for table in map(scan, map(str, folder.glob("*.tar"))))
-    with Server(folder=folder) as server:
-        before = bytes_read()
-        infos(server.url("/train-{000000..000007}.tar"), 10, index)
-        join_prefetches()
-        first = bytes_read() - before
-        infos(server.url("/train-{000000..000007}.tar"), 40, index)
-        join_prefetches()
-        four_epochs = bytes_read() - before - first
+    before = bytes_read()
+    infos(root, 10, index)
+    join_prefetches()
+    first = bytes_read() - before
+    infos(root, 40, index)
+    join_prefetches()
+    four_epochs = bytes_read() - before - first
     ahead = 4 * 3 * needed // 40  # one window for each lane
     assert needed <= first <= needed + ahead
     assert 4 * needed <= four_epochs <= 4 * needed + ahead
 
 
-def test_http_without_an_index_gives_each_sample_once_an_epoch(folder):
-    with Server(folder=folder) as server:
-        root = server.url("/train-{000000..000007}.tar")
-        taken, _ = infos(root, 20)
-        counts = Counter((position.epoch, key) for key, position, _ in taken)
-        assert set(counts.values()) == {1}
-        assert len([key for epoch, key in counts if epoch == 0]) == 40
-        _, state = infos(root, 7)
-        assert infos(root, 13, state=state)[0] == taken[28:]
+def test_http_without_an_index_gives_each_sample_once_an_epoch(root):
+    taken, _ = infos(root, 20)
+    counts = Counter((position.epoch, key) for key, position, _ in taken)
+    assert set(counts.values()) == {1}
+    assert len([key for epoch, key in counts if epoch == 0]) == 40
+    _, state = infos(root, 7)
+    assert infos(root, 13, state=state)[0] == taken[28:]
 
 
-def test_few_shards_without_an_index_are_refused_with_the_mend(folder):
-    with Server(folder=folder) as server, pytest.raises(DataError, match=r"3 shards without an index.*write-index"):
+def test_few_shards_without_an_index_are_refused_with_the_mend(server):
+    with pytest.raises(DataError, match=r"3 shards without an index.*write-index"):
         infos(server.url("/train-{000000..000002}.tar"), 1)
 
 
 def test_s3_with_and_without_an_index(folder, index, monkeypatch):
     expected, _ = infos(str(folder), 11)  # an epoch and a step
-    with s3("bucket", {f"set/{name}": (folder / name).read_bytes() for name in NAMES}) as store:
-        for name, value in store.environment.items():
-            monkeypatch.setenv(name, value)
+    with s3("bucket", {f"set/{name}": (folder / name).read_bytes() for name in NAMES}) as endpoint:
+        use_s3(monkeypatch, endpoint)
         assert infos("s3://bucket/set", 11, index)[0] == expected
         taken, _ = infos("s3://bucket/set", 11)
         assert sorted({key for key, position, _ in taken if position.epoch == 0}) == sorted(
@@ -134,14 +118,12 @@ def test_s3_with_and_without_an_index(folder, index, monkeypatch):
         )
 
 
-def test_cache_holds_whole_shards(folder, index, tmp_path):
+def test_cache_holds_whole_shards(folder, index, server, root, tmp_path):
     expected, _ = infos(str(folder), 20)
-    with Server(folder=folder) as server:
-        root = server.url("/train-{000000..000007}.tar")
-        assert infos(root, 20, index, cache=str(tmp_path / "cache"))[0] == expected
-        sent = server.bytes_sent
-        assert infos(root, 20, index, cache=str(tmp_path / "cache"), workers=2)[0] == expected
-        assert server.bytes_sent == sent
+    assert infos(root, 20, index, cache=str(tmp_path / "cache"))[0] == expected
+    sent = server.bytes_sent
+    assert infos(root, 20, index, cache=str(tmp_path / "cache"), workers=2)[0] == expected
+    assert server.bytes_sent == sent
     assert len(list((tmp_path / "cache").glob("*.tar"))) == 8
 
 
@@ -172,30 +154,26 @@ FAULTS = [
     ids=str,
 )
 @pytest.mark.parametrize("indexed", [True, False])
-def test_servers_that_fail_end_the_stream_in_time(folder, index, fault, indexed, workers):
-    with Server(folder=folder) as server:
-        server.fault("/train-000003.tar", **fault)
-        began = time.monotonic()
-        root = server.url("/train-{000000..000007}.tar?signature=SECRET", user="me:SECRET")
-        with pytest.raises(DataError, match=r"train-000003\.tar") as error:
-            infos(root, 40, index if indexed else None, workers=workers, **SHORT)
-        assert time.monotonic() - began < 8
+def test_servers_that_fail_end_the_stream_in_time(server, index, fault, indexed, workers):
+    server.fault("/train-000003.tar", **fault)
+    began = time.monotonic()
+    root = server.url("/train-{000000..000007}.tar?signature=SECRET", user="me:SECRET")
+    with pytest.raises(DataError, match=r"train-000003\.tar") as error:
+        infos(root, 40, index if indexed else None, workers=workers, **SHORT)
+    assert time.monotonic() - began < 8
     assert "SECRET" not in str(error.value)
     assert "\n" not in str(error.value)
 
 
-def test_passing_faults_are_not_seen(folder, index):
+def test_passing_faults_are_not_seen(folder, index, server, root):
     expected, _ = infos(str(folder), 20)
-    with Server(folder=folder) as server:
-        for number, fault in enumerate(({"status": 503}, {"cut_after_bytes": 50}, {"stall_after_bytes": 60})):
-            server.fault(f"/train-00000{number}.tar", times=1, **fault)
-        root = server.url("/train-{000000..000007}.tar")
-        assert infos(root, 20, index, request_seconds=0.5, retry_seconds=20.0)[0] == expected
+    for number, fault in enumerate(({"status": 503}, {"cut_after_bytes": 50}, {"stall_after_bytes": 60})):
+        server.fault(f"/train-00000{number}.tar", times=1, **fault)
+    assert infos(root, 20, index, request_seconds=0.5, retry_seconds=20.0)[0] == expected
 
 
-def test_a_shard_that_is_not_the_one_of_the_index_is_refused(folder, index, make_tar, make_picture, encode):
-    samples = [{"__key__": f"other{n}", "jpg": encode(make_picture(n))} for n in range(15)]
-    make_tar(folder / NAMES[2], samples)
+def test_a_shard_that_is_not_the_one_of_the_index_is_refused(folder, index):
+    write_tar(folder / NAMES[2], pictured(f"other{n}" for n in range(15)))
     with pytest.raises(DataError, match=r"train-000002.tar has .* bytes, but its index says .*.*quarantine"):
         infos(str(folder), 20, index)
     content = (folder / NAMES[4]).read_bytes()
@@ -213,44 +191,40 @@ def test_a_shard_that_is_not_the_one_of_the_index_is_refused(folder, index, make
     assert {key[0] for key, _, _ in taken} == set("013567")
 
 
-def test_a_truncated_remote_tar_without_an_index_is_named(folder):
+def test_a_truncated_remote_tar_without_an_index_is_named(folder, root):
     content = (folder / NAMES[5]).read_bytes()
     (folder / NAMES[5]).write_bytes(content[: len(content) // 2 // 512 * 512])
-    with Server(folder=folder) as server, pytest.raises(DataError, match=r"train-000005.tar"):
-        infos(server.url("/train-{000000..000007}.tar"), 40)
+    with pytest.raises(DataError, match=r"train-000005.tar"):
+        infos(root, 40)
 
 
 @pytest.mark.process
-def test_a_worker_that_waits_for_a_server_does_not_keep_the_process(folder, index):
+def test_a_worker_that_waits_for_a_server_does_not_keep_the_process(folder, index, server, root):
     first = {key[0] for key, _, _ in infos(str(folder), 1)[0]}
     silent = [f"/train-00000{number}.tar" for number in sorted(set("01234567") - first)]
-    with Server(folder=folder) as server:
-        for path in silent:
-            server.fault(path, silent=True)
-        script = f"""
+    for path in silent:
+        server.fault(path, silent=True)
+    script = f"""
 import data
-source = data.SourceConfig(root={server.url("/train-{000000..000007}.tar")!r}, index={index!r})
+source = data.SourceConfig(root={root!r}, index={index!r})
 config = data.DataConfig(sources=[source], image_size=8, workers=2, lanes=4, shuffle_block=3, request_seconds=20.0)
 options = dict(global_batch_size=4, micro_batch_size=4, rank=0, world_size=1, seed=3)
 stream = data.train_batches(config, **options)
 next(stream)
 input()  # until the workers wait
 """
-        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-        running = subprocess.Popen(
-            [sys.executable, "-c", script],
-            env=environment,
-            stdin=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        try:
-            deadline = time.monotonic() + 60
-            while not any(map(server.asked, silent)) and time.monotonic() < deadline:
-                time.sleep(0.02)
-            began = time.monotonic()
-            _, said = running.communicate("\n", timeout=60)
-        finally:
-            running.kill()
+    running = subprocess.Popen(
+        [sys.executable, "-c", script],
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        stdin=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        wait_for(lambda: any(map(server.asked, silent)), "request of a worker", 60, running)
+        began = time.monotonic()
+        _, said = running.communicate("\n", timeout=60)
+    finally:
+        running.kill()
     assert running.returncode == 0, re.sub(r"\s+", " ", said)
     assert time.monotonic() - began < 15

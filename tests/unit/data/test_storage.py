@@ -14,7 +14,8 @@ from pathlib import Path
 
 import fsspec.config
 import pytest
-from serving import Fault, Server, s3, s3_environment
+from ranks import wait_for
+from serving import Fault, Server, s3, use_s3
 
 import data.cache as caching
 from data import DataError, object_store, storage
@@ -55,14 +56,13 @@ def fresh(monkeypatch):
 def moto():
     files = {f"train/{number:06d}.tar": CONTENT for number in (2, 0, 1)}
     files |= {"train/deep/000009.tar": CONTENT, "train/note.txt": b"text", "empty.tar": b"", "odd #1?.tar": b"odd"}
-    with s3(BUCKET, files) as served:
-        yield served
+    with s3(BUCKET, files) as endpoint:
+        yield endpoint
 
 
 @pytest.fixture
 def bucket(moto, monkeypatch, fresh):
-    for name, value in moto.environment.items():
-        monkeypatch.setenv(name, value)
+    use_s3(monkeypatch, moto)
     return f"s3://{BUCKET}"
 
 
@@ -70,9 +70,17 @@ def bucket(moto, monkeypatch, fresh):
 def faulty_bucket(server, monkeypatch, fresh):
     """An S3 of one object, s3://images/a.tar, which misbehaves as server.fault("/images/a.tar", …) says."""
     server.files[f"/{BUCKET}/a.tar"] = CONTENT
-    for name, value in s3_environment(server.url()).items():
-        monkeypatch.setenv(name, value)
+    use_s3(monkeypatch, server.url())
     return f"s3://{BUCKET}"
+
+
+@pytest.fixture
+def stores(server, faulty_bucket):
+    """Scheme -> path for `server.fault` and address of an object with CONTENT."""
+    return {
+        "http": ("/a.tar", server.url("/a.tar", user="me:hunter2")),
+        "s3": (f"/{BUCKET}/a.tar", f"{faulty_bucket}/a.tar"),
+    }
 
 
 def error_of(function, *arguments) -> str:
@@ -208,43 +216,60 @@ def test_proxies_of_the_environment_are_used(server, monkeypatch):
     assert read("http://host.invalid/a.tar", 0, 4, STEADY) == CONTENT[:4]
 
 
-@pytest.mark.parametrize(
-    "fault",
-    [
-        {"status": 503},
-        {"status": 500},
-        {"status": 429},
-        {"cut_after_bytes": 100},
-        {"cut_after_bytes": 0},
-        {"silent": True},
-        {"stall_after_bytes": 100},
-        {"trickle_seconds": 0.05},
-    ],
-    ids=str,
-)
-def test_what_may_pass_is_tried_again(server, fault):
-    server.fault("/a.tar", **fault, times=2)
-    assert read(server.url("/a.tar"), 0, 1000, Timeouts(0.25, 120)) == CONTENT[:1000]
-    assert server.asked("/a.tar") >= 3
+PASSING = [{"cut_after_bytes": 100}, {"silent": True}, {"stall_after_bytes": 100}]
+PASSING_OF_HTTP = [
+    *PASSING,
+    {"status": 503},
+    {"status": 500},
+    {"status": 429},
+    {"cut_after_bytes": 0},
+    {"trickle_seconds": 0.05},
+]
+PASSING_OF_S3 = [
+    *PASSING,
+    {"status": 503, "body": THROTTLED},
+    {"status": 500, "body": b""},
+    {"status": 400, "body": THROTTLED.replace(b"SlowDown", b"RequestTimeout")},
+]
 
 
 @pytest.mark.parametrize(
-    ("fault", "timeouts", "happened"),
+    ("scheme", "fault"),
+    [*(("http", fault) for fault in PASSING_OF_HTTP), *(("s3", fault) for fault in PASSING_OF_S3)],
+    ids=str,
+)
+def test_what_may_pass_is_tried_again(stores, server, scheme, fault):
+    path, url = stores[scheme]
+    assert size(url, STEADY) == len(CONTENT)  # the first request makes the client, which takes a while
+    server.fault(path, **fault, times=2)
+    assert read(url, 0, 1000, Timeouts(0.25, 120)) == CONTENT[:1000]
+    assert server.asked(path) >= 4
+
+
+@pytest.mark.parametrize(
+    ("scheme", "fault", "timeouts", "happened"),
     [
-        ({"status": 503}, PATIENT, "HTTP 503"),
-        ({"cut_after_bytes": 100}, PATIENT, "the answer broke off"),
-        ({"silent": True}, BRIEF, "no whole answer within 0."),
-        ({"trickle_seconds": 0.05}, BRIEF, "no whole answer within 0."),
+        ("http", {"status": 503}, PATIENT, "HTTP 503"),
+        ("http", {"cut_after_bytes": 100}, PATIENT, "the answer broke off"),
+        ("http", {"silent": True}, BRIEF, "no whole answer within 0."),
+        ("http", {"trickle_seconds": 0.05}, BRIEF, "no whole answer within 0."),
+        ("s3", {"status": 503, "body": THROTTLED}, PATIENT, "HTTP 503 SlowDown"),
+        ("s3", {"silent": True}, BRIEF, "no whole answer within 0."),
     ],
     ids=str,
 )
-def test_tries_end_in_time_and_tell_what_happened(server, clock, fault, timeouts, happened):
-    server.fault("/a.tar", **fault)
+def test_tries_end_in_time_are_ours_alone_and_tell_what_happened(
+    stores, server, clock, scheme, fault, timeouts, happened
+):
+    path, url = stores[scheme]
+    size(url, STEADY)
+    server.requests.clear()
+    server.fault(path, **fault)
     start = clock.monotonic()
-    message = error_of(read, server.url("/a.tar", user="me:hunter2"), 0, 1000, timeouts)
+    message = error_of(read, url, 0, 1000, timeouts)
     assert timeouts.total_seconds - storage.FIRST_WAIT_SECONDS < clock.monotonic() - start < timeouts.total_seconds + 1
-    assert message.startswith(f"cannot read {server.url('/a.tar')}: {happened}")
-    assert f"({server.asked('/a.tar')} tries in" in message and server.asked("/a.tar") > 1
+    assert message.startswith(f"cannot read {redacted(url)}: {happened}")
+    assert f"({server.asked(path)} tries in" in message and server.asked(path) > 1
 
 
 def test_the_total_limits_a_request_that_may_take_longer(server):
@@ -350,7 +375,7 @@ def test_tars_of_a_folder_are_listed(bucket, slash):
 def test_listings_are_never_stale(moto, bucket):
     import boto3
 
-    client = boto3.client("s3", endpoint_url=moto.endpoint)
+    client = boto3.client("s3", endpoint_url=moto)
     client.put_object(Bucket=BUCKET, Key="new/0.tar", Body=b"0")
     assert list_tars(f"{bucket}/new", STEADY) == [f"{bucket}/new/0.tar"]
     client.put_object(Bucket=BUCKET, Key="new/1.tar", Body=b"1")
@@ -387,43 +412,6 @@ def test_a_public_bucket_needs_no_credentials(faulty_bucket, server, monkeypatch
     monkeypatch.setitem(fsspec.config.conf, "s3", conf["s3"])
     assert read(f"{faulty_bucket}/a.tar", 0, 4, STEADY) == CONTENT[:4]
     assert "authorization" not in server.requests[0].headers
-
-
-@pytest.mark.parametrize(
-    "fault",
-    [
-        {"status": 503, "body": THROTTLED},
-        {"status": 500, "body": b""},
-        {"status": 400, "body": THROTTLED.replace(b"SlowDown", b"RequestTimeout")},
-        {"cut_after_bytes": 100},
-        {"silent": True},
-        {"stall_after_bytes": 100},
-    ],
-    ids=lambda fault: str({**fault, "body": "…"}),
-)
-def test_what_may_pass_is_tried_again_on_s3(faulty_bucket, server, fault):
-    url = f"{faulty_bucket}/a.tar"
-    assert size(url, STEADY) == len(CONTENT)  # the first request makes the client, which takes a while
-    server.fault(f"/{BUCKET}/a.tar", **fault, times=2)
-    assert read(url, 0, 1000, Timeouts(0.25, 120)) == CONTENT[:1000]
-    assert server.asked(f"/{BUCKET}/a.tar") >= 4
-
-
-def test_tries_on_s3_end_in_time_and_are_ours_alone(faulty_bucket, server, clock):
-    url = f"{faulty_bucket}/a.tar"
-    size(url, STEADY)
-    for fault, timeouts, happened in (
-        ({"status": 503, "body": THROTTLED}, PATIENT, "HTTP 503 SlowDown"),
-        ({"silent": True}, BRIEF, "no whole"),
-    ):
-        server.faults.clear()
-        server.requests.clear()
-        server.fault(f"/{BUCKET}/a.tar", **fault)
-        start = clock.monotonic()
-        message = error_of(read, url, 0, 1000, timeouts)
-        assert clock.monotonic() - start < timeouts.total_seconds + 1
-        assert f"cannot read {url}: {happened}" in message
-        assert f"({server.asked(f'/{BUCKET}/a.tar')} tries in" in message
 
 
 def test_s3_that_refuses_is_told_at_once(faulty_bucket, server):
@@ -750,9 +738,7 @@ cache.Cache(Path({str(tmp_path)!r}), 10**6).path({url!r})
 """
     holder = subprocess.Popen([sys.executable, "-c", code])
     try:
-        deadline = time.monotonic() + 20
-        while server.asked("/a.tar") < 4 and time.monotonic() < deadline:
-            time.sleep(0.02)
+        wait_for(lambda: server.asked("/a.tar") >= 4, "piece that hangs", 20)
         threading.Timer(0.3, holder.send_signal, [signal.SIGKILL]).start()
         assert Cache(tmp_path, 10**6, STEADY).path(url).read_bytes() == CONTENT
     finally:

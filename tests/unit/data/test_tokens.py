@@ -8,6 +8,7 @@ from collections import Counter
 import numpy as np
 import pytest
 import torch
+from samples import Steps, write_tar
 
 from data import (
     DataConfig,
@@ -18,10 +19,8 @@ from data import (
     TokenSpec,
     check,
     evaluation_tokens,
-    merge_states,
     pack_codes,
     token_header,
-    train_batches,
     unpack_codes,
 )
 from data.prep.check import check_shard
@@ -41,7 +40,7 @@ def codes(number: int, views: int = 2) -> np.ndarray:
 
 
 @pytest.fixture
-def tokens(tmp_path, make_tar):
+def tokens(tmp_path):
     """A folder of three tars of 7, 9 and 4 samples, of two views each."""
     (tmp_path / "tokens").mkdir()
     numbers = itertools.count()
@@ -55,7 +54,7 @@ def tokens(tmp_path, make_tar):
             }
             for n in range(samples)
         ]
-        make_tar(tmp_path / "tokens" / f"tokens-{shard:06d}.tar", made)
+        write_tar(tmp_path / "tokens" / f"tokens-{shard:06d}.tar", made)
     return tmp_path / "tokens"
 
 
@@ -133,44 +132,20 @@ def test_damage_is_named(content, message):
 # -------------------------------------------------------------------------------------------------------------- stream
 
 
-class Steps:
-    """All ranks' streams side by side: `take(n)` gives n global batches as lists of (key, label, codes)."""
-
-    def __init__(self, config, world_size=1, state=None, spec=SPEC):
-        options = dict(global_batch_size=8, micro_batch_size=8 // world_size, world_size=world_size, seed=3)
-        self.streams = [
-            train_batches(config, rank=rank, state=state, tokens=spec, **options) for rank in range(world_size)
-        ]
-
-    def take(self, count):
-        taken = []
-        for _ in range(count):
-            self.batches = [next(stream) for stream in self.streams]
-            assert all(batch.values.dtype == torch.int32 and batch.values.shape[1:] == (6,) for batch in self.batches)
-            taken.append(
-                [
-                    (key, label, tuple(index_t.tolist()))
-                    for batch in self.batches
-                    for key, label, index_t in zip(batch.keys, batch.labels, batch.values, strict=True)
-                ]
-            )
-        return taken
-
-    def state(self):
-        return json.loads(json.dumps(merge_states([batch.state for batch in self.batches])))
-
-
 def test_the_stream_is_exact_at_any_division_and_resumes(tokens):
-    expected = Steps(config(tokens, lanes=8)).take(15)  # six epochs
-    assert Steps(config(tokens, lanes=8, workers=2)).take(15) == expected
-    assert Steps(config(tokens, lanes=8), world_size=2).take(15) == expected
-    before = Steps(config(tokens, lanes=8, workers=2))
-    assert before.take(4) == expected[:4]  # in the middle of the second epoch
-    after = Steps(config(tokens, lanes=8), world_size=2, state=before.state())
-    assert after.take(11) == expected[4:]
-    samples = [sample for step in expected for sample in step]
-    assert Counter(key for key, _, _ in samples) == dict.fromkeys((key for key, _, _ in samples), 6)
-    assert len({key for key, _, _ in samples}) == 20
+    expected = Steps(config(tokens, lanes=8), tokens=SPEC).infos(15)  # six epochs
+    assert Steps(config(tokens, lanes=8, workers=2), tokens=SPEC).infos(15) == expected
+    assert Steps(config(tokens, lanes=8), tokens=SPEC, world_size=2).infos(15) == expected
+    before = Steps(config(tokens, lanes=8, workers=2), tokens=SPEC)
+    assert before.infos(4) == expected[:4]  # in the middle of the second epoch
+    after = Steps(config(tokens, lanes=8), tokens=SPEC, world_size=2, state=before.state())
+    assert after.infos(11) == expected[4:]
+    keys = [info.key for step in expected for info, _ in step]
+    assert Counter(keys) == dict.fromkeys(keys, 6)
+    assert len(set(keys)) == 20
+    for stream in (*after.streams, *before.streams):
+        values_bt = next(stream).values
+        assert values_bt.dtype == torch.int32 and values_bt.shape[1:] == (6,)
 
 
 def test_views_are_drawn_and_differ_between_epochs(tokens):
@@ -179,25 +154,22 @@ def test_views_are_drawn_and_differ_between_epochs(tokens):
     for shard, samples in enumerate((7, 9, 4)):
         for n in range(samples):
             everything[f"{shard}-{n}"] = {tuple(view_hw.ravel().tolist()) for view_hw in codes(len(everything))}
-    for key, label, index_t in itertools.chain(*Steps(config(tokens)).take(15)):
-        assert index_t in everything[key] and label == int(key.split("-")[1])
-        of_key.setdefault(key, set()).add(index_t[0])
+    for info, values in itertools.chain(*Steps(config(tokens), tokens=SPEC).infos(15)):
+        index_t = tuple(np.frombuffer(values, np.int32).tolist())
+        assert index_t in everything[info.key] and info.label == int(info.key.split("-")[1])
+        of_key.setdefault(info.key, set()).add(index_t[0])
     assert sum(len(views) == 2 for views in of_key.values()) > 15
 
 
-def test_damaged_samples_are_skipped_with_their_reasons(tmp_path, make_tar):
+def test_damaged_samples_are_skipped_with_their_reasons(tmp_path):
     samples = [
         {"__key__": f"bad-{n}", "codes": content or b"\n", "cls": b"1"}
         for n, (content, _) in enumerate(DAMAGED.values())
     ]
     samples += [{"__key__": f"good-{n}", "codes": pack_codes(codes(n), FINGERPRINT, 300)} for n in range(10)]
     samples += [{"__key__": "class", "codes": GOOD, "cls": b"cat"}, {"__key__": "none", "txt": b"text only"}]
-    path = make_tar(tmp_path / "tokens.tar", samples)
-    stream = train_batches(
-        config(path, max_bad_fraction=1.0, lanes=1),
-        **dict(global_batch_size=1, micro_batch_size=1, rank=0, world_size=1, seed=0),
-        tokens=SPEC,
-    )
+    path = write_tar(tmp_path / "tokens.tar", samples)
+    stream = Steps(config(path, max_bad_fraction=1.0, lanes=1), batch=1, tokens=SPEC).streams[0]
     batches = [next(stream) for _ in range(20)]
     assert Counter(batch.keys[0] for batch in batches) == {f"good-{n}": 2 for n in range(10)}
     reasons = {one.key: one.reason for batch in batches for one in batch.skipped}
@@ -227,7 +199,7 @@ def test_other_tokens_are_refused_by_check_and_stream(tokens, spec, said):
         check(DataConfig(train=None, val=str(tokens), content="tokens"), train=False, tokens=spec)
     for workers in (0, 1):
         with pytest.raises(DataError, match=r"source train, \d-\d in .*tar: the sample " + said):
-            Steps(config(tokens, workers=workers), spec=spec).take(1)
+            Steps(config(tokens, workers=workers), tokens=spec).take(1)
 
 
 def test_what_fits_passes(tokens):
@@ -237,9 +209,9 @@ def test_what_fits_passes(tokens):
     check(config(tokens), tokens=SPEC._replace(tokenizer=None))
 
 
-def test_each_source_is_compared(tokens, tmp_path, make_tar):
+def test_each_source_is_compared(tokens, tmp_path):
     (tmp_path / "other").mkdir()
-    make_tar(tmp_path / "other/a.tar", [{"__key__": "a", "codes": pack_codes(codes(0), "f" * 16, 300)}])
+    write_tar(tmp_path / "other/a.tar", [{"__key__": "a", "codes": pack_codes(codes(0), "f" * 16, 300)}])
     sources = [SourceConfig(name="one", root=str(tokens)), SourceConfig(name="two", root=str(tmp_path / "other"))]
     both = DataConfig(sources=sources, content="tokens")
     assert token_header(both).tokenizer == FINGERPRINT
@@ -247,7 +219,7 @@ def test_each_source_is_compared(tokens, tmp_path, make_tar):
         check(both, tokens=SPEC)
 
 
-def test_images_and_tokens_are_told_apart(tokens, tars, tmp_path, make_tar):
+def test_images_and_tokens_are_told_apart(tokens, tars, tmp_path):
     said = "holds images, not tokens: write token shards with `ibq tokenize`, or train with data.content=images"
     for mistaken in (lambda: token_header(config(tars)), lambda: check(config(tars), tokens=SPEC)):
         with pytest.raises(DataError, match=f"source train {said}"):
@@ -255,8 +227,7 @@ def test_images_and_tokens_are_told_apart(tokens, tars, tmp_path, make_tar):
     with pytest.raises(DataError, match=said):
         evaluation_tokens(str(tars), SPEC)
     with pytest.raises(DataError, match=r"it holds tokens, no image: data\.content=tokens reads them"):
-        options = dict(global_batch_size=1, micro_batch_size=1, rank=0, world_size=1, seed=0)
-        next(train_batches(DataConfig(train=str(tokens), workers=0, max_bad_in_a_row=3), **options))
+        Steps(DataConfig(train=str(tokens), workers=0, max_bad_in_a_row=3)).take(1)
     with pytest.raises(DataError, match=r"data\.content=tokens is for a run that trains on tokens"):
         check(config(tokens))
     with pytest.raises(DataError, match=r"unknown data\.content 'codes'"):
@@ -265,7 +236,7 @@ def test_images_and_tokens_are_told_apart(tokens, tars, tmp_path, make_tar):
     empty.mkdir()
     with pytest.raises(DataError, match=r"no \*.tar|neither"):
         token_header(config(empty))
-    damaged = make_tar(tmp_path / "damaged.tar", [{"__key__": "a", "codes": GOOD[:-1]}])
+    damaged = write_tar(tmp_path / "damaged.tar", [{"__key__": "a", "codes": GOOD[:-1]}])
     with pytest.raises(DataError, match=r"source train: no token sample can be read .*23 bytes and not 24"):
         token_header(config(damaged))
     tall = SourceConfig(root=str(tokens))
@@ -296,15 +267,15 @@ def test_evaluation_gives_each_sample_once_over_three_shards(tokens):
     assert [(one.key, one.index_t.tolist()) for one in together] == [(one.key, one.index_t.tolist()) for one in whole]
 
 
-def test_evaluation_lists_what_it_leaves_out_and_refuses_other_tokens(tmp_path, make_tar):
+def test_evaluation_lists_what_it_leaves_out_and_refuses_other_tokens(tmp_path):
     samples = [{"__key__": "a", "codes": GOOD}, {"__key__": "b", "codes": GOOD[:-1]}]
-    found = evaluation_tokens(make_tar(tmp_path / "a.tar", samples), SPEC)
+    found = evaluation_tokens(write_tar(tmp_path / "a.tar", samples), SPEC)
     for _ in range(2):
         assert [(one.key, one.label) for one in found] == [("a", None)]
         assert [(one.key, one.reason) for one in found.skipped] == [("b", "its codes have 23 bytes and not 24")]
     samples[1]["codes"] = pack_codes(codes(0), "f" * 16, 300)
     with pytest.raises(DataError, match="b holds tokens of tokenizer ffffffffffffffff"):
-        list(evaluation_tokens(make_tar(tmp_path / "b.tar", samples), SPEC))
+        list(evaluation_tokens(write_tar(tmp_path / "b.tar", samples), SPEC))
 
 
 def test_statistics_tell_of_tokens_and_classes(tokens):

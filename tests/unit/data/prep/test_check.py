@@ -3,19 +3,17 @@
 import bz2
 import gzip
 import hashlib
-import io
 import json
 import lzma
 import os
 import re
 import signal
 import tarfile
-from collections.abc import Callable
-from typing import NamedTuple
 
 import numpy as np
 import pytest
-from faults.corpus import TARS, Refused
+from faults.corpus import SIZE, flipped, member, patched, tar, with_header
+from samples import encoded, index_of, picture, pictured, write_tar
 from serving import Server
 
 from data import DataError, scan
@@ -25,14 +23,6 @@ from data.prep import check as checking
 from data.prep.check import check_shard, check_shards, find_duplicates, missing_shards
 from data.storage import Timeouts
 
-
-@pytest.fixture
-def whole(tmp_path, make_tar, make_picture, encode):
-    """The path of a tar of six samples part/0 to part/5, each jpg and txt."""
-    samples = [{"__key__": f"part/{n}", "jpg": encode(make_picture(n)), "txt": b"a caption"} for n in range(6)]
-    return make_tar(tmp_path / "whole.tar", samples, mtime=0.0)  # a time with a fraction: in PAX headers
-
-
 # -------------------------------------------------------------------------------------------------------------- damage
 
 
@@ -41,78 +31,56 @@ def header(content: bytes, name: str) -> int:
     return content.index(name.encode() + b"\0")
 
 
-def zeroed(content: bytes, at: int, count: int) -> bytes:
-    return content[:at] + bytes(count) + content[at + count :]
+# Six samples part/0 to part/5, each jpg and txt. A time with a fraction is in PAX headers.
+CONTENTS = [("jpg", encoded(picture(3))), ("txt", b"a caption")]
+WHOLE = tar(
+    *(
+        member(f"part/{n}.{suffix}", content, tarfile.PAX_FORMAT, mtime=0.5)
+        for n in range(6)
+        for suffix, content in CONTENTS
+    )
+)
+AT = header(WHOLE, "part/3.jpg")
+LAST = header(WHOLE, "part/5.txt")
 
-
-def claiming(content: bytes, at: int, size_field: bytes) -> bytes:
-    """With another size in the header at `at`, which is right otherwise."""
-    block = content[at : at + 124] + size_field + content[at + 136 : at + 512]
-    total = sum(block[:148]) + 8 * ord(" ") + sum(block[156:])
-    return content[:at] + block[:148] + f"{total:06o}\0 ".encode() + block[156:] + content[at + 512 :]
-
-
-class Damage(NamedTuple):
-    """kind, message: of the problem that is to be found. make: (whole tar, header of part/3.jpg) -> damaged tar; a
-    message may hold {at}, that header."""
-
-    kind: str
-    message: str
-    make: Callable[[bytes, int], bytes]
-
-
+# Name -> (kind and message of the problem that is to be found, damaged tar).
 DAMAGES = {
-    "cut between members": Damage("truncated", "ends at byte {at}, between two members", lambda c, at: c[:at]),
-    "cut in a header": Damage("truncated", "ends at byte .*, inside a header", lambda c, at: c[: at + 200]),
-    "cut in the first header": Damage("truncated", "ends at byte 200, inside a header", lambda c, at: c[:200]),
-    "cut in an image": Damage("truncated", r"inside part/3\.jpg \([\d,]+ bytes from byte", lambda c, at: c[: at + 900]),
-    "cut in padding": Damage(
-        "truncated", r"inside part/2\.txt \(9 bytes from byte", lambda c, at: c[: header(c, "part/2.txt") + 600]
-    ),
-    "cut in a PAX header": Damage("truncated", "ends at byte .*, inside a header", lambda c, at: c[: at - 1]),
-    "cut before the end mark": Damage(
-        "truncated", "without an end mark", lambda c, at: c[: header(c, "part/5.txt") + 1024]
-    ),
-    "flipped bit": Damage(
-        "corrupt", r"the header at byte {at} is damaged \(bad checksum\)$", lambda c, at: c[:at] + b"\xff" + c[at + 1 :]
-    ),
-    "flipped first bit": Damage("corrupt", "byte 0 is damaged .* or it is no tar$", lambda c, at: b"\xff" + c[1:]),
-    "claims 8 GiB": Damage("corrupt", r"claims 8,589,934,591 bytes", lambda c, at: claiming(c, at, b"77777777777\0")),
-    "zeroed header": Damage(
-        "corrupt", "512 zero bytes at byte {at}, but more members", lambda c, at: zeroed(c, at, 512)
-    ),
-    "zeroed page": Damage("corrupt", "zero bytes at byte {at}, but more members", lambda c, at: zeroed(c, at, 4096)),
-    "zeroed start": Damage("corrupt", "512 zero bytes at byte 0, but more members", lambda c, at: zeroed(c, 0, 512)),
-    "zeroed last header": Damage(
-        "corrupt", r"the header at byte [\d,]+ is zeroed", lambda c, at: zeroed(c, header(c, "part/5.txt"), 512)
-    ),
-    "all zeros": Damage("empty", "no sample", lambda c, at: bytes(len(c))),
-    "garbage behind": Damage("corrupt", "7 bytes of something else behind its end", lambda c, at: c + b"garbage"),
-    "two tars": Damage("corrupt", "but more members .* or several tars in one file", lambda c, at: c + c),
-    "gzip": Damage("corrupt", "no tar: it is compressed with gzip: unpack it", lambda c, at: gzip.compress(c)),
-    "bzip2": Damage("corrupt", "no tar: it is compressed with bzip2", lambda c, at: bz2.compress(c)),
-    "xz": Damage("corrupt", "no tar: it is compressed with xz", lambda c, at: lzma.compress(c)),
-    "zip": Damage("corrupt", "no tar: it is a zip file", lambda c, at: b"PK\x03\x04" + c),
-    "text": Damage("corrupt", "byte 0 is damaged .* or it is no tar", lambda c, at: b"this is no tar at all\n" * 100),
-    "web page": Damage("corrupt", "no tar: it is a web page", lambda c, at: b"<html>404 Not Found</html>"),
-    "git lfs": Damage("corrupt", "no tar: it is a Git LFS pointer", lambda c, at: b"version https://git-lfs.github"),
-    "0 bytes": Damage("empty", "^0 bytes$", lambda c, at: b""),
+    "cut between members": ("truncated", f"ends at byte {AT:,}, between two members", WHOLE[:AT]),
+    "cut in a header": ("truncated", "ends at byte .*, inside a header", WHOLE[: AT + 200]),
+    "cut in the first header": ("truncated", "ends at byte 200, inside a header", WHOLE[:200]),
+    "cut in an image": ("truncated", r"inside part/3\.jpg \([\d,]+ bytes from byte", WHOLE[: AT + 900]),
+    "cut in padding": ("truncated", r"inside part/5\.txt \(9 bytes from byte", WHOLE[: LAST + 600]),
+    "cut in a PAX header": ("truncated", "ends at byte .*, inside a header", WHOLE[: AT - 1]),
+    "cut before the end mark": ("truncated", "without an end mark", WHOLE[: LAST + 1024]),
+    "flipped bit": ("corrupt", rf"the header at byte {AT:,} is damaged \(bad checksum\)$", patched(WHOLE, AT, b"\xff")),
+    "flipped first bit": ("corrupt", "byte 0 is damaged .* or it is no tar$", patched(WHOLE, 0, b"\xff")),
+    "claims 8 GiB": ("corrupt", "claims 8,589,934,591 bytes", with_header(WHOLE, AT, SIZE, b"77777777777\0")),
+    "zeroed header": ("corrupt", f"512 zero bytes at byte {AT:,}, but more members", patched(WHOLE, AT, bytes(512))),
+    "zeroed page": ("corrupt", f"zero bytes at byte {AT:,}, but more members", patched(WHOLE, AT, bytes(4096))),
+    "zeroed start": ("corrupt", "512 zero bytes at byte 0, but more members", patched(WHOLE, 0, bytes(512))),
+    "zeroed last header": ("corrupt", r"the header at byte [\d,]+ is zeroed", patched(WHOLE, LAST, bytes(512))),
+    "all zeros": ("empty", "no sample", bytes(len(WHOLE))),
+    "garbage behind": ("corrupt", "7 bytes of something else behind its end", WHOLE + b"garbage"),
+    "two tars": ("corrupt", "but more members .* or several tars in one file", WHOLE + WHOLE),
+    "gzip": ("corrupt", "no tar: it is compressed with gzip: unpack it", gzip.compress(WHOLE)),
+    "bzip2": ("corrupt", "no tar: it is compressed with bzip2", bz2.compress(WHOLE)),
+    "xz": ("corrupt", "no tar: it is compressed with xz", lzma.compress(WHOLE)),
+    "zip": ("corrupt", "no tar: it is a zip file", b"PK\x03\x04" + WHOLE),
+    "text": ("corrupt", "byte 0 is damaged .* or it is no tar", b"this is no tar at all\n" * 100),
+    "web page": ("corrupt", "no tar: it is a web page", b"<html>404 Not Found</html>"),
+    "git lfs": ("corrupt", "no tar: it is a Git LFS pointer", b"version https://git-lfs.github"),
+    "0 bytes": ("empty", "^0 bytes$", b""),
 }
 
 
-@pytest.mark.parametrize("name", DAMAGES)
-def test_each_damage_is_named(whole, tmp_path, name):
-    damage = DAMAGES[name]
-    with open(whole, "rb") as file:
-        content = file.read()
-    at = header(content, "part/3.jpg")
-    content = damage.make(content, at)
+@pytest.mark.parametrize(("kind", "message", "content"), DAMAGES.values(), ids=DAMAGES)
+def test_each_damage_is_named(tmp_path, kind, message, content):
     path = tmp_path / "damaged.tar"
     path.write_bytes(content)
     checked = check_shard(str(path))
     (problem,) = checked.problems
-    assert problem.kind == damage.kind
-    assert re.search(damage.message.replace("{at}", f"{at:,}"), problem.message), problem.message
+    assert problem.kind == kind
+    assert re.search(message, problem.message), problem.message
     assert "\n" not in problem.message
     assert checked.status == "broken" and checked.table is None
     assert (checked.bytes, checked.sha256) == (len(content), hashlib.sha256(content).hexdigest())
@@ -120,40 +88,26 @@ def test_each_damage_is_named(whole, tmp_path, name):
         scan(str(path))
 
 
-def test_broken_is_just_what_training_refuses(tmp_path):
-    statuses = {}
-    for number, kind in enumerate(TARS):
-        (tmp_path / f"{number}.tar").write_bytes(kind.content)
-        statuses[kind.name, isinstance(kind.outcome, Refused)] = check_shard(str(tmp_path / f"{number}.tar")).status
-    assert [name for (name, refused), status in statuses.items() if refused != (status == "broken")] == []
-    assert {"broken", "flawed", "ok"} == set(statuses.values())
-
-
-def test_samples_before_the_damage_are_counted(whole, tmp_path):
-    with open(whole, "rb") as file:
-        content = file.read()
-    (tmp_path / "cut.tar").write_bytes(content[: header(content, "part/3.txt") + 100])
+def test_samples_before_the_damage_are_counted(tmp_path):
+    (tmp_path / "cut.tar").write_bytes(WHOLE[: header(WHOLE, "part/3.txt") + 100])
     checked = check_shard(str(tmp_path / "cut.tar"))
     assert checked.samples == 3 and checked.key(2) == "part/2"
 
 
 @pytest.mark.parametrize("format", [tarfile.USTAR_FORMAT, tarfile.GNU_FORMAT, tarfile.PAX_FORMAT])
-def test_a_whole_tar_is_ok_whatever_else_is_in_it(tmp_path, make_picture, encode, format):
+def test_a_whole_tar_is_ok_whatever_else_is_in_it(tmp_path, format):
     """Long and Unicode names, folders, links, files that are no samples, one block of zeros at its end."""
     path = tmp_path / "a.tar"
     long = "folder/" * 12 + "x" * 60 if format == tarfile.USTAR_FORMAT else "long" * 60
-    with tarfile.open(path, "w", format=format, pax_headers={"comment": "made by hand"}) as tar:
-        for name, kind in (("folder", tarfile.DIRTYPE), ("folder/link.jpg", tarfile.SYMTYPE)):
-            member = tarfile.TarInfo(name)
-            member.type, member.linkname, member.size = kind, "elsewhere", 0
-            tar.addfile(member)
-        for name in ("README", "a.jpg", "a.txt", "猫.jpg", f"{long}.jpg"):
-            member = tarfile.TarInfo(name)
-            member.size = len(image := encode(make_picture(len(name))))
-            tar.addfile(member, io.BytesIO(image))
-    with open(path, "rb") as file:
-        content = file.read()
-    path.write_bytes(content.rstrip(b"\0") + bytes(-len(content.rstrip(b"\0")) % 512 + 512))
+    members = [
+        member("folder", form=format, type=tarfile.DIRTYPE),
+        member("folder/link.jpg", form=format, type=tarfile.SYMTYPE, linkname="elsewhere"),
+    ]
+    if format == tarfile.PAX_FORMAT:
+        members.insert(0, tarfile.TarInfo.create_pax_global_header({"comment": "made by hand"}))
+    for name in ("README", "a.jpg", "a.txt", "猫.jpg", f"{long}.jpg"):
+        members.append(member(name, encoded(picture(len(name))), format))
+    path.write_bytes(tar(*members, end=bytes(512)))
     checked = check_shard(str(path), decode_images=True)
     assert (checked.status, checked.problems) == ("ok", [])
     assert [checked.key(n) for n in range(checked.samples)] == ["a", "猫", long]
@@ -165,8 +119,8 @@ def test_a_whole_tar_is_ok_whatever_else_is_in_it(tmp_path, make_picture, encode
 # ------------------------------------------------------------------------------------------------------------- samples
 
 
-def test_bad_samples_are_named_in_a_tar_that_can_be_read(tmp_path, make_tar, make_picture, encode):
-    image = encode(make_picture(0, (200, 200)))
+def test_bad_samples_are_named_in_a_tar_that_can_be_read(tmp_path):
+    image = encoded(picture(0, (200, 200)))
     samples = [
         {"__key__": "good", "jpg": image},
         {"__key__": "caption-only", "txt": b"a"},
@@ -176,7 +130,7 @@ def test_bad_samples_are_named_in_a_tar_that_can_be_read(tmp_path, make_tar, mak
         {"__key__": "twice", "jpg": image},
         {"__key__": "twice", "jpg": image, "txt": b"b"},
     ]
-    path = make_tar(tmp_path / "a.tar", samples)
+    path = write_tar(tmp_path / "a.tar", samples)
     plain, decoded = check_shard(path), check_shard(path, decode_images=True)
     assert [(one.kind, one.sample, one.key) for one in plain.problems] == [
         ("no image", 1, "caption-only"),
@@ -191,33 +145,25 @@ def test_bad_samples_are_named_in_a_tar_that_can_be_read(tmp_path, make_tar, mak
     assert "truncated" in new[0].message and "no JPEG, PNG or WebP image" in new[1].message
 
 
-def test_a_tar_without_any_image_is_broken(tmp_path, make_tar):
-    checked = check_shard(make_tar(tmp_path / "a.tar", [{"__key__": str(n), "txt": b"a"} for n in range(3)]))
+def test_a_tar_without_any_image_is_broken(tmp_path):
+    checked = check_shard(write_tar(tmp_path / "a.tar", [{"__key__": str(n), "txt": b"a"} for n in range(3)]))
     said = [("empty", "no image and no tokens in any of its 3 samples")]
     assert [(one.kind, one.message) for one in checked.problems] == said
     assert checked.status == "broken" and checked.counts == {"empty": 1}
 
 
-def test_of_many_problems_the_first_are_named_and_all_are_counted(
-    tmp_path, make_tar, make_picture, encode, monkeypatch
-):
+def test_of_many_problems_the_first_are_named_and_all_are_counted(tmp_path, monkeypatch):
     monkeypatch.setattr(checking, "NAMED_SAMPLES", 4)
-    samples = [{"__key__": f"{n:02}", "txt": b"a"} for n in range(30)] + [
-        {"__key__": "x", "jpg": encode(make_picture(0))}
-    ]
-    checked = check_shard(make_tar(tmp_path / "a.tar", samples))
+    samples = [{"__key__": f"{n:02}", "txt": b"a"} for n in range(30)] + pictured(["x"])
+    checked = check_shard(write_tar(tmp_path / "a.tar", samples))
     assert [one.key for one in checked.problems] == ["00", "01", "02", "03"]
     assert checked.counts == {"no image": 30}
 
 
-def test_the_record_is_json_even_of_odd_names(tmp_path, make_tar, make_picture, encode):
+def test_the_record_is_json_even_of_odd_names(tmp_path):
     path = tmp_path / "a.tar"
-    with tarfile.open(path, "w", format=tarfile.GNU_FORMAT) as tar:
-        for name in ("caf\udce9.txt", "b.jpg"):  # a name that is no UTF-8
-            content = encode(make_picture(0)) if name == "b.jpg" else b"a"
-            member = tarfile.TarInfo(name)
-            member.size = len(content)
-            tar.addfile(member, io.BytesIO(content))
+    no_utf_8 = member("caf\udce9.txt", b"a", tarfile.GNU_FORMAT)
+    path.write_bytes(tar(no_utf_8, member("b.jpg", encoded(picture(0)))))
     record = json.loads(json.dumps(check_shard(str(path)).record()))
     assert list(record) == ["shard", "status", "samples", "bytes", "sha256", "counts", "problems"]
     assert record["shard"] == str(path) and record["status"] == "flawed" and record["samples"] == 2
@@ -230,9 +176,9 @@ def test_the_record_is_json_even_of_odd_names(tmp_path, make_tar, make_picture, 
 # ---------------------------------------------------------------------------------------------------------- all shards
 
 
-def test_copies_and_doubled_keys_name_both_places(tmp_path, make_tar, make_picture, encode):
+def test_copies_and_doubled_keys_name_both_places(tmp_path):
     def shard(name, keys):
-        return make_tar(tmp_path / name, [{"__key__": key, "jpg": encode(make_picture(len(name)))} for key in keys])
+        return write_tar(tmp_path / name, [{"__key__": key, "jpg": encoded(picture(len(name)))} for key in keys])
 
     paths = [
         shard("a.tar", ["k0", "k1", "k2", "k1"]),
@@ -279,9 +225,7 @@ def test_a_million_keys_are_compared_without_a_python_object_for_each(tmp_path):
 @pytest.fixture
 def indexed(tars):
     """The folder `tars` with an index of its three tars."""
-    found = list(check_shards([str(path) for path in sorted(tars.glob("*.tar"))]))
-    urls, tables, digests = zip(*((one.url, one.table, one.sha256) for one in found), strict=True)
-    write_index(tars / "index.safetensors", urls, tables, digests)
+    index_of(tars, tars / "index.safetensors")
     return tars
 
 
@@ -296,12 +240,12 @@ def test_shards_as_their_index_tells_are_ok(indexed):
     assert [checked.status for checked in found] == ["ok"] * 3
 
 
-def test_what_differs_from_the_index_is_said(indexed, make_tar, make_picture, encode):
+def test_what_differs_from_the_index_is_said(indexed):
     paths = [indexed / f"train-{n:06d}.tar" for n in range(3)]
     content = paths[0].read_bytes()
     at = content.index(b"\xff\xda", header(content, "0-3.jpg")) + 100  # in the pixels of an image
-    paths[0].write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
-    make_tar(paths[1], [{"__key__": f"new-{n}", "jpg": encode(make_picture(n))} for n in range(3)])
+    paths[0].write_bytes(flipped(content, at))
+    write_tar(paths[1], pictured(f"new-{n}" for n in range(3)))
     paths[2].rename(indexed / "other.tar")
     first, second, other, missing = compared(indexed, paths[0].name, paths[1].name, "other.tar")
     place = indexed / "index.safetensors"
@@ -316,7 +260,7 @@ def test_what_differs_from_the_index_is_said(indexed, make_tar, make_picture, en
     ]
 
 
-def test_other_keys_and_positions_are_told_apart(indexed, make_tar):
+def test_other_keys_and_positions_are_told_apart(indexed):
     path = indexed / "train-000002.tar"
     content = path.read_bytes()
     index = Index(indexed / "index.safetensors")
@@ -379,11 +323,11 @@ def test_a_store_that_breaks_off_is_unreadable_and_not_damaged(tars):
     assert [one.kind for one in checked.problems] == ["unreadable"]
 
 
-def test_memory_holds_no_more_than_a_sample_and_a_piece(tmp_path, make_tar, make_picture, encode, monkeypatch):
+def test_memory_holds_no_more_than_a_sample_and_a_piece(tmp_path, monkeypatch):
     monkeypatch.setattr(checking, "RANGE_BYTES", 4096)
     monkeypatch.setattr("data.tar_reader.RANGE_BYTES", 4096)
-    image = encode(make_picture(0, (100, 100)))
-    path = make_tar(tmp_path / "a.tar", [{"__key__": f"{n}", "jpg": image} for n in range(200)])
+    image = encoded(picture(0, (100, 100)))
+    path = write_tar(tmp_path / "a.tar", [{"__key__": f"{n}", "jpg": image} for n in range(200)])
     most = 0
     fill = checking._Hashed._fill
 

@@ -1,19 +1,14 @@
 import json
 import os
-import tarfile
 import zipfile
 from pathlib import Path
 
 import pytest
+from samples import encoded, members, picture
 from typer.testing import CliRunner
 
 from data import DataError, pack, scan
 from tools.shards import app
-
-
-def members(path):
-    with tarfile.open(path) as tar:
-        return {member.name: tar.extractfile(member).read() for member in tar}
 
 
 def metadata_of(path):
@@ -21,20 +16,21 @@ def metadata_of(path):
 
 
 @pytest.fixture
-def photos(tmp_path, make_picture, encode):
-    """Two class folders with five good images (one with caption and class), one truncated, one that is text."""
+def photos(tmp_path):
+    """Two class folders: five good images (one with caption and class), one truncated, one that is text, one empty."""
     folder = tmp_path / "photos"
     (folder / "cat").mkdir(parents=True)
     (folder / "dog").mkdir()
-    (folder / "cat" / "my cat.1.jpg").write_bytes(encode(make_picture(0)))
+    (folder / "cat" / "my cat.1.jpg").write_bytes(encoded(picture(0)))
     (folder / "cat" / "my cat.1.txt").write_text("ein schöner Kater", encoding="utf-8")
     (folder / "cat" / "my cat.1.cls").write_text("7\n")
-    (folder / "cat" / "my_cat_1.PNG").write_bytes(encode(make_picture(1), "PNG"))
-    (folder / "dog" / "a.webp").write_bytes(encode(make_picture(2), "WEBP"))
-    (folder / "dog" / "猫.jpeg").write_bytes(encode(make_picture(3)))
-    (folder / "dog" / ("long" * 40 + ".jpg")).write_bytes(encode(make_picture(4, (300, 200))))
-    (folder / "dog" / "cut.jpg").write_bytes(encode(make_picture(5, (200, 200)))[:2000])
+    (folder / "cat" / "my_cat_1.PNG").write_bytes(encoded(picture(1), "PNG"))
+    (folder / "dog" / "a.webp").write_bytes(encoded(picture(2), "WEBP"))
+    (folder / "dog" / "猫.jpeg").write_bytes(encoded(picture(3)))
+    (folder / "dog" / ("long" * 40 + ".jpg")).write_bytes(encoded(picture(4, (300, 200))))
+    (folder / "dog" / "cut.jpg").write_bytes(encoded(picture(5, (200, 200)))[:2000])
     (folder / "dog" / "fake.png").write_text("no image")
+    (folder / "dog" / "empty.png").touch()
     (folder / "dog" / "._a.jpg").write_text("hidden")
     return folder
 
@@ -42,8 +38,8 @@ def photos(tmp_path, make_picture, encode):
 def test_pack_keeps_bytes_captions_classes_and_names_bad_images(photos, tmp_path):
     calls = []
     report = pack(photos, tmp_path / "out", progress=lambda done, total: calls.append((done, total)))
-    assert report.samples == 5 and calls == [(n, 7) for n in range(1, 8)]
-    assert sorted(Path(skipped.source).name for skipped in report.skipped) == ["cut.jpg", "fake.png"]
+    assert report.samples == 5 and calls == [(n, 8) for n in range(1, 9)]
+    assert sorted(Path(skipped.source).name for skipped in report.skipped) == ["cut.jpg", "empty.png", "fake.png"]
     assert [os.path.basename(path) for path in report.shards] == ["train-000000.tar"]
     content = members(report.shards[0])
     keys = {name.split(".")[0] for name in content}
@@ -81,23 +77,23 @@ def test_pack_resizes_larger_images_only(photos, tmp_path):
         pack(photos, tmp_path / "other", quality=0)
 
 
-def test_imagenet_layout_numbers_the_folders(photos, tmp_path, make_picture, encode):
+def test_imagenet_layout_numbers_the_folders(photos, tmp_path):
     (shard,) = pack(photos, tmp_path / "out", layout="imagenet").shards
     assert json.loads((tmp_path / "out" / "classes.json").read_text()) == {"cat": 0, "dog": 1}
     content = members(shard)
     assert content["cat_my_cat_1.cls"] == b"0" and content["dog_a.cls"] == b"1"
     assert content["cat_my_cat_1.txt"].decode() == "ein schöner Kater"
-    (photos / "loose.jpg").write_bytes(encode(make_picture(9)))
+    (photos / "loose.jpg").write_bytes(encoded(picture(9)))
     with pytest.raises(DataError, match=r"loose\.jpg lies in no class folder"):
         pack(photos, tmp_path / "other", layout="imagenet")
 
 
-def test_imagenet_itself(tmp_path, make_picture, encode):
+def test_imagenet_itself(tmp_path):
     for number, synset in enumerate(("n01443537", "n01440764", "n15075141")):
         folder = tmp_path / "imagenet" / "train" / synset
         folder.mkdir(parents=True)
         for n in range(2):
-            (folder / f"{synset}_{n}.JPEG").write_bytes(encode(make_picture(10 * number + n)))
+            (folder / f"{synset}_{n}.JPEG").write_bytes(encoded(picture(10 * number + n)))
     report = pack(tmp_path / "imagenet" / "train", tmp_path / "out", layout="imagenet")
     assert report.samples == 6 and not report.skipped
     synsets = json.loads((tmp_path / "out" / "classes.json").read_text())
@@ -116,12 +112,12 @@ def test_imagenet_itself(tmp_path, make_picture, encode):
 
 
 @pytest.fixture
-def coco(tmp_path, make_picture, encode):
+def coco(tmp_path):
     """val2017 with four images, and captions of three of them and of two that are not there."""
     folder = tmp_path / "val2017"
     folder.mkdir()
     for number in range(4):
-        (folder / f"{number:012d}.jpg").write_bytes(encode(make_picture(number)))
+        (folder / f"{number:012d}.jpg").write_bytes(encoded(picture(number)))
     annotations = {
         "images": [{"id": n, "file_name": f"{n:012d}.jpg", "width": 48, "height": 40} for n in (0, 1, 3, 7)],
         "annotations": [
@@ -278,7 +274,8 @@ def test_pack_command(photos, tmp_path):
     result = CliRunner().invoke(app, command)
     assert result.exit_code == 0, result.output
     assert "packed 5 images into 3 tars" in result.output
-    assert "skipped 2 that cannot be read:" in result.output and "fake.png: no JPEG, PNG or WebP" in result.output
+    assert "skipped 3 that cannot be read:" in result.output and "fake.png: no JPEG, PNG or WebP" in result.output
+    assert "cut.jpg" in result.output and "empty.png" in result.output
     again = CliRunner().invoke(app, command)
     assert isinstance(again.exception, DataError)
 

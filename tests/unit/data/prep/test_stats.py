@@ -9,6 +9,7 @@ from collections import Counter
 
 import pytest
 from PIL import Image
+from samples import encoded, picture, write_tar
 from serving import Server
 
 from data import DataError, SourceConfig
@@ -22,20 +23,17 @@ def counted(root, name="images", index=None, **options) -> Counted:
     return count(open_source(SourceConfig(name=name, root=root, index=index), scan_all=True), **options)
 
 
-def test_sizes_shapes_formats_captions_and_classes(tmp_path, make_tar, make_picture, encode):
+def test_sizes_shapes_formats_captions_and_classes(tmp_path):
     sizes = [(300, 200), (200, 300), (256, 256), (1000, 255), (640, 360), (600, 450)]
     kinds = ["JPEG", "PNG", "WEBP", "JPEG", "JPEG", "JPEG"]
     captions = [b"four", "fünf!".encode(), b"  ", None, b"x" * 100, b"seven77\n"]
     classes = [b"3", b"3", b"0", None, b"17", b"3"]
     samples = []
     for n, (size, kind, caption, label) in enumerate(zip(sizes, kinds, captions, classes, strict=True)):
-        members = {
-            "txt": caption,
-            "cls": label,
-            {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}[kind]: encode(make_picture(n, size), kind),
-        }
+        suffix = {"JPEG": "jpg", "PNG": "png", "WEBP": "webp"}[kind]
+        members = {"txt": caption, "cls": label, suffix: encoded(picture(n, size), kind)}
         samples.append({"__key__": str(n), **{name: value for name, value in members.items() if value is not None}})
-    found = counted(make_tar(tmp_path / "a.tar", samples))
+    found = counted(write_tar(tmp_path / "a.tar", samples))
     assert found.samples == 6 and found.unusable_samples == 0
     assert found.bytes == sum(len(value) for one in samples for name, value in one.items() if name != "__key__")
     assert found.formats == {"JPEG": 4, "PNG": 1, "WEBP": 1}
@@ -43,41 +41,33 @@ def test_sizes_shapes_formats_captions_and_classes(tmp_path, make_tar, make_pict
     assert found.lengths == {4: 1, 5: 1, 100: 1, 7: 1} and found.missing_captions == 2
     assert found.classes == {3: 3, 0: 1, 17: 1} and found.missing_classes == 1
     record = json.loads(json.dumps(found.record()))
-    assert record["histograms"]["shorter_side"] == {"192 to 255": 3, "256 to 383": 2, "384 to 511": 1}
-    assert record["histograms"]["shape"] == {
-        **{"2:3": 1, "3:4": 0, "1:1": 1, "4:3": 1, "3:2": 1, "16:9": 1, "2:1 or wider": 1}
-    }
-    assert record["histograms"]["captions"] == {
-        "below 10": 3,
-        "10 to 19": 0,
-        "20 to 39": 0,
-        "40 to 79": 0,
-        "80 to 159": 1,
-    }
-    assert record["histograms"]["classes"] == {"below 2": 2, "2 to 9": 1}
+    histograms = record["histograms"]
+    assert histograms["shorter_side"] == {"192 to 255": 3, "256 to 383": 2, "384 to 511": 1}
+    assert histograms["shape"] == {"2:3": 1, "3:4": 0, "1:1": 1, "4:3": 1, "3:2": 1, "16:9": 1, "2:1 or wider": 1}
+    assert histograms["captions"] == {"below 10": 3, "10 to 19": 0, "20 to 39": 0, "40 to 79": 0, "80 to 159": 1}
+    assert histograms["classes"] == {"below 2": 2, "2 to 9": 1}
     assert record["shorter_side"] == {"min": 200, "median": 255, "max": 450}
     assert record["captions"] == {"missing": 2, "characters": {"min": 4, "median": 5, "max": 100}}
     assert record["classes"] == {"count": 3, "missing": 1, "images": {"min": 1, "median": 1, "max": 3}}
     assert record["mean_sample_bytes"] == found.bytes / 6
 
 
-def test_only_headers_of_images_are_read_and_turned_as_they_are_displayed(tmp_path, make_tar, make_picture, encode):
+def test_only_headers_of_images_are_read_and_turned_as_they_are_displayed(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # turned by 90 degrees
-    turned = encode(make_picture(0, (640, 360)), exif=exif)
-    cut = encode(make_picture(1, (640, 360)))[:2000]
-    cut_png = encode(make_picture(2, (640, 360)), "PNG")[:2000]
+    turned = encoded(picture(0, (640, 360)), exif=exif)
+    cut = encoded(picture(1, (640, 360)))[:2000]
+    cut_png = encoded(picture(2, (640, 360)), "PNG")[:2000]
     samples = [{"__key__": str(n), "jpg": image} for n, image in enumerate((turned, cut, cut_png))]
-    found = counted(make_tar(tmp_path / "a.tar", samples))
+    found = counted(write_tar(tmp_path / "a.tar", samples))
     assert found.unusable_samples == 0 and found.sides == {360: 3}
-    assert found.record()["histograms"]["shape"] == {
-        **{"9:16": 1, "2:3": 0, "3:4": 0, "1:1": 0, "4:3": 0, "3:2": 0, "16:9": 2}
-    }
+    shapes = found.record()["histograms"]["shape"]
+    assert shapes == {"9:16": 1, "2:3": 0, "3:4": 0, "1:1": 0, "4:3": 0, "3:2": 0, "16:9": 2}
 
 
 @pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # as data.transforms does, before pytest
-def test_what_training_would_pass_over_is_named(tmp_path, make_tar, make_picture, encode):
-    image = encode(make_picture(0))
+def test_what_training_would_pass_over_is_named(tmp_path):
+    image = encoded(picture(0))
     huge = io.BytesIO()
     Image.new("1", (20_000, 6_000)).save(huge, "PNG")
     samples = [
@@ -88,7 +78,7 @@ def test_what_training_would_pass_over_is_named(tmp_path, make_tar, make_picture
         {"__key__": "huge", "png": huge.getvalue()},
         {"__key__": "../up", "jpg": image},
     ]
-    path = make_tar(tmp_path / "a.tar", samples)
+    path = write_tar(tmp_path / "a.tar", samples)
     found = counted(path)
     assert (found.samples, found.unusable_samples, found.formats) == (6, 5, {"JPEG": 1})
     assert [text.split(":")[0] for text in found.unusable] == [
@@ -101,7 +91,7 @@ def test_what_training_would_pass_over_is_named(tmp_path, make_tar, make_picture
         assert reason in text
 
 
-def test_captions_and_scores_lie_where_the_catalogue_says(tmp_path, make_tar, make_picture, encode):
+def test_captions_and_scores_lie_where_the_catalogue_says(tmp_path):
     """laion-coco: top_caption, else txt; similarity, nsfw as punsafe, watermark as pwatermark."""
     metadata = [
         {"top_caption": "from json", "similarity": 0.25, "punsafe": 0.5, "original_width": 800},
@@ -110,10 +100,10 @@ def test_captions_and_scores_lie_where_the_catalogue_says(tmp_path, make_tar, ma
         {"similarity": float("nan"), "punsafe": 0.1},
     ]
     samples = [
-        {"__key__": str(n), "jpg": encode(make_picture(n)), "txt": b"text", "json": json.dumps(one).encode()}
+        {"__key__": str(n), "jpg": encoded(picture(n)), "txt": b"text", "json": json.dumps(one).encode()}
         for n, one in enumerate(metadata)
     ]
-    path = make_tar(tmp_path / "a.tar", samples)
+    path = write_tar(tmp_path / "a.tar", samples)
     found = counted(path, "laion-coco")
     assert found.lengths == {9: 1, 4: 3}
     record = found.record()["scores"]
@@ -125,20 +115,16 @@ def test_captions_and_scores_lie_where_the_catalogue_says(tmp_path, make_tar, ma
         **{"numbers": 2, "missing": 0, "not_numeric": 2, "min": 0.1, "mean": pytest.approx(0.3), "max": 0.5}
     }
     assert record["width"]["numbers"] == 3 and record["width"]["missing"] == 1
-    assert record["watermark"] == {
-        **dict.fromkeys(("min", "mean", "max")),
-        "numbers": 0,
-        "missing": 4,
-        "not_numeric": 0,
-    }
+    empty = dict.fromkeys(("min", "mean", "max"))
+    assert record["watermark"] == {"numbers": 0, "missing": 4, "not_numeric": 0, **empty}
     assert counted(path).scores == {} and counted(path).lengths == {4: 4}
 
 
-def test_a_folder_and_a_zip_file_of_images(tmp_path, make_picture, encode):
+def test_a_folder_and_a_zip_file_of_images(tmp_path):
     folder = tmp_path / "imagenet"
     for n in range(5):
         (folder / f"n{n % 2:08}").mkdir(parents=True, exist_ok=True)
-        (folder / f"n{n % 2:08}" / f"{n}.JPEG").write_bytes(encode(make_picture(n, (64 + n, 64))))
+        (folder / f"n{n % 2:08}" / f"{n}.JPEG").write_bytes(encoded(picture(n, (64 + n, 64))))
     with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
         for path in folder.rglob("*.JPEG"):
             file.write(path, path.relative_to(folder))
@@ -159,12 +145,12 @@ def test_processes_count_what_one_counts(tars, monkeypatch):
 
 
 @pytest.mark.parametrize("most", [1, 2, 7, 19, 20, 1000])
-def test_samples_are_spread_evenly_over_all(tmp_path, make_tar, make_picture, encode, most):
+def test_samples_are_spread_evenly_over_all(tmp_path, most):
     """The shorter side tells which sample it is."""
     for shard, first in enumerate((0, 7, 16)):
         last = (7, 16, 20)[shard]
-        samples = [{"__key__": str(n), "jpg": encode(make_picture(n, (60, 10 + n)))} for n in range(first, last)]
-        make_tar(tmp_path / f"{shard}.tar", samples)
+        samples = [{"__key__": str(n), "jpg": encoded(picture(n, (60, 10 + n)))} for n in range(first, last)]
+        write_tar(tmp_path / f"{shard}.tar", samples)
     found = counted(str(tmp_path), most_samples=most)
     numbers = sorted(side - 10 for side in found.sides)
     most = min(most, 20)
