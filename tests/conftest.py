@@ -31,7 +31,7 @@ _started: list[str] = []
 
 def _refuse_process(event: str, arguments: tuple) -> None:
     # matplotlib lists the fonts the first time that it draws on a machine.
-    if event in STARTS and not _may_start and arguments[0] != "fc-list":
+    if event in STARTS and not _may_start and arguments[:1] != ("fc-list",):
         started = f"{event} {arguments[:2] or ''}"
         _started.append(started)
         raise AssertionError(f"a test without the marker `process` starts a process: {started}")
