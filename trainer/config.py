@@ -71,6 +71,8 @@ class TokenizerTrainerConfig(TrainerConfig):
 
     # Implementation of index backpropagation; see `model_zoo.ops.index_backprop`.
     quantizer_impl: str = field(default="auto", metadata={"choices": ("auto", "dense", "chunked", "triton")})
+    # Logs the norm of each loss term's gradient at the features, the codes and the encoder, at each logged step.
+    log_gradient_balance: bool = False
 
 
 @dataclass

@@ -28,6 +28,7 @@ from trainer.parallel import World, mean_over_ranks, row_groups, sum_over_ranks
 from trainer.precision import LossScale
 from trainer.tasks.adversarial import Adversary
 from trainer.tasks.base import PICTURES, Step, StepMetrics, Task, Validation, row_of_pictures
+from trainer.tasks.gradient_balance import DROWNED, PLACES, GradientBalance
 from trainer.tasks.initialization import load_initial_weights, place_codes_among_features
 
 # Value of init_from.freeze -> prefixes of the parameters that it freezes.
@@ -79,6 +80,10 @@ class TokenizerTask(Task):
         self.entropy_temperature = None  # None: the quantizer computes no entropies
         if config.loss.entropy.weight > 0 and self.tokenizer.quantize.has_entropy and not self.codes_frozen:
             self.entropy_temperature = config.loss.entropy.temperature
+        # Engines that gather weights do so in hooks, which the extra backward passes would trigger.
+        measurable = not (self.main_engine.forwards_together or config.trainer.compile or self.codes_frozen)
+        self.balance = GradientBalance(self.tokenizer, self.groups) if measurable else None
+        self.drowned: str | None = None  # the alarm about the balance of the losses
         if config.trainer.compile:
             networks = [self.tokenizer.encoder, self.tokenizer.decoder] if self.codes_frozen else [self.tokenizer]
             if self.adversary.engine:
@@ -217,7 +222,9 @@ class TokenizerTask(Task):
         self.feature_moments = 0.0
         for i, images_bchw in enumerate(micro_batches):
             out = output or self._forward(images_bchw)
-            loss = self._loss(images_bchw, out, average_k, adversarial_weight, metrics)
+            loss, terms = self._loss(images_bchw, out, average_k, adversarial_weight, metrics)
+            if i == 0 and self.balance:
+                self._measure_balance(terms, step, metrics)
             last = i == len(micro_batches) - 1
             self.main_engine.backward(self.state.loss_scales["tokenizer"].value * loss, last=last)
             self.health.update(out.quantized.index_bhw, step)
@@ -225,34 +232,49 @@ class TokenizerTask(Task):
         lr = self.learning_rate_factor(step) * self.config.optimizer.lr
         return self.update("tokenizer", self.trained, "loss/total", lr, step, metrics)
 
-    def _loss(self, images_bchw, output: TokenizerOutput, average_k, adversarial_weight: float, metrics) -> Tensor:
-        """The tokenizer's weighted loss on one micro-batch; each term is logged without its weight."""
+    def _loss(self, images_bchw, output: TokenizerOutput, average_k, adversarial_weight: float, metrics):
+        """The tokenizer's loss on one micro-batch, and its weighted terms by name; each is logged without its weight."""
         config = self.config.loss
         reconstruction_bchw, quantized = output
         reconstruction = (reconstruction_bchw - images_bchw).abs().mean()
         metrics.add("loss/reconstruction", reconstruction)
-        likelihood = config.reconstruction.weight * reconstruction
+        terms = {"reconstruction": config.reconstruction.weight * reconstruction}
         if self.perceptual:
             with self.autocast():
                 perceptual = self.perceptual(reconstruction_bchw, images_bchw).float().mean()
             metrics.add("loss/perceptual", perceptual)
-            likelihood = likelihood + config.perceptual.weight * perceptual
-        loss = likelihood
+            terms["perceptual"] = config.perceptual.weight * perceptual
+        likelihood = sum(terms.values())
 
         for name in ("double_quantization", "commitment", "codebook", "sample_entropy"):
             if getattr(quantized, name) is not None:
                 metrics.add(f"loss/{name}", getattr(quantized, name))
         if not self.codes_frozen:
-            loss = loss + config.quantizer.weight * quantizer_loss(quantized, config.quantizer)
+            terms["quantizer"] = config.quantizer.weight * quantizer_loss(quantized, config.quantizer)
         if self.entropy_temperature is not None:
             entropy = entropy_penalty(quantized, average_k, config.entropy)
             metrics.add("loss/average_entropy", entropy.average_entropy)
-            loss = loss + config.entropy.weight * entropy.loss
-
+            terms["entropy"] = config.entropy.weight * entropy.loss
         if adversarial_weight > 0:
-            loss = loss + self.adversary.generator_loss(reconstruction_bchw, likelihood, adversarial_weight, metrics)
+            terms["generator"] = self.adversary.generator_loss(
+                reconstruction_bchw, likelihood, adversarial_weight, metrics
+            )
+        loss = sum(terms.values())
         metrics.add("loss/total", loss)
-        return loss
+        return loss, terms
+
+    def _measure_balance(self, terms: dict[str, Tensor], step: int, metrics: StepMetrics) -> None:
+        """Logs the gradient's norms where the recipe asks for them. In the first step of a run, checks how much of the
+        gradient comes from the image."""
+        settings, scale = self.config.trainer, self.state.loss_scales["tokenizer"].value
+        if step == 0 and self.balance.image_share(terms, scale) < DROWNED:
+            self.drowned = (
+                "the features follow the quantizer's losses and hardly the image: raise loss.reconstruction.weight, or "
+                "train with LPIPS; see docs/training.md, Balance of the losses"
+            )
+        if settings.log_gradient_balance and (step + 1) % settings.log_every_steps == 0:
+            for name, norm in self.balance.norms(terms, PLACES, scale).items():
+                metrics.set(f"gradient/{name}", norm)
 
     def _forward(self, images_bchw: Tensor) -> TokenizerOutput:
         with self.autocast():
@@ -288,7 +310,9 @@ class TokenizerTask(Task):
 
     @property
     def alarm(self) -> str | None:
-        return None if self.codes_frozen else self.health.alarm  # frozen codes: low usage only means narrow data
+        if self.codes_frozen:  # low usage only means narrow data
+            return None
+        return self.drowned or self.health.alarm
 
     @torch.no_grad()
     def reconstruct(self, images_bchw: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,0 +1,70 @@
+"""How strongly each loss term of a tokenizer pulls at the features, the codes and the encoder."""
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from model_zoo import Tokenizer
+from trainer.parallel import RowGroups, mean_over_ranks
+
+DROWNED = 0.05  # share of the image in the gradient below which training warns
+PLACES = ("features", "codes", "encoder")
+# Terms that depend on the image that comes out. The others only depend on features and codes.
+IMAGE_TERMS = ("reconstruction", "perceptual", "generator")
+
+
+class GradientBalance:
+    """Measures the norm of each weighted loss term's gradient, by one extra backward pass for each term.
+
+    A norm is the root mean square, over the ranks, of the norm of the gradient of the rank's micro-batch. The gradient at
+    a sharded codebook is that of all ranks of its group.
+
+    groups: the ranks that share the codebook's rows.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, groups: RowGroups):
+        self.tokenizer, self.groups = tokenizer, groups
+        self.features_bdhw: Tensor | None = None
+        tokenizer.quant_conv.register_forward_hook(self._keep_features)
+
+    def _keep_features(self, module: nn.Module, arguments: tuple, features_bdhw: Tensor) -> None:
+        self.features_bdhw = features_bdhw if features_bdhw.requires_grad else None
+
+    def norms(self, terms: dict[str, Tensor], places: tuple[str, ...], loss_scale: float) -> dict[str, float]:
+        """Norms by ``PLACE/TERM``; all ranks call together, after the forward pass that the terms belong to.
+
+        terms: weighted loss terms of one micro-batch, by name. places: of `PLACES`.
+        loss_scale: multiplies the terms during the backward pass, so that half-precision gradients do not underflow.
+        """
+        encoder = [p for p in self.tokenizer.encoder.parameters() if p.requires_grad]
+        codes = [p for p in self.tokenizer.quantize.parameters() if p.requires_grad]
+        tensors = {"features": [self.features_bdhw], "codes": codes, "encoder": encoder}
+        tensors = {place: tensors[place] for place in places}
+        squares = torch.zeros(len(terms), len(places), dtype=torch.float64, device=self.features_bdhw.device)
+        for row, term in zip(squares, terms.values(), strict=True):
+            if not term.requires_grad:
+                continue
+            inputs = [tensor for of_place in tensors.values() for tensor in of_place]
+            gradients = iter(torch.autograd.grad(loss_scale * term, inputs, retain_graph=True, allow_unused=True))
+            for column, of_place in enumerate(tensors.values()):
+                for gradient in (next(gradients) for _ in of_place):
+                    if gradient is not None:
+                        row[column] += (gradient.double() / loss_scale).square().sum()
+        if self.groups.shard and "codes" in places:
+            squares[:, places.index("codes")] *= dist.get_world_size(self.groups.shard.group)
+        norms = mean_over_ranks(squares).sqrt().tolist()
+        return {
+            f"{place}/{term}": norm
+            for term, of_term in zip(terms, norms, strict=True)
+            for place, norm in zip(places, of_term, strict=True)
+        }
+
+    def image_share(self, terms: dict[str, Tensor], loss_scale: float) -> float:
+        """The image's part of the gradient at the features, from 0 to 1: the norm of the gradient of all terms that
+        depend on the image, divided by the sum of this norm and that of all other terms."""
+        zero = torch.zeros((), device=self.features_bdhw.device)
+        image = sum((term for name, term in terms.items() if name in IMAGE_TERMS), zero)
+        rest = sum((term for name, term in terms.items() if name not in IMAGE_TERMS), zero)
+        norms = self.norms({"image": image, "rest": rest}, ("features",), loss_scale)
+        total = norms["features/image"] + norms["features/rest"]
+        return norms["features/image"] / total if total else 1.0
