@@ -62,6 +62,10 @@ class TokenizerConfig:
     # built outside training is initialized this way in either case.
     codebook_init: str = field(default="features", metadata={"choices": ("features", "normal")})
     codebook_init_std: float = field(default=1.0, metadata={"above": 0})  # only for "normal"
+    # Divides features and codes by their norms, so that similarities are cosines (ibq and vq).
+    normalize: bool = False
+    # Factor on the cosines in IBQ's softmax; only with normalize.
+    logit_scale: float = field(default=1.0, metadata={"above": 0})
 
 
 @dataclass

@@ -49,8 +49,7 @@ class Tokenizer(nn.Module):
         )
         self.encoder = Encoder(**shape)
         self.quant_conv = nn.Conv2d(config.latent_channels, config.code_dim, 1)
-        quantizer = QUANTIZERS[config.quantizer]
-        self.quantize = quantizer(config.codebook_size, config.code_dim, config.codebook_init_std, shard)
+        self.quantize = QUANTIZERS[config.quantizer](config, shard)
         self.post_quant_conv = nn.Conv2d(config.code_dim, config.latent_channels, 1)
         self.decoder = Decoder(**shape)
 

@@ -11,6 +11,8 @@ from torch import Tensor, nn
 
 from model_zoo import ModelError, Tokenizer, TokenizerConfig, Transformer, TransformerConfig
 from model_zoo.io.sharded_tensors import save_shards, whole_tensor
+from model_zoo.quantizers.base import Quantizer
+from model_zoo.quantizers.registry import QUANTIZERS
 
 # 32 channels, since published models have groups of 32.
 TINY = TokenizerConfig(
@@ -28,6 +30,11 @@ def tiny_tokenizer(seed: int = 0, **changes) -> Tokenizer:
     """TINY with changes. The seed makes its weights."""
     torch.manual_seed(seed)
     return Tokenizer(replace(TINY, **changes))
+
+
+def quantizer_of(name: str, codes: int, dim: int, init_std: float = 1.0, shard=None, **changes) -> Quantizer:
+    config = TokenizerConfig(quantizer=name, codebook_size=codes, code_dim=dim, codebook_init_std=init_std, **changes)
+    return QUANTIZERS[name](config, shard)
 
 
 def random_transformer(config: TransformerConfig, seed: int = 0) -> Transformer:

@@ -6,6 +6,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model_zoo.config import TokenizerConfig
+from model_zoo.errors import ModelError
 from model_zoo.ops.codebook_parallel import CodebookShard, lookup_code
 from model_zoo.ops.types import IndexBackprop
 
@@ -47,16 +49,37 @@ class Quantizer(nn.Module):
     """Base class of quantizers: assigns codes to features and computes the loss terms. Always computes in fp32, also
     under autocast: in bf16 near ties flip, and half of a large codebook falls out of use.
 
-    The constructor takes ``(codebook_size, code_dim, init_std, shard)``; see `CodebookQuantizer`.
+    config: of which ``quantizer`` (the name in error messages), ``codebook_size``, ``code_dim`` and the quantizer's own
+    keys are used.
+    shard: this rank's codes; None for all codes. Raises ModelError for settings that the quantizer does not support.
     """
 
     # Whether the gradient flows through softmax(z C^T). Only then is there a double quantization term: with a
     # straight-through z_q it would have no gradient with respect to the codes.
     soft_assignment: bool = False
     has_entropy: bool = False
+    # Whether the quantizer works with a sharded codebook, and with normalized features and codes.
+    shards: bool = False
+    normalizes: bool = False
     # Implementation of index backpropagation, see `model_zoo.ops.index_backprop`; None for quantizers without it.
     impl: str | None = None
     shard: CodebookShard | None = None
+
+    def __init__(self, config: TokenizerConfig, shard: CodebookShard | None = None):
+        super().__init__()
+        if shard is not None and not self.shards:
+            raise ModelError(f"model.quantizer={config.quantizer} cannot shard its codes: set codebook_parallel=1")
+        if config.normalize and not self.normalizes:
+            raise ModelError(f"model.quantizer={config.quantizer} does not normalize: set model.normalize=false")
+
+    def row_parameters(self) -> list[nn.Parameter]:
+        """The parameters with one row per code, which may be sharded over ranks. Parameters without a gradient are not
+        trained by the optimizer."""
+        return []
+
+    def prepare(self, z_nd: Tensor) -> Tensor:
+        """The features that are quantized and that the loss terms compare with the codes."""
+        return z_nd
 
     def assign(self, z_nd: Tensor, entropy_temperature: float | None) -> IndexBackprop:
         """Assigns a code to each fp32 token ``z_nd``."""
@@ -73,6 +96,13 @@ class Quantizer(nn.Module):
     def anneal(self, progress: float) -> None:
         """Called before each training step with the progress of training, from 0 to 1."""
 
+    def after_step(self) -> None:
+        """Called on all ranks after each training step that updated the tokenizer."""
+
+    def statistics(self) -> dict[str, Tensor]:
+        """Running values, equal on all ranks, that training saves and restores beside the parameters, by name."""
+        return {}
+
     def forward(self, z_bdhw: Tensor, entropy_temperature: float | None = None) -> Quantized:
         """Quantizes a feature map. With ``entropy_temperature``, quantizers that have entropy terms compute them."""
         b, _, h, w = z_bdhw.shape
@@ -81,6 +111,7 @@ class Quantizer(nn.Module):
             finite = z_nd.detach().isfinite()
             if self.training:  # NaN has no nearest code
                 z_nd = torch.where(finite, z_nd, 0)
+            z_nd = self.prepare(z_nd)
             out = self.assign(z_nd, entropy_temperature)
             if self.training:
                 # Put NaN back into the output, so that it reaches the loss and all ranks skip this step together.
@@ -102,7 +133,7 @@ class Quantizer(nn.Module):
         """Features ``(b, d, h, w)`` -> int64 codes ``(b, h, w)``."""
         b, _, h, w = z_bdhw.shape
         with torch.autocast(z_bdhw.device.type, enabled=False):
-            return self.nearest(_flatten(z_bdhw.float())).view(b, h, w)
+            return self.nearest(self.prepare(_flatten(z_bdhw.float()))).view(b, h, w)
 
     def lookup(self, index_bhw: Tensor) -> Tensor:
         """Codes ``(b, h, w)`` -> code vectors ``(b, d, h, w)``."""
@@ -124,19 +155,35 @@ class CodebookQuantizer(Quantizer):
 
     shard: this rank's rows of the codebook; None for all rows. With a shard all ranks of its group must construct the
     quantizer and call `forward`, `tokenize` and `lookup` together, each with its own tokens (or with none).
+
+    With ``model.normalize`` features and codes are divided by their norms before anything else: similarities are
+    cosines, the loss terms compare unit vectors, and code vectors have norm 1. IBQ multiplies the cosines by
+    ``model.logit_scale`` in its softmax. (Scale 1 is the ``l2_normalize`` of Emu3.5's tokenizer, arXiv 2510.26583.)
     """
 
-    def __init__(self, codebook_size: int, code_dim: int, init_std: float = 1.0, shard: CodebookShard | None = None):
-        super().__init__()
-        self.shard = shard
-        start, stop = (0, codebook_size) if shard is None else (shard.start, shard.stop)
+    def __init__(self, config: TokenizerConfig, shard: CodebookShard | None = None):
+        super().__init__(config, shard)
+        self.shard, self.normalize = shard, config.normalize
+        codes = config.codebook_size
+        start, stop = (0, codes) if shard is None else (shard.start, shard.stop)
         if shard is not None:
-            shard.check(codebook_size)
-        rows_kd = initial_codes(start, stop, codebook_size, code_dim, init_std)
+            shard.check(codes)
+        rows_kd = initial_codes(start, stop, codes, config.code_dim, config.codebook_init_std)
         self.embedding = nn.Embedding.from_pretrained(rows_kd, freeze=False)
 
+    def row_parameters(self) -> list[nn.Parameter]:
+        return [self.embedding.weight]
+
+    def prepare(self, z_nd: Tensor) -> Tensor:
+        return F.normalize(z_nd) if self.normalize else z_nd
+
+    def codes(self) -> Tensor:
+        """The code vectors ``(k, d)``, or this rank's; differentiable."""
+        return F.normalize(self.embedding.weight) if self.normalize else self.embedding.weight
+
     def vectors(self, index_n: Tensor) -> Tensor:
-        return lookup_code(index_n, self.embedding.weight, self.shard)
+        code_nd = lookup_code(index_n, self.embedding.weight, self.shard)
+        return F.normalize(code_nd) if self.normalize else code_nd
 
     @torch.no_grad()
     def match_features(self, covariance_dd: Tensor) -> None:
@@ -154,7 +201,10 @@ class CodebookQuantizer(Quantizer):
         # The floor covers every direction, since the features of few images span few dimensions.
         spread = (variance.clamp(min=0) + VARIANCE_FLOOR * variance.mean()).sqrt()
         root_dd = ((direction_dd * spread) @ direction_dd.T).float()
-        norm = CODE_NORM if self.soft_assignment else RELATIVE_CODE_NORM * variance.sum().sqrt()
+        if self.normalize:
+            norm = 1.0
+        else:
+            norm = CODE_NORM if self.soft_assignment else RELATIVE_CODE_NORM * variance.sum().sqrt()
         for rows_kd in self.embedding.weight.split(INITIAL_BLOCK):
             rows_kd.copy_(F.normalize(rows_kd @ root_dd, dim=1) * norm)
 

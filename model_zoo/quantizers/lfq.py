@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from model_zoo.config import TokenizerConfig
 from model_zoo.errors import ModelError
 from model_zoo.ops.codebook_parallel import CodebookShard
 from model_zoo.ops.types import IndexBackprop
@@ -21,10 +22,9 @@ class LookupFreeQuantizer(Quantizer):
 
     has_entropy = True
 
-    def __init__(self, codebook_size: int, code_dim: int, init_std: float = 1.0, shard: CodebookShard | None = None):
-        super().__init__()
-        if shard is not None:
-            raise ModelError("model.quantizer=lfq has no codebook to shard: set codebook_parallel=1")
+    def __init__(self, config: TokenizerConfig, shard: CodebookShard | None = None):
+        super().__init__(config, shard)
+        codebook_size, code_dim = config.codebook_size, config.code_dim
         if codebook_size != 2**code_dim:
             bits = (codebook_size - 1).bit_length()
             raise ModelError(

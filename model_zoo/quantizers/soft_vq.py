@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model_zoo.errors import ModelError
+from model_zoo.config import TokenizerConfig
 from model_zoo.ops.chunked import nearest_code
 from model_zoo.ops.codebook_parallel import CodebookShard
 from model_zoo.ops.types import IndexBackprop
@@ -24,10 +24,8 @@ class SoftVectorQuantizer(CodebookQuantizer):
     soft_assignment = True
     FIRST_TEMPERATURE, LAST_TEMPERATURE = 0.9, 1e-6
 
-    def __init__(self, codebook_size: int, code_dim: int, init_std: float = 1.0, shard: CodebookShard | None = None):
-        if shard is not None:
-            raise ModelError("model.quantizer=soft_vq needs its whole codebook: codebook_parallel=1")
-        super().__init__(codebook_size, code_dim, init_std)
+    def __init__(self, config: TokenizerConfig, shard: CodebookShard | None = None):
+        super().__init__(config, shard)
         # A tensor, so that a compiled model is not recompiled at each step.
         self.register_buffer("temperature", torch.tensor(self.FIRST_TEMPERATURE), persistent=False)
 

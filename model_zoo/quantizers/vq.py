@@ -8,7 +8,11 @@ from model_zoo.quantizers.base import CodebookQuantizer
 
 
 class VectorQuantizer(CodebookQuantizer):
-    """Selects the code at the smallest Euclidean distance; only chosen codes get a gradient."""
+    """Selects the code at the smallest Euclidean distance; only chosen codes get a gradient. With ``model.normalize``
+    that is the code with the largest cosine (ViT-VQGAN, arXiv 2110.04627; LlamaGen, arXiv 2406.06525)."""
+
+    shards = True
+    normalizes = True
 
     def assign(self, z_nd: Tensor, entropy_temperature: float | None) -> IndexBackprop:
         index_n = self.nearest(z_nd)
@@ -17,4 +21,4 @@ class VectorQuantizer(CodebookQuantizer):
         return IndexBackprop(z_nd + (code_nd - z_nd).detach(), index_n, None, None, code_nd)
 
     def nearest(self, z_nd: Tensor) -> Tensor:
-        return nearest_code(z_nd, self.embedding.weight, distance="euclidean", shard=self.shard)
+        return nearest_code(z_nd, self.codes(), distance="euclidean", shard=self.shard)

@@ -5,7 +5,7 @@ the warm ranks return their results, and the tests compare them.
 import pytest
 import torch
 import torch.distributed as dist
-from model_checks import refused
+from model_checks import quantizer_of, refused
 
 from model_zoo.ops import index_backprop
 from model_zoo.ops.chunked import ChunkedSweeps, nearest_code
@@ -14,7 +14,6 @@ from model_zoo.ops.dense import index_backprop_dense
 from model_zoo.ops.tiled import Settings, index_backprop_tiled
 from model_zoo.ops.types import average_entropy
 from model_zoo.quantizers.base import INITIAL_BLOCK
-from model_zoo.quantizers.registry import QUANTIZERS
 
 RANKS = 4
 DIM = 24
@@ -127,7 +126,7 @@ def beyond(group, rank):
     shard = CodebookShard(10 * rank, 10 * rank + 10, group)
     indices = [torch.tensor([0, i if rank == 1 else 0]) for i in (40, -1)]
     of_codes = [refused(lookup_code, index_n, torch.ones(10, 8), shard) for index_n in indices]
-    return [*of_codes, refused(QUANTIZERS["ibq"], 50, 8, 1.0, shard)]
+    return [*of_codes, refused(quantizer_of, "ibq", 50, 8, shard=shard)]
 
 
 def quantizers(group):
@@ -137,7 +136,7 @@ def quantizers(group):
     for name in SPREADABLE:
         torch.manual_seed(3)
         shard = CodebookShard.even(INITIAL_BLOCK + 13, group)
-        quantizer = QUANTIZERS[name](INITIAL_BLOCK + 13, 8, 1.0, shard)
+        quantizer = quantizer_of(name, INITIAL_BLOCK + 13, 8, shard=shard)
         z_bdhw = torch.randn(2, 8, 2, 3, generator=torch.Generator().manual_seed(rank)).requires_grad_()
         out = quantizer(z_bdhw, 0.5 if quantizer.soft_assignment else None)
         loss = out.commitment + 0.25 * out.codebook + out.quantized_bdhw.sum()
@@ -247,7 +246,7 @@ def test_codes_beyond_the_codebook_and_shards_that_end_before_it(results):
 def test_sharded_quantizers_equal_the_whole_one(results, name):
     first, second = (results[rank]["quantizers"][name] for rank in range(2))
     torch.manual_seed(3)
-    quantizer = QUANTIZERS[name](INITIAL_BLOCK + 13, 8, 1.0)
+    quantizer = quantizer_of(name, INITIAL_BLOCK + 13, 8)
     assert torch.equal(torch.cat([first["rows"], second["rows"]]), quantizer.embedding.weight)
     assert abs(len(first["rows"]) - len(second["rows"])) == 1
     assert first["after"] == second["after"] == torch.rand(())

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from index_backprop_runs import GOLDEN_CASES, TILE, error, random_operands, run, run_golden, tied_operands, tiled_by
+from model_checks import quantizer_of
 
 from model_zoo import ModelError
 from model_zoo.ops import index_backprop
@@ -16,7 +17,6 @@ from model_zoo.ops.dense import index_backprop_dense
 from model_zoo.ops.index_backprop import fastest_impl
 from model_zoo.ops.tiled import SkipStats
 from model_zoo.ops.types import average_entropy
-from model_zoo.quantizers.registry import QUANTIZERS
 
 index_backprop_chunked = tiled_by(ChunkedSweeps)
 # Tokens, codes, code dimension: one token, one code, a last tile of one, dimensions up to 512.
@@ -227,7 +227,7 @@ def test_auto_is_dense_for_small_and_chunked_for_large_operands():
 
 
 def test_vq_losses_are_the_same_through_either_implementation(monkeypatch):
-    quantizer = QUANTIZERS["ibq"](4096, 8, 1.0)
+    quantizer = quantizer_of("ibq", 4096, 8)
     z_bdhw = torch.randn(4, 8, 16, 16, generator=torch.Generator().manual_seed(1)).requires_grad_()
     results = {}
     for impl in ("dense", "chunked"):
@@ -244,10 +244,11 @@ def test_vq_losses_are_the_same_through_either_implementation(monkeypatch):
 
 MEMORY = """
 import resource, torch
+from model_zoo.config import TokenizerConfig
 from model_zoo.quantizers.registry import QUANTIZERS
 
 def step(tokens, codes):
-    quantizer = QUANTIZERS["ibq"](codes, 128, 1.0)
+    quantizer = QUANTIZERS["ibq"](TokenizerConfig(codebook_size=codes, code_dim=128))
     z_bdhw = torch.randn(1, 128, 1, tokens, requires_grad=True)
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     out = quantizer(z_bdhw, 0.01)

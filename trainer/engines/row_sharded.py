@@ -1,5 +1,7 @@
 """The engine of a module with one row per code: each rank holds only its rows, their gradient and optimizer state."""
 
+from collections.abc import Iterable
+
 from torch import Tensor, nn
 
 from model_zoo.io.sharded_tensors import TensorShard
@@ -18,8 +20,16 @@ class RowSharded(DataParallel):
     rows: number of rows in the whole module.
     """
 
-    def __init__(self, module: nn.Module, make_optimizer: MakeOptimizer | None, rows: int, groups: RowGroups, **batch):
-        super().__init__(module, make_optimizer, replicas=groups.replicas, **batch)
+    def __init__(
+        self,
+        module: nn.Module,
+        make_optimizer: MakeOptimizer | None,
+        rows: int,
+        groups: RowGroups,
+        ignored: Iterable[nn.Parameter] = (),
+        **batch,
+    ):
+        super().__init__(module, make_optimizer, ignored, replicas=groups.replicas, **batch)
         self.rows, self.shard = rows, groups.shard
 
     def grad_norm(self) -> Tensor:

@@ -16,8 +16,8 @@ IMAGE_TERMS = ("reconstruction", "perceptual", "generator")
 class GradientBalance:
     """Measures the norm of each weighted loss term's gradient, by one extra backward pass for each term.
 
-    A norm is the root mean square, over the ranks, of the norm of the gradient of the rank's micro-batch. The gradient at
-    a sharded codebook is that of all ranks of its group.
+    A norm is the root mean square, over the ranks, of the norm of the gradient of the rank's micro-batch. The gradient
+    at a sharded codebook is that of all ranks of its group.
 
     groups: the ranks that share the codebook's rows.
     """

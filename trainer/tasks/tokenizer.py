@@ -38,9 +38,9 @@ FROZEN = {"encoder": ("encoder.", "quant_conv.", "quantize."), "decoder": ("deco
 class TokenizerTask(Task):
     """Trains encoder, quantizer and decoder against a discriminator.
 
-    The codebook has an engine to itself (`RowSharded`), because its rows may be sharded over ranks. The rest of the
-    tokenizer is the main network, under the recipe's engine. Each rank holds full copies of the frozen parts and of the
-    discriminator.
+    The codebook has an engine to itself (`RowSharded`), because its rows may be sharded over ranks. So have the other
+    parameters of a quantizer, such as a projector of the codes. The rest of the tokenizer is the main network, under
+    the recipe's engine. Each rank holds full copies of the projector, the frozen parts and the discriminator.
     """
 
     config: TokenizerRun
@@ -104,21 +104,27 @@ class TokenizerTask(Task):
     def _build_engines(self) -> tuple[dict[str, Network], dict[str, Network]]:
         """(trained, frozen) networks of the tokenizer; sets ``parameters`` and ``codebook``."""
         config, quantizer = self.config, self.tokenizer.quantize
-        codebook = list(quantizer.parameters())
-        rest = sum(p.numel() for p in self.tokenizer.parameters()) - sum(p.numel() for p in codebook)
-        self.parameters = rest + (config.model.codebook_size * config.model.code_dim if codebook else 0)
+        rows = quantizer.row_parameters()
+        others = set(quantizer.parameters()) - set(rows)
+        sharded = sum(row.numel() for row in rows)
+        whole = sum(config.model.codebook_size * row[0].numel() for row in rows)
+        self.parameters = sum(p.numel() for p in self.tokenizer.parameters()) - sharded + whole
         prefixes = FROZEN.get(config.init_from.freeze, ())
         held = [p.requires_grad_(False) for name, p in self.tokenizer.named_parameters() if name.startswith(prefixes)]
-        main = self.build_main_engine(self.tokenizer, ignored=[*codebook, *held])
+        main = self.build_main_engine(self.tokenizer, ignored=[*quantizer.parameters(), *held])
         trained, frozen = {"tokenizer": Network(main, "tokenizer")}, {}
         self.codebook = None
-        if codebook:
-            adam = None if self.codes_frozen else self.make_adam()
-            self.codebook = RowSharded(quantizer, adam, config.model.codebook_size, self.groups, **self.batch)
-            (frozen if self.codes_frozen else trained)["codebook"] = Network(self.codebook, "tokenizer", "quantize.")
+        if rows:
+            learns = rows[0].requires_grad
+            adam = self.make_adam() if learns else None
+            self.codebook = RowSharded(quantizer, adam, config.model.codebook_size, self.groups, others, **self.batch)
+            (trained if learns else frozen)["codebook"] = Network(self.codebook, "tokenizer", "quantize.")
+        if any(p.requires_grad for p in others):
+            engine = DataParallel(quantizer, self.make_adam(), rows, **self.batch)
+            trained["projector"] = Network(engine, "tokenizer", "quantize.")
         if held:
             learning = [p for p in self.tokenizer.parameters() if p.requires_grad]
-            engine = DataParallel(self.tokenizer, None, [*codebook, *learning], **self.batch)
+            engine = DataParallel(self.tokenizer, None, [*rows, *learning], **self.batch)
             frozen["frozen"] = Network(engine, "tokenizer")
         return trained, frozen
 
@@ -180,8 +186,10 @@ class TokenizerTask(Task):
 
         output, average_k, discriminator_updated = self._train_discriminator(micro_batches, step, metrics)
         updated = self._train_tokenizer(micro_batches, output, average_k, step, metrics)
-        if updated and self.state.ema:
-            self.state.ema.update(step)
+        if updated:
+            self.tokenizer.quantize.after_step()
+            if self.state.ema:
+                self.state.ema.update(step)
         if not (discriminator_updated and updated):
             for name, buffer in buffers.items():
                 buffer.copy_(before[name])
@@ -233,7 +241,7 @@ class TokenizerTask(Task):
         return self.update("tokenizer", self.trained, "loss/total", lr, step, metrics)
 
     def _loss(self, images_bchw, output: TokenizerOutput, average_k, adversarial_weight: float, metrics):
-        """The tokenizer's loss on one micro-batch, and its weighted terms by name; each is logged without its weight."""
+        """The tokenizer's loss on one micro-batch, and its weighted terms by name. Logs each term without its weight."""
         config = self.config.loss
         reconstruction_bchw, quantized = output
         reconstruction = (reconstruction_bchw - images_bchw).abs().mean()
@@ -302,7 +310,7 @@ class TokenizerTask(Task):
         """The codebook's health."""
         health = self.health.read(step)
         if self.codebook:
-            codes = moments(self.tokenizer.quantize.embedding.weight)
+            codes = moments(self.tokenizer.quantize.codes())
             if self.groups.shard:
                 codes = sum_over_ranks(codes, self.groups.shard.group)
             health["feature_distance"] = gaussian_distance(sum_over_ranks(self.feature_moments), codes)
@@ -397,7 +405,8 @@ class TokenizerTask(Task):
         return sizes
 
     def _buffers(self) -> dict[str, Tensor]:
-        """LeCAM's means, the codebook's counts, BatchNorm's statistics."""
+        """LeCAM's means, the codebook's counts, the quantizer's and BatchNorm's statistics."""
         buffers = {f"lecam/{name}": value for name, value in self.adversary.lecam.named_buffers()}
         buffers |= {f"codebook_health/{name}": value for name, value in self.health.state_dict().items()}
+        buffers |= {f"quantizer/{name}": value for name, value in self.tokenizer.quantize.statistics().items()}
         return buffers | {f"discriminator/{name}": value for name, value in self.adversary.buffers().items()}

@@ -2,13 +2,12 @@ import itertools
 
 import pytest
 import torch
-from model_checks import features, tokens
+from model_checks import features, quantizer_of, tokens
 
 from model_zoo import ModelError
 from model_zoo.config import EntropyLoss, QuantizerLoss
 from model_zoo.losses import entropy_penalty, quantizer_loss
 from model_zoo.ops.codebook_parallel import CodebookShard
-from model_zoo.quantizers.lfq import LookupFreeQuantizer
 
 
 def all_codes(d) -> torch.Tensor:
@@ -18,7 +17,7 @@ def all_codes(d) -> torch.Tensor:
 
 @pytest.mark.parametrize("d", [1, 2, 5, 8])
 def test_a_code_is_the_signs_and_the_nearest_of_all_codes(d):
-    quantizer, z_bdhw = LookupFreeQuantizer(2**d, d), features(d)
+    quantizer, z_bdhw = quantizer_of("lfq", 2**d, d), features(d)
     quantized = quantizer(z_bdhw)
     expected_n = torch.cdist(tokens(z_bdhw).double(), all_codes(d)).argmin(dim=1)
     assert torch.equal(quantized.index_bhw.flatten(), expected_n)
@@ -31,7 +30,7 @@ def test_a_code_is_the_signs_and_the_nearest_of_all_codes(d):
 @pytest.mark.parametrize("d", [1, 2, 5, 8])
 @pytest.mark.parametrize("temperature", [0.01, 0.5, 4.0])
 def test_entropies_are_those_of_the_softmax_over_all_codes(d, temperature):
-    quantizer, z_bdhw = LookupFreeQuantizer(2**d, d), features(d)
+    quantizer, z_bdhw = quantizer_of("lfq", 2**d, d), features(d)
     quantized = quantizer(z_bdhw, temperature)
     z_nd = tokens(z_bdhw).double().requires_grad_()
     log_p_nk = (2 * z_nd @ all_codes(d).T / temperature).log_softmax(dim=1)
@@ -55,7 +54,7 @@ def test_entropies_are_those_of_the_softmax_over_all_codes(d, temperature):
 
 
 def test_eighteen_bits_take_no_matrix_of_tokens_and_codes():
-    quantizer, z_bdhw = LookupFreeQuantizer(2**18, 18), features(18, b=4, h=32, w=32)  # which would be 4 GiB
+    quantizer, z_bdhw = quantizer_of("lfq", 2**18, 18), features(18, b=4, h=32, w=32)  # which would be 4 GiB
     sizes = []
 
     def keep(tensor):
@@ -71,7 +70,7 @@ def test_eighteen_bits_take_no_matrix_of_tokens_and_codes():
 
 
 def test_the_gradient_goes_straight_through_and_the_losses_move_features_alone():
-    quantizer, z_bdhw = LookupFreeQuantizer(2**5, 5), features(5)
+    quantizer, z_bdhw = quantizer_of("lfq", 2**5, 5), features(5)
     weight_bdhw = torch.randn(z_bdhw.shape)
     quantized = quantizer(z_bdhw)
     (quantized.quantized_bdhw * weight_bdhw).sum().backward()
@@ -85,6 +84,6 @@ def test_the_gradient_goes_straight_through_and_the_losses_move_features_alone()
 
 def test_what_makes_no_lookup_free_codebook_is_refused():
     with pytest.raises(ModelError, match=r"model\.codebook_size=131072 model\.code_dim=17"):
-        LookupFreeQuantizer(100_000, 18)
+        quantizer_of("lfq", 100_000, 18)
     with pytest.raises(ModelError, match="codebook_parallel=1"):
-        LookupFreeQuantizer(16, 4, 1.0, CodebookShard(0, 8, None))
+        quantizer_of("lfq", 16, 4, shard=CodebookShard(0, 8, None))

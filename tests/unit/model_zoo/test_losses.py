@@ -1,13 +1,13 @@
 import numpy as np
 import pytest
 import torch
+from model_checks import quantizer_of
 from scipy.special import expit
 
 from model_zoo.config import EntropyLoss, LossConfig, QuantizerLoss
 from model_zoo.losses import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, Lecam, entropy_penalty, quantizer_loss
 from model_zoo.ops import index_backprop
 from model_zoo.quantizers.base import Quantized
-from model_zoo.quantizers.registry import QUANTIZERS
 
 
 def logits(seed=0):
@@ -91,7 +91,7 @@ def test_lecam_means_are_saved_and_never_learned():
 
 def quantized_features(name="vq"):
     torch.manual_seed(0)
-    quantizer = QUANTIZERS[name](11, 4)
+    quantizer = quantizer_of(name, 11, 4)
     z_bdhw = torch.randn(2, 4, 3, 3, requires_grad=True)
     return quantizer, z_bdhw, quantizer(z_bdhw)
 

@@ -1,16 +1,15 @@
 import pytest
 import torch
-from model_checks import features, tokens
+from model_checks import features, quantizer_of, tokens
 
 from model_zoo.quantizers.base import Quantizer
-from model_zoo.quantizers.registry import QUANTIZERS
 
 BOTH = ["ibq", "vq"]  # the others have files of their own
 
 
 def make(name, codes=37, dim=8, init_std=1.0, seed=0) -> Quantizer:
     torch.manual_seed(seed)
-    return QUANTIZERS[name](codes, dim, init_std)
+    return quantizer_of(name, codes, dim, init_std)
 
 
 def test_vq_takes_the_nearest_code_by_brute_force():

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from model_checks import features, tokens
+from model_checks import features, quantizer_of, tokens
 
 from model_zoo import ModelError
 from model_zoo.ops.codebook_parallel import CodebookShard
@@ -11,7 +11,7 @@ from model_zoo.quantizers.soft_vq import SoftVectorQuantizer
 
 def make(codes=37, dim=8) -> SoftVectorQuantizer:
     torch.manual_seed(0)
-    return SoftVectorQuantizer(codes, dim, 0.5)
+    return quantizer_of("soft_vq", codes, dim, 0.5)
 
 
 @pytest.mark.parametrize("progress", [0.0, 0.5, 0.8])
@@ -68,4 +68,4 @@ def test_the_temperature_falls_along_half_a_cosine():
 
 def test_a_spread_codebook_is_refused():
     with pytest.raises(ModelError, match="codebook_parallel=1"):
-        SoftVectorQuantizer(8, 4, 1.0, CodebookShard(0, 4, None))
+        quantizer_of("soft_vq", 8, 4, shard=CodebookShard(0, 4, None))

@@ -12,7 +12,7 @@ import pytest
 import support
 import torch
 import torch.distributed as dist
-from model_checks import refusal
+from model_checks import quantizer_of, refusal
 from PIL import Image
 from support import as_float, equal, gradients, images, tokenizer_task, watch, weights
 from torch.nn import functional as F
@@ -22,7 +22,6 @@ from model_zoo.config import EntropyLoss, GeneratorLoss, QuantizerLoss
 from model_zoo.io.sharded_tensors import ShardedTensors, save_shards
 from model_zoo.losses import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES
 from model_zoo.ops.types import average_entropy
-from model_zoo.quantizers.registry import QUANTIZERS
 from trainer import TrainerError
 from trainer.config import ScheduleConfig
 from trainer.parallel import World
@@ -407,7 +406,7 @@ def test_a_new_run_begins_with_centred_features_and_codes_among_them(build, quan
 
 @pytest.mark.parametrize("scale", [1.0, 1e-8])  # short features have codes of the same length
 def test_codes_point_where_features_do(scale):
-    quantizer = QUANTIZERS["ibq"](4096, 8)
+    quantizer = quantizer_of("ibq", 4096, 8)
     basis_dd = torch.linalg.qr(torch.randn(8, 8, dtype=torch.float64, generator=torch.Generator().manual_seed(0)))[0]
     variance = torch.tensor([8.0, 4, 2, 1, 0.5, 0, 0, 0], dtype=torch.float64)
     quantizer.match_features(scale * (basis_dd * variance) @ basis_dd.T)
