@@ -241,7 +241,7 @@ class TokenizerTask(Task):
         return self.update("tokenizer", self.trained, "loss/total", lr, step, metrics)
 
     def _loss(self, images_bchw, output: TokenizerOutput, average_k, adversarial_weight: float, metrics):
-        """The tokenizer's loss on one micro-batch, and its weighted terms by name. Logs each term without its weight."""
+        """The tokenizer's loss on one micro-batch, and its weighted terms by name; logs them without weights."""
         config = self.config.loss
         reconstruction_bchw, quantized = output
         reconstruction = (reconstruction_bchw - images_bchw).abs().mean()
