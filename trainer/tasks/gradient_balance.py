@@ -16,8 +16,8 @@ IMAGE_TERMS = ("reconstruction", "perceptual", "generator")
 class GradientBalance:
     """Measures the norm of each weighted loss term's gradient, by one extra backward pass for each term.
 
-    A norm is the root mean square, over the ranks, of the norm of the gradient of the rank's micro-batch. The gradient
-    at a sharded codebook is that of all ranks of its group.
+    A norm is the root mean square, over the ranks, of the norm of the gradient of the rank's micro-batch. For a sharded
+    codebook, the gradient is that of the mean over the ranks of its group.
 
     groups: the ranks that share the codebook's rows.
     """
@@ -51,7 +51,8 @@ class GradientBalance:
                     if gradient is not None:
                         row[column] += (gradient.double() / loss_scale).square().sum()
         if self.groups.shard and "codes" in places:
-            squares[:, places.index("codes")] *= dist.get_world_size(self.groups.shard.group)
+            # Each rank has its rows' gradient of the sum of the group's losses.
+            squares[:, places.index("codes")] /= dist.get_world_size(self.groups.shard.group)
         norms = mean_over_ranks(squares).sqrt().tolist()
         return {
             f"{place}/{term}": norm

@@ -143,6 +143,11 @@ class TokenizerTask(Task):
 
     def check_settings(self) -> None:
         """Raises TrainerError for image sizes that do not divide into tokens or are too small for a network."""
+        if self.config.trainer.log_gradient_balance and not self.balance:
+            raise TrainerError(
+                "trainer.log_gradient_balance=true needs whole weights on each process, without trainer.compile, and a "
+                "codebook that is trained: use engine.kind=ddp, or DeepSpeed ZeRO 0 to 2"
+            )
         data, factor = self.config.data, self.tokenizer.downsampling_factor
         for key, side in (("image_size", data.image_size), ("val_image_size", data.val_image_size)):
             if side is not None and side % factor:
