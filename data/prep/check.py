@@ -22,8 +22,7 @@ from data.index import Index, SampleTable, common_root, key_hash
 from data.parallel import in_processes
 from data.samples import CODES, is_content
 from data.storage import DEFAULT_TIMEOUTS, Timeouts, read
-from data.tar_format import MOST_MEMBER_BYTES, SampleSpan, parse_sample, sample_spans
-from data.tar_reader import RANGE_BYTES, ForwardFile
+from data.tar_reader import MOST_MEMBER_BYTES, RANGE_BYTES, ForwardFile, SampleSpan, parse_sample, sample_spans
 from data.tokens import unpack_codes
 from data.transforms import decode
 
