@@ -12,8 +12,7 @@ from index_backprop_runs import GOLDEN_CASES, TILE, error, random_operands, run,
 from model_zoo import ModelError
 from model_zoo.ops import index_backprop
 from model_zoo.ops.chunked import ChunkedSweeps, nearest_code
-from model_zoo.ops.dense import index_backprop_dense
-from model_zoo.ops.index_backprop import fastest_impl
+from model_zoo.ops.index_backprop import fastest_impl, index_backprop_dense
 from model_zoo.ops.tiled import SkipStats
 from model_zoo.ops.types import average_entropy
 from model_zoo.quantizers.registry import QUANTIZERS

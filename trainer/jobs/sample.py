@@ -13,8 +13,7 @@ import torch
 from model_zoo.config import Sampling
 from model_zoo.errors import ModelError
 from model_zoo.io.hashing import fingerprint_of
-from model_zoo.io.hub import is_hub_name
-from model_zoo.io.load import is_standalone, load_generator, load_tokenizer
+from model_zoo.io.load import is_hub_name, is_standalone, load_generator, load_tokenizer
 from model_zoo.io.run_layout import run_folder
 from model_zoo.sampler import Sampler, keep_products_in
 from model_zoo.tokenizer import Tokenizer
