@@ -22,8 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from data.addresses import is_remote, redacted
 from data.errors import DataError
@@ -93,12 +92,10 @@ def write_index(path: str | Path, urls: list[str], tables: list[SampleTable], di
     }
     unfinished = path.with_name(f".{path.name}.unfinished-{os.getpid()}")
     try:
-        save_file(tensors, unfinished)
-        os.chmod(unfinished, 0o666 & ~_umask())  # safetensors makes it readable for the owner only
+        unfinished.write_bytes(save(tensors))  # `save_file` makes it readable for the owner only
         os.replace(unfinished, path)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise DataError(f"cannot write the index {path}: {reason}; choose another file") from error
+    except OSError as error:
+        raise DataError(f"cannot write the index {path}: {error.strerror}; choose another file") from error
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -143,12 +140,6 @@ class Index:
             if folder and url.startswith(folder) and (number := self.number.get(url.removeprefix(folder))) is not None:
                 return number
         return None
-
-
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
 
 
 def _mapped(path: Path) -> dict[str, np.ndarray]:
