@@ -26,9 +26,8 @@ from data.index import INDEX_NAME, key_hash, write_index
 from data.loader import open_sources, train_batches, transform_of
 from data.parallel import cores, in_processes
 from data.prep.check import check_shards
-from data.prep.photographs import PHOTOGRAPHS
 from data.samples import IMAGE_SUFFIXES
-from data.shards import expand
+from data.shards import PHOTOGRAPHS, expand
 from data.sources import Source
 from data.storage import bytes_read
 from data.transforms import decode

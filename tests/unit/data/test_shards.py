@@ -8,7 +8,7 @@ from samples import encoded, members, picture, write_tar
 
 import data
 from data import DataError, expand, scan
-from data.prep.photographs import PHOTOGRAPHS
+from data.shards import PHOTOGRAPHS
 from data.tar_reader import TarShard
 
 # -------------------------------------------------------------------------------------------------- expand and scan
