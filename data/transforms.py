@@ -93,16 +93,6 @@ def _check_scans(image: Image.Image, content: bytes) -> None:
         raise ImageError(f"{scans:,} scans of {image.width} x {image.height} pixels are too many")
 
 
-class _PngHeader(NamedTuple):
-    width: int
-    height: int
-    depth: int
-    color: int
-    compression: int
-    filter: int
-    interlaced: int
-
-
 # Columns and rows of each pass: first column, first row, steps.
 ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 
@@ -113,24 +103,25 @@ def _load_png(image: Image.Image, content: bytes) -> None:
 
     Pillow compares a transparent value that has not 8 bits with pixels that have; here it is made to fit them.
     """
-    header, has_palette = None, False
+    depth = color = interlaced = 0
+    has_palette = False
     for kind, data in _chunks(content):
         if kind == b"IHDR":
-            header = _PngHeader(*struct.unpack(">IIBBBBB", data))
+            depth, color, interlaced = struct.unpack(">8xBBxxB", data)
         has_palette |= kind == b"PLTE"
     if image.mode == "P" and not has_palette:
         raise ImageError("its palette is missing")
     image.load()
     last_row = image.crop((0, image.height - 1, *image.size)).tobytes()
-    if header.interlaced or not last_row.strip(b"\0"):
-        expected = _raw_bytes(header)
+    if interlaced or not last_row.strip(b"\0"):
+        expected = _raw_bytes(*image.size, depth, color, interlaced)
         compressed = b"".join(data for kind, data in _chunks(content) if kind == b"IDAT")
         if len(zlib.decompressobj().decompress(compressed, expected)) < expected:
             raise ImageError("it has fewer rows than its header says")
     transparent = image.info.get("transparency")
-    if image.mode == "L" and header.depth < 8 and transparent is not None:
-        image.info["transparency"] = transparent * 255 // (2**header.depth - 1)
-    if image.mode == "RGB" and header.depth == 16 and transparent is not None:
+    if image.mode == "L" and depth < 8 and transparent is not None:
+        image.info["transparency"] = transparent * 255 // (2**depth - 1)
+    if image.mode == "RGB" and depth == 16 and transparent is not None:
         image.info["transparency"] = tuple(value >> 8 for value in transparent)
 
 
@@ -150,12 +141,12 @@ def _chunks(content: bytes) -> Iterator[tuple[bytes, memoryview]]:
         start = stop + 4
 
 
-def _raw_bytes(header: _PngHeader) -> int:
+def _raw_bytes(width: int, height: int, depth: int, color: int, interlaced: bool) -> int:
     """Bytes of a PNG's pixel data, uncompressed, with the byte before each row that names its filter."""
-    bits = header.depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[header.color]
+    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[color]
     total = 0
-    for left, top, across, down in ADAM7 if header.interlaced else [(0, 0, 1, 1)]:
-        columns, rows = -((left - header.width) // across), -((top - header.height) // down)
+    for left, top, across, down in ADAM7 if interlaced else [(0, 0, 1, 1)]:
+        columns, rows = -((left - width) // across), -((top - height) // down)
         total += rows * (1 + (columns * bits + 7) // 8) if columns else 0
     return total
 
