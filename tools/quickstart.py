@@ -1,6 +1,6 @@
 """`ibq quickstart`: trains and evaluates a tokenizer and a generator on the photographs in scikit-image's wheel."""
 
-from tools.options import Overrides
+from tools.console import Overrides
 
 BUNDLED = "bundled:train"
 # Of the fifteen photographs: coffee, stars, tissue, moon, motorcycle, page, retina, rocket.

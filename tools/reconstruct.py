@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tools.console import counted, progress
-from tools.options import BatchSize, Device, Tokenizer, Weights
+from tools.console import BatchSize, Device, Tokenizer, Weights, counted, progress
 
 
 def reconstruct(
