@@ -30,7 +30,7 @@ def reconstruct(
 
     Example: ibq reconstruct runs/quickstart --images my_photos --out pictures
     """
-    from trainer.evaluation.write_reconstructions import write_reconstructions
+    from trainer.evaluation.evaluate_run import write_reconstructions
 
     with progress("images reconstructed") as on_progress:
         written = write_reconstructions(

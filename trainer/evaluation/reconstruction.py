@@ -21,8 +21,8 @@ from trainer import TrainerError
 from trainer.evaluation.baselines import ColorBaselines
 from trainer.evaluation.distribution import GaussianMoments, frechet_distance
 from trainer.evaluation.networks import NO_NETWORKS, Networks
+from trainer.evaluation.provenance import StageTimer
 from trainer.evaluation.reconstruction_report import ImageScore, ReconstructionReport
-from trainer.evaluation.timing import StageTimer
 from trainer.metrics.codebook import CodebookUsage, window_usage
 from trainer.metrics.image import finite_mean, l1, padding, psnr, ssim, to_levels
 from trainer.parallel import World, gather_objects, run_on_all_ranks, run_on_main

@@ -17,8 +17,8 @@ from model_zoo.eval_nets.weights import WEIGHTS_FILES, weights_path
 from trainer import TrainerError
 from trainer.evaluation import reconstruction
 from trainer.evaluation.networks import Networks, load_networks
+from trainer.evaluation.provenance import StageTimer
 from trainer.evaluation.reconstruction import evaluate_reconstruction, reconstruct_images
-from trainer.evaluation.timing import StageTimer
 
 
 class GreyTokenizer:
