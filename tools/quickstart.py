@@ -26,9 +26,8 @@ def quickstart(overrides: Overrides = None) -> None:
     from trainer import TrainerError
     from trainer.loop import train
     from trainer.recipes import load_recipe, load_run_config
-    from trainer.reports.generator_report import SAMPLED
     from trainer.reports.report import write_report
-    from trainer.reports.tokenizer_report import GENERATOR
+    from trainer.reports.sections import GENERATOR, SAMPLED
 
     overrides = overrides or []
     for_generator = [key.removeprefix(OF_GENERATOR) for key in overrides if key.startswith(OF_GENERATOR)]

@@ -269,7 +269,7 @@ def audit(run: Annotated[Path, typer.Argument(help="A run trained with data.audi
 
     Example: ibq shards audit runs/mine
     """
-    from trainer.audit import read_audit
+    from trainer.prefetch import read_audit
 
     seen: dict[tuple[str, int], Counter] = {}
     steps = set()

@@ -12,12 +12,13 @@ from model_zoo.io.load import build_model, find_checkpoint, is_standalone, load_
 from model_zoo.io.run_layout import checkpoint_step, run_folder
 from model_zoo.tokenizer import Tokenizer
 from trainer import TrainerError
-from trainer.evaluation.networks import Networks, load_networks
 from trainer.evaluation.provenance import StageTimer, environment, image_list_hash, weights_files
 from trainer.evaluation.reconstruction import (
+    Networks,
     describe_skipped,
     evaluate_reconstruction,
     first_reason,
+    load_networks,
     reconstruct_images,
 )
 from trainer.evaluation.reconstruction_report import (

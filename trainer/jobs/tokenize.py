@@ -28,7 +28,7 @@ from model_zoo.io.load import load_tokenizer
 from model_zoo.tokenizer import Tokenizer
 from trainer import TrainerError
 from trainer.files import unfinished, writing
-from trainer.jobs.setup import choose_device, common_checkpoint, data_config, job_world, threads_per_process
+from trainer.jobs.setup import common_checkpoint, data_config, job_world, threads_per_process
 from trainer.jobs.token_folder import begin_folder, finish_folder, shard_path, write_skipped
 from trainer.parallel import World, gather_objects, run_on_all_ranks, run_on_main
 from trainer.precision import full_precision
@@ -83,7 +83,6 @@ def tokenize(
             raise TrainerError(f"{option} {number} must be at least 1")
     if views not in VIEWS:
         raise TrainerError(f"--views {views} is unknown: choose one of {', '.join(VIEWS)}")
-    choose_device(device)
     with job_world(device) as world:
         checkpoint = common_checkpoint(world, run)
         job = run_on_all_ranks(lambda: _open(checkpoint, images, Path(out), views, image_size, weights, source))
