@@ -36,15 +36,23 @@ class Prefetcher:
         self.skipped: list[Skipped] = []
         self.totals = stream.totals
         self.run: Path | None = None
-        self.audit: AuditWriter | None = None
+        self.audit: TextIO | None = None
 
     def open_logs(self, run: Path, audit: bool, start: int, resources: ExitStack) -> None:
         """Lists skipped samples in the run's folder from now on; all ranks call together. audit: also the key of every
         delivered sample. start: steps that are done. Raises TrainerError on all ranks."""
         self.run = run
-        self.audit = AuditWriter.open(run, self.world, self.stream, start, enabled=audit)
-        if self.audit:
-            resources.callback(self.audit.file.close)
+        run_on_main(self.world, lambda: _set_aside(run, start))
+        if audit:
+            self.audit = resources.enter_context(run_on_all_ranks(lambda: self._open_audit(run / "audit", start)))
+
+    def _open_audit(self, folder: Path, start: int) -> TextIO:
+        with os_errors(f"cannot write into {folder}", "fix that, or leave out data.audit"):
+            folder.mkdir(exist_ok=True)
+            file = (folder / f"from_{start:08d}_rank_{self.world.rank:05d}.jsonl").open("w", encoding="utf-8")
+            sizes = {source.name: source.samples for source in self.stream.sources}
+            file.write(json.dumps({"samples_of_sources": sizes}) + "\n")
+            return file
 
     def read_ahead(self) -> None:
         """Reads the next step's micro-batches; an error is kept in ``failed``."""
@@ -62,10 +70,13 @@ class Prefetcher:
             self.skipped += batch.skipped
         self.totals = batches[-1].state["totals"]
         if self.audit:
+            infos = [info for batch in batches for info in batch.infos]
+            samples = [[info.source, info.position.epoch, info.shard, info.key] for info in infos]
             try:
-                self.audit.write(step, batches)
+                self.audit.write(json.dumps({"step": step, "samples": samples}) + "\n")
+                self.audit.flush()
             except OSError as error:
-                self.failed = f"cannot write the audit {self.audit.path}: {error.strerror}; free some space"
+                self.failed = f"cannot write the audit {self.audit.name}: {error.strerror}; free some space"
         return batches
 
     def report(self, step: int) -> dict[str, float]:
@@ -114,47 +125,12 @@ def summary(scalars: dict[str, float]) -> list[str]:
 # ------------------------------------------------------------------------------------------------------------ the audit
 
 
-class AuditWriter:
-    """Writes one rank's file: a line of source sizes, then the keys of each step's samples."""
-
-    def __init__(self, path: Path, file: TextIO):
-        self.path, self.file = path, file
-
-    @classmethod
-    def open(cls, run: Path, world: World, stream: TrainStream, start: int, *, enabled: bool) -> AuditWriter | None:
-        """Sets aside what earlier processes wrote of steps after ``start``, which are trained again, and opens this
-        rank's file, or returns None unless enabled. All ranks call together. Raises TrainerError on all of them."""
-        folder = run / "audit"
-
-        def set_aside() -> None:
-            with os_errors(f"cannot write into {folder}", "fix that and resume"):
-                _set_aside(run, start)
-
-        def open_file() -> AuditWriter:
-            with os_errors(f"cannot write into {folder}", "fix that, or leave out data.audit"):
-                folder.mkdir(exist_ok=True)
-                path = folder / f"from_{start:08d}_rank_{world.rank:05d}.jsonl"
-                writer = cls(path, path.open("w", encoding="utf-8"))
-                sizes = {source.name: source.samples for source in stream.sources}
-                writer.file.write(json.dumps({"samples_of_sources": sizes}) + "\n")
-                return writer
-
-        run_on_main(world, set_aside)
-        return run_on_all_ranks(open_file) if enabled else None
-
-    def write(self, step: int, batches: list[Batch]) -> None:
-        """Writes one step's samples. Raises OSError."""
-        infos = [info for batch in batches for info in batch.infos]
-        samples = [[info.source, info.position.epoch, info.shard, info.key] for info in infos]
-        self.file.write(json.dumps({"step": step, "samples": samples}) + "\n")
-        self.file.flush()
-
-
 def _set_aside(run: Path, start: int) -> None:
-    """Renames the files of steps after ``start``, so that they do not count any more."""
-    for file in (run / "audit").glob("from_*_rank_*.jsonl"):
-        if _start_of(file) >= start:
-            file.rename(file.with_suffix(".superseded"))
+    """Renames the files of steps after ``start``, which are trained again, so that they do not count any more."""
+    with os_errors(f"cannot write into {run / 'audit'}", "fix that and resume"):
+        for file in (run / "audit").glob("from_*_rank_*.jsonl"):
+            if _start_of(file) >= start:
+                file.rename(file.with_suffix(".superseded"))
 
 
 class Delivered(NamedTuple):
