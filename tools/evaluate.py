@@ -145,31 +145,23 @@ def reconstruction(
 
     Example: ibq evaluate reconstruction runs/quickstart --images my_photos --size original
     """
-    evaluate_and_print(
-        run,
-        images=images,
-        recipe=recipe,
-        measures=metrics,
-        image_size=size,
-        resize=resize,
-        weights=weights,
-        report_path=report,
-        batch_size=batch_size,
-        device=device,
-    )
-
-
-def evaluate_and_print(run: Path, **options) -> None:
-    """Evaluates a tokenizer with a progress bar and prints the tables. Rewrites the run's report.html if the results
-    went into the run's report.
-
-    options: of `trainer.evaluation.evaluate_run.evaluate_run`.
-    """
     from trainer.evaluation.evaluate_run import RUN_REPORT, evaluate_run
     from trainer.reports.report import write_report
 
     with progress("images evaluated") as on_progress:
-        evaluated = evaluate_run(run, **options, on_progress=on_progress)
+        evaluated = evaluate_run(
+            run,
+            images=images,
+            recipe=recipe,
+            measures=metrics,
+            image_size=size,
+            resize=resize,
+            weights=weights,
+            report_path=report,
+            batch_size=batch_size,
+            device=device,
+            on_progress=on_progress,
+        )
     if evaluated is None:  # another process prints the result
         return
     print_reconstruction(evaluated)
