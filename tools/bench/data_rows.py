@@ -32,7 +32,7 @@ from data.sources import Source
 from data.storage import bytes_read
 from data.transforms import decode
 from tools.bench.common import plural, proc_number
-from tools.bench.data_report import SAMPLES_OF_TAR, TARS, Bytes, Memory, Rate
+from tools.bench.data import SAMPLES_OF_TAR, TARS, Bytes, Memory, Rate
 
 BATCH = 32
 SHUFFLED = 1000  # size of webdataset's shuffle buffer, as in its documentation
