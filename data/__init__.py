@@ -26,7 +26,7 @@ _DEFINED_IN = {
     "data.shards": ("expand",),
     "data.sources": ("catalogue",),
     "data.stream_state": ("add_totals", "merge_states"),
-    "data.tar_format": ("scan",),
+    "data.tar_reader": ("scan",),
     "data.tokens": ("TokenHeader", "TokenSpec", "pack_codes", "unpack_codes"),
     "data.transforms": ("decode",),
 }

@@ -1,10 +1,7 @@
 """What evaluation reads from: images or tokens in a fixed order, each exactly once."""
 
-import itertools
 import os
-from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -14,6 +11,7 @@ from data.cache import Access, Cache, cache_folder
 from data.config import SourceConfig
 from data.errors import DataError, ImageError
 from data.folder_reader import FolderShard, find_images, folder_shard
+from data.parallel import in_threads
 from data.samples import Sample, Shard, Skipped, is_image
 from data.sources import TOKENS, label_of, open_source
 from data.tokens import TokenSpec, check_tokens, first_header, unpack_codes
@@ -65,29 +63,18 @@ class _OrderedSamples:
 
     def __iter__(self) -> Iterator:
         self.skipped = []
-        for value in self._prefetched() if self.threads else itertools.starmap(self._read, self.entries):
+        values = map(self._read, self.entries)
+        if self.threads:
+            values = in_threads(self._read, self.entries, self.threads, PREFETCHED_PER_THREAD * self.threads)
+        for value in values:
             if isinstance(value, Skipped):
                 self.skipped.append(value)
             else:
                 yield value
 
-    def _prefetched(self) -> Iterator:
-        """The same as without threads: in order, and an error is raised at its position."""
-        entries, waiting = iter(self.entries), deque()
-        pool = ThreadPoolExecutor(self.threads, thread_name_prefix="decode")
-        try:
-            for entry in itertools.islice(entries, PREFETCHED_PER_THREAD * self.threads):
-                waiting.append(pool.submit(self._read, *entry))
-            while waiting:
-                value = waiting.popleft().result()
-                for entry in itertools.islice(entries, 1):
-                    waiting.append(pool.submit(self._read, *entry))
-                yield value
-        finally:
-            pool.shutdown(cancel_futures=True)
-
-    def _read(self, index: int, shard: Shard, number: int) -> NamedTuple:
+    def _read(self, entry: tuple[int, Shard, int]) -> NamedTuple:
         """One sample's value, or why it is skipped."""
+        index, shard, number = entry
         key, name = f"sample {number}", shard.name
         if isinstance(shard, FolderShard):
             key, name = shard.images[number].as_posix(), f"{shard.url}/{shard.images[number].as_posix()}"

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.errors import DataError, ImageError
-from data.samples import IMAGE_SUFFIXES, Sample, Shard, Window, WindowLimit, is_image
+from data.samples import IMAGE_SUFFIXES, Sample, Window, WindowLimit, is_image
 from data.transforms import MAX_BYTES
 
 
@@ -35,14 +35,6 @@ def is_zip(spec) -> bool:
 
 
 @dataclass(eq=False)
-class _ListedWindow(Window):
-    shard: Shard
-
-    def read(self, n: int) -> Sample:
-        return self.shard.read(self.first + n)
-
-
-@dataclass(eq=False)
 class _ListedShard:
     """A shard that knows its samples from a list of files. Subclasses have `__len__` and `read`."""
 
@@ -55,7 +47,7 @@ class _ListedShard:
     def windows(self, first: int, stop: int | None, limit: WindowLimit) -> Iterator[Window]:
         stop = len(self) if stop is None else stop
         for begin in range(first, stop, limit.samples):
-            yield _ListedWindow(begin, min(limit.samples, stop - begin), self)
+            yield Window(begin, min(limit.samples, stop - begin), self)
 
 
 @dataclass(eq=False)

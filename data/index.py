@@ -22,8 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from safetensors import SafetensorError
-from safetensors.numpy import save_file
+from safetensors.numpy import save
 
 from data.addresses import is_remote, redacted
 from data.errors import DataError
@@ -93,12 +92,10 @@ def write_index(path: str | Path, urls: list[str], tables: list[SampleTable], di
     }
     unfinished = path.with_name(f".{path.name}.unfinished-{os.getpid()}")
     try:
-        save_file(tensors, unfinished)
-        os.chmod(unfinished, 0o666 & ~_umask())  # safetensors makes it readable for the owner only
+        unfinished.write_bytes(save(tensors))  # `save_file` makes it readable for the owner only
         os.replace(unfinished, path)
-    except (OSError, SafetensorError) as error:
-        reason = getattr(error, "strerror", None) or " ".join(str(error).split())
-        raise DataError(f"cannot write the index {path}: {reason}; choose another file") from error
+    except OSError as error:
+        raise DataError(f"cannot write the index {path}: {error.strerror}; choose another file") from error
     finally:
         unfinished.unlink(missing_ok=True)
 
@@ -145,35 +142,21 @@ class Index:
         return None
 
 
-def _umask() -> int:
-    mask = os.umask(0)
-    os.umask(mask)
-    return mask
-
-
 def _mapped(path: Path) -> dict[str, np.ndarray]:
     """The memory-mapped tensors of a safetensors file; safetensors itself would copy them for NumPy."""
-    damaged = DataError(f"{path} is not an index: write one with `ibq shards check --write-index`")
-    try:
-        with path.open("rb") as file:
-            length = int.from_bytes(file.read(8), "little")
-            size = os.fstat(file.fileno()).st_size
-            if not 0 < length <= size - 8:
-                raise damaged
-            header = json.loads(file.read(length))
-        content = np.memmap(path, np.uint8, mode="r", offset=8 + length) if size > 8 + length else np.zeros(0, np.uint8)
-    except OSError as error:
-        raise DataError(f"cannot read the index {path}: {error.strerror or error}") from error
-    except ValueError as error:
-        raise damaged from error
     tensors = {}
-    for name in TENSORS:
-        try:
+    try:
+        file = np.memmap(path, np.uint8, mode="r")
+        header_bytes = int.from_bytes(file[:8].tobytes(), "little")
+        header, content = json.loads(file[8 : 8 + header_bytes].tobytes()), file[8 + header_bytes :]
+        for name in TENSORS:
             entry = header[name]
             start, stop = entry["data_offsets"]
             if stop > len(content):
                 raise DataError(f"the index {path} is cut off: copy it again, or write it again")
             tensors[name] = np.asarray(content[start:stop]).view(DTYPES[entry["dtype"]]).reshape(entry["shape"])
-        except (KeyError, TypeError, ValueError) as error:
-            raise damaged from error
+    except OSError as error:
+        raise DataError(f"cannot read the index {path}: {error.strerror or error}") from error
+    except (KeyError, TypeError, ValueError) as error:
+        raise DataError(f"{path} is not an index: write one with `ibq shards check --write-index`") from error
     return tensors

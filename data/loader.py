@@ -305,9 +305,7 @@ def transform_of(config: DataConfig, tokens: TokenSpec | None = None) -> Trainin
         if tokens is None:
             raise DataError("data.content=tokens is for a run that trains on tokens: set data.content=images")
         return TokenTransform(tokens)
-    return TrainingTransform(
-        config.image_size, config.crop, tuple(config.crop_scale), config.resize, config.flip, config.color_jitter
-    )
+    return TrainingTransform(config)
 
 
 def _assign_lanes(config: DataConfig, lanes: int, batch: int, rank: int, world_size: int) -> LaneAssignment:

@@ -1,8 +1,10 @@
 """One function over many values, in threads or in processes; results come in the values' order."""
 
+import itertools
 import multiprocessing
 import os
 import signal
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
@@ -10,19 +12,25 @@ from typing import Any
 
 from data.errors import DataError
 
-WAITING = 64  # results of threads that wait in memory, at most
-
 
 def cores() -> int:
     """Processor cores that this process may use."""
     return len(os.sched_getaffinity(0))
 
 
-def in_threads(function: Callable, values: list) -> Iterator:
-    """Where the work releases the interpreter's lock, as Pillow does while it decodes."""
-    with ThreadPoolExecutor(os.cpu_count()) as pool:
-        for first in range(0, len(values), WAITING):
-            yield from pool.map(function, values[first : first + WAITING])
+def in_threads(function: Callable, values: Iterable, threads: int, ahead: int = 64) -> Iterator:
+    """Where the work releases the interpreter's lock, as Pillow does while it decodes. At most `ahead` results wait in
+    memory. An error is raised at its position."""
+    values, waiting = iter(values), deque()
+    pool = ThreadPoolExecutor(threads)
+    try:
+        waiting.extend(pool.submit(function, value) for value in itertools.islice(values, ahead))
+        while waiting:
+            result = waiting.popleft().result()
+            waiting.extend(pool.submit(function, value) for value in itertools.islice(values, 1))
+            yield result
+    finally:
+        pool.shutdown(cancel_futures=True)
 
 
 def in_processes(function: Callable, values: Iterable, jobs: int) -> Iterator:

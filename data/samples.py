@@ -68,6 +68,7 @@ class Window:
 
     first: int
     count: int
+    shard: "Shard"
 
     def __len__(self):
         return self.count
@@ -76,7 +77,7 @@ class Window:
         """Does nothing unless the shard is remote."""
 
     def read(self, n: int) -> Sample:
-        raise NotImplementedError
+        return self.shard.read(self.first + n)
 
 
 class Shard(Protocol):

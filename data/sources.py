@@ -5,7 +5,6 @@ import hashlib
 import json
 import math
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -20,6 +19,7 @@ from data.config import FilterConfig, SourceConfig
 from data.errors import DataError, Filtered, ImageError
 from data.folder_reader import folder_shard, is_folder_of_images, is_zip, zip_shard
 from data.index import INDEX_NAME, Index, common_root, without_query
+from data.parallel import in_threads
 from data.samples import CODES, Sample, Shard
 from data.shards import expand
 from data.tar_reader import PIPE, TarShard
@@ -242,10 +242,10 @@ def open_source(
     if not by_shard and (scan_all or len(local) <= MOST_SCANNED):
         copied = [n for n in unknown if scan_all and shards[n].access.is_copied(shards[n].url)]
         to_scan = [shards[n] for n in local + copied if n not in quarantined]
-        with ThreadPoolExecutor(8) as pool:
-            for done, (shard, table) in enumerate(zip(to_scan, pool.map(TarShard.scan, to_scan), strict=True)):
-                shard.table = table
-                progress(done + 1, len(to_scan))
+        tables = in_threads(TarShard.scan, to_scan, threads=8)
+        for done, (shard, table) in enumerate(zip(to_scan, tables, strict=True), start=1):
+            shard.table = table
+            progress(done, len(to_scan))
     counts = None if by_shard else _counts(shards, quarantined, before)
     filters = open_filters(config.filters, layout, config.name)
     return Source(config.name, config.weight, shards, layout, filters, counts, quarantined)

@@ -14,6 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
 
+from data.config import DataConfig
 from data.errors import DataError, Filtered, ImageError
 
 FORMATS = ("JPEG", "PNG", "WEBP")
@@ -93,16 +94,6 @@ def _check_scans(image: Image.Image, content: bytes) -> None:
         raise ImageError(f"{scans:,} scans of {image.width} x {image.height} pixels are too many")
 
 
-class _PngHeader(NamedTuple):
-    width: int
-    height: int
-    depth: int
-    color: int
-    compression: int
-    filter: int
-    interlaced: int
-
-
 # Columns and rows of each pass: first column, first row, steps.
 ADAM7 = ((0, 0, 8, 8), (4, 0, 8, 8), (0, 4, 4, 8), (2, 0, 4, 4), (0, 2, 2, 4), (1, 0, 2, 2), (0, 1, 1, 2))
 
@@ -113,24 +104,25 @@ def _load_png(image: Image.Image, content: bytes) -> None:
 
     Pillow compares a transparent value that has not 8 bits with pixels that have; here it is made to fit them.
     """
-    header, has_palette = None, False
+    depth = color = interlaced = 0
+    has_palette = False
     for kind, data in _chunks(content):
         if kind == b"IHDR":
-            header = _PngHeader(*struct.unpack(">IIBBBBB", data))
+            depth, color, interlaced = struct.unpack(">8xBBxxB", data)
         has_palette |= kind == b"PLTE"
     if image.mode == "P" and not has_palette:
         raise ImageError("its palette is missing")
     image.load()
     last_row = image.crop((0, image.height - 1, *image.size)).tobytes()
-    if header.interlaced or not last_row.strip(b"\0"):
-        expected = _raw_bytes(header)
+    if interlaced or not last_row.strip(b"\0"):
+        expected = _raw_bytes(*image.size, depth, color, interlaced)
         compressed = b"".join(data for kind, data in _chunks(content) if kind == b"IDAT")
         if len(zlib.decompressobj().decompress(compressed, expected)) < expected:
             raise ImageError("it has fewer rows than its header says")
     transparent = image.info.get("transparency")
-    if image.mode == "L" and header.depth < 8 and transparent is not None:
-        image.info["transparency"] = transparent * 255 // (2**header.depth - 1)
-    if image.mode == "RGB" and header.depth == 16 and transparent is not None:
+    if image.mode == "L" and depth < 8 and transparent is not None:
+        image.info["transparency"] = transparent * 255 // (2**depth - 1)
+    if image.mode == "RGB" and depth == 16 and transparent is not None:
         image.info["transparency"] = tuple(value >> 8 for value in transparent)
 
 
@@ -150,12 +142,12 @@ def _chunks(content: bytes) -> Iterator[tuple[bytes, memoryview]]:
         start = stop + 4
 
 
-def _raw_bytes(header: _PngHeader) -> int:
+def _raw_bytes(width: int, height: int, depth: int, color: int, interlaced: bool) -> int:
     """Bytes of a PNG's pixel data, uncompressed, with the byte before each row that names its filter."""
-    bits = header.depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[header.color]
+    bits = depth * {0: 1, 2: 3, 3: 1, 4: 2, 6: 4}[color]
     total = 0
-    for left, top, across, down in ADAM7 if header.interlaced else [(0, 0, 1, 1)]:
-        columns, rows = -((left - header.width) // across), -((top - header.height) // down)
+    for left, top, across, down in ADAM7 if interlaced else [(0, 0, 1, 1)]:
+        columns, rows = -((left - width) // across), -((top - height) // down)
         total += rows * (1 + (columns * bits + 7) // 8) if columns else 0
     return total
 
@@ -318,32 +310,26 @@ class TrainingTransform:
     JPEGs are decoded at reduced scale where even the smallest crop keeps twice the target's resolution.
     """
 
-    image_size: int
-    crop: str
-    crop_scale: tuple[float, float]
-    resize: str
-    flip: bool
-    color_jitter: float = 0.0
+    config: DataConfig
 
     dtype = np.dtype(np.uint8)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Of what it gives."""
-        return 3, self.image_size, self.image_size
+        return 3, self.config.image_size, self.config.image_size
 
     def __post_init__(self):
-        resize_named(self.resize)
-        if self.image_size < 1:
-            raise DataError(f"data.image_size={self.image_size} must be at least 1")
-        if self.crop not in CROPS:
-            raise DataError(f"unknown data.crop {self.crop!r}: choose one of {', '.join(CROPS)}")
-        if len(self.crop_scale) != 2 or not 0 < self.crop_scale[0] <= self.crop_scale[1] <= 1:
-            raise DataError(
-                f"data.crop_scale={list(self.crop_scale)} must be two parts of the area, 0 < low <= high <= 1"
-            )
-        if not 0 <= self.color_jitter <= 1:
-            raise DataError(f"data.color_jitter={self.color_jitter} must lie between 0 and 1")
+        config = self.config
+        resize_named(config.resize)
+        if config.image_size < 1:
+            raise DataError(f"data.image_size={config.image_size} must be at least 1")
+        if config.crop not in CROPS:
+            raise DataError(f"unknown data.crop {config.crop!r}: choose one of {', '.join(CROPS)}")
+        if len(config.crop_scale) != 2 or not 0 < config.crop_scale[0] <= config.crop_scale[1] <= 1:
+            raise DataError(f"data.crop_scale={config.crop_scale} must be two parts of the area, 0 < low <= high <= 1")
+        if not 0 <= config.color_jitter <= 1:
+            raise DataError(f"data.color_jitter={config.color_jitter} must lie between 0 and 1")
 
     def __call__(
         self,
@@ -355,21 +341,22 @@ class TrainingTransform:
         """uint8 (3, image_size, image_size), in `out` where it is given. check_size: as of `decode`.
 
         Raises ImageError, Filtered; `out` may hold anything then."""
-        side, resize = self.image_size, resize_named(self.resize)
+        config = self.config
+        side, resize = config.image_size, resize_named(config.resize)
         # The smallest crop's shorter side, as a part of the image's: its area at the most extreme aspect ratio.
-        smallest = math.sqrt(self.crop_scale[0] * 3 / 4) if self.crop == "random_resized" else 1
+        smallest = math.sqrt(config.crop_scale[0] * 3 / 4) if config.crop == "random_resized" else 1
         image = decode(content, draft_side=math.ceil(2 * side / smallest), check_size=check_size)
-        if self.crop == "random_resized":
-            image = random_resized_crop(image, side, resize, rng, self.crop_scale)
-        elif self.crop == "random":
+        if config.crop == "random_resized":
+            image = random_resized_crop(image, side, resize, rng, config.crop_scale)
+        elif config.crop == "random":
             image = resize_and_random_crop(image, side, resize, rng)
         else:
             image = resize_and_center_crop(image, side, resize)
-        if self.flip and rng.random() < 0.5:
+        if config.flip and rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         pixels = pixels_chw(image, out)
-        if self.color_jitter:
-            pixels[:] = jitter_colors(pixels, rng, self.color_jitter)
+        if config.color_jitter:
+            pixels[:] = jitter_colors(pixels, rng, config.color_jitter)
         return pixels
 
 

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from tools.options import Overrides
+from tools.console import Overrides
 
 
 def ablate(

@@ -4,19 +4,7 @@ import sys
 
 import typer
 
-from tools import (
-    ablate,
-    checkpoint,
-    doctor,
-    evaluate,
-    quickstart,
-    recipes,
-    reconstruct,
-    sample,
-    shards,
-    tokenize,
-    train,
-)
+from tools import ablate, checkpoint, doctor, evaluate, quickstart, reconstruct, sample, shards, tokenize, train
 from tools.bench import command as bench
 
 # The packages' exceptions for mistakes of the user. They are looked up without importing the packages: if a package was
@@ -37,7 +25,7 @@ for function in (
     quickstart.quickstart,
     train.train,
     train.resume,
-    recipes.recipes,
+    train.recipes,
     doctor.doctor,
     reconstruct.reconstruct,
     sample.sample,

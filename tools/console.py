@@ -1,8 +1,20 @@
-"""What commands print: progress bars, tables, counts."""
+"""What commands share: options, and how they print progress, tables and counts."""
 
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that replace the recipe's.")]
+Tokenizer = Annotated[
+    Path, typer.Argument(help="A run's folder or one of its checkpoints, a published .ckpt, or an export's folder.")
+]
+Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
+Weights = Annotated[str, typer.Option(help="ema or raw.")]
+BatchSize = Annotated[int, typer.Option(help="Images in a batch, in each process.")]
 
 LINE_SECONDS = 10.0
 REDRAW_SECONDS = 0.1

@@ -35,6 +35,11 @@ class Finding(NamedTuple):
     fix: str = ""
 
 
+def condition(name: str, holds: bool, found: str, fix: str, otherwise: str = PROBLEM) -> Finding:
+    """OK if the condition holds, and otherwise the status of that name with the fix."""
+    return Finding(name, OK, found) if holds else Finding(name, otherwise, found, fix)
+
+
 class Shadow(NamedTuple):
     """One of ibq's packages whose name Python resolves to something else."""
 
@@ -104,9 +109,8 @@ def check_package_names() -> Iterator[Finding]:
 
 
 def check_python() -> Iterator[Finding]:
-    recent = sys.version_info >= (3, 10)
-    fix = "" if recent else "use Python 3.10 or newer: make PYTHON=python3.12 install"
-    yield Finding("Python", OK if recent else PROBLEM, f"{platform.python_version()} at {sys.executable}", fix)
+    fix = "use Python 3.10 or newer: make PYTHON=python3.12 install"
+    yield condition("Python", sys.version_info >= (3, 10), f"{platform.python_version()} at {sys.executable}", fix)
 
 
 def check_machine() -> Iterator[Finding]:
@@ -116,15 +120,14 @@ def check_machine() -> Iterator[Finding]:
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     yield Finding("memory", OK, f"{memory_bytes / GIB:.1f} GiB")
     free_bytes = shutil.disk_usage(Path.cwd()).free
-    enough = free_bytes > 2 * GIB
-    fix = "" if enough else "free some space, or write runs to another disk: run=/other/disk/my_run"
-    yield Finding("disk", OK if enough else PROBLEM, f"{free_bytes / GIB:.1f} GiB free here ({Path.cwd()})", fix)
+    fix = "free some space, or write runs to another disk: run=/other/disk/my_run"
+    yield condition("disk", free_bytes > 2 * GIB, f"{free_bytes / GIB:.1f} GiB free here ({Path.cwd()})", fix)
     shared = Path("/dev/shm")
     if shared.is_dir():
         free_bytes = shutil.disk_usage(shared).free
-        enough = free_bytes > GIB
-        fix = "" if enough else "data workers pass batches through it: use docker run --shm-size=8g, or data.workers=0"
-        yield Finding("shared memory", OK if enough else OPTIONAL, f"{free_bytes / GIB:.1f} GiB free in {shared}", fix)
+        found = f"{free_bytes / GIB:.1f} GiB free in {shared}"
+        fix = "data workers pass batches through it: use docker run --shm-size=8g, or data.workers=0"
+        yield condition("shared memory", free_bytes > GIB, found, fix, otherwise=OPTIONAL)
 
 
 def check_compiler() -> Iterator[Finding]:
@@ -136,13 +139,13 @@ def check_compiler() -> Iterator[Finding]:
 
     command = os.environ.get("CXX", "c++")
     compiler = shutil.which(command)
-    fix = "" if compiler else f"{without}: install a C++ compiler (Debian: apt install g++)"
-    yield Finding("C++ compiler", OK if compiler else missing, compiler or f"{command} is not on PATH", fix)
+    fix = f"{without}: install a C++ compiler (Debian: apt install g++)"
+    yield condition("C++ compiler", bool(compiler), compiler or f"{command} is not on PATH", fix, missing)
 
     header = Path(sysconfig.get_path("include"), "Python.h")
     present = header.is_file()
-    fix = "" if present else f"{without}: install Python's headers (Debian: apt install python3-dev)"
-    yield Finding("Python headers", OK if present else missing, f"{'' if present else 'no '}{header}", fix)
+    fix = f"{without}: install Python's headers (Debian: apt install python3-dev)"
+    yield condition("Python headers", present, f"{'' if present else 'no '}{header}", fix, missing)
 
     beside_python = Path(sysconfig.get_path("scripts"), "ninja")
     ninja = shutil.which("ninja")
@@ -173,15 +176,21 @@ def check_requirements() -> Iterator[Finding]:
             continue
         wanted = f"{requirement.name}{requirement.specifier}"
         fix = f"pip install {shlex.quote(wanted)}"
-        try:
-            version = metadata.version(requirement.name)
-        except metadata.PackageNotFoundError:
+        version = _version(requirement.name)
+        if version is None:
             yield Finding(requirement.name, PROBLEM, "not installed", fix)
-            continue
-        if requirement.specifier.contains(version, prereleases=True):
+        elif requirement.specifier.contains(version, prereleases=True):
             yield Finding(requirement.name, OK, f"{version}  {requirement.specifier}".rstrip())
         else:
             yield Finding(requirement.name, PROBLEM, f"{version}, ibq needs {requirement.specifier}", fix)
+
+
+def _version(package: str) -> str | None:
+    """None if it is not installed."""
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
 
 
 def check_torch() -> Iterator[Finding]:
@@ -195,14 +204,11 @@ def check_torch() -> Iterator[Finding]:
             found = f"{properties.name}, {properties.total_memory / GIB:.0f} GiB, {capability}"
             yield Finding(f"CUDA device {device}", OK, found)
         native = torch.cuda.is_bf16_supported(including_emulation=False)
-        fix = "" if native else "train with trainer.precision=fp32"
-        yield Finding("bf16", OK if native else OPTIONAL, "native" if native else "emulated, slow", fix)
+        fix = "train with trainer.precision=fp32"
+        yield condition("bf16", native, "native" if native else "emulated, slow", fix, otherwise=OPTIONAL)
     else:
-        if torch.version.cuda:
-            fix = "training runs on CPU; for a GPU check `nvidia-smi`"
-        else:
-            fix = "training runs on CPU; for a GPU install a CUDA build of torch"
-        yield Finding("CUDA devices", OPTIONAL, "none", fix)
+        for_gpu = "check `nvidia-smi`" if torch.version.cuda else "install a CUDA build of torch"
+        yield Finding("CUDA devices", OPTIONAL, "none", f"training runs on CPU; for a GPU {for_gpu}")
         yield Finding("bf16", OK, "on CPU; slow if the processor emulates it")
 
     if not torch.distributed.is_available():
@@ -210,9 +216,8 @@ def check_torch() -> Iterator[Finding]:
         yield Finding("torch.distributed", PROBLEM, "not in this torch", fix)
         return
     gloo = torch.distributed.is_gloo_available()
-    fix = "" if gloo else "install a torch built with gloo to train on CPU in several processes"
     found = "for several processes on CPU" if gloo else "not in this torch"
-    yield Finding("gloo", OK if gloo else PROBLEM, found, fix)
+    yield condition("gloo", gloo, found, "install a torch built with gloo to train on CPU in several processes")
     if torch.distributed.is_nccl_available():
         yield Finding("NCCL", OK, ".".join(map(str, torch.cuda.nccl.version())))
     elif torch.cuda.is_available():
@@ -245,31 +250,18 @@ def check_apex() -> Iterator[Finding]:
         yield Finding("apex", OK, f"NVIDIA's, with its kernels, at {Path(spec.origin).parent}")
 
 
-def check_flash_attention() -> Iterator[Finding]:
-    """For the generator's attention: any release that provides one of these modules."""
-    releases = {"flash_attn_interface": "flash-attn-3", "flash_attn": "flash-attn"}
-    found = [name for module, name in releases.items() if importlib.util.find_spec(module) is not None]
-    for name in found:
-        yield Finding(name, OK, _version(name))
-    if not found:
-        fix = "for generators on NVIDIA GPUs: pip install flash-attn; otherwise torch's attention is used"
-        yield Finding("flash-attn", OPTIONAL, "not installed", fix)
-
-
-def check_liger() -> Iterator[Finding]:
-    """For the generator's loss."""
-    if importlib.util.find_spec("liger_kernel") is None:
-        fix = "for generators on NVIDIA GPUs: pip install liger-kernel; otherwise loss.impl=chunked is used"
-        yield Finding("liger-kernel", OPTIONAL, "not installed", fix)
-    else:
-        yield Finding("liger-kernel", OK, _version("liger-kernel"))
-
-
-def _version(package: str) -> str:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return "installed"
+def check_generator_kernels() -> Iterator[Finding]:
+    """The packages that generators use on NVIDIA GPUs; any release of FlashAttention will do."""
+    attention = {"flash_attn_interface": "flash-attn-3", "flash_attn": "flash-attn"}
+    loss = {"liger_kernel": "liger-kernel"}
+    for releases, instead in ((attention, "torch's attention"), (loss, "loss.impl=chunked")):
+        found = [name for module, name in releases.items() if importlib.util.find_spec(module) is not None]
+        for name in found:
+            yield Finding(name, OK, _version(name) or "installed")
+        if not found:
+            name = list(releases.values())[-1]
+            fix = f"for generators on NVIDIA GPUs: pip install {name}; otherwise {instead} is used"
+            yield Finding(name, OPTIONAL, "not installed", fix)
 
 
 # --- files ------------------------------------------------------------------------------------------------------------
@@ -306,8 +298,7 @@ def check_caches() -> Iterator[Finding]:
         existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
         writable = os.access(existing, os.W_OK | os.X_OK)
         found = str(folder) if writable else f"{existing} is not writable"
-        fix = "" if writable else f"set {variable} to a writable folder"
-        yield Finding(name, OK if writable else PROBLEM, found, fix)
+        yield condition(name, writable, found, f"set {variable} to a writable folder")
     # Newer torch uses kernel locks, which a killed build releases; its lock file remains and means nothing.
     if hasattr(cpp_extension, "FileBaton"):
         yield from stale_locks(extensions)
@@ -336,8 +327,7 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     check_compiler,
     check_deepspeed,
     check_apex,
-    check_flash_attention,
-    check_liger,
+    check_generator_kernels,
     check_weights_files,
     check_caches,
 )

@@ -1,6 +1,6 @@
 """`ibq quickstart`: trains and evaluates a tokenizer and a generator on the photographs in scikit-image's wheel."""
 
-from tools.options import Overrides
+from tools.console import Overrides
 
 BUNDLED = "bundled:train"
 # Of the fifteen photographs: coffee, stars, tissue, moon, motorcycle, page, retina, rocket.
@@ -20,15 +20,14 @@ def quickstart(overrides: Overrides = None) -> None:
     Example: ibq quickstart trainer.max_steps=200 generator.trainer.max_steps=50
     """
     from model_zoo import load_tokenizer
-    from tools.evaluate import evaluate_and_print
+    from tools.evaluate import reconstruction
     from tools.sample import sample
     from tools.tokenize import tokenize
     from trainer import TrainerError
     from trainer.loop import train
     from trainer.recipes import load_recipe, load_run_config
-    from trainer.reports.generator_report import SAMPLED
     from trainer.reports.report import write_report
-    from trainer.reports.tokenizer_report import GENERATOR
+    from trainer.reports.sections import GENERATOR, SAMPLED
 
     overrides = overrides or []
     for_generator = [key.removeprefix(OF_GENERATOR) for key in overrides if key.startswith(OF_GENERATOR)]
@@ -39,7 +38,7 @@ def quickstart(overrides: Overrides = None) -> None:
     run = train("quickstart", [key for key in overrides if not key.startswith(OF_GENERATOR)])
     config = load_run_config(run, [])
     if config.data.train != BUNDLED:  # the user's images may have no classes, or any number
-        return evaluate_and_print(run)
+        return reconstruction(run)
     tokens, side = run / "tokens", config.data.image_size // load_tokenizer(run).downsampling_factor
     tokenize(run, images=BUNDLED, out=tokens, views="ten-crop", device=config.trainer.device)
     values = run / GENERATOR, tokens, tokens, run, config.model.codebook_size, [side, side], config.trainer.device
@@ -47,4 +46,4 @@ def quickstart(overrides: Overrides = None) -> None:
     generator = train("ar_quickstart", fitting + for_generator)
     sample(generator, classes=SHOWN_CLASSES, count=SAMPLES, out=generator / SAMPLED, device=config.trainer.device)
     write_report(generator)
-    evaluate_and_print(run)
+    reconstruction(run)

@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tools.console import counted, progress
-from tools.options import BatchSize, Device, Tokenizer, Weights
+from tools.console import BatchSize, Device, Tokenizer, Weights, counted, progress
 
 
 def reconstruct(
@@ -31,7 +30,7 @@ def reconstruct(
 
     Example: ibq reconstruct runs/quickstart --images my_photos --out pictures
     """
-    from trainer.evaluation.write_reconstructions import write_reconstructions
+    from trainer.evaluation.evaluate_run import write_reconstructions
 
     with progress("images reconstructed") as on_progress:
         written = write_reconstructions(

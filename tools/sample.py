@@ -5,8 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tools.console import counted, progress
-from tools.options import BatchSize, Device
+from tools.console import BatchSize, Device, counted, progress
 
 Classes = Annotated[
     str | None,

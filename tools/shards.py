@@ -9,7 +9,7 @@ from typing import Annotated, Literal
 
 import typer
 
-from tools import histograms, shards_text
+from tools import shards_text
 from tools.console import progress
 
 NAMED = 10  # images of a list that are printed
@@ -194,9 +194,9 @@ def stats(
         say(line)
     drawn = counted.histograms()
     for histogram in drawn:
-        say("\n" + "\n".join(histograms.lines(histogram)))
+        say("\n" + "\n".join(shards_text.histogram_lines(histogram)))
     if picture and drawn:
-        histograms.draw(drawn, title, picture)
+        shards_text.draw_histograms(drawn, title, picture)
         say(f"\ndrew {picture}")
     shards = {"shards": len(opened.shards), "samples_in_all": opened.samples}
     _write_json(json_file, json.dumps({**shards, **counted.record()}, indent=2) + "\n")
@@ -269,7 +269,7 @@ def audit(run: Annotated[Path, typer.Argument(help="A run trained with data.audi
 
     Example: ibq shards audit runs/mine
     """
-    from trainer.audit import read_audit
+    from trainer.prefetch import read_audit
 
     seen: dict[tuple[str, int], Counter] = {}
     steps = set()

@@ -1,10 +1,13 @@
-"""`ibq train` and `ibq resume`."""
+"""`ibq train`, `ibq resume` and `ibq recipes`."""
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tools.options import Overrides
+from tools.console import Overrides
+
+RECIPES = Path(__file__).resolve().parent.parent / "model_zoo" / "recipes"
 
 
 def train(
@@ -51,3 +54,16 @@ def resume(
     from trainer import loop
 
     loop.resume(run, overrides or [])
+
+
+def recipes() -> None:
+    """List recipes with a one-line description.
+
+    Example: ibq recipes
+    """
+    # importlib.resources would import model_zoo.
+    paths = sorted(RECIPES.rglob("*.yaml"))
+    width = max(len(path.stem) for path in paths)
+    for path in paths:
+        description = path.read_text(encoding="utf-8").partition("\n")[0]
+        typer.echo(f"{path.stem:<{width}}  {description.lstrip('# ')}")

@@ -60,10 +60,15 @@ def start_world(device: str = "auto", timeout_seconds: float = 1800.0) -> World:
     # group that exists at that moment, and would keep that group, and gloo's threads, after `stop_world`.
     import_module("torch.distributed.nn.functional")
 
+    backend = "nccl" if use_cuda else "gloo"
     if "RANK" in os.environ:
-        _join_group("nccl" if use_cuda else "gloo", _collective_timeout(timeout_seconds))
+        timeout = _collective_timeout(timeout_seconds)
+        store, rank, world_size = _rendezvous()
+        store.set_timeout(timeout)
+        store = dist.PrefixStore(_key_prefix(next(_rendezvous_count)), store)
+        dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
     else:
-        dist.init_process_group("nccl" if use_cuda else "gloo", store=dist.HashStore(), rank=0, world_size=1)
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     where = torch.device("cuda", local_rank) if use_cuda else torch.device("cpu")
     return World(dist.get_rank(), dist.get_world_size(), where)
 
@@ -106,14 +111,6 @@ def _key_prefix(group: int) -> str:
     shared = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
     attempt = os.environ.get("TORCHELASTIC_RESTART_COUNT", 0) if shared else 0
     return f"attempt_{attempt}_group_{group}"
-
-
-def _join_group(backend: str, timeout: timedelta) -> None:
-    """Joins the process group."""
-    store, rank, world_size = _rendezvous()
-    store.set_timeout(timeout)
-    store = dist.PrefixStore(_key_prefix(next(_rendezvous_count)), store)
-    dist.init_process_group(backend, timeout=timeout, store=store, rank=rank, world_size=world_size)
 
 
 def _collective_timeout(timeout_seconds: float) -> timedelta:

@@ -1,18 +1,20 @@
-"""The data of each step: read one step ahead, checked, and counted by source."""
+"""The data of each step: read one step ahead, checked, and counted by source; and the audit of a run, which says which
+samples it was trained on: written to ``RUN/audit`` and read back."""
 
 from __future__ import annotations
 
+import itertools
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, TextIO
 
 import data
 from data.errors import DataError
 from trainer import TrainerError
-from trainer.audit import AuditWriter
-from trainer.parallel import World, gather_objects, raise_on_all_ranks
+from trainer.files import os_errors
+from trainer.parallel import World, gather_objects, raise_on_all_ranks, run_on_all_ranks, run_on_main
 
 if TYPE_CHECKING:
     from data import Batch, Skipped, TrainStream
@@ -34,15 +36,23 @@ class Prefetcher:
         self.skipped: list[Skipped] = []
         self.totals = stream.totals
         self.run: Path | None = None
-        self.audit: AuditWriter | None = None
+        self.audit: TextIO | None = None
 
     def open_logs(self, run: Path, audit: bool, start: int, resources: ExitStack) -> None:
         """Lists skipped samples in the run's folder from now on; all ranks call together. audit: also the key of every
         delivered sample. start: steps that are done. Raises TrainerError on all ranks."""
         self.run = run
-        self.audit = AuditWriter.open(run, self.world, self.stream, start, enabled=audit)
-        if self.audit:
-            resources.callback(self.audit.file.close)
+        run_on_main(self.world, lambda: _set_aside(run, start))
+        if audit:
+            self.audit = resources.enter_context(run_on_all_ranks(lambda: self._open_audit(run / "audit", start)))
+
+    def _open_audit(self, folder: Path, start: int) -> TextIO:
+        with os_errors(f"cannot write into {folder}", "fix that, or leave out data.audit"):
+            folder.mkdir(exist_ok=True)
+            file = (folder / f"from_{start:08d}_rank_{self.world.rank:05d}.jsonl").open("w", encoding="utf-8")
+            sizes = {source.name: source.samples for source in self.stream.sources}
+            file.write(json.dumps({"samples_of_sources": sizes}) + "\n")
+            return file
 
     def read_ahead(self) -> None:
         """Reads the next step's micro-batches; an error is kept in ``failed``."""
@@ -60,10 +70,13 @@ class Prefetcher:
             self.skipped += batch.skipped
         self.totals = batches[-1].state["totals"]
         if self.audit:
+            infos = [info for batch in batches for info in batch.infos]
+            samples = [[info.source, info.position.epoch, info.shard, info.key] for info in infos]
             try:
-                self.audit.write(step, batches)
+                self.audit.write(json.dumps({"step": step, "samples": samples}) + "\n")
+                self.audit.flush()
             except OSError as error:
-                self.failed = f"cannot write the audit {self.audit.path}: {error.strerror}; free some space"
+                self.failed = f"cannot write the audit {self.audit.name}: {error.strerror}; free some space"
         return batches
 
     def report(self, step: int) -> dict[str, float]:
@@ -107,3 +120,82 @@ def summary(scalars: dict[str, float]) -> list[str]:
             f"skipped as unusable, {sum(filtered.values()):,.0f} filtered out{by}"
         )
     return lines
+
+
+# ------------------------------------------------------------------------------------------------------------ the audit
+
+
+def _set_aside(run: Path, start: int) -> None:
+    """Renames the files of steps after ``start``, which are trained again, so that they do not count any more."""
+    with os_errors(f"cannot write into {run / 'audit'}", "fix that and resume"):
+        for file in (run / "audit").glob("from_*_rank_*.jsonl"):
+            if _start_of(file) >= start:
+                file.rename(file.with_suffix(".superseded"))
+
+
+class Delivered(NamedTuple):
+    """A sample that was trained on: step (from 1), rank, and the sample's source, epoch, shard and key."""
+
+    step: int
+    rank: int
+    source: str
+    epoch: int
+    shard: str
+    key: str
+
+
+class Audit(NamedTuple):
+    """delivered: every sample that counts towards the run's weights. samples_of_sources: the number of samples in each
+    source, or None where it is unknown. missing_steps: steps that were trained without an audit."""
+
+    delivered: Iterator[Delivered]
+    samples_of_sources: dict[str, int | None]
+    missing_steps: list[range]
+
+
+def read_audit(run: str | Path) -> Audit:
+    """Reads a run's audit. Steps that were trained again after a resume count once. Raises TrainerError."""
+    files = sorted((Path(run) / "audit").glob("from_*_rank_*.jsonl"))
+    if not files:
+        raise TrainerError(f"{run} holds no audit: train with data.audit=true")
+    starts = sorted({_start_of(file) for file in files})
+    next_start = dict(zip(starts, [*starts[1:], None], strict=True))
+    sizes: dict[str, int | None] = {}
+    last_steps = {}
+    for file in files:
+        first, *steps = _entries(file)
+        sizes |= first["samples_of_sources"]
+        start, stop = _start_of(file), next_start[_start_of(file)]
+        trained = [entry["step"] for entry in steps if stop is None or entry["step"] <= stop]
+        last_steps[start] = max(last_steps.get(start, start), *trained, start)
+    missing, done = [], 0
+    for start in starts:
+        if start > done:
+            missing.append(range(done + 1, start + 1))
+        done = last_steps[start]
+    return Audit(_delivered(files, next_start), sizes, missing)
+
+
+def _delivered(files: list[Path], next_start: dict[int, int | None]) -> Iterator[Delivered]:
+    for file in files:
+        stop = next_start[_start_of(file)]
+        rank = int(file.stem.rsplit("_", 1)[1])
+        for entry in itertools.islice(_entries(file), 1, None):
+            if stop is None or entry["step"] <= stop:
+                for sample in entry["samples"]:
+                    yield Delivered(entry["step"], rank, *sample)
+
+
+def _entries(file: Path) -> Iterator[dict]:
+    with file.open(encoding="utf-8") as lines:
+        for number, line in enumerate(lines, start=1):
+            if not line.endswith("\n"):
+                return  # cut off by a kill; its step was not saved
+            try:
+                yield json.loads(line)
+            except ValueError as error:
+                raise TrainerError(f"{file} is damaged in line {number}: the audit cannot be read") from error
+
+
+def _start_of(file: Path) -> int:
+    return int(file.stem.split("_")[1])

@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import NamedTuple
 
+import torch
+
 import data
 from model_zoo import ModelError
-from model_zoo.io.sharded_tensors import ShardedTensors
+from model_zoo.io.sharded_tensors import ShardedTensors, TensorShard, whole_tensor
 from trainer import TrainerError
 from trainer.checkpoint import checkpoint_folders, find_checkpoint, load_state
 from trainer.config import GeneratorRun, RunConfig
@@ -15,7 +17,6 @@ from trainer.files import os_errors
 from trainer.init_from import InitRecord, save_init_record
 from trainer.model_state import ModelState
 from trainer.parallel import World, raise_on_all_ranks, run_on_main
-from trainer.randomness import restore_random_state
 from trainer.recipes import load_run_config, save_config
 from trainer.telemetry import metric_lines, scanning
 
@@ -146,3 +147,35 @@ def _load_state(checkpoint: Path) -> dict:
             f"{checkpoint / 'state.json'} was written by another version of ibq: its run cannot be resumed"
         )
     return state
+
+
+# ------------------------------------------------------------------------------- random number generators of every rank
+
+
+def seed_everything(seed: int, step: int, world: World) -> None:
+    """Seeds this rank's generators. Each rank, and each step that a run starts or resumes from, gets another stream."""
+    torch.manual_seed((seed * 1_000_003 + step) * 65_537 + world.rank & (1 << 63) - 1)
+
+
+def random_state(world: World) -> list[TensorShard]:
+    """The state of this rank's generators, as tensors of a checkpoint."""
+    return [whole_tensor(name, state) for name, state in _states(world).items()]
+
+
+def restore_random_state(files: ShardedTensors, world: World) -> None:
+    """Restores what `random_state` returned with the same number of ranks."""
+    for name in _states(world):
+        if name not in files:  # saved by a run without a GPU
+            continue
+        state = files.tensor(name)
+        if "/cuda/" in name:
+            torch.cuda.set_rng_state(state, world.device)
+        else:
+            torch.set_rng_state(state)
+
+
+def _states(world: World) -> dict[str, torch.Tensor]:
+    states = {f"random/cpu/{world.rank}": torch.get_rng_state()}
+    if world.device.type == "cuda":
+        states[f"random/cuda/{world.rank}"] = torch.cuda.get_rng_state(world.device)
+    return states

@@ -62,7 +62,7 @@ def scanning():
 
 
 class Telemetry:
-    """The interface for output during training. This class discards everything; rank 0 has a `RunTelemetry`."""
+    """Output during training that is discarded: on all ranks but 0, which has a `RunTelemetry`."""
 
     def __enter__(self):
         return self
@@ -70,20 +70,10 @@ class Telemetry:
     def __exit__(self, *_) -> None:
         pass
 
-    def advance(self, step: int) -> None:
-        """Sets the number of finished steps."""
+    def _discard(self, *_) -> None:
+        pass
 
-    def log(self, step: int, scalars: dict[str, float]) -> None:
-        """Writes scalars."""
-
-    def alarm(self, step: int, text: str | None) -> None:
-        """Reports a problem of the model; None: there is no problem."""
-
-    def picture(self, step: int, name: str, image_chw: torch.Tensor) -> None:
-        """Writes a uint8 picture ``(3, h, w)``."""
-
-    def say(self, line: str) -> None:
-        """Prints one line."""
+    advance = log = alarm = picture = say = _discard
 
 
 class RunTelemetry(Telemetry):
@@ -94,15 +84,8 @@ class RunTelemetry(Telemetry):
 
     def __init__(self, run: Path, start_step: int, max_steps: int):
         # Imported here because they are slow to import and only rank 0 needs them.
+        from rich import progress as bars
         from rich.console import Console
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            Progress,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
         from torch.utils.tensorboard import SummaryWriter
 
         self.samples, self.metrics = run / "samples", run / "metrics.jsonl"
@@ -115,14 +98,14 @@ class RunTelemetry(Telemetry):
         self.shown: dict[str, float] = {}
         self.alarmed: str | None = None
         self.max_steps = max_steps
-        self.progress = Progress(
-            TextColumn("training"),
-            BarColumn(bar_width=20),
-            MofNCompleteColumn(),
-            TimeElapsedColumn(),
-            TextColumn("left"),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[text]}"),
+        self.progress = bars.Progress(
+            bars.TextColumn("training"),
+            bars.BarColumn(bar_width=20),
+            bars.MofNCompleteColumn(),
+            bars.TimeElapsedColumn(),
+            bars.TextColumn("left"),
+            bars.TimeRemainingColumn(),
+            bars.TextColumn("{task.fields[text]}"),
             console=self.console,
             disable=not self.console.is_terminal,
         )
@@ -138,6 +121,7 @@ class RunTelemetry(Telemetry):
             self.writer.close()
 
     def advance(self, step: int) -> None:
+        """Sets the number of finished steps."""
         self.progress.update(self.bar, completed=step)
 
     def log(self, step: int, scalars: dict[str, float]) -> None:
@@ -154,7 +138,8 @@ class RunTelemetry(Telemetry):
             print(f"step {step}/{self.max_steps}  {_in_words(scalars)}", file=sys.stderr, flush=True)
 
     def alarm(self, step: int, text: str | None) -> None:
-        """Prints a problem once when it begins and once when it ends; the progress line shows it in between."""
+        """Prints a problem of the model once when it begins and once when it ends (text: None); the progress line shows
+        it in between."""
         if bool(text) != bool(self.alarmed):
             self.say(f"ALARM at step {step}: {text}" if text else f"step {step}: codebook usage has recovered")
         self.alarmed = text
@@ -162,7 +147,7 @@ class RunTelemetry(Telemetry):
             self.writer.add_scalar("codebook/alarm", float(bool(text)), step)
 
     def picture(self, step: int, name: str, image_chw: torch.Tensor) -> None:
-        """Writes a uint8 picture to TensorBoard and to the folder ``samples``."""
+        """Writes a uint8 picture ``(3, h, w)`` to TensorBoard and to the folder ``samples``."""
         with self._or_lost():
             Image.fromarray(image_chw.movedim(0, -1).numpy()).save(self.samples / f"step_{step:08d}.png")
         with self._or_lost():

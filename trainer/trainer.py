@@ -14,9 +14,8 @@ from trainer.checkpoint import CheckpointError, Checkpoints
 from trainer.config import RunConfig
 from trainer.parallel import World, any_rank, gather_objects, mean_over_ranks, run_on_main
 from trainer.prefetch import Prefetcher, summary
-from trainer.randomness import random_state, seed_everything
 from trainer.skipped_steps import SkippedSteps
-from trainer.start_plan import StartPlan, open_folder, plan_batch, restore
+from trainer.start_plan import StartPlan, open_folder, plan_batch, random_state, restore, seed_everything
 from trainer.tasks import make_task
 from trainer.tasks.base import Step
 from trainer.telemetry import describe, open_telemetry

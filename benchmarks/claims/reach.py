@@ -14,18 +14,15 @@ import math
 from itertools import islice
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
+from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
 import model_zoo
 from data import evaluation_images
 from trainer.metrics.codebook import CodebookUsage
 from trainer.recipes import load_run_config
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
-from matplotlib.ticker import PercentFormatter, StrMethodFormatter
 
 
 @torch.no_grad()
@@ -97,7 +94,8 @@ def main() -> None:
 
 
 def draw(found: list[dict], path: Path) -> None:
-    figure, axes = pyplot.subplots(figsize=(6.5, 4), layout="constrained")
+    figure = Figure(figsize=(6.5, 4), layout="constrained")
+    axes = figure.subplots()
     names = list(dict.fromkeys(one["name"] for one in found))
     for one in found:
         color = f"C{names.index(one['name'])}"

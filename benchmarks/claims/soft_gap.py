@@ -8,17 +8,14 @@ import json
 from pathlib import Path
 from typing import NamedTuple
 
-import matplotlib
 import torch
+from matplotlib.figure import Figure
 
 import model_zoo
 from data import evaluation_images
 from trainer.checkpoint import checkpoint_folders
 from trainer.metrics.image import psnr
 from trainer.recipes import load_run_config
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
 
 
 class Gap(NamedTuple):
@@ -56,7 +53,8 @@ def main() -> None:
         images = evaluation_images(arguments.images, image_size=config.data.image_size, resize=config.data.resize)
         images_bchw = torch.stack([image.image_chw for image in images]).float() / 127.5 - 1
         found[str(run)] = [gap(c, config.trainer.max_steps, images_bchw) for c in sorted(checkpoint_folders(run))]
-    figure, axes = pyplot.subplots(figsize=(6, 4), layout="constrained")
+    figure = Figure(figsize=(6, 4), layout="constrained")
+    axes = figure.subplots()
     for number, gaps in enumerate(found.values()):
         steps = [one.step for one in gaps]
         axes.plot(steps, [one.soft for one in gaps], color="C0", label=None if number else "soft: mixtures of codes")

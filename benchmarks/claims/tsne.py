@@ -8,17 +8,14 @@ Needs scikit-learn (pip install scikit-learn), which is not a dependency of ibq.
 import argparse
 from pathlib import Path
 
-import matplotlib
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from sklearn.manifold import TSNE
 
 import model_zoo
 from data import evaluation_images
 from trainer.recipes import load_run_config
-
-matplotlib.use("Agg")
-from matplotlib import pyplot
 
 POINTS = 2000  # number of features and number of codes, drawn with a fixed seed
 
@@ -46,7 +43,8 @@ def main() -> None:
     parser.add_argument("--images", required=True)
     parser.add_argument("--out", type=Path, default=Path("tsne.png"))
     arguments = parser.parse_args()
-    figure, panels = pyplot.subplots(1, len(arguments.runs), figsize=(5.5 * len(arguments.runs), 5), squeeze=False)
+    figure = Figure(figsize=(5.5 * len(arguments.runs), 5))
+    panels = figure.subplots(1, len(arguments.runs), squeeze=False)
     for panel, (name, _, run) in zip(panels[0], (pair.partition("=") for pair in arguments.runs), strict=True):
         z_nd, code_kd, used_k = features_and_codes(Path(run), arguments.images)
         plane = TSNE(init="pca", random_state=0).fit_transform(np.concatenate([z_nd, code_kd]))

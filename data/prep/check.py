@@ -22,8 +22,7 @@ from data.index import Index, SampleTable, common_root, key_hash
 from data.parallel import in_processes
 from data.samples import CODES, is_content
 from data.storage import DEFAULT_TIMEOUTS, Timeouts, read
-from data.tar_format import MOST_MEMBER_BYTES, SampleSpan, parse_sample, sample_spans
-from data.tar_reader import RANGE_BYTES, ForwardFile
+from data.tar_reader import MOST_MEMBER_BYTES, RANGE_BYTES, ForwardFile, SampleSpan, parse_sample, sample_spans
 from data.tokens import unpack_codes
 from data.transforms import decode
 
@@ -120,7 +119,7 @@ def check_shard(url: str, decode_images: bool = False, timeouts: Timeouts = DEFA
         with _Hashed(url, timeouts, checked.name) as file:
             checked.bytes = file.bytes
             if file.bytes:
-                _check_samples(file, checked, decode_images, timeouts)
+                _check_samples(file, checked, decode_images)
             else:
                 checked.add("empty", "0 bytes")
             file.finish()
@@ -158,7 +157,7 @@ class _Hashed(ForwardFile):
             self.take(end, min(end + RANGE_BYTES, self.bytes))
 
 
-def _check_samples(file: _Hashed, checked: Checked, decode_images: bool, timeouts: Timeouts) -> None:
+def _check_samples(file: _Hashed, checked: Checked, decode_images: bool) -> None:
     starts, stops, hashes = array("q"), array("q"), array("Q")
     packer, keys, usable, damage = zlib.compressobj(1), bytearray(), 0, None
     try:
@@ -175,8 +174,7 @@ def _check_samples(file: _Hashed, checked: Checked, decode_images: bool, timeout
         if error.__cause__ is None:  # it is a tar
             damage = Problem("empty", "no sample: none of its members has a name like KEY.jpg")
         else:
-            damage = _find_damage(file.path, file.bytes, stops[-1] if stops else 0, timeouts)
-            damage = damage or Problem("corrupt", str(error.__cause__))
+            damage = _find_damage(file, stops[-1] if stops else 0) or Problem("corrupt", str(error.__cause__))
     checked.samples, checked.keys = len(starts), bytes(keys + packer.flush())
     if damage is None and not usable:
         damage = Problem("empty", f"no image and no tokens in any of its {checked.samples:,} samples")
@@ -225,15 +223,15 @@ FILES_BY_START = {
 }
 
 
-def _find_damage(url: str, bytes_in_tar: int, at: int, timeouts: Timeouts) -> Problem | None:
+def _find_damage(file: _Hashed, at: int) -> Problem | None:
     """Where a tar that `sample_spans` rejects is damaged. at: the end of its last complete sample.
 
     Reads a few headers only; tarfile itself does not say where it stopped.
     """
-    while at < bytes_in_tar:
-        block = read(url, at, min(at + BLOCK_BYTES, bytes_in_tar), timeouts)
+    while at < file.bytes:
+        block = read(file.path, at, min(at + BLOCK_BYTES, file.bytes), file.timeouts)
         if not block.strip(b"\0"):
-            return _find_behind_zeros(url, bytes_in_tar, at, timeouts)
+            return _find_behind_zeros(file, at)
         try:
             member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except tarfile.HeaderError as error:
@@ -241,7 +239,7 @@ def _find_damage(url: str, bytes_in_tar: int, at: int, timeouts: Timeouts) -> Pr
             if known:
                 return Problem("corrupt", f"no tar: {known[0]}")
             if len(block) < BLOCK_BYTES:
-                return Problem("truncated", f"ends at byte {bytes_in_tar:,}, inside a header")
+                return Problem("truncated", f"ends at byte {file.bytes:,}, inside a header")
             no_tar = ", or it is no tar" if at == 0 else ""
             return Problem("corrupt", f"the header at byte {at:,} is damaged ({error}){no_tar}")
         if not 0 <= member.size <= MOST_MEMBER_BYTES:
@@ -249,19 +247,19 @@ def _find_damage(url: str, bytes_in_tar: int, at: int, timeouts: Timeouts) -> Pr
         has_content = not (member.isdir() or member.issym() or member.islnk() or member.isdev())
         content_bytes = member.size if has_content else 0
         stop = at + BLOCK_BYTES * (1 + math.ceil(content_bytes / BLOCK_BYTES))
-        if stop > bytes_in_tar:
+        if stop > file.bytes:
             lies = f"{member.name} ({content_bytes:,} bytes from byte {at + BLOCK_BYTES:,} on)"
             inside = "a header" if member.type in LONG_HEADERS else lies
-            return Problem("truncated", f"ends at byte {bytes_in_tar:,}, inside {inside}")
+            return Problem("truncated", f"ends at byte {file.bytes:,}, inside {inside}")
         at = stop
-    return Problem("truncated", f"ends at byte {bytes_in_tar:,}, between two members, without an end mark")
+    return Problem("truncated", f"ends at byte {file.bytes:,}, between two members, without an end mark")
 
 
-def _find_behind_zeros(url: str, bytes_in_tar: int, at: int, timeouts: Timeouts) -> Problem | None:
+def _find_behind_zeros(file: _Hashed, at: int) -> Problem | None:
     """Damage after the blocks of zeros that end a tar."""
     data = None
-    for start in range(at, bytes_in_tar, RANGE_BYTES):
-        content = read(url, start, min(start + RANGE_BYTES, bytes_in_tar), timeouts)
+    for start in range(at, file.bytes, RANGE_BYTES):
+        content = read(file.path, start, min(start + RANGE_BYTES, file.bytes), file.timeouts)
         if data is None and (rest := content.lstrip(b"\0")):
             data = start + (len(content) - len(rest)) // BLOCK_BYTES * BLOCK_BYTES
         for match in re.finditer(b"ustar", content):  # at byte 257 of each header
@@ -273,7 +271,7 @@ def _find_behind_zeros(url: str, bytes_in_tar: int, at: int, timeouts: Timeouts)
         return None
     if data - at == BLOCK_BYTES:  # a tar ends in two blocks of zeros
         return Problem("corrupt", f"the header at byte {at:,} is zeroed")
-    return Problem("corrupt", f"{bytes_in_tar - data:,} bytes of something else behind its end at byte {at:,}")
+    return Problem("corrupt", f"{file.bytes - data:,} bytes of something else behind its end at byte {at:,}")
 
 
 def _is_header(block: bytes) -> bool:

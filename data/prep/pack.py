@@ -87,7 +87,7 @@ def pack(
     skipped: list[Skipped] = []
 
     def usable_samples() -> Iterator[dict]:
-        for done, result in enumerate(in_threads(samples.make, paths), start=1):
+        for done, result in enumerate(in_threads(samples.make, paths, os.cpu_count()), start=1):
             if isinstance(result, Skipped):
                 skipped.append(result)
             else:

@@ -1,5 +1,6 @@
 """Loads models from any source: runs, published checkpoints, exports, and names on the Hugging Face hub."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -12,8 +13,7 @@ from torch import nn
 
 from model_zoo.config import TokenizerConfig, TransformerConfig
 from model_zoo.errors import ModelError
-from model_zoo.io.export_format import is_export, read_export, weights_in_export
-from model_zoo.io.hub import download, is_hub_name
+from model_zoo.io.export_format import CONFIG, MODEL, is_export, read_export, weights_in_export
 from model_zoo.io.published_ckpt import is_published, open_published, read_published
 from model_zoo.io.run_layout import checkpoint_step, run_folder
 from model_zoo.io.sharded_tensors import ShardedTensors
@@ -97,7 +97,7 @@ def find_checkpoint(source: Path) -> Path:
     """Resolves a source to the path to read: the newest checkpoint's folder of a run; the downloaded copy of a name on
     the hub; otherwise the source itself. Raises ModelError."""
     if is_hub_name(source):
-        source = download(source)
+        source = _download(source)
     if is_standalone(source):
         return source
     run = run_folder(source)
@@ -114,6 +114,43 @@ def find_checkpoint(source: Path) -> Path:
             f"{latest} names {checkpoint.name}, which does not exist; write another checkpoint's name there"
         )
     return checkpoint
+
+
+def is_hub_name(source: Path) -> bool:
+    """Whether the source is a name ``owner/name`` or ``owner/name@revision`` on the hub: neither this path nor a folder
+    ``owner`` exists."""
+    looks_so = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", str(source), re.ASCII)
+    return bool(looks_so) and source.suffix != ".ckpt" and not source.exists() and not Path(source.parts[0]).exists()
+
+
+def _download(name: Path) -> Path:
+    """Downloads a model and returns its path in the Hugging Face cache: the repository's first ``.ckpt``, or the folder
+    of an export. Cached files are not downloaded again and work offline. Raises ModelError."""
+    repository, _, revision = str(name).partition("@")
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise ModelError(
+            f"{name} does not exist; names on the model hub need a package: pip install huggingface_hub"
+        ) from error
+    where = {"repo_id": repository, "revision": revision or None}
+    # The classes of exceptions depend on the HTTP library that a version of the package uses, so catch all.
+    try:
+        checkpoints = sorted(file for file in huggingface_hub.list_repo_files(**where) if file.endswith(".ckpt"))
+        wanted = checkpoints[:1] or ["*.safetensors", f"*{CONFIG}"]
+        folder = Path(huggingface_hub.snapshot_download(**where, allow_patterns=wanted))
+    except Exception as error:
+        try:
+            folder = Path(huggingface_hub.snapshot_download(**where, local_files_only=True))
+        except Exception:
+            detail = (str(error).split("\n")[0] or type(error).__name__)[:200]
+            raise ModelError(
+                f"{name} is neither a path nor available on the model hub ({detail}): give the path of a file"
+            ) from error
+    checkpoints = sorted(folder.rglob("*.ckpt"))
+    if not checkpoints and not is_export(folder):
+        raise ModelError(f"{name} on the model hub holds neither a .ckpt nor {MODEL} with {CONFIG}: choose another")
+    return checkpoints[0] if checkpoints else folder
 
 
 def available_weights(checkpoint: Path) -> dict[str, list[str]]:

@@ -5,52 +5,28 @@ Shapes: b sequences, t positions, h heads, d dimensions of a head.
 
 import functools
 import importlib
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from model_zoo.errors import ModelError
-
-IMPLS = ("auto", "dense", "sdpa", "flash")
 # Modules with `flash_attn_func` by compute capability, the fastest first: 3 (Hopper), CuTe (Hopper, Blackwell), 2.
 FLASH_MODULES = {9: ("flash_attn_interface", "flash_attn.cute", "flash_attn"), 10: ("flash_attn.cute", "flash_attn")}
 
 
-def causal_attention(q_bthd: Tensor, k_bthd: Tensor, v_bthd: Tensor, impl: str = "auto") -> Tensor:
+def causal_attention(q_bthd: Tensor, k_bthd: Tensor, v_bthd: Tensor) -> Tensor:
     """``softmax(q k^T / sqrt(d)) v``, where position t attends to positions 0 to t; ``(b, t, h, d)`` in the operands'
     dtype.
 
-    impl: ``dense`` (reference implementation), ``sdpa`` (PyTorch's flash or cuDNN kernel on CUDA), ``flash``
-    (flash-attn 2, 3 or CuTe: CUDA, half precision), ``auto`` (flash if available, otherwise sdpa). Raises ModelError.
+    By flash-attn (2, 3 or CuTe) if it is installed and supports the operands: CUDA, half precision, heads of 8 to 256
+    dimensions. Otherwise by PyTorch's kernels: on CUDA those of flash attention or cuDNN.
     """
-    if impl == "auto":
-        impl = "flash" if _takes(q_bthd) and _flash(q_bthd.device) else "sdpa"
-    if impl == "flash":
-        if not _takes(q_bthd):
-            raise ModelError(
-                "flash attention needs CUDA, half precision and heads of 8 to 256 dimensions: use impl='sdpa'"
-            )
-        if (flash := _flash(q_bthd.device)) is None:
-            raise ModelError("flash-attn cannot be imported: pip install flash-attn, or use impl='sdpa'")
+    if _takes(q_bthd) and (flash := _flash(q_bthd.device)):
         out = flash(q_bthd, k_bthd, v_bthd, causal=True)
         return out[0] if isinstance(out, tuple) else out
-    if impl == "dense":
-        return _dense(q_bthd, k_bthd, v_bthd)
-    if impl != "sdpa":
-        raise ModelError(f"unknown impl {impl!r} of attention: choose one of {', '.join(IMPLS)}")
     q, k, v = (x.transpose(1, 2) for x in (q_bthd, k_bthd, v_bthd))
     return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2)
-
-
-def _dense(q_bthd: Tensor, k_bthd: Tensor, v_bthd: Tensor) -> Tensor:
-    positions = q_bthd.shape[1]
-    logits_bhts = torch.einsum("bthd,bshd->bhts", q_bthd, k_bthd) / math.sqrt(q_bthd.shape[-1])
-    later_ts = torch.ones(positions, positions, dtype=torch.bool, device=q_bthd.device).triu(1)
-    weights_bhts = logits_bhts.masked_fill(later_ts, -math.inf).softmax(dim=-1)
-    return torch.einsum("bhts,bshd->bthd", weights_bhts, v_bthd)
 
 
 def _takes(q_bthd: Tensor) -> bool:

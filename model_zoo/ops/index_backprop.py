@@ -2,11 +2,11 @@
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from model_zoo.errors import ModelError
 from model_zoo.ops.chunked import ChunkedSweeps
 from model_zoo.ops.codebook_parallel import CodebookShard, communicator
-from model_zoo.ops.dense import index_backprop_dense
 from model_zoo.ops.tiled import Settings, index_backprop_tiled
 from model_zoo.ops.types import IndexBackprop
 
@@ -61,6 +61,25 @@ def index_backprop(
     return index_backprop_tiled(
         z_nd, codebook_kd, entropy_temperature, sweeps=sweeps, shard=shard, settings=settings or Settings()
     )
+
+
+def index_backprop_dense(z_nd: Tensor, codebook_kd: Tensor, entropy_temperature: float | None) -> IndexBackprop:
+    """The reference implementation: Algorithm 1, differentiated by autograd. Memory: several N x K matrices."""
+    logits_nk = z_nd @ codebook_kd.T
+    soft_nk = logits_nk.softmax(dim=1)
+    index_n = logits_nk.argmax(dim=1)  # argmax returns the first, so the lowest, of equal maxima
+    hard_nk = F.one_hot(index_n, codebook_kd.shape[0]).to(soft_nk.dtype)
+    # The forward value equals hard_nk bit for bit; the gradient is that of soft_nk.
+    one_hot_nk = hard_nk + (soft_nk - soft_nk.detach())
+    quantized_nd = one_hot_nk @ codebook_kd
+    code_nd = codebook_kd[index_n]
+    if entropy_temperature is None:
+        return IndexBackprop(quantized_nd, index_n, None, None, code_nd)
+
+    log_assignment_nk = torch.log_softmax(logits_nk / entropy_temperature, dim=1)
+    assignment_nk = log_assignment_nk.exp()
+    sample_entropy = -(assignment_nk * log_assignment_nk).sum(dim=1).mean()
+    return IndexBackprop(quantized_nd, index_n, sample_entropy, assignment_nk.mean(dim=0), code_nd)
 
 
 def fastest_impl(z_nd: Tensor, codebook_kd: Tensor, shard: CodebookShard | None = None) -> str:

@@ -23,7 +23,7 @@ import data
 from data import DataConfig, DataError, ImageError, decode
 from data.index import Index
 from data.prep.check import check_shards
-from data.tar_format import SampleSpan, read_members, read_plain_members, sample_spans
+from data.tar_reader import SampleSpan, read_members, read_plain_members, sample_spans
 
 EPOCHS = 2
 HANG_SECONDS = 20

@@ -9,8 +9,8 @@ from ranks import settings
 from samples import index_of, write_tars
 from serving import Server
 
-from trainer.audit import read_audit
 from trainer.checkpoint import checkpoint_folders
+from trainer.prefetch import read_audit
 
 SHARDS, SAMPLES, STEPS = 4, 12, 12  # two epochs
 

@@ -10,7 +10,7 @@ from model_checks import quantizer_of, refused
 from model_zoo.ops import index_backprop
 from model_zoo.ops.chunked import ChunkedSweeps, nearest_code
 from model_zoo.ops.codebook_parallel import CodebookShard, lookup_code, sum_over_shards
-from model_zoo.ops.dense import index_backprop_dense
+from model_zoo.ops.index_backprop import index_backprop_dense
 from model_zoo.ops.tiled import Settings, index_backprop_tiled
 from model_zoo.ops.types import average_entropy
 from model_zoo.quantizers.base import INITIAL_BLOCK

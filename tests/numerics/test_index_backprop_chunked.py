@@ -13,8 +13,7 @@ from model_checks import quantizer_of
 from model_zoo import ModelError
 from model_zoo.ops import index_backprop
 from model_zoo.ops.chunked import ChunkedSweeps, nearest_code
-from model_zoo.ops.dense import index_backprop_dense
-from model_zoo.ops.index_backprop import fastest_impl
+from model_zoo.ops.index_backprop import fastest_impl, index_backprop_dense
 from model_zoo.ops.tiled import SkipStats
 from model_zoo.ops.types import average_entropy
 

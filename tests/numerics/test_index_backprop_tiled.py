@@ -9,7 +9,7 @@ import torch
 from index_backprop_runs import OUTPUTS, TILE, random_operands, run, tiled_by
 
 from model_zoo.ops.chunked import ChunkedSweeps
-from model_zoo.ops.dense import index_backprop_dense
+from model_zoo.ops.index_backprop import index_backprop_dense
 from model_zoo.ops.tiled import SkipStats
 
 # NumPy, in the interpreter, says so of the rows beside the operands, which are thrown away.

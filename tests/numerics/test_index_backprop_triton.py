@@ -11,8 +11,7 @@ from model_checks import refused
 
 from model_zoo import ModelError
 from model_zoo.ops import index_backprop
-from model_zoo.ops.dense import index_backprop_dense
-from model_zoo.ops.index_backprop import fastest_impl
+from model_zoo.ops.index_backprop import fastest_impl, index_backprop_dense
 from model_zoo.ops.tiled import HardGradient, Settings, SkipStats
 
 tl = pytest.importorskip("triton.language")

@@ -131,8 +131,7 @@ def data_stream(
     if memory_batches and memory_batches < 20:
         raise bad("--memory-batches", f"{memory_batches} are too few for a slope; use at least 20, or 0 for none")
     check_out(out, ".png", ".json")
-    from tools.bench.data import compare
-    from tools.bench.data_report import Plan
+    from tools.bench.data import Plan, compare
 
     plan = Plan(counts, world, image_size, seconds, repeats, memory_batches)
     compare(data, plan, out, command_line(context))

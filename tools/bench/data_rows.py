@@ -26,14 +26,13 @@ from data.index import INDEX_NAME, key_hash, write_index
 from data.loader import open_sources, train_batches, transform_of
 from data.parallel import cores, in_processes
 from data.prep.check import check_shards
-from data.prep.photographs import PHOTOGRAPHS
 from data.samples import IMAGE_SUFFIXES
-from data.shards import expand
+from data.shards import PHOTOGRAPHS, expand
 from data.sources import Source
 from data.storage import bytes_read
 from data.transforms import decode
 from tools.bench.common import plural, proc_number
-from tools.bench.data_report import SAMPLES_OF_TAR, TARS, Bytes, Memory, Rate
+from tools.bench.data import SAMPLES_OF_TAR, TARS, Bytes, Memory, Rate
 
 BATCH = 32
 SHUFFLED = 1000  # size of webdataset's shuffle buffer, as in its documentation

@@ -3,7 +3,6 @@
 import math
 import re
 from dataclasses import asdict, replace
-from importlib import metadata
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +12,7 @@ from model_zoo.transformer import flops_per_token
 from tools.bench import common
 from tools.bench.common import Options, Prepared, bad, names, numbers
 from trainer.config import GeneratorRun
+from trainer.evaluation.provenance import installed_version
 from trainer.recipes import load_recipe
 
 REFERENCE_FILE = Path("src/IBQ/modules/transformer/llama.py")
@@ -287,10 +287,6 @@ class Report(NamedTuple):
 
 
 def _packages() -> str:
-    found = []
-    for name in PACKAGES:
-        try:
-            found.append(f"{name} {metadata.version(name)}")
-        except metadata.PackageNotFoundError:
-            found.append(f"no {name}")
+    versions = {name: installed_version(name) for name in PACKAGES}
+    found = [f"{name} {version}" if version else f"no {name}" for name, version in versions.items()]
     return "packages: " + ", ".join(found)

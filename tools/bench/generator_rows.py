@@ -21,7 +21,7 @@ from model_zoo.transformer import Transformer, checkpoint_blocks
 from tools.bench.generator import REFERENCE_NAMES
 from tools.bench.measure import load_reference, now, peak_bytes, reset_peak
 from trainer.config import OptimizerConfig
-from trainer.optim import adam
+from trainer.optim import adam, decay_groups
 from trainer.throughput import matmul_rate
 
 WEIGHT_DECAY = 0.05  # of the published configurations and of our recipes
@@ -209,10 +209,8 @@ def published_loss(generator: nn.Module, index_bt: Tensor, class_b: Tensor) -> T
 
 def published_optimizer(parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
     """The reference's optimizer: AdamW, not fused, without weight decay of one-dimensional parameters."""
-    matrices = [parameter for parameter in parameters if parameter.ndim > 1]
-    others = [parameter for parameter in parameters if parameter.ndim <= 1]
-    groups = [dict(params=matrices, weight_decay=WEIGHT_DECAY), dict(params=others, weight_decay=0.0)]
-    return torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95))
+    groups = decay_groups(parameters, OptimizerConfig(weight_decay=WEIGHT_DECAY))
+    return torch.optim.AdamW(groups, lr=1e-4, betas=(0.9, 0.95), weight_decay=WEIGHT_DECAY)
 
 
 # ------------------------------------------------------------------------------------------------------------ measuring

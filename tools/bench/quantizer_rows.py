@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from model_zoo.ops import linear_cross_entropy
 from model_zoo.ops.chunked import ChunkedSweeps
-from model_zoo.ops.dense import index_backprop_dense
+from model_zoo.ops.index_backprop import index_backprop_dense
 from model_zoo.ops.tiled import Settings, SkipStats, index_backprop_tiled
 from tools.bench.measure import Measured, load_reference, matmul_rate, normal_tensors, time_pass, time_passes
 from tools.bench.quantizer import REFERENCE_CLASS

@@ -1,19 +1,26 @@
-"""`ibq evaluate reconstruction`: measures a tokenizer and writes the report's files."""
+"""`ibq evaluate reconstruction`, which measures a tokenizer and writes the report's files, and `ibq reconstruct`."""
 
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from data.evaluation import EvaluationImages, evaluation_images
+from data.transforms import RESIZES
 from model_zoo.config import TokenizerConfig
 from model_zoo.io.hashing import fingerprint_of
-from model_zoo.io.load import build_model, is_standalone, read_weights
+from model_zoo.io.load import build_model, find_checkpoint, is_standalone, load_tokenizer, read_weights
 from model_zoo.io.run_layout import checkpoint_step, run_folder
 from model_zoo.tokenizer import Tokenizer
 from trainer import TrainerError
-from trainer.evaluation.images import ImageSource, open_images
-from trainer.evaluation.networks import Networks, load_networks
-from trainer.evaluation.provenance import environment, image_list_hash, weights_files
-from trainer.evaluation.reconstruction import evaluate_reconstruction
+from trainer.evaluation.provenance import StageTimer, environment, image_list_hash, weights_files
+from trainer.evaluation.reconstruction import (
+    Networks,
+    describe_skipped,
+    evaluate_reconstruction,
+    first_reason,
+    load_networks,
+    reconstruct_images,
+)
 from trainer.evaluation.reconstruction_report import (
     EvaluatedRun,
     ReconstructionReport,
@@ -28,14 +35,63 @@ from trainer.evaluation.reference_results import (
     load_evaluation_recipe,
     reference_rows,
 )
-from trainer.evaluation.timing import StageTimer
+from trainer.files import writing
 from trainer.init_from import read_init_record
-from trainer.jobs.setup import common_checkpoint, job_world
+from trainer.jobs.setup import choose_device, common_checkpoint, data_config, decode_threads, job_world
+from trainer.metrics.image import SSIM_WINDOW, psnr, to_levels
 from trainer.parallel import World, run_on_all_ranks, run_on_main
-from trainer.reports.image_grid import ORDERS
+from trainer.reports.image_grid import EXAMPLE_COUNT, ORDERS, Example, pair, side_by_side
 
 RUN_REPORT = "report.json"
 FEW_IMAGES = 10_000  # fewer than these bias rFID
+SIZE, RESIZE = 256, "cv2_bilinear"  # of published tokenizers on ImageNet; used if neither options nor a run say more
+
+
+class ImageSource(NamedTuple):
+    """One process's share of the images."""
+
+    images: EvaluationImages
+    path: str | list[str]
+    image_size: int | None  # pixels, None for original sizes
+    resize: str
+    batch_size: int
+
+
+def open_images(
+    checkpoint: Path,
+    images: str | list[str] | None,
+    image_size: int | str | None,
+    resize: str | None,
+    world: World,
+    batch_size: int,
+) -> ImageSource:
+    """Opens the images. What is None comes from the run's ``data`` section (``val``, ``val_image_size``, ``resize``);
+    without a run, size and resize are those of the published ImageNet results. Raises TrainerError or DataError."""
+    config = data_config(checkpoint)
+    path = images if images is not None or config is None else config.val
+    if path is None and config is None:
+        raise TrainerError(f"{checkpoint} is not a run with a data.val: name the images with --images PATH")
+    if path is None:
+        raise TrainerError(f"{run_folder(checkpoint)} was trained without data.val: name the images with --images PATH")
+    if resize is None:
+        resize = RESIZE if config is None else config.resize
+    if resize not in RESIZES:
+        raise TrainerError(f"--resize {resize} is unknown: choose one of {', '.join(RESIZES)}")
+    if image_size is None:
+        image_size = SIZE if config is None else config.val_image_size or config.image_size
+    if image_size != "original" and (not str(image_size).isdecimal() or int(image_size) < SSIM_WINDOW):
+        raise TrainerError(f"--size {image_size}: give at least {SSIM_WINDOW} pixels, or 'original'")
+    size = None if image_size == "original" else int(image_size)
+    batch_size = 1 if size is None else batch_size
+    opened = evaluation_images(
+        path,
+        image_size=size,
+        resize=resize,
+        shard=(world.rank, world.size),
+        block=batch_size,
+        threads=decode_threads(),
+    )
+    return ImageSource(opened, path, size, resize, batch_size)
 
 
 class _Inputs(NamedTuple):
@@ -181,3 +237,57 @@ def _warnings(report: ReconstructionReport, conditions: EvaluationRecipe | None)
     if conditions and conditions.expected_images not in (None, count):
         found.append(f"not the published set: {count:,} of {conditions.expected_images:,} images")
     return found
+
+
+class WrittenReconstructions(NamedTuple):
+    image_count: int
+    overview_path: Path
+    skipped: list[str]
+
+
+def write_reconstructions(
+    source: str | Path,
+    *,
+    images: str | list[str],
+    out: str | Path,
+    image_size: int | str | None = None,
+    resize: str | None = None,
+    weights: str = "ema",
+    batch_size: int = 16,
+    device: str = "auto",
+    on_progress: Callable[[int, int], None] = lambda done, total: None,
+) -> WrittenReconstructions:
+    """Writes OUT/<number>_<name>.png, each image next to its reconstruction, and OUT/overview.png of the first ones.
+
+    Arguments and errors as for `evaluate_run`; one process.
+    """
+    out = Path(out)
+    if batch_size < 1:
+        raise TrainerError(f"the batch size must be at least 1, not {batch_size}")
+    device = choose_device(device)
+    checkpoint = find_checkpoint(Path(source))
+    tokenizer = load_tokenizer(checkpoint, weights=weights).to(device)
+    opened = open_images(checkpoint, images, image_size, resize, World(0, 1, device), batch_size)
+    examples: list[Example] = []
+    image_count = 0
+    for batch in reconstruct_images(tokenizer, opened.images, batch_size=opened.batch_size, device=device):
+        decibels = psnr(batch.images_bchw, batch.reconstruction_bchw).tolist()
+        original_bchw = to_levels(batch.images_bchw).cpu()
+        reconstruction_bchw = to_levels(batch.reconstruction_bchw).cpu()
+        for example in map(Example, batch.keys, decibels, original_bchw, reconstruction_bchw):
+            with writing(out):  # the number separates images of the same name in different folders
+                out.mkdir(parents=True, exist_ok=True)
+                pair(example).save(out / f"{image_count:05d}_{Path(example.key).stem}.png")
+            image_count += 1
+            if len(examples) < EXAMPLE_COUNT:
+                examples.append(example)
+        on_progress(image_count, len(opened.images))
+    skipped = describe_skipped(opened.images)
+    if not examples:
+        raise TrainerError(
+            f"no readable image in {images}{first_reason(skipped)}: give a folder, a tar or an image file with "
+            "readable images"
+        )
+    with writing(out):
+        side_by_side(examples).save(out / "overview.png")
+    return WrittenReconstructions(image_count, out / "overview.png", skipped)

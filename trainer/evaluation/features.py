@@ -7,7 +7,7 @@ import zipfile
 import zlib
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -35,38 +35,25 @@ class ImageBatch(NamedTuple):
     levels_bchw: Tensor
 
 
-class ImageSet(Protocol):
-    """Images of one size in a fixed order."""
-
-    path: Path
-    count: int
-    height: int
-    width: int
-
-    def sha256(self) -> str:
-        """Identifies the pixels that the features come from."""
-
-    def batches(self, batch_size: int, shard: tuple[int, int]) -> Iterator[ImageBatch]:
-        """The batches of one shard (index, count); how batches are formed does not depend on the number of shards."""
-
-
 class NpzImages:
-    """Images of an .npz in ADM's format. Raises DataError."""
+    """Images of an .npz in ADM's format, in a fixed order. Raises DataError."""
 
     def __init__(self, npz: Npz):
         self.npz, self.path = npz, npz.path
         self.count, self.height, self.width = npz.count, npz.height, npz.width
 
     def sha256(self) -> str:
+        """Identifies the pixels that the features come from."""
         return sha256_of(self.path)
 
     def batches(self, batch_size: int, shard: tuple[int, int]) -> Iterator[ImageBatch]:
+        """The batches of one shard (index, count); how batches are formed does not depend on the number of shards."""
         for first, levels_bhwc in self.npz.batches(batch_size, shard):
             yield ImageBatch(first, torch.from_numpy(levels_bhwc.transpose(0, 3, 1, 2).copy()))
 
 
 class FolderImages:
-    """Images of a folder and its sub-folders, sorted by path. Raises DataError if one is unreadable."""
+    """Like `NpzImages`, of a folder and its sub-folders, sorted by path. Raises DataError if one is unreadable."""
 
     def __init__(self, path: Path):
         self.path = path
@@ -102,6 +89,9 @@ class FolderImages:
     def _check_read(skipped: list) -> None:
         if skipped:
             raise DataError(f"{skipped[0].source}: {skipped[0].reason}; repair or remove it")
+
+
+ImageSet = NpzImages | FolderImages
 
 
 class SetFeatures(NamedTuple):

@@ -1,6 +1,5 @@
 """`ibq sample`: samples images of a generator with any number of processes; running it again continues."""
 
-import platform
 import re
 import time
 from collections.abc import Callable
@@ -13,16 +12,16 @@ import torch
 from model_zoo.config import Sampling
 from model_zoo.errors import ModelError
 from model_zoo.io.hashing import fingerprint_of
-from model_zoo.io.hub import is_hub_name
-from model_zoo.io.load import is_standalone, load_generator, load_tokenizer
+from model_zoo.io.load import is_hub_name, is_standalone, load_generator, load_tokenizer
 from model_zoo.io.run_layout import run_folder
 from model_zoo.sampler import Sampler, keep_products_in
 from model_zoo.tokenizer import Tokenizer
 from model_zoo.transformer import Transformer
 from trainer import TrainerError
 from trainer.config import GeneratorRun
+from trainer.evaluation.provenance import environment
 from trainer.jobs.sample_output import SEEDS, SampleOutput
-from trainer.jobs.setup import choose_device, common_checkpoint, job_world
+from trainer.jobs.setup import common_checkpoint, job_world
 from trainer.parallel import World, gather_objects, run_on_all_ranks, run_on_main
 from trainer.precision import autocast_dtype
 from trainer.recipes import load_run_config
@@ -80,7 +79,7 @@ def sample(
     ``raw``, default ema if the run has an EMA. on_progress: called with finished images, the total, and images per
     second. Raises TrainerError or ModelError, one line.
     """
-    _check_options(count, batch_size, seed, precision, device)
+    _check_options(count, batch_size, seed, precision)
     with job_world(device) as world:
         models = _load_models(common_checkpoint(world, source), weights, tokenizer)
         generator, recipe = models.generator, models.recipe
@@ -115,7 +114,7 @@ def sample(
         return Sampled(output.out, output.record, count, made, made / seconds) if world.is_main else None
 
 
-def _check_options(count: int, batch_size: int, seed: int, precision: str, device: str) -> None:
+def _check_options(count: int, batch_size: int, seed: int, precision: str) -> None:
     if count < 1:
         raise TrainerError(f"--count {count} must be at least 1")
     if count > MAX_IMAGES:
@@ -126,7 +125,6 @@ def _check_options(count: int, batch_size: int, seed: int, precision: str, devic
         raise TrainerError(f"--seed {seed} must lie between 0 and 2^63")
     if precision not in ("fp32", "bf16"):
         raise TrainerError(f"--precision {precision} is unknown: choose fp32 or bf16")
-    choose_device(device)
 
 
 def _make_sampler(generator: Transformer, batch_size: int, precision: str, compile: bool) -> Sampler:
@@ -200,13 +198,14 @@ def _out(source: Path, out: str | Path | None) -> Path:
 
 def _finished(world: World, made: int, seconds: float, compile: bool) -> dict:
     """What the record says of the job that finished the output."""
+    machine = environment(world.device)
     return {
         "images_made": made,
         "seconds": round(seconds, 3),
         "images_per_second": round(made / seconds, 3),
         "processes": world.size,
-        "device": torch.cuda.get_device_name() if world.device.type == "cuda" else f"CPU ({platform.machine()})",
-        "torch": torch.__version__,
+        "device": machine["device"],
+        "torch": machine["torch"],
         "compile": compile,
     }
 

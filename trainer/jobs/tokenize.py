@@ -28,7 +28,7 @@ from model_zoo.io.load import load_tokenizer
 from model_zoo.tokenizer import Tokenizer
 from trainer import TrainerError
 from trainer.files import unfinished, writing
-from trainer.jobs.setup import choose_device, common_checkpoint, data_config, job_world, threads_per_process
+from trainer.jobs.setup import common_checkpoint, data_config, job_world, threads_per_process
 from trainer.jobs.token_folder import begin_folder, finish_folder, shard_path, write_skipped
 from trainer.parallel import World, gather_objects, run_on_all_ranks, run_on_main
 from trainer.precision import full_precision
@@ -83,14 +83,13 @@ def tokenize(
             raise TrainerError(f"{option} {number} must be at least 1")
     if views not in VIEWS:
         raise TrainerError(f"--views {views} is unknown: choose one of {', '.join(VIEWS)}")
-    choose_device(device)
     with job_world(device) as world:
         checkpoint = common_checkpoint(world, run)
-        job = run_on_all_ranks(lambda: _open(checkpoint, images, Path(out), views, image_size, weights, source))
-        units = _units(job.source, samples_per_shard)
-        settings = {**job.settings, "samples_per_shard": samples_per_shard}
-        missing = run_on_main(world, lambda: begin_folder(job.out, settings, len(units)))
-        made = _tokenize_units(job, world, units, missing, batch_size, workers, on_progress)
+        inputs = run_on_all_ranks(lambda: _open(checkpoint, images, views, image_size, weights, source))
+        settings = {**inputs.settings, "samples_per_shard": samples_per_shard}
+        job = _Job(world, inputs, Path(out), settings, _units(inputs.source, samples_per_shard), batch_size)
+        missing = run_on_main(world, lambda: begin_folder(job.out, settings, len(job.units)))
+        made = _tokenize_units(job, missing, workers, on_progress)
         finished = run_on_main(world, lambda: finish_folder(job.out, str(images)))
         if not world.is_main:
             return None
@@ -106,7 +105,6 @@ class _Inputs(NamedTuple):
 
     tokenizer: Tokenizer
     source: Source
-    out: Path
     settings: dict
     views_of: Callable[[bytes], np.ndarray]
     keys: dict[str, str]
@@ -120,9 +118,18 @@ class _Unit(NamedTuple):
     stop: int | None
 
 
-def _open(
-    checkpoint: Path, images, out: Path, views: str, image_size: int | None, weights: str, source: str
-) -> _Inputs:
+class _Job(NamedTuple):
+    """settings: those of the inputs and of the shards. batch_size: views at a time."""
+
+    world: World
+    inputs: _Inputs
+    out: Path
+    settings: dict
+    units: list[_Unit]
+    batch_size: int
+
+
+def _open(checkpoint: Path, images, views: str, image_size: int | None, weights: str, source: str) -> _Inputs:
     tokenizer = load_tokenizer(checkpoint, weights)
     config = data_config(checkpoint) or DataConfig()
     side, factor = config.image_size if image_size is None else image_size, tokenizer.downsampling_factor
@@ -146,7 +153,7 @@ def _open(
         "input": {**opened.identity(), "files": digest(sorted(keys))},
     }
     views_of = functools.partial(image_views, kind=views, side=side, resize=config.resize)
-    return _Inputs(tokenizer, opened, out, settings, views_of, keys)
+    return _Inputs(tokenizer, opened, settings, views_of, keys)
 
 
 def _holds_tokens(shard: Shard) -> bool:
@@ -212,18 +219,13 @@ def _five_crops(image: Image.Image, side: int, margin: int) -> list[Image.Image]
 
 
 def _tokenize_units(
-    job: _Inputs,
-    world: World,
-    units: list[_Unit],
-    missing: list[int],
-    batch_size: int,
-    workers: int | None,
-    on_progress: Callable[[int, int | None], None],
+    job: _Job, missing: list[int], workers: int | None, on_progress: Callable[[int, int | None], None]
 ) -> int:
     """Writes the missing shards, one on each rank per turn, so that an error on one rank ends all. Returns the number
     of samples that all ranks wrote."""
-    job.tokenizer.to(world.device)
-    sizes = [None if unit.stop is None else unit.stop - unit.first for unit in units]
+    world = job.world
+    job.inputs.tokenizer.to(world.device)
+    sizes = [None if unit.stop is None else unit.stop - unit.first for unit in job.units]
     total = None if None in sizes else sum(sizes)
     done = sum(size or 0 for size in sizes) - sum(sizes[number] or 0 for number in missing)  # processed samples
     made = 0
@@ -236,7 +238,7 @@ def _tokenize_units(
                     on_progress(before + processed, total)
 
             own = missing[turn + world.rank : turn + world.rank + 1]  # one; in the last turn possibly none
-            work = functools.partial(_tokenize_unit, job, world, units, batch_size, pool, report)
+            work = functools.partial(_tokenize_unit, job, pool, report)
             counts = run_on_all_ranks(lambda work=work, own=own: [work(number) for number in own])
             of_ranks = [count for of_rank in gather_objects(counts) for count in of_rank]
             done += sum(processed for processed, _ in of_ranks)
@@ -261,31 +263,22 @@ class _Prepared(NamedTuple):
     members: dict[str, bytes]  # caption and class
 
 
-def _tokenize_unit(
-    job: _Inputs,
-    world: World,
-    units: list[_Unit],
-    batch_size: int,
-    pool: ThreadPoolExecutor,
-    report: Callable[[int], None],
-    number: int,
-) -> _UnitCounts:
+def _tokenize_unit(job: _Job, pool: ThreadPoolExecutor, report: Callable[[int], None], number: int) -> _UnitCounts:
     """Writes one token shard, or none if no image is readable. report: called with the processed samples so far."""
-    unit, path = units[number], shard_path(job.out, number)
-    shard, vocabulary = job.source.shards[unit.shard], job.settings["codes"]
+    inputs, unit, path = job.inputs, job.units[number], shard_path(job.out, number)
     # A batch never spans units, so codes do not depend on the number of processes.
-    samples_per_batch = max(1, batch_size // VIEWS[job.settings["views"]])
+    samples_per_batch = max(1, job.batch_size // VIEWS[job.settings["views"]])
     skipped, written = [], 0
     with writing(job.out), contextlib.ExitStack() as stack:
         file = stack.enter_context(open(unfinished(path), "wb"))
         stack.callback(unfinished(path).unlink, missing_ok=True)  # if it was not renamed
         with TarWriter(file, encoder=False, mtime=0) as tar:
-            for batch in _batches(_prepared(job, shard, unit, pool, 2 * samples_per_batch), samples_per_batch):
+            for batch in _batches(_prepared(inputs, unit, pool, 2 * samples_per_batch), samples_per_batch):
                 usable = [one for one in batch if isinstance(one, _Prepared)]
                 skipped += [one._asdict() for one in batch if isinstance(one, Skipped)]
-                codes = _encode(job.tokenizer, [one.views_vchw for one in usable], batch_size, world.device)
+                codes = _encode(inputs.tokenizer, [one.views_vchw for one in usable], job.batch_size, job.world.device)
                 for one, index_vhw in zip(usable, codes, strict=True):
-                    content = pack_codes(index_vhw, job.settings["tokenizer"], vocabulary)
+                    content = pack_codes(index_vhw, job.settings["tokenizer"], job.settings["codes"])
                     tar.write({"__key__": one.key, "codes": content, **one.members})
                 written += len(usable)
                 report(written + len(skipped))
@@ -297,14 +290,12 @@ def _tokenize_unit(
     return _UnitCounts(written + len(skipped), written)
 
 
-def _prepared(
-    job: _Inputs, shard: Shard, unit: _Unit, pool: ThreadPoolExecutor, ahead: int
-) -> Iterator[_Prepared | Skipped]:
+def _prepared(inputs: _Inputs, unit: _Unit, pool: ThreadPoolExecutor, ahead: int) -> Iterator[_Prepared | Skipped]:
     """The unit's samples in order; the pool reads and decodes up to ``ahead`` of them in advance."""
-    waiting: deque = deque()
+    waiting, shard = deque(), inputs.source.shards[unit.shard]
     for window in _fetched(shard.windows(unit.first, unit.stop, WINDOW), pool):
         for n in range(len(window)):
-            waiting.append(pool.submit(_prepare, job, shard.name, window, n))
+            waiting.append(pool.submit(_prepare, inputs, shard.name, window, n))
             if len(waiting) > ahead:
                 yield waiting.popleft().result()
     while waiting:
@@ -325,19 +316,19 @@ def _fetched(windows: Iterator[Window], pool: ThreadPoolExecutor) -> Iterator[Wi
         yield window
 
 
-def _prepare(job: _Inputs, name: str, window: Window, n: int) -> _Prepared | Skipped:
+def _prepare(inputs: _Inputs, name: str, window: Window, n: int) -> _Prepared | Skipped:
     key = f"sample {window.first + n}"
     try:
         sample = window.read(n)
         key = sample.key
-        picked = job.source.pick(sample)
-        views_vchw = job.views_of(picked.content)
+        picked = inputs.source.pick(sample)
+        views_vchw = inputs.views_of(picked.content)
     except ImageError as error:
-        return Skipped(name, key, str(error), job.source.name)
+        return Skipped(name, key, str(error), inputs.source.name)
     members = {} if picked.label is None else {"cls": str(picked.label).encode()}
     if picked.caption is not None:
         members["txt"] = picked.caption.encode("utf-8", "replace")
-    return _Prepared(job.keys.get(key, key), views_vchw, members)
+    return _Prepared(inputs.keys.get(key, key), views_vchw, members)
 
 
 def _batches(samples: Iterator, size: int) -> Iterator[list]:

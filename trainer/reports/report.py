@@ -13,7 +13,7 @@ from omegaconf import DictConfig, OmegaConf
 from model_zoo.io.sharded_tensors import ShardedTensors
 from trainer import TrainerError
 from trainer.evaluation.provenance import installed_version
-from trainer.reports import generator_report, tokenizer_report
+from trainer.reports import sections
 from trainer.reports.charts import CHARTS, Curve, Point, draw_chart
 from trainer.reports.html import image, page
 from trainer.telemetry import metric_lines
@@ -33,30 +33,30 @@ def write_report(run_folder: str | Path) -> Path:
     config = OmegaConf.load(run / "config.yaml")
     curves = read_metrics(run / "metrics.jsonl")
     if OmegaConf.select(config, "task") == "generator":
-        sections = [
-            generator_report.summary(run, config),
-            generator_report.generation(run, config, curves),
+        content = [
+            sections.generator_summary(run, config),
+            sections.generation(run, config, curves),
             _training(curves),
             _samples(run / "samples", "Drawn from the same random numbers each time."),
             _facts(run, config, curves, None),
-            generator_report.next_steps(run),
+            sections.generator_next_steps(run),
         ]
     else:
-        evaluation = tokenizer_report.read_evaluation(run / "report.json")
-        sections = [
-            tokenizer_report.summary(run, config),
-            tokenizer_report.results(run, evaluation),
-            tokenizer_report.initialization(run),
-            tokenizer_report.reconstructions(run, evaluation),
-            tokenizer_report.generator(run / tokenizer_report.GENERATOR),
+        evaluation = sections.read_evaluation(run / "report.json")
+        content = [
+            sections.tokenizer_summary(run, config),
+            sections.results(run, evaluation),
+            sections.initialization(run),
+            sections.reconstructions(run, evaluation),
+            sections.demonstration(run / sections.GENERATOR),
             _training(curves),
             _samples(run / "samples", "Validation images above, reconstructions below."),
             _facts(run, config, curves, evaluation),
-            tokenizer_report.next_steps(run),
+            sections.tokenizer_next_steps(run),
         ]
     path = run / "report.html"
     try:
-        path.write_text(page(run.resolve().name, sections), encoding="utf-8")
+        path.write_text(page(run.resolve().name, content), encoding="utf-8")
     except OSError as error:
         raise TrainerError(f"cannot write {path}: {error.strerror}") from error
     return path

@@ -8,7 +8,7 @@ from samples import encoded, members, picture, write_tar
 
 import data
 from data import DataError, expand, scan
-from data.prep.photographs import PHOTOGRAPHS
+from data.shards import PHOTOGRAPHS
 from data.tar_reader import TarShard
 
 # -------------------------------------------------------------------------------------------------- expand and scan
@@ -75,7 +75,7 @@ def packed(tmp_path_factory):
 @pytest.fixture
 def few_photographs(monkeypatch):
     """One in each split, which take little time to pack."""
-    monkeypatch.setattr("data.prep.photographs.PHOTOGRAPHS", {"train": ("brick.png",), "val": ("coins.png",)})
+    monkeypatch.setattr("data.shards.PHOTOGRAPHS", {"train": ("brick.png",), "val": ("coins.png",)})
 
 
 def test_no_photograph_is_in_both_splits(packed):

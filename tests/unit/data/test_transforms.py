@@ -8,7 +8,7 @@ from PIL import Image
 from samples import encoded, picture
 from torchvision.transforms import v2
 
-from data import DataError, ImageError, decode
+from data import DataConfig, DataError, ImageError, decode
 from data.transforms import (
     TrainingTransform,
     jitter_colors,
@@ -17,6 +17,10 @@ from data.transforms import (
     resize_named,
     resize_shorter_side,
 )
+
+
+def transform_of(**settings) -> TrainingTransform:
+    return TrainingTransform(DataConfig(**settings))
 
 
 def pixel(image, x=0, y=0):
@@ -117,7 +121,7 @@ def test_adm_center_crop_of_a_part():
     ours = resize_named("adm_center_crop").apply(image, (32, 32), (10, 20, 150, 149))
     alone = resize_named("adm_center_crop").apply(image.crop((10, 20, 150, 149)), (32, 32))
     assert np.array_equal(np.asarray(ours), np.asarray(alone))
-    transform = TrainingTransform(32, "random_resized", (0.2, 1.0), "adm_center_crop", False)
+    transform = transform_of(image_size=32, crop="random_resized", resize="adm_center_crop", flip=False)
     assert transform(encoded(image, "PNG"), random.Random(0)).shape == (3, 32, 32)
 
 
@@ -127,8 +131,8 @@ def test_a_thread_is_refused_before_it_fills_the_memory(resize):
     thread = encoded(Image.new("RGB", (1, 10_000)), "PNG")
     for crop in ("center", "random"):
         with pytest.raises(ImageError, match="1 x 10000 pixels are too long and thin"):
-            TrainingTransform(256, crop, (0.2, 1.0), resize, False)(thread, random.Random(0))
-    assert TrainingTransform(256, "random_resized", (0.2, 1.0), resize, False)(thread, random.Random(0)).any() == 0
+            transform_of(crop=crop, resize=resize, flip=False)(thread, random.Random(0))
+    assert transform_of(crop="random_resized", resize=resize, flip=False)(thread, random.Random(0)).any() == 0
 
 
 def test_missing_opencv_is_named(monkeypatch):
@@ -141,17 +145,16 @@ def test_missing_opencv_is_named(monkeypatch):
 def test_unknown_names_are_errors():
     with pytest.raises(DataError, match="pil_antialias, cv2_bilinear, adm_center_crop"):
         resize_named("bicubic")
-    good = {"image_size": 16, "crop": "random", "crop_scale": (0.2, 1.0), "resize": "pil_antialias", "flip": True}
-    TrainingTransform(**good)
-    for name, value in [("crop", "middle"), ("crop_scale", (0.0, 1.0)), ("crop_scale", (1.0, 0.5)), ("image_size", 0)]:
+    transform_of()
+    for name, value in [("crop", "middle"), ("crop_scale", [0.0, 1.0]), ("crop_scale", [1.0, 0.5]), ("image_size", 0)]:
         with pytest.raises(DataError, match=name):
-            TrainingTransform(**{**good, name: value})
+            transform_of(**{name: value})
 
 
 @pytest.mark.parametrize("crop", ["random_resized", "random", "center"])
 @pytest.mark.parametrize("size", [(90, 41), (41, 90), (20, 20), (300, 8)])
 def test_training_transform_depends_on_its_generator_only(crop, size):
-    transform = TrainingTransform(24, crop, (0.2, 1.0), "pil_antialias", True)
+    transform = transform_of(image_size=24, crop=crop)
     content = encoded(picture(2, size))
     first = transform(content, random.Random(5))
     random.random(), np.random.random(), torch.rand(1)
@@ -181,7 +184,7 @@ def test_flip_happens_half_the_time_and_can_be_left_out():
     content = encoded(picture(2, (30, 30)), "PNG")
     results = {}
     for flip in (True, False):
-        transform = TrainingTransform(30, "center", (1.0, 1.0), "pil_antialias", flip)
+        transform = transform_of(image_size=30, crop="center", crop_scale=[1.0, 1.0], flip=flip)
         results[flip] = [transform(content, random.Random(seed)).tobytes() for seed in range(60)]
     upright = np.asarray(Image.open(io.BytesIO(content))).transpose(2, 0, 1).tobytes()
     assert set(results[False]) == {upright}

@@ -19,7 +19,7 @@ from webdataset.writer import TarWriter
 from data import DataConfig, TrainStream
 from data.index import Index
 from data.prep.stats import Histogram
-from tools import histograms
+from tools import shards_text
 
 
 @pytest.fixture
@@ -302,10 +302,10 @@ def test_stats_of_a_folder_of_images(shards, tmp_path):
 
 def test_bars_of_any_share():
     bins = {"none": 0, "few": 1, "some": 5_000, "most": 999_999_999}
-    rows = histograms.lines(Histogram("n", "title", bins))
+    rows = shards_text.histogram_lines(Histogram("n", "title", bins))
     assert rows[0] == "title" and len({len(row) for row in rows[1:]}) == 1 and len(rows[1]) <= 80
-    bars = [row[7 : 7 + histograms.BAR_CHARACTERS] for row in rows[1:]]
-    assert bars[0].strip() == "" and bars[1].strip() == "▏" and bars[3] == "█" * histograms.BAR_CHARACTERS
+    bars = [row[7 : 7 + shards_text.BAR_CHARACTERS] for row in rows[1:]]
+    assert bars[0].strip() == "" and bars[1].strip() == "▏" and bars[3] == "█" * shards_text.BAR_CHARACTERS
     assert [row[48:].split()[0] for row in rows[1:]] == ["0%", "<0.1%", "<0.1%", "100%"]
 
 

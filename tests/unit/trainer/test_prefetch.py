@@ -5,8 +5,7 @@ from pathlib import Path
 from model_checks import refusal
 
 from trainer import TrainerError
-from trainer.audit import _set_aside, read_audit
-from trainer.prefetch import summary
+from trainer.prefetch import _set_aside, read_audit, summary
 
 
 def segment(run: Path, start: int, rank: int, steps: range, shard="a.tar") -> None:

@@ -9,7 +9,7 @@ import torch
 from model_checks import refused, tiny_tokenizer
 
 from model_zoo import ModelError, load_tokenizer
-from model_zoo.io.hub import is_hub_name
+from model_zoo.io.load import is_hub_name
 
 
 class Hub(types.ModuleType):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from data import tar_format
+from data import tar_reader
 from tools.bench import common
 from tools.bench.measure import failure
 
@@ -25,7 +25,7 @@ def jobs_here(monkeypatch) -> Iterator[None]:
     threads = torch.get_num_threads()
 
     def run_job(module: str, job: str, **arguments) -> dict:
-        tar_format._scan.cache_clear()
+        tar_reader._scan.cache_clear()
         try:
             return getattr(import_module(f"tools.bench.{module}"), job)(**arguments)._asdict()
         except Exception as error:

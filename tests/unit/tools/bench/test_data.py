@@ -12,8 +12,9 @@ from webdataset.writer import TarWriter
 
 from data.config import DataConfig
 from data.errors import DataError
-from tools.bench import data_report, data_rows
-from tools.bench.data_report import Bytes, Memory, Rate
+from tools.bench import data as data_bench
+from tools.bench import data_rows
+from tools.bench.data import Bytes, Memory, Rate
 
 SAMPLES = 80  # in two tars
 
@@ -142,7 +143,7 @@ def test_the_tables_and_the_files(tars, tmp_path, bench, answers, printed_rows):
     assert status == 0
     assert ("data_rows.watch_memory", dict(root=tars, workers=3, batches=20)) in asked
     rows = printed_rows(said, 8, "scheme ")
-    assert [row[:2] for row in rows] == [[scheme, n] for n in "03" for scheme in data_report.SCHEMES]
+    assert [row[:2] for row in rows] == [[scheme, n] for n in "03" for scheme in data_bench.SCHEMES]
     assert rows[0][3] == rows[0][5] == "100.0%"
     assert all(len(row) == 8 for row in rows[:5])  # two repeats
     for row in rows[5:]:
@@ -189,11 +190,11 @@ def test_every_figure_comes_from_a_fresh_process(tars, bench):
 
 def test_ratios_are_of_the_fastest_repeats():
     def row(scheme, *speeds):
-        return data_report.Row(2, scheme, [Rate(1000, speed, 1000 / speed) for speed in speeds])
+        return data_bench.Row(2, scheme, [Rate(1000, speed, 1000 / speed) for speed in speeds])
 
-    plan = data_report.Plan([2], 4, 256, 5.0, 2, 0)
+    plan = data_bench.Plan([2], 4, 256, 5.0, 2, 0)
     rows = [row("bound", 200, 90), row("ibq", 100, 190), row("webdataset", 95, 20), row("discard", 47.5)]
-    report = data_report.Report([], "", plan, rows, [], [], [])
+    report = data_bench.Report([], "", plan, rows, [], [], [])
     assert report.speed_cells(rows[1])[2:] == ["190.0", "95.0%", "5.26", "95.0%", "100 190"]
     assert report.notes() == [
         "2 workers: ibq delivers 95.0% of the bound, 2.00 times the images of webdataset, "

@@ -13,8 +13,7 @@ from data import DataError
 from model_zoo import ModelError
 from tools.evaluate import app
 from trainer import TrainerError
-from trainer.evaluation.evaluate_run import evaluate_run
-from trainer.evaluation.write_reconstructions import write_reconstructions
+from trainer.evaluation.evaluate_run import evaluate_run, write_reconstructions
 
 
 @pytest.fixture(scope="module", autouse=True)

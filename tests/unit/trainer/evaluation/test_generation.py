@@ -18,8 +18,7 @@ from model_zoo.eval_nets.inception import Inception
 from model_zoo.eval_nets.weights import WEIGHTS_FILES
 from trainer import TrainerError
 from trainer.evaluation.features import FeatureExtractor, FolderImages, NpzImages, _gathered
-from trainer.evaluation.generation import evaluate_generation
-from trainer.evaluation.generation_inputs import sampling_record
+from trainer.evaluation.generation import evaluate_generation, sampling_record
 
 pytestmark = pytest.mark.usefixtures("cache", "small_inception")
 

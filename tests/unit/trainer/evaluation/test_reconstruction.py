@@ -16,9 +16,13 @@ from model_zoo import ModelError
 from model_zoo.eval_nets.weights import WEIGHTS_FILES, weights_path
 from trainer import TrainerError
 from trainer.evaluation import reconstruction
-from trainer.evaluation.networks import Networks, load_networks
-from trainer.evaluation.reconstruction import evaluate_reconstruction, reconstruct_images
-from trainer.evaluation.timing import StageTimer
+from trainer.evaluation.provenance import StageTimer
+from trainer.evaluation.reconstruction import (
+    Networks,
+    evaluate_reconstruction,
+    load_networks,
+    reconstruct_images,
+)
 
 
 class GreyTokenizer:

@@ -23,8 +23,7 @@ import model_zoo
 from data import DataConfig, TokenHeader, TokenSpec, check, decode, evaluation_tokens, token_header, unpack_codes
 from data.index import Index, write_index
 from data.prep.check import check_shards
-from data.tar_format import scan
-from data.tar_reader import TarShard
+from data.tar_reader import TarShard, scan
 from data.transforms import pixels_chw, resize_and_center_crop, resize_named
 from tools import cli
 from trainer import TrainerError

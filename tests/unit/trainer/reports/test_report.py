@@ -12,7 +12,7 @@ from PIL import Image
 from trainer import TrainerError
 from trainer.reports.charts import Chart, Point, draw_chart
 from trainer.reports.report import read_metrics, training_seconds, write_report
-from trainer.reports.tokenizer_report import verdict
+from trainer.reports.sections import verdict
 
 EVALUATION = {
     "psnr": 20.61, "ssim": 0.61, "l1": 0.12, "usage": 0.79, "perplexity": 410.2, "baseline_mean_color_psnr": 13.2,

@@ -1,4 +1,4 @@
-"""Sections of a tokenizer's report.html."""
+"""Sections of the report.html of a tokenizer or a generator."""
 
 import json
 import math
@@ -10,16 +10,20 @@ from omegaconf import DictConfig, OmegaConf
 
 from trainer import TrainerError
 from trainer.init_from import read_init_record
-from trainer.reports.generator_report import SAMPLED, sampled_images
+from trainer.reports.charts import Curve
 from trainer.reports.html import commands, header, image, table, tiles
 from trainer.reports.measures import MEASURES, describe_crop
 
+SAMPLED = "sampled.png"  # in a generator's run folder
 GENERATOR = "generator"  # in a tokenizer's run folder: the run of a generator of its codes
 FROZEN = {
     None: "Nothing is frozen.",
     "encoder": "The encoder and the codebook are frozen: codes, and generators trained on them, stay valid.",
     "decoder": "The decoder is frozen.",
 }
+
+
+# ---------------------------------------------------------------------------------------------------------- a tokenizer
 
 
 def read_evaluation(path: Path) -> dict | None:
@@ -34,7 +38,7 @@ def read_evaluation(path: Path) -> dict | None:
         ) from error
 
 
-def summary(run: Path, config: DictConfig) -> str:
+def tokenizer_summary(run: Path, config: DictConfig) -> str:
     codes, size = OmegaConf.select(config, "model.codebook_size"), OmegaConf.select(config, "data.image_size")
     multipliers = OmegaConf.select(config, "model.channel_multipliers")
     if not (codes and size and multipliers):
@@ -160,7 +164,7 @@ def reconstructions(run: Path, evaluation: dict | None) -> str:
     return f"<section><h2>Reconstructions</h2>{first}{more}</section>"
 
 
-def generator(run: Path) -> str:
+def demonstration(run: Path) -> str:
     """Samples of the generator that `ibq quickstart` trained on this tokenizer's codes, if it did."""
     if not (run / SAMPLED).is_file():
         return ""
@@ -172,7 +176,7 @@ def generator(run: Path) -> str:
     )
 
 
-def next_steps(run: Path) -> str:
+def tokenizer_next_steps(run: Path) -> str:
     folder = shlex.quote(str(run))
     return commands(
         [
@@ -206,3 +210,59 @@ def _format_db(psnr: float, unit: str = " dB") -> str:
 
 def _count(count: int, what: str) -> str:
     return f"{count:,} {what}{'' if count == 1 else 's'}"
+
+
+# ---------------------------------------------------------------------------------------------------------- a generator
+
+
+def generator_summary(run: Path, config: DictConfig) -> str:
+    rows, columns = OmegaConf.select(config, "model.grid")
+    codes, classes = OmegaConf.select(config, "model.vocabulary"), OmegaConf.select(config, "model.classes")
+    return header(
+        run,
+        f"An autoregressive generator: for one of {classes:,} classes it predicts the {rows}&times;{columns} = "
+        f"{rows * columns:,} codes of an image one after another, each one of {codes:,}. A tokenizer decodes them to "
+        "pixels.",
+    )
+
+
+def generation(run: Path, config: DictConfig, curves: dict[str, Curve]) -> str:
+    """The validation loss next to the entropy of the code frequencies, and samples."""
+    losses = [curves[name][-1].value for name in ("val/loss", "val/unigram_entropy") if curves.get(name)]
+    shown = ""
+    if len(losses) == 2:
+        held_out = OmegaConf.select(config, "data.val") != OmegaConf.select(config, "data.train")
+        labels = (
+            f"nats per code, {'in validation' if held_out else 'on the training images'}",
+            "nats per code from code frequencies alone",
+        )
+        shown = tiles([(f"{loss:.2f}", label) for loss, label in zip(losses, labels, strict=True)]) + "<br>"
+    return f"<section><h2>Generated images</h2>{shown}{sampled_images(run)}</section>"
+
+
+def sampled_images(run: Path) -> str:
+    """The run's SAMPLED, or the command that makes it."""
+    if not (run / SAMPLED).is_file():
+        command = escape(f"ibq sample {shlex.quote(str(run))} --count 16 --out {shlex.quote(str(run / SAMPLED))}")
+        return f"<p>No samples yet. To draw some:</p><pre>{command}</pre>"
+    return (
+        image(run / SAMPLED, "Samples of the generator, a row for each class")
+        + "<p class=note>One row per class: the first samples of the seed, not selected.</p>"
+    )
+
+
+def generator_next_steps(run: Path) -> str:
+    folder = shlex.quote(str(run))
+    return commands(
+        [
+            ("Draw more samples", f"ibq sample {folder} --classes 0,1 --count 64 --out samples"),
+            ("Continue training", f"ibq resume {folder} trainer.max_steps=STEPS"),
+            ("See every scalar", f"tensorboard --logdir {folder}/tensorboard"),
+            (
+                "Use it from Python",
+                "import model_zoo\n"
+                f"generator = model_zoo.load_generator({str(run)!r})\n"
+                "logits_btk = generator(index_bt, class_b)      # logits_btk[:, t] predicts code t",
+            ),
+        ]
+    )
