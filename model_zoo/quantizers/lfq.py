@@ -38,20 +38,22 @@ class LookupFreeQuantizer(Quantizer):
     def __init__(self, config: TokenizerConfig, shard: CodebookShard | None = None):
         super().__init__(config, shard)
         codebook_size, bits = config.codebook_size, config.code_dim
-        if bits > MOST_BITS:
-            raise ModelError(f"model.code_dim={bits}: a code of model.quantizer={config.quantizer} has at most 62 bits")
         if codebook_size != 2**bits:
             bits = (codebook_size - 1).bit_length()
             raise ModelError(
                 f"model.quantizer={config.quantizer} has 2^code_dim codes, not {codebook_size} of {config.code_dim} "
                 f"dimensions: give model.codebook_size={2**bits} model.code_dim={bits}"
             )
+        if bits > MOST_BITS:
+            raise ModelError(
+                f"model.code_dim={bits}: a code of model.quantizer={config.quantizer} has at most {MOST_BITS} bits"
+            )
         self.groups = self.default_groups(bits) if config.groups is None else config.groups
         fitting = [groups for groups in range(1, bits + 1) if bits % groups == 0 and bits // groups <= MOST_GROUP_BITS]
         if self.groups not in fitting:
             raise ModelError(
-                f"model.groups={self.groups} does not split {bits} bits into equal groups of {MOST_GROUP_BITS} or fewer: "
-                f"give one of {', '.join(map(str, fitting))}"
+                f"model.groups={self.groups} does not split {bits} bits into equal groups of at most "
+                f"{MOST_GROUP_BITS}: give one of {', '.join(map(str, fitting))}"
             )
         self.register_buffer("powers_d", 2 ** torch.arange(bits), persistent=False)
         if bits > MOST_COUNTED_BITS:

@@ -88,6 +88,7 @@ def test_the_length_of_features_does_not_matter():
 
 def test_what_makes_no_sphere_of_codes_is_refused():
     assert "model.codebook_size=131072 model.code_dim=17" in refused(quantizer_of, "bsq", 100_000, 18)
+    assert "model.codebook_size=16384 model.code_dim=14" in refused(quantizer_of, "bsq", 16384, 256)
     assert "codebook_parallel=1" in refused(quantizer_of, "bsq", 16, 4, shard=CodebookShard(0, 8, None))
     assert "model.normalize=false" in refused(quantizer_of, "bsq", 16, 4, normalize=True)
     assert "give one of 1, 2, 3, 6" in refused(quantizer_of, "bsq", 64, 6, groups=4)
