@@ -87,7 +87,9 @@ def test_usage_of_more_codes_than_can_be_counted_is_that_of_the_groups(trained, 
     assert 0.1 < report["usage"] <= 1 and 1 < report["perplexity"] <= 1024
 
 
-@pytest.mark.parametrize("recipe", ["fsq_64000", "bsq_262144", "lfq_grouped"])
+@pytest.mark.parametrize(
+    "recipe", ["lfq_grouped", *(pytest.param(name, marks=pytest.mark.full) for name in ("fsq_64000", "bsq_262144"))]
+)
 def test_full_size_recipes_are_listed_and_tell_their_memory(ranks, recipe):
     assert recipe in ranks.ibq("recipes").succeeded().out
     ended = ranks.ibq("train", recipe, "--dry-run", "--processes", 8).succeeded()
