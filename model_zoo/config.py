@@ -11,6 +11,8 @@ from typing import Any
 
 from model_zoo.errors import ModelError
 
+# Quantizers whose codes are given by a formula: they have no codebook that is initialized or trained.
+WITHOUT_CODEBOOK = ("lfq", "bsq", "fsq")
 COMPARISONS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
 
@@ -66,6 +68,13 @@ class TokenizerConfig:
     normalize: bool = False
     # Factor on the cosines in IBQ's softmax; only with normalize.
     logit_scale: float = field(default=1.0, metadata={"above": 0})
+    # lfq, bsq: into how many groups the bits are split for the entropy of the mean assignment; null: 1 for lfq, one a
+    # bit for bsq.
+    groups: int | None = field(default=None, metadata={"at_least": 1})
+    # fsq: the levels of each dimension; their product is codebook_size, their number is code_dim.
+    levels: list[int] = field(default_factory=list, metadata={"at_least": 2, "at_most": 1000})
+    # fsq: what bounds a feature before it is rounded.
+    bound: str = field(default="tanh", metadata={"choices": ("tanh", "ifsq")})
 
 
 @dataclass

@@ -68,8 +68,8 @@ class Tokenizer(nn.Module):
 
     def fingerprint(self) -> str:
         """16 hexadecimal digits that identify the mapping from images to codes: a hash of the names, shapes and fp32
-        values of encoder and codebook. The decoder is not included."""
-        digest = hashlib.sha256()
+        values of encoder and codebook, and the quantizer's settings. The decoder is not included."""
+        digest = hashlib.sha256(self.quantize.settings().encode())
         for name, tensor in sorted(self.state_dict().items()):
             if name.startswith(("encoder.", "quant_conv.", "quantize.")):
                 values = tensor.detach().float().cpu().contiguous()

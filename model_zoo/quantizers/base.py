@@ -29,7 +29,8 @@ class Quantized(NamedTuple):
         soft.
     commitment: |z - sg[C[i]]|^2, moves features towards their codes.
     codebook: |sg[z] - C[i]|^2, moves codes towards their features; None without a learned codebook.
-    sample_entropy, average_probability_k: see `model_zoo.ops.IndexBackprop`; None if not requested.
+    sample_entropy, average_probability_k: see `model_zoo.ops.IndexBackprop`; None if not requested. Quantizers whose
+        codes are made of groups give the groups' mean assignments one after another.
     features_nd: the features that were quantized, without gradient.
     shard: the quantizer's shard; average_probability_k then covers this rank's codes only.
     """
@@ -71,6 +72,7 @@ class Quantizer(nn.Module):
             raise ModelError(f"model.quantizer={config.quantizer} cannot shard its codes: set codebook_parallel=1")
         if config.normalize and not self.normalizes:
             raise ModelError(f"model.quantizer={config.quantizer} does not normalize: set model.normalize=false")
+        self.counted_codes = config.codebook_size  # see `counted`
 
     def row_parameters(self) -> list[nn.Parameter]:
         """The parameters with one row per code, which may be sharded over ranks. Parameters without a gradient are not
@@ -102,6 +104,15 @@ class Quantizer(nn.Module):
     def statistics(self) -> dict[str, Tensor]:
         """Running values, equal on all ranks, that training saves and restores beside the parameters, by name."""
         return {}
+
+    def counted(self, index: Tensor) -> Tensor:
+        """Int64 codes of any shape -> what statistics of usage count, in [0, ``counted_codes``): the codes themselves,
+        or for a codebook that is too large to count the codes of its groups."""
+        return index
+
+    def settings(self) -> str:
+        """What decides, besides tensors, which code a feature gets; part of `Tokenizer.fingerprint`."""
+        return ""
 
     def forward(self, z_bdhw: Tensor, entropy_temperature: float | None = None) -> Quantized:
         """Quantizes a feature map. With ``entropy_temperature``, quantizers that have entropy terms compute them."""

@@ -25,7 +25,7 @@ from trainer.evaluation.baselines import ColorBaselines
 from trainer.evaluation.distribution import GaussianMoments, frechet_distance
 from trainer.evaluation.provenance import StageTimer
 from trainer.evaluation.reconstruction_report import ImageScore, ReconstructionReport
-from trainer.metrics.codebook import CodebookUsage, window_usage
+from trainer.metrics.codebook import USAGE_WINDOW_TOKENS, CodebookUsage, window_usage
 from trainer.metrics.image import SSIM_WINDOW, finite_mean, l1, padding, psnr, ssim, to_levels
 from trainer.parallel import World, gather_objects, run_on_all_ranks, run_on_main
 from trainer.precision import full_precision
@@ -296,14 +296,16 @@ def _make_report(
     skipped: list[str],
 ) -> ReconstructionReport:
     """rows, galleries: of all processes."""
-    codebook_size = tokenizer.config.codebook_size
+    quantizer = tokenizer.quantize
     scores = [ImageScore(**row.scores) for row in rows]
     decibels = finite_mean(score.psnr for score in scores)
     mean_color = finite_mean(row.mean_color_psnr for row in rows)
     palette = finite_mean(score.palette_psnr for score in scores)
     index_n = np.concatenate([row.codes for row in rows])
-    usage = CodebookUsage(codebook_size)
-    usage.update(torch.from_numpy(index_n.astype(np.int64)))
+    usage = CodebookUsage(quantizer.counted_codes)
+    counted = quantizer.counted(torch.from_numpy(index_n.astype(np.int64)))
+    usage.update(counted)
+    entries_per_window = USAGE_WINDOW_TOKENS * counted.numel() // len(index_n)  # several a token if groups are counted
 
     def mean(name: str) -> float | None:
         values = [getattr(score, name) for score in scores]
@@ -326,13 +328,14 @@ def _make_report(
         rfid=rfid,
         lpips_vgg=mean("lpips_vgg"),
         lpips_alex=mean("lpips_alex"),
-        usage_65536=window_usage(index_n, codebook_size),
+        usage_65536=window_usage(counted.flatten().numpy(), quantizer.counted_codes, entries_per_window),
         image_count=len(scores),
-        token_count=usage.token_count(),
+        token_count=len(index_n),
         infinite_psnr_count=decibels.infinite_count,
         baseline_mean_color_infinite_count=mean_color.infinite_count,
         baseline_palette_infinite_count=palette.infinite_count,
-        codebook_size=codebook_size,
+        codebook_size=tokenizer.config.codebook_size,
+        counted_codes=quantizer.counted_codes,
         downsampling_factor=tokenizer.downsampling_factor,
         protocol=PROTOCOL,
         not_measured=not_measured,

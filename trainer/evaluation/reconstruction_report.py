@@ -27,9 +27,10 @@ class ImageScore(NamedTuple):
 class ReconstructionReport:
     """Means over images, never over batches. PSNR is in dB; its mean is over images where it is finite.
 
-    l1: mean |x - y| of images in [-1, 1]. usage: distinct codes over the whole set / codebook size; usage_65536: the
-    same per window of 65,536 consecutive tokens, mean over the complete windows, None without one. rfid, lpips_vgg,
-    lpips_alex: None if not_measured gives a reason.
+    l1: mean |x - y| of images in [-1, 1]. usage: distinct codes over the whole set / counted_codes, which is the
+    codebook size or, of a codebook that is too large to count, that of its groups; usage_65536: the same per window of
+    65,536 consecutive tokens, mean over the complete windows, None without one. rfid, lpips_vgg, lpips_alex: None if
+    not_measured gives a reason.
     """
 
     psnr: float
@@ -49,6 +50,7 @@ class ReconstructionReport:
     baseline_mean_color_infinite_count: int
     baseline_palette_infinite_count: int
     codebook_size: int
+    counted_codes: int
     downsampling_factor: int
     protocol: str
     not_measured: dict[str, str]  # measure -> reason

@@ -80,7 +80,11 @@ def results(run: Path, evaluation: dict | None) -> str:
                 "PSNR on held-out images" if evaluation["manifest"]["held_out"] else "PSNR",
             ),
             (f"{psnr - mean:+.1f} dB" if math.isfinite(psnr - mean) else "none", "above the mean colour"),
-            (f"{evaluation['usage']:.0%}", f"of {evaluation['codebook_size']:,} codes used"),
+            (
+                f"{evaluation['usage']:.0%}",
+                # Reports of earlier versions count all codes.
+                f"of {evaluation.get('counted_codes', evaluation['codebook_size']):,} codes used",
+            ),
         ]
     )
     rows = [["", "tokenizer", "palette", "mean colour"]]

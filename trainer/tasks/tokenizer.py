@@ -75,7 +75,8 @@ class TokenizerTask(Task):
             is_main=world.is_main,
         )
         tokens = max(1, (config.data.image_size // self.tokenizer.downsampling_factor) ** 2)
-        self.health = CodebookHealth(codes, tokens * config.trainer.global_batch_size, world.device)
+        counted = self.tokenizer.quantize.counted_codes
+        self.health = CodebookHealth(counted, tokens * config.trainer.global_batch_size, world.device)
         self.feature_moments: Tensor | float = 0.0  # of this rank's features in the last step
         self.entropy_temperature = None  # None: the quantizer computes no entropies
         if config.loss.entropy.weight > 0 and self.tokenizer.quantize.has_entropy and not self.codes_frozen:
@@ -240,7 +241,7 @@ class TokenizerTask(Task):
                 self._measure_balance(terms, step, metrics)
             last = i == len(micro_batches) - 1
             self.main_engine.backward(self.state.loss_scales["tokenizer"].value * loss, last=last)
-            self.health.update(out.quantized.index_bhw, step)
+            self.health.update(self.tokenizer.quantize.counted(out.quantized.index_bhw), step)
             self.feature_moments = self.feature_moments + moments(out.quantized.features_nd)
         lr = self.learning_rate_factor(step) * self.config.optimizer.lr
         return self.update("tokenizer", self.trained, "loss/total", lr, step, metrics)
@@ -345,7 +346,7 @@ class TokenizerTask(Task):
         """PSNR, L1 and usage on validation images, each counted once; pictures of the first few."""
         config, world = self.config, self.world
         sums = torch.zeros(3, dtype=torch.float64, device=world.device)
-        usage = CodebookUsage(config.model.codebook_size, world.device)
+        usage = CodebookUsage(self.tokenizer.quantize.counted_codes, world.device)
         pictures = []
         side = config.data.val_image_size or config.data.image_size
         grey = data.EvaluationImage("", torch.full((3, side, side), 127, dtype=torch.uint8), -1)
@@ -356,7 +357,7 @@ class TokenizerTask(Task):
                 index_bhw, reconstruction = self.reconstruct(original)
                 if not counts:
                     continue
-                usage.update(index_bhw)
+                usage.update(self.tokenizer.quantize.counted(index_bhw))
                 sums += torch.stack(
                     [
                         psnr(reconstruction, original)[0].double(),

@@ -20,11 +20,13 @@ TINY = TokenizerConfig(
     patch_size=2,
 )
 
+OF_32_CODES = {"lfq": {"code_dim": 5}, "bsq": {"code_dim": 5}, "fsq": {"code_dim": 2, "levels": [8, 4]}}
+
 
 def tiny(seed=0, **changes) -> Tokenizer:
     torch.manual_seed(seed)
-    if changes.get("quantizer") == "lfq":  # whose 32 codes have 5 bits
-        changes["code_dim"] = 5
+    # 32 codes of quantizers whose dimensions follow from their number.
+    changes = {**OF_32_CODES.get(changes.get("quantizer"), {}), **changes}
     return Tokenizer(replace(TINY, **changes))
 
 

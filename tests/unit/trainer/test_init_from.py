@@ -240,10 +240,12 @@ def test_a_frozen_encoder_leaves_the_decoder_the_gradient_that_it_has_in_the_who
     torch.testing.assert_close(frozen, whole, rtol=1e-4, atol=1e-7)
 
 
-def test_lfq_which_has_no_codebook_can_be_frozen_too(build, tmp_path):
-    lfq = dict(model__quantizer="lfq", model__codebook_size=64)
-    source = write_run(build(**lfq, seed=3), tmp_path / "source")
-    task = build(**lfq, init_from=InitFromConfig(str(source), freeze="encoder"))
+@pytest.mark.parametrize("quantizer", ["lfq", "bsq", "fsq"])
+def test_quantizers_without_a_codebook_can_be_frozen_too(build, tmp_path, quantizer):
+    settings = dict(model__quantizer=quantizer, model__codebook_size=64, model__levels=[2] * 6)
+    source = write_run(build(**settings, seed=3), tmp_path / "source")
+    # Groups only matter for the entropy.
+    task = build(**settings, model__groups=2, init_from=InitFromConfig(str(source), freeze="encoder"))
     task.load_initial_weights()
     before = load_tokenizer(source)
     task.step([images()], 0)

@@ -203,7 +203,7 @@ def rules_of(config, prefix: str = ""):
 RULES = [(task, key, rules) for task, config in TASKS.items() for key, rules in rules_of(config()) if rules]
 CHOICES = [(task, key, rules["choices"]) for task, key, rules in RULES if "choices" in rules]
 BOUNDS = [(task, key, *each) for task, key, rules in RULES for each in rules.items() if each[0] != "choices"]
-LISTS = ("optimizer.betas", "model.channel_multipliers", "model.grid")
+LISTS = ("optimizer.betas", "model.channel_multipliers", "model.grid", "model.levels")
 # A tokenizer refuses `selective`, and `sampling` has other messages; both are tested below.
 EXCEPTIONS = (("tokenizer", "trainer.activation_checkpointing"), ("generator", "sampling.guidance_schedule"))
 

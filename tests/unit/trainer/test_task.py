@@ -449,6 +449,8 @@ def test_the_start_does_not_depend_on_how_the_batch_is_cut(build):
         {"model__codebook_init": "normal"},
         {"init_from__source": "a run whose codes are to stay"},
         {"model__quantizer": "lfq", "model__codebook_size": 64, "loss__quantizer__double_quantization_weight": 0.0},
+        {"model__quantizer": "bsq", "model__codebook_size": 64},
+        {"model__quantizer": "fsq", "model__codebook_size": 64, "model__levels": [2] * 6},
     ],
 )
 def test_a_start_that_is_another_stays_as_it_is(build, changes):

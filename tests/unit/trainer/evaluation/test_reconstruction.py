@@ -12,8 +12,9 @@ from support import frechet_distance_by_hand, photograph, psnr_and_ssim_by_hand
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 
 from data import EvaluationImage
-from model_zoo import ModelError
+from model_zoo import ModelError, TokenizerConfig
 from model_zoo.eval_nets.weights import WEIGHTS_FILES, weights_path
+from model_zoo.quantizers.base import Quantizer
 from trainer import TrainerError
 from trainer.evaluation import reconstruction
 from trainer.evaluation.provenance import StageTimer
@@ -29,7 +30,8 @@ class GreyTokenizer:
     """Encodes each patch's mean grey as one of 16 codes; records batch shapes and checks that inputs are fp32."""
 
     downsampling_factor = 4
-    config = SimpleNamespace(codebook_size=16)
+    config = TokenizerConfig(codebook_size=16)
+    quantize = Quantizer(config)
 
     def __init__(self):
         self.shapes = []
@@ -159,7 +161,7 @@ def test_batches_do_not_depend_on_the_number_of_processes():
 
 @torch.no_grad()
 def test_usage_windows_are_those_of_the_tokens_in_order(evaluate, monkeypatch):
-    monkeypatch.setattr(reconstruction, "window_usage", lambda index_n, size: (index_n.tolist(), size))
+    monkeypatch.setattr(reconstruction, "window_usage", lambda index_n, size, window: (index_n.tolist(), size))
     images = photographs((32, 32), (16, 32), (32, 32))
     report = evaluate(GreyTokenizer(), images)
     want = []
