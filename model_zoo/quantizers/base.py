@@ -185,6 +185,9 @@ class CodebookQuantizer(Quantizer):
     def row_parameters(self) -> list[nn.Parameter]:
         return [self.embedding.weight]
 
+    def settings(self) -> str:
+        return "normalize\n" if self.normalize else ""
+
     def prepare(self, z_nd: Tensor) -> Tensor:
         return F.normalize(z_nd) if self.normalize else z_nd
 

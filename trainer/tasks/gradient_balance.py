@@ -5,9 +5,15 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model_zoo import Tokenizer
+from trainer.config import TokenizerTrainerConfig
 from trainer.parallel import RowGroups, mean_over_ranks
+from trainer.tasks.base import StepMetrics
 
 DROWNED = 0.05  # share of the image in the gradient below which training warns
+UNMEASURABLE = (
+    "trainer.log_gradient_balance=true needs whole weights on each process, without trainer.compile, and a codebook "
+    "that is trained: use engine.kind=ddp, or DeepSpeed ZeRO 0 to 2"
+)
 PLACES = ("features", "codes", "encoder")
 # Terms that depend on the image that comes out. The others only depend on features and codes.
 IMAGE_TERMS = ("reconstruction", "perceptual", "generator")
@@ -22,13 +28,26 @@ class GradientBalance:
     groups: the ranks that share the codebook's rows.
     """
 
-    def __init__(self, tokenizer: Tokenizer, groups: RowGroups):
-        self.tokenizer, self.groups = tokenizer, groups
+    def __init__(self, settings: TokenizerTrainerConfig, tokenizer: Tokenizer, groups: RowGroups):
+        self.settings, self.tokenizer, self.groups = settings, tokenizer, groups
+        self.alarm: str | None = None
         self.features_bdhw: Tensor | None = None
         tokenizer.quant_conv.register_forward_hook(self._keep_features)
 
     def _keep_features(self, module: nn.Module, arguments: tuple, features_bdhw: Tensor) -> None:
         self.features_bdhw = features_bdhw if features_bdhw.requires_grad else None
+
+    def measure(self, terms: dict[str, Tensor], step: int, loss_scale: float, metrics: StepMetrics) -> None:
+        """Logs the norms in step ``step`` (from 0) if the recipe asks for them. In a run's first step, checks how much
+        of the gradient comes from the image. For the arguments see `norms`."""
+        if step == 0 and self.image_share(terms, loss_scale) < DROWNED:
+            self.alarm = (
+                "the features follow the quantizer's losses and hardly the image: raise loss.reconstruction.weight, or "
+                'train with LPIPS; see docs/training.md, "Balance of the losses"'
+            )
+        if self.settings.log_gradient_balance and (step + 1) % self.settings.log_every_steps == 0:
+            for name, norm in self.norms(terms, PLACES, loss_scale).items():
+                metrics.set(f"gradient/{name}", norm)
 
     def norms(self, terms: dict[str, Tensor], places: tuple[str, ...], loss_scale: float) -> dict[str, float]:
         """Norms by ``PLACE/TERM``; all ranks call together, after the forward pass that the terms belong to.

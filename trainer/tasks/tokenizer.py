@@ -28,7 +28,7 @@ from trainer.parallel import World, mean_over_ranks, row_groups, sum_over_ranks
 from trainer.precision import LossScale
 from trainer.tasks.adversarial import Adversary
 from trainer.tasks.base import PICTURES, Step, StepMetrics, Task, Validation, row_of_pictures
-from trainer.tasks.gradient_balance import DROWNED, PLACES, GradientBalance
+from trainer.tasks.gradient_balance import UNMEASURABLE, GradientBalance
 from trainer.tasks.initialization import load_initial_weights, place_codes_among_features
 
 # Value of init_from.freeze -> prefixes of the parameters that it freezes.
@@ -61,7 +61,7 @@ class TokenizerTask(Task):
         trained, frozen = self._build_engines()
         self.adversary = Adversary(config, world, self.tokenizer.decoder, self.make_adam, self.autocast, **self.batch)
         self.trained = [network.engine for network in trained.values()]  # updated together
-        averaged = list(trained)
+        averaged = list(trained)  # without the discriminator
         if self.adversary.engine:
             trained["discriminator"] = Network(self.adversary.engine, "discriminator")
         fp16 = config.trainer.precision == "fp16"
@@ -83,8 +83,7 @@ class TokenizerTask(Task):
             self.entropy_temperature = config.loss.entropy.temperature
         # Engines that gather weights do so in hooks, which the extra backward passes would trigger.
         measurable = not (self.main_engine.forwards_together or config.trainer.compile or self.codes_frozen)
-        self.balance = GradientBalance(self.tokenizer, self.groups) if measurable else None
-        self.drowned: str | None = None  # the alarm about the balance of the losses
+        self.balance = GradientBalance(config.trainer, self.tokenizer, self.groups) if measurable else None
         if config.trainer.compile:
             networks = [self.tokenizer.encoder, self.tokenizer.decoder] if self.codes_frozen else [self.tokenizer]
             if self.adversary.engine:
@@ -145,10 +144,7 @@ class TokenizerTask(Task):
     def check_settings(self) -> None:
         """Raises TrainerError for image sizes that do not divide into tokens or are too small for a network."""
         if self.config.trainer.log_gradient_balance and not self.balance:
-            raise TrainerError(
-                "trainer.log_gradient_balance=true needs whole weights on each process, without trainer.compile, and a "
-                "codebook that is trained: use engine.kind=ddp, or DeepSpeed ZeRO 0 to 2"
-            )
+            raise TrainerError(UNMEASURABLE)
         data, factor = self.config.data, self.tokenizer.downsampling_factor
         for key, side in (("image_size", data.image_size), ("val_image_size", data.val_image_size)):
             if side is not None and side % factor:
@@ -238,7 +234,7 @@ class TokenizerTask(Task):
             out = output or self._forward(images_bchw)
             loss, terms = self._loss(images_bchw, out, average_k, adversarial_weight, metrics)
             if i == 0 and self.balance:
-                self._measure_balance(terms, step, metrics)
+                self.balance.measure(terms, step, self.state.loss_scales["tokenizer"].value, metrics)
             last = i == len(micro_batches) - 1
             self.main_engine.backward(self.state.loss_scales["tokenizer"].value * loss, last=last)
             self.health.update(self.tokenizer.quantize.counted(out.quantized.index_bhw), step)
@@ -277,19 +273,6 @@ class TokenizerTask(Task):
         metrics.add("loss/total", loss)
         return loss, terms
 
-    def _measure_balance(self, terms: dict[str, Tensor], step: int, metrics: StepMetrics) -> None:
-        """Logs the gradient's norms where the recipe asks for them. In the first step of a run, checks how much of the
-        gradient comes from the image."""
-        settings, scale = self.config.trainer, self.state.loss_scales["tokenizer"].value
-        if step == 0 and self.balance.image_share(terms, scale) < DROWNED:
-            self.drowned = (
-                "the features follow the quantizer's losses and hardly the image: raise loss.reconstruction.weight, or "
-                "train with LPIPS; see docs/training.md, Balance of the losses"
-            )
-        if settings.log_gradient_balance and (step + 1) % settings.log_every_steps == 0:
-            for name, norm in self.balance.norms(terms, PLACES, scale).items():
-                metrics.set(f"gradient/{name}", norm)
-
     def _forward(self, images_bchw: Tensor) -> TokenizerOutput:
         with self.autocast():
             if self.codes_frozen:
@@ -307,8 +290,8 @@ class TokenizerTask(Task):
             features_bdhw = self.tokenizer.encode(images_bchw).float()
             index_bhw = self.tokenizer.quantize.tokenize(features_bdhw)
             codes_bdhw = self.tokenizer.quantize.lookup(index_bhw)
-            distance = F.mse_loss(features_bdhw, codes_bdhw)
-        features_nd = features_bdhw.movedim(1, -1).flatten(0, 2)
+            features_nd = self.tokenizer.quantize.prepare(features_bdhw.movedim(1, -1).flatten(0, 2))
+            distance = F.mse_loss(features_nd, codes_bdhw.movedim(1, -1).flatten(0, 2))
         quantized = Quantized(codes_bdhw, index_bhw, None, distance, None, features_nd=features_nd)
         return TokenizerOutput(self.tokenizer.decode(codes_bdhw), quantized)
 
@@ -326,7 +309,7 @@ class TokenizerTask(Task):
     def alarm(self) -> str | None:
         if self.codes_frozen:  # low usage only means narrow data
             return None
-        return self.drowned or self.health.alarm
+        return (self.balance and self.balance.alarm) or self.health.alarm
 
     @torch.no_grad()
     def reconstruct(self, images_bchw: Tensor) -> tuple[Tensor, Tensor]:
