@@ -16,7 +16,8 @@ class RotationQuantizer(VectorQuantizer):
     through the rotation and rescaling that turn z into its code (section 4.2; see `rotate`), so that the angle between
     gradient and code is that between gradient and z. Straight through, as in VQ, it would not depend on z.
 
-    The paper's VQGANs move the codes by the VQ losses, as here; its VQ-VAEs move them by moving averages (appendix A.10).
+    The paper moves the codes of its VQGANs by the VQ losses, as here, and those of its VQ-VAEs by moving averages
+    (appendix A.10).
     """
 
     def assign(self, z_nd: Tensor, entropy_temperature: float | None) -> IndexBackprop:
