@@ -134,3 +134,35 @@ def test_moving_averages_refuse_a_sharded_codebook(ranks, tmp_path):
     (line,) = set(ended.error_lines)
     assert line == "ibq: error: model.quantizer=vq_ema cannot shard its codes: set codebook_parallel=1"
     assert not (tmp_path / "run").exists()
+
+
+ENGINES = {
+    "zero1": {"engine.kind": "deepspeed", "engine.config": "zero1"},
+    "zero3": {"engine.kind": "deepspeed", "engine.config": "zero3"},
+    "fsdp2": {"engine.kind": "fsdp2"},
+}
+
+
+@pytest.mark.parametrize(
+    "engine", [pytest.param(name, marks=[pytest.mark.full] * (name != "fsdp2")) for name in ENGINES]
+)
+def test_moving_averages_under_other_engines_and_going_on_with_other_processes(trained, ranks, tmp_path, engine):
+    run = tmp_path / "run"
+    changes = {"trainer.max_steps": 2, "trainer.checkpoint_every_steps": 2, "seed": 5, **RIVALS["vq_ema"]}
+    ranks.train(2, "debug", run, {**changes, **ENGINES[engine]}).succeeded()
+    ranks.resume(1, run, f"trainer.max_steps={STEPS}", "engine.kind=ddp").succeeded()
+    found = differences(trained("vq_ema", 1) / LAST, run / LAST)
+    assert found["tokenizer"].whole < TOLERANCE and found["tokenizer_ema"].whole < TOLERANCE
+
+
+def test_frozen_moving_averages_stay(trained, ranks, tmp_path):
+    source = trained("vq_ema", 1)
+    changes = {
+        **RIVALS["vq_ema"],
+        "trainer.max_steps": 2,
+        "init_from.source": source,
+        "init_from.freeze": "encoder",
+    }
+    ranks.train(1, "debug", tmp_path / "run", changes).succeeded()
+    models = [model_zoo.load_tokenizer(run) for run in (source, tmp_path / "run")]
+    assert models[0].fingerprint() == models[1].fingerprint()
