@@ -64,7 +64,7 @@ class TokenizerConfig:
     # built outside training is initialized this way in either case.
     codebook_init: str = field(default="features", metadata={"choices": ("features", "normal")})
     codebook_init_std: float = field(default=1.0, metadata={"above": 0})  # only for "normal"
-    # Divides features and codes by their norms, so that similarities are cosines (ibq and vq).
+    # Divides features and codes by their norms, so that similarities are cosines (ibq, vq, rotation_vq).
     normalize: bool = False
     # Factor on the cosines in IBQ's softmax; only with normalize.
     logit_scale: float = field(default=1.0, metadata={"above": 0})
@@ -75,6 +75,11 @@ class TokenizerConfig:
     levels: list[int] = field(default_factory=list, metadata={"at_least": 2, "at_most": 1000})
     # fsq: what bounds a feature before it is rounded.
     bound: str = field(default="tanh", metadata={"choices": ("tanh", "ifsq")})
+    # vq_ema: decay of the moving averages that are its codes.
+    codebook_decay: float = field(default=0.99, metadata={"at_least": 0, "below": 1})
+    # vq_ema: codes that fewer tokens a step choose (as a moving average) restart at random features; 0 disables it. It
+    # must be well below the mean, which is a step's tokens divided by the codes.
+    restart_below: float = field(default=0.0, metadata={"at_least": 0})
 
 
 @dataclass

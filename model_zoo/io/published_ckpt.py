@@ -317,7 +317,8 @@ def _unsupported(kind: str, config: dict) -> str | None:
         if rows != columns:
             return f"model.grid=[{rows},{columns}], which is not square"
         return None if embedding == "learned" else f"model.embedding={embedding}"
-    for key, published in (("quantizer", ("ibq", "vq")), ("patch_size", (1,)), ("local", (False,))):
+    only = {"quantizer": ("ibq", "vq"), "normalize": (False,), "patch_size": (1,), "local": (False,)}
+    for key, published in only.items():
         if (value := config.get(key, published[0])) not in published:
             return f"model.{key}={str(value).lower()}"
     for multiplier in (1, *config["channel_multipliers"]):

@@ -174,6 +174,8 @@ class CodebookQuantizer(Quantizer):
 
     def __init__(self, config: TokenizerConfig, shard: CodebookShard | None = None):
         super().__init__(config, shard)
+        if config.normalize and config.code_dim < 2:
+            raise ModelError("model.normalize=true with model.code_dim=1 has two codes, -1 and 1: give 2 or more")
         self.shard, self.normalize = shard, config.normalize
         codes = config.codebook_size
         start, stop = (0, codes) if shard is None else (shard.start, shard.stop)

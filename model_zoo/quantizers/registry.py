@@ -4,12 +4,16 @@ from model_zoo.quantizers.bsq import BinarySphericalQuantizer
 from model_zoo.quantizers.fsq import FiniteScalarQuantizer
 from model_zoo.quantizers.ibq import IndexBackpropQuantizer
 from model_zoo.quantizers.lfq import LookupFreeQuantizer
+from model_zoo.quantizers.rotation_vq import RotationQuantizer
 from model_zoo.quantizers.soft_vq import SoftVectorQuantizer
 from model_zoo.quantizers.vq import VectorQuantizer
+from model_zoo.quantizers.vq_ema import MovingAverageQuantizer
 
 QUANTIZERS = {
     "ibq": IndexBackpropQuantizer,
     "vq": VectorQuantizer,
+    "vq_ema": MovingAverageQuantizer,
+    "rotation_vq": RotationQuantizer,
     "soft_vq": SoftVectorQuantizer,
     "lfq": LookupFreeQuantizer,
     "bsq": BinarySphericalQuantizer,

@@ -390,7 +390,10 @@ class TokenizerTask(Task):
         sizes = {"LPIPS, frozen": sum(p.nbytes for p in self.perceptual.parameters())} if self.perceptual else {}
         shards = [shard for network in self.state.frozen.values() for shard in network.engine.weights()]
         if shards:
-            sizes[f"{self.config.init_from.freeze}, frozen"] = sum(shard.values.nbytes for shard in shards)
+            frozen = f"{freeze}, frozen" if (freeze := self.config.init_from.freeze) else "codes without a gradient"
+            sizes[frozen] = sum(shard.values.nbytes for shard in shards)
+        if statistics := self.tokenizer.quantize.statistics():
+            sizes["statistics of the codes"] = sum(value.nbytes for value in statistics.values())
         return sizes
 
     def _buffers(self) -> dict[str, Tensor]:
