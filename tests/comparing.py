@@ -1,14 +1,15 @@
-"""What tests of whole runs compare: the tensors of checkpoints, the lines of metrics.jsonl, files and messages."""
+"""What tests compare: tensors of checkpoints, lines of metrics.jsonl, files, tables, and messages of refusal."""
 
 import hashlib
 import json
 import math
 import shutil
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
 
+import pytest
 from ranks import Ended
 from torch import Tensor
 
@@ -88,3 +89,26 @@ def assert_refused(ended: Ended, *said: str) -> None:
     assert ended.error_lines, ended.err
     for text in said:
         assert text in ended.err
+
+
+def refusal(errors: type[Exception] | tuple[type[Exception], ...], function: Callable, *arguments, **options) -> str:
+    """The message, of one line, with which a call is refused."""
+    with pytest.raises(errors) as error:
+        function(*arguments, **options)
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+def printed_rows(out: str, count: int, heading: str = "impl ") -> list[list[str]]:
+    """The words of a printed table's first rows, below the line that begins with ``heading``. No line is too wide for a
+    terminal."""
+    lines = out.splitlines()
+    assert all(len(line) <= 120 for line in lines)
+    at = next(number for number, line in enumerate(lines, start=1) if line.startswith(heading))
+    return [line.split() for line in lines[at : at + count]]
+
+
+def table_rows(text: str) -> list[list[str]]:
+    """The cells of a Markdown file's first table, headings first."""
+    lines = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| ---")]
+    return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]

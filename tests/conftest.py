@@ -4,7 +4,7 @@ import gc
 import os
 import sys
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import pytest
 
@@ -12,7 +12,9 @@ import pytest
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import torch
-from ranks import Launch, Ranks
+from ranks import Ended, Launch, Ranks
+
+from tools import cli
 
 pytest.register_assert_rewrite("comparing")
 
@@ -79,3 +81,30 @@ def ranks(tmp_path_factory) -> Iterator[Ranks]:
 def launch(tmp_path_factory) -> Launch:
     """Real command lines: see ranks.py."""
     return Launch(tmp_path_factory.mktemp("cache"))
+
+
+@pytest.fixture
+def ibq(capfd) -> Callable[..., Ended]:
+    """`ibq(*arguments)`: `ibq ARGUMENTS` in this process."""
+
+    def run(*arguments) -> Ended:
+        capfd.readouterr()
+        with pytest.raises(SystemExit) as exited:
+            cli.main([*map(str, arguments)])
+        out, err = capfd.readouterr()
+        return Ended([exited.value.code or 0], [out], [err])
+
+    return run
+
+
+@pytest.fixture
+def refused_by_ibq(ibq) -> Callable[..., str]:
+    """`refused_by_ibq(*arguments)`: the one line with which `ibq ARGUMENTS` refuses a mistake, with status 2."""
+
+    def run(*arguments) -> str:
+        (status,), (out,), (err,) = ibq(*arguments)
+        assert (status, out) == (2, ""), err
+        assert err.startswith("ibq: error: ") and err.count("\n") == 1, err
+        return err
+
+    return run

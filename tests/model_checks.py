@@ -1,12 +1,13 @@
-"""What tests of models share: small models, checkpoints, and checks of what is loaded and what is refused."""
+"""What tests of models share: small models, their checkpoints and runs, and checks of what is loaded or refused."""
 
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Any
 
-import pytest
 import torch
+from comparing import refusal
+from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from model_zoo import ModelError, Tokenizer, TokenizerConfig, Transformer, TransformerConfig
@@ -14,22 +15,16 @@ from model_zoo.io.sharded_tensors import save_shards, whole_tensor
 from model_zoo.quantizers.base import Quantizer
 from model_zoo.quantizers.registry import QUANTIZERS
 
-# 32 channels, since published models have groups of 32.
-TINY = TokenizerConfig(
-    codebook_size=8,
-    code_dim=4,
-    channels=32,
-    channel_multipliers=[1],
-    num_res_blocks=1,
-    attention_factors=[],
-    latent_channels=4,
-)
+TOKENIZER = TokenizerConfig(
+    codebook_size=32, code_dim=4, channels=8, channel_multipliers=[1], num_res_blocks=1, attention_factors=[],
+    latent_channels=4, patch_size=4,
+)  # fmt: skip
 
 
-def tiny_tokenizer(seed: int = 0, **changes) -> Tokenizer:
-    """TINY with changes. The seed makes its weights."""
+def tokenizer_of(seed: int = 0, **changes) -> Tokenizer:
+    """Random weights; codes of 4 x 4 pixels, unless changes of TOKENIZER are given."""
     torch.manual_seed(seed)
-    return Tokenizer(replace(TINY, **changes))
+    return Tokenizer(replace(TOKENIZER, **changes))
 
 
 def quantizer_of(name: str, codes: int, dim: int, init_std: float = 1.0, shard=None, **changes) -> Quantizer:
@@ -67,6 +62,16 @@ def write_checkpoint(folder: Path, *, ranks: int = 1, **models: nn.Module) -> No
         save_shards(folder / f"rank_{rank:05d}.safetensors", [shard.part(rank, ranks) for shard in shards])
 
 
+def write_run(run: Path, config: Any, *, step: int = 3, ranks: int = 1, **models: nn.Module) -> Path:
+    """Writes and returns a run's folder with a checkpoint of models by their names there. ranks: how many wrote it, of
+    which each has a part of every tensor."""
+    checkpoint = run / "checkpoints" / f"step_{step:08d}"
+    write_checkpoint(checkpoint, ranks=ranks, **models)
+    (checkpoint.parent / "latest").write_text(checkpoint.name)
+    OmegaConf.save(config, run / "config.yaml")
+    return run
+
+
 def assert_same(loaded: nn.Module, expected: nn.Module) -> None:
     """A loaded model has the configuration and the weights of ``expected``, and is in evaluation mode."""
     assert loaded.config == expected.config
@@ -74,14 +79,6 @@ def assert_same(loaded: nn.Module, expected: nn.Module) -> None:
     state, expected_state = loaded.state_dict(), expected.state_dict()
     assert state.keys() == expected_state.keys()
     assert all(torch.equal(state[name], value) for name, value in expected_state.items())
-
-
-def refusal(errors: type[Exception] | tuple[type[Exception], ...], function: Callable, *arguments, **options) -> str:
-    """The message, of one line, with which a call is refused."""
-    with pytest.raises(errors) as error:
-        function(*arguments, **options)
-    assert "\n" not in str(error.value)
-    return str(error.value)
 
 
 refused = partial(refusal, ModelError)

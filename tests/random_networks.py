@@ -7,6 +7,7 @@ import hashlib
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from unittest.mock import patch
 
@@ -74,15 +75,15 @@ def write_trunk(folder: Path, model: str, seed: int = 0) -> Path:
 
 
 def write_networks(folder: Path) -> Path:
-    """Writes all three files."""
     write_inception(folder)
     for seed, model in enumerate(("vgg16", "alexnet")):
         write_trunk(folder, model, seed)
     return folder
 
 
+@cache
 def hashes_of(folder: Path) -> dict[str, str]:
-    """The SHA-256 of the weights files in a folder, by key of WEIGHTS_FILES."""
+    """The SHA-256 of the weights files in a folder, which do not change, by key of WEIGHTS_FILES."""
     paths = {key: folder / entry.file for key, entry in WEIGHTS_FILES.items()}
     return {key: hashlib.sha256(path.read_bytes()).hexdigest() for key, path in paths.items() if path.is_file()}
 

@@ -23,7 +23,6 @@ def picture(number: int, size: tuple[int, int] = (48, 40)) -> Image.Image:
 
 
 def encoded(image: Image.Image, kind: str = "JPEG", **options) -> bytes:
-    """By Pillow."""
     buffer = io.BytesIO()
     image.save(buffer, kind, **options)
     return buffer.getvalue()

@@ -211,21 +211,13 @@ def s3(bucket: str, files: Mapping[str, bytes]) -> Iterator[str]:
     from moto.server import ThreadedMotoServer
 
     moto = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    starting = threading.Thread(target=moto.start, daemon=True)
-    starting.start()
-    starting.join(STALL_SECONDS)
-    if starting.is_alive():
-        raise TimeoutError("moto's server does not start")
+    moto.start()
     try:
         host, port = moto.get_host_and_port()
         endpoint = f"http://{host}:{port}"
-        client = boto3.client(
-            "s3",
-            endpoint_url=endpoint,
-            region_name="us-east-1",
-            aws_access_key_id="testing",
-            aws_secret_access_key="testing",
-        )
+        with pytest.MonkeyPatch.context() as environment:
+            use_s3(environment, endpoint)
+            client = boto3.client("s3")
         client.create_bucket(Bucket=bucket)
         for key, content in files.items():
             client.put_object(Bucket=bucket, Key=key, Body=content)

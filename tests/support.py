@@ -4,18 +4,17 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
 import skimage.data
 import skimage.metrics
 import torch
-from model_checks import write_checkpoint
+from model_checks import TOKENIZER, random_transformer, write_run
 from omegaconf import OmegaConf
 from torch import Tensor, nn
 
-from model_zoo import Tokenizer, TokenizerConfig, Transformer, TransformerConfig
+from model_zoo import Tokenizer, Transformer, TransformerConfig
 from trainer.config import GeneratorRun, TokenizerRun, TrainerConfig
 from trainer.ema import Ema
 from trainer.engines.base import Engine
@@ -28,15 +27,7 @@ TOKENIZER_RUN = dict(
     trainer__max_steps=20,
     trainer__global_batch_size=8,
     trainer__precision="fp32",
-    model__codebook_size=24,
-    model__code_dim=6,
-    model__channels=16,
-    model__channel_multipliers=[1],
-    model__num_res_blocks=1,
-    model__attention_factors=[],
-    model__latent_channels=12,
-    model__patch_size=4,
-    model__codebook_init_std=0.5,
+    model=replace(TOKENIZER, codebook_size=24, code_dim=6, channels=16, latent_channels=12, codebook_init_std=0.5),
     discriminator__channels=8,
     discriminator__layers=2,
     discriminator__norm="group",
@@ -46,10 +37,6 @@ TOKENIZER_RUN = dict(
     optimizer__epsilon=1e-3,
     ema__decay=0.9,
 )
-TOKENIZER = TokenizerConfig(
-    codebook_size=32, code_dim=4, channels=8, channel_multipliers=[1], num_res_blocks=1, attention_factors=[],
-    latent_channels=4, patch_size=4,
-)  # fmt: skip
 GENERATOR = TransformerConfig(vocabulary=32, classes=6, grid=[2, 3], depth=1, heads=2, head_dim=8, dropout=0.0)
 
 
@@ -84,29 +71,9 @@ def single_world() -> Iterator[World]:
         stop_world()
 
 
-def write_run(run: Path, config: Any, *, step: int = 3, ranks: int = 1, **models: nn.Module) -> Path:
-    """Writes and returns a run's folder with a checkpoint of models by their names there. ranks: how many wrote it, of
-    which each has a part of every tensor."""
-    checkpoint = run / "checkpoints" / f"step_{step:08d}"
-    write_checkpoint(checkpoint, ranks=ranks, **models)
-    (checkpoint.parent / "latest").write_text(checkpoint.name)
-    OmegaConf.save(config, run / "config.yaml")
-    return run
-
-
-def tokenizer_of(seed: int = 0, **changes) -> Tokenizer:
-    """Random weights; codes of 4 x 4 pixels, unless changes of TOKENIZER are given."""
-    torch.manual_seed(seed)
-    return Tokenizer(replace(TOKENIZER, **changes))
-
-
 def generator_of(seed: int = 0, **changes) -> Transformer:
     """Random weights, also of the head, which would start at zero; changes: of GENERATOR."""
-    torch.manual_seed(seed)
-    generator = Transformer(replace(GENERATOR, **changes))
-    for parameter in generator.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    return generator
+    return random_transformer(replace(GENERATOR, **changes), seed)
 
 
 def generator_run(model: TransformerConfig = GENERATOR) -> GeneratorRun:

@@ -8,7 +8,6 @@ import torch
 import yaml
 from comparing import assert_refused, fingerprint, unchanged
 from ranks import TORCHRUN, settings
-from samples import picture
 
 FILES = {
     "texts/notes.txt": "no picture",
@@ -16,8 +15,6 @@ FILES = {
     "cut.tar": "a tar it is not" * 100,
     "a_file": "a file",
     "list.yaml": "- a list\n",
-    "broken.yaml": "trainer: {max_steps: 5",
-    "unknown_key.yaml": "trainer:\n  max_step: 5\n",
     "two_names.yaml": "trainer:\n  keep_checkpoints: 3\n  keep_last: 3\n",
     "broken.json": '{"train_batch_size": ',
     "list.json": "[1]",
@@ -47,24 +44,15 @@ def place(tmp_path, monkeypatch):
 
 
 TRAIN_MISTAKES = {
-    # recipes and keys
+    # recipes and keys; tests/unit/trainer/test_recipes.py has more
     "unknown recipe": (["debgu"], ["unknown recipe 'debgu'", "did you mean debug", "ibq recipes"]),
-    "recipe file that is not there": (["mine.yaml"], ["mine.yaml does not exist"]),
     "recipe file that is a list": (["list.yaml"], ["list.yaml is not a recipe"]),
-    "recipe file that is broken": (["broken.yaml"], ["broken.yaml is not valid YAML"]),
-    "recipe file with an unknown key": (["unknown_key.yaml"], ["trainer.max_step", "did you mean trainer.max_steps"]),
-    "unknown key": (["debug", "optimizer.lrr=1e-3"], ["unknown key optimizer.lrr", "did you mean optimizer.lr"]),
-    "key without its section": (["debug", "max_steps=3"], ["unknown key max_steps", "did you mean trainer.max_steps"]),
     "word for a number": (["debug", "optimizer.lr=fast"], ["'optimizer.lr=fast'", "Value 'fast'"]),
     "fraction of a step": (["debug", "trainer.max_steps=1.5"], ["trainer.max_steps=1.5", "nteger"]),
     "another engine's setting": (["debug", "engine.offload=true"], ["engine.kind=fsdp2"]),
     "another engine's file": (["debug", "engine.config=zero3"], ["engine.kind=deepspeed"]),
     "recipe file with two names of a key": (["two_names.yaml"], ["is called trainer.keep_last now", "both are given"]),
-    "no end of patience": (["debug", "trainer.timeout_seconds=1e12"], ["must be at most 2592000"]),
     "an empty folder name": (["debug", "run="], ["name a folder"]),
-    "unknown choice": (["debug", "engine.kind=magic"], ["engine.kind=magic", "ddp, deepspeed"]),
-    "no key=value": (["debug", "optimizer.lr"], ["'optimizer.lr' is not key=value"]),
-    "key given twice": (["debug", "seed=1", "seed=2"], ["seed is given twice"]),
     # data
     "no data": (["debug", "data.train=null"], ["data.train must be given"]),
     "missing folder": (["debug", "data.train=nowhere"], ["no such tar or folder: nowhere"]),
@@ -192,24 +180,6 @@ def test_a_run_without_a_checkpoint(ibq_here, runs, place, command):
 def test_evaluate_options(ibq_here, runs, place, options, said):
     with unchanged(place, runs("one")):
         assert_refused(ibq_here("evaluate", "reconstruction", runs("one"), *options), said)
-
-
-@pytest.mark.parametrize(
-    ("folder", "out", "said"),
-    [
-        ("empty", "tars", "under empty: name a folder or zip file that holds images"),
-        ("texts", "tars", "under texts: name a folder or zip file that holds images"),
-        ("nowhere", "tars", "no such folder: nowhere"),
-        ("pictures", "a_file/tars", "cannot write shards"),
-        ("pictures", "a_file", "it is a file"),
-        ("pictures", ".", "already holds tars"),
-    ],
-)
-def test_pack(ibq_here, place, folder, out, said):
-    (place / "pictures").mkdir()
-    picture(0).save(place / "pictures/0.png")
-    with unchanged(place):
-        assert_refused(ibq_here("shards", "pack", folder, "--out", out), said)
 
 
 def test_a_number_without_a_point_is_a_number(ibq_here, place):

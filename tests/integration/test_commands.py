@@ -8,10 +8,12 @@ import shutil
 import pytest
 import torch
 from comparing import loss_lines, read_metrics, unchanged
+from model_checks import assert_same
 from PIL import Image
 from ranks import settings
 from samples import picture
 
+from model_zoo import load_tokenizer
 from model_zoo.io.sharded_tensors import ShardedTensors
 
 COMPILER = shutil.which("c++") or shutil.which("g++") or shutil.which("clang++")
@@ -107,12 +109,14 @@ def test_pack_and_train_on_tars(ranks, pictures, tmp_path):
     assert discriminator["main.3.num_batches_tracked"] == 3 * 4  # real and fake for itself, and fake for the generator
 
 
-def test_vq_baseline(runs):
-    lines = loss_lines(runs("vq"))
-    assert len(lines) == 5
-    assert all(math.isfinite(value) for line in lines for value in line.values())
-    assert "loss/commitment" in lines[0] and "loss/codebook" in lines[0]
-    assert "loss/average_entropy" not in lines[0] and "loss/double_quantization" not in lines[0]
+@pytest.mark.parametrize("weights", ["ema", "raw"])
+def test_a_codebook_spread_over_two_processes_is_exported_whole(trained, ranks, tmp_path, weights):
+    changes = {"codebook_parallel": 2, "trainer.max_steps": 2, "trainer.checkpoint_every_steps": 2}
+    run, out = trained("debug", 2, changes), tmp_path / "out"
+    ranks.ibq("checkpoint", "export", run, "--out", out).succeeded()
+    expected, exported = (load_tokenizer(source, weights) for source in (run, out))
+    assert_same(exported, expected)
+    assert exported.quantize.embedding.weight.shape == (256, 16)
 
 
 def test_tf32_is_pytorchs_switch(ibq_here, tmp_path):

@@ -6,14 +6,13 @@ a whole codebook, with accumulation and clipping, in half precision, and on 1 an
 combinations.
 """
 
-from functools import cache
+from collections.abc import Callable
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
 
 import pytest
 from comparing import differences, loss_lines, read_metrics
-from ranks import Ended, Ranks
 
 STEPS = 4
 BATCH = 8  # images a step
@@ -129,34 +128,24 @@ ALL_CELLS = [
 ]
 
 
-class Matrix:
-    """Runs of cells, each trained when it is first asked for."""
-
-    def __init__(self, ranks: Ranks, folder: Path):
-        self.ranks, self.folder = ranks, folder
-        self.references = {name: Cell(1, "ddp", name, {"trainer.keep_last": 1}) for name in REFERENCES}
-        self.ended: dict[str, Ended] = {}
-
-    def __getitem__(self, cell: Cell) -> Path:
-        """The run's folder."""
-        run = self.folder / cell.name
-        if cell.name not in self.ended:
-            self.ended[cell.name] = self.ranks.train(cell.processes, "debug", run, cell.settings)
-        assert cell.description in self.ended[cell.name].succeeded().err
-        return run
-
-    def reference(self, cell: Cell) -> Path:
-        return self[self.references[cell.reference]]
+REFERENCE_CELLS = {name: Cell(1, "ddp", name, {"trainer.keep_last": 1}) for name in REFERENCES}
 
 
 @pytest.fixture(scope="module")
-def matrix(ranks, tmp_path_factory) -> Matrix:
-    return Matrix(ranks, tmp_path_factory.mktemp("cells"))
+def run_of(trained) -> Callable[[Cell], Path]:
+    """`run_of(cell)`: the folder of its run."""
+
+    def run(cell: Cell) -> Path:
+        found = trained("debug", cell.processes, cell.settings)
+        assert cell.description in found.with_name("stderr").read_text()
+        return found
+
+    return run
 
 
 @pytest.mark.parametrize("cell", ALL_CELLS)
-def test_a_cell_equals_one_process(matrix, cell):
-    expected, actual = matrix.reference(cell), matrix[cell]
+def test_a_cell_equals_one_process(run_of, cell):
+    expected, actual = run_of(REFERENCE_CELLS[cell.reference]), run_of(cell)
     half = cell.reference in ("bf16", "fp16")
     found = differences(actual / CHECKPOINT, expected / CHECKPOINT)
     assert {"tokenizer", "tokenizer.exp_avg", "discriminator", "lecam"} <= found.keys()
@@ -183,9 +172,9 @@ def test_a_cell_equals_one_process(matrix, cell):
         assert validated[0]["val/psnr"] == pytest.approx(truly[0]["val/psnr"], rel=tolerance)
 
 
-def test_clipping_and_the_adaptive_weight_are_really_there(matrix):
+def test_clipping_and_the_adaptive_weight_are_really_there(run_of):
     """The references that cells are compared with are not by mistake one and the same."""
-    of = {name: loss_lines(matrix[cell]) for name, cell in matrix.references.items()}
+    of = {name: loss_lines(run_of(cell)) for name, cell in REFERENCE_CELLS.items()}
     assert min(line["grad_norm/tokenizer"] for line in of["clipped"]) > 0.05
     assert all(line["weight/generator"] == pytest.approx(0.1) for line in of["fixed"])
     assert all(line["weight/generator"] != pytest.approx(0.1) for line in of["adaptive"])
@@ -195,12 +184,9 @@ def test_clipping_and_the_adaptive_weight_are_really_there(matrix):
     assert len(set(ends.values())) == len(ends)
 
 
-def test_training_moves_the_weights_by_far_more_than_the_tolerance(matrix, ranks, tmp_path):
-    start = tmp_path / "start"
-    changes = {**REFERENCES["fixed"], "trainer.max_steps": 1, "trainer.checkpoint_every_steps": 1, "optimizer.lr": 0}
-    ranks.train(1, "debug", start, changes).succeeded()
-    trained = matrix[matrix.references["fixed"]] / CHECKPOINT
-    for model, difference in differences(start / "checkpoints/step_00000001", trained).items():
+def test_training_moves_the_weights_by_far_more_than_the_tolerance(run_of, start):
+    trained = run_of(REFERENCE_CELLS["fixed"]) / CHECKPOINT
+    for model, difference in differences(start(1, REFERENCES["fixed"]), trained).items():
         if model in ("tokenizer", "tokenizer_ema", "discriminator"):
             assert difference.whole > 50 * TOLERANCE, model
 
@@ -217,18 +203,10 @@ STARTING_DEFAULT = ("ddp", "zero2_offload", "zero3", "fsdp2")
 
 
 @pytest.fixture(scope="module")
-def start(ranks, tmp_path_factory):
+def start(trained):
     """`start(processes, changes)`: the checkpoint of a run whose only step has a rate of 0, so that it is the start."""
-    folder = tmp_path_factory.mktemp("starts")
     base = {"trainer.max_steps": 1, "trainer.checkpoint_every_steps": 1, "optimizer.lr": 0, "data.val": "null"}
-
-    @cache
-    def train(processes: int, changes: tuple) -> Path:
-        run = folder / f"{processes}_{hash(changes)}"
-        ranks.train(processes, "debug", run, {**base, **dict(changes)}).succeeded()
-        return run / "checkpoints/step_00000001"
-
-    return lambda processes, changes: train(processes, tuple(changes.items()))
+    return lambda processes, changes: trained("debug", processes, base | changes) / "checkpoints/step_00000001"
 
 
 @pytest.mark.parametrize(

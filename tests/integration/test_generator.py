@@ -1,6 +1,6 @@
 """Whole runs of a generator on token shards: engines, numbers of processes, resuming, learning, mistakes."""
 
-from functools import cache
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -60,19 +60,10 @@ def shards(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def trained(ranks, shards, tmp_path_factory):
-    """name -> the finished run's folder."""
-    folder = tmp_path_factory.mktemp("generators")
-
-    @cache
-    def train(name: str) -> Path:
-        processes, changes = RUNS[name]
-        run = folder / name.replace(", ", "_")
-        data = {"data.train": shards, "data.val": shards}
-        ranks.train(processes, "ar_debug", run, {**RECIPE, **data, **changes}).succeeded()
-        return run
-
-    return train
+def generators(trained, shards) -> Callable[[str], Path]:
+    """`generators(name)`: the folder of one of RUNS."""
+    recipe = {**RECIPE, "data.train": shards, "data.val": shards}
+    return lambda name: trained("ar_debug", RUNS[name][0], {**recipe, **RUNS[name][1]})
 
 
 def assert_equal(expected: Path, actual: Path) -> None:
@@ -85,8 +76,8 @@ def assert_equal(expected: Path, actual: Path) -> None:
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.full] * (name in FULL)) for name in RUNS if name != "one"]
 )
-def test_every_engine_gives_what_one_process_gives(trained, name):
-    expected, actual = trained("one"), trained(name)
+def test_every_engine_gives_what_one_process_gives(generators, name):
+    expected, actual = generators("one"), generators(name)
     assert_equal(expected, actual)
     lines = read_metrics(actual)
     assert len(lines) == STEPS + 1  # and a validation
@@ -94,9 +85,9 @@ def test_every_engine_gives_what_one_process_gives(trained, name):
         assert line == pytest.approx(true_line, rel=1e-4, abs=1e-6)
 
 
-def test_clipping_decay_and_learning_are_there(trained):
-    lines = read_metrics(trained("one"))
-    steps = loss_lines(trained("one"))
+def test_clipping_decay_and_learning_are_there(generators):
+    lines = read_metrics(generators("one"))
+    steps = loss_lines(generators("one"))
     assert min(line["grad_norm/generator"] for line in steps) > 0.2  # clipped throughout
     assert steps[-1]["loss/cross_entropy"] < steps[0]["loss/cross_entropy"]
     assert steps[0]["loss/total"] == pytest.approx(steps[0]["loss/cross_entropy"] + 1e-3 * steps[0]["loss/z"])
@@ -104,14 +95,14 @@ def test_clipping_decay_and_learning_are_there(trained):
 
 
 @pytest.mark.parametrize(("source", "engine"), [("two, head", "fsdp2"), ("zero3, cut", "one")])
-def test_any_engine_goes_on_from_any_other(trained, ranks, shards, tmp_path, source, engine):
+def test_any_engine_goes_on_from_any_other(generators, ranks, shards, tmp_path, source, engine):
     """From the middle of one run, under another engine on another number of processes, to the same end."""
     processes, changes = RUNS[engine]
-    run = copy_until(trained(source), STEPS // 2, tmp_path / "resumed")
+    run = copy_until(generators(source), STEPS // 2, tmp_path / "resumed")
     overrides = {"engine.kind": "ddp", "vocabulary_parallel": 1, **changes}
     arguments = [f"{key}={value}" for key, value in overrides.items()]
     ranks.resume(processes, run, *arguments).succeeded()
-    assert_equal(trained("one"), run)
+    assert_equal(generators("one"), run)
 
 
 def test_a_run_with_dropout_goes_on_as_if_it_had_never_stopped(ranks, shards, tmp_path):
@@ -150,8 +141,6 @@ def test_it_learns_what_the_frequencies_of_codes_do_not_tell(ranks, tmp_path):
         ({"labels": False}, {}, ["has no class", "loss.label_dropout=1"]),
         ({}, {"data.content": "images"}, ["tokenizer.source=RUN"]),
         ({}, {"model.embedding": "codebook"}, ["model.embedding", "tokenizer.source=RUN"]),
-        ({}, {"model.head_dim": 6}, ["model.head_dim=6 must be a multiple of 4"]),
-        ({}, {"loss.label_dropout": 2}, ["loss.label_dropout=2.0 must be at most 1"]),
     ],
 )
 def test_mistakes_are_one_line(ibq_here, tmp_path, made, changes, said):

@@ -2,7 +2,6 @@
 
 import json
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -178,19 +177,3 @@ def test_what_slurm_reads_of_the_script():
     (shutdown,) = re.findall(r"^export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=(\d+)$", SCRIPT.read_text(), re.MULTILINE)
     assert int(shutdown) < seconds
     assert {"--requeue", "--ntasks-per-node=1", "--open-mode=append"} <= set(options)
-
-
-@pytest.mark.process
-@pytest.mark.full
-def test_pip_installs_the_script(tmp_path):
-    """Built from a copy, so that the source tree stays as it is."""
-    for name in ("setup.py", "tools", "trainer", "model_zoo", "data", "ds_configs"):
-        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
-        copy(ROOT / name, tmp_path / name)
-    subprocess.run(
-        [sys.executable, "setup.py", "-q", "build_py", "--build-lib", "built"],
-        cwd=tmp_path,
-        check=True,
-        capture_output=True,
-    )
-    assert (tmp_path / "built/tools/ibq.sbatch").read_bytes() == SCRIPT.read_bytes()

@@ -158,7 +158,6 @@ def quantizers(group):
 
 
 def rank_main() -> dict:
-    """Every result of one rank."""
     rank, found = dist.get_rank(), {"cases": {}, "mistakes": {}}
     groups = {size: dist.new_group(list(range(size))) for size in (2, 3, 4)}
     for name, (tokens, *_) in CASES.items():
@@ -175,7 +174,6 @@ def rank_main() -> dict:
 
 @pytest.fixture(scope="module")
 def results(ranks) -> list[dict]:
-    """Of each rank."""
     return ranks.call(RANKS, rank_main, environment={"TRITON_INTERPRET": "1"})
 
 

@@ -82,7 +82,6 @@ def nan(group, rank):
 
 
 def rank_main() -> dict:
-    """Every result of one rank."""
     rank = dist.get_rank()
     groups = {size: dist.new_group(list(range(size))) for size in (2, 3)}
     found = {"cases": {}, "mistakes": {name: mistaken(name, groups[3], rank) for name in MISTAKES}}
@@ -99,7 +98,6 @@ def rank_main() -> dict:
 
 @pytest.fixture(scope="module")
 def results(ranks) -> list[dict]:
-    """Of each rank."""
     return ranks.call(RANKS, rank_main)
 
 

@@ -1,11 +1,10 @@
 """What the documentation links to is there, and no number was left to be filled in."""
 
 import re
-from pathlib import Path
 
 import pytest
+from ranks import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/**/*.md")]
 
 

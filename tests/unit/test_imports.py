@@ -2,14 +2,13 @@
 
 import ast
 import re
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import networkx
 import pytest
+from ranks import ROOT, Launch
 
-ROOT = Path(__file__).parents[2]
 # Each package and those that it may import.
 MAY_IMPORT = {
     "data": set(),
@@ -80,18 +79,8 @@ def import_graph(root: Path, packages: list[str]) -> dict[str, set[str]]:
 
 def cycles(graph: dict[str, set[str]]) -> list[list[str]]:
     """Groups of modules that import each other, directly or through others."""
-
-    def reachable(start: str) -> set[str]:
-        found, left = set(), [start]
-        while left:
-            new = graph[left.pop()] - found
-            found |= new
-            left += new
-        return found
-
-    of = {name: reachable(name) for name in graph}
-    groups = {tuple(sorted(other for other in of[name] if name in of[other])) for name in graph if name in of[name]}
-    return sorted(map(list, groups))
+    groups = networkx.strongly_connected_components(networkx.DiGraph(graph))
+    return sorted(sorted(group) for group in groups if len(group) > 1)
 
 
 @pytest.fixture(scope="module")
@@ -138,22 +127,19 @@ def test_every_kind_of_cycle_is_found(tmp_path):
     assert ["p", "p.one", "p.two"] in cycles(import_graph(tmp_path, ["p"]))
 
 
-def newly_imported(modules: list[str], watched: list[str]) -> list[str]:
+def newly_imported(launch: Launch, modules: list[str], watched: list[str]) -> list[str]:
     """Which of the watched modules a fresh process has imported after these, and had not after ``import torch``."""
     code = (
         "import sys, importlib, torch\nbefore = set(sys.modules)\n"
         f"for name in {modules}: importlib.import_module(name)\n"
         f"print(*(name for name in {watched} if name in set(sys.modules) - before))"
     )
-    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
-    return done.stdout.split()
+    return launch.python("-c", code).succeeded().out.split()
 
 
-@pytest.mark.process
-def test_training_starts_without_heavy_packages():
-    assert newly_imported(["trainer.loop"], HEAVY) == []
+def test_training_starts_without_heavy_packages(launch):
+    assert newly_imported(launch, ["trainer.loop"], HEAVY) == []
 
 
-@pytest.mark.process
-def test_models_import_little_beyond_torch():
-    assert newly_imported(MODELS, [*HEAVY, "omegaconf", "yaml", "PIL"]) == []
+def test_models_import_little_beyond_torch(launch):
+    assert newly_imported(launch, MODELS, [*HEAVY, "omegaconf", "yaml", "PIL"]) == []

@@ -1,6 +1,7 @@
 import math
 
 import pytest
+from comparing import refusal
 
 from data.config import DataConfig, check_numbers
 from data.errors import DataError
@@ -18,9 +19,7 @@ from data.errors import DataError
     ],
 )
 def test_numbers_out_of_bounds_are_refused(change, message):
-    with pytest.raises(DataError) as error:
-        check_numbers(DataConfig(**change))
-    assert str(error.value) == message
+    assert refusal(DataError, check_numbers, DataConfig(**change)) == message
 
 
 def test_bounds_themselves_are_allowed():

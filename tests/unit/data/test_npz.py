@@ -1,8 +1,10 @@
 import io
+import re
 import zipfile
 
 import numpy as np
 import pytest
+from comparing import refusal
 
 from data import DataError
 from data.npz import Npz
@@ -60,11 +62,8 @@ def test_without_images_there_are_the_other_arrays(tmp_path):
 )
 def test_images_of_another_form_are_one_line(tmp_path, array):
     np.savez(tmp_path / "x.npz", arr_0=array)
-    with pytest.raises(
-        DataError, match=r"x\.npz: arr_0 is .* but images are uint8 of shape \(n, height, width, 3\)"
-    ) as error:
-        Npz(tmp_path / "x.npz")
-    assert "\n" not in str(error.value)
+    said = refusal(DataError, Npz, tmp_path / "x.npz")
+    assert re.search(r"x\.npz: arr_0 is .* but images are uint8 of shape \(n, height, width, 3\)", said)
 
 
 def cut_off(path):
@@ -91,9 +90,7 @@ def no_header(path):
 def test_a_damaged_file_is_one_line(tmp_path, damage):
     np.savez(tmp_path / "x.npz", arr_0=images())
     damage(tmp_path / "x.npz")
-    with pytest.raises(DataError, match=r"x\.npz .*(cut off|damaged).*write it again") as error:
-        Npz(tmp_path / "x.npz")
-    assert "\n" not in str(error.value)
+    assert re.search(r"x\.npz .*(cut off|damaged).*write it again", refusal(DataError, Npz, tmp_path / "x.npz"))
 
 
 def test_a_byte_that_changed_is_found_while_reading(tmp_path):
@@ -106,5 +103,4 @@ def test_a_byte_that_changed_is_found_while_reading(tmp_path):
 
 
 def test_a_file_that_cannot_be_read_is_one_line(tmp_path):
-    with pytest.raises(DataError, match=r"cannot read .*x\.npz: No such file"):
-        Npz(tmp_path / "x.npz")
+    assert re.search(r"cannot read .*x\.npz: No such file", refusal(DataError, Npz, tmp_path / "x.npz"))

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 
 import pytest
+from comparing import refusal
 from ranks import wait_for
 from samples import Steps, index_of, pictured, write_tar, write_tars
 from serving import Server, s3, use_s3
@@ -17,14 +18,10 @@ from serving import Server, s3, use_s3
 from data import DataConfig, DataError, SourceConfig, scan
 from data.storage import bytes_read
 
+pytestmark = pytest.mark.usefixtures("clock")  # waits between tries take no time
 NAMES = [f"train-{n:06d}.tar" for n in range(8)]
 SHORT = {"request_seconds": 0.8, "retry_seconds": 1.8}
 WORKERS = [0, pytest.param(2, marks=pytest.mark.process)]
-
-
-@pytest.fixture(autouse=True)
-def no_waits(clock):
-    """Between tries."""
 
 
 @pytest.fixture
@@ -130,8 +127,7 @@ def test_cache_holds_whole_shards(folder, index, server, root, tmp_path):
 @pytest.mark.process
 def test_pipes_where_they_are_allowed(folder):
     root = f"pipe:cat {folder}/train-{{000000..000007}}.tar"
-    with pytest.raises(DataError, match="allow it with data"):
-        infos(root, 1)
+    assert "allow it with data" in refusal(DataError, infos, root, 1)
     taken, _ = infos(root, 10, allow_pipes=True)
     assert len({(position.epoch, key) for key, position, _ in taken}) == 40
     with pytest.raises(DataError, match=r"ended with status 3|no whole"):
@@ -158,11 +154,9 @@ def test_servers_that_fail_end_the_stream_in_time(server, index, fault, indexed,
     server.fault("/train-000003.tar", **fault)
     began = time.monotonic()
     root = server.url("/train-{000000..000007}.tar?signature=SECRET", user="me:SECRET")
-    with pytest.raises(DataError, match=r"train-000003\.tar") as error:
-        infos(root, 40, index if indexed else None, workers=workers, **SHORT)
+    said = refusal(DataError, infos, root, 40, index if indexed else None, workers=workers, **SHORT)
     assert time.monotonic() - began < 8
-    assert "SECRET" not in str(error.value)
-    assert "\n" not in str(error.value)
+    assert "train-000003.tar" in said and "SECRET" not in said
 
 
 def test_passing_faults_are_not_seen(folder, index, server, root):
@@ -194,8 +188,7 @@ def test_a_shard_that_is_not_the_one_of_the_index_is_refused(folder, index):
 def test_a_truncated_remote_tar_without_an_index_is_named(folder, root):
     content = (folder / NAMES[5]).read_bytes()
     (folder / NAMES[5]).write_bytes(content[: len(content) // 2 // 512 * 512])
-    with pytest.raises(DataError, match=r"train-000005.tar"):
-        infos(root, 40)
+    assert "train-000005.tar" in refusal(DataError, infos, root, 40)
 
 
 @pytest.mark.process

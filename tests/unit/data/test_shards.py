@@ -4,6 +4,7 @@ import multiprocessing
 import os
 
 import pytest
+from comparing import refusal
 from samples import encoded, members, picture, write_tar
 
 import data
@@ -26,9 +27,9 @@ def test_expand_finds_folders_files_braces_globs_and_lists(tars):
 @pytest.mark.parametrize(
     ("spec", "message"),
     [
-        ("{tars}/no-*.tar", "no such tar or folder: .*no-"),
+        ("{tars}/no-*.tar", "no such tar or folder: {tars}/no-"),
         ("{tars}/train-{{000002..000003}}.tar", "train-000003.tar"),
-        ("{tars}/..", "no \\*.tar in the folder"),
+        ("{tars}/..", "no *.tar in the folder"),
         ("ftp://example.com/a.tar", "an address of http, https, s3, gs"),
         ("https://example.com/folder", "folders cannot be listed over https"),
         ("pipe:cat a.tar", "data.allow_pipes=true"),
@@ -36,16 +37,13 @@ def test_expand_finds_folders_files_braces_globs_and_lists(tars):
     ],
 )
 def test_expand_names_what_gives_nothing(tars, spec, message):
-    with pytest.raises(DataError, match=message):
-        expand(spec.format(tars=tars))
-    with pytest.raises(DataError, match=message):
-        expand([str(tars), spec.format(tars=tars)])
+    for given in (spec.format(tars=tars), [str(tars), spec.format(tars=tars)]):
+        assert message.format(tars=tars) in refusal(DataError, expand, given)
 
 
 def test_expand_of_nothing():
     for spec in (None, []):
-        with pytest.raises(DataError, match="no data named"):
-            expand(spec)
+        assert "no data named" in refusal(DataError, expand, spec)
 
 
 def test_scan_finds_what_webdataset_groups(tmp_path):
@@ -108,8 +106,7 @@ def test_photographs_are_packed_once(tmp_path, monkeypatch, few_photographs):
     assert expand("bundled:val") == [path] and os.stat(path).st_mtime_ns == before
     monkeypatch.setenv("IBQ_CACHE", str(tmp_path / "file"))
     (tmp_path / "file").write_text("")
-    with pytest.raises(DataError, match="IBQ_CACHE"):
-        expand("bundled:val")
+    assert "IBQ_CACHE" in refusal(DataError, expand, "bundled:val")
 
 
 @pytest.mark.process

@@ -10,10 +10,12 @@ import threading
 import time
 import traceback
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import fsspec.config
 import pytest
+from comparing import refusal
 from ranks import wait_for
 from serving import Fault, Server, s3, use_s3
 
@@ -23,6 +25,7 @@ from data.addresses import is_remote, redacted
 from data.cache import Cache
 from data.storage import Timeouts, bytes_read, list_tars, read, size
 
+pytestmark = pytest.mark.usefixtures("clock")  # waits between tries take no time
 CONTENT = bytes(range(256)) * 2000  # 512,000 bytes
 BRIEF = Timeouts(request_seconds=0.4, total_seconds=1.2)  # for servers that do not answer
 PATIENT = Timeouts(request_seconds=5, total_seconds=10)  # for servers that answer with an error; waits take no time
@@ -32,11 +35,7 @@ THROTTLED = (
 )
 DENIED = b"<?xml version='1.0'?><Error><Code>AccessDenied</Code><Message>hunter2</Message></Error>"
 BUCKET = "images"
-
-
-@pytest.fixture(autouse=True)
-def no_waits(clock):
-    """Between tries."""
+error_of = partial(refusal, DataError)
 
 
 @pytest.fixture
@@ -81,14 +80,6 @@ def stores(server, faulty_bucket):
         "http": ("/a.tar", server.url("/a.tar", user="me:hunter2")),
         "s3": (f"/{BUCKET}/a.tar", f"{faulty_bucket}/a.tar"),
     }
-
-
-def error_of(function, *arguments) -> str:
-    with pytest.raises(DataError) as caught:
-        function(*arguments)
-    message = str(caught.value)
-    assert "\n" not in message
-    return message
 
 
 def refused_port() -> int:

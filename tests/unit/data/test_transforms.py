@@ -4,6 +4,7 @@ import random
 import numpy as np
 import pytest
 import torch
+from comparing import refusal
 from PIL import Image
 from samples import encoded, picture
 from torchvision.transforms import v2
@@ -138,17 +139,14 @@ def test_a_thread_is_refused_before_it_fills_the_memory(resize):
 def test_missing_opencv_is_named(monkeypatch):
     resize_named.__globals__["_cv2_bilinear"].cache_clear()
     monkeypatch.setitem(__import__("sys").modules, "cv2", None)
-    with pytest.raises(DataError, match="pip install opencv-python-headless"):
-        resize_named("cv2_bilinear")
+    assert "pip install opencv-python-headless" in refusal(DataError, resize_named, "cv2_bilinear")
 
 
 def test_unknown_names_are_errors():
-    with pytest.raises(DataError, match="pil_antialias, cv2_bilinear, adm_center_crop"):
-        resize_named("bicubic")
+    assert "pil_antialias, cv2_bilinear, adm_center_crop" in refusal(DataError, resize_named, "bicubic")
     transform_of()
     for name, value in [("crop", "middle"), ("crop_scale", [0.0, 1.0]), ("crop_scale", [1.0, 0.5]), ("image_size", 0)]:
-        with pytest.raises(DataError, match=name):
-            transform_of(**{name: value})
+        assert name in refusal(DataError, transform_of, **{name: value})
 
 
 @pytest.mark.parametrize("crop", ["random_resized", "random", "center"])

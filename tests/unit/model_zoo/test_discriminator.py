@@ -1,8 +1,8 @@
 import pytest
 import torch
+from model_checks import refused
 from torch import nn
 
-from model_zoo import ModelError
 from model_zoo.discriminator import PatchDiscriminator
 
 
@@ -71,10 +71,8 @@ def test_images_too_small_name_the_smallest_side(layers):
     discriminator = PatchDiscriminator(channels=4, layers=layers)
     smallest = 3 * 2**layers
     assert discriminator(torch.randn(2, 3, smallest, smallest)).shape == (2, 1, 1, 1)
-    with pytest.raises(ModelError, match=f"at least {smallest} pixels"):
-        discriminator(torch.randn(2, 3, smallest, smallest - 1))
+    assert f"at least {smallest} pixels" in refused(discriminator, torch.randn(2, 3, smallest, smallest - 1))
 
 
 def test_unknown_norm_names_the_choices():
-    with pytest.raises(ModelError, match="'layer': choose one of batch, group"):
-        PatchDiscriminator(norm="layer")
+    assert "'layer': choose one of batch, group" in refused(PatchDiscriminator, norm="layer")

@@ -6,9 +6,9 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
-from model_checks import random_transformer
+from model_checks import random_transformer, refused
 
-from model_zoo import ModelError, Sampler, Sampling, TransformerConfig
+from model_zoo import Sampler, Sampling, TransformerConfig
 from model_zoo.sampler import draw, guidance_scale_t, keep_products_in
 
 # More positions than a bucket of static steps, so that there are two.
@@ -213,20 +213,15 @@ def test_captured_steps_draw_the_same_codes(settings):
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings, message):
-    with pytest.raises(ModelError, match=message):
-        Sampling(**settings)
+    assert message in refused(Sampling, **settings)
 
 
 def test_batches_that_cannot_be_are_refused():
     sampler = Sampler(tiny(), 2)
-    with pytest.raises(ModelError, match="3 classes and 3 seeds: give equally many, at most 2"):
-        sampled(sampler, IMAGES[:3])
-    with pytest.raises(ModelError, match=r"classes must lie in \[0, 5\]"):
-        sampled(sampler, [(6, 1)])
-    with pytest.raises(ModelError, match="batch size 0"):
-        Sampler(tiny(), 0)
-    with pytest.raises(ModelError, match=r"call eval\(\)"):
-        sampled(Sampler(tiny().train(), 2), IMAGES[:2])
+    assert "3 classes and 3 seeds: give equally many, at most 2" in refused(sampled, sampler, IMAGES[:3])
+    assert "classes must lie in [0, 5]" in refused(sampled, sampler, [(6, 1)])
+    assert "batch size 0" in refused(Sampler, tiny(), 0)
+    assert "call eval()" in refused(sampled, Sampler(tiny().train(), 2), IMAGES[:2])
 
 
 def test_settings_that_found_no_room_are_tried_again(monkeypatch):
@@ -241,5 +236,4 @@ def test_settings_that_found_no_room_are_tried_again(monkeypatch):
 def test_logits_that_are_not_finite_are_told():
     transformer = tiny()
     transformer.head.weight.data[3] = math.nan
-    with pytest.raises(ModelError, match="logits are not finite"):
-        sampled(Sampler(transformer, 2), IMAGES[:2])
+    assert "logits are not finite" in refused(sampled, Sampler(transformer, 2), IMAGES[:2])

@@ -1,15 +1,15 @@
 import copy
 import math
-from dataclasses import asdict, replace
+from dataclasses import replace
 
 import pytest
 import torch
-from model_checks import assert_same, random_transformer, refused, write_checkpoint
+from model_checks import assert_same, random_transformer, refused, write_run
 from omegaconf import OmegaConf
 from torch.nn import functional as F
 from torch.utils.flop_counter import FlopCounterMode
 
-from model_zoo import ModelError, Transformer, TransformerConfig, load_generator
+from model_zoo import Transformer, TransformerConfig, load_generator
 from model_zoo.ops.attention import causal_attention
 from model_zoo.transformer import DecodePosition, checkpoint_blocks, flops_per_token, rope_table, rotate
 
@@ -73,8 +73,7 @@ def test_a_forward_of_fewer_codes_gives_the_first_logits():
     logits_btv = transformer(codes(), CLASSES)
     for count in (0, 5):
         torch.testing.assert_close(transformer(codes()[:, :count], CLASSES), logits_btv[:, : count + 1])
-    with pytest.raises(ModelError, match="12 codes leave nothing to predict of 12"):
-        transformer(codes(count=12), CLASSES)
+    assert "12 codes leave nothing to predict of 12" in refused(transformer, codes(count=12), CLASSES)
 
 
 def test_the_loss_is_the_cross_entropy_of_the_forwards_logits():
@@ -165,8 +164,8 @@ def test_codebook_embedding_is_a_projection_of_frozen_code_vectors():
     [
         ({"embedding": "random"}, "model.embedding=random is unknown: choose one of learned, codebook"),
         ({"head_dim": 6}, "model.head_dim=6 must be a multiple of 4"),
-        ({"grid": [16]}, r"model.grid=\[16\] must be rows and columns"),
-        ({"grid": [0, 3]}, r"model.grid=\[0, 3\]"),
+        ({"grid": [16]}, "model.grid=[16] must be rows and columns"),
+        ({"grid": [0, 3]}, "model.grid=[0, 3]"),
         ({"depth": 0}, "model.depth=0 must be at least 1"),
         ({"vocabulary": 0}, "model.vocabulary=0"),
         ({"dropout": 1.0}, "model.dropout=1.0"),
@@ -174,8 +173,7 @@ def test_codebook_embedding_is_a_projection_of_frozen_code_vectors():
     ],
 )
 def test_configurations_that_make_no_model_are_refused(change, message):
-    with pytest.raises(ModelError, match=message):
-        Transformer(replace(TINY, **change))
+    assert message in refused(Transformer, replace(TINY, **change))
 
 
 # ------------------------------------------------------------------------------------------------------- load_generator
@@ -183,13 +181,8 @@ def test_configurations_that_make_no_model_are_refused(change, message):
 
 @pytest.fixture
 def run(tmp_path):
-    folder = tmp_path / "run" / "checkpoints" / "step_00000010"
     models = {"generator": tiny(1, embedding="codebook"), "generator_ema": tiny(2, embedding="codebook")}
-    write_checkpoint(folder, **models)
-    (folder.parent / "latest").write_text("step_00000010\n")
-    config = {"task": "generator", "model": asdict(replace(TINY, embedding="codebook"))}
-    OmegaConf.save(config, tmp_path / "run" / "config.yaml")
-    return tmp_path / "run"
+    return write_run(tmp_path / "run", {"task": "generator", "model": models["generator"].config}, **models)
 
 
 @pytest.mark.parametrize(("weights", "seed"), [("raw", 1), ("ema", 2)])
@@ -201,6 +194,6 @@ def test_load_generator_takes_the_asked_weights(run, weights, seed):
 
 
 def test_load_generator_refuses_other_weights(run):
-    OmegaConf.save({"model": asdict(replace(TINY, embedding="codebook", depth=3))}, run / "config.yaml")
+    OmegaConf.save({"model": replace(TINY, embedding="codebook", depth=3)}, run / "config.yaml")
     message = refused(load_generator, run)
     assert "does not hold the weights of " in message and "lacks blocks.2." in message

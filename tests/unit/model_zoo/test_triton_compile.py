@@ -5,12 +5,10 @@ tells which kernels it would start with which arguments; these are compiled, and
 """
 
 import json
-import os
-import subprocess
-import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from ranks import Launch
 
 pytest.importorskip("triton")
 
@@ -100,25 +98,20 @@ KERNELS = {
 }
 
 
-def compile_for(arch: int, dtype: str, dim: int, precision: str) -> list[dict]:
-    arguments = json.dumps([arch, SHARED[arch], dtype, dim, precision])
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COMPILE, arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    return [json.loads(line) for line in done.stdout.splitlines()]
+def compile_for(launch: Launch, arch: int, *case) -> list[dict]:
+    done = launch.python("-c", COMPILE, json.dumps([arch, SHARED[arch], *case])).succeeded()
+    return [json.loads(line) for line in done.out.splitlines()]
 
 
 @pytest.fixture(scope="module")
-def compilations():
+def compilations(launch):
     with ThreadPoolExecutor(2) as pool:
-        started = {case: pool.submit(compile_for, *case) for case in CASES}
+        started = {case: pool.submit(compile_for, launch, *case) for case in CASES}
         yield started
         pool.shutdown(cancel_futures=True)
 
 
 @pytest.mark.full
-@pytest.mark.process
 @pytest.mark.parametrize("case", CASES, ids=lambda case: "-".join(map(str, case)))
 def test_every_kernel_fits_the_device(case, compilations):
     arch, dtype, dim, _ = case

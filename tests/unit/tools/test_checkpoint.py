@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from model_checks import tiny_tokenizer
+from model_checks import tokenizer_of
 
 from model_zoo import load_tokenizer
 
@@ -12,31 +12,29 @@ from model_zoo import load_tokenizer
 @pytest.fixture
 def published(tmp_path):
     path = tmp_path / "tiny.ckpt"
-    torch.save({"state_dict": tiny_tokenizer().state_dict(), "global_step": 12}, path)
+    torch.save({"state_dict": tokenizer_of(channels=32, patch_size=1).state_dict(), "global_step": 12}, path)
     return path
 
 
 def test_in_out_and_information(published, tmp_path, ibq):
-    status, out, _ = ibq("checkpoint", "import", published, "--out", tmp_path / "in")
-    assert status == 0 and f"keys: {len(load_tokenizer(published).state_dict())}: " in out
+    out = ibq("checkpoint", "import", published, "--out", tmp_path / "in").succeeded().out
+    assert f"keys: {len(load_tokenizer(published).state_dict())}: " in out
     assert "left out: 1 (global_step)" in out and f"written: {tmp_path / 'in'}" in out
-    status, _, _ = ibq("checkpoint", "export", tmp_path / "in", "--layout", "published", "--out", tmp_path / "out.ckpt")
-    assert status == 0
-    status, out, _ = ibq("checkpoint", "info", tmp_path / "out.ckpt", "--json")
-    found = json.loads(out)
-    assert status == 0 and found["layout"] == "published"
+    ibq("checkpoint", "export", tmp_path / "in", "--layout", "published", "--out", tmp_path / "out.ckpt").succeeded()
+    found = json.loads(ibq("checkpoint", "info", tmp_path / "out.ckpt", "--json").succeeded().out)
+    assert found["layout"] == "published"
     assert found["models"][0]["fingerprint"] == load_tokenizer(published).fingerprint()
     assert found["models"][0]["step"] == 12 and found["models"][0]["config"]["code_dim"] == 4
-    status, out, _ = ibq("checkpoint", "info", tmp_path / "in")
-    assert status == 0 and "verified: every file's sha256" in out and f"made of: {published}" in out
+    out = ibq("checkpoint", "info", tmp_path / "in").succeeded().out
+    assert "verified: every file's sha256" in out and f"made of: {published}" in out
 
 
 def test_a_step_that_is_no_number_is_unknown(published, tmp_path, ibq):
     torch.save({**torch.load(published), "global_step": "abc"}, published)
-    status, out, _ = ibq("checkpoint", "info", published)
-    assert status == 0 and "step: unknown" in out
-    status, _, _ = ibq("checkpoint", "import", published, "--out", tmp_path / "in")
-    assert status == 0 and "step: null" in (tmp_path / "in" / "config.yaml").read_text()
+    out = ibq("checkpoint", "info", published).succeeded().out
+    assert "step: unknown" in out
+    ibq("checkpoint", "import", published, "--out", tmp_path / "in").succeeded()
+    assert "step: null" in (tmp_path / "in" / "config.yaml").read_text()
 
 
 @pytest.mark.parametrize(
@@ -50,13 +48,13 @@ def test_a_step_that_is_no_number_is_unknown(published, tmp_path, ibq):
         (["info", "{folder}/none.ckpt"], "none.ckpt does not exist"),
     ],
 )
-def test_mistakes_are_one_line(published, tmp_path, refusal, arguments, message):
+def test_mistakes_are_one_line(published, tmp_path, refused_by_ibq, arguments, message):
     filled = [argument.format(published=published, folder=tmp_path) for argument in arguments]
-    assert message in refusal("checkpoint", *filled)
+    assert message in refused_by_ibq("checkpoint", *filled)
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.ckpt"]
 
 
 @pytest.mark.parametrize("command", ["import", "export", "info"])
 def test_each_has_help_with_an_example(ibq, command):
-    status, out, _ = ibq("checkpoint", command, "--help")
-    assert status == 0 and f"Example: ibq checkpoint {command} " in " ".join(out.split())
+    out = ibq("checkpoint", command, "--help").succeeded().out
+    assert f"Example: ibq checkpoint {command} " in " ".join(out.split())

@@ -1,8 +1,5 @@
 """The `ibq` command: it starts quickly, every help has an example, mistakes are one line."""
 
-import subprocess
-import sys
-from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -12,8 +9,6 @@ import data
 import model_zoo
 import trainer.loop
 from tools import cli
-
-ROOT = Path(__file__).resolve().parents[3]
 
 
 def leaves(command, path=()):
@@ -28,12 +23,10 @@ def leaves(command, path=()):
 LEAVES = sorted(" ".join(path) for path in leaves(typer.main.get_command(cli.app)))
 
 
-@pytest.mark.process
-def test_start_up_imports_nothing_heavy():
+def test_start_up_imports_nothing_heavy(launch):
     heavy = ["torch", "numpy", "deepspeed", "trainer", "model_zoo", "data", "rich.progress"]
     script = f"import sys, tools.cli; print([name for name in {heavy} if name in sys.modules])"
-    result = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert result.stdout.strip() == "[]"
+    assert launch.python("-c", script).succeeded().out.strip() == "[]"
 
 
 def test_the_commands_are_there():
@@ -43,14 +36,12 @@ def test_the_commands_are_there():
 
 @pytest.mark.parametrize("path", LEAVES)
 def test_every_help_has_an_example(ibq, path):
-    status, out, _ = ibq(*path.split(), "--help")
-    assert status == 0
+    out = ibq(*path.split(), "--help").succeeded().out
     assert f"Example: ibq {path}" in out
 
 
 def test_no_arguments_show_the_help(ibq):
-    status, out, _ = ibq()
-    assert status == 0
+    out = ibq().succeeded().out
     assert "Example: ibq quickstart" in out
 
 
@@ -63,16 +54,16 @@ def test_no_arguments_show_the_help(ibq):
         (["resume"], "'RUN'"),
     ],
 )
-def test_wrong_usage_is_one_line(refusal, arguments, said):
-    line = refusal(*arguments)
+def test_wrong_usage_is_one_line(refused_by_ibq, arguments, said):
+    line = refused_by_ibq(*arguments)
     assert said in line and "--help`" in line
 
 
 @pytest.mark.parametrize("error", [data.DataError, model_zoo.ModelError, trainer.TrainerError])
-def test_a_mistake_of_the_user_is_one_line(ibq, monkeypatch, error):
+def test_a_mistake_of_the_user_is_one_line(refused_by_ibq, monkeypatch, error):
     mistake = error("no recipe is called nothing: see `ibq recipes`")
     monkeypatch.setattr(trainer.loop, "train", Mock(side_effect=mistake))
-    assert ibq("train", "nothing") == (2, "", "ibq: error: no recipe is called nothing: see `ibq recipes`\n")
+    assert refused_by_ibq("train", "nothing") == "ibq: error: no recipe is called nothing: see `ibq recipes`\n"
 
 
 def test_our_own_mistakes_keep_their_traceback(monkeypatch):
@@ -83,15 +74,15 @@ def test_our_own_mistakes_keep_their_traceback(monkeypatch):
 
 def test_interrupt_is_130(ibq, monkeypatch):
     monkeypatch.setattr(trainer.loop, "train", Mock(side_effect=KeyboardInterrupt))
-    assert ibq("train", "debug")[0] == 130
+    assert ibq("train", "debug").status == 130
 
 
 def test_train_and_resume_pass_their_arguments_on(ibq, monkeypatch):
     calls = []
     monkeypatch.setattr(trainer.loop, "train", lambda *arguments: calls.append(("train", *arguments)))
     monkeypatch.setattr(trainer.loop, "resume", lambda *arguments: calls.append(("resume", *arguments)))
-    assert ibq("train", "debug", "seed=1", "optimizer.lr=1e-4")[0] == 0
-    assert ibq("resume", "runs/mine", "trainer.max_steps=9")[0] == 0
+    ibq("train", "debug", "seed=1", "optimizer.lr=1e-4").succeeded()
+    ibq("resume", "runs/mine", "trainer.max_steps=9").succeeded()
     assert calls == [
         ("train", "debug", ["seed=1", "optimizer.lr=1e-4"]),
         ("resume", "runs/mine", ["trainer.max_steps=9"]),
@@ -99,8 +90,7 @@ def test_train_and_resume_pass_their_arguments_on(ibq, monkeypatch):
 
 
 def test_recipes_are_listed_with_a_description(ibq):
-    status, out, _ = ibq("recipes")
-    assert status == 0
+    out = ibq("recipes").succeeded().out
     listed = dict(line.split(maxsplit=1) for line in out.splitlines())
     assert {"quickstart", "debug", "ibq_16384", "vqgan_16384"} <= set(listed)
     assert not any(text.startswith("#") for text in listed.values())

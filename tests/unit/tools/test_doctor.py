@@ -133,7 +133,7 @@ def test_a_check_that_breaks_is_a_problem():
 def test_the_report(monkeypatch, ibq, status):
     fix = "" if status == OK else f"rename /{'a_folder_whose_name_no_table_has_room_for' * 3}/data"
     monkeypatch.setattr(doctor, "examine", lambda: [Finding("package data", status, "Python imports another", fix)])
-    exit_status, out, _ = ibq("doctor")
-    assert exit_status == (status == PROBLEM)
-    assert fix in out
-    assert ("1 problem" in out) == (status == PROBLEM)
+    ended = ibq("doctor")
+    assert ended.status == (status == PROBLEM)
+    assert fix in ended.out
+    assert ("1 problem" in ended.out) == (status == PROBLEM)

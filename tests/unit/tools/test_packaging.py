@@ -6,14 +6,13 @@ import shutil
 import subprocess
 import sys
 import zipfile
-from pathlib import Path
 
 import pytest
+from ranks import ROOT
 
 # Every test starts pip or an interpreter outside the checkout.
 pytestmark = [pytest.mark.process, pytest.mark.full]
 
-ROOT = Path(__file__).resolve().parents[3]
 PACKAGES = ["trainer", "model_zoo", "data", "tools", "ds_configs"]
 
 

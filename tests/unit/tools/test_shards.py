@@ -1,7 +1,6 @@
 """`ibq shards check` and `ibq shards stats`: what they print, write and return."""
 
 import gzip
-import io
 import json
 import os
 import pty
@@ -9,12 +8,12 @@ import sys
 from collections import Counter
 from pathlib import Path
 
-import numpy as np
 import pytest
+from comparing import assert_refused
 from PIL import Image
+from samples import encoded, picture, write_tar
 from serving import Server
 from tokens import FINGERPRINT, write_tokens
-from webdataset.writer import TarWriter
 
 from data import DataConfig, TrainStream
 from data.index import Index
@@ -29,17 +28,11 @@ def shards(ibq):
 
 
 def image(number: int) -> bytes:
-    file = io.BytesIO()
-    colors = np.random.default_rng(number).integers(0, 256, (4, 4, 3), dtype=np.uint8)
-    Image.fromarray(colors).resize((64 + 8 * (number % 7), 64), Image.Resampling.BICUBIC).save(file, "JPEG")
-    return file.getvalue()
+    return encoded(picture(number, (64 + 8 * (number % 7), 64)))
 
 
-def write(path: Path, shard: int, keys=range(6), **more: bytes) -> Path:
-    with TarWriter(str(path), encoder=False, mtime=0) as writer:
-        for n in keys:
-            writer.write({"__key__": f"{shard}-{n}", "jpg": image(10 * shard + n), **more})
-    return path
+def write(path: Path, shard: int, keys=range(6), **more: bytes) -> None:
+    write_tar(path, [{"__key__": f"{shard}-{n}", "jpg": image(10 * shard + n), **more} for n in keys])
 
 
 @pytest.fixture
@@ -80,7 +73,7 @@ BROKEN = {4: "truncated", 5: "truncated", 6: "corrupt", 7: "corrupt", 8: "corrup
 
 
 def test_twelve_tars_with_eight_damages(shards, damaged, tmp_path):
-    status, out, err = shards("check", damaged, "--decode", "--json", tmp_path / "found.json")
+    (status,), (out,), (err,) = shards("check", damaged, "--decode", "--json", tmp_path / "found.json")
     assert status == 1 and err == ""
     lines = out.splitlines()
     for shard, kind in BROKEN.items():
@@ -103,79 +96,77 @@ def test_twelve_tars_with_eight_damages(shards, damaged, tmp_path):
 
 
 def test_the_quarantine_that_is_printed_is_one_that_trains(shards, damaged):
-    _, out, _ = shards("check", damaged)
-    quarantine = out.splitlines()[-1].split("[")[1].split("]")[0].split(",")
+    quarantine = shards("check", damaged).out.splitlines()[-1].split("[")[1].split("]")[0].split(",")
     config = DataConfig(train=str(damaged), quarantine=quarantine, image_size=32, workers=0, max_bad_in_a_row=1)
     options = {"global_batch_size": 5, "micro_batch_size": 5, "rank": 0, "world_size": 1, "seed": 0}
     assert len(next(TrainStream(config, **options)).infos) == 5
 
 
 def test_json_on_stdout_is_alone_there(shards, damaged):
-    status, out, err = shards("check", damaged, "--json", "-")
+    (status,), (out,), (err,) = shards("check", damaged, "--json", "-")
     assert status == 1
     assert len([json.loads(line) for line in out.splitlines()]) == 12
     assert "4 ok, 2 flawed" not in err and "6 broken" in err  # without --decode, one is not noticed
 
 
 def test_whole_tars_are_ok_and_an_index_is_written_and_compared(shards, folder):
-    status, out, _ = shards("check", folder)
-    assert (status, len(out.splitlines())) == (0, 1) and ": 4 ok\n" in out
-    status, out, _ = shards("check", folder, "--write-index")
+    out = shards("check", folder).succeeded().out
+    assert len(out.splitlines()) == 1 and ": 4 ok\n" in out
+    out = shards("check", folder, "--write-index").succeeded().out
     place = folder / "index.safetensors"
-    assert status == 0 and f"wrote {place}: 4 tars, 24 samples\n" in out
+    assert f"wrote {place}: 4 tars, 24 samples\n" in out
     assert len(Index(place)) == 4
-    assert shards("check", folder)[0] == 0
+    shards("check", folder).succeeded()
     path = folder / "train-000002.tar"
     content, times = path.read_bytes(), path.stat()
     at = content.index(b"\xff\xd9") - 50
     path.write_bytes(content[:at] + bytes([content[at] ^ 1]) + content[at + 1 :])
     os.utime(path, ns=(times.st_atime_ns, times.st_mtime_ns))  # neither its size nor its time tells
-    status, out, _ = shards("check", folder)
+    (status,), (out,), _ = shards("check", folder)
     assert status == 1
     assert out.startswith(f"flawed  train-000002.tar  index: not as in the index {place}: other content (SHA-256)\n")
     os.remove(folder / "train-000003.tar")
-    assert f"broken  train-000003.tar  missing: in the index {place}, but not there\n" in shards("check", folder)[1]
-    assert shards("check", folder, "--write-index")[0] == 0  # written again, it is of what is there
-    assert shards("check", folder)[0] == 0
+    assert f"broken  train-000003.tar  missing: in the index {place}, but not there\n" in shards("check", folder).out
+    shards("check", folder, "--write-index").succeeded()  # written again, it is of what is there
+    shards("check", folder).succeeded()
 
 
 def test_no_index_is_written_over_broken_tars_unless_they_are_left_out(shards, damaged, tmp_path):
-    status, out, _ = shards("check", damaged, "--write-index")
+    (status,), (out,), _ = shards("check", damaged, "--write-index")
     assert status == 1
     assert "wrote no index: move the broken tars elsewhere, or leave them out with --skip-broken" in out
     assert not (damaged / "index.safetensors").exists()
-    status, out, _ = shards("check", damaged, "--write-index", "--skip-broken", "--index", tmp_path / "i.safetensors")
+    index = "--index", tmp_path / "i.safetensors"
+    (status,), (out,), _ = shards("check", damaged, "--write-index", "--skip-broken", *index)
     assert status == 1 and f"wrote {tmp_path / 'i.safetensors'}: 6 tars, 31 samples" in out
     numbers = [n for n in range(12) if n not in BROKEN]
     assert Index(tmp_path / "i.safetensors").names == [f"train-{n:06d}.tar" for n in numbers]
-    status, out, _ = shards("check", damaged, "--index", tmp_path / "i.safetensors")
+    (status,), (out,), _ = shards("check", damaged, *index)
     assert status == 1 and "  index: " not in out  # which are not in it for a reason
     for shard in BROKEN:
         os.remove(damaged / f"train-{shard:06d}.tar")
     (damaged / "train-000010.tar").unlink()
-    assert shards("check", damaged, "--write-index")[0] == 0
+    shards("check", damaged, "--write-index").succeeded()
 
 
 def test_nothing_but_broken_tars_give_no_index(shards, tmp_path):
     (tmp_path / "a.tar").write_bytes(b"")
-    status, out, _ = shards("check", tmp_path, "--write-index", "--skip-broken")
+    (status,), (out,), _ = shards("check", tmp_path, "--write-index", "--skip-broken")
     assert status == 1 and "wrote no index" in out
 
 
 def test_patterns_lists_doubled_names_and_remote_tars(shards, folder, tmp_path):
     (tmp_path / "list.txt").write_text(f"# mine\n{folder}/train-000000.tar\n")
-    status, out, _ = shards("check", f"{folder}/train-{{000000..000001}}.tar", tmp_path / "list.txt")
-    assert status == 0 and out.startswith("2 tars, 12 samples, ")
+    out = shards("check", f"{folder}/train-{{000000..000001}}.tar", tmp_path / "list.txt").succeeded().out
+    assert out.startswith("2 tars, 12 samples, ")
     with Server(folder=folder) as server:
         urls = server.url("/train-{000000..000003}.tar?token=secret")
-        status, out, err = shards("check", urls, "--write-index")
-        assert status == 2 and "choose a place with --index FILE" in err
+        assert_refused(shards("check", urls, "--write-index"), "choose a place with --index FILE")
         place = tmp_path / "remote.safetensors"
-        status, out, err = shards("check", urls, "--write-index", "--index", place, "--json", "-")
-        assert status == 0 and "4 tars, 24 samples" in err
-        assert "secret" not in out + err
-        assert shards("check", urls, "--index", place)[0] == 0
-    assert shards("check", folder, "--index", place)[0] == 0  # local copies of what was indexed in the store
+        written = shards("check", urls, "--write-index", "--index", place, "--json", "-").succeeded()
+        assert "4 tars, 24 samples" in written.err and "secret" not in written.out + written.err
+        shards("check", urls, "--index", place).succeeded()
+    shards("check", folder, "--index", place).succeeded()  # local copies of what was indexed in the store
 
 
 @pytest.mark.parametrize(
@@ -203,20 +194,20 @@ def test_patterns_lists_doubled_names_and_remote_tars(shards, folder, tmp_path):
         (["stats", "{tars}", "--samples", "0"], "--samples"),
     ],
 )
-def test_mistakes_are_one_line_and_status_2(refusal, folder, monkeypatch, arguments, said):
+def test_mistakes_are_one_line_and_status_2(refused_by_ibq, folder, monkeypatch, arguments, said):
     monkeypatch.chdir(folder.parent)
-    assert said in refusal("shards", *(argument.format(tars=folder) for argument in arguments))
+    assert said in refused_by_ibq("shards", *(argument.format(tars=folder) for argument in arguments))
     assert sorted(path.name for path in folder.parent.iterdir()) == ["tars"]
 
 
 def test_a_bar_is_drawn_on_a_terminal(shards, monkeypatch, damaged):
-    status, plain, err = shards("check", damaged)
+    (status,), (plain,), (err,) = shards("check", damaged)
     assert (status, err) == (1, "") and "\x1b" not in plain and "6 broken" in plain
     leader, follower = pty.openpty()
     monkeypatch.setenv("TERM", "xterm")
     with os.fdopen(follower, "w") as terminal, monkeypatch.context() as patch:
         patch.setattr(sys, "stderr", terminal)
-        status, out, _ = shards("check", damaged)
+        (status,), (out,), _ = shards("check", damaged)
         drawn = os.read(leader, 1 << 16)
     os.close(leader)
     assert (status, out) == (1, plain)
@@ -233,9 +224,9 @@ def test_several_processes_find_the_same(shards, damaged):
 
 def test_stats_in_words_bars_json_and_a_picture(shards, folder, tmp_path):
     shown = tmp_path / "photos.png"
-    status, out, err = shards("stats", folder, "--picture", shown, "--json", tmp_path / "found.json")
-    assert (status, err) == (0, "")
-    lines = out.splitlines()
+    ended = shards("stats", folder, "--picture", shown, "--json", tmp_path / "found.json").succeeded()
+    assert ended.err == ""
+    lines = ended.out.splitlines()
     assert lines[0] == f"{folder}: 4 shards, 24 samples"
     assert lines[1].endswith(": 24 JPEG")
     assert lines[2:4] == ["  captions: all", "  classes: all in 2 classes of 12 to 12"]
@@ -256,21 +247,20 @@ def test_stats_in_words_bars_json_and_a_picture(shards, folder, tmp_path):
 
 
 def test_stats_of_some_samples_and_as_json_alone(shards, folder):
-    status, out, err = shards("stats", folder, "--samples", 5, "--json", "-")
-    assert status == 0 and err.startswith(f"{folder}: 4 shards, 5 of 24 samples\n")
-    found = json.loads(out)
+    ended = shards("stats", folder, "--samples", 5, "--json", "-").succeeded()
+    assert ended.err.startswith(f"{folder}: 4 shards, 5 of 24 samples\n")
+    found = json.loads(ended.out)
     assert (found["samples"], found["samples_in_all"]) == (5, 24)
     assert "unusable" in found and sum(found["histograms"]["shorter_side"].values()) == 5
 
 
 def test_stats_report_what_is_missing(shards, tmp_path):
-    with TarWriter(str(tmp_path / "a.tar"), encoder=False, mtime=0) as writer:
-        for n, punsafe in enumerate((0.1, 0.3, "n/a", None)):
-            metadata = json.dumps({"punsafe": punsafe, "similarity": 0.5}).encode()
-            writer.write({"__key__": str(n), "jpg": image(n), "json": metadata, **({"txt": b"a"} if n else {})})
-        writer.write({"__key__": "bad", "jpg": b"no image"})
-    status, out, _ = shards("stats", tmp_path / "a.tar", "--source", "laion-coco")
-    assert status == 0
+    samples = [{"__key__": "bad", "jpg": b"no image"}]
+    for n, punsafe in enumerate((0.1, 0.3, "n/a", None)):
+        metadata = json.dumps({"punsafe": punsafe, "similarity": 0.5}).encode()
+        samples.append({"__key__": str(n), "jpg": image(n), "json": metadata, **({"txt": b"a"} if n else {})})
+    write_tar(tmp_path / "a.tar", samples)
+    out = shards("stats", tmp_path / "a.tar", "--source", "laion-coco").succeeded().out
     lines = out.splitlines()
     assert lines[2:4] == ["  captions: 3, missing in 1", "  classes: none"]
     assert "  nsfw (punsafe): 3, missing in 1, from 0.1 to 0.3, mean 0.2, no number in 1" in lines
@@ -280,10 +270,8 @@ def test_stats_report_what_is_missing(shards, tmp_path):
 
 
 def test_stats_of_nothing_that_can_be_used(shards, tmp_path):
-    with TarWriter(str(tmp_path / "a.tar"), encoder=False, mtime=0) as writer:
-        writer.write({"__key__": "bad", "jpg": b"no image"})
-    status, out, _ = shards("stats", tmp_path / "a.tar", "--picture", tmp_path / "a.png")
-    assert status == 0
+    write_tar(tmp_path / "a.tar", [{"__key__": "bad", "jpg": b"no image"}])
+    out = shards("stats", tmp_path / "a.tar", "--picture", tmp_path / "a.png").succeeded().out
     assert out.splitlines() == [
         f"{tmp_path}/a.tar: 1 shard, 1 samples",
         "  unusable: 1",
@@ -293,11 +281,11 @@ def test_stats_of_nothing_that_can_be_used(shards, tmp_path):
 
 
 def test_stats_of_a_folder_of_images(shards, tmp_path):
+    (tmp_path / "photos").mkdir()
     for n in range(3):
-        (tmp_path / "photos").mkdir(exist_ok=True)
         (tmp_path / "photos" / f"{n}.jpg").write_bytes(image(n))
-    status, out, _ = shards("stats", tmp_path / "photos")
-    assert status == 0 and out.startswith(f"{tmp_path}/photos: 1 shard, 3 samples\n")
+    out = shards("stats", tmp_path / "photos").succeeded().out
+    assert out.startswith(f"{tmp_path}/photos: 1 shard, 3 samples\n")
 
 
 def test_bars_of_any_share():
@@ -314,10 +302,9 @@ def test_bars_of_any_share():
 
 def test_token_shards_are_checked_indexed_and_counted(shards, tmp_path):
     folder = write_tokens(tmp_path / "tokens", count=20, per_shard=8)
-    status, out, err = shards("check", folder, "--write-index")
-    assert (status, err) == (0, "") and "3 tars, 20 samples" in out and (folder / "index.safetensors").is_file()
-    status, out, _ = shards("stats", folder, "--json", tmp_path / "stats.json")
-    assert status == 0
+    _, (out,), (err,) = shards("check", folder, "--write-index").succeeded()
+    assert err == "" and "3 tars, 20 samples" in out and (folder / "index.safetensors").is_file()
+    out = shards("stats", folder, "--json", tmp_path / "stats.json").succeeded().out
     assert f"  tokens of tokenizer {FINGERPRINT}: 256 codes, 8 x 8, 1 view: 20" in out
     assert "a sample: 20 of tokens" in out and "  classes: all in 4 classes of 5 to 5" in out
     told = json.loads((tmp_path / "stats.json").read_text())["tokens"]
@@ -325,5 +312,5 @@ def test_token_shards_are_checked_indexed_and_counted(shards, tmp_path):
     path = folder / "tokens-000001.tar"
     content = path.read_bytes()
     path.write_bytes(content.replace(b'"codes":256', b'"codes":100', 1))
-    status, out, _ = shards("check", path)
+    (status,), (out,), _ = shards("check", path)
     assert status == 1 and "undecodable: sample 0: 000008: code " in out and "outside the 100 of" in out

@@ -8,7 +8,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
-from model_checks import refusal
+from comparing import refusal
 from safetensors import SafetensorError
 
 from model_zoo.io.run_layout import checkpoint_step

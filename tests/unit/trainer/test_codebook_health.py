@@ -1,5 +1,7 @@
 """Codebook usage over a sliding window, the alarm, and the distance between features and codes."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
@@ -7,9 +9,7 @@ import torch
 from trainer.metrics.codebook import CodebookHealth, gaussian_distance, moments
 from trainer.telemetry import RunTelemetry
 
-
-def health(codes=10, tokens_per_step=40) -> CodebookHealth:
-    return CodebookHealth(codes, tokens_per_step)  # 16 x 10 tokens: a window of 4 steps
+health = partial(CodebookHealth, 10, 40)  # 16 x 10 tokens: a window of 4 steps
 
 
 def test_the_window_sees_sixteen_tokens_a_code():

@@ -7,8 +7,9 @@ from unittest.mock import Mock
 import numpy as np
 import pytest
 import torch
-from model_checks import refusal
-from support import averages, equal, tokenizer_of, weights
+from comparing import refusal
+from model_checks import tokenizer_of
+from support import averages, equal, weights
 from torch.nn import functional as F
 
 from data import Batch

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from model_checks import refusal
+from comparing import refusal
 from support import as_float, equal, images, tokenizer_task
 
 from model_zoo.losses import entropy_penalty, quantizer_loss

@@ -2,7 +2,7 @@ import json
 from itertools import product
 from pathlib import Path
 
-from model_checks import refusal
+from comparing import refusal
 
 from trainer import TrainerError
 from trainer.prefetch import _set_aside, read_audit, summary

@@ -2,7 +2,7 @@ import dataclasses
 
 import pytest
 import torch
-from model_checks import refusal
+from comparing import refusal
 
 from model_zoo import ModelError, Tokenizer
 from model_zoo.config import DiscriminatorLoss, GeneratorLoss, Sampling, broken_rule
@@ -156,36 +156,17 @@ def test_an_override_without_key_or_value_shows_the_form(recipe, override):
     "override",
     [
         "optimizer.lr=nan",
-        "optimizer.lr=-1e-4",
-        "trainer.max_steps=0",
-        "trainer.global_batch_size=0",
-        "trainer.micro_batch_size=0",
-        "trainer.log_every_steps=0",
-        "trainer.keep_last=0",
-        "trainer.keep_every_steps=0",
-        "trainer.max_skipped_steps=-1",
-        "trainer.timeout_seconds=0",
         "trainer.timeout_seconds=nan",
-        "engine.shard_over=0",
-        "schedule.warmup_steps=-1",
-        "loss.entropy.temperature=0",
         "optimizer.lr=inf",
         "optimizer.betas=[0.5]",
         "optimizer.betas=[0.5,nan]",
-        "ema.decay=1",
         "ema.decay=nan",
         "loss.reconstruction.weight=nan",
-        "loss.generator.weight=-1",
-        "trainer.gradient_clip_norm=-1",
-        "model.patch_size=0",
         "model.channel_multipliers=[]",
         "model.channel_multipliers=[0]",
-        "data.image_size=0",
-        "discriminator.layers=0",
-        "codebook_parallel=0",
     ],
 )
-def test_values_out_of_range_are_refused(recipe, override):
+def test_lists_out_of_range_and_numbers_that_are_none_are_refused(recipe, override):
     message = refused(recipe(), override)
     assert message.startswith(override.split("=")[0]) and "must" in message
 
@@ -231,7 +212,8 @@ def test_bad_choices_list_the_good_ones(recipe, task, key, choices):
 def test_every_bound_is_enforced(recipe, task, key, rule, bound):
     beyond = {"at_least": bound - 1, "above": bound, "at_most": bound + 1, "below": bound}[rule]
     message = refused(recipe(f"task: {task}\n{SMALLEST}"), f"{key}={beyond}")
-    assert key.rpartition(".")[2] in message and f"must be {rule.replace('_', ' ')} {bound}" in message
+    # Sampling, which is made without a recipe too, names its fields alone.
+    assert message.startswith(key.removeprefix("sampling.")) and f"must be {rule.replace('_', ' ')} {bound}" in message
 
 
 def test_a_rule_that_does_not_exist_is_an_error():
@@ -312,8 +294,6 @@ def test_mistakes_in_a_tokenizers_recipe(recipe, changes, said):
     [
         (["sampling.top_p=0"], "top_p 0"),
         (["sampling.guidance=-1"], "guidance -1"),
-        (["loss.label_dropout=1.5"], "loss.label_dropout=1.5 must be at most 1"),
-        (["schedule.hold=2"], "schedule.hold=2.0 must be at most 1"),
         (["codebook_parallel=2"], "unknown key codebook_parallel"),
         (["start.source=x"], "unknown key start"),
         (["init_from.source=x"], "unknown key init_from"),

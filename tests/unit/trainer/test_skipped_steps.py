@@ -1,6 +1,6 @@
 import json
 
-from model_checks import refusal
+from comparing import refusal
 
 from trainer import TrainerError
 from trainer.skipped_steps import SkippedSteps

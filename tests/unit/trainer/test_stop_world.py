@@ -1,6 +1,5 @@
 """What is left of the process groups when the world has stopped."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -67,20 +66,15 @@ print(gloo_threads(), "gloo threads are left")
 """
 
 
-@pytest.mark.process
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc and preloads a library")
-def test_process_ends_with_0_however_slow_gloos_threads_are(tmp_path):
+def test_process_ends_with_0_however_slow_gloos_threads_are(launch, tmp_path):
     compiler = shutil.which("g++") or shutil.which("c++")
     assert compiler, "a C++ compiler is required to run the tests"
     (tmp_path / "slow.cpp").write_text(SLOW_WORKER)
     library = tmp_path / "slow.so"
     subprocess.run([compiler, "-shared", "-fPIC", tmp_path / "slow.cpp", "-o", library, "-ldl"], check=True)
-    environment = {key: value for key, value in os.environ.items() if key not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
-    done = subprocess.run(
-        [sys.executable, "-c", PROGRAM], env={**environment, "LD_PRELOAD": str(library)}, capture_output=True, text=True
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == "0 gloo threads are left\n"
+    program = launch.start(sys.executable, "-c", PROGRAM, LD_PRELOAD=str(library))
+    assert launch.finish(program).succeeded().out == "0 gloo threads are left\n"
 
 
 RUN = ["trainer.device=cpu", "trainer.max_steps=1", "trainer.checkpoint_every_steps=1", "data.val=null"]

@@ -12,7 +12,8 @@ import pytest
 import support
 import torch
 import torch.distributed as dist
-from model_checks import quantizer_of, refusal
+from comparing import refusal
+from model_checks import quantizer_of
 from PIL import Image
 from support import as_float, equal, gradients, images, tokenizer_task, watch, weights
 from torch.nn import functional as F
@@ -364,6 +365,7 @@ def test_vq_trains_without_entropy_terms(build):
     before = weights(task.tokenizer)
     scalars = task.step([images()], 0).scalars
     assert not any("entropy" in name or "double" in name for name in scalars)
+    assert {"loss/commitment", "loss/codebook"} <= scalars.keys()
     assert not torch.equal(before["quantize.embedding.weight"], task.tokenizer.quantize.embedding.weight)
 
 

@@ -12,8 +12,6 @@ from trainer.watchdog import HUNG, STOPPED, LossSpikes, StopSignal, Watchdog
 
 
 class Clock:
-    """A clock that moves when a test moves it."""
-
     now = 0.0
 
     def __call__(self) -> float:

@@ -8,6 +8,7 @@ import zipfile
 from collections import Counter
 
 import pytest
+from comparing import refusal
 from PIL import Image
 from samples import encoded, picture, write_tar
 from serving import Server
@@ -158,8 +159,7 @@ def test_samples_are_spread_evenly_over_all(tmp_path, most):
     assert numbers[0] == 0 and 20 - numbers[-1] <= -(-20 // most)
     gaps = {b - a for a, b in itertools.pairwise(numbers)}
     assert not gaps or max(gaps) - min(gaps) <= 1
-    with pytest.raises(DataError, match="at least 1"):
-        counted(str(tmp_path), most_samples=0)
+    assert "at least 1" in refusal(DataError, counted, str(tmp_path), most_samples=0)
 
 
 def test_remote_tars_with_and_without_an_index(tars, tmp_path):
@@ -184,8 +184,7 @@ def test_remote_tars_with_and_without_an_index(tars, tmp_path):
 def test_a_damaged_tar_ends_it(tars):
     path = tars / "train-000001.tar"
     path.write_bytes(path.read_bytes()[:9000])
-    with pytest.raises(DataError, match="train-000001"):
-        counted(str(tars))
+    assert "train-000001" in refusal(DataError, counted, str(tars))
 
 
 def test_spread_and_scores():

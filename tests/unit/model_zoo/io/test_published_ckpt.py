@@ -1,7 +1,6 @@
 """Published checkpoints: made here of our own models by renaming, and as the published code names and computes them."""
 
 import json
-from dataclasses import replace
 
 import model_checks
 import numpy as np
@@ -9,28 +8,22 @@ import pytest
 import torch
 from golden import make_published
 from golden.make_published import CLASSES, CODES, POSITIONS, classes, codes, images, weight_of
-from model_checks import assert_same
+from model_checks import assert_same, tokenizer_of
 
-from model_zoo import Tokenizer, TokenizerConfig, Transformer, TransformerConfig, load_generator, load_tokenizer
+from model_zoo import Tokenizer, Transformer, TransformerConfig, load_generator, load_tokenizer
 from model_zoo.discriminator import PatchDiscriminator
 from model_zoo.io.load import read_weights
 from model_zoo.io.published_ckpt import open_published, published_state, read_published
 
-TOKENIZER = TokenizerConfig(
-    codebook_size=32,
-    code_dim=8,
-    channels=16,
-    channel_multipliers=[1, 1, 2],
-    num_res_blocks=2,
-    attention_factors=[2, 4],
-    latent_channels=12,
-)
+PUBLISHED = dict(
+    code_dim=8, channels=16, channel_multipliers=[1, 1, 2], num_res_blocks=2, attention_factors=[2, 4],
+    latent_channels=12, patch_size=1,
+)  # fmt: skip
 GENERATOR = TransformerConfig(vocabulary=32, classes=7, depth=3, heads=2)
 
 
 def tokenizer(seed=0, **changes) -> Tokenizer:
-    torch.manual_seed(seed)
-    return Tokenizer(replace(TOKENIZER, **changes))
+    return tokenizer_of(seed, **PUBLISHED | changes)
 
 
 def generator(seed=0) -> Transformer:
@@ -184,7 +177,7 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path, write):
     assert "old format, but only zip files are supported: save it again" in refused(load_tokenizer, path)
     torch.save([torch.zeros(3)], path)
     assert "holds no state_dict" in refused(load_generator, path)
-    torch.save({"state_dict": {}, "hyper_parameters": TOKENIZER}, path)
+    torch.save({"state_dict": {}, "hyper_parameters": GENERATOR}, path)
     assert "holds more than tensors" in refused(load_generator, path)
     whole = write(behind("transformer.", generator()))
     whole.write_bytes(whole.read_bytes()[:-100])

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from ranks import Ended
 
 from data import tar_reader
 from tools.bench import common
@@ -14,8 +15,8 @@ from tools.bench.measure import failure
 
 
 @pytest.fixture
-def bench(ibq) -> Callable[..., tuple[int, str, str]]:
-    """`bench(*arguments)`: exit status, stdout and stderr of `ibq bench ARGUMENTS`."""
+def bench(ibq) -> Callable[..., Ended]:
+    """`bench(*arguments)`: `ibq bench ARGUMENTS`."""
     return partial(ibq, "bench")
 
 
@@ -67,28 +68,3 @@ def checkout(tmp_path) -> Callable[[Path, str], Path]:
         return tmp_path / "published"
 
     return make
-
-
-@pytest.fixture
-def printed_rows() -> Callable[..., list[list[str]]]:
-    """`printed_rows(out, count, heading)`: the words of a printed table's first rows, below the line that begins with
-    ``heading``. No line is too wide for a terminal."""
-
-    def read(out: str, count: int, heading: str = "impl ") -> list[list[str]]:
-        lines = out.splitlines()
-        assert all(len(line) <= 120 for line in lines)
-        at = next(number for number, line in enumerate(lines, start=1) if line.startswith(heading))
-        return [line.split() for line in lines[at : at + count]]
-
-    return read
-
-
-@pytest.fixture
-def table_rows() -> Callable[[str], list[list[str]]]:
-    """`table_rows(text)`: the cells of a Markdown file's first table, headings first."""
-
-    def read(text: str) -> list[list[str]]:
-        lines = [line for line in text.splitlines() if line.startswith("| ") and not line.startswith("| ---")]
-        return [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
-
-    return read

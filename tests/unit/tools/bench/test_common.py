@@ -4,16 +4,14 @@ import os
 import signal
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from ranks import ROOT
 
 from model_zoo import ModelError
 from tools.bench import common, generator, quantizer
 from tools.bench.measure import failure
-
-ROOT = Path(__file__).resolve().parents[4]
 
 
 @pytest.mark.parametrize(
@@ -56,20 +54,20 @@ def test_a_short_row_is_filled_and_bars_are_replaced():
         ("sample", generator.REFERENCE_FILE, "sample_IBQ"),
     ],
 )
-def test_a_reference_that_cannot_be_loaded_is_one_line(refusal, jobs_here, checkout, command, file, lacked):
+def test_a_reference_that_cannot_be_loaded_is_one_line(refused_by_ibq, jobs_here, checkout, command, file, lacked):
     for text, said in (
         ("import a_package_that_nobody_has\n", "needs the package a_package_that_nobody_has; install it"),
         ("GPT = None\n", f"has no {lacked}; check out TencentARC/SEED-Voken's main branch"),
     ):
-        assert said in refusal("bench", command, "--reference", checkout(file, text))
+        assert said in refused_by_ibq("bench", command, "--reference", checkout(file, text))
 
 
 @pytest.mark.parametrize(
     ("command", "suffix"), [("quantizer", ".png"), ("data", ".md"), ("data", ".png"), ("data", ".json")]
 )
-def test_nothing_is_overwritten(refusal, tmp_path, command, suffix):
+def test_nothing_is_overwritten(refused_by_ibq, tmp_path, command, suffix):
     (tmp_path / f"table{suffix}").touch()
-    assert "already exists" in refusal("bench", command, "--out", tmp_path / "table.md")
+    assert "already exists" in refused_by_ibq("bench", command, "--out", tmp_path / "table.md")
 
 
 @pytest.mark.process

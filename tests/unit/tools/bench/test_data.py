@@ -7,8 +7,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from comparing import printed_rows, refusal
 from PIL import Image
-from webdataset.writer import TarWriter
+from samples import write_tars
 
 from data.config import DataConfig
 from data.errors import DataError
@@ -23,15 +24,7 @@ SAMPLES = 80  # in two tars
 def tars(tmp_path_factory):
     """Two tars of small pictures, without an index, as a folder."""
     folder = tmp_path_factory.mktemp("bench") / "tars"
-    folder.mkdir()
-    for tar in range(2):
-        with TarWriter(str(folder / f"{tar}.tar"), encoder=False, mtime=0) as writer:
-            for n in range(SAMPLES // 2):
-                pixels_hwc = np.random.default_rng(n).integers(0, 256, (36, 48, 3), np.uint8)
-                buffer = io.BytesIO()
-                Image.fromarray(pixels_hwc).save(buffer, "JPEG")
-                writer.write({"__key__": f"{tar}-{n:02d}", "jpg": buffer.getvalue(), "txt": b"noise"})
-    return str(folder)
+    return str(write_tars(folder, [SAMPLES // 2] * 2, txt=b"noise"))
 
 
 @pytest.fixture(autouse=True)
@@ -82,10 +75,11 @@ def test_bytes_of_an_epoch(tars):
 
 
 def test_too_few_tars_or_samples_are_said(tars):
-    with pytest.raises(DataError, match="fewer tars than 3 ranks x 1 worker"):
-        data_rows.count_bytes(tars, "webdataset", 3)
-    with pytest.raises(DataError, match="80 samples are fewer than 3 ranks x 32"):
-        data_rows.count_bytes(tars, "ibq", 3)
+    for scheme, said in (
+        ("webdataset", "fewer tars than 3 ranks x 1 worker"),
+        ("ibq", "80 samples are fewer than 3 ranks x 32"),
+    ):
+        assert said in refusal(DataError, data_rows.count_bytes, tars, scheme, 3)
 
 
 @pytest.mark.process
@@ -127,7 +121,7 @@ def test_tars_that_are_made(tmp_path, monkeypatch):
 # --------------------------------------------------------------------------------------------------------------- tables
 
 
-def test_the_tables_and_the_files(tars, tmp_path, bench, answers, printed_rows):
+def test_the_tables_and_the_files(tars, tmp_path, bench, answers):
     def answer(job, arguments):
         if job == "measure":
             if arguments["scheme"] != "bound" and arguments["workers"] == 3:
@@ -139,8 +133,7 @@ def test_the_tables_and_the_files(tars, tmp_path, bench, answers, printed_rows):
 
     asked, out = answers(answer), tmp_path / "table.md"
     arguments = ["--data", tars, "--workers", "0,3", "--world", 2, "--image-size", 16, "--seconds", 0.001]
-    status, said, err = bench("data", *arguments, "--repeats", 2, "--memory-batches", 20, "--out", out)
-    assert status == 0
+    _, (said,), (err,) = bench("data", *arguments, "--repeats", 2, "--memory-batches", 20, "--out", out).succeeded()
     assert ("data_rows.watch_memory", dict(root=tars, workers=3, batches=20)) in asked
     rows = printed_rows(said, 8, "scheme ")
     assert [row[:2] for row in rows] == [[scheme, n] for n in "03" for scheme in data_bench.SCHEMES]
@@ -170,8 +163,7 @@ def test_the_tables_and_the_files(tars, tmp_path, bench, answers, printed_rows):
 def test_memory_may_be_skipped_and_failures_are_reported(tars, tmp_path, bench, jobs_here):
     out = tmp_path / "table.md"
     arguments = ["--data", tars, "--workers", 0, "--world", 3, "--image-size", 16, "--seconds", 0.001]
-    status, said, _ = bench("data", *arguments, "--repeats", 1, "--memory-batches", 0, "--out", out)
-    assert status == 0
+    said = bench("data", *arguments, "--repeats", 1, "--memory-batches", 0, "--out", out).succeeded().out
     assert "bytes of webdataset were not counted: there are fewer tars than 3 ranks x 1 worker" in said
     assert "bytes of ibq were not counted: 80 samples are fewer than 3 ranks x 32" in said
     assert "resident" not in said + out.read_text()
@@ -182,8 +174,8 @@ def test_memory_may_be_skipped_and_failures_are_reported(tars, tmp_path, bench, 
 @pytest.mark.full
 def test_every_figure_comes_from_a_fresh_process(tars, bench):
     arguments = ["--data", tars, "--workers", 1, "--world", 2, "--image-size", 16, "--seconds", 0.001]
-    status, said, _ = bench("data", *arguments, "--repeats", 1, "--memory-batches", 20)
-    assert status == 0 and "not measured" not in said
+    said = bench("data", *arguments, "--repeats", 1, "--memory-batches", 20).succeeded().out
+    assert "not measured" not in said
     assert "1 worker: ibq delivers " in said and "the workers' memory is " in said
     assert "memory was not watched" not in said and "were not counted" not in said
 
@@ -226,23 +218,22 @@ def test_ratios_are_of_the_fastest_repeats():
         (["--data", "images.zip"], "images.zip is not a local tar"),
     ],
 )
-def test_mistakes_are_one_line(refusal, tmp_path, monkeypatch, arguments, said):
+def test_mistakes_are_one_line(refused_by_ibq, tmp_path, monkeypatch, arguments, said):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "images.zip").touch()
-    line = refusal("bench", "data", *arguments)
+    line = refused_by_ibq("bench", "data", *arguments)
     assert said in line and "secret" not in line
 
 
-def test_tars_that_do_not_fit_into_memory(refusal, tmp_path):
+def test_tars_that_do_not_fit_into_memory(refused_by_ibq, tmp_path):
     with (tmp_path / "large.tar").open("wb") as file:
         file.truncate(10**13)
-    assert "use fewer tars" in refusal("bench", "data", "--data", tmp_path)
+    assert "use fewer tars" in refused_by_ibq("bench", "data", "--data", tmp_path)
 
 
 def test_a_process_that_dies_is_a_reason(tars, bench, answers):
     answers(lambda *_: {"failed": "its process ended with status 3"})
-    status, said, _ = bench("data", "--data", tars, "--workers", 0, "--repeats", 1, "--memory-batches", 20)
-    assert status == 0
+    said = bench("data", "--data", tars, "--workers", 0, "--repeats", 1, "--memory-batches", 20).succeeded().out
     assert said.count("not measured: its process ended with status 3") == 4
     assert "memory was not watched: its process ended with status 3" in said
 
@@ -250,5 +241,5 @@ def test_a_process_that_dies_is_a_reason(tars, bench, answers):
 def test_a_damaged_tar_is_a_reason(tmp_path, bench, jobs_here):
     with tarfile.open(tmp_path / "0.tar", "w") as tar:
         tar.addfile(tarfile.TarInfo("a.txt"), io.BytesIO())
-    status, said, _ = bench("data", "--data", tmp_path, "--workers", 0, "--repeats", 1, "--memory-batches", 0)
-    assert status == 0 and "holds no image" in said
+    said = bench("data", "--data", tmp_path, "--workers", 0, "--repeats", 1, "--memory-batches", 0).succeeded().out
+    assert "holds no image" in said

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from comparing import printed_rows, table_rows
 from model_checks import random_transformer
 from torch import nn
 
@@ -156,10 +157,10 @@ def test_rows_of_other_shapes_are_no_base():
     assert sampling.times(row, "uncached") is None
 
 
-def test_the_table_and_the_files(bench, jobs_here, published, table_rows, tmp_path):
+def test_the_table_and_the_files(bench, jobs_here, published, tmp_path):
     arguments = ["--recipe", "ar_debug", "--impl", "cached,uncached,cached-eager", "--repeats", "1", "--threads", "1"]
     out = tmp_path / "table.md"
-    assert bench("sample", *arguments, "--reference", published, "--device", "cpu", "--out", out)[0] == 0
+    bench("sample", *arguments, "--reference", published, "--device", "cpu", "--out", out).succeeded()
     assert (tmp_path / "table.png").read_bytes().startswith(b"\x89PNG")
     text = out.read_text()
     heading, *rows = table_rows(text)
@@ -175,10 +176,9 @@ def test_the_table_and_the_files(bench, jobs_here, published, table_rows, tmp_pa
     assert "revision unknown" in text and "PyTorch " in text
 
 
-def test_a_row_that_does_not_fit_is_reported_and_the_table_continues(bench, jobs_here, printed_rows):
+def test_a_row_that_does_not_fit_is_reported_and_the_table_continues(bench, jobs_here):
     arguments = ["--recipe", "ar_debug", "--impl", "ibq,dense", "--vocabulary", "1000000000000000,40"]
-    status, out, _ = bench("train-ar", *arguments, "--repeats", "1", "--device", "cpu", "--threads", "1")
-    assert status == 0
+    out = bench("train-ar", *arguments, "--repeats", "1", "--device", "cpu", "--threads", "1").succeeded().out
     rows = printed_rows(out, 4)
     assert [row[0] for row in rows] == 2 * ["dense", "ibq"]
     assert [" ".join(row[4:]) for row in rows[:2]] == 2 * ["not measured: out of memory"]
@@ -190,8 +190,7 @@ def test_a_missing_package_is_a_reason(bench, answers):
         return {"failed": "liger cannot be imported"} if arguments["impl"] == "ibq" else measured(2, 1)
 
     answers(answer, device="cuda")
-    status, out, _ = bench("train-ar", "--impl", "ibq,selective")
-    assert status == 0
+    out = bench("train-ar", "--impl", "ibq,selective").succeeded().out
     assert out.count("not measured: liger cannot be imported") == 4  # of ar_xl and ar_xxl, with both vocabularies
     assert "ar_xxl  262144  bfloat16      2048" in out  # 16 x 256 tokens in 2 seconds
     assert "packages: " in out and "liger-kernel" in out
@@ -206,8 +205,7 @@ def test_a_missing_package_is_a_reason(bench, answers):
 )
 def test_the_defaults_suit_the_device(bench, answers, device, batch, impls, recipes, dtype):
     asked = answers(lambda *_: measured(1, 1), device)
-    status, out, _ = bench("sample")
-    assert status == 0
+    out = bench("sample").succeeded().out
     rows = [arguments for _, arguments in asked[1:]]
     assert [row["impl"] for row in rows] == impls * len(recipes)
     assert {(row["batch_size"], row["guidance"], row["dtype"]) for row in rows} == {(batch, 2.0, dtype)}
@@ -221,7 +219,7 @@ def test_a_size_by_numbers_is_b_with_other_numbers():
 def test_the_reference_is_sampled_in_fp32(bench, answers, published):
     asked = answers(lambda *_: measured(1, 1))
     arguments = ["--recipe", "ar_debug", "--impl", "cached", "--dtype", "bfloat16"]
-    assert bench("sample", *arguments, "--reference", published)[0] == 0
+    bench("sample", *arguments, "--reference", published).succeeded()
     rows = [(row["impl"], row["dtype"]) for _, row in asked[1:]]
     assert rows == [("reference", "float32"), ("cached", "bfloat16")]
 
@@ -231,8 +229,7 @@ def test_the_reference_is_sampled_in_fp32(bench, answers, published):
 def test_the_published_code_runs(bench, jobs_here, command, impl):
     arguments = ["--recipe", "ar_debug", "--impl", impl, "--repeats", "1", "--device", "cpu", "--dtype", "bfloat16"]
     few = ["--vocabulary", "256"] if command == "train-ar" else []
-    status, out, _ = bench(command, *arguments, *few, "--reference", CHECKOUT)
-    assert status == 0
+    out = bench(command, *arguments, *few, "--reference", CHECKOUT).succeeded().out
     assert "not measured" not in out and f"ar_debug, V 256: {impl} " in out
 
 
@@ -265,10 +262,10 @@ def test_the_published_generator_has_our_sizes():
         (["--out", "table.txt"], "does not end in .md"),
     ],
 )
-def test_mistakes_are_one_line(refusal, answers, tmp_path, monkeypatch, command, arguments, said):
+def test_mistakes_are_one_line(refused_by_ibq, answers, tmp_path, monkeypatch, command, arguments, said):
     monkeypatch.chdir(tmp_path)
     answers(lambda *_: measured(1, 1))
-    assert said in refusal("bench", command, *arguments)
+    assert said in refused_by_ibq("bench", command, *arguments)
 
 
 @pytest.mark.parametrize(
@@ -281,5 +278,5 @@ def test_mistakes_are_one_line(refusal, answers, tmp_path, monkeypatch, command,
         (["train-ar", "--micro-batch", "0"], "--micro-batch"),
     ],
 )
-def test_mistakes_of_either_are_one_line(refusal, arguments, said):
-    assert said in refusal("bench", *arguments)
+def test_mistakes_of_either_are_one_line(refused_by_ibq, arguments, said):
+    assert said in refused_by_ibq("bench", *arguments)

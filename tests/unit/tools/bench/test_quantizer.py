@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from comparing import printed_rows, table_rows
 
 from tools.bench import quantizer, quantizer_rows
 
@@ -72,13 +73,15 @@ def test_cross_entropy_computes_three_sweeps():
 # -------------------------------------------------------------------------------------------------------------- tables
 
 
-def test_the_table_and_the_files(bench, jobs_here, checkout, printed_rows, table_rows, tmp_path, monkeypatch):
+def test_the_table_and_the_files(bench, jobs_here, checkout, tmp_path, monkeypatch):
     published = checkout(quantizer.REFERENCE_FILE, STAND_IN)
     (tmp_path / "work").mkdir()
     monkeypatch.chdir(tmp_path / "work")
     arguments = ["--tokens", "32", "--codes", "48", "--dim", "8", "--impl", "dense,chunked,triton,attention"]
-    status, out, err = bench("quantizer", *arguments, *SMALL, "--reference", "../published", "--out", "table.md")
-    assert status == 0 and published.is_dir()
+    _, (out,), (err,) = bench(
+        "quantizer", *arguments, *SMALL, "--reference", "../published", "--out", "table.md"
+    ).succeeded()
+    assert published.is_dir()
     rows = printed_rows(out, 5)
     assert [row[0] for row in rows] == ["reference", "dense", "chunked", "triton", "attention"]
     assert all(row[1:5] == ["float32", "32", "48", "8"] for row in rows)
@@ -102,10 +105,9 @@ def test_the_table_and_the_files(bench, jobs_here, checkout, printed_rows, table
     assert "`ibq bench quantizer --tokens 32 --codes 48 --dim 8 --impl dense,chunked,triton,attention" in text
 
 
-def test_the_table_of_cross_entropies(bench, jobs_here, printed_rows):
+def test_the_table_of_cross_entropies(bench, jobs_here):
     arguments = ["--tokens", "64", "--codes", "3000", "--dim", "8", "--impl", "dense,chunked,liger"]
-    status, out, err = bench("cross-entropy", *arguments, *SMALL, "--dtype", "float32,bfloat16")
-    assert status == 0
+    _, (out,), (err,) = bench("cross-entropy", *arguments, *SMALL, "--dtype", "float32,bfloat16").succeeded()
     rows = printed_rows(out, 6)
     assert [row[0] for row in rows] == 2 * ["dense", "chunked", "liger"]
     assert all(row[2:5] == ["64", "3000", "8"] for row in rows)
@@ -123,16 +125,15 @@ def test_the_table_of_cross_entropies(bench, jobs_here, printed_rows):
 
 def test_a_row_that_does_not_fit_is_reported_and_the_table_continues(bench, jobs_here):
     arguments = ["--tokens", "32", "--dim", "8", "--codes", "1000000000000000,48", "--impl", "chunked"]
-    status, out, _ = bench("quantizer", *arguments, *SMALL, "--temperature", "0")
-    assert status == 0
+    out = bench("quantizer", *arguments, *SMALL, "--temperature", "0").succeeded().out
     assert "1000000000000000  8  not measured: out of memory\n" in out
     assert out.count("chunked ") == 2
 
 
 def test_the_defaults_of_cross_entropy_are_those_of_the_largest_vocabulary(bench, answers):
     asked = answers(lambda *_: {"failed": "too large for a test"})
-    status, out, _ = bench("cross-entropy")
-    assert status == 0 and out.count("not measured: too large for a test") == 2
+    out = bench("cross-entropy").succeeded().out
+    assert out.count("not measured: too large for a test") == 2
     shape = dict(tokens=2048, codes=2**18, dim=1024, dtype="float32", device="cpu", threads=None, repeats=1)
     assert asked[1:] == [("quantizer_rows.cross_entropy", dict(impl=impl) | shape) for impl in ("dense", "chunked")]
 
@@ -179,11 +180,11 @@ def test_ratios_are_to_every_base_that_was_measured():
         (["cross-entropy", "--device", "tpu"], "--device"),
     ],
 )
-def test_mistakes_are_one_line(refusal, tmp_path, monkeypatch, arguments, said):
+def test_mistakes_are_one_line(refused_by_ibq, tmp_path, monkeypatch, arguments, said):
     monkeypatch.chdir(tmp_path)
-    assert said in refusal("bench", *arguments)
+    assert said in refused_by_ibq("bench", *arguments)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
-def test_a_missing_device_is_one_line(refusal, jobs_here):
-    assert "finds no CUDA device" in refusal("bench", "quantizer", "--device", "cuda")
+def test_a_missing_device_is_one_line(refused_by_ibq, jobs_here):
+    assert "finds no CUDA device" in refused_by_ibq("bench", "quantizer", "--device", "cuda")

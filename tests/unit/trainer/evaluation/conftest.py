@@ -1,26 +1,21 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from random_networks import SmallInception, accept, hashes_of, write_networks
-
-from model_zoo.eval_nets.weights import WEIGHTS_FILES
+from random_networks import SmallInception, accepted, write_networks
 
 
 @pytest.fixture(scope="session")
-def _networks(tmp_path_factory) -> tuple[Path, dict[str, str]]:
-    folder = write_networks(tmp_path_factory.mktemp("weights"))
-    return folder, hashes_of(folder)
+def _networks(tmp_path_factory) -> Path:
+    return write_networks(tmp_path_factory.mktemp("weights"))
 
 
 @pytest.fixture
-def weights(_networks, monkeypatch) -> Path:
+def weights(_networks, monkeypatch) -> Iterator[Path]:
     """The folder of random Inception, VGG16 and AlexNet networks, which replace the published ones."""
-    folder, hashes = _networks
-    monkeypatch.setenv("IBQ_WEIGHTS", str(folder))
-    for key, entry in WEIGHTS_FILES.items():
-        monkeypatch.setitem(WEIGHTS_FILES, key, entry)  # restores it after the test
-    accept(hashes)
-    return folder
+    monkeypatch.setenv("IBQ_WEIGHTS", str(_networks))
+    with accepted(_networks):
+        yield _networks
 
 
 @pytest.fixture

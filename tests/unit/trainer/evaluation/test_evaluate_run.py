@@ -3,15 +3,13 @@ import json
 import pytest
 import skimage.data
 import torch
-from model_checks import refusal
+from comparing import refusal
+from model_checks import tokenizer_of, write_run
 from omegaconf import OmegaConf
 from PIL import Image
-from support import tokenizer_of, write_run
-from typer.testing import CliRunner
 
 from data import DataError
 from model_zoo import ModelError
-from tools.evaluate import app
 from trainer import TrainerError
 from trainer.evaluation.evaluate_run import evaluate_run, write_reconstructions
 
@@ -114,14 +112,13 @@ def test_a_run_without_validation_data_asks_for_images(run, tmp_path):
     assert "--images PATH" in refusal(TrainerError, evaluate_run, tmp_path, device="cpu")
 
 
-def test_the_command_prints_the_table_and_the_files(run, tmp_path):
+def test_the_command_prints_the_table_and_the_files(ibq, run, tmp_path):
     report = tmp_path / "report.json"
-    result = CliRunner().invoke(app, ["reconstruction", str(run), "--report", str(report), "--device", "cpu"])
-    assert result.exit_code == 0, result.output
+    ended = ibq("evaluate", "reconstruction", run, "--report", report, "--device", "cpu").succeeded()
     written = json.loads(report.read_text())
     for value in (written["psnr"], written["baseline_palette_psnr"], written["baseline_mean_color_psnr"]):
-        assert f"{value:.2f}" in result.output
-    assert f"numbers: {report}" in result.output and "1 image skipped" in result.output
+        assert f"{value:.2f}" in ended.out
+    assert f"numbers: {report}" in ended.out and "1 image skipped" in ended.out + ended.err
 
 
 def test_reconstruct_writes_each_picture_and_an_overview(run, tmp_path):

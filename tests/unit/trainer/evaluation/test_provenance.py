@@ -1,8 +1,8 @@
 import hashlib
 import platform
 
-import pytest
 import torch
+from comparing import refusal
 
 from model_zoo import ModelError
 from model_zoo.eval_nets.weights import WEIGHTS_FILES
@@ -26,8 +26,7 @@ def test_weights_files_are_those_that_were_used(tmp_path, monkeypatch):
         (tmp_path / WEIGHTS_FILES[key].file).write_bytes(b"weights")
     paths = {key: str(tmp_path / WEIGHTS_FILES[key].file) for key in ("vgg16", "inception")}
     assert weights_files(list(paths)) == {key: {"file": path, "sha256": digest} for key, path in paths.items()}
-    with pytest.raises(ModelError, match="alexnet"):
-        weights_files(["alexnet"])
+    assert "alexnet" in refusal(ModelError, weights_files, ["alexnet"])
 
 
 def test_image_list_hash_depends_on_names_and_their_order():

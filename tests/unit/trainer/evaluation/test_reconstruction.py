@@ -7,7 +7,7 @@ import lpips
 import numpy as np
 import pytest
 import torch
-from model_checks import refusal
+from comparing import refusal
 from support import frechet_distance_by_hand, photograph, psnr_and_ssim_by_hand
 from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorInceptionV3
 

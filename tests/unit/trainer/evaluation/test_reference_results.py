@@ -2,7 +2,7 @@ import re
 
 import pytest
 import yaml
-from model_checks import refusal
+from comparing import refusal
 
 from trainer import TrainerError
 from trainer.evaluation.reference_results import (

@@ -3,9 +3,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from model_checks import tokenizer_of
 from PIL import Image
 from random_networks import main_with_small_inception, one_thread
-from support import generator_of, tokenizer_of, write_generator_run, write_tokenizer_run
+from support import generator_of, write_generator_run, write_tokenizer_run
 
 import trainer.evaluation.features
 import trainer.jobs.sample_output

@@ -3,16 +3,13 @@ import re
 import runpy
 import subprocess
 import sys
-from contextlib import redirect_stderr, redirect_stdout
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
-from model_checks import refusal
-from typer.testing import CliRunner
+from comparing import assert_refused, refusal
 
-from tools.cli import app
 from trainer import TrainerError
 from trainer.jobs.ablation import Figure, cells_of, figures, load_ablation, markdown
 from trainer.recipes import ABLATIONS, load_recipe, recipe_paths
@@ -105,9 +102,7 @@ def test_figures_are_means_and_spreads_over_seeds(tmp_path):
     ],
 )
 def test_a_file_that_is_no_table_is_one_line(tmp_path, text, complaint):
-    with pytest.raises(TrainerError, match=complaint) as caught:
-        load_ablation(table(tmp_path, text))
-    assert "\n" not in str(caught.value)
+    assert complaint in refusal(TrainerError, load_ablation, table(tmp_path, text))
 
 
 def test_settings_that_the_command_decides_and_unknown_rows_are_refused(tmp_path):
@@ -135,25 +130,18 @@ def test_settings_that_the_command_decides_and_unknown_rows_are_refused(tmp_path
         (["--rows", "Quick"], "no row 'Quick'"),
     ],
 )
-def test_mistakes_in_options_are_one_line_and_leave_nothing(tmp_path, option, complaint):
+def test_mistakes_in_options_are_one_line_and_leave_nothing(refused_by_ibq, tmp_path, option, complaint):
     out = tmp_path / "out"
-    result = ablate(table(tmp_path, TWO_ROWS), *DATA, "--out", out, *option)
-    assert isinstance(result.exception, TrainerError), result.output
-    assert re.search(complaint, str(result.exception)) and "\n" not in str(result.exception)
+    said = refused_by_ibq("ablate", table(tmp_path, TWO_ROWS), *DATA, "--out", out, *option)
+    assert re.search(complaint, said)
     assert not out.exists()
-
-
-def ablate(*arguments):
-    return CliRunner().invoke(app, ["ablate", *map(str, arguments)])
 
 
 def run_in_this_process(command, check):
     """`subprocess.run` of `python -m MODULE ARGUMENTS` or `python -c CODE`, without starting a process."""
     python, option, what, *arguments = command
     assert python == sys.executable
-    # A process writes to the real streams, not to those of CliRunner.
-    streams = redirect_stdout(sys.__stdout__), redirect_stderr(sys.__stderr__)
-    with patch.object(sys, "argv", [what, *arguments]), streams[0], streams[1]:
+    with patch.object(sys, "argv", [what, *arguments]):
         try:
             runpy.run_module(what, run_name="__main__") if option == "-m" else exec(what)
         except SystemExit as ended:
@@ -162,32 +150,25 @@ def run_in_this_process(command, check):
 
 
 @pytest.mark.usefixtures("alone")
-def test_a_table_is_trained_evaluated_drawn_and_not_made_again(tmp_path, monkeypatch, capfd):
+def test_a_table_is_trained_evaluated_drawn_and_not_made_again(ibq, tmp_path, monkeypatch):
     monkeypatch.setenv("IBQ_WEIGHTS", str(tmp_path))
     monkeypatch.setattr("tools.ablate.subprocess", SimpleNamespace(run=run_in_this_process))
     mine, out = table(tmp_path, TWO_ROWS), tmp_path / "out"
     data = ["data.train=bundled:val", "data.val=bundled:val", "data.workers=0"]
-    arguments = [mine, *data, "--out", out, "--seeds", "0", "--rows", "As it is", "--judge", "--size 32"]
-    dry = ablate(*arguments, "--dry-run")
-    assert dry.exit_code == 0 and not out.exists()
-    train, judge = dry.output.splitlines()
+    arguments = ["ablate", mine, *data, "--out", out, "--seeds", "0", "--rows", "As it is", "--judge", "--size 32"]
+    train, judge = ibq(*arguments, "--dry-run").succeeded().out.splitlines()
+    assert not out.exists()
     assert train.startswith(f"{sys.executable} -m trainer debug trainer.max_steps=2 optimizer.lr=1e-3")
     run = out / "as_it_is" / "seed_0"
     assert judge.endswith(f"-m tools evaluate reconstruction {run} --report {run}/ablation.json --size 32")
 
-    first = ablate(*arguments)
-    assert first.exit_code == 0, first.exception
-    assert "| As it is |" in first.output
+    assert "| As it is |" in ibq(*arguments).succeeded().out
     tree = json.loads((out / "table.json").read_text())
     report = json.loads((run / "ablation.json").read_text())
     assert tree["rows"]["As it is"]["psnr"] == {"mean": report["psnr"], "spread": 0.0, "count": 1}
     assert (out / "curves.png").stat().st_size > 10_000
-    capfd.readouterr()
-    again = ablate(*arguments)
-    assert again.exit_code == 0 and "[1/1]" not in again.output
+    assert "[1/1]" not in ibq(*arguments).succeeded().out
 
-    other = ablate(*arguments, "optimizer.lr=2e-3")
-    assert isinstance(other.exception, TrainerError)
-    assert "optimizer.lr 0.001, now 0.002" in str(other.exception)
-    failing = ablate(mine, *data, "--out", out, "--rows", "Slow, 1", "--launch", f"{sys.executable} -c exit(7)")
-    assert isinstance(failing.exception, TrainerError) and "ended with status 7" in str(failing.exception)
+    assert_refused(ibq(*arguments, "optimizer.lr=2e-3"), "optimizer.lr 0.001, now 0.002")
+    launch = "--launch", f"{sys.executable} -c exit(7)"
+    assert_refused(ibq("ablate", mine, *data, "--out", out, "--rows", "Slow, 1", *launch), "ended with status 7")

@@ -5,12 +5,13 @@ import shutil
 from functools import cache, partial
 from unittest.mock import Mock
 
+import model_checks
 import pytest
-import support
 import torch
-from model_checks import refusal
+from comparing import refusal
+from model_checks import assert_same, tokenizer_of
 from omegaconf import OmegaConf
-from support import generator_of, tokenizer_of
+from support import generator_of
 
 from model_zoo import ModelError, load_generator, load_tokenizer
 from model_zoo.discriminator import PatchDiscriminator
@@ -33,7 +34,7 @@ def discriminator(norm="batch") -> PatchDiscriminator:
 def write_run(run, config, **models):
     """A run's folder with a checkpoint by two ranks, its state and its manifest."""
     config = {**config, "model": next(iter(models.values())).config}
-    folder = support.write_run(run, config, step=10, ranks=2, **models) / "checkpoints" / "step_00000010"
+    folder = model_checks.write_run(run, config, step=10, ranks=2, **models) / "checkpoints" / "step_00000010"
     (folder / "state.json").write_text('{"step": 10}')
     files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in folder.iterdir()}
     (folder / "manifest.json").write_text(json.dumps({"files": files}))
@@ -75,12 +76,6 @@ def generator_run(runs, tmp_path, run):
     config = copy / "config.yaml"
     config.write_text(config.read_text().replace(str(runs / "run"), str(run)))
     return copy
-
-
-def assert_same(loaded, expected):
-    assert loaded.config == expected.config
-    ours, theirs = loaded.state_dict(), expected.state_dict()
-    assert ours.keys() == theirs.keys() and all(torch.equal(ours[name], theirs[name]) for name in theirs)
 
 
 def assert_nothing_left(folder, *names):

@@ -9,10 +9,11 @@ from unittest.mock import DEFAULT, Mock
 import numpy as np
 import pytest
 import torch
-from model_checks import refusal
+from comparing import refusal, unchanged
+from model_checks import tokenizer_of, write_run
 from PIL import Image
 from ranks import wait_for
-from support import generator_of, generator_run, tokenizer_of, write_generator_run, write_run, write_tokenizer_run
+from support import generator_of, generator_run, write_generator_run, write_tokenizer_run
 
 import trainer.jobs.sample
 import trainer.jobs.sample_output
@@ -290,7 +291,6 @@ def test_what_lies_in_the_way_stays(run, tmp_path):
     (tmp_path / "folder.png").mkdir()
     (tmp_path / "folder").mkdir()
     (tmp_path / "folder" / "000000_class_0000.png").write_text("mine")
-    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     for name, message in (
         ("x.npz", "already exists and was not written by `ibq sample`: choose another --out"),
         ("y.npz", "y.npz.json already exists"),
@@ -299,8 +299,8 @@ def test_what_lies_in_the_way_stays(run, tmp_path):
         ("folder.png", "is a folder: name a file, or a folder without .png"),
         ("folder", "already exists"),
     ):
-        assert message in refusal(TrainerError, sample, run, count=1, out=tmp_path / name)
-    assert before == {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+        with unchanged(tmp_path):
+            assert message in refusal(TrainerError, sample, run, count=1, out=tmp_path / name)
 
 
 @pytest.mark.parametrize("out", ["x.npz", "folder"])

@@ -1,6 +1,5 @@
 """`ibq tokenize`: codes of the views are correct for any number of processes and after any number of restarts."""
 
-import io
 import json
 import os
 import shutil
@@ -12,11 +11,12 @@ from unittest.mock import DEFAULT, Mock
 import numpy as np
 import pytest
 import torch
-from model_checks import refusal
+from comparing import refusal
+from model_checks import tokenizer_of, write_run
 from omegaconf import OmegaConf
 from PIL import Image
+from samples import encoded
 from serving import Server
-from support import tokenizer_of, write_run
 from webdataset.writer import TarWriter
 
 import model_zoo
@@ -53,10 +53,8 @@ def run(tmp_path_factory):
 
 
 def png(number: int, size=(50, 40)) -> bytes:
-    file = io.BytesIO()
     colors = np.random.default_rng(number).integers(0, 256, (5, 6, 3), dtype=np.uint8)
-    Image.fromarray(colors).resize(size, Image.Resampling.BICUBIC).save(file, "PNG")
-    return file.getvalue()
+    return encoded(Image.fromarray(colors).resize(size, Image.Resampling.BICUBIC), "PNG")
 
 
 @pytest.fixture(scope="module")

@@ -5,7 +5,7 @@ from html.parser import HTMLParser
 from xml.etree import ElementTree
 
 import pytest
-from model_checks import refusal
+from comparing import refusal
 from omegaconf import OmegaConf
 from PIL import Image
 
