@@ -4,7 +4,7 @@ import math
 import numpy as np
 import pytest
 import torch
-from model_checks import features, quantizer_of, refused, tiny_tokenizer, tokens
+from model_checks import features, quantizer_of, refused, tokenizer_of, tokens
 
 from model_zoo.ops.codebook_parallel import CodebookShard
 
@@ -92,7 +92,7 @@ def test_ifsq_uses_the_levels_of_gaussian_features_more_equally():
 
 def test_the_fingerprint_tells_levels_and_bounds_apart():
     def of(**changes):
-        return tiny_tokenizer(quantizer="fsq", codebook_size=40, code_dim=2, **changes).fingerprint()
+        return tokenizer_of(quantizer="fsq", codebook_size=40, code_dim=2, **changes).fingerprint()
 
     found = [of(levels=[8, 5]), of(levels=[5, 8]), of(levels=[8, 5], bound="ifsq")]
     assert len(set(found)) == 3 and found[0] == of(levels=[8, 5])
@@ -107,7 +107,5 @@ def test_what_makes_no_grid_is_refused():
     assert "model.normalize=false" in refused(fsq, [8, 5], normalize=True)
     assert "fewer than 2^63" in refused(fsq, [1000] * 30)
     for levels, problem in (([1, 8], "at least 2"), ([8, 1001], "at most 1000")):
-        assert problem in refused(tiny_tokenizer, quantizer="fsq", codebook_size=8, code_dim=2, levels=levels)
-    assert "tanh, ifsq" in refused(
-        tiny_tokenizer, quantizer="fsq", codebook_size=8, code_dim=1, levels=[8], bound="erf"
-    )
+        assert problem in refused(tokenizer_of, quantizer="fsq", codebook_size=8, code_dim=2, levels=levels)
+    assert "tanh, ifsq" in refused(tokenizer_of, quantizer="fsq", codebook_size=8, code_dim=1, levels=[8], bound="erf")
