@@ -15,7 +15,8 @@ from trainer.files import writing
 from trainer.telemetry import metric_lines
 
 FILE, FORMER_FILE = "init_from.json", "start.json"  # in a run's folder; the former one is still read
-NO_SHAPE = ("codebook_init", "codebook_init_std")  # fields of a model's configuration that do not change its weights
+# Fields of a model's configuration that do not change the shapes of its weights.
+NO_SHAPE = ("codebook_init", "codebook_init_std", "codes")
 
 
 class InitRecord(NamedTuple):

@@ -14,7 +14,7 @@ from model_zoo.autoencoder import checkpoint_activations
 from model_zoo.eval_nets.lpips import SMALLEST_SIDE, Perceptual
 from model_zoo.losses import entropy_penalty, quantizer_loss
 from model_zoo.ops.index_backprop import fastest_impl
-from model_zoo.quantizers.base import Quantized
+from model_zoo.quantizers.base import CodebookQuantizer, Quantized
 from model_zoo.tokenizer import TokenizerOutput
 from trainer import TrainerError
 from trainer.config import TokenizerRun
@@ -29,7 +29,7 @@ from trainer.precision import LossScale
 from trainer.tasks.adversarial import Adversary
 from trainer.tasks.base import PICTURES, Step, StepMetrics, Task, Validation, row_of_pictures
 from trainer.tasks.gradient_balance import DROWNED, PLACES, GradientBalance
-from trainer.tasks.initialization import load_initial_weights, place_codes_among_features
+from trainer.tasks.initialization import load_initial_weights, place_codes_among_features, read_codes
 
 # Value of init_from.freeze -> prefixes of the parameters that it freezes.
 FROZEN = {"encoder": ("encoder.", "quant_conv.", "quantize."), "decoder": ("decoder.", "post_quant_conv.")}
@@ -306,6 +306,7 @@ class TokenizerTask(Task):
         quantized = Quantized(codes_bdhw, index_bhw, None, distance, None, features_nd=features_nd)
         return TokenizerOutput(self.tokenizer.decode(codes_bdhw), quantized)
 
+    @torch.no_grad()
     def scalars(self, step: int) -> dict[str, float]:
         """The codebook's health."""
         health = self.health.read(step)
@@ -379,19 +380,21 @@ class TokenizerTask(Task):
 
     def load_initial_weights(self) -> InitRecord | None:
         if self.config.init_from.source is None:
+            read_codes(self.tokenizer.quantize, self.world)
             return None
         discriminator = self.adversary.engine.module if self.adversary.engine else None
         return load_initial_weights(self.config, self.state, discriminator)
 
     def init_from_data(self, micro_batches: Iterable[Tensor]) -> None:
-        if self.config.model.codebook_init != "features" or not self.codebook or self.config.init_from.source:
+        quantizer, replicas = self.tokenizer.quantize, self.groups.replicas
+        places = self.config.model.codebook_init == "features" and isinstance(quantizer, CodebookQuantizer)
+        if not places or self.config.init_from.source:
             return
 
         def encode(images_bchw: Tensor) -> Tensor:
             with self.autocast():
                 return self.main_engine.run(self.tokenizer.encode, images_bchw.float() / 127.5 - 1)
 
-        quantizer, replicas = self.tokenizer.quantize, self.groups.replicas
         place_codes_among_features(quantizer, self.state, encode, micro_batches, replicas, self.world.device)
 
     def inputs(self, batch: data.Batch) -> Tensor:
@@ -399,9 +402,11 @@ class TokenizerTask(Task):
 
     def frozen_bytes(self) -> dict[str, int]:
         sizes = {"LPIPS, frozen": sum(p.nbytes for p in self.perceptual.parameters())} if self.perceptual else {}
-        shards = [shard for network in self.state.frozen.values() for shard in network.engine.weights()]
-        if shards:
-            sizes[f"{self.config.init_from.freeze}, frozen"] = sum(shard.values.nbytes for shard in shards)
+        for name, network in self.state.frozen.items():
+            # The table of some quantizers is always frozen, also where the decoder is.
+            part = "codebook" if name == "codebook" and not self.codes_frozen else self.config.init_from.freeze
+            held = sum(shard.values.nbytes for shard in network.engine.weights())
+            sizes[f"{part}, frozen"] = sizes.get(f"{part}, frozen", 0) + held
         return sizes
 
     def _buffers(self) -> dict[str, Tensor]:
