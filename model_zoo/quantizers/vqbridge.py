@@ -24,9 +24,10 @@ class VQBridgeQuantizer(ProjectedCodebook):
     table starts with standard deviation 1 / (K sqrt(3)), that of its uniform(-1/K, 1/K), but normally distributed as
     our other tables are. ``model.codebook_init`` has no effect.
 
-    Each forward computes all codes once, in training and at inference; a cache could become stale. For 262,144 codes of
-    256 dimensions in groups of 64 that is 0.10 TFLOP. In training, the table, its gradient, two moments and the EMA
-    take 268 MB each; the forward pass keeps the codes (268 MB), and the backward pass needs their gradient (268 MB).
+    Each forward computes all codes once, in training and at inference, where a batch of images shares the cost: a cache
+    could become stale. For 262,144 codes of 256 dimensions in groups of 64 this takes 0.11 TFLOP. The table, its
+    gradient, its two moments and its EMA take 268 MB each, and so do, from the forward to the backward pass, the codes,
+    in the backward pass their gradient, and while the nearest codes are searched, the codes' squares.
     """
 
     def __init__(self, config: TokenizerConfig, shard: CodebookShard | None = None):
