@@ -41,7 +41,8 @@ CELLS = [
 @pytest.fixture(scope="module")
 def table(tmp_path_factory) -> Path:
     path = tmp_path_factory.mktemp("table") / "codes.npy"
-    np.save(path, np.random.default_rng(0).normal(size=(256, 12)).astype(np.float32))
+    # As long as the features, so that several codes are chosen.
+    np.save(path, np.random.default_rng(0).normal(size=(256, 12), scale=0.15).astype(np.float32))
     return path
 
 
@@ -71,6 +72,7 @@ def test_two_ranks_equal_one(train, rival, engine):
     expected, actual = train(rival), train(rival, 2, engine)
     lines, truly = loss_lines(actual), loss_lines(expected)
     assert [line["step"] for line in lines] == list(range(1, STEPS + 1))
+    assert lines[-1]["codebook/perplexity"] > 3
     for line, true_line in zip(lines, truly, strict=True):
         assert line == pytest.approx(true_line, rel=TOLERANCE, abs=1e-6)
     validated, truly = ([line for line in read_metrics(run) if "val/psnr" in line] for run in (actual, expected))
