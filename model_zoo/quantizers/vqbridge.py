@@ -25,9 +25,10 @@ class VQBridgeQuantizer(ProjectedCodebook):
     our other tables are. ``model.codebook_init`` has no effect.
 
     Each forward computes all codes once, in training and at inference, where a batch of images shares the cost: a cache
-    could become stale. For 262,144 codes of 256 dimensions in groups of 64 this takes 0.11 TFLOP. The table, its
-    gradient, its two moments and its EMA take 268 MB each, and so do, from the forward to the backward pass, the codes,
-    in the backward pass their gradient, and while the nearest codes are searched, the codes' squares.
+    could become stale. (The authors keep only the codes after training.) For 262,144 codes of 256 dimensions in groups
+    of 64 this takes 0.11 TFLOP. The table, its gradient, its two moments and its EMA take 268 MB each, and so do, from
+    the forward to the backward pass, the codes, in the backward pass their gradient, and while the nearest codes are
+    searched, the codes' squares.
     """
 
     def __init__(self, config: TokenizerConfig, shard: CodebookShard | None = None):
@@ -54,9 +55,10 @@ class Bridge(nn.Module):
     """Compress, process, recover: a linear layer maps each group of codes to one token; blocks of a vision transformer
     let the tokens attend to one another; a linear layer maps each token back to its group of codes.
 
-    The released code lays the codes on a square grid and groups squares of it, as a ViT does with images. Rows are
-    drawn independently and there are no positions, so that groups of consecutive rows are the same up to the numbering
-    of the codes, for any number of codes. The last layer starts at 0, and so do all codes.
+    The released code lays the codes on a square grid and groups squares of it. Without positions, groups of consecutive
+    rows are the same up to the numbering of the codes, for any number of codes. (Summaries of the paper describe
+    consecutive groups, and a layer norm after the compression, which the released code and this one do not have.) The
+    last layer starts at 0, and so do all codes.
     """
 
     def __init__(self, group: int, code_dim: int, width: int, depth: int, heads: int):
