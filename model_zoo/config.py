@@ -59,7 +59,7 @@ class TokenizerConfig:
     patch_size: int = field(default=1, metadata={"at_least": 1})
     # Layer norm per position and no attention, so that a code depends only on its neighbourhood: for small models.
     local: bool = False
-    # How the codebook is initialized. "features": from the features of the first step's images
+    # How the codebook of ibq, vq and soft_vq is initialized. "features": from the features of the first step's images
     # (`CodebookQuantizer.match_features`). "normal", as published: from normal(0, codebook_init_std^2); a model that is
     # built outside training is initialized this way in either case.
     codebook_init: str = field(default="features", metadata={"choices": ("features", "normal")})
@@ -80,6 +80,16 @@ class TokenizerConfig:
     # vq_ema: codes that fewer tokens a step choose (as a moving average) restart at random features; 0 disables it. It
     # must be well below the mean, which is a step's tokens divided by the codes.
     restart_below: float = field(default=0.0, metadata={"at_least": 0})
+    # The projector of vqbridge: codes that form one token of its transformer; the transformer's width, number of blocks
+    # and of attention heads.
+    bridge_group: int = field(default=64, metadata={"at_least": 1})
+    bridge_width: int = field(default=256, metadata={"at_least": 1})
+    bridge_depth: int = field(default=2, metadata={"at_least": 1})
+    bridge_heads: int = field(default=4, metadata={"at_least": 1})
+    # The table of vqgan_lc: a .npy or .safetensors file with one row per code, which only a new run reads, and the
+    # values in a row.
+    codes: str | None = None
+    table_dim: int = field(default=768, metadata={"at_least": 1})
 
 
 @dataclass

@@ -27,7 +27,7 @@ def tokenizer_of(seed: int = 0, **changes) -> Tokenizer:
     return Tokenizer(replace(TOKENIZER, **changes))
 
 
-def quantizer_of(name: str, codes: int, dim: int, init_std: float = 1.0, shard=None, **changes) -> Quantizer:
+def quantizer_of(name: str, codes: int, dim: int, /, init_std: float = 1.0, shard=None, **changes) -> Quantizer:
     config = TokenizerConfig(quantizer=name, codebook_size=codes, code_dim=dim, codebook_init_std=init_std, **changes)
     return QUANTIZERS[name](config, shard)
 

@@ -16,7 +16,7 @@ from trainer.telemetry import metric_lines
 
 FILE, FORMER_FILE = "init_from.json", "start.json"  # in a run's folder; the former one is still read
 # Fields of a model's configuration that change neither its weights nor its codes.
-NO_SHAPE = ("codebook_init", "codebook_init_std", "groups")
+NO_SHAPE = ("codebook_init", "codebook_init_std", "codes", "groups")
 
 
 class InitRecord(NamedTuple):

@@ -220,6 +220,8 @@ def _check_tokenizer(config: TokenizerRun) -> None:
         raise TrainerError("model.channel_multipliers=[] must have at least one level")
     if model.codebook_init == "features" and model.code_dim < 2 and model.quantizer not in WITHOUT_CODEBOOK:
         raise TrainerError("model.codebook_init=features needs a model.code_dim of 2 or more: use normal")
+    if model.codes is not None and model.quantizer != "vqgan_lc":
+        raise TrainerError(f"model.codes is for model.quantizer=vqgan_lc, not {model.quantizer}: leave it out")
     if config.init_from.freeze and config.init_from.source is None:
         raise TrainerError(
             f"init_from.freeze={config.init_from.freeze} would freeze random weights: name trained ones with "

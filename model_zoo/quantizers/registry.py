@@ -5,9 +5,12 @@ from model_zoo.quantizers.fsq import FiniteScalarQuantizer
 from model_zoo.quantizers.ibq import IndexBackpropQuantizer
 from model_zoo.quantizers.lfq import LookupFreeQuantizer
 from model_zoo.quantizers.rotation_vq import RotationQuantizer
+from model_zoo.quantizers.simvq import SimVQQuantizer
 from model_zoo.quantizers.soft_vq import SoftVectorQuantizer
 from model_zoo.quantizers.vq import VectorQuantizer
 from model_zoo.quantizers.vq_ema import MovingAverageQuantizer
+from model_zoo.quantizers.vqbridge import VQBridgeQuantizer
+from model_zoo.quantizers.vqgan_lc import LargeCodebookQuantizer
 
 QUANTIZERS = {
     "ibq": IndexBackpropQuantizer,
@@ -18,4 +21,7 @@ QUANTIZERS = {
     "lfq": LookupFreeQuantizer,
     "bsq": BinarySphericalQuantizer,
     "fsq": FiniteScalarQuantizer,
+    "simvq": SimVQQuantizer,
+    "vqbridge": VQBridgeQuantizer,
+    "vqgan_lc": LargeCodebookQuantizer,
 }

@@ -165,11 +165,11 @@ def nan(rank: int, step: int, last: int | None = None) -> None:
         return result
 
     def poisoned(task, images_bchw, output, average_k, adversarial_weight, metrics):
-        loss = tokenizer_loss(task, images_bchw, output, average_k, adversarial_weight, metrics)
+        loss, terms = tokenizer_loss(task, images_bchw, output, average_k, adversarial_weight, metrics)
         if rank != RANK or not step <= now[0] <= (last or step):
-            return loss
+            return loss, terms
         metrics.set("loss/total", metrics.scalars["loss/total"] * math.nan)
-        return loss * math.nan
+        return loss * math.nan, terms
 
     TokenizerTask.step = telling_step
     TokenizerTask._loss = poisoned

@@ -9,12 +9,13 @@ from torch.nn import functional as F
 
 from model_zoo import ModelError
 from model_zoo.io.weights import Weights, check_names
-from model_zoo.quantizers.base import Quantizer
+from model_zoo.quantizers.base import CodebookQuantizer, Quantizer
+from model_zoo.quantizers.vqgan_lc import LargeCodebookQuantizer
 from trainer import TrainerError
 from trainer.config import TokenizerRun
 from trainer.init_from import InitRecord, read_initial_weights
 from trainer.model_state import ModelState
-from trainer.parallel import run_on_all_ranks, sum_over_ranks
+from trainer.parallel import World, run_on_all_ranks, run_on_main, sum_over_ranks
 
 ROUNDING = 1e-12  # features whose variance is below this share of their squared mean are constant up to fp32 rounding
 
@@ -47,9 +48,17 @@ def _load_discriminator(network: nn.Module | None, weights: Weights, wanted: boo
     return "the source's"
 
 
+def read_codes(quantizer: Quantizer, world: World) -> None:
+    """Reads the table of a new run from the file ``model.codes``, if the quantizer has one; all ranks call together.
+    Only rank 0 reads the file. Raises TrainerError."""
+    if isinstance(quantizer, LargeCodebookQuantizer):
+        run_on_main(world, quantizer.read_codes)
+        dist.broadcast(quantizer.embedding.weight.data, src=0)
+
+
 @torch.no_grad()
 def place_codes_among_features(
-    quantizer: Quantizer,
+    quantizer: CodebookQuantizer,
     state: ModelState,
     encode: Callable[[Tensor], Tensor],
     micro_batches: Iterable[Tensor],

@@ -14,12 +14,10 @@ from model_zoo.autoencoder import checkpoint_activations
 from model_zoo.eval_nets.lpips import SMALLEST_SIDE, Perceptual
 from model_zoo.losses import entropy_penalty, quantizer_loss
 from model_zoo.ops.index_backprop import fastest_impl
-from model_zoo.quantizers.base import Quantized
+from model_zoo.quantizers.base import CodebookQuantizer, Quantized
 from model_zoo.tokenizer import TokenizerOutput
 from trainer import TrainerError
 from trainer.config import TokenizerRun
-from trainer.engines.ddp import DataParallel
-from trainer.engines.row_sharded import RowSharded
 from trainer.init_from import InitRecord
 from trainer.metrics.codebook import CodebookHealth, CodebookUsage, gaussian_distance, moments
 from trainer.metrics.image import psnr
@@ -28,20 +26,13 @@ from trainer.parallel import World, mean_over_ranks, row_groups, sum_over_ranks
 from trainer.precision import LossScale
 from trainer.tasks.adversarial import Adversary
 from trainer.tasks.base import PICTURES, Step, StepMetrics, Task, Validation, row_of_pictures
+from trainer.tasks.building import build_engines
 from trainer.tasks.gradient_balance import UNMEASURABLE, GradientBalance
-from trainer.tasks.initialization import load_initial_weights, place_codes_among_features
-
-# Value of init_from.freeze -> prefixes of the parameters that it freezes.
-FROZEN = {"encoder": ("encoder.", "quant_conv.", "quantize."), "decoder": ("decoder.", "post_quant_conv.")}
+from trainer.tasks.initialization import load_initial_weights, place_codes_among_features, read_codes
 
 
 class TokenizerTask(Task):
-    """Trains encoder, quantizer and decoder against a discriminator.
-
-    The codebook has an engine to itself (`RowSharded`), because its rows may be sharded over ranks. So have the other
-    parameters of a quantizer, such as a projector of the codes. The rest of the tokenizer is the main network, under
-    the recipe's engine. Each rank holds full copies of the projector, the frozen parts and the discriminator.
-    """
+    """Trains encoder, quantizer and decoder against a discriminator. `build_engines` describes their engines."""
 
     config: TokenizerRun
 
@@ -58,7 +49,10 @@ class TokenizerTask(Task):
         if config.trainer.activation_checkpointing:
             checkpoint_activations(self.tokenizer)
         self.codes_frozen = config.init_from.freeze == "encoder"
-        trained, frozen = self._build_engines()
+        trained, frozen, self.codebook = build_engines(self, self.tokenizer)
+        rows = self.tokenizer.quantize.row_parameters()
+        whole_rows = sum((codes - len(row)) * row[0].numel() for row in rows)  # those of other ranks
+        self.parameters = sum(p.numel() for p in self.tokenizer.parameters()) + whole_rows
         self.adversary = Adversary(config, world, self.tokenizer.decoder, self.make_adam, self.autocast, **self.batch)
         self.trained = [network.engine for network in trained.values()]  # updated together
         averaged = list(trained)  # without the discriminator
@@ -100,33 +94,6 @@ class TokenizerTask(Task):
             return Perceptual(loss.vgg16_weights).to(self.world.device)
         except ModelError as error:
             raise ModelError(f"{error}; loss.perceptual.weight=0 trains without LPIPS") from error
-
-    def _build_engines(self) -> tuple[dict[str, Network], dict[str, Network]]:
-        """(trained, frozen) networks of the tokenizer; sets ``parameters`` and ``codebook``."""
-        config, quantizer = self.config, self.tokenizer.quantize
-        rows = quantizer.row_parameters()
-        others = set(quantizer.parameters()) - set(rows)
-        sharded = sum(row.numel() for row in rows)
-        whole = sum(config.model.codebook_size * row[0].numel() for row in rows)
-        self.parameters = sum(p.numel() for p in self.tokenizer.parameters()) - sharded + whole
-        prefixes = FROZEN.get(config.init_from.freeze, ())
-        held = [p.requires_grad_(False) for name, p in self.tokenizer.named_parameters() if name.startswith(prefixes)]
-        main = self.build_main_engine(self.tokenizer, ignored=[*quantizer.parameters(), *held])
-        trained, frozen = {"tokenizer": Network(main, "tokenizer")}, {}
-        self.codebook = None
-        if rows:
-            learns = rows[0].requires_grad
-            adam = self.make_adam() if learns else None
-            self.codebook = RowSharded(quantizer, adam, config.model.codebook_size, self.groups, others, **self.batch)
-            (trained if learns else frozen)["codebook"] = Network(self.codebook, "tokenizer", "quantize.")
-        if any(p.requires_grad for p in others):
-            engine = DataParallel(quantizer, self.make_adam(), rows, **self.batch)
-            trained["projector"] = Network(engine, "tokenizer", "quantize.")
-        if held:
-            learning = [p for p in self.tokenizer.parameters() if p.requires_grad]
-            engine = DataParallel(self.tokenizer, None, [*rows, *learning], **self.batch)
-            frozen["frozen"] = Network(engine, "tokenizer")
-        return trained, frozen
 
     def check(self) -> None:
         """Raises TrainerError for image sizes that do not fit the networks, and for an implementation of the quantizer
@@ -295,6 +262,7 @@ class TokenizerTask(Task):
         quantized = Quantized(codes_bdhw, index_bhw, None, distance, None, features_nd=features_nd)
         return TokenizerOutput(self.tokenizer.decode(codes_bdhw), quantized)
 
+    @torch.no_grad()
     def scalars(self, step: int) -> dict[str, float]:
         """The codebook's health."""
         health = self.health.read(step)
@@ -368,19 +336,21 @@ class TokenizerTask(Task):
 
     def load_initial_weights(self) -> InitRecord | None:
         if self.config.init_from.source is None:
+            read_codes(self.tokenizer.quantize, self.world)
             return None
         discriminator = self.adversary.engine.module if self.adversary.engine else None
         return load_initial_weights(self.config, self.state, discriminator)
 
     def init_from_data(self, micro_batches: Iterable[Tensor]) -> None:
-        if self.config.model.codebook_init != "features" or not self.codebook or self.config.init_from.source:
+        quantizer, replicas = self.tokenizer.quantize, self.groups.replicas
+        places = self.config.model.codebook_init == "features" and isinstance(quantizer, CodebookQuantizer)
+        if not places or self.config.init_from.source:
             return
 
         def encode(images_bchw: Tensor) -> Tensor:
             with self.autocast():
                 return self.main_engine.run(self.tokenizer.encode, images_bchw.float() / 127.5 - 1)
 
-        quantizer, replicas = self.tokenizer.quantize, self.groups.replicas
         place_codes_among_features(quantizer, self.state, encode, micro_batches, replicas, self.world.device)
 
     def inputs(self, batch: data.Batch) -> Tensor:
@@ -388,10 +358,11 @@ class TokenizerTask(Task):
 
     def frozen_bytes(self) -> dict[str, int]:
         sizes = {"LPIPS, frozen": sum(p.nbytes for p in self.perceptual.parameters())} if self.perceptual else {}
-        shards = [shard for network in self.state.frozen.values() for shard in network.engine.weights()]
-        if shards:
-            frozen = f"{freeze}, frozen" if (freeze := self.config.init_from.freeze) else "codes without a gradient"
-            sizes[frozen] = sum(shard.values.nbytes for shard in shards)
+        for name, network in self.state.frozen.items():
+            # The table of some quantizers is always frozen, also where the decoder is.
+            part = "codebook" if name == "codebook" and not self.codes_frozen else self.config.init_from.freeze
+            held = sum(shard.values.nbytes for shard in network.engine.weights())
+            sizes[f"{part}, frozen"] = sizes.get(f"{part}, frozen", 0) + held
         if statistics := self.tokenizer.quantize.statistics():
             sizes["statistics of the codes"] = sum(value.nbytes for value in statistics.values())
         return sizes

@@ -285,7 +285,7 @@ def test_a_truncated_file_of_an_export_is_told(exported, name):
             "{kind: tokenizer, weights: raw, sha256: {}, model: {channel_multipliers: [-1]}}",
             "model.channel_multipliers=[-1] must be at least 1",
         ),
-        ("{kind: tokenizer, weights: raw, sha256: {}, model: {codes: 7}}", "does not describe a tokenizer"),
+        ("{kind: tokenizer, weights: raw, sha256: {}, model: {colours: 7}}", "does not describe a tokenizer"),
         ("{kind: tokenizer, weights: raw, sha256: {}, model: {code_dim: 9}}", "does not hold the weights of"),
     ],
 )
