@@ -31,12 +31,12 @@ def runs(tokens: Path) -> dict[str, tuple[int, list[str]]]:
     """Name -> (number of processes, arguments of `python -m trainer` without the run folder)."""
     every = [f"trainer.max_steps={STEPS}", "trainer.log_every_steps=1", "trainer.device=cpu"]
     every += ["trainer.validate_every_steps=1000", "trainer.checkpoint_every_steps=1000"]
-    weight = ["loss.reconstruction.weight=1"]  # that of the recipes when the digests in docs/LOG.md were taken
-    found = {"quickstart": (1, ["quickstart", *every, *weight])}
+    # The weight is that of the recipe when the digests in docs/LOG.md were taken.
+    found = {"quickstart": (1, ["quickstart", *every, "loss.reconstruction.weight=1"])}
     for name, engine in ENGINES.items():
         for shards in (1, 2):
             label = f"debug {name}" + (" codebook_parallel=2" if shards == 2 else "")
-            found[label] = 2, ["debug", *every, *weight, *engine, f"codebook_parallel={shards}"]
+            found[label] = 2, ["debug", *every, *engine, f"codebook_parallel={shards}"]
     found["ar_debug"] = 1, ["ar_debug", *every, f"data.train={tokens}", f"data.val={tokens}"]
     return found
 

@@ -29,7 +29,7 @@ ENGINES = {
 }
 # Weight decay and clipping are on, so that whatever moved what is frozen would be seen.
 CHANGES = {
-    "seed": 5,  # with this one no token ties between two codes on the processors tried so far
+    "seed": 4,  # with this one no token ties between two codes on the processors tried so far
     "trainer.max_steps": STEPS,
     "trainer.checkpoint_every_steps": 2,
     "optimizer.weight_decay": 0.1,

@@ -10,6 +10,7 @@ from trainer.parallel import RowGroups, mean_over_ranks
 from trainer.tasks.base import StepMetrics
 
 DROWNED = 0.05  # share of the image in the gradient below which training warns
+SHORT_STEPS = 100  # a run of fewer steps only tests that everything works
 UNMEASURABLE = (
     "trainer.log_gradient_balance=true needs whole weights on each process, without trainer.compile, and a codebook "
     "that is trained: use engine.kind=ddp, or DeepSpeed ZeRO 0 to 2"
@@ -40,7 +41,8 @@ class GradientBalance:
     def measure(self, terms: dict[str, Tensor], step: int, loss_scale: float, metrics: StepMetrics) -> None:
         """Logs the norms in step ``step`` (from 0) if the recipe asks for them. In a run's first step, checks how much
         of the gradient comes from the image. For the arguments see `norms`."""
-        if step == 0 and self.image_share(terms, loss_scale) < DROWNED:
+        long = self.settings.max_steps >= SHORT_STEPS
+        if step == 0 and long and self.image_share(terms, loss_scale) < DROWNED:
             self.alarm = (
                 "the features follow the quantizer's losses and hardly the image: raise loss.reconstruction.weight, or "
                 'train with LPIPS; see docs/training.md, "Balance of the losses"'

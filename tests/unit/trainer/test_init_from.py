@@ -20,7 +20,7 @@ from trainer.jobs.export import export
 from trainer.loop import resume
 from trainer.recipes import load_recipe, load_run_config, save_config
 from trainer.reports.report import write_report
-from trainer.tasks.tokenizer import FROZEN
+from trainer.tasks.building import FROZEN
 
 # Images of 16 x 16, 8 x 8 tokens.
 SETTINGS = dict(
