@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 
 from model_zoo import ModelError, Tokenizer
+from model_zoo.config import TokenizerConfig
 from model_zoo.io.weights import Weights, check_names
 from trainer import TrainerError
 from trainer.config import TokenizerRun
@@ -16,7 +17,10 @@ from trainer.telemetry import metric_lines
 
 FILE, FORMER_FILE = "init_from.json", "start.json"  # in a run's folder; the former one is still read
 # Fields of a model's configuration that change neither its weights nor its codes.
-NO_SHAPE = ("codebook_init", "codebook_init_std", "codes", "groups")
+NO_SHAPE = (
+    *("codebook_init", "codebook_init_std", "codes", "groups"),
+    *("logit_scale", "codebook_decay", "restart_below"),
+)
 
 
 class InitRecord(NamedTuple):
@@ -62,7 +66,9 @@ def read_initial_weights(config: TokenizerRun) -> tuple[Weights, str]:
 def _check_shape(config: TokenizerRun, weights: Weights) -> None:
     """Raises ModelError if the source's model differs from the recipe's."""
     ours = vars(config.model)
-    theirs = {key: value for key, value in weights.config.items() if key not in NO_SHAPE and value != ours.get(key)}
+    # A key that an older source does not have has its default. The published layout names no quantizer.
+    theirs = {key: value for key, value in vars(TokenizerConfig()).items() if key != "quantizer"} | weights.config
+    theirs = {key: value for key, value in theirs.items() if key not in NO_SHAPE and value != ours.get(key)}
     if theirs:
         found = ", ".join(
             f"model.{key} is {_typed(value)} there and {_typed(ours.get(key))} here" for key, value in theirs.items()

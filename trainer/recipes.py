@@ -15,7 +15,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from model_zoo.config import WITHOUT_CODEBOOK, broken_rule
+from model_zoo.config import WITHOUT_CODEBOOK, TokenizerConfig, broken_rule
 from trainer import TrainerError
 from trainer.config import GeneratorRun, RunConfig, TokenizerRun
 from trainer.files import complete_file
@@ -210,6 +210,19 @@ def _check(config: RunConfig) -> None:
         _check_tokenizer(config)
 
 
+# Keys of `TokenizerConfig` that only these quantizers use.
+KEYS_OF_QUANTIZERS = {
+    "logit_scale": ("ibq",),
+    "groups": ("lfq", "bsq"),
+    "levels": ("fsq",),
+    "bound": ("fsq",),
+    "codebook_decay": ("vq_ema",),
+    "restart_below": ("vq_ema",),
+    **dict.fromkeys(("bridge_group", "bridge_width", "bridge_depth", "bridge_heads"), ("vqbridge",)),
+    **dict.fromkeys(("codes", "table_dim"), ("vqgan_lc",)),
+}
+
+
 def _check_tokenizer(config: TokenizerRun) -> None:
     model = config.model
     if config.trainer.activation_checkpointing == "selective":
@@ -220,8 +233,13 @@ def _check_tokenizer(config: TokenizerRun) -> None:
         raise TrainerError("model.channel_multipliers=[] must have at least one level")
     if model.codebook_init == "features" and model.code_dim < 2 and model.quantizer not in WITHOUT_CODEBOOK:
         raise TrainerError("model.codebook_init=features needs a model.code_dim of 2 or more: use normal")
-    if model.codes is not None and model.quantizer != "vqgan_lc":
-        raise TrainerError(f"model.codes is for model.quantizer=vqgan_lc, not {model.quantizer}: leave it out")
+    for key, quantizers in KEYS_OF_QUANTIZERS.items():
+        if getattr(model, key) != getattr(TokenizerConfig(), key) and model.quantizer not in quantizers:
+            raise TrainerError(
+                f"model.{key} is for model.quantizer={' or '.join(quantizers)}, not {model.quantizer}: leave it out"
+            )
+    if model.logit_scale != 1 and not model.normalize:
+        raise TrainerError(f"model.logit_scale={model.logit_scale} needs model.normalize=true")
     if config.init_from.freeze and config.init_from.source is None:
         raise TrainerError(
             f"init_from.freeze={config.init_from.freeze} would freeze random weights: name trained ones with "

@@ -132,8 +132,8 @@ class Trainer:
             raise
         if not result.skipped and (spike := self.spikes.update(float(result.scalars["loss/total"]))):
             note = f"step {step}: {spike}"
-        if note:
-            self.telemetry.say(note)
+        for line in filter(None, (note, result.warning)):
+            self.telemetry.say(line)
         due = self._due(step, result, ends=stopping or starving)
         self.telemetry.advance(step)
         if due.log:

@@ -144,7 +144,10 @@ class Quantizer(nn.Module):
         """Features ``(b, d, h, w)`` -> int64 codes ``(b, h, w)``."""
         b, _, h, w = z_bdhw.shape
         with torch.autocast(z_bdhw.device.type, enabled=False):
-            return self.nearest(self.prepare(_flatten(z_bdhw.float()))).view(b, h, w)
+            z_nd = self.prepare(_flatten(z_bdhw.float()))
+            if self.shard is None and not z_nd.isfinite().all():  # with a shard, all ranks raise together later
+                raise ModelError("the features are not finite: the encoder's weights or its input hold NaN or infinity")
+            return self.nearest(z_nd).view(b, h, w)
 
     def lookup(self, index_bhw: Tensor) -> Tensor:
         """Codes ``(b, h, w)`` -> code vectors ``(b, d, h, w)``."""

@@ -22,9 +22,9 @@ class FiniteScalarQuantizer(Quantizer):
     ``model.bound`` is one of these. Here h = (L - 1) / 2, and o = 1/2 for even L, else 0.
 
     tanh: h' tanh(z + tan(o / h')) - o with h' = (1 - 0.001) h (FSQ, section 3.1 and appendix A.1; no equation numbers).
-    ifsq: h (2 sigmoid(1.6 z) - 1) - o, nearly uniform for z ~ normal(0, 1), so that codes are used equally (iFSQ, as in
-        its public code). iFSQ is defined for odd L only. For even L we subtract o and shift nothing, so that the value
-        stays uniform; a feature of 0 then lies between two levels.
+    ifsq: h (2 sigmoid(1.6 z) - 1) - o, nearly uniform for z ~ normal(0, 1), so that the inner levels are used about
+        equally and the outer two half as often (iFSQ, as in its public code). iFSQ is defined for odd L only. For even
+        L we subtract o and shift nothing, so that the value stays uniform; a feature of 0 then lies between two levels.
 
     A vector's components are the rounded values divided by floor(L / 2): L odd gives [-1, 1], L even [-1, 1 - 2/L]. In
     the number of a code, the first feature's level counts 1, the second's L_1, and so on, each from 0.
@@ -42,8 +42,8 @@ class FiniteScalarQuantizer(Quantizer):
                 "model.levels=[8,8,8,5,5,5] model.codebook_size=64000 model.code_dim=6"
             )
         codes = math.prod(levels)
-        if codes >= 2**63:
-            raise ModelError(f"model.levels={levels} makes {codes} codes: give fewer than 2^63")
+        if codes > 2**24:  # of which training counts each
+            raise ModelError(f"model.levels={levels} makes {codes} codes: give at most 2^24")
         if (config.codebook_size, config.code_dim) != (codes, len(levels)):
             raise ModelError(
                 f"model.levels={levels} makes {codes} codes of {len(levels)} dimensions, not {config.codebook_size} of "

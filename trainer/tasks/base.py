@@ -37,10 +37,11 @@ def row_of_pictures(images_bchw: Tensor) -> Tensor:
 
 class Step(NamedTuple):
     """Result of a step. scalars: values to log; skipped: the networks that were not updated, because their loss or
-    gradient was not finite."""
+    gradient was not finite; warning: a line to print."""
 
     scalars: dict[str, Tensor | float]
     skipped: list[str]
+    warning: str | None = None
 
 
 class Validation(NamedTuple):
@@ -229,6 +230,7 @@ class StepMetrics:
         self.share = 1 / micro_batches
         self.scalars: dict[str, Tensor | float] = {}
         self.skipped: list[str] = []
+        self.warning: str | None = None
 
     def add(self, name: str, value: Tensor | float) -> None:
         """Adds a micro-batch's value to the mean over the step's micro-batches."""
@@ -241,4 +243,4 @@ class StepMetrics:
 
     def result(self) -> Step:
         """The step's result."""
-        return Step(self.scalars, self.skipped)
+        return Step(self.scalars, self.skipped, self.warning)

@@ -31,7 +31,6 @@ class GradientBalance:
 
     def __init__(self, settings: TokenizerTrainerConfig, tokenizer: Tokenizer, groups: RowGroups):
         self.settings, self.tokenizer, self.groups = settings, tokenizer, groups
-        self.alarm: str | None = None
         self.features_bdhw: Tensor | None = None
         tokenizer.quant_conv.register_forward_hook(self._keep_features)
 
@@ -43,9 +42,9 @@ class GradientBalance:
         of the gradient comes from the image. For the arguments see `norms`."""
         long = self.settings.max_steps >= SHORT_STEPS
         if step == 0 and long and self.image_share(terms, loss_scale) < DROWNED:
-            self.alarm = (
-                "the features follow the quantizer's losses and hardly the image: raise loss.reconstruction.weight, or "
-                'train with LPIPS; see docs/training.md, "Balance of the losses"'
+            metrics.warning = (
+                "WARNING: the features follow the quantizer's losses and hardly the image: raise "
+                'loss.reconstruction.weight, or train with LPIPS; see docs/training.md, "Balance of the losses"'
             )
         if self.settings.log_gradient_balance and (step + 1) % self.settings.log_every_steps == 0:
             for name, norm in self.norms(terms, PLACES, loss_scale).items():

@@ -275,9 +275,7 @@ class TokenizerTask(Task):
 
     @property
     def alarm(self) -> str | None:
-        if self.codes_frozen:  # low usage only means narrow data
-            return None
-        return (self.balance and self.balance.alarm) or self.health.alarm
+        return None if self.codes_frozen else self.health.alarm  # frozen codes: low usage only means narrow data
 
     @torch.no_grad()
     def reconstruct(self, images_bchw: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The norms of the loss terms' gradients, and the alarm about losses that drown the image."""
+"""The norms of the loss terms' gradients, and the warning about losses that drown the image."""
 
 import copy
 
@@ -66,12 +66,13 @@ def test_norms_are_logged_with_the_other_scalars(world):
 
 
 @pytest.mark.parametrize(("weight", "drowned"), [(1e-4, True), (8.0, False)])
-def test_a_drowned_image_is_an_alarm_from_the_first_step(world, weight, drowned):
+def test_a_drowned_image_is_a_warning_of_the_first_step(world, weight, drowned):
     changes = dict(loss__generator__weight=0.0, loss__reconstruction__weight=weight)
     for steps in (100, 99):  # a shorter run only tests that everything works
         task = tokenizer_task(world, **changes, trainer__max_steps=steps)
-        task.step([images()], 0)
-        assert bool(task.alarm and "loss.reconstruction.weight" in task.alarm) == (drowned and steps == 100)
+        warning = task.step([images()], 0).warning
+        assert bool(warning and "loss.reconstruction.weight" in warning) == (drowned and steps == 100)
+        assert task.step([images()], 1).warning is None and task.alarm is None
 
 
 def test_the_image_share_counts_all_terms_of_the_image(world):

@@ -11,7 +11,7 @@ from model_zoo.sampler import SCHEDULES
 from model_zoo.transformer import Transformer
 from trainer import TrainerError
 from trainer.config import GeneratorRun, InitFromConfig, RunConfig, TokenizerRun
-from trainer.recipes import TASKS, load_recipe, load_run_config, recipe_paths, save_config
+from trainer.recipes import KEYS_OF_QUANTIZERS, TASKS, load_recipe, load_run_config, recipe_paths, save_config
 
 SMALLEST = "trainer: {max_steps: 10, global_batch_size: 4}\n"
 
@@ -203,9 +203,24 @@ def test_bad_choices_list_the_good_ones(recipe, task, key, choices):
     path = recipe(f"task: {task}\n{SMALLEST}")
     words = ["null" if choice is None else str(choice) for choice in choices]
     assert refused(path, f"{key}=other") == f"{key}=other is unknown: choose one of {', '.join(words)}"
-    source = ["init_from.source=runs/a"] if key.startswith("init_from.") else []  # without it, nothing can be frozen
+    needed = ["init_from.source=runs/a"] if key.startswith("init_from.") else []  # without it, nothing can be frozen
+    needed += [
+        f"model.quantizer={KEYS_OF_QUANTIZERS[name][0]}" for name in KEYS_OF_QUANTIZERS if key == f"model.{name}"
+    ]
     for word in words:
-        load_recipe(path, [f"{key}={word}", *source])
+        load_recipe(path, [f"{key}={word}", *needed])
+
+
+@pytest.mark.parametrize("key", KEYS_OF_QUANTIZERS)
+def test_keys_of_other_quantizers_are_refused(recipe, key):
+    value = {"levels": "[8,5]", "bound": "ifsq", "codes": "table.npy", "codebook_decay": 0.5}.get(key, 7)
+    message = refused(recipe(f"task: tokenizer\n{SMALLEST}"), f"model.{key}={value}", "model.quantizer=soft_vq")
+    assert message.startswith(f"model.{key} is for model.quantizer={KEYS_OF_QUANTIZERS[key][0]}")
+
+
+def test_a_scale_of_logits_without_normalized_codes_is_refused(recipe):
+    message = refused(recipe(f"task: tokenizer\n{SMALLEST}"), "model.logit_scale=10")
+    assert message == "model.logit_scale=10.0 needs model.normalize=true"
 
 
 @pytest.mark.parametrize(("task", "key", "rule", "bound"), once([each for each in BOUNDS if each[1] not in LISTS]))
