@@ -3,7 +3,7 @@
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from comparing import refusal
@@ -51,6 +51,26 @@ def features(dim: int = 8, b: int = 2, h: int = 3, w: int = 5) -> Tensor:
 def tokens(z_bdhw: Tensor) -> Tensor:
     """(N, D), without a graph."""
     return z_bdhw.detach().movedim(1, 3).flatten(0, 2)
+
+
+class NearestCodes(NamedTuple):
+    """Chosen codes, their vectors and VQ's two losses."""
+
+    index_n: Tensor
+    code_nd: Tensor
+    commitment: Tensor
+    codebook: Tensor
+
+
+def nearest_by_hand(z_nd: Tensor, codes_kd: Tensor, grad_nd: Tensor, weights: tuple[float, float]) -> NearestCodes:
+    """VQ by its formulas: the nearest codes, and a backward pass of the weighted (commitment, codebook) losses and of
+    ``grad_nd``, the gradient of the quantized vectors, straight through."""
+    index_n = (z_nd[:, None] - codes_kd[None]).square().sum(dim=2).argmin(dim=1)
+    code_nd = codes_kd[index_n]
+    commitment, codebook = (z_nd - code_nd.detach()).square().mean(), (z_nd.detach() - code_nd).square().mean()
+    through_nd = z_nd + (code_nd - z_nd).detach()
+    (weights[0] * commitment + weights[1] * codebook + (through_nd * grad_nd).sum()).backward()
+    return NearestCodes(index_n, code_nd, commitment, codebook)
 
 
 def write_checkpoint(folder: Path, *, ranks: int = 1, **models: nn.Module) -> None:

@@ -29,7 +29,7 @@ class FiniteScalarQuantizer(Quantizer):
     A vector's components are the rounded values divided by floor(L / 2): L odd gives [-1, 1], L even [-1, 1 - 2/L]. In
     the number of a code, the first feature's level counts 1, the second's L_1, and so on, each from 0.
 
-    FSQ has no loss of its own (recipes set loss.quantizer.weight=0). The commitment term, should it be wanted, compares
+    FSQ adds no loss, so its recipe sets loss.quantizer.weight=0. With a weight above 0, the commitment term compares
     the bounded features with the codes.
     """
 

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from model_checks import features, quantizer_of, refused, tokens
+from model_checks import features, nearest_by_hand, quantizer_of, refused, tokens
 
 from model_zoo.config import QuantizerLoss
 from model_zoo.losses import quantizer_loss
@@ -31,11 +31,8 @@ def test_forward_losses_and_gradients_are_algorithm_1s_in_float64():
     weight_dd = quantizer.projector.weight.detach().double().requires_grad_()
     bias_d = quantizer.projector.bias.detach().double().requires_grad_()
     codes_kd = table_kd @ weight_dd.T + bias_d
-    index_n = (z_nd[:, None] - codes_kd[None]).square().sum(dim=2).argmin(dim=1)
-    code_nd = codes_kd[index_n]
-    commitment, codebook = (z_nd - code_nd.detach()).square().mean(), (z_nd.detach() - code_nd).square().mean()
-    through_nd = z_nd + (code_nd - z_nd).detach()
-    (beta * commitment + codebook + (through_nd * tokens(direction_bdhw).double()).sum()).backward()
+    grad_nd = tokens(direction_bdhw).double()
+    index_n, code_nd, commitment, codebook = nearest_by_hand(z_nd, codes_kd, grad_nd, (beta, 1))
 
     assert len(index_n.unique()) > 5
     assert torch.equal(quantized.index_bhw.flatten(), index_n)

@@ -2,7 +2,7 @@ import math
 
 import pytest
 import torch
-from model_checks import features, quantizer_of, refused, tokens
+from model_checks import features, nearest_by_hand, quantizer_of, refused, tokens
 
 from model_zoo.config import QuantizerLoss
 from model_zoo.losses import quantizer_loss
@@ -67,11 +67,8 @@ def test_forward_losses_and_gradients_are_the_papers_in_float64():
     z_nd = tokens(z_bdhw).double().requires_grad_()
     weights = {name: p.detach().double().requires_grad_() for name, p in quantizer.named_parameters()}
     codes_kd = bridge(weights, weights["embedding.weight"])
-    index_n = (z_nd[:, None] - codes_kd[None]).square().sum(dim=2).argmin(dim=1)
-    code_nd = codes_kd[index_n]
-    commitment, codebook = (z_nd - code_nd.detach()).square().mean(), (z_nd.detach() - code_nd).square().mean()
-    through_nd = z_nd + (code_nd - z_nd).detach()
-    (beta * commitment + codebook + (through_nd * tokens(direction_bdhw).double()).sum()).backward()
+    grad_nd = tokens(direction_bdhw).double()
+    index_n, code_nd, commitment, codebook = nearest_by_hand(z_nd, codes_kd, grad_nd, (beta, 1))
 
     assert len(index_n.unique()) > 5
     torch.testing.assert_close(quantizer.codes().double(), codes_kd, rtol=1e-4, atol=1e-5)
