@@ -61,6 +61,10 @@ def start_world(device: str = "auto", timeout_seconds: float = 1800.0) -> World:
     import_module("torch.distributed.nn.functional")
 
     backend = "nccl" if use_cuda else "gloo"
+    if backend == "gloo":
+        # Gloo connects the ranks of a group when the group is made. Without a barrier after that, a rank could end with an
+        # error while another is still connecting to it, which would then report a closed connection instead.
+        os.environ["TORCH_DIST_INIT_BARRIER"] = "1"
     if "RANK" in os.environ:
         timeout = _collective_timeout(timeout_seconds)
         store, rank, world_size = _rendezvous()
