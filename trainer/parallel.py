@@ -62,7 +62,7 @@ def start_world(device: str = "auto", timeout_seconds: float = 1800.0) -> World:
 
     backend = "nccl" if use_cuda else "gloo"
     if backend == "gloo":
-        # Gloo connects the ranks of a group when the group is made. Without a barrier after that, a rank could end with an
+        # Gloo connects the ranks when it makes a group. Without a barrier after that, a rank could end with an
         # error while another is still connecting to it, which would then report a closed connection instead.
         os.environ["TORCH_DIST_INIT_BARRIER"] = "1"
     if "RANK" in os.environ:
