@@ -40,7 +40,7 @@ def quickstart(overrides: Overrides = None) -> None:
     if config.data.train != BUNDLED:  # the user's images may have no classes, or any number
         return reconstruction(run)
     tokens, side = run / "tokens", config.data.image_size // load_tokenizer(run).downsampling_factor
-    tokenize(run, images=BUNDLED, out=tokens, views="ten-crop", device=config.trainer.device)
+    tokenize(run, images=BUNDLED, out=tokens, views="flip", device=config.trainer.device)
     values = run / GENERATOR, tokens, tokens, run, config.model.codebook_size, [side, side], config.trainer.device
     fitting = [f"{key}={value}" for key, value in zip(FITTED, values, strict=True)]
     generator = train("ar_quickstart", fitting + for_generator)
