@@ -71,6 +71,7 @@ CHARTS = [
     ),
     Chart("Speed", "Images per second, over all processes.", {"images_per_second": "images/s"}, from_zero=True),
     Chart("Model FLOPs utilization", "Relative to the speed of a plain matrix product.", {"mfu": "MFU"}, percent=True),
+    Chart("Logit scale", "Learned factor on the cosines.", {"codebook/logit_scale": "scale"}, detail=True),
     Chart("Logits", "Mean of logsumexp squared.", {"loss/z": "z"}, detail=True),
     Chart("Total loss", "The weighted sum that is minimized.", {"loss/total": "total"}, detail=True),
     Chart(
