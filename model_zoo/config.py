@@ -66,8 +66,9 @@ class TokenizerConfig:
     codebook_init_std: float = field(default=1.0, metadata={"above": 0})  # only for "normal"
     # Divides features and codes by their norms, so that similarities are cosines (ibq, vq, rotation_vq).
     normalize: bool = False
-    # Factor on the cosines in IBQ's softmax; only with normalize.
+    # Factor on the cosines in IBQ's softmax, or with learn_logit_scale its initial value; both only with normalize.
     logit_scale: float = field(default=1.0, metadata={"above": 0})
+    learn_logit_scale: bool = False
     # lfq, bsq: into how many groups the bits are split for the entropy of the mean assignment; null: 1 for lfq, one a
     # bit for bsq.
     groups: int | None = field(default=None, metadata={"at_least": 1})

@@ -70,8 +70,9 @@ class Tokenizer(nn.Module):
         """16 hexadecimal digits that identify the mapping from images to codes: a hash of the names, shapes and fp32
         values of encoder and codebook, and the quantizer's settings. The decoder is not included."""
         digest = hashlib.sha256(self.quantize.settings().encode())
+        ignored = {f"quantize.{name}" for name in self.quantize.without_effect_on_codes}
         for name, tensor in sorted(self.state_dict().items()):
-            if name.startswith(("encoder.", "quant_conv.", "quantize.")):
+            if name.startswith(("encoder.", "quant_conv.", "quantize.")) and name not in ignored:
                 values = tensor.detach().float().cpu().contiguous()
                 digest.update(f"{name} {list(values.shape)}\n".encode())
                 digest.update(values.numpy().astype("<f4", copy=False).tobytes())

@@ -53,10 +53,10 @@ def ablate(
     # The table shows all finished cells, whichever rows are asked for. Checks everything before training starts.
     table_cells = jobs.cells_of(ablation, None, sorted({*numbers, *jobs.existing_seeds(out)}), overrides or [], out)
     for cell in cells:
-        load_recipe(ablation.recipe, cell.overrides)
+        load_recipe(cell.recipe, cell.overrides)
     for cell in table_cells:
-        jobs.is_trained(ablation, cell)
-    commands = [list(_commands(ablation, cell, launcher, judge, options)) for cell in cells]
+        jobs.is_trained(cell)
+    commands = [list(_commands(cell, launcher, judge, options)) for cell in cells]
     if dry_run:
         for command in itertools.chain(*commands):
             typer.echo(shlex.join(command))
@@ -76,13 +76,13 @@ def ablate(
     typer.echo("\n".join([written[1].read_text(), *map(str, written)]))
 
 
-def _commands(ablation, cell, launcher: list[str], judge: str, options: list[str]) -> Iterator[list[str]]:
+def _commands(cell, launcher: list[str], judge: str, options: list[str]) -> Iterator[list[str]]:
     """The commands that a cell still needs: training, then evaluation."""
     from trainer.jobs import ablation as jobs
 
-    trained = jobs.is_trained(ablation, cell)
+    trained = jobs.is_trained(cell)
     if not trained:
-        arguments = ["--resume", str(cell.run)] if jobs.is_begun(cell) else [ablation.recipe, *cell.overrides]
+        arguments = ["--resume", str(cell.run)] if jobs.is_begun(cell) else [cell.recipe, *cell.overrides]
         yield [*launcher, "-m", "trainer", *arguments]
     if not trained or not jobs.is_evaluated(cell, judge):
         report = ["--report", str(cell.report)]

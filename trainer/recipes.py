@@ -213,6 +213,7 @@ def _check(config: RunConfig) -> None:
 # Keys of `TokenizerConfig` that only these quantizers use.
 KEYS_OF_QUANTIZERS = {
     "logit_scale": ("ibq",),
+    "learn_logit_scale": ("ibq",),
     "groups": ("lfq", "bsq"),
     "levels": ("fsq",),
     "bound": ("fsq",),

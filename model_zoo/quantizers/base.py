@@ -62,6 +62,8 @@ class Quantizer(nn.Module):
     # Whether the quantizer works with a sharded codebook, and with normalized features and codes.
     shards: bool = False
     normalizes: bool = False
+    # Names of parameters that decide neither which code a feature gets nor the code vectors.
+    without_effect_on_codes: tuple[str, ...] = ()
     # Implementation of index backpropagation, see `model_zoo.ops.index_backprop`; None for quantizers without it.
     impl: str | None = None
     shard: CodebookShard | None = None
@@ -103,6 +105,10 @@ class Quantizer(nn.Module):
 
     def statistics(self) -> dict[str, Tensor]:
         """Running values, equal on all ranks, that training saves and restores beside the parameters, by name."""
+        return {}
+
+    def scalars(self) -> dict[str, float]:
+        """Values of its own that training logs, by name."""
         return {}
 
     def counted(self, index: Tensor) -> Tensor:

@@ -1,5 +1,7 @@
-"""Cosine VQ, moving averages and the rotation trick: training on 1 and 2 processes, resuming, loading, refusals."""
+"""Cosine VQ, moving averages, the rotation trick and normalized IBQ: training on several processes, resuming, loading,
+refusals."""
 
+import math
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -23,8 +25,9 @@ RIVALS = {
     },
     "rotation": {"model.quantizer": "rotation_vq"},
     "normalized ibq": {"model.normalize": "true", "model.logit_scale": 10.0},
+    "learned scale": {"model.normalize": "true", "model.logit_scale": 10.0, "model.learn_logit_scale": "true"},
 }
-SHARDS = ("cosine", "rotation", "normalized ibq")
+SHARDS = ("cosine", "rotation", "normalized ibq", "learned scale")
 LAST = f"checkpoints/step_{STEPS:08d}"
 TOLERANCE = 1e-5
 
@@ -56,7 +59,7 @@ def test_two_processes_equal_one(trained, name):
         for key in ("loss/total", "loss/reconstruction", "loss/commitment"):
             assert line[key] == pytest.approx(expected[key], rel=TOLERANCE), key
         assert ("loss/codebook" in line) == (name != "vq_ema")
-        assert ("loss/average_entropy" in line) == (name == "normalized ibq")
+        assert ("loss/average_entropy" in line) == (name in ("normalized ibq", "learned scale"))
     for model, difference in differences(one / LAST, two / LAST).items():
         if model in ("tokenizer", "tokenizer_ema"):
             assert difference.whole < TOLERANCE, model
@@ -104,6 +107,40 @@ def test_an_export_is_the_same_model_and_the_published_layout_is_refused(trained
     assert not published.exists()
 
 
+def scale_of(run: Path, weights: str = "raw") -> float:
+    return model_zoo.load_tokenizer(run, weights).quantize.logit_scale.item()
+
+
+@pytest.mark.parametrize(
+    ("processes", "changes"),
+    [
+        (3, {"codebook_parallel": 3}),
+        (2, {"engine.kind": "fsdp2"}),
+        pytest.param(4, {"codebook_parallel": 2}, marks=pytest.mark.full),
+        pytest.param(2, {"engine.kind": "deepspeed", "engine.config": "zero3"}, marks=pytest.mark.full),
+    ],
+)
+def test_a_learned_scale_moves_alike_on_any_ranks(ranks, tmp_path, processes, changes):
+    alone, together = tmp_path / "alone", tmp_path / "together"
+    base = {"trainer.max_steps": STEPS, "trainer.checkpoint_every_steps": STEPS}
+    base |= {"trainer.global_batch_size": 12, **RIVALS["learned scale"]}
+    ranks.train(1, "debug", alone, base).succeeded()
+    ranks.train(processes, "debug", together, {**base, **changes}).succeeded()
+    expected, found = (scale_of(run) for run in (alone, together))
+    # A step moves the logarithm by about 0.9 of the rate: because of Adam's epsilon, the share depends on the gradient.
+    assert found == pytest.approx(expected, rel=1e-6) and abs(math.log(found / 10)) > 1e-4
+    logged = [line["codebook/logit_scale"] for line in loss_lines(together)]
+    assert len(logged) == STEPS and logged == pytest.approx(
+        [line["codebook/logit_scale"] for line in loss_lines(alone)]
+    )
+    assert logged[-1] == pytest.approx(found, rel=1e-6)
+
+
+def test_a_learned_scale_has_an_average_and_is_loaded(trained):
+    run = trained("learned scale", 1)
+    assert 10 != scale_of(run, "ema") != scale_of(run) != 10
+
+
 def test_moving_averages_restarted_codes_and_moved_them(trained):
     files = [ShardedTensors(trained("vq_ema", 1) / f"checkpoints/step_{step:08d}") for step in (2, STEPS)]
     first, last = (file.tensor("tokenizer/quantize.embedding.weight") for file in files)
@@ -119,6 +156,11 @@ def test_moving_averages_restarted_codes_and_moved_them(trained):
         ({"model.quantizer": "vq_ema", "model.codebook_decay": 1}, "model.codebook_decay=1.0 must be below 1"),
         ({"model.quantizer": "vq_ema", "model.restart_below": -1}, "model.restart_below=-1.0 must be at least 0"),
         ({"model.quantizer": "rotation_vq", "trainer.quantizer_impl": "dense"}, "only for model.quantizer=ibq"),
+        ({"model.learn_logit_scale": "true"}, "model.learn_logit_scale=true needs model.normalize=true"),
+        (
+            {"model.quantizer": "vq", "model.normalize": "true", "model.learn_logit_scale": "true"},
+            "model.learn_logit_scale is for model.quantizer=ibq, not vq: leave it out",
+        ),
     ],
 )
 def test_what_they_cannot_do_ends_in_a_line(ibq_here, tmp_path, changes, said):

@@ -16,6 +16,7 @@ CODES, DIM, TEMPERATURE = 67, 8, 0.5
 SPREAD = {
     "ibq, scale 1": ("ibq", {"normalize": True}),
     "ibq, scale 10": ("ibq", {"normalize": True, "logit_scale": 10.0}),
+    "ibq, learned scale": ("ibq", {"normalize": True, "logit_scale": 10.0, "learn_logit_scale": True}),
     "cosine vq": ("vq", {"normalize": True}),
     "rotation": ("rotation_vq", {}),
     "cosine rotation": ("rotation_vq", {"normalize": True}),
@@ -57,7 +58,8 @@ def run(name: str, ranks: int, rank: int, shard: CodebookShard | None) -> dict[s
         "weight.grad": quantizer.embedding.weight.grad,
         "rows": quantizer.embedding.weight,
     }
-    return {name: value.detach() for name, value in (values | entropies).items()}
+    scales = {f"{key}.grad": p.grad for key, p in quantizer.named_parameters() if key == "log_logit_scale"}
+    return {name: value.detach() for name, value in (values | entropies | scales).items()}
 
 
 def averages(ranks: int, rank: int, restart_below: float, parts: int = 1) -> list[Tensor]:
@@ -104,6 +106,9 @@ def test_a_sharded_codebook_equals_a_whole_one(results, name, size):
     for key, value in true.items():
         if key == "average_entropy":
             assert all(part[key].item() == pytest.approx(value.item(), rel=1e-5) for part in found)
+            continue
+        if key == "log_logit_scale.grad":  # each rank has its tokens' part
+            assert sum(part[key].item() for part in found) == pytest.approx(value.item(), rel=TOLERANCE)
             continue
         joined = torch.cat([part[key] for part in found])
         assert joined.shape == value.shape, key

@@ -33,16 +33,18 @@ OPTIONS = "ablation.txt"  # next to a report: the options of its evaluation
 
 @dataclass
 class Row:
-    """set: the variant's changes to the recipe, ``key=value``. published: its published results."""
+    """recipe: replaces the table's. set: the variant's changes to the recipe, ``key=value``. published: its published
+    results."""
 
+    recipe: str | None = None
     set: list[str] = field(default_factory=list)
     published: dict[str, float] = field(default_factory=dict)
 
 
 @dataclass
 class Ablation:
-    """recipe: a name, or a file next to the table's. set: changes to the recipe in all rows. figures: the columns,
-    which are keys of report.json. rows: by name."""
+    """recipe: a name, or a file next to the table's, of the rows that name none. set: changes to the recipes in all
+    rows. figures: the columns, which are keys of report.json. rows: by name."""
 
     recipe: str
     title: str
@@ -56,6 +58,7 @@ class Cell(NamedTuple):
 
     row: str
     seed: int
+    recipe: str
     overrides: list[str]
     run: Path
 
@@ -69,12 +72,12 @@ def load_ablation(name: str) -> Ablation:
     """Reads the table of that name, or that YAML file. Raises TrainerError, one line."""
     path = find_recipe(name, [ABLATIONS])
     ablation = read_as(Ablation, path)
-    for table in (ablation, *ablation.rows.values()):
-        table.set = list(map(renamed, table.set))
     if not ablation.rows:
         raise TrainerError(f"{path} has no rows")
-    if ablation.recipe.endswith((".yaml", ".yml")):
-        ablation.recipe = str(path.parent / ablation.recipe)
+    for table in (ablation, *ablation.rows.values()):
+        table.set = list(map(renamed, table.set))
+        if table.recipe and table.recipe.endswith((".yaml", ".yml")):
+            table.recipe = str(path.parent / table.recipe)
     return ablation
 
 
@@ -95,13 +98,13 @@ def cells_of(
     if len(set(folders.values()) - {""}) < len(folders):
         raise TrainerError(f"two rows would have the same folder: rename one of {'; '.join(folders)}")
     cells = []
-    for row in rows or ablation.rows:
-        chosen = {
-            setting.partition("=")[0]: setting for setting in [*ablation.set, *ablation.rows[row].set, *overrides]
-        }
+    for name in rows or ablation.rows:
+        row = ablation.rows[name]
+        chosen = {setting.partition("=")[0]: setting for setting in [*ablation.set, *row.set, *overrides]}
         for seed in seeds:
-            run = out / folders[row] / f"seed_{seed}"
-            cells.append(Cell(row, seed, [*chosen.values(), f"seed={seed}", f"run={run}"], run))
+            run = out / folders[name] / f"seed_{seed}"
+            settings = [*chosen.values(), f"seed={seed}", f"run={run}"]
+            cells.append(Cell(name, seed, row.recipe or ablation.recipe, settings, run))
     return cells
 
 
@@ -110,11 +113,11 @@ def existing_seeds(out: Path) -> list[int]:
     return sorted({int(run.name.removeprefix("seed_")) for run in out.glob("*/seed_*") if run.name[5:].isdecimal()})
 
 
-def is_trained(ablation: Ablation, cell: Cell) -> bool:
+def is_trained(cell: Cell) -> bool:
     """Whether the cell's run has finished. Raises TrainerError if the folder holds a run of other settings."""
     if not (cell.run / "config.yaml").is_file():
         return False
-    config, former = load_recipe(ablation.recipe, cell.overrides), load_run_config(cell.run, [])
+    config, former = load_recipe(cell.recipe, cell.overrides), load_run_config(cell.run, [])
     check_same_settings(
         cell.run, "a run", _settings(former), _settings(config), lambda key, values: f"{key}={values.get(key)}"
     )

@@ -11,7 +11,7 @@ MAX_POINTS = 240  # of a curve; longer curves are averaged down to this
 
 @dataclass(frozen=True)
 class Chart:
-    """A chart's title, caption and curves (name in metrics.jsonl -> label)."""
+    """A chart's title, caption and curves (name in metrics.jsonl -> label). dashed: labels of dashed curves."""
 
     title: str
     caption: str
@@ -21,6 +21,25 @@ class Chart:
     from_zero: bool = False
     detail: bool = False  # collapsed by default
     only_beside: str | None = None  # drawn only if this metric was logged too
+    dashed: tuple[str, ...] = ()
+
+
+# What `trainer.log_gradient_balance` logs: weighted loss terms that depend on the image, and the others.
+IMAGE_TERMS = {"reconstruction": "L1", "perceptual": "LPIPS", "generator": "adversarial"}
+OTHER_TERMS = {"quantizer": "VQ losses", "entropy": "entropy penalty"}
+
+
+def gradient_chart(place: str, detail: bool) -> Chart:
+    """The norms of the loss terms' gradients at one place: features, codes or encoder."""
+    return Chart(
+        f"Gradient at the {place}",
+        "Norm, by weighted loss term. Solid: terms of the image. Dashed: the quantizer's terms. The image is drowned "
+        "if all solid curves lie far below a dashed one.",
+        {f"gradient/{place}/{term}": label for term, label in (IMAGE_TERMS | OTHER_TERMS).items()},
+        log=True,
+        detail=detail,
+        dashed=tuple(OTHER_TERMS.values()),
+    )
 
 
 CHARTS = [
@@ -58,6 +77,7 @@ CHARTS = [
         "Per token, low means a confident assignment; of the average, high means that all codes are used.",
         {"loss/sample_entropy": "per token", "loss/average_entropy": "of the average"},
     ),
+    gradient_chart("features", detail=False),
     Chart(
         "Adversarial losses",
         "Generator and discriminator should stay in balance.",
@@ -71,6 +91,7 @@ CHARTS = [
     ),
     Chart("Speed", "Images per second, over all processes.", {"images_per_second": "images/s"}, from_zero=True),
     Chart("Model FLOPs utilization", "Relative to the speed of a plain matrix product.", {"mfu": "MFU"}, percent=True),
+    Chart("Logit scale", "Learned factor on the cosines.", {"codebook/logit_scale": "scale"}, detail=True),
     Chart("Logits", "Mean of logsumexp squared.", {"loss/z": "z"}, detail=True),
     Chart("Total loss", "The weighted sum that is minimized.", {"loss/total": "total"}, detail=True),
     Chart(
@@ -89,6 +110,8 @@ CHARTS = [
         {"lr/tokenizer": "tokenizer", "lr/generator": "generator", "lr/discriminator": "discriminator"},
         detail=True,
     ),
+    gradient_chart("codes", detail=True),
+    gradient_chart("encoder", detail=True),
     Chart(
         "Gradient norms",
         "Before clipping.",
@@ -149,14 +172,17 @@ def draw_chart(chart: Chart, curves: dict[str, Curve]) -> str:
         anchor = "end" if x(tick) > width - 30 else "middle"
         marks.append(f'<text x="{x(tick):.1f}" y={height - 7} text-anchor={anchor}>{_short(tick)}</text>')
     marks.append(f"<text x={left - 6} y={height - 7} text-anchor=end>step</text>")
-    for i, (label, curve) in enumerate(curves.items()):
+    styles = {label: f"c{i}{' dashed' if label in chart.dashed else ''}" for i, label in enumerate(curves)}
+    for label, curve in curves.items():
         if len(curve) == 1:
-            marks.append(f'<circle class=c{i} cx="{x(curve[0].step):.1f}" cy="{y(curve[0].value):.1f}" r=3 />')
+            marks.append(
+                f'<circle class="{styles[label]}" cx="{x(curve[0].step):.1f}" cy="{y(curve[0].value):.1f}" r=3 />'
+            )
         path = " ".join(f"{x(p.step):.1f},{y(p.value):.1f}" for p in curve)
-        marks.append(f'<polyline class=c{i} points="{path}"><title>{escape(label)}</title></polyline>')
+        marks.append(f'<polyline class="{styles[label]}" points="{path}"><title>{escape(label)}</title></polyline>')
     legend = "".join(
-        f"<span><i class=c{i}></i>{escape(label)} <b>{text(curve[-1].value)}</b></span>"
-        for i, (label, curve) in enumerate(curves.items())
+        f'<span><i class="{styles[label]}"></i>{escape(label)} <b>{text(curve[-1].value)}</b></span>'
+        for label, curve in curves.items()
     )
     spoken = "; ".join(
         f"{label} from {text(curve[0].value)} at step {curve[0].step:.0f} "

@@ -26,8 +26,9 @@ def build_engines(task: Task, tokenizer: Tokenizer) -> TokenizerEngines:
     """Gives each part of the tokenizer its engine, and freezes what ``init_from.freeze`` names.
 
     The codebook has an engine to itself, because its rows may be sharded over ranks. So have the other parameters of a
-    quantizer, such as a projector of the codes. The rest of the tokenizer is the main network, under the recipe's
-    engine. Each rank holds full copies of the projector and of the frozen parts.
+    quantizer, such as a projector of the codes or the scale of the logits; all are called projector here. The rest of
+    the tokenizer is the main network, under the recipe's engine. Each rank holds full copies of the projector and of
+    the frozen parts.
     """
     quantizer = tokenizer.quantize
     rows = quantizer.row_parameters()

@@ -57,7 +57,9 @@ class GradientBalance:
         loss_scale: multiplies the terms during the backward pass, so that half-precision gradients do not underflow.
         """
         encoder = [p for p in self.tokenizer.encoder.parameters() if p.requires_grad]
-        codes = [p for p in self.tokenizer.quantize.parameters() if p.requires_grad]
+        quantizer = self.tokenizer.quantize
+        ignored = quantizer.without_effect_on_codes
+        codes = [p for name, p in quantizer.named_parameters() if p.requires_grad and name not in ignored]
         tensors = {"features": [self.features_bdhw], "codes": codes, "encoder": encoder}
         tensors = {place: tensors[place] for place in places}
         squares = torch.zeros(len(terms), len(places), dtype=torch.float64, device=self.features_bdhw.device)

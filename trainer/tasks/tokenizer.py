@@ -264,10 +264,11 @@ class TokenizerTask(Task):
 
     @torch.no_grad()
     def scalars(self, step: int) -> dict[str, float]:
-        """The codebook's health."""
-        health = self.health.read(step)
+        """The codebook's health, and what the quantizer logs of its own."""
+        quantizer = self.tokenizer.quantize
+        health = self.health.read(step) | quantizer.scalars()
         if self.codebook:
-            codes = moments(self.tokenizer.quantize.codes())
+            codes = moments(quantizer.codes())
             if self.groups.shard:
                 codes = sum_over_ranks(codes, self.groups.shard.group)
             health["feature_distance"] = gaussian_distance(sum_over_ranks(self.feature_moments), codes)

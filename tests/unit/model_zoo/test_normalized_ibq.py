@@ -1,9 +1,12 @@
-"""IBQ with normalized features and codes against an independent float64 computation."""
+"""IBQ with normalized features and codes, and with a learned scale of the logits, against an independent float64
+computation."""
+
+import math
 
 import pytest
 import torch
 from index_backprop_runs import error
-from model_checks import features, quantizer_of, tokens
+from model_checks import features, quantizer_of, refused, tokenizer_of, tokens
 from torch import Tensor
 
 from model_zoo.ops.types import average_entropy
@@ -18,9 +21,10 @@ TOLERANCE = 4e-6
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
 
-def make(scale: float, impl: str = "dense") -> Quantizer:
+def make(scale: float, impl: str = "dense", learned: bool = False) -> Quantizer:
     torch.manual_seed(0)
-    quantizer = quantizer_of("ibq", CODES, DIM, normalize=True, logit_scale=scale).to(DEVICE)
+    settings = dict(normalize=True, logit_scale=scale, learn_logit_scale=learned)
+    quantizer = quantizer_of("ibq", CODES, DIM, **settings).to(DEVICE)
     quantizer.impl = impl
     return quantizer
 
@@ -35,11 +39,12 @@ def weights(seed: int, *shape: int) -> Tensor:
 
 def expected(scale: float) -> dict[str, Tensor]:
     """Values of all outputs and the gradients of one loss that uses all of them, by hand where autograd of the soft
-    assignment is not the published gradient."""
+    assignment is not the published gradient. The scale's is that of its logarithm."""
+    log_scale = torch.tensor(math.log(scale), dtype=torch.float64, requires_grad=True)
     z_nd = tokens(features(DIM)).double().requires_grad_()
     weight_kd = make(scale).embedding.weight.detach().cpu().double().requires_grad_()
     z_unit_nd, codes_kd = unit(z_nd), unit(weight_kd)
-    logits_nk = scale * (z_unit_nd @ codes_kd.T)  # cosines times the scale
+    logits_nk = log_scale.exp() * (z_unit_nd @ codes_kd.T)  # cosines times the scale
     soft_nk = logits_nk.softmax(dim=1)
     hard_nk = torch.nn.functional.one_hot(logits_nk.argmax(dim=1), CODES).double()
     # Eq. 5-8: the code vectors of the index, with the soft assignment's gradient.
@@ -57,7 +62,8 @@ def expected(scale: float) -> dict[str, Tensor]:
         "average_entropy": -(average_k * (average_k + 1e-5).log()).sum(),
     }
     loss(found).backward()
-    return {"index": hard_nk.argmax(dim=1), **found, "z.grad": z_nd.grad, "weight.grad": weight_kd.grad}
+    gradients = {"z.grad": z_nd.grad, "weight.grad": weight_kd.grad, "log_scale.grad": log_scale.grad}
+    return {"index": hard_nk.argmax(dim=1), **found, **gradients}
 
 
 def loss(found: dict[str, Tensor]) -> Tensor:
@@ -72,10 +78,11 @@ def loss(found: dict[str, Tensor]) -> Tensor:
 
 @pytest.mark.parametrize("impl", IMPLS)
 @pytest.mark.parametrize("scale", SCALES)
-def test_values_and_gradients(scale, impl):
+@pytest.mark.parametrize("learned", [False, True])
+def test_values_and_gradients(learned, scale, impl):
     if impl == "triton":
         pytest.importorskip("triton")
-    quantizer, z_bdhw = make(scale, impl), features(DIM).detach().to(DEVICE).requires_grad_()
+    quantizer, z_bdhw = make(scale, impl, learned), features(DIM).detach().to(DEVICE).requires_grad_()
     out = quantizer(z_bdhw, TEMPERATURE)
     found = {
         "quantized": out.quantized_bdhw.movedim(1, 3).flatten(0, 2),
@@ -89,6 +96,10 @@ def test_values_and_gradients(scale, impl):
     loss(found).backward()
     found |= {"z.grad": tokens(z_bdhw.grad), "weight.grad": quantizer.embedding.weight.grad}
     true = expected(scale)
+    if learned:
+        found["log_scale.grad"] = quantizer.log_logit_scale.grad
+    else:
+        del true["log_scale.grad"]
     assert len(true["index"].unique()) > 5
     assert torch.equal(out.index_bhw.flatten().cpu(), true.pop("index"))
     assert found.keys() == true.keys()
@@ -111,13 +122,60 @@ def test_the_scale_matters_to_gradients_and_entropies_but_not_to_codes():
 @pytest.mark.parametrize("scale", SCALES)
 def test_gradcheck(scale, impl):
     """Of what has a true gradient: not of the chosen codes' straight-through path."""
-    quantizer = make(scale, impl).cpu().double()
+    quantizer = make(scale, impl, learned=True).cpu().double()
     z_nd, weight_kd = weights(4, 3, DIM).requires_grad_(), weights(5, 7, DIM).requires_grad_()
-    del quantizer.embedding.weight  # so that a tensor can take its place
+    log_scale = torch.tensor(math.log(scale), dtype=torch.float64, requires_grad=True)
+    del quantizer.embedding.weight, quantizer.log_logit_scale  # so that tensors can take their places
 
-    def outputs(z_nd: Tensor, weight_kd: Tensor):
-        quantizer.embedding.weight = weight_kd
+    def outputs(z_nd: Tensor, weight_kd: Tensor, log_scale: Tensor):
+        quantizer.embedding.weight, quantizer.log_logit_scale = weight_kd, log_scale
         out = quantizer.assign(quantizer.prepare(z_nd), TEMPERATURE)
         return out.code_nd, out.sample_entropy, out.average_probability_k, out.average_entropy
 
-    assert torch.autograd.gradcheck(outputs, (z_nd, weight_kd))
+    assert torch.autograd.gradcheck(outputs, (z_nd, weight_kd, log_scale))
+
+
+def test_a_learned_scale_changes_neither_codes_nor_the_fingerprint():
+    tokenizer = tokenizer_of(normalize=True, logit_scale=10.0, learn_logit_scale=True)
+    images_bchw = torch.rand(2, 3, 16, 16, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    index_bhw, before = tokenizer.tokenize(images_bchw), tokenizer.fingerprint()
+    assert before == tokenizer_of(normalize=True).fingerprint() != tokenizer_of().fingerprint()
+    with torch.no_grad():
+        tokenizer.quantize.log_logit_scale += 1
+    assert tokenizer.quantize.scalars() == {"logit_scale": pytest.approx(10 * math.e)}
+    assert torch.equal(tokenizer.tokenize(images_bchw), index_bhw) and tokenizer.fingerprint() == before
+    with torch.no_grad():
+        tokenizer.quantize.embedding.weight[3, 0] += 1
+    assert tokenizer.fingerprint() != before
+
+
+@pytest.mark.parametrize(("scale", "after"), [(99.0, 99.0), (101.0, 100.0)])
+def test_a_learned_scale_is_clamped_after_each_step(scale, after):
+    quantizer = make(99.0, learned=True)
+    quantizer.log_logit_scale.data.fill_(math.log(scale))
+    quantizer.after_step()
+    assert quantizer.logit_scale.item() == pytest.approx(after)
+
+
+def test_a_fixed_scale_is_no_parameter_and_may_be_larger():
+    quantizer = make(200.0)
+    quantizer.after_step()
+    assert (
+        quantizer.logit_scale == 200
+        and quantizer.scalars() == {}
+        and list(quantizer.state_dict()) == ["embedding.weight"]
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({}, "model.learn_logit_scale=true needs model.normalize=true"),
+        (
+            {"normalize": True, "logit_scale": 101.0},
+            "model.logit_scale=101.0 with model.learn_logit_scale=true must be",
+        ),
+    ],
+)
+def test_a_scale_that_cannot_be_learned_is_refused(changes, said):
+    assert said in refused(quantizer_of, "ibq", CODES, DIM, learn_logit_scale=True, **changes)

@@ -43,8 +43,10 @@ def by_hand(task, images_bchw) -> dict[str, float]:
     return norms
 
 
-def test_norms_equal_separate_backward_passes(world):
-    task = tokenizer_task(world, **SETTINGS, loss__reconstruction__weight=3.0)
+@pytest.mark.parametrize("model", [{}, {"model__normalize": True, "model__learn_logit_scale": True}])
+def test_norms_equal_separate_backward_passes(world, model):
+    """A learned scale of the logits is no part of the codes."""
+    task = tokenizer_task(world, **SETTINGS, **model, loss__reconstruction__weight=3.0)
     images_bchw = images()
     expected = by_hand(task, as_float(images_bchw))
     found = balance(task.step([images_bchw], 0).scalars)

@@ -213,7 +213,14 @@ def test_bad_choices_list_the_good_ones(recipe, task, key, choices):
 
 @pytest.mark.parametrize("key", KEYS_OF_QUANTIZERS)
 def test_keys_of_other_quantizers_are_refused(recipe, key):
-    value = {"levels": "[8,5]", "bound": "ifsq", "codes": "table.npy", "codebook_decay": 0.5}.get(key, 7)
+    others = {
+        "levels": "[8,5]",
+        "bound": "ifsq",
+        "codes": "table.npy",
+        "codebook_decay": 0.5,
+        "learn_logit_scale": True,
+    }
+    value = others.get(key, 7)
     message = refused(recipe(f"task: tokenizer\n{SMALLEST}"), f"model.{key}={value}", "model.quantizer=soft_vq")
     assert message.startswith(f"model.{key} is for model.quantizer={KEYS_OF_QUANTIZERS[key][0]}")
 

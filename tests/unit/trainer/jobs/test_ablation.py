@@ -3,6 +3,7 @@ import re
 import runpy
 import subprocess
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import patch
@@ -10,11 +11,16 @@ from unittest.mock import patch
 import pytest
 from comparing import assert_refused, refusal
 
+from model_zoo.quantizers.registry import QUANTIZERS
 from trainer import TrainerError
 from trainer.jobs.ablation import Figure, cells_of, figures, load_ablation, markdown
 from trainer.recipes import ABLATIONS, load_recipe, recipe_paths
 
 DATA = ["data.train=bundled:train", "data.val=bundled:val"]
+AUTOENCODER = (
+    *("channels", "channel_multipliers", "num_res_blocks", "attention_factors"),
+    *("latent_channels", "patch_size", "local"),
+)
 
 
 def table(folder: Path, text: str) -> str:
@@ -38,7 +44,7 @@ rows:
 def test_every_row_of_every_table_that_comes_with_the_package_can_be_trained(name):
     ablation = load_ablation(name)
     for cell in cells_of(ablation, None, [3], DATA, Path("out")):
-        config = load_recipe(ablation.recipe, cell.overrides)
+        config = load_recipe(cell.recipe, cell.overrides)
         assert config.seed == 3 and config.run == str(cell.run)
         assert set(ablation.rows[cell.row].published) <= {"rfid", "lpips_vgg", "usage"}
 
@@ -57,7 +63,43 @@ def test_every_row_of_every_table_that_comes_with_the_package_can_be_trained(nam
 def test_rows_are_the_recipes_of_the_same_thing(table, row, recipe):
     ablation = load_ablation(table)
     (cell,) = cells_of(ablation, [row], [0], DATA, Path("out"))
-    assert load_recipe(ablation.recipe, cell.overrides) == load_recipe(recipe, [*DATA, f"run={cell.run}"])
+    assert load_recipe(cell.recipe, cell.overrides) == load_recipe(recipe, [*DATA, f"run={cell.run}"])
+
+
+@pytest.mark.parametrize("table", ["table1", "rivals"])
+def test_rows_of_other_recipes_are_trained_on_equal_terms(table):
+    """They differ in the quantizer, its losses and its start."""
+    terms = {}
+    for cell in cells_of(load_ablation(table), None, [0], DATA, Path("out")):
+        config = asdict(load_recipe(cell.recipe, cell.overrides))
+        assert config.pop("run") == str(cell.run)
+        model, loss = config.pop("model"), config.pop("loss")
+        config["loss"] = {name: part for name, part in loss.items() if name not in ("quantizer", "entropy")}
+        config["autoencoder"] = {key: model[key] for key in AUTOENCODER}
+        terms[cell.row] = config
+    first = next(iter(terms.values()))
+    assert len(terms) > 10 and all(found == first for found in terms.values())
+
+
+def test_every_quantizer_has_a_row_among_the_rivals():
+    cells = cells_of(load_ablation("rivals"), None, [0], DATA, Path("out"))
+    assert {load_recipe(cell.recipe, cell.overrides).model.quantizer for cell in cells} == set(QUANTIZERS)
+    by_size = {"debug", "quickstart", "ibq_1024", "ibq_8192"}  # smaller ones of a quantizer that has a row
+    other = {name for name in recipe_paths(["tokenizer"]) if name.startswith("finetune") or name.endswith("pretrain")}
+    assert {cell.recipe for cell in cells} == set(recipe_paths(["tokenizer"])) - by_size - other
+
+
+def test_a_row_may_have_a_recipe_of_its_own(ibq, tmp_path):
+    (tmp_path / "own.yaml").write_text(recipe_paths()["debug"].read_text().replace("lr: 1.0e-4", "lr: 7.0e-4"))
+    rows = "rows: {a: {}, b: {recipe: own.yaml}, c: {recipe: quickstart}}"
+    mine = table(tmp_path, f"title: x\nrecipe: debug\nset: [trainer.max_steps=3]\n{rows}\n")
+    cells = cells_of(load_ablation(mine), None, [0], [], tmp_path)
+    configs = [load_recipe(cell.recipe, cell.overrides) for cell in cells]
+    assert [cell.recipe for cell in cells] == ["debug", str(tmp_path / "own.yaml"), "quickstart"]
+    assert [config.optimizer.lr for config in configs[:2]] == [1e-4, 7e-4]
+    printed = ibq("ablate", mine, "--out", tmp_path / "out", "--dry-run").succeeded().out
+    assert re.findall(r"-m trainer (\S+)", printed) == [cell.recipe for cell in cells]
+    assert configs[2].model.code_dim == 8 and {config.trainer.max_steps for config in configs} == {3}
 
 
 def test_the_commands_settings_win_over_the_rows_and_those_over_the_tables(tmp_path):

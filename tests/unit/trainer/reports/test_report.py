@@ -8,11 +8,14 @@ import pytest
 from comparing import refusal
 from omegaconf import OmegaConf
 from PIL import Image
+from support import images, tokenizer_task
 
 from trainer import TrainerError
-from trainer.reports.charts import Chart, Point, draw_chart
+from trainer.reports.charts import IMAGE_TERMS, OTHER_TERMS, Chart, Point, draw_chart
 from trainer.reports.report import read_metrics, training_seconds, write_report
 from trainer.reports.sections import verdict
+from trainer.tasks.gradient_balance import IMAGE_TERMS as TERMS_OF_THE_IMAGE
+from trainer.tasks.gradient_balance import PLACES
 
 EVALUATION = {
     "psnr": 20.61, "ssim": 0.61, "l1": 0.12, "usage": 0.79, "perplexity": 410.2, "baseline_mean_color_psnr": 13.2,
@@ -121,6 +124,40 @@ def test_a_run_that_has_hardly_begun_is_reported_too(run):
     assert "Not evaluated yet" in page.text and "ibq evaluate reconstruction" in page.text
     assert "Nothing was logged" in page.text
     assert page.charts == [] and page.images == []
+
+
+def gradients(world) -> dict[str, float]:
+    """What a step logs of them. All terms but the perceptual one, whose weights are not at hand."""
+    task = tokenizer_task(world, trainer__log_gradient_balance=True, trainer__log_every_steps=1)
+    scalars = task.step([images()], 0).scalars
+    return {name: norm for name, norm in scalars.items() if name.startswith("gradient/")}
+
+
+def test_logged_gradients_are_drawn_by_place(world, run):
+    norms = gradients(world)
+    lines = [json.dumps({"step": step} | {name: step * norm for name, norm in norms.items()}) for step in (1, 2, 3)]
+    (run / "metrics.jsonl").write_text("\n".join(lines) + "\n")
+    html = write_report(run).read_text()
+    charts = {label.split(" over ")[0]: label.split(": ", 1)[1] for label in Page(html).charts}
+    assert list(charts) == [f"Gradient at the {place}" for place in PLACES]
+    assert html.index("Gradient at the features") < html.index("More curves") < html.index("Gradient at the codes")
+    labels = {
+        "reconstruction": "L1",
+        "generator": "adversarial",
+        "quantizer": "VQ losses",
+        "entropy": "entropy penalty",
+    }
+    assert {name.rpartition("/")[2] for name in norms} == set(labels)
+    assert set(labels) | {"perceptual"} == {*IMAGE_TERMS, *OTHER_TERMS} and set(IMAGE_TERMS) == set(TERMS_OF_THE_IMAGE)
+    for place, spoken in zip(PLACES, charts.values(), strict=True):
+        curves = dict(curve.split(" from ") for curve in spoken.split("; "))
+        assert list(curves) == list(labels.values())
+        for term, label in labels.items():
+            first = float(curves[label].split(" at step 1 to ")[0])
+            assert first == pytest.approx(norms[f"gradient/{place}/{term}"], rel=0.01), (place, term)
+    assert html.count("(log scale)") == 3
+    drawn = re.findall(r'<polyline class="([^"]+)"[^>]*><title>([^<]+)', html)
+    assert drawn == 3 * list(zip(("c0", "c1", "c2 dashed", "c3 dashed"), labels.values(), strict=True))
 
 
 @pytest.mark.parametrize(
