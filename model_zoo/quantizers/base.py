@@ -111,7 +111,8 @@ class Quantizer(nn.Module):
         return index
 
     def settings(self) -> str:
-        """What decides, besides tensors, which code a feature gets; part of `Tokenizer.fingerprint`."""
+        """What decides, besides tensors, which code a feature gets; part of `Tokenizer.fingerprint`. Empty for the
+        largest dot product with a code of a table, and where no other quantizer has the same tensors."""
         return ""
 
     def forward(self, z_bdhw: Tensor, entropy_temperature: float | None = None) -> Quantized:
