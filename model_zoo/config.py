@@ -77,8 +77,9 @@ class TokenizerConfig:
     bound: str = field(default="tanh", metadata={"choices": ("tanh", "ifsq")})
     # vq_ema: decay of the moving averages that are its codes.
     codebook_decay: float = field(default=0.99, metadata={"at_least": 0, "below": 1})
-    # vq_ema: codes that fewer tokens a step choose (as a moving average) restart at random features; 0 disables it. It
-    # must be well below the mean, which is a step's tokens divided by the codes.
+    # vq_ema: codes that fewer tokens a step choose (as a moving average) restart at random features, from step
+    # 1 / (1 - codebook_decay) on; 0 disables it. It must be well below the mean, which is a step's tokens divided by the
+    # codes.
     restart_below: float = field(default=0.0, metadata={"at_least": 0})
     # The projector of vqbridge: codes that form one token of its transformer; the transformer's width, number of blocks
     # and of attention heads.
