@@ -15,7 +15,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from model_zoo.config import WITHOUT_CODEBOOK, TokenizerConfig, broken_rule
+from model_zoo.config import WITH_CODEBOOK, TokenizerConfig, broken_rule
 from trainer import TrainerError
 from trainer.config import GeneratorRun, RunConfig, TokenizerRun
 from trainer.files import complete_file
@@ -231,7 +231,7 @@ def _check_tokenizer(config: TokenizerRun) -> None:
         raise TrainerError(f"data.content={config.data.content}: a tokenizer learns from images; leave it out")
     if not model.channel_multipliers:
         raise TrainerError("model.channel_multipliers=[] must have at least one level")
-    if model.codebook_init == "features" and model.code_dim < 2 and model.quantizer not in WITHOUT_CODEBOOK:
+    if model.codebook_init == "features" and model.code_dim < 2 and model.quantizer in WITH_CODEBOOK:
         raise TrainerError("model.codebook_init=features needs a model.code_dim of 2 or more: use normal")
     for key, quantizers in KEYS_OF_QUANTIZERS.items():
         if getattr(model, key) != getattr(TokenizerConfig(), key) and model.quantizer not in quantizers:

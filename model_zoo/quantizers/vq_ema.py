@@ -33,10 +33,10 @@ class MovingAverageQuantizer(VectorQuantizer):
     are drawn depends on the number of the update and on the order of the global batch alone, so it does not depend on
     the number of ranks, and a resumed run draws the same.
 
-    The first 1 / (1 - gamma) steps (100 with gamma = 0.99) restart no code. N starts at 1 whatever the codes are, so that
-    it only then tells how often a code is chosen; before, restarts would replace good codes, such as those of a source of
-    fine-tuning. The source's own N is not used: it depends on the tokens of a step there, and exports do not have it. The
-    number of updates is part of `statistics`, so that a resumed run does not wait again.
+    The first 1 / (1 - gamma) steps (100 with gamma = 0.99) restart no code. N starts at 1 whatever the codes are, and
+    tells only after these steps how often a code is chosen. Earlier restarts would replace good codes, such as those
+    that fine-tuning loads. The N of the source is not used: it depends on the tokens of a step there, and exports do
+    not have it. The number of updates is part of `statistics`, so that a resumed run does not wait again.
 
     In a training loop of your own call `after_step` after each step: features are kept until then.
     """

@@ -67,13 +67,19 @@ class CodebookHealth:
 
     ``usage`` covers a sliding window of WINDOW_TOKENS tokens per code. A code of average frequency is absent from such
     a window with a probability of one in a million, so an absent code counts as dead.
+
+    start_steps: codes that start at one place come into use one after another, and their low usage means no collapse.
+    The alarm waits this many steps, or until the usage has passed COLLAPSED_USAGE.
     """
 
     WINDOW_TOKENS = 16
     COLLAPSED_SHARE = 0.5  # of the best usage so far
     COLLAPSED_USAGE = 0.1
 
-    def __init__(self, codebook_size: int, tokens_per_step: int, device: torch.device | str = "cpu"):
+    def __init__(
+        self, codebook_size: int, tokens_per_step: int, device: torch.device | str = "cpu", start_steps: int = 0
+    ):
+        self.start_steps = start_steps
         self.window_steps = -(-self.WINDOW_TOKENS * codebook_size // tokens_per_step)
         self.recent = CodebookUsage(codebook_size, device)  # of this rank, since the last `read`
         self.since_start = CodebookUsage(codebook_size, device)  # of all ranks
@@ -102,7 +108,8 @@ class CodebookHealth:
         if step + 1 >= self.window_steps:
             self.best_usage.clamp_(min=usage)
             best = float(self.best_usage)
-            if usage < self.COLLAPSED_SHARE * best or usage < self.COLLAPSED_USAGE:
+            starting = step < self.start_steps and best < self.COLLAPSED_USAGE
+            if not starting and (usage < self.COLLAPSED_SHARE * best or usage < self.COLLAPSED_USAGE):
                 self.alarm = (
                     f"codebook usage is {usage:.1%} (best so far {best:.1%}) over the last {self.window_steps} steps: "
                     "it collapses; lower optimizer.lr, or (ibq) raise trainer.global_batch_size or loss.entropy.weight"

@@ -27,7 +27,7 @@ from trainer.precision import LossScale
 from trainer.tasks.adversarial import Adversary
 from trainer.tasks.base import PICTURES, Step, StepMetrics, Task, Validation, row_of_pictures
 from trainer.tasks.building import build_engines
-from trainer.tasks.gradient_balance import UNMEASURABLE, GradientBalance
+from trainer.tasks.gradient_balance import GradientBalance, unmeasurable
 from trainer.tasks.initialization import load_initial_weights, place_codes_among_features, read_codes
 
 
@@ -68,16 +68,20 @@ class TokenizerTask(Task):
             buffers=self._buffers,
             is_main=world.is_main,
         )
-        tokens = max(1, (config.data.image_size // self.tokenizer.downsampling_factor) ** 2)
+        self.tokens_per_step = config.trainer.global_batch_size * max(
+            1, (config.data.image_size // self.tokenizer.downsampling_factor) ** 2
+        )
         counted = self.tokenizer.quantize.counted_codes
-        self.health = CodebookHealth(counted, tokens * config.trainer.global_batch_size, world.device)
+        start_steps = self.tokenizer.quantize.start_updates
+        if start_steps:
+            start_steps += config.schedule.warmup_steps  # updates are small until then
+        self.health = CodebookHealth(counted, self.tokens_per_step, world.device, start_steps)
         self.feature_moments: Tensor | float = 0.0  # of this rank's features in the last step
         self.entropy_temperature = None  # None: the quantizer computes no entropies
         if config.loss.entropy.weight > 0 and self.tokenizer.quantize.has_entropy and not self.codes_frozen:
             self.entropy_temperature = config.loss.entropy.temperature
-        # Engines that gather weights do so in hooks, which the extra backward passes would trigger.
-        measurable = not (self.main_engine.forwards_together or config.trainer.compile or self.codes_frozen)
-        self.balance = GradientBalance(config.trainer, self.tokenizer, self.groups) if measurable else None
+        self.unmeasurable = unmeasurable(config, self.main_engine)
+        self.balance = None if self.unmeasurable else GradientBalance(config.trainer, self.tokenizer, self.groups)
         if config.trainer.compile:
             networks = [self.tokenizer.encoder, self.tokenizer.decoder] if self.codes_frozen else [self.tokenizer]
             if self.adversary.engine:
@@ -109,13 +113,22 @@ class TokenizerTask(Task):
             raise TrainerError(f"trainer.quantizer_impl={impl}: {error}") from error
 
     def check_settings(self) -> None:
-        """Raises TrainerError for image sizes that do not divide into tokens or are too small for a network."""
-        if self.config.trainer.log_gradient_balance and not self.balance:
-            raise TrainerError(UNMEASURABLE)
+        """Raises TrainerError for image sizes that do not divide into tokens or are too small for a network, and for
+        restarts of all codes in every step."""
+        if self.config.trainer.log_gradient_balance and self.unmeasurable:
+            raise TrainerError(f"trainer.log_gradient_balance=true {self.unmeasurable}")
         data, factor = self.config.data, self.tokenizer.downsampling_factor
         for key, side in (("image_size", data.image_size), ("val_image_size", data.val_image_size)):
             if side is not None and side % factor:
                 raise TrainerError(f"data.{key}={side} must be a multiple of {factor}, the pixels of a token's side")
+        model = self.config.model
+        mean = self.tokens_per_step / model.codebook_size
+        if model.restart_below > mean and not self.codes_frozen:
+            raise TrainerError(
+                f"model.restart_below={model.restart_below:g} is above the {mean:.4g} tokens that choose a code on "
+                f"average (a step has {self.tokens_per_step:,} tokens for {model.codebook_size:,} codes), so that "
+                f"nearly every code would restart in each step: give {mean / 4:.4g} or less"
+            )
         least = {
             "the discriminator (fewer discriminator.layers need less)": (
                 self.adversary.engine.module.smallest_side if self.adversary.engine else 0

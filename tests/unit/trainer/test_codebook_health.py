@@ -56,6 +56,21 @@ def test_no_alarm_before_the_window_is_full_but_then_for_a_codebook_that_never_c
         assert bool(watched.alarm) == (step == 3)
 
 
+def test_codes_that_start_at_one_place_have_time_to_come_into_use():
+    def alarms(usages: list[int], start_steps: int) -> list[bool]:
+        watched, found = CodebookHealth(40, 640, start_steps=start_steps), []  # a window of 1 step
+        for step, used in enumerate(usages):
+            watched.update(torch.arange(used), step)
+            watched.read(step)
+            found.append(bool(watched.alarm))
+        return found
+
+    assert alarms([1, 2, 1, 8, 20], 10) == [False] * 5
+    assert alarms([1, 2, 1, 8, 20], 0) == [True] * 3 + [False] * 2
+    assert alarms([1] * 5, 3) == [False] * 3 + [True] * 2  # they never came into use
+    assert alarms([1, 8, 3, 20], 10) == [False, False, True, False]  # they did, and collapsed within the time
+
+
 def test_a_resumed_run_goes_on_counting():
     straight, stopped = health(), health()
     for step in range(3):

@@ -5,8 +5,10 @@ import torch
 from comparing import refusal
 
 from model_zoo import ModelError, Tokenizer
-from model_zoo.config import DiscriminatorLoss, GeneratorLoss, Sampling, broken_rule
+from model_zoo.config import WITH_CODEBOOK, DiscriminatorLoss, GeneratorLoss, Sampling, broken_rule
 from model_zoo.losses import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES
+from model_zoo.quantizers.base import CodebookQuantizer
+from model_zoo.quantizers.registry import QUANTIZERS
 from model_zoo.sampler import SCHEDULES
 from model_zoo.transformer import Transformer
 from trainer import TrainerError
@@ -378,6 +380,17 @@ def test_a_run_of_before_codes_began_among_the_features_is_one_of_normal(recipe,
 
 def test_codes_of_one_dimension_may_begin_as_normal_ones(recipe):
     load_recipe(recipe(), ["model.code_dim=1", "model.codebook_init=normal"])
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_the_start_of_a_codebook_matters_where_there_is_one(recipe, quantizer):
+    """model.codebook_init=features, the default, needs two dimensions, and has an effect on learned codes alone."""
+    changes = [f"model.quantizer={quantizer}", "model.code_dim=1"]
+    assert (quantizer in WITH_CODEBOOK) == issubclass(QUANTIZERS[quantizer], CodebookQuantizer)
+    if quantizer in WITH_CODEBOOK:
+        assert "model.code_dim of 2 or more" in refused(recipe(), *changes)
+    else:
+        load_recipe(recipe(), changes)
 
 
 def test_lists_of_two_configurations_are_not_shared(recipe):
