@@ -71,11 +71,12 @@ class TokenizerTask(Task):
         self.tokens_per_step = config.trainer.global_batch_size * max(
             1, (config.data.image_size // self.tokenizer.downsampling_factor) ** 2
         )
-        counted = self.tokenizer.quantize.counted_codes
         start_steps = self.tokenizer.quantize.start_updates
         if start_steps:
             start_steps += config.schedule.warmup_steps  # updates are small until then
-        self.health = CodebookHealth(counted, self.tokens_per_step, world.device, start_steps)
+        sizes = self.tokenizer.quantize.counted_sizes
+        self.health = CodebookHealth(sizes, self.tokens_per_step, world.device, start_steps)
+        self.counted_prefix = "group_" if self.tokenizer.quantize.counts_groups else ""  # of names of scalars
         self.feature_moments: Tensor | float = 0.0  # of this rank's features in the last step
         self.entropy_temperature = None  # None: the quantizer computes no entropies
         if config.loss.entropy.weight > 0 and self.tokenizer.quantize.has_entropy and not self.codes_frozen:
@@ -278,7 +279,7 @@ class TokenizerTask(Task):
     @torch.no_grad()
     def scalars(self, step: int) -> dict[str, float]:
         """The codebook's health."""
-        health = self.health.read(step)
+        health = {f"{self.counted_prefix}{name}": value for name, value in self.health.read(step).items()}
         if self.codebook:
             codes = moments(self.tokenizer.quantize.codes())
             if self.groups.shard:
@@ -335,7 +336,8 @@ class TokenizerTask(Task):
             return Validation({}, {}, [])
         drawn = {"reconstructions": row_of_pictures(torch.stack(pictures))} if pictures else {}
         psnr_mean, l1_mean = (sums[:2] / sums[2]).tolist()
-        return Validation({"val/psnr": psnr_mean, "val/l1": l1_mean, "val/usage": usage.usage()}, drawn, [])
+        used = {f"val/{self.counted_prefix}usage": usage.usage()}
+        return Validation({"val/psnr": psnr_mean, "val/l1": l1_mean, **used}, drawn, [])
 
     def describe(self) -> list[str]:
         model, init_from = self.config.model, self.config.init_from

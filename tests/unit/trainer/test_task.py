@@ -462,6 +462,27 @@ def test_a_start_that_is_another_stays_as_it_is(build, changes):
     assert equal(weights(task.tokenizer), before)
 
 
+def test_usage_of_groups_has_names_of_its_own(build):
+    huge = {"model__quantizer": "bsq", "model__codebook_size": 2**32, "model__code_dim": 32}
+    for changes, there, absent in (
+        (huge, "codebook/group_usage", "codebook/usage"),
+        ({"model__quantizer": "bsq", "model__codebook_size": 2**18, "model__code_dim": 18}, "codebook/usage", None),
+    ):
+        task = build(**changes)
+        task.step([images()], 0)
+        scalars = task.scalars(0)
+        assert there in scalars and absent not in scalars
+        names = {name.removeprefix("codebook/") for name in scalars}
+        assert {name.removeprefix("group_") for name in names} == {
+            "usage",
+            "usage_since_start",
+            "dead_codes",
+            "perplexity",
+        }
+    # Of 128 tokens few of 2^18 codes are chosen; each bit, as a group of its own, has both values.
+    assert scalars["codebook/usage"] <= 128 / 2**18
+
+
 @pytest.mark.parametrize("warmup_steps", [0, 20])
 def test_codes_of_vqbridge_which_start_at_zero_raise_no_alarm(build, warmup_steps):
     changes = {"model__quantizer": "vqbridge", "model__bridge_group": 4, "model__codebook_size": 64}
