@@ -22,6 +22,7 @@ from trainer.files import complete_file
 
 TASKS = {"tokenizer": TokenizerRun, "generator": GeneratorRun}
 EVALUATION = "evaluation"  # the folder of recipes for evaluations
+MOST_VOCABULARY = 2**24  # as `data.tokens.MOST_CODES`, which is not imported here because it needs numpy
 ABLATIONS = "ablations"  # the folder of recipes for ablations
 # Former names of keys and sections (with all keys of the section), and of values.
 RENAMED_KEYS = {"trainer.keep_checkpoints": "trainer.keep_last", "start": "init_from"}
@@ -208,6 +209,11 @@ def _check(config: RunConfig) -> None:
         raise TrainerError(f"optimizer.betas={config.optimizer.betas} must be two numbers")
     if isinstance(config, TokenizerRun):
         _check_tokenizer(config)
+    elif config.model.vocabulary > MOST_VOCABULARY:
+        raise TrainerError(
+            f"model.vocabulary={config.model.vocabulary} must be at most {MOST_VOCABULARY} (2^24), the codes that "
+            "token shards hold: train on a tokenizer of fewer codes"
+        )
 
 
 # Keys of `TokenizerConfig` that only these quantizers use.

@@ -310,6 +310,7 @@ def test_mistakes_in_a_tokenizers_recipe(recipe, changes, said):
     ("changes", "said"),
     [
         (["sampling.top_p=0"], "top_p 0"),
+        (["model.vocabulary=4294967296"], "model.vocabulary=4294967296 must be at most 16777216"),
         (["sampling.guidance=-1"], "guidance -1"),
         (["codebook_parallel=2"], "unknown key codebook_parallel"),
         (["start.source=x"], "unknown key start"),
