@@ -62,6 +62,8 @@ class Quantizer(nn.Module):
     # Whether the quantizer works with a sharded codebook, and with normalized features and codes.
     shards: bool = False
     normalizes: bool = False
+    # Whether `after_step` moves the codes, which the optimizer does not train.
+    moves_codes: bool = False
     # Updates within which codes that all start at one place come into use; 0 for codes that start apart.
     start_updates: int = 0
     # Implementation of index backpropagation, see `model_zoo.ops.index_backprop`; None for quantizers without it.

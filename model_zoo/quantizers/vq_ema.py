@@ -43,6 +43,7 @@ class MovingAverageQuantizer(VectorQuantizer):
 
     shards = False
     normalizes = False
+    moves_codes = True
 
     def __init__(self, config: TokenizerConfig, shard: CodebookShard | None = None):
         super().__init__(config, shard)

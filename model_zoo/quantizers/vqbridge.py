@@ -1,4 +1,4 @@
-"""VQBridge, of FVQ: a trained table that passes a transformer (arXiv 2509.10140), a rival of IBQ."""
+"""VQBridge, of FVQ: a trained table that passes a transformer (arXiv 2509.10140), a baseline."""
 
 import math
 

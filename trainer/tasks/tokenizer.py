@@ -372,10 +372,11 @@ class TokenizerTask(Task):
     def frozen_bytes(self) -> dict[str, int]:
         sizes = {"LPIPS, frozen": sum(p.nbytes for p in self.perceptual.parameters())} if self.perceptual else {}
         for name, network in self.state.frozen.items():
-            # The table of some quantizers is always frozen, also where the decoder is.
-            part = "codebook" if name == "codebook" and not self.codes_frozen else self.config.init_from.freeze
-            held = sum(shard.values.nbytes for shard in network.engine.weights())
-            sizes[f"{part}, frozen"] = sizes.get(f"{part}, frozen", 0) + held
+            # The table of some quantizers is never trained by the optimizer, also where the decoder is frozen.
+            title = f"{self.config.init_from.freeze}, frozen"
+            if name == "codebook" and not self.codes_frozen:
+                title = "codebook, moving averages" if self.tokenizer.quantize.moves_codes else "codebook, frozen"
+            sizes[title] = sizes.get(title, 0) + sum(shard.values.nbytes for shard in network.engine.weights())
         if statistics := self.tokenizer.quantize.statistics():
             sizes["statistics of the codes"] = sum(value.nbytes for value in statistics.values())
         return sizes

@@ -507,6 +507,22 @@ def test_restarts_of_all_codes_in_each_step_are_refused(build):
     build(**changes, model__restart_below=2.5, init_from__freeze="encoder").check_settings()  # codes that never restart
 
 
+@pytest.mark.parametrize(
+    ("changes", "titles"),
+    [
+        ({"model__quantizer": "vq_ema"}, ["codebook, moving averages", "statistics of the codes"]),
+        (
+            {"model__quantizer": "vq_ema", "init_from__freeze": "encoder"},
+            ["encoder, frozen", "statistics of the codes"],
+        ),
+        ({"model__quantizer": "simvq"}, ["codebook, frozen"]),
+        ({"model__quantizer": "vq"}, []),
+    ],
+)
+def test_the_dry_run_tells_how_a_codebook_is_held(build, changes, titles):
+    assert list(build(**changes).frozen_bytes()) == titles
+
+
 def test_same_seed_same_start_and_another_seed_another(build):
     first, same, other = build(seed=1), build(seed=1), build(seed=2)
     for module in (attrgetter("tokenizer"), attrgetter("adversary.engine.module")):
