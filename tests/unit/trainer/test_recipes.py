@@ -3,6 +3,7 @@ import dataclasses
 import pytest
 import torch
 from comparing import refusal
+from omegaconf import OmegaConf
 
 from model_zoo import ModelError, Tokenizer
 from model_zoo.config import WITH_CODEBOOK, DiscriminatorLoss, GeneratorLoss, Sampling, broken_rule
@@ -13,7 +14,7 @@ from model_zoo.sampler import SCHEDULES
 from model_zoo.transformer import Transformer
 from trainer import TrainerError
 from trainer.config import GeneratorRun, InitFromConfig, RunConfig, TokenizerRun
-from trainer.recipes import KEYS_OF_QUANTIZERS, TASKS, load_recipe, load_run_config, recipe_paths, save_config
+from trainer.recipes import KEYS_OF_QUANTIZERS, TASKS, leaves, load_recipe, load_run_config, recipe_paths, save_config
 
 SMALLEST = "trainer: {max_steps: 10, global_batch_size: 4}\n"
 
@@ -377,6 +378,15 @@ def test_a_run_of_before_codes_began_among_the_features_is_one_of_normal(recipe,
     text = (tmp_path / "config.yaml").read_text()
     (tmp_path / "config.yaml").write_text(text.replace("  codebook_init: features\n", ""))
     assert load_run_config(tmp_path, []).model.codebook_init == "normal"
+
+
+def test_what_the_cosine_recipe_says_differs_from_vqgan_is_what_differs():
+    found = [OmegaConf.structured(load_recipe(name, [])) for name in ("cosine_vq_16384", "vqgan_16384")]
+    differing = {key for key in leaves(found[0]) if len({str(OmegaConf.select(config, key)) for config in found}) == 2}
+    quantizer = {"model.normalize", "model.code_dim", "model.codebook_init_std"}
+    assert differing == {*quantizer, "loss.quantizer.form"}
+    text = recipe_paths()["cosine_vq_16384"].read_text(encoding="utf-8")
+    assert "the form of" in text and "quantizer alone" not in text
 
 
 def test_codes_of_one_dimension_may_begin_as_normal_ones(recipe):
