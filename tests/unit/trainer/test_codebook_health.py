@@ -117,3 +117,10 @@ def test_the_alarm_is_said_when_it_begins_and_when_it_ends(tmp_path, capsys):
         "ALARM at step 2: usage is 3%",
         "step 4: codebook usage has recovered",
     ]
+
+
+def test_the_terminal_tells_usage_of_groups_from_usage_of_codes(tmp_path, capsys):
+    for name, said in (("usage", "codes 3%"), ("group_usage", "usage of groups 3%")):
+        with RunTelemetry(tmp_path / name, 0, 1) as telemetry:
+            telemetry.log(1, {f"codebook/{name}": 0.03})
+        assert said in capsys.readouterr().err
