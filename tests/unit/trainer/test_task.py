@@ -483,6 +483,15 @@ def test_usage_of_groups_has_names_of_its_own(build):
     assert scalars["codebook/usage"] <= 128 / 2**18
 
 
+def test_validation_images_of_a_folder_have_the_classes_of_training(build, tmp_path):
+    for name in ("b", "a"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(images()[0].movedim(0, -1).numpy()).save(tmp_path / name / "x.png")
+    for source, labels in (("imagenet", [0, 1]), ("mine", [None, None])):  # imagenet has a folder for each class
+        task = build(data__val=str(tmp_path), data__sources=[{"name": source, "root": str(tmp_path)}])
+        assert [image.label for image in task.validation_images(16)] == labels
+
+
 @pytest.mark.parametrize("warmup_steps", [0, 20])
 def test_codes_of_vqbridge_which_start_at_zero_raise_no_alarm(build, warmup_steps):
     changes = {"model__quantizer": "vqbridge", "model__bridge_group": 4, "model__codebook_size": 64}
