@@ -20,7 +20,7 @@ _DEFINED_IN = {
         "evaluation_images",
         "evaluation_tokens",
     ),
-    "data.loader": ("Batch", "TrainStream", "access_of", "check", "token_header", "train_batches"),
+    "data.loader": ("Batch", "TrainStream", "access_of", "check", "class_from_folder", "token_header", "train_batches"),
     "data.prep.pack": ("PackReport", "pack"),
     "data.samples": ("Skipped",),
     "data.shards": ("expand",),

@@ -23,7 +23,7 @@ PREFETCHED_PER_THREAD = 4  # samples that each thread decodes ahead
 
 class EvaluationImage(NamedTuple):
     """key: the sample's key, or the file's path in its folder; image_chw: uint8 (3, h, w); index: number in the set;
-    label: the class in its .cls, or None."""
+    label: the class in its .cls, or of its class folder, or None."""
 
     key: str
     image_chw: torch.Tensor
@@ -49,9 +49,15 @@ class _OrderedSamples:
     """
 
     def __init__(
-        self, path: str | list[str], shard: tuple[int, int], access: Access | None, block: int = 1, threads: int = 0
+        self,
+        path: str | list[str],
+        shard: tuple[int, int],
+        access: Access | None,
+        block: int = 1,
+        threads: int = 0,
+        class_from_folder: bool = False,
     ):
-        self.shards = _shards(path, access or Access())
+        self.shards = _shards(path, access or Access(), class_from_folder)
         entries = [(one, index) for one in self.shards for index in range(len(one))]
         first, count = shard
         self.entries = [(index, *entry) for index, entry in enumerate(entries) if index // block % count == first]
@@ -80,7 +86,7 @@ class _OrderedSamples:
             key, name = shard.images[number].as_posix(), f"{shard.url}/{shard.images[number].as_posix()}"
         try:
             if isinstance(shard, FolderShard):
-                sample = Sample(key, {Path(key).suffix.lower().lstrip("."): Path(name).read_bytes()})
+                sample = shard.load(number)
             else:
                 sample = shard.read(number)
                 key = sample.key
@@ -100,6 +106,8 @@ class EvaluationImages(_OrderedSamples):
     image_size: shorter side and centre crop in pixels by the protocol `resize`; None keeps the original size.
     shard: (index, count): only this part of the set, `block` images in turn. access: how remote tars are read; without
     a cache they are copied to `cache_folder()`. threads: threads that decode ahead; 0: decode on request.
+    class_from_folder: the class of an image is its top sub-folder, as for training (`FolderShard`), in a folder where
+    every image has one.
     """
 
     def __init__(
@@ -112,11 +120,12 @@ class EvaluationImages(_OrderedSamples):
         access: Access | None = None,
         block: int = 1,
         threads: int = 0,
+        class_from_folder: bool = False,
     ):
         if image_size is not None and image_size < 1:
             raise DataError(f"image size {image_size} must be at least 1 pixel")
         self.image_size, self.resize = image_size, resize_named(resize)
-        super().__init__(path, shard, access, block, threads)
+        super().__init__(path, shard, access, block, threads, class_from_folder)
 
     def _value(self, sample: Sample, index: int) -> EvaluationImage:
         image = decode(sample.image())
@@ -145,11 +154,12 @@ class EvaluationTokens(_OrderedSamples):
         return EvaluationToken(sample.key, index_t, label_of(sample.members, TOKENS), index)
 
 
-def _shards(path: str | list[str], access: Access) -> list[Shard]:
+def _shards(path: str | list[str], access: Access, class_from_folder: bool) -> list[Shard]:
     if isinstance(path, (str, os.PathLike)) and os.path.isfile(path) and is_image(str(path)):
         return [FolderShard(os.path.dirname(path) or ".", [Path(os.path.basename(path))])]
-    if isinstance(path, (str, os.PathLike)) and os.path.isdir(path) and find_images(Path(path)):
-        return [folder_shard(str(path))]
+    if isinstance(path, (str, os.PathLike)) and os.path.isdir(path) and (images := find_images(Path(path))):
+        has_classes = class_from_folder and all(len(image.parts) > 1 for image in images)
+        return [folder_shard(str(path), has_classes)]
     if access.cache is None:  # samples are read by their position, so remote tars need copies or an index
         access = access._replace(cache=Cache(cache_folder() / "shards", CACHE_BYTES, access.timeouts))
     source = open_source(SourceConfig(name="evaluation", root=path), access, scan_all=True)

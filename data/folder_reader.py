@@ -5,11 +5,17 @@ import os
 import zipfile
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePath, PurePosixPath
 
 from data.errors import DataError, ImageError
 from data.samples import IMAGE_SUFFIXES, Sample, Window, WindowLimit, is_image
 from data.transforms import MAX_BYTES
+
+
+def is_hidden(path: PurePath) -> bool:
+    """Whether a path in a folder or a zip file is left out: it, or a folder of it, begins with a dot, or it lies in the
+    folder ``__MACOSX``, in which macOS keeps metadata of the files of a zip file."""
+    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
 
 
 def find_images(folder: Path) -> list[Path]:
@@ -18,8 +24,8 @@ def find_images(folder: Path) -> list[Path]:
         raise DataError(f"no such folder: {folder}")
     found = []
     for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        images = (name for name in names if is_image(Path(name).suffix) and not name.startswith("."))
+        folders[:] = [name for name in folders if not is_hidden(Path(name))]
+        images = (name for name in names if is_image(Path(name).suffix) and not is_hidden(Path(name)))
         found += [(Path(parent) / name).relative_to(folder) for name in images]
     return sorted(found, key=lambda path: path.as_posix())
 
@@ -65,15 +71,21 @@ class FolderShard(_ListedShard):
         return len(self.images)
 
     def read(self, index: int) -> Sample:
+        """Raises DataError for a file that cannot be read."""
+        try:
+            return self.load(index)
+        except OSError as error:
+            path = Path(self.url) / self.images[index]
+            raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+
+    def load(self, index: int) -> Sample:
+        """Raises OSError for a file that cannot be read."""
         relative = self.images[index]
         path = Path(self.url) / relative
-        try:
-            members = {path.suffix.lower().lstrip("."): path.read_bytes()}
-            for suffix in ("txt", "cls", "json"):
-                if (beside := path.with_suffix(f".{suffix}")).exists():
-                    members[suffix] = beside.read_bytes()
-        except OSError as error:
-            raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+        members = {path.suffix.lower().lstrip("."): path.read_bytes()}
+        for suffix in ("txt", "cls", "json"):
+            if (beside := path.with_suffix(f".{suffix}")).exists():
+                members[suffix] = beside.read_bytes()
         if self.classes is not None:
             members["cls"] = str(self.classes[relative.parts[0]]).encode()
         return Sample(relative.as_posix(), members)
@@ -121,14 +133,10 @@ class ZipShard(_ListedShard):
 def zip_shard(path: str) -> ZipShard:
     """Raises DataError for a file that is not a zip file, or has no images."""
     with open_zip(path) as file:
-        names = sorted(name for name in file.namelist() if is_image(name) and not _is_hidden(name))
+        names = sorted(name for name in file.namelist() if is_image(name) and not is_hidden(PurePosixPath(name)))
     if not names:
         raise DataError(f"no {', '.join(IMAGE_SUFFIXES)} in {path}: name a zip file of images")
     return ZipShard(path, names)
-
-
-def _is_hidden(name: str) -> bool:
-    return name.startswith("__MACOSX/") or any(part.startswith(".") for part in name.split("/"))
 
 
 def open_zip(path: str | Path) -> zipfile.ZipFile:

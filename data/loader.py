@@ -16,7 +16,7 @@ from data.evaluation import evaluation_images, evaluation_tokens
 from data.reader import LaneReader, ReadSamples, SampleInfo
 from data.sampler import LaneAssignment, default_lanes, divides
 from data.samples import Skipped, WindowLimit
-from data.sources import Source, check_names, describe, is_among, open_shards, open_source
+from data.sources import Source, check_names, describe, is_among, layout_of, open_shards, open_source
 from data.storage import Timeouts
 from data.stream_state import Totals, add_totals, restore, stream_identity
 from data.tokens import TokenHeader, TokenSpec, TokenTransform, check_tokens, first_header
@@ -253,7 +253,8 @@ def check(
         evaluation_tokens(config.val, tokens, access=access_of(config))
     else:
         side = config.val_image_size or config.image_size
-        evaluation_images(config.val, image_size=side, resize=config.resize, access=access_of(config))
+        options = {"access": access_of(config), "class_from_folder": class_from_folder(config)}
+        evaluation_images(config.val, image_size=side, resize=config.resize, **options)
 
 
 def token_header(config: DataConfig) -> TokenHeader:
@@ -262,6 +263,11 @@ def token_header(config: DataConfig) -> TokenHeader:
     shards = open_shards(one, access, allow_pipes=config.allow_pipes, quarantine=frozenset(config.quarantine))
     kept = [shard for shard in shards if not is_among(shard.url, frozenset(config.quarantine))]
     return first_header(kept, f"source {one.name}")
+
+
+def class_from_folder(config: DataConfig) -> bool:
+    """Whether a source of a `data` section takes the class of an image from its folder; ``data.val`` then does, too."""
+    return any(layout_of(one).label == "folder" for one in _configs(config))
 
 
 def access_of(config: DataConfig) -> Access:

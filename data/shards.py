@@ -16,7 +16,7 @@ from data.addresses import is_remote, redacted, scheme_of
 from data.cache import cache_folder
 from data.errors import DataError
 from data.prep.pack import pack
-from data.storage import list_tars
+from data.storage import DEFAULT_TIMEOUTS, Timeouts, list_tars
 from data.tar_reader import PIPE
 
 LIST_SUFFIX = ".txt"
@@ -37,13 +37,13 @@ PHOTOGRAPH_SIDE = 256
 PHOTOGRAPH_QUALITY = 95  # JPEG decodes about three times as fast as PNG here
 
 
-def expand(spec: str | Iterable[str], *, allow_pipes: bool = False) -> list[str]:
+def expand(spec: str | Iterable[str], *, allow_pipes: bool = False, timeouts: Timeouts = DEFAULT_TIMEOUTS) -> list[str]:
     """The tars that `spec` names, as paths or URLs.
 
     spec: a folder (its *.tar, sorted), one tar, a brace pattern, a glob, an http(s), s3 or gs URL with or without
         braces, a folder in s3 or gs, a .txt file that lists one of these in each line, `bundled:train` or `bundled:val`
         (the photographs in scikit-image's wheel), or a list of these.
-    allow_pipes: also accept `pipe:COMMAND`, which runs a shell.
+    allow_pipes: also accept `pipe:COMMAND`, which runs a shell. timeouts: of listing a folder in s3 or gs.
     Raises DataError that names the part without tars.
     """
     if spec is None:
@@ -53,7 +53,7 @@ def expand(spec: str | Iterable[str], *, allow_pipes: bool = False) -> list[str]
     if isinstance(spec, (bytes, dict)) or not isinstance(spec, Iterable):
         raise DataError(f"{spec!r} names no data: give a path (./{spec}), a pattern in quotes or a list of these")
     if not isinstance(spec, str):
-        paths = [path for part in spec for path in expand(part, allow_pipes=allow_pipes)]
+        paths = [path for part in spec for path in expand(part, allow_pipes=allow_pipes, timeouts=timeouts)]
         if not paths:
             raise DataError("no data named: the list of tars is empty")
         return paths
@@ -64,25 +64,26 @@ def expand(spec: str | Iterable[str], *, allow_pipes: bool = False) -> list[str]
             raise DataError("pipe: runs a shell command: allow it with data.allow_pipes=true, if you trust the recipe")
         return _expand_braces(spec)
     if is_remote(spec):
-        return [url for expanded in _expand_braces(spec) for url in _remote_tars(expanded)]
-    return _local_tars(os.path.expanduser(spec), allow_pipes)  # the shell does not expand the ~ of data.train=~/tars
+        return [url for expanded in _expand_braces(spec) for url in _remote_tars(expanded, timeouts)]
+    # The shell does not expand the ~ of data.train=~/tars.
+    return _local_tars(os.path.expanduser(spec), allow_pipes, timeouts)
 
 
-def _remote_tars(url: str) -> list[str]:
+def _remote_tars(url: str, timeouts: Timeouts) -> list[str]:
     scheme_of(url)
     if re.split(r"[?#]", url)[0].endswith(".tar"):
         return [url]
-    return list_tars(url)
+    return list_tars(url, timeouts)
 
 
-def _local_tars(spec: str, allow_pipes: bool) -> list[str]:
+def _local_tars(spec: str, allow_pipes: bool, timeouts: Timeouts) -> list[str]:
     if os.path.isdir(spec):
         paths = sorted(str(path) for path in Path(spec).glob("*.tar") if path.is_file())
         if not paths:
             raise DataError(f"no *.tar in the folder {spec}: pack images with `ibq shards pack FOLDER --out {spec}`")
         return paths
     if os.path.isfile(spec) and spec.endswith(LIST_SUFFIX):
-        return expand(_read_list(spec), allow_pipes=allow_pipes)
+        return expand(_read_list(spec), allow_pipes=allow_pipes, timeouts=timeouts)
     if os.path.exists(spec):
         return [spec]
     paths = []

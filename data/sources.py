@@ -290,7 +290,7 @@ def open_shards(
         return [folder_shard(str(root), class_from_folder)]
     if is_zip(root):
         return [zip_shard(str(root))]
-    urls = expand(root, allow_pipes=allow_pipes)
+    urls = expand(root, allow_pipes=allow_pipes, timeouts=access.timeouts)
     shards = [TarShard(url, access=access) for url in urls]
     shared = common_root([url for url in urls if not url.startswith(PIPE)]) if urls else ""
     index = _index(config, shared)

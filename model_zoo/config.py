@@ -11,8 +11,9 @@ from typing import Any
 
 from model_zoo.errors import ModelError
 
-# Quantizers whose codes are given by a formula: they have no codebook that is initialized or trained.
-WITHOUT_CODEBOOK = ("lfq", "bsq", "fsq")
+# Quantizers whose code vectors are parameters, which ``codebook_init`` initializes. The codes of the others are given
+# by a formula, or are a function of a table.
+WITH_CODEBOOK = ("ibq", "vq", "vq_ema", "rotation_vq", "soft_vq")
 COMPARISONS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
 
@@ -59,9 +60,9 @@ class TokenizerConfig:
     patch_size: int = field(default=1, metadata={"at_least": 1})
     # Layer norm per position and no attention, so that a code depends only on its neighbourhood: for small models.
     local: bool = False
-    # How the codebook of ibq, vq and soft_vq is initialized. "features": from the features of the first step's images
-    # (`CodebookQuantizer.match_features`). "normal", as published: from normal(0, codebook_init_std^2); a model that is
-    # built outside training is initialized this way in either case.
+    # How the codebook of ibq, vq, vq_ema, rotation_vq and soft_vq is initialized. "features": from the features of the
+    # first step's images (`CodebookQuantizer.match_features`). "normal", as published: from normal(0,
+    # codebook_init_std^2); a model that is built outside training is initialized this way in either case.
     codebook_init: str = field(default="features", metadata={"choices": ("features", "normal")})
     codebook_init_std: float = field(default=1.0, metadata={"above": 0})  # only for "normal"
     # Divides features and codes by their norms, so that similarities are cosines (ibq, vq, rotation_vq).
@@ -78,8 +79,9 @@ class TokenizerConfig:
     bound: str = field(default="tanh", metadata={"choices": ("tanh", "ifsq")})
     # vq_ema: decay of the moving averages that are its codes.
     codebook_decay: float = field(default=0.99, metadata={"at_least": 0, "below": 1})
-    # vq_ema: codes that fewer tokens a step choose (as a moving average) restart at random features; 0 disables it. It
-    # must be well below the mean, which is a step's tokens divided by the codes.
+    # vq_ema: codes that fewer tokens a step choose (as a moving average) restart at random features, from step
+    # 1 / (1 - codebook_decay) on; 0 disables it. It must be well below the mean, which is a step's tokens divided by
+    # the codes.
     restart_below: float = field(default=0.0, metadata={"at_least": 0})
     # The projector of vqbridge: codes that form one token of its transformer; the transformer's width, number of blocks
     # and of attention heads.

@@ -1,4 +1,4 @@
-"""`ibq ablate`: trains and evaluates every row of a comparison."""
+"""`ibq ablate`: trains and evaluates every row of a table of variants or baselines."""
 
 import itertools
 import shlex

@@ -1,5 +1,6 @@
 """`ibq evaluate`: quality of reconstructions and of generated images."""
 
+import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -177,11 +178,7 @@ def print_reconstruction(evaluated: "EvaluatedRun") -> None:
     report = evaluated.report
     title = f"Reconstruction of {report.image_count:,} images, {describe_crop(evaluated.provenance)}"
     print_table(f"{title} (protocol: {report.protocol})", figure_rows(report))
-    factor = report.downsampling_factor
-    typer.echo(
-        f"palette: {report.codebook_size:,} colours fitted to these images, one per {factor}x{factor} patch: "
-        "the same bits per token as the tokenizer."
-    )
+    typer.echo(_describe_palette(report.codebook_size, report.downsampling_factor))
     if evaluated.provenance["recipe"] and len(evaluated.comparison) > 2:
         print_table("Beside published results", evaluated.comparison)
         for difference in evaluated.differences:
@@ -198,6 +195,16 @@ def print_reconstruction(evaluated: "EvaluatedRun") -> None:
     typer.echo(f"seconds: {describe_seconds(evaluated.provenance['seconds'])}")
     typer.echo(f"numbers: {evaluated.json_path}\ntable: {evaluated.markdown_path}")
     typer.echo(f"images: {', '.join(map(str, evaluated.grids.values()))}")
+
+
+def _describe_palette(codes: int, factor: int) -> str:
+    from trainer.reports.measures import ALL_COLORS, has_fitted_palette
+
+    where = f"one per {factor}x{factor} patch"
+    if has_fitted_palette(codes):
+        return f"palette: {codes:,} colours fitted to these images, {where}: the same bits per token as the tokenizer."
+    bits = f"24 bits per token, and the tokenizer has {math.log2(codes):.4g}"
+    return f"palette: all {ALL_COLORS:,} colours, {where}: {bits}."
 
 
 def print_generation(evaluated: "EvaluatedGeneration") -> None:

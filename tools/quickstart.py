@@ -38,7 +38,7 @@ def quickstart(overrides: Overrides = None) -> None:
     run = train("quickstart", [key for key in overrides if not key.startswith(OF_GENERATOR)])
     config = load_run_config(run, [])
     if config.data.train != BUNDLED:  # the user's images may have no classes, or any number
-        return reconstruction(run)
+        return reconstruction(run, device=config.trainer.device)
     tokens, side = run / "tokens", config.data.image_size // load_tokenizer(run).downsampling_factor
     tokenize(run, images=BUNDLED, out=tokens, views="flip", device=config.trainer.device)
     values = run / GENERATOR, tokens, tokens, run, config.model.codebook_size, [side, side], config.trainer.device
@@ -46,4 +46,4 @@ def quickstart(overrides: Overrides = None) -> None:
     generator = train("ar_quickstart", fitting + for_generator)
     sample(generator, classes=SHOWN_CLASSES, count=SAMPLES, out=generator / SAMPLED, device=config.trainer.device)
     write_report(generator)
-    reconstruction(run)
+    reconstruction(run, device=config.trainer.device)

@@ -81,16 +81,23 @@ def _check_restarts() -> None:
     """Raises TrainerError where torchrun could not restart processes on several nodes.
 
     The processes rendezvous in the agents' shared store under the number of their attempt. When a process fails, its
-    agent counts an attempt, but the other agents see a membership change, which they do not count.
+    agent counts an attempt, but the other agents see a membership change, which they do not count. The environment
+    variable makes a dynamic rendezvous (c10d) share no store. A static rendezvous, torchrun's default, shares one
+    whatever the variable is, and tells the other agents nothing: they go on waiting in the former attempt.
     """
     if (
         os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
         and int(os.environ.get("GROUP_WORLD_SIZE", 1)) > 1
         and int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
     ):
+        if os.environ.get("TORCH_DISABLE_SHARE_RDZV_TCP_STORE") == "1":  # it is set, so the rendezvous must be static
+            raise TrainerError(
+                "--max-restarts on several nodes does not work with torchrun's static rendezvous, its default, which "
+                "restarts no other node: add --rdzv-backend c10d --rdzv-endpoint HOST:29400, or use --max-restarts 0"
+            )
         raise TrainerError(
-            "--max-restarts on several nodes needs TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in torchrun's environment: "
-            "without it restarted processes never find each other"
+            "--max-restarts on several nodes needs --rdzv-backend c10d, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in "
+            "torchrun's environment: otherwise restarted processes never find each other"
         )
 
 

@@ -15,13 +15,14 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from model_zoo.config import WITHOUT_CODEBOOK, TokenizerConfig, broken_rule
+from model_zoo.config import WITH_CODEBOOK, TokenizerConfig, broken_rule
 from trainer import TrainerError
 from trainer.config import GeneratorRun, RunConfig, TokenizerRun
 from trainer.files import complete_file
 
 TASKS = {"tokenizer": TokenizerRun, "generator": GeneratorRun}
 EVALUATION = "evaluation"  # the folder of recipes for evaluations
+MOST_VOCABULARY = 2**24  # as `data.tokens.MOST_CODES`, which is not imported here because it needs numpy
 ABLATIONS = "ablations"  # the folder of recipes for ablations
 # Former names of keys and sections (with all keys of the section), and of values.
 RENAMED_KEYS = {"trainer.keep_checkpoints": "trainer.keep_last", "start": "init_from"}
@@ -208,6 +209,11 @@ def _check(config: RunConfig) -> None:
         raise TrainerError(f"optimizer.betas={config.optimizer.betas} must be two numbers")
     if isinstance(config, TokenizerRun):
         _check_tokenizer(config)
+    elif config.model.vocabulary > MOST_VOCABULARY:
+        raise TrainerError(
+            f"model.vocabulary={config.model.vocabulary} must be at most {MOST_VOCABULARY} (2^24), the codes that "
+            "token shards hold: train on a tokenizer of fewer codes"
+        )
 
 
 # Keys of `TokenizerConfig` that only these quantizers use.
@@ -232,7 +238,7 @@ def _check_tokenizer(config: TokenizerRun) -> None:
         raise TrainerError(f"data.content={config.data.content}: a tokenizer learns from images; leave it out")
     if not model.channel_multipliers:
         raise TrainerError("model.channel_multipliers=[] must have at least one level")
-    if model.codebook_init == "features" and model.code_dim < 2 and model.quantizer not in WITHOUT_CODEBOOK:
+    if model.codebook_init == "features" and model.code_dim < 2 and model.quantizer in WITH_CODEBOOK:
         raise TrainerError("model.codebook_init=features needs a model.code_dim of 2 or more: use normal")
     for key, quantizers in KEYS_OF_QUANTIZERS.items():
         if getattr(model, key) != getattr(TokenizerConfig(), key) and model.quantizer not in quantizers:

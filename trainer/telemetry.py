@@ -25,6 +25,7 @@ SHOWN = {
     "loss/generator": "G {:.2f}",
     "loss/discriminator": "D {:.2f}",
     "codebook/usage": "codes {:.0%}",
+    "codebook/group_usage": "usage of groups {:.0%}",
     "val/psnr": "val {:.2f} dB",
     "val/loss": "val {:.3f}",
 }

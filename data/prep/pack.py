@@ -15,7 +15,7 @@ from typing import NamedTuple
 from PIL import Image
 
 from data.errors import DataError, ImageError
-from data.folder_reader import find_images, is_zip, open_zip, read_from_zip
+from data.folder_reader import find_images, is_hidden, is_zip, open_zip, read_from_zip
 from data.parallel import in_threads
 from data.samples import IMAGE_SUFFIXES, Skipped, is_image
 from data.transforms import decode
@@ -184,7 +184,7 @@ class _Zip:
         self.path = Path(path)
         self.file = open_zip(path)
         members = {PurePosixPath(member.filename): member for member in self.file.infolist() if not member.is_dir()}
-        members = {path: member for path, member in members.items() if not _is_hidden(path)}
+        members = {path: member for path, member in members.items() if not is_hidden(path)}
         folders = {path.parts[0] if len(path.parts) > 1 else None for path in members}
         only = folders.pop() if len(folders) == 1 else None
         self.members = {path.relative_to(only or "."): member for path, member in members.items()}
@@ -201,10 +201,6 @@ class _Zip:
     def beside(self, path: PurePosixPath, suffix: str) -> bytes | None:
         path = path.with_suffix(f".{suffix}")
         return self.read(path) if path in self.members else None
-
-
-def _is_hidden(path: PurePosixPath) -> bool:
-    return any(part.startswith((".", "__MACOSX")) for part in path.parts)
 
 
 def mixed(paths: list[PurePath]) -> list[PurePath]:

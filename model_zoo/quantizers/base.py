@@ -64,6 +64,10 @@ class Quantizer(nn.Module):
     normalizes: bool = False
     # Names of parameters that decide neither which code a feature gets nor the code vectors.
     without_effect_on_codes: tuple[str, ...] = ()
+    # Whether `after_step` moves the codes, which the optimizer does not train.
+    moves_codes: bool = False
+    # Updates within which codes that all start at one place come into use; 0 for codes that start apart.
+    start_updates: int = 0
     # Implementation of index backpropagation, see `model_zoo.ops.index_backprop`; None for quantizers without it.
     impl: str | None = None
     shard: CodebookShard | None = None
@@ -74,7 +78,7 @@ class Quantizer(nn.Module):
             raise ModelError(f"model.quantizer={config.quantizer} cannot shard its codes: set codebook_parallel=1")
         if config.normalize and not self.normalizes:
             raise ModelError(f"model.quantizer={config.quantizer} does not normalize: set model.normalize=false")
-        self.counted_codes = config.codebook_size  # see `counted`
+        self.counted_sizes = [config.codebook_size]  # see `counted`
 
     def row_parameters(self) -> list[nn.Parameter]:
         """The parameters with one row per code, which may be sharded over ranks. Parameters without a gradient are not
@@ -111,13 +115,25 @@ class Quantizer(nn.Module):
         """Values of its own that training logs, by name."""
         return {}
 
+    @property
+    def counted_codes(self) -> int:
+        """How many different numbers `counted` returns."""
+        return sum(self.counted_sizes)
+
+    @property
+    def counts_groups(self) -> bool:
+        """Whether statistics of usage count groups of bits, so that they do not compare with those of whole codes."""
+        return len(self.counted_sizes) > 1
+
     def counted(self, index: Tensor) -> Tensor:
-        """Int64 codes of any shape -> what statistics of usage count, in [0, ``counted_codes``): the codes themselves,
-        or for a codebook that is too large to count the codes of its groups."""
+        """Int64 codes of any shape -> what statistics of usage count, in [0, ``counted_codes``). These are the codes
+        themselves. For a codebook that is too large to count, they are the values of groups of its bits, with one more
+        dimension for the groups, whose numbers of values are ``counted_sizes``."""
         return index
 
     def settings(self) -> str:
-        """What decides, besides tensors, which code a feature gets; part of `Tokenizer.fingerprint`."""
+        """What decides, besides tensors, which code a feature gets; part of `Tokenizer.fingerprint`. Empty for the
+        largest dot product with a code of a table, and where no other quantizer has the same tensors."""
         return ""
 
     def forward(self, z_bdhw: Tensor, entropy_temperature: float | None = None) -> Quantized:

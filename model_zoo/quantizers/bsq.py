@@ -1,4 +1,4 @@
-"""BSQ: binary spherical quantization (arXiv 2406.07548), a rival of IBQ."""
+"""BSQ: binary spherical quantization (arXiv 2406.07548), a baseline."""
 
 from torch import Tensor
 from torch.nn import functional as F

@@ -1,4 +1,4 @@
-"""FSQ: finite scalar quantization (arXiv 2309.15505), with iFSQ's bound (arXiv 2601.17124); a rival of IBQ."""
+"""FSQ: finite scalar quantization (arXiv 2309.15505), with iFSQ's bound (arXiv 2601.17124); a baseline."""
 
 import math
 

@@ -13,7 +13,8 @@ from model_zoo.quantizers.base import Quantizer
 
 MOST_BITS = 62  # of a code, an int64
 MOST_GROUP_BITS = 24  # the mean assignment of a group has 2^bits numbers
-MOST_COUNTED_BITS = 24  # the usage of larger codebooks is counted by group
+MOST_COUNTED_BITS = 24  # the usage of larger codebooks is counted by groups of bits
+MOST_BITS_OF_COUNTED_GROUP = 16
 
 
 class LookupFreeQuantizer(Quantizer):
@@ -30,6 +31,9 @@ class LookupFreeQuantizer(Quantizer):
     ``average_probability_k`` holds the groups' mean assignments one after another, the lowest bits' first. WeTok's
     public code instead averages the entropies of tokens over the groups, and takes one mean assignment over tokens and
     groups; we keep the groups apart and sum, so that one group is LFQ. Entropies are then g times as large.
+
+    The usage of more than 2^24 codes is that of groups of neighbouring bits: as few groups as have at most 16 bits
+    each, whatever ``model.groups`` is. Smaller groups show little: both values of a bit are nearly always in use.
     """
 
     has_entropy = True
@@ -56,8 +60,11 @@ class LookupFreeQuantizer(Quantizer):
                 f"{MOST_GROUP_BITS}: give one of {', '.join(map(str, fitting))}"
             )
         self.register_buffer("powers_d", 2 ** torch.arange(bits), persistent=False)
+        self.counted_bits = [bits]
         if bits > MOST_COUNTED_BITS:
-            self.counted_codes = self.groups * 2 ** (bits // self.groups)
+            groups = -(-bits // MOST_BITS_OF_COUNTED_GROUP)
+            self.counted_bits = [bits // groups + (group < bits % groups) for group in range(groups)]
+        self.counted_sizes = [2**of_group for of_group in self.counted_bits]
 
     @staticmethod
     def default_groups(bits: int) -> int:
@@ -84,11 +91,13 @@ class LookupFreeQuantizer(Quantizer):
         return self.code_size * self._signs(index_n)
 
     def counted(self, index: Tensor) -> Tensor:
-        if len(self.powers_d) <= MOST_COUNTED_BITS:
+        if not self.counts_groups:
             return index
-        bits = len(self.powers_d) // self.groups
-        group_g = torch.arange(self.groups, device=index.device)
-        return (index[..., None] >> bits * group_g) % 2**bits + 2**bits * group_g
+        counted, first_bit, first_value = [], 0, 0
+        for bits, size in zip(self.counted_bits, self.counted_sizes, strict=True):
+            counted.append((index >> first_bit) % size + first_value)
+            first_bit, first_value = first_bit + bits, first_value + size
+        return torch.stack(counted, dim=-1)
 
     def _signs(self, index_n: Tensor) -> Tensor:
         """The bits of codes as 1 and -1."""

@@ -1,4 +1,4 @@
-"""SimVQ: a frozen random table times one trained linear layer (arXiv 2411.02038), a rival of IBQ."""
+"""SimVQ: a frozen random table times one trained linear layer (arXiv 2411.02038), a baseline."""
 
 from model_zoo.config import TokenizerConfig
 from model_zoo.ops.codebook_parallel import CodebookShard

@@ -14,6 +14,11 @@ class VectorQuantizer(CodebookQuantizer):
     shards = True
     normalizes = True
 
+    def settings(self) -> str:
+        # IBQ's tensors have the same names and shapes, but IBQ takes the code with the largest dot product. IBQ adds no
+        # text of its own, so that its fingerprints match token shards that were made before this text existed.
+        return "nearest\n" + super().settings()
+
     def assign(self, z_nd: Tensor, entropy_temperature: float | None) -> IndexBackprop:
         index_n = self.nearest(z_nd)
         code_nd = self.vectors(index_n)

@@ -33,16 +33,23 @@ class MovingAverageQuantizer(VectorQuantizer):
     are drawn depends on the number of the update and on the order of the global batch alone, so it does not depend on
     the number of ranks, and a resumed run draws the same.
 
+    The first 1 / (1 - gamma) steps (100 with gamma = 0.99) restart no code. N starts at 1 whatever the codes are, and
+    tells only after these steps how often a code is chosen. Earlier restarts would replace good codes, such as those
+    that fine-tuning loads. The N of the source is not used: it depends on the tokens of a step there, and exports do
+    not have it. The number of updates is part of `statistics`, so that a resumed run does not wait again.
+
     In a training loop of your own call `after_step` after each step: features are kept until then.
     """
 
     shards = False
     normalizes = False
+    moves_codes = True
 
     def __init__(self, config: TokenizerConfig, shard: CodebookShard | None = None):
         super().__init__(config, shard)
         self.embedding.requires_grad_(False)
         self.decay, self.restart_below = config.codebook_decay, config.restart_below
+        self.first_restart = round(1 / (1 - self.decay))  # the number of the first update that restarts codes
         codes_kd = self.embedding.weight
         # The codes define the tokenizer; these are only needed to go on training, which saves `statistics`.
         self.register_buffer("usage_k", codes_kd.new_ones(len(codes_kd)), persistent=False)  # N
@@ -81,7 +88,7 @@ class MovingAverageQuantizer(VectorQuantizer):
         _sum_over_ranks(batch)
         self.usage_k.lerp_(batch[:, dim], 1 - self.decay)
         self.sums_kd.lerp_(batch[:, :dim], 1 - self.decay)
-        if self.restart_below > 0:
+        if self.restart_below > 0 and self.updates >= self.first_restart:
             self._restart(z_nd)
         total = self.usage_k.sum()
         smoothed_k = (self.usage_k + EPSILON) / (total + codes * EPSILON) * total

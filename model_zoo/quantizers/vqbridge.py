@@ -1,4 +1,4 @@
-"""VQBridge, of FVQ: a trained table that passes a transformer (arXiv 2509.10140), a rival of IBQ."""
+"""VQBridge, of FVQ: a trained table that passes a transformer (arXiv 2509.10140), a baseline."""
 
 import math
 
@@ -13,6 +13,9 @@ from model_zoo.quantizers.projected import ProjectedCodebook
 
 MLP_RATIO = 2  # hidden size of a block's feed-forward layer, relative to its width
 EPSILON = 1e-6  # of layer norms
+# Updates for each place in a group after which more than a tenth of the codes should be in use. In small runs this took
+# 1 to 3 updates per place.
+UPDATES_PER_PLACE = 10
 
 
 class VQBridgeQuantizer(ProjectedCodebook):
@@ -48,6 +51,7 @@ class VQBridgeQuantizer(ProjectedCodebook):
         std = 1 / (codes * math.sqrt(3))
         rows_kd = base.initial_codes(0, codes, codes, config.code_dim, std)
         super().__init__(config, shard, rows_kd, frozen=False)
+        self.start_updates = UPDATES_PER_PLACE * group
         self.projector = Bridge(group, config.code_dim, config.bridge_width, config.bridge_depth, config.bridge_heads)
 
 
@@ -58,7 +62,9 @@ class Bridge(nn.Module):
     The released code lays the codes on a square grid and groups squares of it. Without positions, groups of consecutive
     rows are the same up to the numbering of the codes, for any number of codes. (Summaries of the paper describe
     consecutive groups, and a layer norm after the compression, which the released code and this one do not have.) The
-    last layer starts at 0, and so do all codes.
+    last layer starts at 0, and so do all codes. Features then choose the first code of all. Its gradient moves the rows
+    of the last layer for the first place of a group, and so the first code of every group; the codes at the second
+    place follow when a feature chooses them, and so on. Codes come into use one place after another (`start_updates`).
     """
 
     def __init__(self, group: int, code_dim: int, width: int, depth: int, heads: int):

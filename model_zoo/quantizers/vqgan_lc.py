@@ -1,5 +1,5 @@
-"""VQGAN-LC: a frozen table of a pretrained encoder's features and a trained linear layer (arXiv 2406.11837), a rival of
-IBQ."""
+"""VQGAN-LC: a frozen table of a pretrained encoder's features and a trained linear layer (arXiv 2406.11837), a
+baseline."""
 
 from pathlib import Path
 

@@ -80,11 +80,13 @@ def test_a_run_and_its_export_make_the_same_codes_and_images(trained, ranks, nam
 
 def test_usage_of_more_codes_than_can_be_counted_is_that_of_the_groups(trained, ranks, tmp_path):
     run = trained("lfq_grouped")
-    assert 0.1 < loss_lines(run)[-1]["codebook/usage"] <= 1
+    line = loss_lines(run)[-1]
+    assert 0.001 < line["codebook/group_usage"] <= 1 and "codebook/usage" not in line and "val/usage" not in line
     ranks.ibq("evaluate", "reconstruction", run, "--report", tmp_path / "report.json").succeeded()
     report = json.loads((tmp_path / "report.json").read_text())
-    assert (report["codebook_size"], report["counted_codes"]) == (2**32, 1024)
-    assert 0.1 < report["usage"] <= 1 and 1 < report["perplexity"] <= 1024
+    assert (report["codebook_size"], report["counted_codes"]) == (2**32, 2**17)
+    assert 0.0001 < report["group_usage"] <= 1 and 1 < report["group_perplexity"] <= 2**17
+    assert report["usage"] is report["perplexity"] is None
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,7 @@ RIVALS = {
     "vq_ema": {
         "model.quantizer": "vq_ema",
         "model.restart_below": 1.0,
-        "model.codebook_decay": 0.9,
+        "model.codebook_decay": 0.5,  # restarts begin with the second step
         "model.codebook_init": "features",
     },
     "rotation": {"model.quantizer": "rotation_vq"},

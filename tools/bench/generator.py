@@ -211,6 +211,8 @@ class Report(NamedTuple):
         widths = [max(6, len(text)) for text in self.headings]
         widths[0] = max(len(row.impl) for row in self.planned)
         widths[1] = max(map(len, ["recipe", *(row.shape.recipe for row in self.planned)]))
+        widths[2] = max(widths[2], *(len(f"{row.shape.model.vocabulary}") for row in self.planned))
+        widths[3] = max(len(row.dtype) for row in self.planned)
         return widths
 
     def times(self, row: Row, base: str) -> float | None:

@@ -5,10 +5,12 @@
   the same bits per token as the tokenizer. It is fitted to the evaluated images, which favours it: to all patches, or,
   if there are many, to an equal random subset of each image's patches.
 
+There are 2^24 colours. With as many codes or more the palette holds all of them: each patch gets its own mean colour.
+
 Both round colours to the nearest level (the ``paper`` protocol's truncation would only make them worse).
 """
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +20,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from trainer.metrics.image import padding
+from trainer.reports.measures import ALL_COLORS
 
 # The palette is fitted to about 64 patches per colour, at least 2^16 and at most 2^20: more change its PSNR by
 # hundredths of a dB and take minutes.
@@ -105,8 +108,11 @@ class ColorBaselines:
         return [_psnr(image, np.rint(_mean_color(image.patches))) for image in self._images]
 
     def fitted(self) -> list[Patches]:
-        """The patches of each image that the palette is fitted to, chosen by seed and position."""
+        """The patches of each image that the palette is fitted to, chosen by seed and position; none if the palette
+        holds all colours."""
         chosen = []
+        if self.color_count >= ALL_COLORS:
+            return chosen
         for patches, _ in self._images:
             count = len(patches.pixel_count_n)
             if count > self.fitted_per_image:
@@ -116,32 +122,35 @@ class ColorBaselines:
             chosen.append(patches)
         return chosen
 
-    def fit(self, fitted: Iterable[Patches]) -> np.ndarray:
-        """The palette (k, 3), uint8, for the `fitted` patches of all images, weighted by their numbers of pixels."""
+    def fit(self, fitted: Iterable[Patches]) -> np.ndarray | None:
+        """The palette (k, 3), uint8, for the `fitted` patches of all images, weighted by their numbers of pixels; None:
+        all colours."""
+        if self.color_count >= ALL_COLORS:
+            return None
         fitted = sorted(fitted, key=lambda patches: patches.position)
         color_n3 = np.concatenate([_colors(patches) for patches in fitted])
         weight_n = np.concatenate([patches.pixel_count_n for patches in fitted])
         return fit_palette(color_n3, weight_n, self.color_count, seed=self.seed)
 
-    def palette_psnr(self, palette_k3: np.ndarray) -> list[float]:
+    def palette_psnr(self, palette_k3: np.ndarray | None) -> list[float]:
         """dB of each image, in the order of updates, with each patch in the palette's nearest colour."""
-        tree, found = cKDTree(palette_k3), []
+        nearest, found = _nearest_in(palette_k3), []
         patch_count = max((len(image.patches.pixel_count_n) for image in self._images), default=1)
         images_at_once = max(1, QUERIED_PATCHES // patch_count)
         for first in range(0, len(self._images), images_at_once):
             images = self._images[first : first + images_at_once]
             # The colour nearest to a patch's mean also has the least squared error over its pixels.
-            _, nearest_n = tree.query(np.concatenate([_colors(image.patches) for image in images]), workers=-1)
+            nearest_n3 = nearest(np.concatenate([_colors(image.patches) for image in images]))
             ends = np.cumsum([len(image.patches.pixel_count_n) for image in images])
-            found += [_psnr(*pair) for pair in zip(images, np.split(palette_k3[nearest_n], ends[:-1]), strict=True)]
+            found += [_psnr(*pair) for pair in zip(images, np.split(nearest_n3, ends[:-1]), strict=True)]
         return found
 
-    def draw_palette(self, levels_chw: Tensor, palette_k3: np.ndarray) -> Tensor:
+    def draw_palette(self, levels_chw: Tensor, palette_k3: np.ndarray | None) -> Tensor:
         """The image with each patch in the palette's nearest colour, uint8 (3, h, w)."""
         height, width = levels_chw.shape[-2:]
         pad = padding(height, width, self.patch_size)
-        nearest_n = cKDTree(palette_k3).query(_colors(self._sums(levels_chw[None], [0])[0].patches))[1]
-        patches = palette_k3[nearest_n].reshape(
+        nearest_n3 = _nearest_in(palette_k3)(_colors(self._sums(levels_chw[None], [0])[0].patches))
+        patches = nearest_n3.reshape(
             (height + pad.top + pad.bottom) // self.patch_size, (width + pad.left + pad.right) // self.patch_size, 3
         )
         drawn_hwc = patches.repeat(self.patch_size, axis=0).repeat(self.patch_size, axis=1)
@@ -164,6 +173,14 @@ class ColorBaselines:
         padded_bchw = F.pad(values_bchw, padding(*values_bchw.shape[-2:], self.patch_size))
         sums_bcn = F.avg_pool2d(padded_bchw, self.patch_size, divisor_override=1).flatten(2)
         return sums_bcn.transpose(1, 2).cpu().numpy().astype(np.min_scalar_type(255 * self.patch_size**2))
+
+
+def _nearest_in(palette_k3: np.ndarray | None) -> Callable[[np.ndarray], np.ndarray]:
+    """The function from colours (n, 3) in levels to the palette's nearest uint8 colours (n, 3)."""
+    if palette_k3 is None:
+        return lambda color_n3: np.rint(color_n3).astype(np.uint8)
+    tree = cKDTree(palette_k3)
+    return lambda color_n3: palette_k3[tree.query(color_n3, workers=-1)[1]]
 
 
 def _colors(patches: Patches) -> np.ndarray:

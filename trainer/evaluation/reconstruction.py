@@ -219,7 +219,7 @@ class _Scorer:
             for key, decibels, original_chw, reconstruction_chw, position, distance in zip(*columns, strict=True)
         )
 
-    def rows(self, palette_k3: np.ndarray) -> list[_Row]:
+    def rows(self, palette_k3: np.ndarray | None) -> list[_Row]:
         """This process's results."""
         for scores, decibels in zip(self.scores, self.baselines.palette_psnr(palette_k3), strict=True):
             scores["palette_psnr"] = decibels
@@ -291,7 +291,7 @@ def _make_report(
     scorer: _Scorer,
     rows: list[_Row],
     rfid: float | None,
-    palette_k3: np.ndarray,
+    palette_k3: np.ndarray | None,
     galleries: list[dict[str, list[Example]]],
     skipped: list[str],
 ) -> ReconstructionReport:
@@ -305,7 +305,17 @@ def _make_report(
     usage = CodebookUsage(quantizer.counted_codes)
     counted = quantizer.counted(torch.from_numpy(index_n.astype(np.int64)))
     usage.update(counted)
-    entries_per_window = USAGE_WINDOW_TOKENS * counted.numel() // len(index_n)  # several a token if groups are counted
+    entries_per_window = USAGE_WINDOW_TOKENS * len(quantizer.counted_sizes)  # a token counts once for each group
+    measured = {
+        "usage": usage.usage(),
+        "usage_65536": window_usage(counted.flatten().numpy(), quantizer.counted_codes, entries_per_window),
+        "perplexity": usage.perplexity(),
+    }
+    of_groups = {f"group_{name}": value for name, value in measured.items()}
+    if quantizer.counts_groups:
+        counts = {**dict.fromkeys(measured), **of_groups}
+    else:
+        counts = {**measured, **dict.fromkeys(of_groups)}
 
     def mean(name: str) -> float | None:
         values = [getattr(score, name) for score in scores]
@@ -321,14 +331,12 @@ def _make_report(
         psnr=decibels.mean,
         ssim=mean("ssim"),
         l1=mean("l1"),
-        usage=usage.usage(),
-        perplexity=usage.perplexity(),
+        **counts,
         baseline_mean_color_psnr=mean_color.mean,
         baseline_palette_psnr=palette.mean,
         rfid=rfid,
         lpips_vgg=mean("lpips_vgg"),
         lpips_alex=mean("lpips_alex"),
-        usage_65536=window_usage(counted.flatten().numpy(), quantizer.counted_codes, entries_per_window),
         image_count=len(scores),
         token_count=len(index_n),
         infinite_psnr_count=decibels.infinite_count,

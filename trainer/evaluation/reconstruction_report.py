@@ -27,23 +27,28 @@ class ImageScore(NamedTuple):
 class ReconstructionReport:
     """Means over images, never over batches. PSNR is in dB; its mean is over images where it is finite.
 
-    l1: mean |x - y| of images in [-1, 1]. usage: distinct codes over the whole set / counted_codes, which is the
-    codebook size or, of a codebook that is too large to count, that of its groups; usage_65536: the same per window of
-    65,536 consecutive tokens, mean over the complete windows, None without one. rfid, lpips_vgg, lpips_alex: None if
-    not_measured gives a reason.
+    l1: mean |x - y| of images in [-1, 1]. usage: distinct codes over the whole set / codebook size; usage_65536: the
+    same per window of 65,536 consecutive tokens, mean over the complete windows, None without one. perplexity: of the
+    codes.
+    group_usage, group_usage_65536, group_perplexity: the same of the values of groups of bits, of which there are
+    counted_codes, for a codebook that is too large to count. Either these or the first three are None. rfid, lpips_vgg,
+    lpips_alex: None if not_measured gives a reason.
     """
 
     psnr: float
     ssim: float
     l1: float
-    usage: float
-    perplexity: float
+    usage: float | None
+    perplexity: float | None
+    group_usage: float | None
+    group_perplexity: float | None
     baseline_mean_color_psnr: float
     baseline_palette_psnr: float
     rfid: float | None
     lpips_vgg: float | None
     lpips_alex: float | None
     usage_65536: float | None
+    group_usage_65536: float | None
     image_count: int
     token_count: int
     infinite_psnr_count: int  # images reconstructed exactly; left out of psnr

@@ -222,7 +222,7 @@ def _text(name: str, figure: Figure | None) -> str:
 def _number(name: str, value: float | None) -> str:
     if value is None:
         return ""
-    if name.startswith("usage"):
+    if "usage" in name:
         return f"{value:.1%}"
     return f"{value:,.0f}" if abs(value) >= 1000 else f"{value:.4f}" if name in ("ssim", "l1") else f"{value:.2f}"
 

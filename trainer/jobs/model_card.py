@@ -22,6 +22,8 @@ RESULTS = {  # key of a run's report.json -> name in the model card
     "l1": "L1, of images in [-1, 1]",
     "usage": "codebook usage",
     "perplexity": "codebook perplexity",
+    "group_usage": "usage of groups of bits, of too many codes to count",
+    "group_perplexity": "perplexity of groups of bits",
 }
 KINDS = {"tokenizer": "A discrete image tokenizer", "generator": "An autoregressive generator of image codes"}
 USAGE = {

@@ -22,7 +22,7 @@ from data.prep.pack import mixed, unique_keys
 from data.samples import CODES, Shard, Skipped, Window, WindowLimit, is_image
 from data.sources import Source, catalogue, digest, open_source
 from data.tar_reader import TarShard
-from data.tokens import pack_codes
+from data.tokens import MOST_CODES, pack_codes
 from data.transforms import decode, pixels_chw, resize_and_center_crop, resize_named
 from model_zoo.io.load import load_tokenizer
 from model_zoo.tokenizer import Tokenizer
@@ -131,6 +131,11 @@ class _Job(NamedTuple):
 
 def _open(checkpoint: Path, images, views: str, image_size: int | None, weights: str, source: str) -> _Inputs:
     tokenizer = load_tokenizer(checkpoint, weights)
+    if (codes := tokenizer.config.codebook_size) > MOST_CODES:
+        raise TrainerError(
+            f"{checkpoint} has {codes:,} codes, and token shards hold at most {MOST_CODES:,} (2^24): use a tokenizer "
+            "of fewer codes"
+        )
     config = data_config(checkpoint) or DataConfig()
     side, factor = config.image_size if image_size is None else image_size, tokenizer.downsampling_factor
     if side < 1 or side % factor:

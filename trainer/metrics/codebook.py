@@ -1,6 +1,7 @@
 """Codebook usage and perplexity."""
 
 import math
+from collections.abc import Sequence
 
 import torch
 import torch.distributed as dist
@@ -67,14 +68,23 @@ class CodebookHealth:
 
     ``usage`` covers a sliding window of WINDOW_TOKENS tokens per code. A code of average frequency is absent from such
     a window with a probability of one in a million, so an absent code counts as dead.
+
+    sizes: how many codes are counted: those of the codebook, or the values of each group of bits of a codebook that is
+    too large to count. A token then counts once for each group, and the window is that of the largest group.
+    start_steps: codes that start at one place come into use one after another, and their low usage means no collapse.
+    The alarm waits this many steps, or until the usage has passed COLLAPSED_USAGE.
     """
 
     WINDOW_TOKENS = 16
     COLLAPSED_SHARE = 0.5  # of the best usage so far
     COLLAPSED_USAGE = 0.1
 
-    def __init__(self, codebook_size: int, tokens_per_step: int, device: torch.device | str = "cpu"):
-        self.window_steps = -(-self.WINDOW_TOKENS * codebook_size // tokens_per_step)
+    def __init__(
+        self, sizes: Sequence[int], tokens_per_step: int, device: torch.device | str = "cpu", start_steps: int = 0
+    ):
+        self.start_steps, codebook_size = start_steps, sum(sizes)
+        self.window_steps = -(-self.WINDOW_TOKENS * max(sizes) // tokens_per_step)
+        self.name = "codebook usage" if len(sizes) == 1 else "usage of groups"
         self.recent = CodebookUsage(codebook_size, device)  # of this rank, since the last `read`
         self.since_start = CodebookUsage(codebook_size, device)  # of all ranks
         self.last_step_k = torch.full((codebook_size,), -1, dtype=torch.int64, device=device)
@@ -102,9 +112,10 @@ class CodebookHealth:
         if step + 1 >= self.window_steps:
             self.best_usage.clamp_(min=usage)
             best = float(self.best_usage)
-            if usage < self.COLLAPSED_SHARE * best or usage < self.COLLAPSED_USAGE:
+            starting = step < self.start_steps and best < self.COLLAPSED_USAGE
+            if not starting and (usage < self.COLLAPSED_SHARE * best or usage < self.COLLAPSED_USAGE):
                 self.alarm = (
-                    f"codebook usage is {usage:.1%} (best so far {best:.1%}) over the last {self.window_steps} steps: "
+                    f"{self.name} is {usage:.1%} (best so far {best:.1%}) over the last {self.window_steps} steps: "
                     "it collapses; lower optimizer.lr, or (ibq) raise trainer.global_batch_size or loss.entropy.weight"
                 )
         return {

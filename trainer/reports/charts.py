@@ -57,6 +57,13 @@ CHARTS = [
         percent=True,
     ),
     Chart(
+        "Usage of groups",
+        "Share of the values of groups of bits that were chosen, since there are too many codes to count. It says less "
+        "than the usage of codes, and does not compare with it.",
+        {"codebook/group_usage": "training", "val/group_usage": "validation"},
+        percent=True,
+    ),
+    Chart(
         "Codebook perplexity",
         "The number of equally frequent codes with the same entropy.",
         {"codebook/perplexity": "perplexity"},

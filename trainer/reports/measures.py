@@ -2,6 +2,8 @@
 
 from typing import NamedTuple
 
+ALL_COLORS = 2**24  # of 8 bits a channel
+
 
 class Measure(NamedTuple):
     """A measure's title, and the format of measured and of published values."""
@@ -33,8 +35,17 @@ MEASURES = {
     "usage": Measure("codebook usage", ".1%", ".3g%"),
     "usage_65536": Measure("usage in 65,536 tokens", ".1%", ".3g%"),
     "perplexity": Measure("perplexity", ",.1f"),
+    # In place of the three before, if there are too many codes to count.
+    "group_usage": Measure("usage of groups", ".1%", ".3g%"),
+    "group_usage_65536": Measure("usage of groups in 65,536 tokens", ".1%", ".3g%"),
+    "group_perplexity": Measure("perplexity of groups", ",.1f"),
     "l1": Measure("L1 on [-1, 1]", ".4f"),
 }
+
+
+def has_fitted_palette(codes: int) -> bool:
+    """Whether the palette baseline has as many colours as there are codes: there are 2^24 colours in all."""
+    return codes <= ALL_COLORS
 
 
 def markdown_table(rows: list[list[str]]) -> str:

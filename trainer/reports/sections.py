@@ -12,7 +12,7 @@ from trainer import TrainerError
 from trainer.init_from import read_init_record
 from trainer.reports.charts import Curve
 from trainer.reports.html import commands, header, image, table, tiles
-from trainer.reports.measures import MEASURES, describe_crop
+from trainer.reports.measures import ALL_COLORS, MEASURES, describe_crop, has_fitted_palette
 
 SAMPLED = "sampled.png"  # in a generator's run folder
 GENERATOR = "generator"  # in a tokenizer's run folder: the run of a generator of its codes
@@ -54,10 +54,16 @@ def tokenizer_summary(run: Path, config: DictConfig) -> str:
 
 
 def verdict(evaluation: dict) -> str:
-    """One sentence: does the tokenizer beat the palette baseline, which has the same bits per token?"""
+    """One sentence: does the tokenizer beat the palette baseline, which has the same bits per token where there are as
+    many colours as codes?"""
     psnr, palette = _decibels(evaluation["psnr"]), _decibels(evaluation["baseline_palette_psnr"])
-    numbers = f"{_format_db(psnr)} against {_format_db(palette)}, at the same bits per token"
-    baseline = f"a palette of {evaluation['codebook_size']:,} colours, one per token, fitted to these images"
+    numbers, codes = f"{_format_db(psnr)} against {_format_db(palette)}", evaluation["codebook_size"]
+    if has_fitted_palette(codes):
+        numbers += ", at the same bits per token"
+        baseline = f"a palette of {codes:,} colours, one per token, fitted to these images"
+    else:
+        numbers += f", at {math.log2(codes):.4g} bits per token against the palette's 24"
+        baseline = f"a palette of all {ALL_COLORS:,} colours, one per token"
     if psnr > palette:
         return f"The tokenizer beats {baseline}: {numbers}."
     if psnr == palette:
@@ -80,11 +86,7 @@ def results(run: Path, evaluation: dict | None) -> str:
                 "PSNR on held-out images" if evaluation["manifest"]["held_out"] else "PSNR",
             ),
             (f"{psnr - mean:+.1f} dB" if math.isfinite(psnr - mean) else "none", "above the mean colour"),
-            (
-                f"{evaluation['usage']:.0%}",
-                # Reports of earlier versions count all codes.
-                f"of {evaluation.get('counted_codes', evaluation['codebook_size']):,} codes used",
-            ),
+            _usage_tile(evaluation),
         ]
     )
     rows = [["", "tokenizer", "palette", "mean colour"]]
@@ -100,14 +102,30 @@ def results(run: Path, evaluation: dict | None) -> str:
     )
 
 
+def _usage_tile(evaluation: dict) -> tuple[str, str]:
+    if evaluation["usage"] is None:
+        return f"{evaluation['group_usage']:.0%}", f"usage of groups: of {evaluation['counted_codes']:,} values of bits"
+    return f"{evaluation['usage']:.0%}", f"of {evaluation['codebook_size']:,} codes used"
+
+
 def _notes(evaluation: dict) -> list[str]:
+    fitted = has_fitted_palette(evaluation["codebook_size"])
+    palette = (
+        "one colour per token, from k-means on these very images, which favours the palette."
+        if fitted
+        else "each token's patch in its own mean colour, since there are more codes than colours."
+    )
     notes = [
         f"{_count(evaluation['image_count'], 'image')}, {_count(evaluation['token_count'], 'token')}; protocol <b>"
         f"{escape(evaluation['protocol'])}</b>, {escape(describe_crop(evaluation['manifest']))}, means over images.",
-        "Mean colour: each image is replaced by its mean colour. Palette: one colour per token, from k-means on these "
-        "very images, which favours the palette.",
+        f"Mean colour: each image is replaced by its mean colour. Palette: {palette}",
     ]
-    if evaluation["token_count"] < 8 * evaluation["codebook_size"]:
+    if evaluation["usage"] is None:
+        notes.append(
+            "There are too many codes to count. Usage and perplexity are those of groups of bits, which say less than "
+            "those of codes and do not compare with them."
+        )
+    elif evaluation["token_count"] < 8 * evaluation["codebook_size"]:
         notes.append(
             f"This is a small test: with few tokens for {evaluation['codebook_size']:,} codes, the palette can hold "
             "nearly every token's colour, and codes may be unused by chance."
@@ -139,7 +157,9 @@ def initialization(run: Path) -> str:
         measures = (
             ("PSNR, dB", "psnr", "{:.2f}"),
             ("L1 on [-1, 1]", "l1", "{:.4f}"),
-            ("codebook usage", "usage", "{:.1%}"),
+            ("usage of groups", "group_usage", "{:.1%}")
+            if "group_usage" in last
+            else ("codebook usage", "usage", "{:.1%}"),
         )
         rows = [["", f"now, step {last['step']:,}", "at the start"]]
         rows += [[name, form.format(last[key]), form.format(first[key])] for name, key, form in measures]

@@ -192,7 +192,8 @@ class Task(ABC):
             images = data.evaluation_tokens(config.data.val, tokens, **options)
         else:
             resize = config.data.resize
-            images = data.evaluation_images(config.data.val, image_size=image_size, resize=resize, **options)
+            options |= {"resize": resize, "class_from_folder": data.class_from_folder(config.data)}
+            images = data.evaluation_images(config.data.val, image_size=image_size, **options)
         return islice(images, len(range(world.rank, config.trainer.validation_images, world.size)))
 
     @contextmanager

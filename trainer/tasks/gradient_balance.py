@@ -5,19 +5,36 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model_zoo import Tokenizer
-from trainer.config import TokenizerTrainerConfig
+from trainer.config import TokenizerRun, TokenizerTrainerConfig
+from trainer.engines.base import Engine
 from trainer.parallel import RowGroups, mean_over_ranks
 from trainer.tasks.base import StepMetrics
 
 DROWNED = 0.05  # share of the image in the gradient below which training warns
 SHORT_STEPS = 100  # a run of fewer steps only tests that everything works
-UNMEASURABLE = (
-    "trainer.log_gradient_balance=true needs whole weights on each process, without trainer.compile, and a codebook "
-    "that is trained: use engine.kind=ddp, or DeepSpeed ZeRO 0 to 2"
-)
 PLACES = ("features", "codes", "encoder")
 # Terms that depend on the image that comes out. The others only depend on features and codes.
 IMAGE_TERMS = ("reconstruction", "perceptual", "generator")
+
+
+def unmeasurable(config: TokenizerRun, engine: Engine) -> str | None:
+    """Why the gradients of single terms cannot be measured, and what to do, to follow a key in an error message; None
+    if they can be. engine: of the main network."""
+    if config.init_from.freeze == "encoder":
+        return (
+            "measures gradients at features and codes, which init_from.freeze=encoder does not train: leave "
+            "trainer.log_gradient_balance out, or do not freeze the encoder"
+        )
+    if config.trainer.compile:
+        return "needs extra backward passes, which compiled networks do not support: set trainer.compile=false"
+    if engine.forwards_together:
+        # Such an engine gathers weights in hooks, which the extra backward passes would trigger.
+        found = f"engine.config={config.engine.config}" if config.engine.kind == "deepspeed" else "engine.kind=fsdp2"
+        return (
+            f"needs whole weights on each process, and {found} shards them: use engine.kind=ddp, or DeepSpeed ZeRO 0 "
+            "to 2"
+        )
+    return None
 
 
 class GradientBalance:

@@ -27,7 +27,7 @@ from trainer.precision import LossScale
 from trainer.tasks.adversarial import Adversary
 from trainer.tasks.base import PICTURES, Step, StepMetrics, Task, Validation, row_of_pictures
 from trainer.tasks.building import build_engines
-from trainer.tasks.gradient_balance import UNMEASURABLE, GradientBalance
+from trainer.tasks.gradient_balance import GradientBalance, unmeasurable
 from trainer.tasks.initialization import load_initial_weights, place_codes_among_features, read_codes
 
 
@@ -68,16 +68,21 @@ class TokenizerTask(Task):
             buffers=self._buffers,
             is_main=world.is_main,
         )
-        tokens = max(1, (config.data.image_size // self.tokenizer.downsampling_factor) ** 2)
-        counted = self.tokenizer.quantize.counted_codes
-        self.health = CodebookHealth(counted, tokens * config.trainer.global_batch_size, world.device)
+        self.tokens_per_step = config.trainer.global_batch_size * max(
+            1, (config.data.image_size // self.tokenizer.downsampling_factor) ** 2
+        )
+        start_steps = self.tokenizer.quantize.start_updates
+        if start_steps:
+            start_steps += config.schedule.warmup_steps  # updates are small until then
+        sizes = self.tokenizer.quantize.counted_sizes
+        self.health = CodebookHealth(sizes, self.tokens_per_step, world.device, start_steps)
+        self.counted_prefix = "group_" if self.tokenizer.quantize.counts_groups else ""  # of names of scalars
         self.feature_moments: Tensor | float = 0.0  # of this rank's features in the last step
         self.entropy_temperature = None  # None: the quantizer computes no entropies
         if config.loss.entropy.weight > 0 and self.tokenizer.quantize.has_entropy and not self.codes_frozen:
             self.entropy_temperature = config.loss.entropy.temperature
-        # Engines that gather weights do so in hooks, which the extra backward passes would trigger.
-        measurable = not (self.main_engine.forwards_together or config.trainer.compile or self.codes_frozen)
-        self.balance = GradientBalance(config.trainer, self.tokenizer, self.groups) if measurable else None
+        self.unmeasurable = unmeasurable(config, self.main_engine)
+        self.balance = None if self.unmeasurable else GradientBalance(config.trainer, self.tokenizer, self.groups)
         if config.trainer.compile:
             networks = [self.tokenizer.encoder, self.tokenizer.decoder] if self.codes_frozen else [self.tokenizer]
             if self.adversary.engine:
@@ -109,13 +114,22 @@ class TokenizerTask(Task):
             raise TrainerError(f"trainer.quantizer_impl={impl}: {error}") from error
 
     def check_settings(self) -> None:
-        """Raises TrainerError for image sizes that do not divide into tokens or are too small for a network."""
-        if self.config.trainer.log_gradient_balance and not self.balance:
-            raise TrainerError(UNMEASURABLE)
+        """Raises TrainerError for image sizes that do not divide into tokens or are too small for a network, and for
+        restarts of all codes in every step."""
+        if self.config.trainer.log_gradient_balance and self.unmeasurable:
+            raise TrainerError(f"trainer.log_gradient_balance=true {self.unmeasurable}")
         data, factor = self.config.data, self.tokenizer.downsampling_factor
         for key, side in (("image_size", data.image_size), ("val_image_size", data.val_image_size)):
             if side is not None and side % factor:
                 raise TrainerError(f"data.{key}={side} must be a multiple of {factor}, the pixels of a token's side")
+        model = self.config.model
+        mean = self.tokens_per_step / model.codebook_size
+        if model.restart_below > mean and not self.codes_frozen:
+            raise TrainerError(
+                f"model.restart_below={model.restart_below:g} is above the {mean:.4g} tokens that choose a code on "
+                f"average (a step has {self.tokens_per_step:,} tokens for {model.codebook_size:,} codes), so that "
+                f"nearly every code would restart in each step: give {mean / 4:.4g} or less"
+            )
         least = {
             "the discriminator (fewer discriminator.layers need less)": (
                 self.adversary.engine.module.smallest_side if self.adversary.engine else 0
@@ -266,7 +280,8 @@ class TokenizerTask(Task):
     def scalars(self, step: int) -> dict[str, float]:
         """The codebook's health, and what the quantizer logs of its own."""
         quantizer = self.tokenizer.quantize
-        health = self.health.read(step) | quantizer.scalars()
+        health = {f"{self.counted_prefix}{name}": value for name, value in self.health.read(step).items()}
+        health |= quantizer.scalars()
         if self.codebook:
             codes = moments(quantizer.codes())
             if self.groups.shard:
@@ -323,7 +338,8 @@ class TokenizerTask(Task):
             return Validation({}, {}, [])
         drawn = {"reconstructions": row_of_pictures(torch.stack(pictures))} if pictures else {}
         psnr_mean, l1_mean = (sums[:2] / sums[2]).tolist()
-        return Validation({"val/psnr": psnr_mean, "val/l1": l1_mean, "val/usage": usage.usage()}, drawn, [])
+        used = {f"val/{self.counted_prefix}usage": usage.usage()}
+        return Validation({"val/psnr": psnr_mean, "val/l1": l1_mean, **used}, drawn, [])
 
     def describe(self) -> list[str]:
         model, init_from = self.config.model, self.config.init_from
@@ -358,10 +374,11 @@ class TokenizerTask(Task):
     def frozen_bytes(self) -> dict[str, int]:
         sizes = {"LPIPS, frozen": sum(p.nbytes for p in self.perceptual.parameters())} if self.perceptual else {}
         for name, network in self.state.frozen.items():
-            # The table of some quantizers is always frozen, also where the decoder is.
-            part = "codebook" if name == "codebook" and not self.codes_frozen else self.config.init_from.freeze
-            held = sum(shard.values.nbytes for shard in network.engine.weights())
-            sizes[f"{part}, frozen"] = sizes.get(f"{part}, frozen", 0) + held
+            # The table of some quantizers is never trained by the optimizer, also where the decoder is frozen.
+            title = f"{self.config.init_from.freeze}, frozen"
+            if name == "codebook" and not self.codes_frozen:
+                title = "codebook, moving averages" if self.tokenizer.quantize.moves_codes else "codebook, frozen"
+            sizes[title] = sizes.get(title, 0) + sum(shard.values.nbytes for shard in network.engine.weights())
         if statistics := self.tokenizer.quantize.statistics():
             sizes["statistics of the codes"] = sum(value.nbytes for value in statistics.values())
         return sizes

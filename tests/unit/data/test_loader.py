@@ -1,4 +1,5 @@
 import os
+import zipfile
 
 import numpy as np
 import pytest
@@ -7,7 +8,18 @@ from comparing import refusal
 from omegaconf import OmegaConf
 from samples import encoded, picture
 
-from data import DataConfig, DataError, check, decode, evaluation_images
+from data import (
+    DataConfig,
+    DataError,
+    SourceConfig,
+    check,
+    class_from_folder,
+    decode,
+    evaluation_images,
+    pack,
+)
+from data.folder_reader import find_images, zip_shard
+from data.sources import open_source
 
 
 def test_config_is_a_structured_config():
@@ -31,6 +43,42 @@ def test_folder_in_a_fixed_order_with_bad_images_listed(tmp_path):
     assert found[0].image_chw.shape == (3, 16, 16) and found[0].image_chw.dtype == torch.uint8
     whole = next(iter(evaluation_images(str(folder / "c.png"), image_size=None)))
     assert np.array_equal(whole.image_chw.permute(1, 2, 0).numpy(), np.asarray(picture(0)))
+
+
+def test_images_of_a_folder_have_the_classes_that_training_gives_them(tmp_path):
+    folder = tmp_path / "images"
+    for n, name in enumerate(("cat/a.png", "cat/more/b.png", "ant/c.png")):
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(n).save(folder / name)
+    (folder / "ant/c.cls").write_text("7")
+
+    def labels(**options) -> dict[str, int | None]:
+        return {image.key: image.label for image in evaluation_images(str(folder), image_size=8, **options)}
+
+    assert labels(class_from_folder=True) == {"ant/c.png": 0, "cat/a.png": 1, "cat/more/b.png": 1}
+    assert labels() == {"ant/c.png": 7, "cat/a.png": None, "cat/more/b.png": None}  # from the file beside
+    source = open_source(SourceConfig(name="mine", root=str(folder), class_from="folder"))
+    samples = [source.shards[0].read(number) for number in range(3)]
+    assert {sample.key: source.pick(sample).label for sample in samples} == labels(class_from_folder=True)
+    assert class_from_folder(DataConfig(sources=[SourceConfig(name="imagenet", root="x")]))
+    assert not class_from_folder(DataConfig(train="x"))
+    picture(9).save(folder / "loose.png")  # as in ImageNet's validation set, which has no folders
+    assert labels(class_from_folder=True)["cat/a.png"] is None
+
+
+def test_one_rule_says_which_files_are_hidden(tmp_path):
+    names = ["a.png", "d/b.png", ".c.png", ".d/e.png", "__MACOSX/f.png", "d/__MACOSX/g.png", "__MACOSX_h/i.png"]
+    for name in names:
+        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(0).save(tmp_path / "images" / name)
+    with zipfile.ZipFile(tmp_path / "images.zip", "w") as file:
+        for name in names:
+            file.write(tmp_path / "images" / name, name)
+    shown = ["__MACOSX_h/i.png", "a.png", "d/b.png"]
+    assert [path.as_posix() for path in find_images(tmp_path / "images")] == shown
+    assert zip_shard(str(tmp_path / "images.zip")).names == shown
+    for source in ("images", "images.zip"):
+        assert pack(tmp_path / source, tmp_path / f"{source} packed").samples == 3
 
 
 def test_tars_give_the_same_images_over_all_shards(tars):

@@ -9,7 +9,9 @@ from samples import encoded, members, picture, write_tar
 
 import data
 from data import DataError, expand, scan
+from data.loader import open_sources
 from data.shards import PHOTOGRAPHS
+from data.storage import Timeouts
 from data.tar_reader import TarShard
 
 # -------------------------------------------------------------------------------------------------- expand and scan
@@ -118,3 +120,16 @@ def test_many_processes_may_start_together(tmp_path, monkeypatch, few_photograph
     assert len(os.listdir(tmp_path / "cache")) == 1
     for paths in found:
         scan(paths[0])
+
+
+def test_listings_of_buckets_take_the_time_limits_of_the_recipe(monkeypatch, tmp_path):
+    given = []
+    monkeypatch.setattr(
+        "data.shards.list_tars", lambda url, timeouts: given.append((url, timeouts)) or [f"{url}/0.tar"]
+    )
+    listed = tmp_path / "list.txt"
+    listed.write_text("s3://bucket/a\n")
+    config = data.DataConfig(train=["s3://bucket/b", str(listed)], request_seconds=3.0, retry_seconds=7.0)
+    sources = open_sources(config)
+    assert [shard.url for shard in sources[0].shards] == ["s3://bucket/b/0.tar", "s3://bucket/a/0.tar"]
+    assert given == [("s3://bucket/b", Timeouts(3.0, 7.0)), ("s3://bucket/a", Timeouts(3.0, 7.0))]

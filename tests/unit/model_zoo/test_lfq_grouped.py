@@ -73,16 +73,27 @@ def test_more_codes_than_can_be_counted_need_no_number_for_each():
     index_bhw = quantized.index_bhw
     assert int(index_bhw.max()) > 2**31
     assert torch.equal(tokens(quantizer.lookup(index_bhw)), tokens(z_bdhw).sign())
-    assert quantizer.counted_codes == 4 * 256
+    assert quantizer.counts_groups and quantizer.counted_codes == 2 * 2**16
     counted = quantizer.counted(index_bhw)
-    signs = tokens(z_bdhw).view(-1, 4, 8) > 0
-    expected = (signs * 2 ** torch.arange(8)).sum(dim=2) + 256 * torch.arange(4)
+    signs = tokens(z_bdhw).view(-1, 2, 16) > 0
+    expected = (signs * 2 ** torch.arange(16)).sum(dim=2) + 2**16 * torch.arange(2)
     assert torch.equal(counted.flatten(0, 2), expected)
 
 
-def test_small_codebooks_are_counted_whole():
-    quantizer, index_n = quantizer_of("lfq", 64, 6, groups=2), torch.arange(64)
-    assert quantizer.counted_codes == 64 and torch.equal(quantizer.counted(index_n), index_n)
+@pytest.mark.parametrize("name", ["lfq", "bsq"])
+def test_groups_that_are_counted_have_at_most_16_bits_whatever_the_groups_of_the_entropy(name):
+    quantizer = quantizer_of(name, 2**35, 35, groups=35)
+    assert quantizer.counted_sizes == [2**12, 2**12, 2**11]
+    index_n = torch.tensor([0, 2**35 - 1, (5 << 24) + (6 << 12) + 7])
+    first_g, last_g = torch.tensor([0, 2**12, 2**13]), torch.tensor([2**12 - 1, 2**13 - 1, 2**13 + 2**11 - 1])
+    assert torch.equal(quantizer.counted(index_n), torch.stack([first_g, last_g, first_g + torch.tensor([7, 6, 5])]))
+
+
+@pytest.mark.parametrize(("name", "bits", "groups"), [("lfq", 6, 2), ("bsq", 18, 18), ("bsq", 24, 24)])
+def test_codebooks_that_can_be_counted_are_counted_whole(name, bits, groups):
+    quantizer, index_n = quantizer_of(name, 2**bits, bits, groups=groups), torch.tensor([0, 5, 2**bits - 1])
+    assert quantizer.counted_sizes == [2**bits] and not quantizer.counts_groups
+    assert torch.equal(quantizer.counted(index_n), index_n)
 
 
 def test_what_makes_no_groups_is_refused():

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from model_checks import TOKENIZER, assert_same, refused, write_checkpoint, write_run
+from model_checks import TOKENIZER, assert_same, refused, tokenizer_of, write_checkpoint, write_run
 from omegaconf import OmegaConf
 
 from model_zoo import ModelError, Tokenizer, TokenizerConfig, load_tokenizer
@@ -110,6 +110,25 @@ def test_codes_of_bf16_autocast_are_quantized_in_fp32():
     with torch.autocast("cpu", torch.bfloat16):
         output = tokenizer(images())
     assert output.quantized.quantized_bdhw.dtype == torch.float32
+
+
+def test_fingerprints_tell_rules_of_assignment_apart():
+    """Equal tensors: ibq takes the largest dot product, vq the nearest code. Fingerprints of ibq are pinned, because
+    token shards contain them."""
+
+    def fingerprint(**changes) -> str:
+        tokenizer = tokenizer_of(**changes)
+        with torch.no_grad():
+            for parameter in tokenizer.parameters():
+                parameter.copy_(torch.arange(parameter.numel()).view(parameter.shape) % 7 - 3)
+        return tokenizer.fingerprint()
+
+    assert fingerprint() == "87451feac266a3af"
+    assert fingerprint(normalize=True) == "0608d528d864316d"
+    nearest = {name: fingerprint(quantizer=name) for name in ("vq", "vq_ema", "rotation_vq")}
+    assert len(set(nearest.values())) == 1 and fingerprint() not in nearest.values()  # three ways to train one rule
+    assert fingerprint(quantizer="soft_vq") == fingerprint()  # the largest dot product, too
+    assert len({fingerprint(quantizer="vq", normalize=norm) for norm in (False, True)} | {fingerprint()}) == 3
 
 
 @pytest.mark.parametrize("code", [-1, 32, 10**9])

@@ -9,11 +9,21 @@ from model_zoo.ops.codebook_parallel import CodebookShard
 from model_zoo.quantizers.base import Quantizer
 
 CODES, DIM, DECAY = 37, 8, 0.9
+FIRST_RESTART = 10  # 1 / (1 - DECAY)
 
 
 def make(**changes) -> Quantizer:
     torch.manual_seed(0)
     return quantizer_of("vq_ema", CODES, DIM, codebook_decay=DECAY, **changes).train()
+
+
+def before_restarts(**changes) -> Quantizer:
+    """After as many updates as restart no code, with weights and statistics as at the start."""
+    quantizer = make(**changes)
+    statistics = quantizer.statistics()
+    statistics["updates"].fill_(FIRST_RESTART - 1)
+    statistics["sums"].copy_(codes(quantizer))
+    return quantizer
 
 
 def batch(step: int, images: int = 2) -> Tensor:
@@ -117,16 +127,16 @@ def test_only_the_training_pass_of_an_updated_step_counts():
 @pytest.mark.parametrize("restart_below", [0.0, 1.0])
 def test_training_goes_on_from_weights_and_statistics_bit_for_bit(restart_below):
     straight = make(restart_below=restart_below)
-    for number in range(5):
+    for number in range(13):
         step(straight, batch(number))
     stopped, resumed = make(restart_below=restart_below), make(restart_below=restart_below)
-    for number in range(3):
+    for number in range(8):
         step(stopped, batch(number))
     assert set(stopped.state_dict()) == {"embedding.weight"}
     resumed.load_state_dict(stopped.state_dict())
     for name, value in resumed.statistics().items():
         value.copy_(stopped.statistics()[name])
-    for number in range(3, 5):
+    for number in range(8, 13):
         step(resumed, batch(number))
     assert torch.equal(codes(resumed), codes(straight))
     assert all(torch.equal(value, straight.statistics()[name]) for name, value in resumed.statistics().items())
@@ -144,7 +154,7 @@ def test_the_averages_start_from_the_codes_that_are_there_at_the_first_step():
 
 @pytest.mark.parametrize("parts", [1, 2])
 def test_unused_codes_restart_at_features_of_the_batch(parts):
-    quantizer, images = make(restart_below=0.95), batch(2, images=4)
+    quantizer, images = before_restarts(restart_below=0.95), batch(2, images=4)
     published = Published(codes(quantizer))
     published.step(tokens(images))
     alive_k = published.usage >= 0.95
@@ -159,7 +169,7 @@ def test_unused_codes_restart_at_features_of_the_batch(parts):
     assert torch.equal(usage_k[~alive_k], torch.full((dead,), 0.95))
     torch.testing.assert_close(usage_k[alive_k].double(), published.usage[alive_k])
     # Where they restart depends on the step's number, not on how the batch is cut.
-    whole = make(restart_below=0.95)
+    whole = before_restarts(restart_below=0.95)
     step(whole, images)
     assert torch.equal(codes(whole), codes(quantizer))
     step(whole, images + 50)  # so far away that hardly a code is chosen
@@ -168,7 +178,7 @@ def test_unused_codes_restart_at_features_of_the_batch(parts):
 
 
 def test_a_step_restarts_no_more_codes_than_it_has_features():
-    quantizer = make(restart_below=0.95)
+    quantizer = before_restarts(restart_below=0.95)
     before = codes(quantizer).clone()
     z_bdhw = torch.full((1, DIM, 1, 3), 5.0) + torch.arange(3)
     step(quantizer, z_bdhw)
@@ -176,6 +186,24 @@ def test_a_step_restarts_no_more_codes_than_it_has_features():
     moved_k = (codes(quantizer) - before).norm(dim=1) > 0.01
     assert moved_k.sum() <= 4  # the chosen code, and a code for each feature
     assert (distance_kn.amin(dim=0) < 1e-3).all()
+
+
+def test_no_code_restarts_before_the_statistics_know_which_codes_are_in_use():
+    """As in fine-tuning, which loads the codes of a source and no statistics: N starts at 1."""
+    source = make()
+    step(source, batch(0))
+    plain, restarting = make(), make(restart_below=1.0)  # which N = 1 falls below in the first step
+    for quantizer in (plain, restarting):
+        quantizer.load_state_dict(source.state_dict())
+    for number in range(1, FIRST_RESTART):
+        for quantizer in (plain, restarting):
+            step(quantizer, batch(number))
+        assert torch.equal(codes(restarting), codes(plain))
+    step(restarting, batch(FIRST_RESTART))
+    step(plain, batch(FIRST_RESTART))
+    assert not torch.equal(codes(restarting), codes(plain))
+    assert quantizer_of("vq_ema", CODES, DIM).first_restart == 100  # decay 0.99
+    assert quantizer_of("vq_ema", CODES, DIM, codebook_decay=0.0).first_restart == 1
 
 
 def test_restarts_bring_codes_into_use():

@@ -9,13 +9,26 @@ import torch
 from trainer.metrics.codebook import CodebookHealth, gaussian_distance, moments
 from trainer.telemetry import RunTelemetry
 
-health = partial(CodebookHealth, 10, 40)  # 16 x 10 tokens: a window of 4 steps
+health = partial(CodebookHealth, [10], 40)  # 16 x 10 tokens: a window of 4 steps
 
 
 def test_the_window_sees_sixteen_tokens_a_code():
     assert health().window_steps == 4
-    assert CodebookHealth(2**18, 256 * 256).window_steps == 64
-    assert CodebookHealth(10, 10**6).window_steps == 1
+    assert CodebookHealth([2**18], 256 * 256).window_steps == 64
+    assert CodebookHealth([10], 10**6).window_steps == 1
+
+
+def test_a_token_counts_in_each_group_of_a_codebook_that_is_too_large_to_count():
+    assert CodebookHealth([2**16, 2**16], 256 * 256).window_steps == 16  # not 32, as for 2^17 codes
+    assert CodebookHealth([2**10, 2**9], 2**10).window_steps == 16  # of the largest group
+    watched = CodebookHealth([4, 4], 64)
+    watched.update(torch.tensor([[0, 4], [0, 5]]), 0)  # two tokens
+    assert watched.read(0)["usage"] == 3 / 8 and watched.alarm is None
+    watched.update(torch.tensor([[0, 4]]), 1)
+    watched.read(1)
+    watched.update(torch.tensor([[0]]), 2)
+    watched.read(2)
+    assert watched.alarm.startswith("usage of groups is 12.5%")
 
 
 def test_usage_is_that_of_the_window_and_since_the_start():
@@ -49,11 +62,26 @@ def test_the_alarm_comes_when_usage_falls_below_half_its_best_and_goes_when_it_i
 
 
 def test_no_alarm_before_the_window_is_full_but_then_for_a_codebook_that_never_came_into_use():
-    watched = CodebookHealth(40, 160)
+    watched = CodebookHealth([40], 160)
     for step in range(4):
         watched.update(torch.tensor([7, 7, 9]), step)
         watched.read(step)
         assert bool(watched.alarm) == (step == 3)
+
+
+def test_codes_that_start_at_one_place_have_time_to_come_into_use():
+    def alarms(usages: list[int], start_steps: int) -> list[bool]:
+        watched, found = CodebookHealth([40], 640, start_steps=start_steps), []  # a window of 1 step
+        for step, used in enumerate(usages):
+            watched.update(torch.arange(used), step)
+            watched.read(step)
+            found.append(bool(watched.alarm))
+        return found
+
+    assert alarms([1, 2, 1, 8, 20], 10) == [False] * 5
+    assert alarms([1, 2, 1, 8, 20], 0) == [True] * 3 + [False] * 2
+    assert alarms([1] * 5, 3) == [False] * 3 + [True] * 2  # they never came into use
+    assert alarms([1, 8, 3, 20], 10) == [False, False, True, False]  # they did, and collapsed within the time
 
 
 def test_a_resumed_run_goes_on_counting():
@@ -89,3 +117,10 @@ def test_the_alarm_is_said_when_it_begins_and_when_it_ends(tmp_path, capsys):
         "ALARM at step 2: usage is 3%",
         "step 4: codebook usage has recovered",
     ]
+
+
+def test_the_terminal_tells_usage_of_groups_from_usage_of_codes(tmp_path, capsys):
+    for name, said in (("usage", "codes 3%"), ("group_usage", "usage of groups 3%")):
+        with RunTelemetry(tmp_path / name, 0, 1) as telemetry:
+            telemetry.log(1, {f"codebook/{name}": 0.03})
+        assert said in capsys.readouterr().err

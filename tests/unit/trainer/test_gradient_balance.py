@@ -1,16 +1,17 @@
 """The norms of the loss terms' gradients, and the warning about losses that drown the image."""
 
 import copy
+from types import SimpleNamespace
 
 import pytest
 import torch
 from comparing import refusal
-from support import as_float, equal, images, tokenizer_task
+from support import as_float, equal, images, tokenizer_run, tokenizer_task
 
 from model_zoo.losses import entropy_penalty, quantizer_loss
 from trainer import TrainerError
 from trainer.parallel import start_world
-from trainer.tasks.gradient_balance import PLACES
+from trainer.tasks.gradient_balance import PLACES, unmeasurable
 
 SETTINGS = dict(loss__generator__weight=0.0, trainer__log_gradient_balance=True, trainer__log_every_steps=1)
 
@@ -88,9 +89,25 @@ def test_the_image_share_counts_all_terms_of_the_image(world):
     assert task.balance.image_share({}, 1.0) == 1
 
 
-def test_where_it_cannot_be_measured_it_is_refused(world):
-    task = tokenizer_task(world, **SETTINGS, trainer__compile=True)
-    assert "trainer.log_gradient_balance=true" in refusal(TrainerError, task.check_settings)
+@pytest.mark.parametrize(
+    ("changes", "said", "others"),
+    [
+        ({"trainer__compile": True}, "set trainer.compile=false", ("engine.kind", "init_from")),
+        ({"init_from__freeze": "encoder"}, "do not freeze the encoder", ("engine.kind", "trainer.compile")),
+        ({"engine__kind": "fsdp2"}, "use engine.kind=ddp", ("init_from", "trainer.compile")),
+    ],
+)
+def test_where_it_cannot_be_measured_it_is_refused_with_the_cause_that_applies(world, changes, said, others):
+    task = tokenizer_task(world, **SETTINGS, **changes)
+    line = refusal(TrainerError, task.check_settings)
+    assert line.startswith("trainer.log_gradient_balance=true ") and said in line
+    assert not any(other in line for other in others)
+
+
+def test_the_engine_that_shards_is_named():
+    config = tokenizer_run(engine__kind="deepspeed", engine__config="zero3")
+    assert "engine.config=zero3 shards them" in unmeasurable(config, SimpleNamespace(forwards_together=True))
+    assert unmeasurable(config, SimpleNamespace(forwards_together=False)) is None
 
 
 def norms_of_rank(codebook_parallel: int) -> dict[str, float]:

@@ -379,6 +379,14 @@ def test_the_record_has_the_first_and_the_last_validation(run):
         assert text in page
 
 
+def test_usage_of_groups_at_the_start_and_now_is_named_as_such(run):
+    save_init_record(run, RECORD)
+    lines = [{"step": step, "val/psnr": 20.0, "val/l1": 0.2, "val/group_usage": 0.5} for step in (0, 10)]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    page = write_report(run).read_text()
+    assert "usage of groups" in page and "50.0%" in page and "codebook usage" not in page
+
+
 def test_a_run_from_scratch_has_no_such_section_and_one_without_validation_says_so(run):
     assert "Initial weights" not in write_report(run).read_text()
     save_init_record(run, RECORD)

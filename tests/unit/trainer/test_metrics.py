@@ -117,10 +117,10 @@ def test_palette_with_room_for_every_colour_is_exact():
     assert torch.equal(baselines.draw_palette(levels[2], palette), levels[2])
 
 
-@pytest.mark.parametrize("height, width", [(64, 64), (37, 61)])
-def test_baseline_psnr_is_that_of_the_drawn_pictures(height, width):
+@pytest.mark.parametrize("height, width, colors", [(64, 64, 20), (37, 61, 20), (37, 61, 2**32)])
+def test_baseline_psnr_is_that_of_the_drawn_pictures(height, width, colors):
     levels = photographs()[:, :, :height, :width]
-    baselines = ColorBaselines(patch_size=8, color_count=20, image_count=4)
+    baselines = ColorBaselines(patch_size=8, color_count=colors, image_count=4)
     baselines.update(levels, range(4))
     palette = baselines.fit(baselines.fitted())
     mean_psnr, palette_psnr = baselines.mean_color_psnr(), baselines.palette_psnr(palette)

@@ -3,15 +3,18 @@ import dataclasses
 import pytest
 import torch
 from comparing import refusal
+from omegaconf import OmegaConf
 
 from model_zoo import ModelError, Tokenizer
-from model_zoo.config import DiscriminatorLoss, GeneratorLoss, Sampling, broken_rule
+from model_zoo.config import WITH_CODEBOOK, DiscriminatorLoss, GeneratorLoss, Sampling, broken_rule
 from model_zoo.losses import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES
+from model_zoo.quantizers.base import CodebookQuantizer
+from model_zoo.quantizers.registry import QUANTIZERS
 from model_zoo.sampler import SCHEDULES
 from model_zoo.transformer import Transformer
 from trainer import TrainerError
 from trainer.config import GeneratorRun, InitFromConfig, RunConfig, TokenizerRun
-from trainer.recipes import KEYS_OF_QUANTIZERS, TASKS, load_recipe, load_run_config, recipe_paths, save_config
+from trainer.recipes import KEYS_OF_QUANTIZERS, TASKS, leaves, load_recipe, load_run_config, recipe_paths, save_config
 
 SMALLEST = "trainer: {max_steps: 10, global_batch_size: 4}\n"
 
@@ -315,6 +318,7 @@ def test_mistakes_in_a_tokenizers_recipe(recipe, changes, said):
     ("changes", "said"),
     [
         (["sampling.top_p=0"], "top_p 0"),
+        (["model.vocabulary=4294967296"], "model.vocabulary=4294967296 must be at most 16777216"),
         (["sampling.guidance=-1"], "guidance -1"),
         (["codebook_parallel=2"], "unknown key codebook_parallel"),
         (["start.source=x"], "unknown key start"),
@@ -383,8 +387,28 @@ def test_a_run_of_before_codes_began_among_the_features_is_one_of_normal(recipe,
     assert load_run_config(tmp_path, []).model.codebook_init == "normal"
 
 
+def test_what_the_cosine_recipe_says_differs_from_vqgan_is_what_differs():
+    found = [OmegaConf.structured(load_recipe(name, [])) for name in ("cosine_vq_16384", "vqgan_16384")]
+    differing = {key for key in leaves(found[0]) if len({str(OmegaConf.select(config, key)) for config in found}) == 2}
+    quantizer = {"model.normalize", "model.code_dim", "model.codebook_init_std"}
+    assert differing == {*quantizer, "loss.quantizer.form"}
+    text = recipe_paths()["cosine_vq_16384"].read_text(encoding="utf-8")
+    assert "the form of" in text and "quantizer alone" not in text
+
+
 def test_codes_of_one_dimension_may_begin_as_normal_ones(recipe):
     load_recipe(recipe(), ["model.code_dim=1", "model.codebook_init=normal"])
+
+
+@pytest.mark.parametrize("quantizer", QUANTIZERS)
+def test_the_start_of_a_codebook_matters_where_there_is_one(recipe, quantizer):
+    """model.codebook_init=features, the default, needs two dimensions, and has an effect on learned codes alone."""
+    changes = [f"model.quantizer={quantizer}", "model.code_dim=1"]
+    assert (quantizer in WITH_CODEBOOK) == issubclass(QUANTIZERS[quantizer], CodebookQuantizer)
+    if quantizer in WITH_CODEBOOK:
+        assert "model.code_dim of 2 or more" in refused(recipe(), *changes)
+    else:
+        load_recipe(recipe(), changes)
 
 
 def test_lists_of_two_configurations_are_not_shared(recipe):

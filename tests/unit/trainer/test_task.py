@@ -462,6 +462,76 @@ def test_a_start_that_is_another_stays_as_it_is(build, changes):
     assert equal(weights(task.tokenizer), before)
 
 
+def test_usage_of_groups_has_names_of_its_own(build):
+    huge = {"model__quantizer": "bsq", "model__codebook_size": 2**32, "model__code_dim": 32}
+    for changes, there, absent in (
+        (huge, "codebook/group_usage", "codebook/usage"),
+        ({"model__quantizer": "bsq", "model__codebook_size": 2**18, "model__code_dim": 18}, "codebook/usage", None),
+    ):
+        task = build(**changes)
+        task.step([images()], 0)
+        scalars = task.scalars(0)
+        assert there in scalars and absent not in scalars
+        names = {name.removeprefix("codebook/") for name in scalars}
+        assert {name.removeprefix("group_") for name in names} == {
+            "usage",
+            "usage_since_start",
+            "dead_codes",
+            "perplexity",
+        }
+    # Of 128 tokens few of 2^18 codes are chosen; each bit, as a group of its own, has both values.
+    assert scalars["codebook/usage"] <= 128 / 2**18
+
+
+def test_validation_images_of_a_folder_have_the_classes_of_training(build, tmp_path):
+    for name in ("b", "a"):
+        (tmp_path / name).mkdir()
+        Image.fromarray(images()[0].movedim(0, -1).numpy()).save(tmp_path / name / "x.png")
+    for source, labels in (("imagenet", [0, 1]), ("mine", [None, None])):  # imagenet has a folder for each class
+        task = build(data__val=str(tmp_path), data__sources=[{"name": source, "root": str(tmp_path)}])
+        assert [image.label for image in task.validation_images(16)] == labels
+
+
+@pytest.mark.parametrize("warmup_steps", [0, 20])
+def test_codes_of_vqbridge_which_start_at_zero_raise_no_alarm(build, warmup_steps):
+    changes = {"model__quantizer": "vqbridge", "model__bridge_group": 4, "model__codebook_size": 64}
+    changes |= {"model__bridge_width": 16, "model__bridge_heads": 2, "loss__entropy__weight": 0.0}
+    changes |= {"loss__quantizer__form": "paper", "optimizer__epsilon": 1e-8, "data__image_size": 128}
+    task, usage = build(**changes, schedule__warmup_steps=warmup_steps), []
+    assert not task.tokenizer.quantize.codes().any() and task.health.start_steps == 40 + warmup_steps
+    for step in range(12 + warmup_steps):
+        task.step([images(step)], step)
+        usage.append(task.scalars(step)["codebook/usage"])
+        assert task.alarm is None
+    assert usage[0] < task.health.COLLAPSED_USAGE < usage[-1]  # the alarm of codes that start apart
+
+
+def test_restarts_of_all_codes_in_each_step_are_refused(build):
+    # 8 images of 4 x 4 tokens: 2 tokens a code.
+    changes = {"model__quantizer": "vq_ema", "model__codebook_size": 64, "data__image_size": 16}
+    build(**changes, model__restart_below=2.0).check_settings()
+    said = refusal(TrainerError, build(**changes, model__restart_below=2.5).check_settings)
+    assert "model.restart_below=2.5 is above the 2 tokens" in said
+    assert "128 tokens for 64 codes" in said and "give 0.5 or less" in said
+    build(**changes, model__restart_below=2.5, init_from__freeze="encoder").check_settings()  # codes that never restart
+
+
+@pytest.mark.parametrize(
+    ("changes", "titles"),
+    [
+        ({"model__quantizer": "vq_ema"}, ["codebook, moving averages", "statistics of the codes"]),
+        (
+            {"model__quantizer": "vq_ema", "init_from__freeze": "encoder"},
+            ["encoder, frozen", "statistics of the codes"],
+        ),
+        ({"model__quantizer": "simvq"}, ["codebook, frozen"]),
+        ({"model__quantizer": "vq"}, []),
+    ],
+)
+def test_the_dry_run_tells_how_a_codebook_is_held(build, changes, titles):
+    assert list(build(**changes).frozen_bytes()) == titles
+
+
 def test_same_seed_same_start_and_another_seed_another(build):
     first, same, other = build(seed=1), build(seed=1), build(seed=2)
     for module in (attrgetter("tokenizer"), attrgetter("adversary.engine.module")):

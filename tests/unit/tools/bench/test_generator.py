@@ -1,7 +1,7 @@
 """`ibq bench sample` and `train-ar`: what rows measure, the tables, the reference's checkout, mistakes."""
 
 import os
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -148,6 +148,15 @@ def test_ratios_are_quotients_of_the_speeds():
 def test_mfu_is_three_forwards_at_the_rate_of_a_product():
     (row,) = report(generator.TRAIN, ibq=4).rows
     assert row.mfu == pytest.approx(3 * flops_per_token(TINY) * (8 / 4) / 1e12)
+
+
+def test_columns_are_as_wide_as_their_values():
+    shape = generator.Shape("recipe", replace(TINY, vocabulary=16_777_216), 8)
+    for kind in (generator.SAMPLE, generator.TRAIN):
+        row = generator.Row("cached", shape, "bfloat16", measured(2, 1))
+        table = generator.Report(kind, [], [row], planned=(row,))
+        for text, heading, width in zip(table.cells(row), table.headings, table.widths, strict=True):
+            assert max(len(text), len(heading)) <= width, heading
 
 
 def test_rows_of_other_shapes_are_no_base():

@@ -15,6 +15,7 @@ from data import EvaluationImage
 from model_zoo import ModelError, TokenizerConfig
 from model_zoo.eval_nets.weights import WEIGHTS_FILES, weights_path
 from model_zoo.quantizers.base import Quantizer
+from model_zoo.quantizers.lfq import LookupFreeQuantizer
 from trainer import TrainerError
 from trainer.evaluation import reconstruction
 from trainer.evaluation.provenance import StageTimer
@@ -24,6 +25,7 @@ from trainer.evaluation.reconstruction import (
     load_networks,
     reconstruct_images,
 )
+from trainer.evaluation.reconstruction_report import figure_rows
 
 
 class GreyTokenizer:
@@ -168,6 +170,44 @@ def test_usage_windows_are_those_of_the_tokens_in_order(evaluate, monkeypatch):
     for image in images:
         want += GreyTokenizer().tokenize((image.image_chw[None].double() / 127.5 - 1).float()).flatten().tolist()
     assert report.usage_65536 == (want, 16)
+
+
+class HugeTokenizer(GreyTokenizer):
+    """16 of 2^32 codes, which are counted as two groups of 16 bits."""
+
+    config = TokenizerConfig(quantizer="lfq", codebook_size=2**32, code_dim=32, groups=4)
+    quantize = LookupFreeQuantizer(config)
+
+    def tokenize(self, images_bchw):
+        return super().tokenize(images_bchw) << 14
+
+    def detokenize(self, index_bhw):
+        return super().detokenize(index_bhw >> 14)
+
+
+@torch.no_grad()
+def test_usage_of_groups_is_named_as_such_and_the_palette_has_all_colours(evaluate, monkeypatch):
+    monkeypatch.setattr(reconstruction, "USAGE_WINDOW_TOKENS", 64)
+    images = photographs((32, 32), (32, 32), (32, 32))
+    report, plain = evaluate(HugeTokenizer(), images), evaluate(GreyTokenizer(), images)
+    assert (report.codebook_size, report.counted_codes) == (2**32, 2**17)
+    assert report.usage is report.usage_65536 is report.perplexity is None
+    index = torch.cat(
+        [HugeTokenizer().tokenize((image.image_chw[None].double() / 127.5 - 1).float()).flatten() for image in images]
+    )
+    groups_gn = torch.stack([index % 2**16, index >> 16])
+    assert report.group_usage == sum(len(of_group.unique()) for of_group in groups_gn) / 2**17
+    of_windows = [sum(len(part.unique()) for part in groups_gn[:, i : i + 64]) / 2**17 for i in range(0, 192, 64)]
+    assert report.group_usage_65536 == pytest.approx(np.mean(of_windows))  # windows of 64 tokens, not of 32
+    assert report.group_perplexity > 1
+    assert plain.group_usage is plain.group_usage_65536 is plain.group_perplexity is None
+    titles = [row[0] for row in figure_rows(report)]
+    assert "usage of groups" in titles and "perplexity of groups" in titles and "codebook usage" not in titles
+    # Each patch in its own mean colour.
+    first = report.examples["first"][0]
+    mean_chw = torch.nn.functional.avg_pool2d(first.original_chw.double(), 4).round()
+    assert torch.equal(first.palette_chw.double(), mean_chw.repeat_interleave(4, 1).repeat_interleave(4, 2))
+    assert report.baseline_palette_psnr > plain.baseline_palette_psnr
 
 
 def test_examples_are_the_first_the_worst_and_the_best(evaluate):

@@ -300,6 +300,14 @@ def test_bad_input_gets_one_line(refused_by_ibq, run, tars, tmp_path):
         shutil.rmtree(out, ignore_errors=True)
 
 
+def test_more_codes_than_token_shards_hold_are_refused_at_the_start(tars, tmp_path):
+    huge = tokenizer_of(**{**MODEL, "quantizer": "bsq", "codebook_size": 2**25, "code_dim": 25})
+    run = write_run(tmp_path / "run", {"task": "tokenizer", "model": huge.config}, tokenizer_ema=huge)
+    line = refusal(TrainerError, go, run, tars, tmp_path / "out")
+    assert "33,554,432 codes" in line and "at most 16,777,216 (2^24): use a tokenizer of fewer codes" in line
+    assert not (tmp_path / "out").exists()
+
+
 def test_a_mistake_does_not_bind_the_folder(run, tars, tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.png").write_bytes(b"no picture")

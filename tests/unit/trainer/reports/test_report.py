@@ -174,6 +174,21 @@ def test_the_verdict_is_honest(psnr, palette, words):
     assert words in sentence and "same bits per token" in sentence
 
 
+def test_a_codebook_too_large_to_count_has_usage_of_groups_and_a_palette_of_all_colours(run):
+    fill(run)
+    counts = dict.fromkeys(("usage", "usage_65536", "perplexity"))
+    counts |= {"group_usage": 0.25, "group_usage_65536": None, "group_perplexity": 3.5, "counted_codes": 2**17}
+    huge = {**EVALUATION, **counts, "codebook_size": 2**32}
+    (run / "report.json").write_text(json.dumps(huge))
+    (run / "metrics.jsonl").write_text(json.dumps({"step": 1, "codebook/group_usage": 0.2}) + "\n")
+    page = Page(write_report(run).read_text())
+    assert "usage of groups: of 131,072 values of bits" in page.text and "codebook usage" not in page.text
+    assert "does not beat a palette of all 16,777,216 colours" in page.text
+    assert "at 32 bits per token against the palette's 24" in page.text and "same bits per token" not in page.text
+    assert any("Usage of groups" in chart for chart in page.charts)
+    assert not any("Codebook usage" in chart for chart in page.charts)
+
+
 def test_an_exact_reconstruction_is_reported(run):
     fill(run)
     exact = {**EVALUATION, "psnr": None, "infinite_psnr_count": 8, "skipped": ["broken.png"]}
