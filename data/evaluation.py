@@ -86,7 +86,7 @@ class _OrderedSamples:
                 key = sample.key
             return self._value(sample, index)
         except ImageError as error:
-            return Skipped(name, key, str(error))
+            return Skipped(name, error.key or key, str(error))
         except OSError as error:
             return Skipped(name, key, error.strerror or str(error))
 

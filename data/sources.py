@@ -18,6 +18,7 @@ from data.cache import Access
 from data.config import FilterConfig, SourceConfig
 from data.errors import DataError, Filtered, ImageError
 from data.folder_reader import folder_shard, is_folder_of_images, is_zip, zip_shard
+from data.grouping import KNOWN_SUFFIXES
 from data.index import INDEX_NAME, Index, common_root, without_query
 from data.parallel import in_threads
 from data.samples import CODES, Sample, Shard
@@ -25,6 +26,8 @@ from data.shards import expand
 from data.tar_reader import PIPE, TarShard
 
 MOST_SCANNED = 256  # a source with more local tars without an index is scanned one tar at a time during the run
+
+NO_CLASS = ("", "-1")  # contents of a class member that names no class
 
 
 class Layout(NamedTuple):
@@ -37,7 +40,15 @@ class Layout(NamedTuple):
     label: str | None = "cls"
     fields: Mapping[str, str] = MappingProxyType({})
 
+    @property
+    def suffixes(self) -> frozenset[str]:
+        """The suffixes that end a sample's key."""
+        if not self.image:
+            return KNOWN_SUFFIXES | {self.caption or "txt", self.label or "cls"}
+        return frozenset((*self.image, self.caption or "txt", self.label or "cls", "json"))
 
+
+IMAGES = Layout()  # of a source that the catalogue does not know
 TOKENS = Layout(image=(CODES,))  # written by `ibq tokenize`
 
 
@@ -157,15 +168,7 @@ class Source:
     def pick(self, sample: Sample) -> Picked:
         """Raises ImageError if the image is missing or a member is damaged, Filtered if a filter rejects the sample."""
         self._filter(sample)
-        layout, members = self.layout, sample.members
-        caption = None
-        if layout.caption_field and "json" in members:
-            caption = metadata_of(sample).get(layout.caption_field)
-            caption = caption[0] if isinstance(caption, list) and caption else caption
-            caption = caption if isinstance(caption, str) else None
-        if caption is None and layout.caption in members:
-            caption = members[layout.caption].decode("utf-8", "replace")
-        return Picked(sample.image(layout.image), caption, label_of(members, layout))
+        return pick(sample, self.layout)
 
     def _filter(self, sample: Sample) -> None:
         filters = self.filters
@@ -183,13 +186,26 @@ class Source:
                 raise Filtered(name)
 
 
+def pick(sample: Sample, layout: Layout) -> Picked:
+    """The parts of a sample that are used. Raises ImageError if the image is missing or a member is damaged."""
+    members, caption = sample.members, None
+    if layout.caption_field and "json" in members:
+        caption = metadata_of(sample).get(layout.caption_field)
+        caption = caption[0] if isinstance(caption, list) and caption else caption
+        caption = caption if isinstance(caption, str) else None
+    if caption is None and layout.caption in members:
+        caption = members[layout.caption].decode("utf-8", "replace")
+    return Picked(sample.image(layout.image), caption, label_of(members, layout))
+
+
 def label_of(members: dict[str, bytes], layout: Layout) -> int | None:
-    """A sample's class, or None. Raises ImageError if it is not a number."""
-    if layout.label not in members:
+    """A sample's class; None if there is none, or if it is empty or -1, as data sets mark pictures without a class.
+    Raises ImageError if it is not a number."""
+    text = members.get(layout.label, b"").decode("utf-8", "replace").strip()
+    if text in NO_CLASS:
         return None
-    text = members[layout.label].decode("utf-8", "replace").strip()
     if not text.isdecimal() or len(text) > 18:
-        raise ImageError(f"the class {text[:40]!r} is no number from 0")
+        raise ImageError(f"the class {text[:40]!r} is no number from 0", "bad class")
     return int(text)
 
 
@@ -198,9 +214,9 @@ def metadata_of(sample: Sample) -> dict:
     try:
         metadata = json.loads(sample.members.get("json", b"{}"))
     except (ValueError, RecursionError) as error:
-        raise ImageError(f"its json is damaged: {error}") from error
+        raise ImageError(f"its json is damaged: {error}", "bad json") from error
     if not isinstance(metadata, dict):
-        raise ImageError("its json is no mapping")
+        raise ImageError("its json is no mapping", "bad json")
     return metadata
 
 
@@ -229,7 +245,7 @@ def open_source(
     if not (isinstance(config.weight, (int, float)) and 0 < config.weight < math.inf):
         raise DataError(f"source {config.name}: weight={config.weight} must be positive and finite")
     layout = layout_of(config) if content == "images" else TOKENS
-    options = {"class_from_folder": layout.label == "folder", "allow_pipes": allow_pipes, "quarantine": quarantine}
+    options = {"layout": layout, "allow_pipes": allow_pipes, "quarantine": quarantine}
     shards = open_shards(config, access or Access(), **options)
     if layout.label == "folder":
         layout = layout._replace(label="cls")
@@ -280,18 +296,18 @@ def open_shards(
     config: SourceConfig,
     access: Access,
     *,
+    layout: Layout = TOKENS,
     allow_pipes: bool = False,
-    class_from_folder: bool = False,
     quarantine: frozenset[str] = frozenset(),
 ) -> list[Shard]:
     """The shards of a root: a folder of images or a zip file as one shard, or the tars with their tables if indexed."""
     root = config.root
     if is_folder_of_images(root):
-        return [folder_shard(str(root), class_from_folder)]
+        return [folder_shard(str(root), layout.label == "folder")]
     if is_zip(root):
         return [zip_shard(str(root))]
     urls = expand(root, allow_pipes=allow_pipes)
-    shards = [TarShard(url, access=access) for url in urls]
+    shards = [TarShard(url, access=access, suffixes=layout.suffixes) for url in urls]
     shared = common_root([url for url in urls if not url.startswith(PIPE)]) if urls else ""
     index = _index(config, shared)
     if index is not None:

@@ -100,6 +100,10 @@ def check(
         bool, typer.Option("--write-index", help="Write the index if no tar is broken, instead of comparing with it.")
     ] = False,
     skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave broken tars out of the index.")] = False,
+    image: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SUFFIX", help="Suffix of the images, as in a source's `image`; repeat it for more."),
+    ] = None,
     json_file: Json = None,
     jobs: Jobs = None,
 ) -> None:
@@ -117,6 +121,7 @@ def check(
     from data.parallel import cores
     from data.prep.check import check_shards, find_duplicates, missing_shards
     from data.shards import expand
+    from data.sources import Layout
 
     if misplaced := next((path for path in paths if path.endswith(".safetensors")), None):
         raise DataError(f"{misplaced} is not a tar; to use an index, write --index {misplaced}")
@@ -126,9 +131,10 @@ def check(
     place = index or _index_place(urls, write)
     _check_writable(json_file, place if write else None)
     known = Index(place) if place and not write else None
+    layout, workers = Layout(image=tuple(image or ())), min(jobs or cores(), len(urls))
     found, broken = [], 0
     with progress("checking", lines=False) as on_progress:
-        for checked in check_shards(urls, index=known, decode_images=decode, jobs=min(jobs or cores(), len(urls))):
+        for checked in check_shards(urls, index=known, decode_images=decode, layout=layout, jobs=workers):
             found.append(checked)
             broken += checked.status == "broken"
             on_progress(len(found), len(urls), f"{broken:,} broken" if broken else "")

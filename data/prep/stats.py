@@ -252,8 +252,8 @@ def _count_selection(source: Source, selection: _Selection) -> Counted:
         except ImageError as error:
             counted.unusable_samples += 1
             if len(counted.unusable) < NAMED_UNUSABLE:
-                key = f"{sample.key} in " if isinstance(sample, Sample) else ""
-                counted.unusable.append(f"{key}{shard.name}: {error}")
+                key = sample.key  # of the sample, or of the error in its place
+                counted.unusable.append(f"{key + ' in ' if key else ''}{shard.name}: {error}")
     return counted
 
 

@@ -324,7 +324,7 @@ def _prepare(inputs: _Inputs, name: str, window: Window, n: int) -> _Prepared | 
         picked = inputs.source.pick(sample)
         views_vchw = inputs.views_of(picked.content)
     except ImageError as error:
-        return Skipped(name, key, str(error), inputs.source.name)
+        return Skipped(name, error.key or key, str(error), inputs.source.name)
     members = {} if picked.label is None else {"cls": str(picked.label).encode()}
     if picked.caption is not None:
         members["txt"] = picked.caption.encode("utf-8", "replace")

@@ -137,7 +137,7 @@ def test_bad_samples_are_named_in_a_tar_that_can_be_read(tmp_path):
         ("bad key", 4, "../up"),
         ("duplicate key", 5, "twice"),
     ]
-    assert "twice comes twice in a row, with jpg" in plain.problems[2].message
+    assert "two members are called twice.jpg" in plain.problems[2].message
     assert plain.status == decoded.status == "flawed"
     assert len(plain.table) == plain.samples == 6
     new = [one for one in decoded.problems if one not in plain.problems]
@@ -169,7 +169,7 @@ def test_the_record_is_json_even_of_odd_names(tmp_path):
     assert record["shard"] == str(path) and record["status"] == "flawed" and record["samples"] == 2
     assert record["bytes"] == path.stat().st_size
     assert record["problems"] == [
-        {"kind": "no image", "message": "caf\udce9 has txt only", "sample": 0, "key": "caf\udce9"}
+        {"kind": "no image", "message": "caf\udce9: no image among its members: txt", "sample": 0, "key": "caf\udce9"}
     ]
 
 
