@@ -10,7 +10,7 @@ import torch
 from data.cache import Access, Cache, cache_folder
 from data.config import SourceConfig
 from data.errors import DataError, ImageError
-from data.folder_reader import FolderShard, find_images, folder_shard
+from data.folder_reader import FileShard, FolderFiles, file_shard, find_images
 from data.parallel import in_threads
 from data.samples import Sample, Shard, Skipped, is_image
 from data.sources import TOKENS, label_of, open_source
@@ -75,20 +75,14 @@ class _OrderedSamples:
     def _read(self, entry: tuple[int, Shard, int]) -> NamedTuple:
         """One sample's value, or why it is skipped."""
         index, shard, number = entry
-        key, name = f"sample {number}", shard.name
-        if isinstance(shard, FolderShard):
-            key, name = shard.images[number].as_posix(), f"{shard.url}/{shard.images[number].as_posix()}"
+        key = f"sample {number}"
         try:
-            if isinstance(shard, FolderShard):
-                sample = Sample(key, {Path(key).suffix.lower().lstrip("."): Path(name).read_bytes()})
-            else:
-                sample = shard.read(number)
-                key = sample.key
+            sample = shard.read(number)
+            key = sample.key
             return self._value(sample, index)
         except ImageError as error:
+            name = shard.files.name(shard.images[number]) if isinstance(shard, FileShard) else shard.name
             return Skipped(name, error.key or key, str(error))
-        except OSError as error:
-            return Skipped(name, key, error.strerror or str(error))
 
     def _value(self, sample: Sample, index: int) -> NamedTuple:
         raise NotImplementedError
@@ -147,9 +141,10 @@ class EvaluationTokens(_OrderedSamples):
 
 def _shards(path: str | list[str], access: Access) -> list[Shard]:
     if isinstance(path, (str, os.PathLike)) and os.path.isfile(path) and is_image(str(path)):
-        return [FolderShard(os.path.dirname(path) or ".", [Path(os.path.basename(path))])]
+        folder = os.path.dirname(path) or "."
+        return [FileShard(folder, FolderFiles(folder), [Path(os.path.basename(path))])]
     if isinstance(path, (str, os.PathLike)) and os.path.isdir(path) and find_images(Path(path)):
-        return [folder_shard(str(path))]
+        return [file_shard(str(path))]
     if access.cache is None:  # samples are read by their position, so remote tars need copies or an index
         access = access._replace(cache=Cache(cache_folder() / "shards", CACHE_BYTES, access.timeouts))
     source = open_source(SourceConfig(name="evaluation", root=path), access, scan_all=True)

@@ -17,7 +17,7 @@ from data.addresses import is_remote
 from data.cache import Access
 from data.config import FilterConfig, SourceConfig
 from data.errors import DataError, Filtered, ImageError
-from data.folder_reader import folder_shard, is_folder_of_images, is_zip, zip_shard
+from data.folder_reader import file_shard, is_folder_of_images, is_zip
 from data.grouping import KNOWN_SUFFIXES
 from data.index import INDEX_NAME, Index, common_root, without_query
 from data.parallel import in_threads
@@ -302,10 +302,8 @@ def open_shards(
 ) -> list[Shard]:
     """The shards of a root: a folder of images or a zip file as one shard, or the tars with their tables if indexed."""
     root = config.root
-    if is_folder_of_images(root):
-        return [folder_shard(str(root), layout.label == "folder")]
-    if is_zip(root):
-        return [zip_shard(str(root))]
+    if is_folder_of_images(root) or is_zip(root):
+        return [file_shard(str(root), layout.label == "folder")]
     urls = expand(root, allow_pipes=allow_pipes)
     shards = [TarShard(url, access=access, suffixes=layout.suffixes) for url in urls]
     shared = common_root([url for url in urls if not url.startswith(PIPE)]) if urls else ""

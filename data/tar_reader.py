@@ -234,13 +234,18 @@ def parse_sample(
         raise ImageError(f"the key {group.key!r} leads out of its folder", "bad key", group.key)
     found = {}
     for suffix, value in group.members:
+        if isinstance(value, ImageError):
+            if suffix not in suffixes:  # nothing that would be used
+                continue
+            value.key = group.key
+            raise value
         if suffix in found:
             raise ImageError(f"two members are called {group.key}.{suffix}", "duplicate key", group.key)
         found[suffix] = value
     return Sample(group.key, found)
 
 
-def _as_formerly(members: list[tuple[str, bytes]], expected: int) -> list[Group]:
+def _as_formerly(members: list[tuple[str, bytes | ImageError]], expected: int) -> list[Group]:
     """The sample of an index that was written when keys ended at the first dot, or nothing."""
     belonging = [(path, value) for path, value in members if split_name(path) is not None]
     keys = {key_to_first_dot(path) for path, _ in belonging}
@@ -279,12 +284,15 @@ def read_plain_members(content: bytes | memoryview) -> list[tuple[str, bytes]] |
     return members if at == len(content) and members else None
 
 
-def read_members(content: bytes | memoryview) -> Iterator[tuple[str, bytes]]:
-    """The members of a sample: name, bytes. Raises TarError for a damaged header, where webdataset silently stops."""
+def read_members(content: bytes | memoryview) -> Iterator[tuple[str, bytes | ImageError]]:
+    """The members of a sample: name, bytes; of one without bytes of its own, an ImageError that says why. Raises
+    TarError for a damaged header, where webdataset silently stops."""
     with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
         for member in _entries(tar):
             if member.isreg():
                 yield member.name, tar.extractfile(member).read()
+            elif _is_member(member):
+                yield member.name, ImageError(f"{member.name} {_without_bytes(member)}", "link")
         if tar.offset != len(content):
             raise tarfile.ReadError(f"damaged at byte {tar.offset:,} of {len(content):,}")
 
@@ -302,6 +310,22 @@ def _entries(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
             yield member
     except (OverflowError, ValueError, RecursionError) as error:
         raise tarfile.ReadError(f"damaged header: {error}") from error
+
+
+def _is_member(member: tarfile.TarInfo) -> bool:
+    """Whether a tar's entry belongs to a sample. One without bytes, such as a link, does if its suffix is known: its
+    owner may expect it to be used."""
+    if member.isreg() or member.isdir():
+        return member.isreg()
+    name = split_name(member.name)
+    return name is not None and name.is_known
+
+
+def _without_bytes(member: tarfile.TarInfo) -> str:
+    if not (member.islnk() or member.issym()):
+        return "is a pipe or a device, not a file"
+    kind, option = ("hard", "--hard-dereference") if member.islnk() else ("symbolic", "--dereference")
+    return f"is a {kind} link to {member.linkname}: write the tar with {option}"
 
 
 # ------------------------------------------------------------------------------------------------------- whole tars
@@ -324,7 +348,7 @@ def sample_spans(file, name: str, suffixes: frozenset[str] = KNOWN_SUFFIXES) -> 
     found = False
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
-            members = ((member.name, (member.offset, tar.offset)) for member in _entries(tar) if member.isreg())
+            members = ((member.name, (member.offset, tar.offset)) for member in _entries(tar) if _is_member(member))
             for key, parts in grouped(members, suffixes):
                 found = True
                 (_, (start, _)), (_, (_, stop)) = parts[0], parts[-1]

@@ -43,7 +43,7 @@ def problems(found: list["Checked"]) -> Iterator[str]:
     if dotted := sum(checked.dotted for checked in found):
         yield (
             f"{dotted:,} keys have a dot: each is a sample of its own here, and webdataset would end keys at the first "
-            "dot; if KEY.part.png belongs to the image KEY.jpg, name the suffix of images (--image jpg; a source's image)"
+            "dot; if KEY.part.png belongs to the image KEY.jpg, name the suffix of images (--image, a source's image)"
         )
     if broken := [name for checked, name in zip(found, names, strict=True) if checked.status == "broken"]:
         yield f"to train without the broken ones: 'data.quarantine=[{','.join(broken)}]'"

@@ -15,9 +15,9 @@ from typing import NamedTuple
 from PIL import Image
 
 from data.errors import DataError, ImageError
-from data.folder_reader import find_images, is_zip, open_zip, read_from_zip
+from data.folder_reader import FolderFiles, ZipFiles, class_numbers, open_files
 from data.parallel import in_threads
-from data.samples import IMAGE_SUFFIXES, Skipped, is_image
+from data.samples import IMAGE_SUFFIXES, Skipped
 from data.transforms import decode
 
 LAYOUTS = ("folder", "imagenet", "coco")
@@ -74,7 +74,7 @@ def pack(
     if (layout == "coco") != (annotations is not None):
         raise DataError("the layout coco takes annotations, and no other does: give both or neither")
     _check_pack_options(prefix, max_samples_per_shard, max_bytes_per_shard, shorter_side, quality)
-    files = _Zip(source) if is_zip(source) else _Folder(source)
+    files = open_files(source)
     paths = files.images()
     if not paths:
         raise DataError(f"no {', '.join(IMAGE_SUFFIXES)} under {source}: name a folder or zip file that holds images")
@@ -150,61 +150,7 @@ def _check_no_tars(out: Path) -> None:
         raise DataError(f"{out} already holds tars: name another folder with --out, or remove them first")
 
 
-# ------------------------------------------------------------------------------------------------------------- source
-
-
-class _Folder:
-    """The files of a folder, by their paths in it."""
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-
-    def name(self, path: PurePosixPath) -> str:
-        """What messages call a file."""
-        return str(self.path / path)
-
-    def images(self) -> list[PurePosixPath]:
-        """Sorted, without hidden ones. Raises DataError."""
-        return find_images(self.path)
-
-    def read(self, path: PurePosixPath) -> bytes:
-        """An image. Raises ImageError, OSError."""
-        return (self.path / path).read_bytes()
-
-    def beside(self, path: PurePosixPath, suffix: str) -> bytes | None:
-        """What the file of the same name with another suffix holds. Raises ImageError, OSError."""
-        file = (self.path / path).with_suffix(f".{suffix}")
-        return file.read_bytes() if file.exists() else None
-
-
-class _Zip:
-    """The files of a zip file, by their paths in it, or in the one folder that it holds. Raises DataError."""
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.file = open_zip(path)
-        members = {PurePosixPath(member.filename): member for member in self.file.infolist() if not member.is_dir()}
-        members = {path: member for path, member in members.items() if not _is_hidden(path)}
-        folders = {path.parts[0] if len(path.parts) > 1 else None for path in members}
-        only = folders.pop() if len(folders) == 1 else None
-        self.members = {path.relative_to(only or "."): member for path, member in members.items()}
-
-    def name(self, path: PurePosixPath) -> str:
-        return f"{self.path}/{path}"
-
-    def images(self) -> list[PurePosixPath]:
-        return sorted((path for path in self.members if is_image(path.suffix)), key=PurePosixPath.as_posix)
-
-    def read(self, path: PurePosixPath) -> bytes:
-        return read_from_zip(self.file, self.members[path])
-
-    def beside(self, path: PurePosixPath, suffix: str) -> bytes | None:
-        path = path.with_suffix(f".{suffix}")
-        return self.read(path) if path in self.members else None
-
-
-def _is_hidden(path: PurePosixPath) -> bool:
-    return any(part.startswith((".", "__MACOSX")) for part in path.parts)
+# --------------------------------------------------------------------------------------------------------------- keys
 
 
 def mixed(paths: list[PurePath]) -> list[PurePath]:
@@ -226,14 +172,11 @@ def unique_keys(paths: list[PurePath]) -> dict[PurePath, str]:
     return keys
 
 
-def _folder_classes(files: _Folder | _Zip, paths: list[PurePosixPath]) -> dict[str, int]:
-    for path in paths:
-        if len(path.parts) == 1:
-            raise DataError(f"{files.name(path)} lies in no class folder: move it into one, or leave out the classes")
-    names = sorted({path.parts[0] for path in paths})
-    if SPLITS.issuperset(names):
-        raise DataError(f"{files.path} holds the folders {', '.join(names)}, which are no classes: name one of these")
-    return {name: index for index, name in enumerate(names)}
+def _folder_classes(files: FolderFiles | ZipFiles, paths: list[PurePath]) -> dict[str, int]:
+    classes = class_numbers(files, paths)
+    if SPLITS.issuperset(classes):
+        raise DataError(f"{files.path} holds the folders {', '.join(classes)}, which are no classes: name one of these")
+    return classes
 
 
 # ---------------------------------------------------------------------------------------------------------------- coco
@@ -277,7 +220,7 @@ def _read_coco(annotations: str | Path, paths: list[PurePosixPath]) -> _Coco:
 class _Samples(NamedTuple):
     """Makes the samples of `pack`. keys: by path. classes: by name of the top folder, for the layout imagenet."""
 
-    files: "_Folder | _Zip"
+    files: FolderFiles | ZipFiles
     keys: dict[PurePosixPath, str]
     classes: dict[str, int] | None
     coco: "_Coco | None"

@@ -837,6 +837,7 @@ def odd_tars() -> list[Kind]:
         member("p.png", type=tarfile.FIFOTYPE),
         member("c.png", type=tarfile.CHRTYPE),
     ]
+    no_file = {"p": "a pipe or a device", "c": "a pipe or a device"}
     own = [member("__meta__/a.json", b"{}"), member("__b__", b"1")]
     evil = pickle.dumps(Opened())
     zeroed = patched(plain, 2 * BLOCK, bytes(BLOCK))
@@ -865,7 +866,14 @@ def odd_tars() -> list[Kind]:
         read("class -1", sample(png=image, cls=b"-1"), "no class, which the picture does not need"),
         read("empty class", sample(png=image, cls=b""), "the same"),
         read("folders", [member("d", type=tarfile.DIRTYPE, mode=0o755), plain], "no samples"),
-        read("links, a pipe and a device", [*links, plain], "they hold no bytes: no samples"),
+        Kind(
+            "links, a pipe and a device",
+            *tar_of(
+                [*links, plain], [("s", 7)], {"l": "symbolic link to g0.png", "h": "hard link to g0.png", **no_file}
+            ),
+            "they hold no bytes, and are named",
+            "tar",
+        ),
         read("sparse member, old GNU", sparse("s.png", image, 2048), "zeros are filled in"),
         read("end mark of one block", plain, "GNU tar warns of it and reads on; all is there", end=bytes(BLOCK)),
         read("end mark of 1 MB", plain, "tar -b writes full records", end=bytes(1 << 20)),

@@ -1,16 +1,23 @@
 """Inputs that people have: everything that is in them is used, or named with the reason."""
 
 import itertools
+import os
+import tarfile
+import zipfile
 
 import numpy as np
 import pytest
+from comparing import refusal
 from field.dots_in_names import NAMES, write_dotted_tar
+from field.linked_folders import write_linked_classes
+from field.links_and_doubles import write_doubled_zip, write_hard_linked_tar
 from samples import Steps, encoded, picture, write_tar
 
 import data
 from data import DataConfig
 from data.index import SampleTable, key_hash, write_index
 from data.prep.check import check_shard
+from data.sources import Layout, open_source
 
 
 def trained_on(root, images: int, **changes) -> list[str]:
@@ -67,7 +74,7 @@ def test_an_index_of_before_that_hides_pictures_is_named(tmp_path):
 def test_two_pictures_of_one_name_are_named_unless_the_source_chooses(tmp_path, image):
     both = {"jpg": encoded(picture(1)), "png": encoded(picture(2), "PNG")}
     path = write_tar(tmp_path / "a.tar", [{"__key__": "a", **both}, {"__key__": "b", "jpg": encoded(picture(3))}])
-    layout = data.sources.Layout(image=tuple(image or ()))
+    layout = Layout(image=tuple(image or ()))
     checked = check_shard(path, layout=layout)
     config = DataConfig(sources=[data.SourceConfig(root=path, image=image)], image_size=32, workers=0)
     keys = {batch.keys[0] for batch in itertools.islice(Steps(config, batch=1).streams[0], 4)}
@@ -75,3 +82,83 @@ def test_two_pictures_of_one_name_are_named_unless_the_source_chooses(tmp_path, 
         assert checked.status == "ok" and keys == {"a", "b"}
     else:
         assert checked.counts == {"several images": 1} and keys == {"b"}
+
+
+# -------------------------------------------------------------------------------------------------------------- links
+
+
+def test_links_to_folders_are_followed_and_circles_are_not(tmp_path):
+    folder = write_linked_classes(tmp_path)
+    keys = ["bird/0.png", "bird/1.png", "cat/0.png", "cat/more/1.png", "dog/0.png", "dog/1.png"]
+    assert evaluated(folder) == trained_on(folder, 6) == keys
+    opened = open_source(data.SourceConfig(name="imagenet", root=str(folder)))
+    labels = [opened.pick(opened.shards[0].read(n)).label for n in range(6)]
+    assert labels == [0, 0, 1, 1, 2, 2]
+    report = data.pack(folder, tmp_path / "tars", layout="imagenet")
+    assert report.samples == 6 and not report.skipped
+
+
+def test_a_link_to_nothing_is_named(tmp_path):
+    folder = write_linked_classes(tmp_path)
+    (folder / "dog" / "2.png").symlink_to("nowhere.png")
+    images = data.evaluation_images(str(folder), image_size=32)
+    assert len(list(images)) == 6
+    assert [(skipped.key, skipped.reason) for skipped in images.skipped] == [
+        ("dog/2.png", "a link to nothing: nowhere.png")
+    ]
+    (folder / "fish").symlink_to(tmp_path / "not_mounted")
+    assert "fish is a link to nothing" in refusal(data.DataError, evaluated, folder)
+
+
+def test_a_pipe_in_a_folder_does_not_stop_the_reader(tmp_path):
+    picture(0).save(tmp_path / "a.png")
+    os.mkfifo(tmp_path / "b.png")
+    images = data.evaluation_images(str(tmp_path), image_size=32)
+    assert [image.key for image in images] == ["a.png"]
+    assert "a pipe or a device" in images.skipped[0].reason
+
+
+def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
+    folder = write_linked_classes(tmp_path)
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("bird"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    assert f"cannot read the folder {folder}/bird: Permission denied" in refusal(data.DataError, evaluated, folder)
+
+
+@pytest.mark.parametrize(("kind", "called"), [(tarfile.LNKTYPE, "hard link"), (tarfile.SYMTYPE, "symbolic link")])
+def test_links_in_a_tar_are_named(tmp_path, kind, called, ibq):
+    path = write_hard_linked_tar(tmp_path / "a.tar", kind)
+    images = data.evaluation_images(path, image_size=32)
+    assert [image.key for image in images] == [f"a{n}" for n in range(10)]
+    assert [skipped.key for skipped in images.skipped] == [f"b{n}" for n in range(10)]
+    assert f"b0.png is a {called} to a0.png" in images.skipped[0].reason
+    (status,), (out,), _ = ibq("shards", "check", path)
+    assert status == 1 and "20 samples" in out and "1 flawed" in out and "link: sample 10: b0: b0.png is a" in out
+
+
+def test_links_and_doubles_in_a_zip_file_are_named(tmp_path):
+    path = write_doubled_zip(tmp_path / "a.zip")
+    images = data.evaluation_images(path, image_size=32)
+    assert [image.key for image in images] == ["a.png"]
+    assert {skipped.key: skipped.reason for skipped in images.skipped} == {
+        "b.png": "2 members are called b.png",
+        "c.png": "a symbolic link to a.png",
+        "../d.png": "the name '../d.png' leads out of its folder",
+    }
+    report = data.pack(path, tmp_path / "tars")
+    assert report.samples == 1 and len(report.skipped) == 3
+
+
+def test_a_zip_file_has_captions_and_classes_as_its_folder(tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as file:
+        for name, content in (("cat/0.png", encoded(picture(0), "PNG")), ("cat/0.txt", b"a cat"), ("cat/0.cls", b"3")):
+            file.writestr(f"set/{name}", content)
+    opened = open_source(data.SourceConfig(root=str(tmp_path / "a.zip")))
+    picked = opened.pick(opened.shards[0].read(0))
+    assert (picked.caption, picked.label) == ("a cat", 3)

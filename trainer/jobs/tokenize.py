@@ -17,7 +17,6 @@ from webdataset.writer import TarWriter
 
 from data.config import DataConfig, SourceConfig
 from data.errors import ImageError
-from data.folder_reader import FolderShard
 from data.prep.pack import mixed, unique_keys
 from data.samples import CODES, Shard, Skipped, Window, WindowLimit, is_image
 from data.sources import Source, catalogue, digest, open_source
@@ -171,14 +170,9 @@ def _order_files(shard: Shard) -> dict[str, str]:
     """Orders the images of a folder or a zip file so that classes mix within shards. Returns path -> key."""
     if isinstance(shard, TarShard):
         return {}
-    is_folder = isinstance(shard, FolderShard)
-    names = {PurePosixPath(name): name for name in (shard.images if is_folder else shard.names)}
-    order = [names[path] for path in mixed(list(names))]
-    if is_folder:
-        shard.images = order
-    else:
-        shard.names = order
-    return {str(names[path]): key for path, key in unique_keys(list(names)).items()}
+    paths = {PurePosixPath(shard.key(path)): path for path in shard.images}
+    shard.images = [paths[name] for name in mixed(list(paths))]
+    return {shard.key(paths[name]): key for name, key in unique_keys(list(paths)).items()}
 
 
 def _units(source: Source, samples_per_shard: int) -> list[_Unit]:
