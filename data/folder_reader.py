@@ -221,8 +221,11 @@ class FileShard:
         return Sample(self.key(path), members)
 
 
-def file_shard(path: str, class_from_folder: bool = False) -> FileShard:
-    """The images of a folder or a zip file. Raises DataError if there are none, or a folder has images and tars."""
+def file_shard(path: str, class_from_folder: bool = False, classes: dict[str, int] | None = None) -> FileShard:
+    """The images of a folder or a zip file. classes: numbers of the class folders, see `class_numbers`.
+
+    Raises DataError if there are no images, or a folder has images and tars.
+    """
     files = open_files(path)
     images = files.images()
     if images and isinstance(files, FolderFiles) and any(Path(path).glob("*.tar")):
@@ -230,11 +233,24 @@ def file_shard(path: str, class_from_folder: bool = False) -> FileShard:
     if not images:
         suffixes = ", ".join(IMAGE_SUFFIXES)
         raise DataError(f"neither {suffixes} nor tars under {path}: name a folder or zip file that holds images")
-    return FileShard(path, files, images, class_numbers(files, images) if class_from_folder else None)
+    return FileShard(path, files, images, class_numbers(files, images, classes) if class_from_folder else None)
 
 
-def class_numbers(files: FolderFiles | ZipFiles, images: list[PurePath]) -> dict[str, int]:
-    """The numbers of the top folders, in sorted order. Raises DataError for an image that is in none."""
+def class_numbers(
+    files: FolderFiles | ZipFiles, images: list[PurePath], classes: dict[str, int] | None = None
+) -> dict[str, int]:
+    """The numbers of the top folders: `classes`, or their numbers in sorted order.
+
+    Raises DataError for an image that is in none, and for a folder that is not among the classes."""
     if loose := next((image for image in images if len(image.parts) == 1), None):
         raise DataError(f"{files.name(loose)} lies in no class folder: move it into one, or leave out the classes")
-    return {name: number for number, name in enumerate(sorted({image.parts[0] for image in images}))}
+    names = sorted({image.parts[0] for image in images})
+    if classes is None:
+        return {name: number for number, name in enumerate(names)}
+    if unknown := [name for name in names if name not in classes]:
+        more = f" and {len(unknown) - 1:,} more" if len(unknown) > 1 else ""
+        raise DataError(
+            f"{files.name(PurePath(unknown[0]))}{more}: no such class among the {len(classes):,} of the given "
+            "classes.json: leave the folder out, or pack everything with a classes.json that has it"
+        )
+    return classes

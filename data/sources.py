@@ -15,19 +15,18 @@ import yaml
 
 from data.addresses import is_remote
 from data.cache import Access
+from data.classes import classes_beside, merged_classes, read_classes
 from data.config import FilterConfig, SourceConfig
 from data.errors import DataError, Filtered, ImageError
 from data.folder_reader import file_shard, is_folder_of_images, is_zip
 from data.grouping import KNOWN_SUFFIXES
 from data.index import INDEX_NAME, Index, common_root, without_query
 from data.parallel import in_threads
-from data.samples import CODES, Sample, Shard
+from data.samples import CODES, NO_CLASS, Sample, Shard
 from data.shards import expand
 from data.tar_reader import PIPE, TarShard
 
 MOST_SCANNED = 256  # a source with more local tars without an index is scanned one tar at a time during the run
-
-NO_CLASS = ("", "-1")  # contents of a class member that names no class
 
 
 class Layout(NamedTuple):
@@ -232,20 +231,22 @@ def open_source(
     quarantine: frozenset[str] = frozenset(),
     before: dict | None = None,
     scan_all: bool = False,
+    classes: dict[str, int] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Source:
     """Find a source's shards and their sizes, without reading any sample.
 
     content: `images` or `tokens`. quarantine: paths or URLs of shards, or their ends after a /. before: the identity of
     the source when the run began, to keep dividing it by samples or by shards as before. scan_all: scan all tars
-    without an index that are local or can be copied into the cache, however many there are. progress: called with
+    without an index that are local or can be copied into the cache, however many there are. classes: the number of each
+    class folder, where these are the classes; default: in sorted order. progress: called with
     (tars scanned, tars in total).
     Raises DataError.
     """
     if not (isinstance(config.weight, (int, float)) and 0 < config.weight < math.inf):
         raise DataError(f"source {config.name}: weight={config.weight} must be positive and finite")
     layout = layout_of(config) if content == "images" else TOKENS
-    options = {"layout": layout, "allow_pipes": allow_pipes, "quarantine": quarantine}
+    options = {"layout": layout, "classes": classes, "allow_pipes": allow_pipes, "quarantine": quarantine}
     shards = open_shards(config, access or Access(), **options)
     if layout.label == "folder":
         layout = layout._replace(label="cls")
@@ -297,13 +298,14 @@ def open_shards(
     access: Access,
     *,
     layout: Layout = TOKENS,
+    classes: dict[str, int] | None = None,
     allow_pipes: bool = False,
     quarantine: frozenset[str] = frozenset(),
 ) -> list[Shard]:
     """The shards of a root: a folder of images or a zip file as one shard, or the tars with their tables if indexed."""
     root = config.root
     if is_folder_of_images(root) or is_zip(root):
-        return [file_shard(str(root), layout.label == "folder")]
+        return [file_shard(str(root), layout.label == "folder", classes)]
     urls = expand(root, allow_pipes=allow_pipes)
     shards = [TarShard(url, access=access, suffixes=layout.suffixes) for url in urls]
     shared = common_root([url for url in urls if not url.startswith(PIPE)]) if urls else ""
@@ -320,6 +322,22 @@ def open_shards(
         if empty := next((shard for shard in shards if shard.table is not None and not len(shard)), None):
             raise DataError(f"the shard {empty.name} holds no sample by its index: leave it out")
     return shards
+
+
+def classes_of(
+    configs: list[SourceConfig], given: str | None, *, content: str = "images", allow_pipes: bool = False
+) -> dict[str, int] | None:
+    """The number of each class, from the classes.json beside tars, the class folders and the file `given`; None if
+    nothing tells it. Raises DataError if they disagree."""
+    classes = None if given is None else read_classes(given)
+    parts = [] if classes is None else [(given, classes)]
+    for config in configs:
+        if is_folder_of_images(config.root) or is_zip(config.root):
+            if content == "images" and layout_of(config).label == "folder":
+                parts.append((str(config.root), file_shard(str(config.root), True, classes).classes))
+        else:
+            parts += classes_beside(expand(config.root, allow_pipes=allow_pipes))
+    return merged_classes(parts)
 
 
 def _index(config: SourceConfig, root: str) -> Index | None:

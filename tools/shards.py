@@ -42,6 +42,10 @@ def pack(
     annotations: Annotated[
         Path | None, typer.Option(metavar="FILE", help="For the layout coco, such as captions_val2017.json.")
     ] = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="For the layout imagenet: number the folders as this classes.json."),
+    ] = None,
     prefix: Annotated[str, typer.Option(help="Tars are named PREFIX-000000.tar and so on.")] = "train",
     max_samples_per_shard: Annotated[int, typer.Option(help="Largest number of images in a tar.")] = 10_000,
     max_bytes_per_shard: Annotated[
@@ -73,6 +77,7 @@ def pack(
             out,
             layout=layout,
             annotations=annotations,
+            classes=classes,
             prefix=prefix,
             max_samples_per_shard=max_samples_per_shard,
             max_bytes_per_shard=max_bytes_per_shard,
@@ -82,6 +87,8 @@ def pack(
             progress=on_progress,
         )
     typer.echo(f"packed {report.samples} images into {len(report.shards)} tars in {out}")
+    if layout == "imagenet" and classes is None:
+        typer.echo(f"numbered the class folders in sorted order; pack other splits with --classes {out}/classes.json")
     _print_names(
         "skipped {} that cannot be read", [f"{skipped.source}: {skipped.reason}" for skipped in report.skipped]
     )

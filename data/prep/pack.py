@@ -14,10 +14,11 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from data.classes import CLASSES_NAME, read_classes
 from data.errors import DataError, ImageError
 from data.folder_reader import FolderFiles, ZipFiles, class_numbers, open_files
 from data.parallel import in_threads
-from data.samples import IMAGE_SUFFIXES, Skipped
+from data.samples import IMAGE_SUFFIXES, NO_CLASS, Skipped
 from data.transforms import decode
 
 LAYOUTS = ("folder", "imagenet", "coco")
@@ -44,6 +45,7 @@ def pack(
     *,
     layout: str = "folder",
     annotations: str | Path | None = None,
+    classes: str | Path | None = None,
     prefix: str = "train",
     max_samples_per_shard: int = 10_000,
     max_bytes_per_shard: int = 1_000_000_000,
@@ -62,6 +64,7 @@ def pack(
     layout: `folder`: caption and class are in files NAME.txt and NAME.cls beside the image. `imagenet`: the class is
         the index of the image's top folder in sorted order, and `classes.json` lists the names. `coco`: captions are in
         the file `annotations`; the first is the caption, and json has all of them as `captions`, and `image_id`.
+    classes: a classes.json whose numbers the layout imagenet uses, so that all splits number a class alike.
     shorter_side: larger images are resized so that their shorter side has this many pixels and stored as JPEG of
         `quality` (1 to 100, no chroma subsampling); others keep their bytes.
     shuffle: order samples by a hash of their paths, so that classes mix within shards; otherwise by path.
@@ -73,15 +76,17 @@ def pack(
         raise DataError(f"unknown layout {layout!r}: choose one of {', '.join(LAYOUTS)}")
     if (layout == "coco") != (annotations is not None):
         raise DataError("the layout coco takes annotations, and no other does: give both or neither")
+    if classes is not None and layout != "imagenet":
+        raise DataError("classes number the folders of the layout imagenet: add --layout imagenet, or leave them out")
     _check_pack_options(prefix, max_samples_per_shard, max_bytes_per_shard, shorter_side, quality)
     files = open_files(source)
     paths = files.images()
     if not paths:
         raise DataError(f"no {', '.join(IMAGE_SUFFIXES)} under {source}: name a folder or zip file that holds images")
     _check_no_tars(out)
-    classes = _folder_classes(files, paths) if layout == "imagenet" else None
+    numbers = _folder_classes(files, paths, classes) if layout == "imagenet" else None
     coco = _read_coco(annotations, paths) if annotations is not None else None
-    samples = _Samples(files, unique_keys(paths), classes, coco, shorter_side, quality)
+    samples = _Samples(files, unique_keys(paths), numbers, coco, shorter_side, quality)
     if shuffle:
         paths = mixed(paths)
     skipped: list[Skipped] = []
@@ -95,7 +100,7 @@ def pack(
             progress(done, len(paths))
 
     limits = {"maxcount": max_samples_per_shard, "maxsize": max_bytes_per_shard}
-    shards = _write_tars(usable_samples(), out, prefix, limits, classes)
+    shards = _write_tars(usable_samples(), out, prefix, limits, numbers)
     if not shards:
         raise DataError(f"none of the {len(paths)} images under {source} can be read: {skipped[0].reason}")
     missing = (coco.without_caption, coco.without_image) if coco else ([], [])
@@ -121,7 +126,7 @@ def _write_tars(
             if is_empty:
                 return []
             if classes is not None:
-                (Path(scratch) / "classes.json").write_text(json.dumps(classes, indent=2) + "\n", encoding="utf-8")
+                (Path(scratch) / CLASSES_NAME).write_text(json.dumps(classes, indent=2) + "\n", encoding="utf-8")
             _check_no_tars(out)
             out.mkdir(parents=True, exist_ok=True)
             files = sorted(Path(scratch).iterdir())
@@ -172,11 +177,11 @@ def unique_keys(paths: list[PurePath]) -> dict[PurePath, str]:
     return keys
 
 
-def _folder_classes(files: FolderFiles | ZipFiles, paths: list[PurePath]) -> dict[str, int]:
-    classes = class_numbers(files, paths)
-    if SPLITS.issuperset(classes):
-        raise DataError(f"{files.path} holds the folders {', '.join(classes)}, which are no classes: name one of these")
-    return classes
+def _folder_classes(files: FolderFiles | ZipFiles, paths: list[PurePath], classes: str | Path | None) -> dict[str, int]:
+    numbers = class_numbers(files, paths, None if classes is None else read_classes(classes))
+    if classes is None and SPLITS.issuperset(numbers):
+        raise DataError(f"{files.path} holds the folders {', '.join(numbers)}, which are no classes: name one of these")
+    return numbers
 
 
 # ---------------------------------------------------------------------------------------------------------------- coco
@@ -249,7 +254,9 @@ class _Samples(NamedTuple):
         more, members = self._texts(path)
         if "cls" in members:
             members["cls"] = members["cls"].strip()
-            if not re.fullmatch(rb"[0-9]+", members["cls"]):
+            if members["cls"].decode(errors="replace") in NO_CLASS:
+                del members["cls"]
+            elif not re.fullmatch(rb"[0-9]+", members["cls"]):
                 text = members["cls"].decode(errors="replace")[:40]
                 raise DataError(
                     f"{self.files.name(path.with_suffix('.cls'))} holds {text!r}: a class is a number from 0"

@@ -19,7 +19,7 @@ from data.config import DataConfig, SourceConfig
 from data.errors import ImageError
 from data.prep.pack import mixed, unique_keys
 from data.samples import CODES, Shard, Skipped, Window, WindowLimit, is_image
-from data.sources import Source, catalogue, digest, open_source
+from data.sources import Source, catalogue, classes_of, digest, open_source
 from data.tar_reader import TarShard
 from data.tokens import pack_codes
 from data.transforms import decode, pixels_chw, resize_and_center_crop, resize_named
@@ -57,6 +57,7 @@ def tokenize(
     image_size: int | None = None,
     weights: str = "ema",
     source: str = "images",
+    classes: str | Path | None = None,
     samples_per_shard: int = 10_000,
     batch_size: int = 64,
     device: str = "auto",
@@ -68,9 +69,10 @@ def tokenize(
 
     run: a run folder, a checkpoint folder in it, or a published .ckpt. images: as ``data.train``. views: of VIEWS.
     image_size: pixels; default the run's ``data.image_size``. source: the entry of the catalogue that says where
-    captions and classes are. samples_per_shard: at most; a remote tar without an index becomes one shard. batch_size:
-    views at a time. workers: decoding threads. on_progress: called with the number of processed samples and the total
-    (None: unknown). Raises TrainerError, one line.
+    captions and classes are. classes: a classes.json that numbers class folders; its numbers, or those that the input
+    has, are written to OUT/classes.json. samples_per_shard: at most; a remote tar without an index becomes one shard.
+    batch_size: views at a time. workers: decoding threads. on_progress: called with the number of processed samples and
+    the total (None: unknown). Raises TrainerError or DataError, one line.
     """
     for option, number in (
         ("--samples-per-shard", samples_per_shard),
@@ -84,10 +86,10 @@ def tokenize(
         raise TrainerError(f"--views {views} is unknown: choose one of {', '.join(VIEWS)}")
     with job_world(device) as world:
         checkpoint = common_checkpoint(world, run)
-        inputs = run_on_all_ranks(lambda: _open(checkpoint, images, views, image_size, weights, source))
+        inputs = run_on_all_ranks(lambda: _open(checkpoint, images, views, image_size, weights, source, classes))
         settings = {**inputs.settings, "samples_per_shard": samples_per_shard}
         job = _Job(world, inputs, Path(out), settings, _units(inputs.source, samples_per_shard), batch_size)
-        missing = run_on_main(world, lambda: begin_folder(job.out, settings, len(job.units)))
+        missing = run_on_main(world, lambda: begin_folder(job.out, settings, len(job.units), inputs.classes))
         made = _tokenize_units(job, missing, workers, on_progress)
         finished = run_on_main(world, lambda: finish_folder(job.out, str(images)))
         if not world.is_main:
@@ -100,13 +102,14 @@ def tokenize(
 
 class _Inputs(NamedTuple):
     """settings: what a later job must have in common to continue. keys: a file's path -> its sample's key; empty for
-    tars."""
+    tars. classes: the number of each class, if it is known."""
 
     tokenizer: Tokenizer
     source: Source
     settings: dict
     views_of: Callable[[bytes], np.ndarray]
     keys: dict[str, str]
+    classes: dict[str, int] | None
 
 
 class _Unit(NamedTuple):
@@ -128,7 +131,9 @@ class _Job(NamedTuple):
     batch_size: int
 
 
-def _open(checkpoint: Path, images, views: str, image_size: int | None, weights: str, source: str) -> _Inputs:
+def _open(
+    checkpoint: Path, images, views: str, image_size: int | None, weights: str, source: str, classes: str | Path | None
+) -> _Inputs:
     tokenizer = load_tokenizer(checkpoint, weights)
     config = data_config(checkpoint) or DataConfig()
     side, factor = config.image_size if image_size is None else image_size, tokenizer.downsampling_factor
@@ -137,7 +142,9 @@ def _open(checkpoint: Path, images, views: str, image_size: int | None, weights:
         raise TrainerError(f"--size {side} is not a multiple of the tokenizer's factor {factor}: take {better}")
     if source != "images" and source not in catalogue():
         raise TrainerError(f"--source {source} is unknown: choose one of {', '.join(catalogue())}")
-    opened = open_source(SourceConfig(name=source, root=images), scan_all=True)
+    described = SourceConfig(name=source, root=images)
+    numbers = classes_of([described], None if classes is None else str(classes))
+    opened = open_source(described, scan_all=True, classes=numbers)
     if _holds_tokens(opened.shards[0]):
         raise TrainerError(f"--images {images} holds tokens already: name images")
     keys = _order_files(opened.shards[0])
@@ -151,8 +158,10 @@ def _open(checkpoint: Path, images, views: str, image_size: int | None, weights:
         "source": source,
         "input": {**opened.identity(), "files": digest(sorted(keys))},
     }
+    if classes is not None:
+        settings["classes"] = digest(sorted(numbers.items()))
     views_of = functools.partial(image_views, kind=views, side=side, resize=config.resize)
-    return _Inputs(tokenizer, opened, settings, views_of, keys)
+    return _Inputs(tokenizer, opened, settings, views_of, keys, numbers)
 
 
 def _holds_tokens(shard: Shard) -> bool:
