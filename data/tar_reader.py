@@ -18,6 +18,7 @@ import numpy as np
 from data.addresses import is_remote, redacted
 from data.cache import Access
 from data.errors import DataError, ImageError
+from data.file_kinds import START_BYTES, kind_of
 from data.grouping import KNOWN_SUFFIXES, Group, grouped, key_to_first_dot, split_name
 from data.index import SampleTable, key_hash
 from data.samples import IMAGE_SUFFIXES, Sample, Window, WindowLimit, is_content
@@ -355,6 +356,9 @@ def sample_spans(file, name: str, suffixes: frozenset[str] = KNOWN_SUFFIXES) -> 
                 yield SampleSpan(key, start, stop, tuple(suffix for suffix, _ in parts))
             _check_end(file, tar.offset)
     except (tarfile.TarError, RecursionError) as error:  # RecursionError: very many headers in a row
+        file.seek(0)
+        if not found and (known := kind_of(file.read(START_BYTES))):
+            raise DataError(f"{name} is no whole, uncompressed tar: {known}") from error
         raise DataError(
             f"the shard {name} is no whole, uncompressed tar ({error}): pack or copy it again, or leave it out"
         ) from error

@@ -18,6 +18,7 @@ import numpy as np
 
 from data.addresses import is_remote, redacted
 from data.errors import DataError, ImageError
+from data.file_kinds import kind_of
 from data.index import Index, SampleTable, common_root, key_hash
 from data.parallel import in_processes
 from data.samples import CODES, is_content
@@ -219,15 +220,6 @@ def _check_sample(content: bytes, number: int, name: str, decode_images: bool, l
 
 # Types of the extra header before a member with a long name, or with a fractional time.
 LONG_HEADERS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
-FILES_BY_START = {
-    b"\x1f\x8b": "it is compressed with gzip: unpack it",
-    b"BZh": "it is compressed with bzip2: unpack it",
-    b"\xfd7zXZ": "it is compressed with xz: unpack it",
-    b"\x28\xb5\x2f\xfd": "it is compressed with zstd: unpack it",
-    b"PK\x03\x04": "it is a zip file: unpack it, and pack what is in it",
-    b"version https://git-lfs": "it is a Git LFS pointer: `git lfs pull` gets the file",
-    b"<": "it is a web page, such as a server's error message: download it again",
-}
 
 
 def _find_damage(file: _Hashed, at: int) -> Problem | None:
@@ -242,9 +234,8 @@ def _find_damage(file: _Hashed, at: int) -> Problem | None:
         try:
             member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except tarfile.HeaderError as error:
-            known = [what for start, what in FILES_BY_START.items() if at == 0 and block.startswith(start)]
-            if known:
-                return Problem("corrupt", f"no tar: {known[0]}")
+            if at == 0 and (known := kind_of(block)):
+                return Problem("corrupt", f"no tar: {known}")
             if len(block) < BLOCK_BYTES:
                 return Problem("truncated", f"ends at byte {file.bytes:,}, inside a header")
             no_tar = ", or it is no tar" if at == 0 else ""

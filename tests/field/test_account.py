@@ -11,6 +11,7 @@ from comparing import refusal
 from field.dots_in_names import NAMES, write_dotted_tar
 from field.linked_folders import write_linked_classes
 from field.links_and_doubles import write_doubled_zip, write_hard_linked_tar
+from field.other_pictures import write_gif
 from samples import Steps, encoded, picture, write_tar
 
 import data
@@ -162,3 +163,29 @@ def test_a_zip_file_has_captions_and_classes_as_its_folder(tmp_path):
     opened = open_source(data.SourceConfig(root=str(tmp_path / "a.zip")))
     picked = opened.pick(opened.shards[0].read(0))
     assert (picked.caption, picked.label) == ("a cat", 3)
+
+
+# -------------------------------------------------------------------------------------------------- no tar and no image
+
+
+def test_a_picture_of_another_format_is_called_what_it_is(tmp_path):
+    path = write_gif(tmp_path / "x.gif")
+    for use in (evaluated, lambda root: trained_on(root, 1)):
+        said = refusal(data.DataError, use, path)
+        assert "it is a GIF image: convert it to PNG" in said and "JPEG, PNG or WebP" in said
+    (problem,) = check_shard(path).problems
+    assert problem.message.startswith("no tar: it is a GIF image")
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (encoded(picture(0)), "it is a JPEG image: name the folder"),
+        (encoded(picture(0), "WEBP"), "it is a WebP image: name the folder"),
+        (encoded(picture(0), "TIFF"), "it is a TIFF image: convert"),
+        (b"PAR1" + bytes(600), "it is a Parquet file"),
+    ],
+)
+def test_what_else_is_no_tar_is_called_what_it_is(tmp_path, content, said):
+    (tmp_path / "x.bin").write_bytes(content)
+    assert said in refusal(data.DataError, trained_on, tmp_path / "x.bin", 1)
