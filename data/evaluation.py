@@ -56,13 +56,14 @@ class _OrderedSamples:
         first, count = shard
         self.entries = [(index, *entry) for index, entry in enumerate(entries) if index // block % count == first]
         self.threads = threads
+        self.unread = [] if first else [one for each in self.shards for one in _unread(each)]
         self.skipped: list[Skipped] = []
 
     def __len__(self):
         return len(self.entries)
 
     def __iter__(self) -> Iterator:
-        self.skipped = []
+        self.skipped = list(self.unread)
         values = map(self._read, self.entries)
         if self.threads:
             values = in_threads(self._read, self.entries, self.threads, PREFETCHED_PER_THREAD * self.threads)
@@ -137,6 +138,13 @@ class EvaluationTokens(_OrderedSamples):
         check_tokens(header, self.spec, sample.key)
         index_t = torch.from_numpy(index_vhw[0]).flatten().long()
         return EvaluationToken(sample.key, index_t, label_of(sample.members, TOKENS), index)
+
+
+def _unread(shard: Shard) -> list[Skipped]:
+    if not isinstance(shard, FileShard):
+        return []
+    listed = zip(shard.unread, shard.skipped_unread(), strict=True)
+    return [skipped._replace(source=shard.files.name(path)) for path, skipped in listed]
 
 
 def _shards(path: str | list[str], access: Access) -> list[Shard]:

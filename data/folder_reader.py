@@ -5,19 +5,27 @@ import os
 import stat
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath, PurePosixPath
+from typing import NamedTuple
 
 from data.errors import DataError, ImageError
-from data.samples import IMAGE_SUFFIXES, Sample, Window, WindowLimit, is_image
+from data.samples import IMAGE_SUFFIXES, UNREAD_IMAGES, Sample, Skipped, Window, WindowLimit, is_image
 from data.transforms import MAX_BYTES
 
 BESIDE = ("txt", "cls", "json")  # suffixes of the files beside an image that belong to its sample
 
 
-def find_images(folder: Path) -> list[Path]:
-    """Paths of all images relative to `folder`, sorted, without hidden files and folders.
+class Listing(NamedTuple):
+    """Paths of images, sorted. unread: of pictures in formats that are not read."""
+
+    images: list[PurePath]
+    unread: list[PurePath]
+
+
+def list_folder(folder: Path) -> Listing:
+    """The pictures of a folder relative to it, without hidden files and folders.
 
     Links to folders are followed, except to one that the link is in. Raises DataError, also for a folder that cannot be
     read and for a link to nothing that may have been a folder: their images would be missing in silence.
@@ -31,11 +39,27 @@ def find_images(folder: Path) -> list[Path]:
         folders[:] = [name for name, path in inside.items() if _identity(path) not in own]
         above.update({inside[name]: own for name in folders})
         for name in names:
-            if is_image(Path(name).suffix) and not name.startswith("."):
-                found.append((Path(parent) / name).relative_to(folder))
-            elif not name.startswith(".") and Path(name).suffix[1:].lower() not in BESIDE:
-                _check_link(Path(parent) / name)
-    return sorted(found, key=lambda path: path.as_posix())
+            if name.startswith("."):
+                continue
+            path = Path(parent) / name
+            if (suffix := path.suffix[1:].lower()) in (*IMAGE_SUFFIXES, *UNREAD_IMAGES):
+                found.append(path.relative_to(folder))
+            elif suffix not in BESIDE:
+                _check_link(path)
+    return _listing(found)
+
+
+def find_images(folder: Path) -> list[Path]:
+    """The images of `list_folder`."""
+    return list_folder(folder).images
+
+
+def _listing(paths: Iterable[PurePath]) -> Listing:
+    ordered = sorted(paths, key=lambda path: path.as_posix())
+    return Listing(
+        [path for path in ordered if is_image(path.suffix)],
+        [path for path in ordered if path.suffix[1:].lower() in UNREAD_IMAGES],
+    )
 
 
 def _identity(path: str) -> tuple[int, int]:
@@ -62,6 +86,11 @@ def is_zip(spec) -> bool:
     return isinstance(spec, (str, os.PathLike)) and os.path.isfile(spec) and str(spec).lower().endswith(".zip")
 
 
+def is_files(spec) -> bool:
+    """Whether `spec` is read file by file: a local folder without tars, or a zip file."""
+    return is_folder_of_images(spec) or is_zip(spec)
+
+
 # -------------------------------------------------------------------------------------------------------------- files
 
 
@@ -77,9 +106,9 @@ class FolderFiles:
         """What messages call a file."""
         return str(self.path / path)
 
-    def images(self) -> list[Path]:
-        """Sorted, without hidden ones. Raises DataError."""
-        return find_images(self.path)
+    def listing(self) -> Listing:
+        """The pictures, without hidden ones. Raises DataError."""
+        return list_folder(self.path)
 
     def read(self, path: PurePath) -> bytes:
         """A file's content. Raises ImageError for a link to nothing and for what is no file; OSError."""
@@ -118,9 +147,9 @@ class ZipFiles:
     def name(self, path: PurePosixPath) -> str:
         return f"{self.path}/{path}"
 
-    def images(self) -> list[PurePosixPath]:
-        """Sorted, without hidden ones."""
-        return sorted((path for path in self.members if is_image(path.suffix)), key=PurePosixPath.as_posix)
+    def listing(self) -> Listing:
+        """The pictures, without hidden ones."""
+        return _listing(self.members)
 
     def read(self, path: PurePosixPath) -> bytes:
         """A member's content. Raises ImageError for one that is damaged or has more than MAX_BYTES, for a link, and
@@ -181,13 +210,14 @@ class FileShard:
     path.
 
     Files NAME.txt, NAME.cls and NAME.json beside the image belong to the sample; ``cls`` may come from the top
-    sub-folder instead.
+    sub-folder instead. unread: pictures in formats that are not read; they are no samples.
     """
 
     url: str
     files: FolderFiles | ZipFiles
     images: list[PurePath]
     classes: dict[str, int] | None = None
+    unread: list[PurePath] = field(default_factory=list)
 
     @property
     def name(self) -> str:
@@ -203,6 +233,13 @@ class FileShard:
 
     def key(self, path: PurePath) -> str:
         return self.files.prefix + path.as_posix()
+
+    def skipped_unread(self, dataset: str = "") -> list[Skipped]:
+        """The account of `unread`, as of samples that cannot be used; of the same words as for a tar."""
+        return [
+            Skipped(self.name, self.key(path), f"no image among its members: {path.suffix[1:].lower()}", dataset)
+            for path in self.unread
+        ]
 
     def read(self, index: int) -> Sample:
         path = self.images[index]
@@ -227,13 +264,16 @@ def file_shard(path: str, class_from_folder: bool = False, classes: dict[str, in
     Raises DataError if there are no images, or a folder has images and tars.
     """
     files = open_files(path)
-    images = files.images()
+    images, unread = files.listing()
     if images and isinstance(files, FolderFiles) and any(Path(path).glob("*.tar")):
         raise DataError(f"{path} holds images and tars: name a folder with one kind only, or the tars as {path}/*.tar")
     if not images:
         suffixes = ", ".join(IMAGE_SUFFIXES)
-        raise DataError(f"neither {suffixes} nor tars under {path}: name a folder or zip file that holds images")
-    return FileShard(path, files, images, class_numbers(files, images, classes) if class_from_folder else None)
+        others = f"; it has {len(unread):,} pictures in other formats, first {unread[0]}" if unread else ""
+        fix = f"name a folder or zip file that holds images{others}"
+        raise DataError(f"neither {suffixes} nor tars under {path}: {fix}")
+    numbers = class_numbers(files, images, classes) if class_from_folder else None
+    return FileShard(path, files, images, numbers, unread)
 
 
 def class_numbers(

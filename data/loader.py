@@ -122,6 +122,9 @@ class TrainStream:
         self.micro_batches_of_step = 0  # delivered so far
         self.step_state = self._state()
         self.warned_skips = 0
+        # Reported once in a run; they are no samples, so they count for no budget.
+        is_first = rank == 0 and state is None
+        self.unread = [skipped for source in self.sources for skipped in source.skipped_unread] if is_first else []
         self.budgets = {source.name: _BadSampleBudget(source.name, config.max_bad_fraction) for source in self.sources}
 
     def __iter__(self) -> Iterator[Batch]:
@@ -130,7 +133,7 @@ class TrainStream:
     def __next__(self) -> Batch:
         """The next micro-batch. Its state counts what was delivered and never what workers have read ahead."""
         values = np.empty((self.micro_batch_size, *self.transform.shape), self.transform.dtype)
-        infos, skipped = [], []
+        infos, skipped, self.unread = [], self.unread, []
         while (missing := self.micro_batch_size - len(infos)) > 0:
             read, self.rest = self.rest or self._next_read(), None
             if len(read.infos) > missing:

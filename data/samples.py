@@ -12,7 +12,7 @@ from data.errors import ImageError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 ANY_IMAGE = (*IMAGE_SUFFIXES, "jpeg.jpg", "jpg.jpg")  # doubled as some downloaders do
-# Suffixes of pictures in other formats. They are counted as unusable, since their owner may expect them to be used.
+# Suffixes of pictures in other formats. They are reported as unusable, since their owner may expect them to be used.
 UNREAD_IMAGES = ("avif", "bmp", "gif", "heic", "heif", "jp2", "jxl", "tif", "tiff")
 NO_CLASS = ("", "-1")  # contents of a class member that says that there is no class
 CODES = "codes"  # suffix of an image's tokens, see data.tokens

@@ -18,11 +18,11 @@ from data.cache import Access
 from data.classes import classes_beside, merged_classes, read_classes
 from data.config import FilterConfig, SourceConfig
 from data.errors import DataError, Filtered, ImageError
-from data.folder_reader import file_shard, is_folder_of_images, is_zip
+from data.folder_reader import FileShard, file_shard, is_files
 from data.grouping import KNOWN_SUFFIXES
 from data.index import INDEX_NAME, Index, common_root, without_query
 from data.parallel import in_threads
-from data.samples import CODES, NO_CLASS, Sample, Shard
+from data.samples import CODES, NO_CLASS, Sample, Shard, Skipped
 from data.shards import expand
 from data.tar_reader import PIPE, TarShard
 
@@ -157,6 +157,12 @@ class Source:
     def samples(self) -> int | None:
         """Number of samples including those in quarantine, or None."""
         return None if self.counts is None else sum(self.counts)
+
+    @property
+    def skipped_unread(self) -> list[Skipped]:
+        """Pictures of folders and zip files in formats that are not read."""
+        files = [shard for shard in self.shards if isinstance(shard, FileShard)]
+        return [skipped for shard in files for skipped in shard.skipped_unread(self.name)]
 
     def identity(self) -> dict:
         """What must be unchanged for a position in the source to mean the same sample."""
@@ -304,7 +310,7 @@ def open_shards(
 ) -> list[Shard]:
     """The shards of a root: a folder of images or a zip file as one shard, or the tars with their tables if indexed."""
     root = config.root
-    if is_folder_of_images(root) or is_zip(root):
+    if is_files(root):
         return [file_shard(str(root), layout.label == "folder", classes)]
     urls = expand(root, allow_pipes=allow_pipes)
     shards = [TarShard(url, access=access, suffixes=layout.suffixes) for url in urls]
@@ -332,7 +338,7 @@ def classes_of(
     classes = None if given is None else read_classes(given)
     parts = [] if classes is None else [(given, classes)]
     for config in configs:
-        if is_folder_of_images(config.root) or is_zip(config.root):
+        if is_files(config.root):
             if content == "images" and layout_of(config).label == "folder":
                 parts.append((str(config.root), file_shard(str(config.root), True, classes).classes))
         else:

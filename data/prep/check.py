@@ -1,4 +1,4 @@
-"""Check tars for damage and mistakes; each tar is read once, from start to end."""
+"""Check tars, folders and zip files for damage and mistakes; each tar is read once, from start to end."""
 
 import functools
 import hashlib
@@ -19,9 +19,10 @@ import numpy as np
 from data.addresses import is_remote, redacted
 from data.errors import DataError, ImageError
 from data.file_kinds import kind_of
+from data.folder_reader import file_shard, is_files
 from data.index import Index, SampleTable, common_root, key_hash
-from data.parallel import in_processes
-from data.samples import CODES, is_content
+from data.parallel import cores, in_processes, in_threads
+from data.samples import CODES, Sample, is_content
 from data.sources import IMAGES, TOKENS, Layout, pick
 from data.storage import DEFAULT_TIMEOUTS, Timeouts, read
 from data.tar_reader import MOST_MEMBER_BYTES, RANGE_BYTES, ForwardFile, parse_sample, sample_spans
@@ -50,7 +51,8 @@ class Problem(NamedTuple):
 
 @dataclass
 class Checked:
-    """The result for one shard. None: unknown, since the shard cannot be read.
+    """The result for one shard: a tar, a folder or a zip file. None: unknown, since the shard cannot be read; bytes,
+    sha256 and table are those of a tar.
 
     samples: complete samples before the first damage. table: where they lie; None if the shard is broken. keys: the
     keys of all samples, each followed by NUL, compressed. counts: problems by kind. problems: the first of each kind.
@@ -118,7 +120,7 @@ def check_shards(
     root = common_root(urls)
     check_one = functools.partial(check_shard, decode_images=decode_images, layout=layout)
     for checked in in_processes(check_one, urls, jobs):
-        if index is not None:
+        if index is not None and not is_files(checked.url):
             _compare(checked, index, root)
         yield checked
 
@@ -126,7 +128,9 @@ def check_shards(
 def check_shard(
     url: str, decode_images: bool = False, layout: Layout = IMAGES, timeouts: Timeouts = DEFAULT_TIMEOUTS
 ) -> Checked:
-    """Read a tar once, and find its samples, its SHA-256 and its problems."""
+    """Read a tar once, and find its samples, its SHA-256 and its problems; of a folder or a zip file, the problems."""
+    if is_files(url):
+        return _check_files(url, decode_images, layout)
     checked = Checked(url)
     try:
         with _Hashed(url, timeouts, checked.name) as file:
@@ -178,7 +182,8 @@ def _check_samples(file: _Hashed, checked: Checked, decode_images: bool, layout:
             content = file.take(span.start, span.stop)
             usable += any(map(is_content, span.suffixes))
             try:
-                _check_sample(content, number, checked.name, decode_images, layout)
+                sample = parse_sample(content, number, checked.name, layout.suffixes)
+                _check_sample(sample, decode_images, layout)
             except ImageError as error:
                 checked.add(error.kind, f"{span.key}: {error}", number, span.key)
             checked.dotted += "." in span.key.rpartition("/")[2]
@@ -205,9 +210,32 @@ def _check_samples(file: _Hashed, checked: Checked, decode_images: bool, layout:
         checked.table = SampleTable(file.bytes, *arrays)
 
 
-def _check_sample(content: bytes, number: int, name: str, decode_images: bool, layout: Layout) -> None:
+def _check_files(path: str, decode_images: bool, layout: Layout) -> Checked:
+    checked = Checked(path)
+
+    def check_one(number: int) -> ImageError | None:
+        try:
+            sample = shard.read(number)
+            _check_sample(sample, decode_images, layout)
+        except ImageError as error:
+            error.key = error.key or sample.key
+            return error
+
+    try:
+        shard = file_shard(path, layout.label == "folder")
+        checked.samples = len(shard)
+        for number, error in enumerate(in_threads(check_one, range(len(shard)), cores())):
+            if error is not None:
+                checked.add(error.kind, f"{error.key}: {error}", number, error.key)
+        for skipped in shard.skipped_unread():
+            checked.add("no image", f"{skipped.key}: {skipped.reason}", None, skipped.key)
+    except DataError as error:
+        checked.add("unreadable", str(error))
+    return checked
+
+
+def _check_sample(sample: Sample, decode_images: bool, layout: Layout) -> None:
     """Raises ImageError, as training does, for a sample that it would skip; pixels are looked at on request."""
-    sample = parse_sample(content, number, name, layout.suffixes)
     if CODES in sample.members:
         unpack_codes(pick(sample, TOKENS).content)
         return

@@ -80,7 +80,7 @@ def pack(
         raise DataError("classes number the folders of the layout imagenet: add --layout imagenet, or leave them out")
     _check_pack_options(prefix, max_samples_per_shard, max_bytes_per_shard, shorter_side, quality)
     files = open_files(source)
-    paths = files.images()
+    paths, unread = files.listing()
     if not paths:
         raise DataError(f"no {', '.join(IMAGE_SUFFIXES)} under {source}: name a folder or zip file that holds images")
     _check_no_tars(out)
@@ -89,7 +89,7 @@ def pack(
     samples = _Samples(files, unique_keys(paths), numbers, coco, shorter_side, quality)
     if shuffle:
         paths = mixed(paths)
-    skipped: list[Skipped] = []
+    skipped = [Skipped(files.name(path), path.as_posix(), "no JPEG, PNG or WebP image") for path in unread]
 
     def usable_samples() -> Iterator[dict]:
         for done, result in enumerate(in_threads(samples.make, paths, os.cpu_count()), start=1):
@@ -102,9 +102,9 @@ def pack(
     limits = {"maxcount": max_samples_per_shard, "maxsize": max_bytes_per_shard}
     shards = _write_tars(usable_samples(), out, prefix, limits, numbers)
     if not shards:
-        raise DataError(f"none of the {len(paths)} images under {source} can be read: {skipped[0].reason}")
+        raise DataError(f"none of the {len(paths)} images under {source} can be read: {skipped[-1].reason}")
     missing = (coco.without_caption, coco.without_image) if coco else ([], [])
-    return PackReport(shards, len(paths) - len(skipped), skipped, *missing)
+    return PackReport(shards, len(paths) + len(unread) - len(skipped), skipped, *missing)
 
 
 def _write_tars(

@@ -285,7 +285,8 @@ def _tokenize_unit(job: _Job, pool: ThreadPoolExecutor, report: Callable[[int], 
                     tar.write({"__key__": one.key, "codes": content, **one.members})
                 written += len(usable)
                 report(written + len(skipped))
-        write_skipped(job.out, number, skipped)
+        unread = inputs.source.skipped_unread if number == 0 else []
+        write_skipped(job.out, number, [*skipped, *(one._asdict() for one in unread)])
         if written:
             file.flush()
             os.fsync(file.fileno())
