@@ -42,9 +42,8 @@ class Layout(NamedTuple):
     @property
     def suffixes(self) -> frozenset[str]:
         """The suffixes that end a sample's key."""
-        if not self.image:
-            return KNOWN_SUFFIXES | {self.caption or "txt", self.label or "cls"}
-        return frozenset((*self.image, self.caption or "txt", self.label or "cls", "json"))
+        named = {suffix for suffix in (self.caption, self.label) if suffix}
+        return frozenset(named) | (frozenset((*self.image, "txt", "cls", "json")) if self.image else KNOWN_SUFFIXES)
 
 
 IMAGES = Layout()  # of a source that the catalogue does not know

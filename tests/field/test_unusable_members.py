@@ -79,7 +79,9 @@ def test_the_account_is_the_same(made, run, tmp_path, place, account):
 
 
 def test_the_command_names_them_too(made, ibq):
-    (status,), (out,), _ = ibq("shards", "check", made.folder, made.zip, made.tar, "--decode", "--jobs", 1, "--json", "-")
+    (status,), (out,), _ = ibq(
+        "shards", "check", made.folder, made.zip, made.tar, "--decode", "--jobs", 1, "--json", "-"
+    )
     assert status == 1
     lines = [json.loads(line) for line in out.splitlines()]
     assert [line["status"] for line in lines] == ["flawed"] * 3

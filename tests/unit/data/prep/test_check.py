@@ -311,7 +311,7 @@ def test_what_cannot_be_read_is_a_problem_and_not_the_end(tars, tmp_path):
     problems = [checked.problems[0] for checked in found if checked.problems]
     assert {one.kind for one in problems} == {"unreadable"}
     assert "HTTP 403" in problems[0].message and "HTTP 404" in problems[1].message
-    assert "No such file" in problems[2].message and "directory" in problems[3].message
+    assert "No such file" in problems[2].message and "nor tars under" in problems[3].message
     assert all(checked.sha256 is None for checked in found if checked.problems)
 
 
