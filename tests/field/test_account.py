@@ -163,6 +163,8 @@ def test_a_zip_file_has_captions_and_classes_as_its_folder(tmp_path):
     opened = open_source(data.SourceConfig(root=str(tmp_path / "a.zip")))
     picked = opened.pick(opened.shards[0].read(0))
     assert (picked.caption, picked.label) == ("a cat", 3)
+    opened = open_source(data.SourceConfig(name="imagenet", root=str(tmp_path / "a.zip")))
+    assert opened.pick(opened.shards[0].read(0)).label == 0 and opened.shards[0].classes == {"cat": 0}
 
 
 # -------------------------------------------------------------------------------------------------- no tar and no image
