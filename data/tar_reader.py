@@ -226,11 +226,12 @@ def parse_sample(
     groups = list(grouped(members, suffixes))
     if expected is not None and [key_hash(group.key) for group in groups] != [expected]:
         groups = _as_formerly(members, expected) or groups
-    if len(groups) != 1:
-        raise _changed(name, f"sample {index}: {len(groups)} samples in its place")
+    if len(groups) != 1 or expected not in (None, key_hash(groups[0].key)):
+        found = groups[0].key if len(groups) == 1 else f"{len(groups)} samples"
+        as_known = suffixes != KNOWN_SUFFIXES and [key_hash(one.key) for one in grouped(members)] == [expected]
+        hint = "; an index for a source with image= is written with --image" if as_known else ""
+        raise _changed(name, f"sample {index} is {found}{hint}")
     (group,) = groups
-    if expected is not None and key_hash(group.key) != expected:
-        raise _changed(name, f"sample {index} is {group.key}")
     if group.key.startswith("/") or ".." in group.key.split("/"):
         raise ImageError(f"the key {group.key!r} leads out of its folder", "bad key", group.key)
     found = {}

@@ -71,6 +71,19 @@ def test_an_index_of_before_that_hides_pictures_is_named(tmp_path):
     assert all("20 images under one key" in skipped.reason for skipped in images.skipped)
 
 
+def test_an_index_for_other_suffixes_than_the_source_names_is_refused_with_the_fix(tmp_path, ibq):
+    names = ["a.1.rgb", "a.2.rgb"]
+    write_tar(tmp_path / "a.tar", [{"__key__": name, "png": encoded(picture(0), "PNG")} for name in names])
+    source = data.SourceConfig(root=str(tmp_path), image=["rgb.png"])
+    for options, keys in (([], None), (["--image", "rgb.png"], ["a.1", "a.2"])):
+        assert ibq("shards", "check", tmp_path, "--write-index", *options)[0] == [0]
+        shard = open_source(source).shards[0]
+        if keys is None:
+            assert "is written with --image" in refusal(data.DataError, shard.read, 0)
+        else:
+            assert [shard.read(n).key for n in range(2)] == keys
+
+
 @pytest.mark.parametrize("image", [None, ["png", "jpg"]])
 def test_two_pictures_of_one_name_are_named_unless_the_source_chooses(tmp_path, image):
     both = {"jpg": encoded(picture(1)), "png": encoded(picture(2), "PNG")}
