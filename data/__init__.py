@@ -11,6 +11,7 @@ _DEFINED_IN = {
     "data.config": ("DataConfig", "FilterConfig", "SourceConfig"),
     "data.addresses": ("redacted",),
     "data.cache": ("cache_folder",),
+    "data.classes": ("CLASSES_NAME",),
     "data.errors": ("ImageError",),
     "data.evaluation": (
         "EvaluationImage",
@@ -20,7 +21,10 @@ _DEFINED_IN = {
         "evaluation_images",
         "evaluation_tokens",
     ),
-    "data.loader": ("Batch", "TrainStream", "access_of", "check", "class_from_folder", "token_header", "train_batches"),
+    "data.loader": (
+        *("Batch", "TrainStream", "access_of", "check", "class_from_folder", "class_numbers", "token_header"),
+        "train_batches",
+    ),
     "data.prep.pack": ("PackReport", "pack"),
     "data.samples": ("Skipped",),
     "data.shards": ("expand",),

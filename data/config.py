@@ -67,6 +67,9 @@ class DataConfig:
     val: Any = None
     # A mixture in place of `train`: a list of sources, see `SourceConfig`.
     sources: list[SourceConfig] = field(default_factory=list)
+    # A classes.json, as packing writes it: the numbers of class folders, which tars must agree with. None: the folders
+    # are numbered in sorted order.
+    classes: str | None = None
     # What a sample holds: `images`, or `tokens` as written by `ibq tokenize`.
     content: str = "images"
     image_size: int = field(default=256, metadata={"at_least": 1})

@@ -6,7 +6,14 @@ class DataError(Exception):
 
 
 class ImageError(Exception):
-    """A sample that cannot be used: unreadable, truncated or too large. The message is the reason in one line."""
+    """A sample that cannot be used: unreadable, truncated or too large. The message is the reason in one line.
+
+    kind: what `ibq shards check` counts it as. key: the sample's, where the reader has no sample that tells it.
+    """
+
+    def __init__(self, message: str, kind: str = "undecodable", key: str | None = None):
+        super().__init__(message)
+        self.kind, self.key = kind, key
 
 
 class Filtered(Exception):

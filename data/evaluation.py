@@ -10,7 +10,7 @@ import torch
 from data.cache import Access, Cache, cache_folder
 from data.config import SourceConfig
 from data.errors import DataError, ImageError
-from data.folder_reader import FolderShard, find_images, folder_shard
+from data.folder_reader import FileShard, FolderFiles, file_shard, find_images
 from data.parallel import in_threads
 from data.samples import Sample, Shard, Skipped, is_image
 from data.sources import TOKENS, label_of, open_source
@@ -62,13 +62,14 @@ class _OrderedSamples:
         first, count = shard
         self.entries = [(index, *entry) for index, entry in enumerate(entries) if index // block % count == first]
         self.threads = threads
+        self.unread = [] if first else [one for each in self.shards for one in _unread(each)]
         self.skipped: list[Skipped] = []
 
     def __len__(self):
         return len(self.entries)
 
     def __iter__(self) -> Iterator:
-        self.skipped = []
+        self.skipped = list(self.unread)
         values = map(self._read, self.entries)
         if self.threads:
             values = in_threads(self._read, self.entries, self.threads, PREFETCHED_PER_THREAD * self.threads)
@@ -81,20 +82,14 @@ class _OrderedSamples:
     def _read(self, entry: tuple[int, Shard, int]) -> NamedTuple:
         """One sample's value, or why it is skipped."""
         index, shard, number = entry
-        key, name = f"sample {number}", shard.name
-        if isinstance(shard, FolderShard):
-            key, name = shard.images[number].as_posix(), f"{shard.url}/{shard.images[number].as_posix()}"
+        key = f"sample {number}"
         try:
-            if isinstance(shard, FolderShard):
-                sample = shard.load(number)
-            else:
-                sample = shard.read(number)
-                key = sample.key
+            sample = shard.read(number)
+            key = sample.key
             return self._value(sample, index)
         except ImageError as error:
-            return Skipped(name, key, str(error))
-        except OSError as error:
-            return Skipped(name, key, error.strerror or str(error))
+            name = shard.files.name(shard.images[number]) if isinstance(shard, FileShard) else shard.name
+            return Skipped(name, error.key or key, str(error))
 
     def _value(self, sample: Sample, index: int) -> NamedTuple:
         raise NotImplementedError
@@ -106,7 +101,7 @@ class EvaluationImages(_OrderedSamples):
     image_size: shorter side and centre crop in pixels by the protocol `resize`; None keeps the original size.
     shard: (index, count): only this part of the set, `block` images in turn. access: how remote tars are read; without
     a cache they are copied to `cache_folder()`. threads: threads that decode ahead; 0: decode on request.
-    class_from_folder: the class of an image is its top sub-folder, as for training (`FolderShard`), in a folder where
+    class_from_folder: the class of an image is its top sub-folder, as for training (`file_shard`), in a folder where
     every image has one.
     """
 
@@ -154,12 +149,20 @@ class EvaluationTokens(_OrderedSamples):
         return EvaluationToken(sample.key, index_t, label_of(sample.members, TOKENS), index)
 
 
+def _unread(shard: Shard) -> list[Skipped]:
+    if not isinstance(shard, FileShard):
+        return []
+    listed = zip(shard.unread, shard.skipped_unread(), strict=True)
+    return [skipped._replace(source=shard.files.name(path)) for path, skipped in listed]
+
+
 def _shards(path: str | list[str], access: Access, class_from_folder: bool) -> list[Shard]:
     if isinstance(path, (str, os.PathLike)) and os.path.isfile(path) and is_image(str(path)):
-        return [FolderShard(os.path.dirname(path) or ".", [Path(os.path.basename(path))])]
+        folder = os.path.dirname(path) or "."
+        return [FileShard(folder, FolderFiles(folder), [Path(os.path.basename(path))])]
     if isinstance(path, (str, os.PathLike)) and os.path.isdir(path) and (images := find_images(Path(path))):
         has_classes = class_from_folder and all(len(image.parts) > 1 for image in images)
-        return [folder_shard(str(path), has_classes)]
+        return [file_shard(str(path), has_classes)]
     if access.cache is None:  # samples are read by their position, so remote tars need copies or an index
         access = access._replace(cache=Cache(cache_folder() / "shards", CACHE_BYTES, access.timeouts))
     source = open_source(SourceConfig(name="evaluation", root=path), access, scan_all=True)

@@ -1,33 +1,85 @@
-"""Folders and zip files of images, read as shards."""
+"""Folders and zip files of images: their files, and reading them as shards."""
 
 import contextlib
 import os
+import stat
 import zipfile
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path, PurePath, PurePosixPath
+from typing import NamedTuple
 
 from data.errors import DataError, ImageError
-from data.samples import IMAGE_SUFFIXES, Sample, Window, WindowLimit, is_image
+from data.samples import IMAGE_SUFFIXES, UNREAD_IMAGES, Sample, Skipped, Window, WindowLimit, is_image
 from data.transforms import MAX_BYTES
+
+BESIDE = ("txt", "cls", "json")  # suffixes of the files beside an image that belong to its sample
+
+
+class Listing(NamedTuple):
+    """Paths of images, sorted. unread: of pictures in formats that are not read."""
+
+    images: list[PurePath]
+    unread: list[PurePath]
+
+
+def list_folder(folder: Path) -> Listing:
+    """The pictures of a folder relative to it, without hidden files and folders.
+
+    Links to folders are followed, except to one that the link is in. Raises DataError, also for a folder that cannot be
+    read and for a link to nothing that may have been a folder: their images would be missing in silence.
+    """
+    if not folder.is_dir():
+        raise DataError(f"no such folder: {folder}")
+    found, above = [], {}  # above: folder -> the identities of it and of the folders that it is in
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=_refuse):
+        own = above.pop(parent, frozenset()) | {_identity(parent)}
+        inside = {name: os.path.join(parent, name) for name in folders if not is_hidden(Path(name))}
+        folders[:] = [name for name, path in inside.items() if _identity(path) not in own]
+        above.update({inside[name]: own for name in folders})
+        for name in names:
+            if is_hidden(Path(name)):
+                continue
+            path = Path(parent) / name
+            if (suffix := path.suffix[1:].lower()) in (*IMAGE_SUFFIXES, *UNREAD_IMAGES):
+                found.append(path.relative_to(folder))
+            elif suffix not in BESIDE:
+                _check_link(path)
+    return _listing(found)
 
 
 def is_hidden(path: PurePath) -> bool:
     """Whether a path in a folder or a zip file is left out: it, or a folder of it, begins with a dot, or it lies in the
     folder ``__MACOSX``, in which macOS keeps metadata of the files of a zip file."""
-    return any(part.startswith(".") or part == "__MACOSX" for part in path.parts)
+    return any((part.startswith(".") and part != "..") or part == "__MACOSX" for part in path.parts)
 
 
 def find_images(folder: Path) -> list[Path]:
-    """Paths of all images relative to `folder`, sorted, without hidden files and folders."""
-    if not folder.is_dir():
-        raise DataError(f"no such folder: {folder}")
-    found = []
-    for parent, folders, names in os.walk(folder):
-        folders[:] = [name for name in folders if not is_hidden(Path(name))]
-        images = (name for name in names if is_image(Path(name).suffix) and not is_hidden(Path(name)))
-        found += [(Path(parent) / name).relative_to(folder) for name in images]
-    return sorted(found, key=lambda path: path.as_posix())
+    """The images of `list_folder`."""
+    return list_folder(folder).images
+
+
+def _listing(paths: Iterable[PurePath]) -> Listing:
+    ordered = sorted(paths, key=lambda path: path.as_posix())
+    return Listing(
+        [path for path in ordered if is_image(path.suffix)],
+        [path for path in ordered if path.suffix[1:].lower() in UNREAD_IMAGES],
+    )
+
+
+def _identity(path: str) -> tuple[int, int]:
+    status = os.stat(path)
+    return status.st_dev, status.st_ino
+
+
+def _refuse(error: OSError) -> None:
+    raise DataError(f"cannot read the folder {error.filename}: {error.strerror}") from error
+
+
+def _check_link(path: Path) -> None:
+    if path.is_symlink() and not path.exists():
+        raise DataError(f"{path} is a link to nothing ({os.readlink(path)}): repair or remove it")
 
 
 def is_folder_of_images(spec) -> bool:
@@ -40,103 +92,97 @@ def is_zip(spec) -> bool:
     return isinstance(spec, (str, os.PathLike)) and os.path.isfile(spec) and str(spec).lower().endswith(".zip")
 
 
-@dataclass(eq=False)
-class _ListedShard:
-    """A shard that knows its samples from a list of files. Subclasses have `__len__` and `read`."""
-
-    url: str
-
-    @property
-    def name(self) -> str:
-        return self.url
-
-    def windows(self, first: int, stop: int | None, limit: WindowLimit) -> Iterator[Window]:
-        stop = len(self) if stop is None else stop
-        for begin in range(first, stop, limit.samples):
-            yield Window(begin, min(limit.samples, stop - begin), self)
+def is_files(spec) -> bool:
+    """Whether `spec` is read file by file: a local folder without tars, or a zip file."""
+    return is_folder_of_images(spec) or is_zip(spec)
 
 
-@dataclass(eq=False)
-class FolderShard(_ListedShard):
-    """The images of a folder and its sub-folders, in sorted order. The key of a sample is its relative path.
+# -------------------------------------------------------------------------------------------------------------- files
 
-    Files NAME.txt, NAME.cls and NAME.json beside the image belong to the sample; ``cls`` may come from the top
-    sub-folder instead.
-    """
 
-    images: list[Path]
-    classes: dict[str, int] | None = None
+class FolderFiles:
+    """The files of a folder, by their paths in it. prefix: before a path in a sample's key."""
 
-    def __len__(self):
-        return len(self.images)
+    prefix = ""
 
-    def read(self, index: int) -> Sample:
-        """Raises DataError for a file that cannot be read."""
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+
+    def name(self, path: PurePath) -> str:
+        """What messages call a file."""
+        return str(self.path / path)
+
+    def listing(self) -> Listing:
+        """The pictures, without hidden ones. Raises DataError."""
+        return list_folder(self.path)
+
+    def read(self, path: PurePath) -> bytes:
+        """A file's content. Raises ImageError for a link to nothing and for what is no file; OSError."""
+        file = self.path / path
         try:
-            return self.load(index)
-        except OSError as error:
-            path = Path(self.url) / self.images[index]
-            raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+            if not stat.S_ISREG(file.stat().st_mode):  # reading a pipe would never end
+                raise ImageError("a pipe or a device, not a file", "no file")
+            return file.read_bytes()
+        except FileNotFoundError:
+            if not file.is_symlink():
+                raise
+            raise ImageError(f"a link to nothing: {os.readlink(file)}", "link") from None
 
-    def load(self, index: int) -> Sample:
-        """Raises OSError for a file that cannot be read."""
-        relative = self.images[index]
-        path = Path(self.url) / relative
-        members = {path.suffix.lower().lstrip("."): path.read_bytes()}
-        for suffix in ("txt", "cls", "json"):
-            if (beside := path.with_suffix(f".{suffix}")).exists():
-                members[suffix] = beside.read_bytes()
-        if self.classes is not None:
-            members["cls"] = str(self.classes[relative.parts[0]]).encode()
-        return Sample(relative.as_posix(), members)
+    def beside(self, path: PurePath, suffix: str) -> bytes | None:
+        """What the file of the same name with another suffix holds. Raises as `read`."""
+        path = path.with_suffix(f".{suffix}")
+        return self.read(path) if os.path.lexists(self.path / path) else None
 
 
-def folder_shard(folder: str, class_from_folder: bool = False) -> FolderShard:
-    """Raises DataError for a folder without images, or with images and tars."""
-    images, has_tars = find_images(Path(folder)), any(Path(folder).glob("*.tar"))
-    if images and has_tars:
-        raise DataError(
-            f"{folder} holds images and tars: name a folder with one kind only, or the tars as {folder}/*.tar"
-        )
-    if not images:
-        raise DataError(f"neither {', '.join(IMAGE_SUFFIXES)} nor tars under {folder}: name a folder that holds images")
-    if not class_from_folder:
-        return FolderShard(folder, images)
-    if loose := [image for image in images if len(image.parts) == 1]:
-        raise DataError(f"{folder}/{loose[0]} is in no class folder: move it into one")
-    names = sorted({image.parts[0] for image in images})
-    return FolderShard(folder, images, {name: number for number, name in enumerate(names)})
+class ZipFiles:
+    """The files of a zip file, by their paths in it, or in the one folder that it holds. Raises DataError."""
+
+    def __init__(self, path: str | Path):
+        self.path = Path(path)
+        self.members: dict[PurePosixPath, list[zipfile.ZipInfo]] = defaultdict(list)
+        self._opened: tuple[int, zipfile.ZipFile] | None = None
+        with open_zip(path) as file:
+            members = [(PurePosixPath(member.filename), member) for member in file.infolist() if not member.is_dir()]
+        members = [(path, member) for path, member in members if not is_hidden(path)]
+        folders = {path.parts[0] if len(path.parts) > 1 else None for path, _ in members} - {".."}
+        only = folders.pop() if len(folders) == 1 else None
+        self.prefix = f"{only}/" if only is not None else ""
+        for path, member in members:
+            self.members[path.relative_to(only) if only and path.is_relative_to(only) else path].append(member)
+
+    def name(self, path: PurePosixPath) -> str:
+        return f"{self.path}/{path}"
+
+    def listing(self) -> Listing:
+        """The pictures, without hidden ones."""
+        return _listing(self.members)
+
+    def read(self, path: PurePosixPath) -> bytes:
+        """A member's content. Raises ImageError for one that is damaged or has more than MAX_BYTES, for a link, and
+        where two have the same name; OSError."""
+        member, *others = self.members[path]
+        if others:
+            raise ImageError(f"{1 + len(others)} members are called {self.prefix}{path}", "duplicate key")
+        if path.is_absolute() or ".." in path.parts:
+            raise ImageError(f"the name {member.filename!r} leads out of its folder", "bad key")
+        if member.file_size > MAX_BYTES:
+            raise ImageError(f"{member.file_size:,} bytes are more than {MAX_BYTES:,}")
+        if self._opened is None or self._opened[0] != os.getpid():  # a forked process must not share the file offset
+            self._opened = os.getpid(), open_zip(self.path)
+        with _zip_damage():
+            content = self._opened[1].read(member)
+        if stat.S_ISLNK(member.external_attr >> 16):
+            raise ImageError(f"a symbolic link to {content[:200].decode(errors='replace')}", "link")
+        return content
+
+    def beside(self, path: PurePosixPath, suffix: str) -> bytes | None:
+        path = path.with_suffix(f".{suffix}")
+        return self.read(path) if path in self.members else None
 
 
-@dataclass(eq=False)
-class ZipShard(_ListedShard):
-    """The images in a zip file, sorted by name."""
-
-    names: list[str]
-    _file: tuple[int, zipfile.ZipFile] | None = None
-
-    def __len__(self):
-        return len(self.names)
-
-    def read(self, index: int) -> Sample:
-        name = self.names[index]
-        try:
-            if self._file is None or self._file[0] != os.getpid():  # a forked process must not share the file offset
-                with _zip_damage():
-                    self._file = os.getpid(), zipfile.ZipFile(self.url)
-            file = self._file[1]
-            return Sample(name, {name.rpartition(".")[2].lower(): read_from_zip(file, file.getinfo(name))})
-        except OSError as error:
-            raise DataError(f"cannot read {self.url}: {error.strerror or error}") from error
-
-
-def zip_shard(path: str) -> ZipShard:
-    """Raises DataError for a file that is not a zip file, or has no images."""
-    with open_zip(path) as file:
-        names = sorted(name for name in file.namelist() if is_image(name) and not is_hidden(PurePosixPath(name)))
-    if not names:
-        raise DataError(f"no {', '.join(IMAGE_SUFFIXES)} in {path}: name a zip file of images")
-    return ZipShard(path, names)
+def open_files(path: str | Path) -> FolderFiles | ZipFiles:
+    """The files of a folder or a zip file. Raises DataError."""
+    return ZipFiles(path) if is_zip(path) else FolderFiles(path)
 
 
 def open_zip(path: str | Path) -> zipfile.ZipFile:
@@ -149,17 +195,104 @@ def open_zip(path: str | Path) -> zipfile.ZipFile:
         raise DataError(f"cannot read {path}: {error.strerror or error}") from error
 
 
-def read_from_zip(file: zipfile.ZipFile, member: zipfile.ZipInfo) -> bytes:
-    """A member's content. Raises ImageError for one that is damaged or has more than MAX_BYTES, and OSError."""
-    if member.file_size > MAX_BYTES:
-        raise ImageError(f"{member.file_size:,} bytes are more than {MAX_BYTES:,}")
-    with _zip_damage():
-        return file.read(member)
-
-
 @contextlib.contextmanager
 def _zip_damage() -> Iterator[None]:
     try:
         yield
     except (zipfile.BadZipFile, zipfile.zlib.error, EOFError, NotImplementedError, RuntimeError) as error:
         raise ImageError(f"damaged or encrypted in the zip file: {error}") from error
+
+
+# ------------------------------------------------------------------------------------------------------------- shards
+
+
+@dataclass(eq=False)
+class FileShard:
+    """The images of a folder or a zip file, and of its sub-folders, in sorted order. The key of a sample is the image's
+    path.
+
+    Files NAME.txt, NAME.cls and NAME.json beside the image belong to the sample; ``cls`` may come from the top
+    sub-folder instead. unread: pictures in formats that are not read; they are no samples.
+    """
+
+    url: str
+    files: FolderFiles | ZipFiles
+    images: list[PurePath]
+    classes: dict[str, int] | None = None
+    unread: list[PurePath] = field(default_factory=list)
+
+    @property
+    def name(self) -> str:
+        return self.url
+
+    def __len__(self):
+        return len(self.images)
+
+    def windows(self, first: int, stop: int | None, limit: WindowLimit) -> Iterator[Window]:
+        stop = len(self) if stop is None else stop
+        for begin in range(first, stop, limit.samples):
+            yield Window(begin, min(limit.samples, stop - begin), self)
+
+    def key(self, path: PurePath) -> str:
+        return self.files.prefix + path.as_posix()
+
+    def skipped_unread(self, dataset: str = "") -> list[Skipped]:
+        """The account of `unread`, as of samples that cannot be used; of the same words as for a tar."""
+        return [
+            Skipped(self.name, self.key(path), f"no image among its members: {path.suffix[1:].lower()}", dataset)
+            for path in self.unread
+        ]
+
+    def read(self, index: int) -> Sample:
+        path = self.images[index]
+        try:
+            members = {path.suffix.lower().lstrip("."): self.files.read(path)}
+            for suffix in BESIDE:
+                if (content := self.files.beside(path, suffix)) is not None:
+                    members[suffix] = content
+        except ImageError as error:
+            error.key = self.key(path)
+            raise
+        except OSError as error:
+            raise DataError(f"cannot read {self.files.name(path)}: {error.strerror or error}") from error
+        if self.classes is not None:
+            members["cls"] = str(self.classes[path.parts[0]]).encode()
+        return Sample(self.key(path), members)
+
+
+def file_shard(path: str, class_from_folder: bool = False, classes: dict[str, int] | None = None) -> FileShard:
+    """The images of a folder or a zip file. classes: numbers of the class folders, see `class_numbers`.
+
+    Raises DataError if there are no images, or a folder has images and tars.
+    """
+    files = open_files(path)
+    images, unread = files.listing()
+    if images and isinstance(files, FolderFiles) and any(Path(path).glob("*.tar")):
+        raise DataError(f"{path} holds images and tars: name a folder with one kind only, or the tars as {path}/*.tar")
+    if not images:
+        suffixes = ", ".join(IMAGE_SUFFIXES)
+        others = f"; it has {len(unread):,} pictures in other formats, first {unread[0]}" if unread else ""
+        fix = f"name a folder or zip file that holds images{others}"
+        raise DataError(f"neither {suffixes} nor tars under {path}: {fix}")
+    numbers = class_numbers(files, images, classes) if class_from_folder else None
+    return FileShard(path, files, images, numbers, unread)
+
+
+def class_numbers(
+    files: FolderFiles | ZipFiles, images: list[PurePath], classes: dict[str, int] | None = None
+) -> dict[str, int]:
+    """The numbers of the top folders: `classes`, or their numbers in sorted order.
+
+    Raises DataError for an image that is in none, and for a folder that is not among the classes."""
+    if loose := next((image for image in images if len(image.parts) == 1), None):
+        raise DataError(f"{files.name(loose)} lies in no class folder: move it into one, or leave out the classes")
+    names = sorted({image.parts[0] for image in images})
+    if classes is None:
+        return {name: number for number, name in enumerate(names)}
+    if unknown := [name for name in names if name not in classes]:
+        more = f" and {len(unknown) - 1:,} more" if len(unknown) > 1 else ""
+        raise DataError(
+            f"{files.name(PurePath(unknown[0]))}{more}: no such class among the {len(classes):,} of the given "
+            "classes.json: leave the folder out, or pack everything with a classes.json that has it"
+        )
+    return classes

@@ -26,6 +26,7 @@ from safetensors.numpy import save
 
 from data.addresses import is_remote, redacted
 from data.errors import DataError
+from data.file_names import fitted
 
 INDEX_NAME = "index.safetensors"
 DTYPES = {"U8": np.uint8, "I64": np.int64, "U64": np.uint64}
@@ -90,7 +91,7 @@ def write_index(path: str | Path, urls: list[str], tables: list[SampleTable], di
         "stops": joined("stops_n", np.int64),
         "keys": joined("keys_n", np.uint64),
     }
-    unfinished = path.with_name(f".{path.name}.unfinished-{os.getpid()}")
+    unfinished = path.with_name(fitted(".", path.name, f".unfinished-{os.getpid()}"))
     try:
         unfinished.write_bytes(save(tensors))  # `save_file` makes it readable for the owner only
         os.replace(unfinished, path)

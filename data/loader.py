@@ -10,13 +10,14 @@ import numpy as np
 import torch
 
 from data.cache import Access, Cache
+from data.classes import merged_classes, read_classes
 from data.config import DataConfig, SourceConfig, check_numbers
 from data.errors import DataError
 from data.evaluation import evaluation_images, evaluation_tokens
 from data.reader import LaneReader, ReadSamples, SampleInfo
 from data.sampler import LaneAssignment, default_lanes, divides
 from data.samples import Skipped, WindowLimit
-from data.sources import Source, check_names, describe, is_among, layout_of, open_shards, open_source
+from data.sources import Source, check_names, classes_of, describe, is_among, layout_of, open_shards, open_source
 from data.storage import Timeouts
 from data.stream_state import Totals, add_totals, restore, stream_identity
 from data.tokens import TokenHeader, TokenSpec, TokenTransform, check_tokens, first_header
@@ -121,6 +122,9 @@ class TrainStream:
         self.micro_batches_of_step = 0  # delivered so far
         self.step_state = self._state()
         self.warned_skips = 0
+        # Reported once in a run; they are no samples, so they count for no budget.
+        is_first = rank == 0 and state is None
+        self.unread = [skipped for source in self.sources for skipped in source.skipped_unread] if is_first else []
         self.budgets = {source.name: _BadSampleBudget(source.name, config.max_bad_fraction) for source in self.sources}
 
     def __iter__(self) -> Iterator[Batch]:
@@ -129,7 +133,7 @@ class TrainStream:
     def __next__(self) -> Batch:
         """The next micro-batch. Its state counts what was delivered and never what workers have read ahead."""
         values = np.empty((self.micro_batch_size, *self.transform.shape), self.transform.dtype)
-        infos, skipped = [], []
+        infos, skipped, self.unread = [], self.unread, []
         while (missing := self.micro_batch_size - len(infos)) > 0:
             read, self.rest = self.rest or self._next_read(), None
             if len(read.infos) > missing:
@@ -257,6 +261,16 @@ def check(
         evaluation_images(config.val, image_size=side, resize=config.resize, **options)
 
 
+def class_numbers(config: DataConfig, saved: str | None = None) -> dict[str, int] | None:
+    """The number of each class in the sources and `data.val`; None if nothing tells it. saved: a classes.json that they
+    must agree with, too. Raises DataError if they disagree."""
+    configs = _configs(config) + ([SourceConfig(name="data.val", root=config.val)] if config.val is not None else [])
+    options = {"content": config.content, "allow_pipes": config.allow_pipes, "timeouts": access_of(config).timeouts}
+    found = classes_of(configs, config.classes, **options)
+    parts = [(saved, read_classes(saved))] if saved is not None else []
+    return merged_classes(parts + ([("the data", found)] if found else []))
+
+
 def token_header(config: DataConfig) -> TokenHeader:
     """What the first token sample of the first source tells; nothing more is read. Raises DataError."""
     (one, *_), access = _configs(config), access_of(config)
@@ -287,6 +301,7 @@ def open_sources(
     """The sources of a `data` section, opened. before: source -> its identity when the run began. Raises DataError."""
     configs, access, before = _configs(config), access_of(config), before or {}
     options = {"content": config.content, "allow_pipes": config.allow_pipes, "quarantine": quarantine}
+    options["classes"] = None if config.classes is None else read_classes(config.classes)
     sources = [open_source(one, access, before=before.get(one.name), progress=progress, **options) for one in configs]
     urls = [shard.url for source in sources for shard in source.shards]
     for part in sorted(quarantine):

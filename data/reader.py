@@ -226,6 +226,7 @@ class LaneReader:
                 filtered[source.name, str(error)] += 1
                 filtered_in_a_row, bad_in_a_row = filtered_in_a_row + 1, 0
             except ImageError as error:
+                key = error.key or key
                 skipped.append(Skipped(shard, key, str(error), source.name))
                 bad_in_a_row += 1
             if bad_in_a_row > self.most_bad_in_a_row:

@@ -11,6 +11,10 @@ from typing import NamedTuple, Protocol
 from data.errors import ImageError
 
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
+ANY_IMAGE = (*IMAGE_SUFFIXES, "jpeg.jpg", "jpg.jpg")  # doubled as some downloaders do
+# Suffixes of pictures in other formats. They are reported as unusable, since their owner may expect them to be used.
+UNREAD_IMAGES = ("avif", "bmp", "gif", "heic", "heif", "jp2", "jxl", "tif", "tiff")
+NO_CLASS = ("", "-1")  # contents of a class member that says that there is no class
 CODES = "codes"  # suffix of an image's tokens, see data.tokens
 
 
@@ -31,19 +35,30 @@ class Sample(NamedTuple):
     members: dict[str, bytes]
 
     def image(self, suffixes: Iterable[str] = ()) -> bytes:
-        """The first member of ``suffixes`` that exists; by default, the first one with an image's suffix."""
-        for suffix in suffixes or sorted(filter(is_image, self.members)):
-            if suffix in self.members:
-                return self.members[suffix]
+        """The first member of ``suffixes`` that exists; by default, the one with an image's suffix. Raises ImageError
+        if there is none, or if several could be meant."""
+        found = [suffix for suffix in suffixes or image_suffixes(self.members) if suffix in self.members]
+        if found and (suffixes or len(found) == 1):
+            return self.members[found[0]]
+        if found:
+            named = ", ".join(found[:4]) + (", …" if len(found) > 4 else "")
+            fix = "rename them, or name the suffix to use in the source's `image`"
+            raise ImageError(f"{len(found)} images under one key ({named}): {fix}", "several images")
         wanted = f" ({', '.join(suffixes)})" if suffixes else ""
         if CODES in self.members:
-            raise ImageError(f"it holds tokens, no image{wanted}: data.content=tokens reads them")
-        raise ImageError(f"no image{wanted} among its members: {', '.join(sorted(self.members)) or 'none'}")
+            raise ImageError(f"it holds tokens, no image{wanted}: data.content=tokens reads them", "no image")
+        raise ImageError(f"no image{wanted} among its members: {', '.join(sorted(self.members)) or 'none'}", "no image")
 
 
 def is_image(name: str) -> bool:
     """Whether a file name or a member's suffix is that of an image."""
     return name.lower().rsplit(".", 1)[-1] in IMAGE_SUFFIXES
+
+
+def image_suffixes(suffixes: Iterable[str]) -> list[str]:
+    """Those of images among a sample's suffixes: plain ones, or else ones like 0001.png, which old indexes give."""
+    suffixes = sorted(suffixes)
+    return [suffix for suffix in suffixes if suffix in ANY_IMAGE] or list(filter(is_image, suffixes))
 
 
 def is_content(suffix: str) -> bool:

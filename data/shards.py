@@ -6,9 +6,10 @@ import itertools
 import os
 import re
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from importlib import resources
 from pathlib import Path
+from typing import NamedTuple
 
 import braceexpand
 
@@ -44,8 +45,68 @@ def expand(spec: str | Iterable[str], *, allow_pipes: bool = False, timeouts: Ti
         braces, a folder in s3 or gs, a .txt file that lists one of these in each line, `bundled:train` or `bundled:val`
         (the photographs in scikit-image's wheel), or a list of these.
     allow_pipes: also accept `pipe:COMMAND`, which runs a shell. timeouts: of listing a folder in s3 or gs.
-    Raises DataError that names the part without tars.
+    Raises DataError that names all parts without tars.
     """
+    missing: list[_Missing] = []
+    paths = _expand(spec, allow_pipes, timeouts, missing)
+    if missing:
+        raise DataError(_names_missing(missing))
+    return paths
+
+
+class _Missing(NamedTuple):
+    """A pattern, and which of the paths that it stands for exist and do not."""
+
+    pattern: str
+    there: list[str]
+    missing: list[str]
+
+
+def _names_missing(parts: list[_Missing]) -> str:
+    """All at once, so that they need not be found one after the other."""
+    single = [part.pattern for part in parts if part.missing == [part.pattern]]
+    said = [joined_names(single) + (f" ({len(single):,} paths)" if len(single) > 1 else "")] if single else []
+    for part in parts:
+        if part.missing != [part.pattern]:
+            count = f"{len(part.missing):,} of the {len(part.missing) + len(part.there):,} of {part.pattern}"
+            fix = f"; those that exist are '{joined_names(part.there)}'" if part.there else ""
+            said.append(f"{joined_names(part.missing)} ({count}{fix})")
+    return f"no such tar or folder: {', '.join(said)}"
+
+
+def joined_names(names: list[str]) -> str:
+    """The brace pattern that stands for these names, in their order: train-{0001..0004}.tar."""
+    if len(names) == 1:
+        return names[0]
+    start = re.sub(r"[0-9]+$", "", _common_start(names))
+    rest = [name[len(start) :] for name in names]
+    end = re.sub(r"^[0-9]+", "", _common_start([one[::-1] for one in rest])[::-1])
+    parts = [one[: len(one) - len(end)] for one in rest]
+    ranges = list(_ranges(parts))
+    return start + (ranges[0] if len(ranges) == 1 else f"{{{','.join(ranges)}}}") + end
+
+
+def _common_start(names: list[str]) -> str:
+    same = itertools.takewhile(lambda letters: len(set(letters)) == 1, zip(*names, strict=False))
+    return "".join(letters[0] for letters in same)
+
+
+def _ranges(parts: list[str]) -> Iterator[str]:
+    """Runs of consecutive numbers of the same width, as {FIRST..LAST}, and all others as they are."""
+    run: list[str] = []
+    for part in [*parts, ""]:
+        follows = run and part.isdecimal() and len(part) == len(run[-1]) and int(part) == int(run[-1]) + 1
+        if run and not follows:
+            yield f"{{{run[0]}..{run[-1]}}}" if len(run) > 1 else run[0]
+            run = []
+        if part.isdecimal() or not part:
+            run.append(part)
+        else:
+            yield part
+
+
+def _expand(spec, allow_pipes: bool, timeouts: Timeouts, missing: list[_Missing]) -> list[str]:
+    """What exists of it; what does not is added to `missing`."""
     if spec is None:
         raise DataError("no data named: set data.train (and data.val) to tars, a folder of tars or bundled:train")
     if isinstance(spec, os.PathLike):
@@ -53,12 +114,12 @@ def expand(spec: str | Iterable[str], *, allow_pipes: bool = False, timeouts: Ti
     if isinstance(spec, (bytes, dict)) or not isinstance(spec, Iterable):
         raise DataError(f"{spec!r} names no data: give a path (./{spec}), a pattern in quotes or a list of these")
     if not isinstance(spec, str):
-        paths = [path for part in spec for path in expand(part, allow_pipes=allow_pipes, timeouts=timeouts)]
-        if not paths:
+        paths = [path for part in spec for path in _expand(part, allow_pipes, timeouts, missing)]
+        if not paths and not missing:
             raise DataError("no data named: the list of tars is empty")
         return paths
     if spec.startswith(BUNDLED):
-        return expand(_photographs(spec))
+        return _expand(_photographs(spec), allow_pipes, timeouts, missing)
     if spec.startswith(PIPE):
         if not allow_pipes:
             raise DataError("pipe: runs a shell command: allow it with data.allow_pipes=true, if you trust the recipe")
@@ -66,7 +127,7 @@ def expand(spec: str | Iterable[str], *, allow_pipes: bool = False, timeouts: Ti
     if is_remote(spec):
         return [url for expanded in _expand_braces(spec) for url in _remote_tars(expanded, timeouts)]
     # The shell does not expand the ~ of data.train=~/tars.
-    return _local_tars(os.path.expanduser(spec), allow_pipes, timeouts)
+    return _local_tars(os.path.expanduser(spec), allow_pipes, timeouts, missing)
 
 
 def _remote_tars(url: str, timeouts: Timeouts) -> list[str]:
@@ -76,24 +137,21 @@ def _remote_tars(url: str, timeouts: Timeouts) -> list[str]:
     return list_tars(url, timeouts)
 
 
-def _local_tars(spec: str, allow_pipes: bool, timeouts: Timeouts) -> list[str]:
+def _local_tars(spec: str, allow_pipes: bool, timeouts: Timeouts, missing: list[_Missing]) -> list[str]:
     if os.path.isdir(spec):
         paths = sorted(str(path) for path in Path(spec).glob("*.tar") if path.is_file())
         if not paths:
             raise DataError(f"no *.tar in the folder {spec}: pack images with `ibq shards pack FOLDER --out {spec}`")
         return paths
     if os.path.isfile(spec) and spec.endswith(LIST_SUFFIX):
-        return expand(_read_list(spec), allow_pipes=allow_pipes, timeouts=timeouts)
+        return _expand(_read_list(spec), allow_pipes, timeouts, missing)
     if os.path.exists(spec):
         return [spec]
-    paths = []
-    for pattern in _expand_braces(spec):
-        found = sorted(glob.glob(pattern)) if glob.has_magic(pattern) else [pattern] * os.path.exists(pattern)
-        if not found:
-            of = f" (from {spec})" if pattern != spec else ""
-            raise DataError(f"no such tar or folder: {pattern}{of}")
-        paths += [path for one in found for path in expand(one)]
-    return paths
+    expanded = _expand_braces(spec)
+    found = {one: sorted(glob.glob(one)) if glob.has_magic(one) else [one] * os.path.exists(one) for one in expanded}
+    if absent := [one for one in expanded if not found[one]]:
+        missing.append(_Missing(spec, [one for one in expanded if found[one]], absent))
+    return [path for paths in found.values() for one in paths for path in _expand(one, False, timeouts, missing)]
 
 
 def _read_list(path: str) -> list[str]:

@@ -15,13 +15,16 @@ import yaml
 
 from data.addresses import is_remote
 from data.cache import Access
+from data.classes import classes_beside, merged_classes, read_classes
 from data.config import FilterConfig, SourceConfig
 from data.errors import DataError, Filtered, ImageError
-from data.folder_reader import folder_shard, is_folder_of_images, is_zip, zip_shard
+from data.folder_reader import FileShard, file_shard, is_files
+from data.grouping import KNOWN_SUFFIXES
 from data.index import INDEX_NAME, Index, common_root, without_query
 from data.parallel import in_threads
-from data.samples import CODES, Sample, Shard
+from data.samples import CODES, NO_CLASS, Sample, Shard, Skipped
 from data.shards import expand
+from data.storage import DEFAULT_TIMEOUTS, Timeouts
 from data.tar_reader import PIPE, TarShard
 
 MOST_SCANNED = 256  # a source with more local tars without an index is scanned one tar at a time during the run
@@ -37,7 +40,14 @@ class Layout(NamedTuple):
     label: str | None = "cls"
     fields: Mapping[str, str] = MappingProxyType({})
 
+    @property
+    def suffixes(self) -> frozenset[str]:
+        """The suffixes that end a sample's key."""
+        named = {suffix for suffix in (self.caption, self.label) if suffix}
+        return frozenset(named) | (frozenset((*self.image, "txt", "cls", "json")) if self.image else KNOWN_SUFFIXES)
 
+
+IMAGES = Layout()  # of a source that the catalogue does not know
 TOKENS = Layout(image=(CODES,))  # written by `ibq tokenize`
 
 
@@ -148,6 +158,12 @@ class Source:
         """Number of samples including those in quarantine, or None."""
         return None if self.counts is None else sum(self.counts)
 
+    @property
+    def skipped_unread(self) -> list[Skipped]:
+        """Pictures of folders and zip files in formats that are not read."""
+        files = [shard for shard in self.shards if isinstance(shard, FileShard)]
+        return [skipped for shard in files for skipped in shard.skipped_unread(self.name)]
+
     def identity(self) -> dict:
         """What must be unchanged for a position in the source to mean the same sample."""
         names = [shard.name.rsplit("/", 1)[-1] for shard in self.shards]
@@ -157,15 +173,7 @@ class Source:
     def pick(self, sample: Sample) -> Picked:
         """Raises ImageError if the image is missing or a member is damaged, Filtered if a filter rejects the sample."""
         self._filter(sample)
-        layout, members = self.layout, sample.members
-        caption = None
-        if layout.caption_field and "json" in members:
-            caption = metadata_of(sample).get(layout.caption_field)
-            caption = caption[0] if isinstance(caption, list) and caption else caption
-            caption = caption if isinstance(caption, str) else None
-        if caption is None and layout.caption in members:
-            caption = members[layout.caption].decode("utf-8", "replace")
-        return Picked(sample.image(layout.image), caption, label_of(members, layout))
+        return pick(sample, self.layout)
 
     def _filter(self, sample: Sample) -> None:
         filters = self.filters
@@ -183,13 +191,26 @@ class Source:
                 raise Filtered(name)
 
 
+def pick(sample: Sample, layout: Layout) -> Picked:
+    """The parts of a sample that are used. Raises ImageError if the image is missing or a member is damaged."""
+    members, caption = sample.members, None
+    if layout.caption_field and "json" in members:
+        caption = metadata_of(sample).get(layout.caption_field)
+        caption = caption[0] if isinstance(caption, list) and caption else caption
+        caption = caption if isinstance(caption, str) else None
+    if caption is None and layout.caption in members:
+        caption = members[layout.caption].decode("utf-8", "replace")
+    return Picked(sample.image(layout.image), caption, label_of(members, layout))
+
+
 def label_of(members: dict[str, bytes], layout: Layout) -> int | None:
-    """A sample's class, or None. Raises ImageError if it is not a number."""
-    if layout.label not in members:
+    """A sample's class; None if there is none, or if it is empty or -1, as data sets mark pictures without a class.
+    Raises ImageError if it is not a number."""
+    text = members.get(layout.label, b"").decode("utf-8", "replace").strip()
+    if text in NO_CLASS:
         return None
-    text = members[layout.label].decode("utf-8", "replace").strip()
     if not text.isdecimal() or len(text) > 18:
-        raise ImageError(f"the class {text[:40]!r} is no number from 0")
+        raise ImageError(f"the class {text[:40]!r} is no number from 0", "bad class")
     return int(text)
 
 
@@ -198,9 +219,9 @@ def metadata_of(sample: Sample) -> dict:
     try:
         metadata = json.loads(sample.members.get("json", b"{}"))
     except (ValueError, RecursionError) as error:
-        raise ImageError(f"its json is damaged: {error}") from error
+        raise ImageError(f"its json is damaged: {error}", "bad json") from error
     if not isinstance(metadata, dict):
-        raise ImageError("its json is no mapping")
+        raise ImageError("its json is no mapping", "bad json")
     return metadata
 
 
@@ -216,20 +237,22 @@ def open_source(
     quarantine: frozenset[str] = frozenset(),
     before: dict | None = None,
     scan_all: bool = False,
+    classes: dict[str, int] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Source:
     """Find a source's shards and their sizes, without reading any sample.
 
     content: `images` or `tokens`. quarantine: paths or URLs of shards, or their ends after a /. before: the identity of
     the source when the run began, to keep dividing it by samples or by shards as before. scan_all: scan all tars
-    without an index that are local or can be copied into the cache, however many there are. progress: called with
+    without an index that are local or can be copied into the cache, however many there are. classes: the number of each
+    class folder, where these are the classes; default: in sorted order. progress: called with
     (tars scanned, tars in total).
     Raises DataError.
     """
     if not (isinstance(config.weight, (int, float)) and 0 < config.weight < math.inf):
         raise DataError(f"source {config.name}: weight={config.weight} must be positive and finite")
     layout = layout_of(config) if content == "images" else TOKENS
-    options = {"class_from_folder": layout.label == "folder", "allow_pipes": allow_pipes, "quarantine": quarantine}
+    options = {"layout": layout, "classes": classes, "allow_pipes": allow_pipes, "quarantine": quarantine}
     shards = open_shards(config, access or Access(), **options)
     if layout.label == "folder":
         layout = layout._replace(label="cls")
@@ -280,18 +303,17 @@ def open_shards(
     config: SourceConfig,
     access: Access,
     *,
+    layout: Layout = TOKENS,
+    classes: dict[str, int] | None = None,
     allow_pipes: bool = False,
-    class_from_folder: bool = False,
     quarantine: frozenset[str] = frozenset(),
 ) -> list[Shard]:
     """The shards of a root: a folder of images or a zip file as one shard, or the tars with their tables if indexed."""
     root = config.root
-    if is_folder_of_images(root):
-        return [folder_shard(str(root), class_from_folder)]
-    if is_zip(root):
-        return [zip_shard(str(root))]
+    if is_files(root):
+        return [file_shard(str(root), layout.label == "folder", classes)]
     urls = expand(root, allow_pipes=allow_pipes, timeouts=access.timeouts)
-    shards = [TarShard(url, access=access) for url in urls]
+    shards = [TarShard(url, access=access, suffixes=layout.suffixes) for url in urls]
     shared = common_root([url for url in urls if not url.startswith(PIPE)]) if urls else ""
     index = _index(config, shared)
     if index is not None:
@@ -306,6 +328,27 @@ def open_shards(
         if empty := next((shard for shard in shards if shard.table is not None and not len(shard)), None):
             raise DataError(f"the shard {empty.name} holds no sample by its index: leave it out")
     return shards
+
+
+def classes_of(
+    configs: list[SourceConfig],
+    given: str | None,
+    *,
+    content: str = "images",
+    allow_pipes: bool = False,
+    timeouts: Timeouts = DEFAULT_TIMEOUTS,
+) -> dict[str, int] | None:
+    """The number of each class, from the classes.json beside tars, the class folders and the file `given`; None if
+    nothing tells it. Raises DataError if they disagree."""
+    classes = None if given is None else read_classes(given)
+    parts = [] if classes is None else [(given, classes)]
+    for config in configs:
+        if is_files(config.root):
+            if content == "images" and layout_of(config).label == "folder":
+                parts.append((str(config.root), file_shard(str(config.root), True, classes).classes))
+        else:
+            parts += classes_beside(expand(config.root, allow_pipes=allow_pipes, timeouts=timeouts))
+    return merged_classes(parts)
 
 
 def _index(config: SourceConfig, root: str) -> Index | None:

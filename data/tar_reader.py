@@ -1,14 +1,12 @@
 """WebDataset tars at paths and URLs, and the output of commands, read as shards.
 
-Samples are grouped exactly as webdataset groups them. But webdataset silently skips damage (a tar that ends early, a
-broken header, zeroed blocks); here all damage raises an error.
+Samples are grouped by `data.grouping`. webdataset silently skips damage (a tar that ends early, a broken header, zeroed
+blocks); here all damage raises an error.
 """
 
 import functools
 import io
 import os
-import posixpath
-import re
 import subprocess
 import tarfile
 from collections.abc import Iterator
@@ -20,6 +18,8 @@ import numpy as np
 from data.addresses import is_remote, redacted
 from data.cache import Access
 from data.errors import DataError, ImageError
+from data.file_kinds import START_BYTES, kind_of
+from data.grouping import KNOWN_SUFFIXES, Group, grouped, key_to_first_dot, split_name
 from data.index import SampleTable, key_hash
 from data.samples import IMAGE_SUFFIXES, Sample, Window, WindowLimit, is_content
 from data.storage import Timeouts, read, size
@@ -32,7 +32,7 @@ HOW_TO_FIX = "copy it again, write the index again, or name the shard in data.qu
 
 @dataclass(eq=False)
 class TarShard:
-    """A tar at a path or URL, or `pipe:COMMAND`. table: where its samples lie, if known.
+    """A tar at a path or URL, or `pipe:COMMAND`. table: where its samples lie, if known. suffixes: they end a key.
 
     A tar without a table is read sequentially; a missing end is noticed only when the end is reached.
     """
@@ -40,6 +40,7 @@ class TarShard:
     url: str
     table: SampleTable | None = None
     access: Access = field(default_factory=Access)
+    suffixes: frozenset[str] = KNOWN_SUFFIXES
     _size_checked: bool = False
 
     @property
@@ -76,7 +77,7 @@ class TarShard:
         """Where its samples lie, from the tar's headers (of a remote tar: from the cached copy). Raises DataError."""
         if self.url.startswith(PIPE):
             raise DataError(f"{self.name} can only be read sequentially: write the command's output to a file")
-        return self.access.apply(scan, self.url)
+        return self.access.apply(functools.partial(scan, suffixes=self.suffixes), self.url)
 
     def check_size(self, table: SampleTable) -> None:
         """Raises DataError unless the tar's size is that of its table; checked once per process."""
@@ -92,7 +93,7 @@ class TarShard:
     def _stream(self, limit: WindowLimit) -> Iterator[Window]:
         first, samples, begin = 0, [], 0
         with ForwardFile(self.url, self.access.timeouts, self.name) as file:
-            for span in sample_spans(file, self.name):
+            for span in sample_spans(file, self.name, self.suffixes):
                 begin = begin if samples else span.start
                 if samples and (len(samples) >= limit.samples or span.stop - begin > limit.bytes):
                     yield _FetchedWindow(first, len(samples), self, samples)
@@ -124,10 +125,8 @@ class _TarWindow(Window):
             content = self.content[start - begin : stop - begin]
         else:
             content = read(self.shard.url, start, stop)
-        sample = parse_sample(content, self.first + n, self.shard.name)
-        if key_hash(sample.key) != table.keys_n[self.first + n]:
-            raise _changed(self.shard.name, f"sample {self.first + n} is {sample.key}")
-        return sample
+        expected = int(table.keys_n[self.first + n])
+        return parse_sample(content, self.first + n, self.shard.name, self.shard.suffixes, expected)
 
 
 @dataclass(eq=False)
@@ -137,7 +136,7 @@ class _FetchedWindow(Window):
     contents: list[bytes]
 
     def read(self, n: int) -> Sample:
-        return parse_sample(self.contents[n], self.first + n, self.shard.name)
+        return parse_sample(self.contents[n], self.first + n, self.shard.name, self.shard.suffixes)
 
 
 class ForwardFile(io.RawIOBase):
@@ -203,45 +202,66 @@ class ForwardFile(io.RawIOBase):
         super().close()
 
 
-@functools.cache
-def _webdataset():
-    from webdataset import tariterators  # on first use: importing it takes half a second
-
-    return tariterators
-
-
 # ------------------------------------------------------------------------------------------------------- one sample
 
 
-def parse_sample(content: bytes | memoryview, index: int, name: str) -> Sample:
-    """A sample from the bytes of its members, which form a tar by themselves.
+def parse_sample(
+    content: bytes | memoryview,
+    index: int,
+    name: str,
+    suffixes: frozenset[str] = KNOWN_SUFFIXES,
+    expected: int | None = None,
+) -> Sample:
+    """A sample from the bytes of its members, which form a tar by themselves. expected: hash of its key, if known.
 
     Raises ImageError for a sample that cannot be used, and DataError if the bytes are not those of one sample: then the
     shard has changed since it was scanned or indexed.
     """
     try:
-        members = read_plain_members(content, name)
+        members = read_plain_members(content)
         if members is None:
-            members = read_members(content, name)
-        samples = list(_webdataset().group_by_keys(members))
-    except ValueError as error:
-        raise ImageError(f"sample {index}: {str(error.args[0]).split(' dict_keys')[0]}") from error
+            members = list(read_members(content))
     except tarfile.TarError as error:
         raise _changed(name, f"sample {index}: {error}") from error
-    if len(samples) != 1:
-        raise _changed(name, f"sample {index}: {len(samples)} samples in its place")
-    (sample,) = samples
-    key = sample.pop("__key__")
-    if key.startswith("/") or ".." in key.split("/"):
-        raise ImageError(f"the key {key!r} leads out of its folder")
-    return Sample(key, {suffix: value for suffix, value in sample.items() if not suffix.startswith("__")})
+    groups = list(grouped(members, suffixes))
+    if expected is not None and [key_hash(group.key) for group in groups] != [expected]:
+        groups = _as_formerly(members, expected) or groups
+    if len(groups) != 1 or expected not in (None, key_hash(groups[0].key)):
+        found = groups[0].key if len(groups) == 1 else f"{len(groups)} samples"
+        as_known = suffixes != KNOWN_SUFFIXES and [key_hash(one.key) for one in grouped(members)] == [expected]
+        hint = "; an index for a source with image= is written with --image" if as_known else ""
+        raise _changed(name, f"sample {index} is {found}{hint}")
+    (group,) = groups
+    if group.key.startswith("/") or ".." in group.key.split("/"):
+        raise ImageError(f"the key {group.key!r} leads out of its folder", "bad key", group.key)
+    found = {}
+    for suffix, value in group.members:
+        if isinstance(value, ImageError):
+            if suffix not in suffixes:  # nothing that would be used
+                continue
+            value.key = group.key
+            raise value
+        if suffix in found:
+            raise ImageError(f"two members are called {group.key}.{suffix}", "duplicate key", group.key)
+        found[suffix] = value
+    return Sample(group.key, found)
+
+
+def _as_formerly(members: list[tuple[str, bytes | ImageError]], expected: int) -> list[Group]:
+    """The sample of an index that was written when keys ended at the first dot, or nothing."""
+    belonging = [(path, value) for path, value in members if split_name(path) is not None]
+    keys = {key_to_first_dot(path) for path, _ in belonging}
+    if [key_hash(key) for key in keys] != [expected]:
+        return []
+    (key,) = keys
+    return [Group(key, [(path[len(key) + 1 :].lower(), value) for path, value in belonging])]
 
 
 def _changed(name: str, what: str) -> DataError:
     return DataError(f"the shard {name} is damaged, or not the one that was scanned or indexed ({what}); {HOW_TO_FIX}")
 
 
-def read_plain_members(content: bytes | memoryview, name: str) -> list[dict] | None:
+def read_plain_members(content: bytes | memoryview) -> list[tuple[str, bytes]] | None:
     """The same as `read_members` in a tenth of the time, or None if a header is damaged or not of the plainest kind."""
     members, at = [], 0
     while at < len(content):
@@ -261,18 +281,20 @@ def read_plain_members(content: bytes | memoryview, name: str) -> list[dict] | N
             return None
         if stop > len(content) or not path:
             return None
-        if _belongs_to_sample(fname):
-            members.append({"fname": fname, "data": bytes(content[at + 512 : stop]), "__url__": name})
+        members.append((fname, bytes(content[at + 512 : stop])))
         at = -(-stop // 512) * 512
     return members if at == len(content) and members else None
 
 
-def read_members(content: bytes | memoryview, name: str) -> Iterator[dict]:
-    """What webdataset's tar reader yields. Raises TarError for a damaged header, where webdataset silently stops."""
+def read_members(content: bytes | memoryview) -> Iterator[tuple[str, bytes | ImageError]]:
+    """The members of a sample: name, bytes; of one without bytes of its own, an ImageError that says why. Raises
+    TarError for a damaged header, where webdataset silently stops."""
     with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
         for member in _entries(tar):
-            if is_member(member):
-                yield {"fname": member.name, "data": tar.extractfile(member).read(), "__url__": name}
+            if member.isreg():
+                yield member.name, tar.extractfile(member).read()
+            elif _is_member(member):
+                yield member.name, ImageError(f"{member.name} {_without_bytes(member)}", "link")
         if tar.offset != len(content):
             raise tarfile.ReadError(f"damaged at byte {tar.offset:,} of {len(content):,}")
 
@@ -292,14 +314,20 @@ def _entries(tar: tarfile.TarFile) -> Iterator[tarfile.TarInfo]:
         raise tarfile.ReadError(f"damaged header: {error}") from error
 
 
-def is_member(member: tarfile.TarInfo) -> bool:
-    """Whether a tar entry belongs to a sample: webdataset's rule, except that macOS' ._ files do not belong."""
-    return member.isreg() and _belongs_to_sample(member.name)
+def _is_member(member: tarfile.TarInfo) -> bool:
+    """Whether a tar's entry belongs to a sample. One without bytes, such as a link, does if its suffix is known: its
+    owner may expect it to be used."""
+    if member.isreg() or member.isdir():
+        return member.isreg()
+    name = split_name(member.name)
+    return name is not None and name.is_known
 
 
-def _belongs_to_sample(name: str) -> bool:
-    named = _webdataset().base_plus_ext(name)[0] is not None and not posixpath.basename(name).startswith("._")
-    return named and not re.match(r"__[^/]*__($|/)", name)
+def _without_bytes(member: tarfile.TarInfo) -> str:
+    if not (member.islnk() or member.issym()):
+        return "is a pipe or a device, not a file"
+    kind, option = ("hard", "--hard-dereference") if member.islnk() else ("symbolic", "--dereference")
+    return f"is a {kind} link to {member.linkname}: write the tar with {option}"
 
 
 # ------------------------------------------------------------------------------------------------------- whole tars
@@ -314,26 +342,24 @@ class SampleSpan(NamedTuple):
     suffixes: tuple[str, ...]
 
 
-def sample_spans(file, name: str) -> Iterator[SampleSpan]:
-    """Each sample of an uncompressed tar, from the headers only.
+def sample_spans(file, name: str, suffixes: frozenset[str] = KNOWN_SUFFIXES) -> Iterator[SampleSpan]:
+    """Each sample of an uncompressed tar, from the headers only. suffixes: those that end a key.
 
     Raises DataError with the tar's name for a damaged tar, and for one without samples.
     """
-    key, start, stop, suffixes, found = None, 0, 0, [], False
+    found = False
     try:
         with tarfile.open(fileobj=file, mode="r:") as tar:
-            for member in _entries(tar):
-                if not is_member(member):
-                    continue
-                member_key, suffix = _webdataset().base_plus_ext(member.name)
-                if member_key != key:
-                    if key is not None:
-                        yield SampleSpan(key, start, stop, tuple(suffixes))
-                    key, start, suffixes, found = member_key, member.offset, [], True
-                stop = tar.offset
-                suffixes.append(suffix.lower())
+            members = ((member.name, (member.offset, tar.offset)) for member in _entries(tar) if _is_member(member))
+            for key, parts in grouped(members, suffixes):
+                found = True
+                (_, (start, _)), (_, (_, stop)) = parts[0], parts[-1]
+                yield SampleSpan(key, start, stop, tuple(suffix for suffix, _ in parts))
             _check_end(file, tar.offset)
     except (tarfile.TarError, RecursionError) as error:  # RecursionError: very many headers in a row
+        file.seek(0)
+        if not found and (known := kind_of(file.read(START_BYTES))):
+            raise DataError(f"{name} is no whole, uncompressed tar: {known}") from error
         raise DataError(
             f"the shard {name} is no whole, uncompressed tar ({error}): pack or copy it again, or leave it out"
         ) from error
@@ -341,7 +367,6 @@ def sample_spans(file, name: str) -> Iterator[SampleSpan]:
         raise DataError(f"cannot read the shard {name}: {error.strerror or error}") from error
     if not found:
         raise DataError(f"the shard {name} holds no sample: leave it out")
-    yield SampleSpan(key, start, stop, tuple(suffixes))
 
 
 def _check_end(file, offset: int) -> None:
@@ -356,7 +381,7 @@ def _check_end(file, offset: int) -> None:
         raise tarfile.ReadError("cut off before its end mark")
 
 
-def scan(path: str) -> SampleTable:
+def scan(path: str, suffixes: frozenset[str] = KNOWN_SUFFIXES) -> SampleTable:
     """Where each sample of a local tar lies, from its headers. An unchanged file is scanned once per process.
 
     Raises DataError for a tar that is damaged, empty, or contains neither images nor tokens.
@@ -365,15 +390,15 @@ def scan(path: str) -> SampleTable:
         stat = os.stat(path)
         if stat.st_size == 0:
             raise DataError(f"the shard {path} is empty (0 bytes): pack or copy it again, or leave it out")
-        return _scan(path, stat.st_size, stat.st_mtime_ns)
+        return _scan(path, suffixes, stat.st_size, stat.st_mtime_ns)
     except OSError as error:
         raise DataError(f"cannot read the shard {path}: {error.strerror}") from error
 
 
 @functools.lru_cache(maxsize=512)
-def _scan(path: str, bytes_in_file: int, mtime_ns: int) -> SampleTable:
+def _scan(path: str, suffixes: frozenset[str], bytes_in_file: int, mtime_ns: int) -> SampleTable:
     with open(path, "rb") as file:
-        found = list(sample_spans(file, path))
+        found = list(sample_spans(file, path, suffixes))
     if not any(is_content(suffix) for span in found for suffix in span.suffixes):
         raise DataError(f"the shard {path} holds no image ({', '.join(IMAGE_SUFFIXES)}) and no tokens: leave it out")
     return SampleTable(

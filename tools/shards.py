@@ -42,6 +42,10 @@ def pack(
     annotations: Annotated[
         Path | None, typer.Option(metavar="FILE", help="For the layout coco, such as captions_val2017.json.")
     ] = None,
+    classes: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="For the layout imagenet: number the folders as this classes.json."),
+    ] = None,
     prefix: Annotated[str, typer.Option(help="Tars are named PREFIX-000000.tar and so on.")] = "train",
     max_samples_per_shard: Annotated[int, typer.Option(help="Largest number of images in a tar.")] = 10_000,
     max_bytes_per_shard: Annotated[
@@ -73,6 +77,7 @@ def pack(
             out,
             layout=layout,
             annotations=annotations,
+            classes=classes,
             prefix=prefix,
             max_samples_per_shard=max_samples_per_shard,
             max_bytes_per_shard=max_bytes_per_shard,
@@ -82,6 +87,8 @@ def pack(
             progress=on_progress,
         )
     typer.echo(f"packed {report.samples} images into {len(report.shards)} tars in {out}")
+    if layout == "imagenet" and classes is None:
+        typer.echo(f"numbered the class folders in sorted order; pack other splits with --classes {out}/classes.json")
     _print_names(
         "skipped {} that cannot be read", [f"{skipped.source}: {skipped.reason}" for skipped in report.skipped]
     )
@@ -100,35 +107,47 @@ def check(
         bool, typer.Option("--write-index", help="Write the index if no tar is broken, instead of comparing with it.")
     ] = False,
     skip_broken: Annotated[bool, typer.Option("--skip-broken", help="Leave broken tars out of the index.")] = False,
+    image: Annotated[
+        list[str] | None,
+        typer.Option(metavar="SUFFIX", help="Suffix of the images, as in a source's `image`; repeat it for more."),
+    ] = None,
     json_file: Json = None,
     jobs: Jobs = None,
 ) -> None:
     """Find damaged, empty and duplicate tars and samples, and write the index that training uses.
 
-    Reads every tar completely, even if it is in the index: only the content proves that it has not changed. Exit status
-    1 if something is wrong. The JSON has one line for each tar.
+    Also finds the unusable images of folders and zip files, which have no index. Reads every tar completely, even if it
+    is in the index: only the content proves that it has not changed. Exit status 1 if something is wrong. The JSON has
+    one line for each tar, folder or zip file.
 
     Example: ibq shards check shards/photos --write-index
 
     Remote tars: ibq shards check s3://bucket/photos --write-index --index photos.safetensors
     """
     from data.errors import DataError
+    from data.folder_reader import find_images, is_files, is_zip
     from data.index import Index, write_index
     from data.parallel import cores
     from data.prep.check import check_shards, find_duplicates, missing_shards
     from data.shards import expand
+    from data.sources import Layout
 
     if misplaced := next((path for path in paths if path.endswith(".safetensors")), None):
         raise DataError(f"{misplaced} is not a tar; to use an index, write --index {misplaced}")
     if skip_broken and not write:
         raise typer.BadParameter("--skip-broken needs --write-index")
-    urls = list(dict.fromkeys(expand(paths)))
-    place = index or _index_place(urls, write)
+    # A folder without images is left to `expand`, which says what it lacks.
+    files = [path for path in dict.fromkeys(paths) if is_zip(path) or (is_files(path) and find_images(Path(path)))]
+    if files and (write or index):
+        raise DataError(f"an index is of tars, and {files[0]} needs none: leave out --write-index and --index")
+    tars = list(dict.fromkeys(expand([path for path in paths if path not in files]))) if set(paths) - set(files) else []
+    urls, place = files + tars, index or (_index_place(tars, write) if tars else None)
     _check_writable(json_file, place if write else None)
     known = Index(place) if place and not write else None
+    layout, workers = Layout(image=tuple(image or ())), min(jobs or cores(), len(urls))
     found, broken = [], 0
     with progress("checking", lines=False) as on_progress:
-        for checked in check_shards(urls, index=known, decode_images=decode, jobs=min(jobs or cores(), len(urls))):
+        for checked in check_shards(urls, index=known, decode_images=decode, layout=layout, jobs=workers):
             found.append(checked)
             broken += checked.status == "broken"
             on_progress(len(found), len(urls), f"{broken:,} broken" if broken else "")
@@ -159,6 +178,7 @@ def stats(
         str | None,
         typer.Option(metavar="NAME", help="Entry of data/sources.yaml, which says where captions and scores are."),
     ] = None,
+    decode: Annotated[bool, typer.Option("--decode", help="Also decode every image, to count damaged ones.")] = False,
     index: Index = None,
     picture: Annotated[Path | None, typer.Option(metavar="FILE.png", help="Draw the histograms.")] = None,
     json_file: Json = None,
@@ -166,8 +186,7 @@ def stats(
 ) -> None:
     """Count images, their sizes and shapes, tokens, captions, classes and scores, and draw them as bars.
 
-    Also for a folder or a zip file of images. Reads only the images' headers; `ibq shards check --decode` checks their
-    pixels.
+    Also for a folder or a zip file of images. Reads only the images' headers, unless --decode is given.
 
     Example: ibq shards stats shards/photos --picture photos.png
     """
@@ -187,7 +206,7 @@ def stats(
     with progress("looking for samples", lines=False) as on_progress:
         opened = open_source(config, scan_all=True, progress=on_progress)
     with progress("counting", lines=False) as on_progress:
-        counted = count(opened, samples, jobs or cores(), on_progress)
+        counted = count(opened, samples, jobs or cores(), on_progress, decode_images=decode)
     say = functools.partial(typer.echo, err=json_file == STDOUT)
     title = shards_text.title(paths, len(opened.shards), opened.samples, counted)
     for line in [title, *shards_text.summary(counted, opened.layout.fields)]:

@@ -39,7 +39,13 @@ def problems(found: list["Checked"]) -> Iterator[str]:
     statuses = Counter(checked.status for checked in found)
     counts = ", ".join(f"{statuses[status]:,} {_colored(status)}" for status in COLORS if statuses[status])
     samples, size = sum(checked.samples for checked in found), sum(checked.bytes or 0 for checked in found)
-    yield f"{len(found):,} tars, {samples:,} samples, {_bytes(size)}: {counts}"
+    kind = "tars" if all(checked.bytes is not None for checked in found) else "shards"
+    yield f"{len(found):,} {kind}, {samples:,} samples, {_bytes(size)}: {counts}"
+    if dotted := sum(checked.dotted for checked in found):
+        yield (
+            f"{dotted:,} keys have a dot: each is a sample of its own here, and webdataset would end keys at the first "
+            "dot; if KEY.part.png belongs to the image KEY.jpg, name the suffix of images (--image, a source's image)"
+        )
     if broken := [name for checked, name in zip(found, names, strict=True) if checked.status == "broken"]:
         yield f"to train without the broken ones: 'data.quarantine=[{','.join(broken)}]'"
 

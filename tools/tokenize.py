@@ -22,6 +22,10 @@ def tokenize(
     source: Annotated[
         str, typer.Option(metavar="NAME", help="Entry of data/sources.yaml which says where captions and classes are.")
     ] = "images",
+    classes: Annotated[
+        Path | None,
+        typer.Option(metavar="FILE", help="Number the class folders as this classes.json."),
+    ] = None,
     samples_per_shard: Annotated[int, typer.Option(help="Largest number of samples in a tar.")] = 10_000,
     batch_size: BatchSize = 64,
     device: Device = "auto",
@@ -46,6 +50,7 @@ def tokenize(
             image_size=size,
             weights=weights,
             source=source,
+            classes=classes,
             samples_per_shard=samples_per_shard,
             batch_size=batch_size,
             device=device,

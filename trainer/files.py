@@ -5,6 +5,7 @@ import json
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+from data.file_names import fitted
 from trainer import TrainerError
 
 
@@ -24,7 +25,7 @@ def writing(path: Path, option: str = "--out") -> contextlib.AbstractContextMana
 
 def unfinished(path: Path) -> Path:
     """The temporary file next to ``path`` that holds its content until it is complete."""
-    return path.with_name(f".{path.name}.unfinished")
+    return path.with_name(fitted(".", path.name, ".unfinished"))
 
 
 @contextlib.contextmanager

@@ -13,7 +13,7 @@ from model_zoo.io.sharded_tensors import ShardedTensors, TensorShard, whole_tens
 from trainer import TrainerError
 from trainer.checkpoint import checkpoint_folders, find_checkpoint, load_state
 from trainer.config import GeneratorRun, RunConfig
-from trainer.files import os_errors
+from trainer.files import os_errors, write_json
 from trainer.init_from import InitRecord, save_init_record
 from trainer.model_state import ModelState
 from trainer.parallel import World, raise_on_all_ranks, run_on_main
@@ -78,6 +78,7 @@ def check_inputs(config: RunConfig, source: Source) -> data.TokenSpec | None:
     with scanning() as progress:
         # A resumed run checks its training data later: its checkpoint says what the data must be (see TrainStream).
         data.check(config.data, train=source.checkpoint is None, progress=progress, tokens=tokens)
+    _class_numbers(config, resumes=source.checkpoint is not None)
     if source.checkpoint and (metrics := Path(config.run) / "metrics.jsonl").is_file():
         metric_lines(metrics)
     return tokens
@@ -126,8 +127,19 @@ def open_folder(config: RunConfig, plan: StartPlan, init_from: InitRecord | None
         save_config(config, run / "config.yaml")
         if plan.reuses_folder and not plan.checkpoint:
             (run / "metrics.jsonl").unlink(missing_ok=True)  # its steps are trained again
+        if classes := _class_numbers(config, resumes=plan.reuses_folder):
+            write_json(run / data.CLASSES_NAME, classes)
     if init_from:
         save_init_record(run, init_from)
+
+
+def _class_numbers(config: RunConfig, resumes: bool) -> dict[str, int] | None:
+    """The number of each class that a generator learns, those that its run began with included; None if nothing tells
+    it. Raises DataError where the data disagree."""
+    if not isinstance(config, GeneratorRun) or config.loss.label_dropout == 1:
+        return None
+    saved = Path(config.run) / data.CLASSES_NAME
+    return data.class_numbers(config.data, str(saved) if resumes and saved.is_file() else None)
 
 
 def _holds_run(config: RunConfig) -> bool:

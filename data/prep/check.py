@@ -1,4 +1,4 @@
-"""Check tars for damage and mistakes; each tar is read once, from start to end."""
+"""Check tars, folders and zip files for damage and mistakes; each tar is read once, from start to end."""
 
 import functools
 import hashlib
@@ -18,11 +18,14 @@ import numpy as np
 
 from data.addresses import is_remote, redacted
 from data.errors import DataError, ImageError
+from data.file_kinds import kind_of
+from data.folder_reader import file_shard, is_files
 from data.index import Index, SampleTable, common_root, key_hash
-from data.parallel import in_processes
-from data.samples import CODES, is_content
+from data.parallel import cores, in_processes, in_threads
+from data.samples import CODES, Sample, is_content
+from data.sources import IMAGES, TOKENS, Layout, pick
 from data.storage import DEFAULT_TIMEOUTS, Timeouts, read
-from data.tar_reader import MOST_MEMBER_BYTES, RANGE_BYTES, ForwardFile, SampleSpan, parse_sample, sample_spans
+from data.tar_reader import MOST_MEMBER_BYTES, RANGE_BYTES, ForwardFile, parse_sample, sample_spans
 from data.tokens import unpack_codes
 from data.transforms import decode
 
@@ -34,8 +37,8 @@ BROKEN = frozenset({"truncated", "corrupt", "empty", "unreadable", "missing"})
 
 
 class Problem(NamedTuple):
-    """kind: truncated, corrupt, empty, unreadable or missing (see BROKEN), or duplicate shard, duplicate key, bad key,
-    no image (and no tokens), undecodable (an image, or codes), index (the shard differs from its index).
+    """kind: truncated, corrupt, empty, unreadable or missing (see BROKEN), duplicate shard, duplicate key, index (the
+    shard differs from its index), or, of a sample that training skips, ImageError.kind.
 
     sample: its number in the shard, from 0; None for a problem of the whole shard.
     """
@@ -48,10 +51,12 @@ class Problem(NamedTuple):
 
 @dataclass
 class Checked:
-    """The result for one shard. None: unknown, since the shard cannot be read.
+    """The result for one shard: a tar, a folder or a zip file. None: unknown, since the shard cannot be read; bytes,
+    sha256 and table are those of a tar.
 
     samples: complete samples before the first damage. table: where they lie; None if the shard is broken. keys: the
     keys of all samples, each followed by NUL, compressed. counts: problems by kind. problems: the first of each kind.
+    dotted: samples with a dot in their key.
     """
 
     url: str
@@ -62,6 +67,7 @@ class Checked:
     keys: bytes = b""
     counts: Counter[str] = field(default_factory=Counter)
     problems: list[Problem] = field(default_factory=list)
+    dotted: int = 0
 
     @property
     def name(self) -> str:
@@ -98,28 +104,39 @@ class Checked:
 
 
 def check_shards(
-    urls: list[str], *, index: Index | None = None, decode_images: bool = False, jobs: int = 1
+    urls: list[str],
+    *,
+    index: Index | None = None,
+    decode_images: bool = False,
+    layout: Layout = IMAGES,
+    jobs: int = 1,
 ) -> Iterator[Checked]:
     """Check tars in `jobs` processes, and yield the results in order.
 
-    index: compare the tars with this index. decode_images: decode every image; codes are always checked. Problems that
-    involve several tars are found by `find_duplicates` and `missing_shards`.
+    index: compare the tars with this index. decode_images: decode every image; codes are always checked. layout: that
+    of the source which will read them. Problems that involve several tars are found by `find_duplicates` and
+    `missing_shards`.
     """
     root = common_root(urls)
-    for checked in in_processes(functools.partial(check_shard, decode_images=decode_images), urls, jobs):
-        if index is not None:
+    check_one = functools.partial(check_shard, decode_images=decode_images, layout=layout)
+    for checked in in_processes(check_one, urls, jobs):
+        if index is not None and not is_files(checked.url):
             _compare(checked, index, root)
         yield checked
 
 
-def check_shard(url: str, decode_images: bool = False, timeouts: Timeouts = DEFAULT_TIMEOUTS) -> Checked:
-    """Read a tar once, and find its samples, its SHA-256 and its problems."""
+def check_shard(
+    url: str, decode_images: bool = False, layout: Layout = IMAGES, timeouts: Timeouts = DEFAULT_TIMEOUTS
+) -> Checked:
+    """Read a tar once, and find its samples, its SHA-256 and its problems; of a folder or a zip file, the problems."""
+    if is_files(url):
+        return _check_files(url, decode_images, layout)
     checked = Checked(url)
     try:
         with _Hashed(url, timeouts, checked.name) as file:
             checked.bytes = file.bytes
             if file.bytes:
-                _check_samples(file, checked, decode_images)
+                _check_samples(file, checked, decode_images, layout)
             else:
                 checked.add("empty", "0 bytes")
             file.finish()
@@ -157,13 +174,19 @@ class _Hashed(ForwardFile):
             self.take(end, min(end + RANGE_BYTES, self.bytes))
 
 
-def _check_samples(file: _Hashed, checked: Checked, decode_images: bool) -> None:
+def _check_samples(file: _Hashed, checked: Checked, decode_images: bool, layout: Layout) -> None:
     starts, stops, hashes = array("q"), array("q"), array("Q")
     packer, keys, usable, damage = zlib.compressobj(1), bytearray(), 0, None
     try:
-        for number, span in enumerate(sample_spans(file, checked.name)):
+        for number, span in enumerate(sample_spans(file, checked.name, layout.suffixes)):
             content = file.take(span.start, span.stop)
-            usable += _check_sample(checked, number, span, content, decode_images)
+            usable += any(map(is_content, span.suffixes))
+            try:
+                sample = parse_sample(content, number, checked.name, layout.suffixes)
+                _check_sample(sample, decode_images, layout)
+            except ImageError as error:
+                checked.add(error.kind, f"{span.key}: {error}", number, span.key)
+            checked.dotted += "." in span.key.rpartition("/")[2]
             starts.append(span.start)
             stops.append(span.stop)
             hashes.append(key_hash(span.key))
@@ -187,40 +210,44 @@ def _check_samples(file: _Hashed, checked: Checked, decode_images: bool) -> None
         checked.table = SampleTable(file.bytes, *arrays)
 
 
-def _check_sample(checked: Checked, number: int, span: SampleSpan, content: bytes, decode_images: bool) -> bool:
-    """Whether the sample has an image or tokens."""
-    has_content = any(map(is_content, span.suffixes))
-    if twice := [suffix for suffix, count in Counter(span.suffixes).items() if count > 1]:
-        checked.add("duplicate key", f"{span.key} comes twice in a row, with {', '.join(twice)}", number, span.key)
-    elif span.key.startswith("/") or ".." in span.key.split("/"):
-        checked.add("bad key", f"{span.key} leads out of its folder", number, span.key)
-    elif not has_content:
-        checked.add("no image", f"{span.key} has {', '.join(span.suffixes)} only", number, span.key)
-    elif decode_images or CODES in span.suffixes:
+def _check_files(path: str, decode_images: bool, layout: Layout) -> Checked:
+    checked = Checked(path)
+
+    def check_one(number: int) -> ImageError | None:
         try:
-            sample = parse_sample(content, number, checked.name)
-            if CODES in span.suffixes:
-                unpack_codes(sample.members[CODES])
-            else:
-                decode(sample.image())
-        except (ImageError, DataError) as error:
-            checked.add("undecodable", f"{span.key}: {error}", number, span.key)
-    return has_content
+            sample = shard.read(number)
+            _check_sample(sample, decode_images, layout)
+        except ImageError as error:
+            error.key = error.key or sample.key
+            return error
+
+    try:
+        shard = file_shard(path, layout.label == "folder")
+        checked.samples = len(shard)
+        for number, error in enumerate(in_threads(check_one, range(len(shard)), cores())):
+            if error is not None:
+                checked.add(error.kind, f"{error.key}: {error}", number, error.key)
+        for skipped in shard.skipped_unread():
+            checked.add("no image", f"{skipped.key}: {skipped.reason}", None, skipped.key)
+    except DataError as error:
+        checked.add("unreadable", str(error))
+    return checked
+
+
+def _check_sample(sample: Sample, decode_images: bool, layout: Layout) -> None:
+    """Raises ImageError, as training does, for a sample that it would skip; pixels are looked at on request."""
+    if CODES in sample.members:
+        unpack_codes(pick(sample, TOKENS).content)
+        return
+    picked = pick(sample, layout)
+    if decode_images:
+        decode(picked.content)
 
 
 # -------------------------------------------------------------------------------------------------------------- damage
 
 # Types of the extra header before a member with a long name, or with a fractional time.
 LONG_HEADERS = (tarfile.XHDTYPE, tarfile.XGLTYPE, tarfile.GNUTYPE_LONGNAME, tarfile.GNUTYPE_LONGLINK)
-FILES_BY_START = {
-    b"\x1f\x8b": "it is compressed with gzip: unpack it",
-    b"BZh": "it is compressed with bzip2: unpack it",
-    b"\xfd7zXZ": "it is compressed with xz: unpack it",
-    b"\x28\xb5\x2f\xfd": "it is compressed with zstd: unpack it",
-    b"PK\x03\x04": "it is a zip file: unpack it, and pack what is in it",
-    b"version https://git-lfs": "it is a Git LFS pointer: `git lfs pull` gets the file",
-    b"<": "it is a web page, such as a server's error message: download it again",
-}
 
 
 def _find_damage(file: _Hashed, at: int) -> Problem | None:
@@ -235,9 +262,8 @@ def _find_damage(file: _Hashed, at: int) -> Problem | None:
         try:
             member = tarfile.TarInfo.frombuf(block, "utf-8", "surrogateescape")
         except tarfile.HeaderError as error:
-            known = [what for start, what in FILES_BY_START.items() if at == 0 and block.startswith(start)]
-            if known:
-                return Problem("corrupt", f"no tar: {known[0]}")
+            if at == 0 and (known := kind_of(block)):
+                return Problem("corrupt", f"no tar: {known}")
             if len(block) < BLOCK_BYTES:
                 return Problem("truncated", f"ends at byte {file.bytes:,}, inside a header")
             no_tar = ", or it is no tar" if at == 0 else ""

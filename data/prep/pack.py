@@ -14,10 +14,11 @@ from typing import NamedTuple
 
 from PIL import Image
 
+from data.classes import CLASSES_NAME, read_classes
 from data.errors import DataError, ImageError
-from data.folder_reader import find_images, is_hidden, is_zip, open_zip, read_from_zip
+from data.folder_reader import FolderFiles, ZipFiles, class_numbers, open_files
 from data.parallel import in_threads
-from data.samples import IMAGE_SUFFIXES, Skipped, is_image
+from data.samples import IMAGE_SUFFIXES, NO_CLASS, Skipped
 from data.transforms import decode
 
 LAYOUTS = ("folder", "imagenet", "coco")
@@ -44,6 +45,7 @@ def pack(
     *,
     layout: str = "folder",
     annotations: str | Path | None = None,
+    classes: str | Path | None = None,
     prefix: str = "train",
     max_samples_per_shard: int = 10_000,
     max_bytes_per_shard: int = 1_000_000_000,
@@ -62,6 +64,7 @@ def pack(
     layout: `folder`: caption and class are in files NAME.txt and NAME.cls beside the image. `imagenet`: the class is
         the index of the image's top folder in sorted order, and `classes.json` lists the names. `coco`: captions are in
         the file `annotations`; the first is the caption, and json has all of them as `captions`, and `image_id`.
+    classes: a classes.json whose numbers the layout imagenet uses, so that all splits number a class alike.
     shorter_side: larger images are resized so that their shorter side has this many pixels and stored as JPEG of
         `quality` (1 to 100, no chroma subsampling); others keep their bytes.
     shuffle: order samples by a hash of their paths, so that classes mix within shards; otherwise by path.
@@ -73,18 +76,20 @@ def pack(
         raise DataError(f"unknown layout {layout!r}: choose one of {', '.join(LAYOUTS)}")
     if (layout == "coco") != (annotations is not None):
         raise DataError("the layout coco takes annotations, and no other does: give both or neither")
+    if classes is not None and layout != "imagenet":
+        raise DataError("classes number the folders of the layout imagenet: add --layout imagenet, or leave them out")
     _check_pack_options(prefix, max_samples_per_shard, max_bytes_per_shard, shorter_side, quality)
-    files = _Zip(source) if is_zip(source) else _Folder(source)
-    paths = files.images()
+    files = open_files(source)
+    paths, unread = files.listing()
     if not paths:
         raise DataError(f"no {', '.join(IMAGE_SUFFIXES)} under {source}: name a folder or zip file that holds images")
     _check_no_tars(out)
-    classes = _folder_classes(files, paths) if layout == "imagenet" else None
+    numbers = _folder_classes(files, paths, classes) if layout == "imagenet" else None
     coco = _read_coco(annotations, paths) if annotations is not None else None
-    samples = _Samples(files, unique_keys(paths), classes, coco, shorter_side, quality)
+    samples = _Samples(files, unique_keys(paths), numbers, coco, shorter_side, quality)
     if shuffle:
         paths = mixed(paths)
-    skipped: list[Skipped] = []
+    skipped = [Skipped(files.name(path), path.as_posix(), "no JPEG, PNG or WebP image") for path in unread]
 
     def usable_samples() -> Iterator[dict]:
         for done, result in enumerate(in_threads(samples.make, paths, os.cpu_count()), start=1):
@@ -95,11 +100,11 @@ def pack(
             progress(done, len(paths))
 
     limits = {"maxcount": max_samples_per_shard, "maxsize": max_bytes_per_shard}
-    shards = _write_tars(usable_samples(), out, prefix, limits, classes)
+    shards = _write_tars(usable_samples(), out, prefix, limits, numbers)
     if not shards:
-        raise DataError(f"none of the {len(paths)} images under {source} can be read: {skipped[0].reason}")
+        raise DataError(f"none of the {len(paths)} images under {source} can be read: {skipped[-1].reason}")
     missing = (coco.without_caption, coco.without_image) if coco else ([], [])
-    return PackReport(shards, len(paths) - len(skipped), skipped, *missing)
+    return PackReport(shards, len(paths) + len(unread) - len(skipped), skipped, *missing)
 
 
 def _write_tars(
@@ -121,7 +126,7 @@ def _write_tars(
             if is_empty:
                 return []
             if classes is not None:
-                (Path(scratch) / "classes.json").write_text(json.dumps(classes, indent=2) + "\n", encoding="utf-8")
+                (Path(scratch) / CLASSES_NAME).write_text(json.dumps(classes, indent=2) + "\n", encoding="utf-8")
             _check_no_tars(out)
             out.mkdir(parents=True, exist_ok=True)
             files = sorted(Path(scratch).iterdir())
@@ -150,57 +155,7 @@ def _check_no_tars(out: Path) -> None:
         raise DataError(f"{out} already holds tars: name another folder with --out, or remove them first")
 
 
-# ------------------------------------------------------------------------------------------------------------- source
-
-
-class _Folder:
-    """The files of a folder, by their paths in it."""
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-
-    def name(self, path: PurePosixPath) -> str:
-        """What messages call a file."""
-        return str(self.path / path)
-
-    def images(self) -> list[PurePosixPath]:
-        """Sorted, without hidden ones. Raises DataError."""
-        return find_images(self.path)
-
-    def read(self, path: PurePosixPath) -> bytes:
-        """An image. Raises ImageError, OSError."""
-        return (self.path / path).read_bytes()
-
-    def beside(self, path: PurePosixPath, suffix: str) -> bytes | None:
-        """What the file of the same name with another suffix holds. Raises ImageError, OSError."""
-        file = (self.path / path).with_suffix(f".{suffix}")
-        return file.read_bytes() if file.exists() else None
-
-
-class _Zip:
-    """The files of a zip file, by their paths in it, or in the one folder that it holds. Raises DataError."""
-
-    def __init__(self, path: str | Path):
-        self.path = Path(path)
-        self.file = open_zip(path)
-        members = {PurePosixPath(member.filename): member for member in self.file.infolist() if not member.is_dir()}
-        members = {path: member for path, member in members.items() if not is_hidden(path)}
-        folders = {path.parts[0] if len(path.parts) > 1 else None for path in members}
-        only = folders.pop() if len(folders) == 1 else None
-        self.members = {path.relative_to(only or "."): member for path, member in members.items()}
-
-    def name(self, path: PurePosixPath) -> str:
-        return f"{self.path}/{path}"
-
-    def images(self) -> list[PurePosixPath]:
-        return sorted((path for path in self.members if is_image(path.suffix)), key=PurePosixPath.as_posix)
-
-    def read(self, path: PurePosixPath) -> bytes:
-        return read_from_zip(self.file, self.members[path])
-
-    def beside(self, path: PurePosixPath, suffix: str) -> bytes | None:
-        path = path.with_suffix(f".{suffix}")
-        return self.read(path) if path in self.members else None
+# --------------------------------------------------------------------------------------------------------------- keys
 
 
 def mixed(paths: list[PurePath]) -> list[PurePath]:
@@ -222,14 +177,11 @@ def unique_keys(paths: list[PurePath]) -> dict[PurePath, str]:
     return keys
 
 
-def _folder_classes(files: _Folder | _Zip, paths: list[PurePosixPath]) -> dict[str, int]:
-    for path in paths:
-        if len(path.parts) == 1:
-            raise DataError(f"{files.name(path)} lies in no class folder: move it into one, or leave out the classes")
-    names = sorted({path.parts[0] for path in paths})
-    if SPLITS.issuperset(names):
-        raise DataError(f"{files.path} holds the folders {', '.join(names)}, which are no classes: name one of these")
-    return {name: index for index, name in enumerate(names)}
+def _folder_classes(files: FolderFiles | ZipFiles, paths: list[PurePath], classes: str | Path | None) -> dict[str, int]:
+    numbers = class_numbers(files, paths, None if classes is None else read_classes(classes))
+    if classes is None and SPLITS.issuperset(numbers):
+        raise DataError(f"{files.path} holds the folders {', '.join(numbers)}, which are no classes: name one of these")
+    return numbers
 
 
 # ---------------------------------------------------------------------------------------------------------------- coco
@@ -273,7 +225,7 @@ def _read_coco(annotations: str | Path, paths: list[PurePosixPath]) -> _Coco:
 class _Samples(NamedTuple):
     """Makes the samples of `pack`. keys: by path. classes: by name of the top folder, for the layout imagenet."""
 
-    files: "_Folder | _Zip"
+    files: FolderFiles | ZipFiles
     keys: dict[PurePosixPath, str]
     classes: dict[str, int] | None
     coco: "_Coco | None"
@@ -302,7 +254,9 @@ class _Samples(NamedTuple):
         more, members = self._texts(path)
         if "cls" in members:
             members["cls"] = members["cls"].strip()
-            if not re.fullmatch(rb"[0-9]+", members["cls"]):
+            if members["cls"].decode(errors="replace") in NO_CLASS:
+                del members["cls"]
+            elif not re.fullmatch(rb"[0-9]+", members["cls"]):
                 text = members["cls"].decode(errors="replace")[:40]
                 raise DataError(
                     f"{self.files.name(path.with_suffix('.cls'))} holds {text!r}: a class is a number from 0"

@@ -18,7 +18,7 @@ from data.parallel import in_processes
 from data.samples import CODES, Sample, Shard, WindowLimit
 from data.sources import TOKENS, Source, metadata_of
 from data.tokens import TokenHeader, unpack_codes
-from data.transforms import FORMATS, MAX_PIXELS
+from data.transforms import FORMATS, MAX_PIXELS, decode
 
 MOST = 1e300  # of a score; JSON allows integers that are too large for a float
 # Lower borders of the histograms' bins.
@@ -202,8 +202,10 @@ def count(
     most_samples: int | None = None,
     jobs: int = 1,
     progress: Callable[[int, int], None] = lambda done, total: None,
+    *,
+    decode_images: bool = False,
 ) -> Counted:
-    """Count a source's samples in `jobs` processes. Only the headers of images are read.
+    """Count a source's samples in `jobs` processes. Only the headers of images are read, unless decode_images.
 
     most_samples: at most this many, spread evenly over the source; if the samples' positions are unknown, the first
     ones of evenly spread shards. progress: called with (parts done, parts in total).
@@ -212,10 +214,14 @@ def count(
     if most_samples is not None and most_samples < 1:
         raise DataError(f"{most_samples} samples are too few: count at least 1")
     selections, total = _selections(source, most_samples), Counted()
-    count_one = functools.partial(_count_selection, source)
+    count_one = functools.partial(_count_selection, source, decode_images)
     for done, counted in enumerate(in_processes(count_one, selections, jobs), start=1):
         total.add(counted)
         progress(done, len(selections))
+    unread = source.skipped_unread
+    total.unusable_samples += len(unread)
+    named = [f"{skipped.key} in {skipped.source}: {skipped.reason}" for skipped in unread]
+    total.unusable = (total.unusable + named)[:NAMED_UNUSABLE]
     return total
 
 
@@ -240,7 +246,7 @@ def _spread_evenly(count: int, most: int | None) -> np.ndarray:
     return np.arange(most) * count // most
 
 
-def _count_selection(source: Source, selection: _Selection) -> Counted:
+def _count_selection(source: Source, decode_images: bool, selection: _Selection) -> Counted:
     counted = Counted(scores={name: Score() for name in source.layout.fields})
     shard = source.shards[selection.shard]
     for sample in itertools.islice(_samples(shard, selection.numbers), selection.most):
@@ -248,12 +254,12 @@ def _count_selection(source: Source, selection: _Selection) -> Counted:
         try:
             if isinstance(sample, ImageError):
                 raise sample
-            _count_sample(counted, source, sample)
+            _count_sample(counted, source, sample, decode_images)
         except ImageError as error:
             counted.unusable_samples += 1
             if len(counted.unusable) < NAMED_UNUSABLE:
-                key = f"{sample.key} in " if isinstance(sample, Sample) else ""
-                counted.unusable.append(f"{key}{shard.name}: {error}")
+                key = sample.key  # of the sample, or of the error in its place
+                counted.unusable.append(f"{key + ' in ' if key else ''}{shard.name}: {error}")
     return counted
 
 
@@ -273,7 +279,7 @@ def _samples(shard: Shard, numbers: np.ndarray | None) -> Iterator[Sample | Imag
                     yield error
 
 
-def _count_sample(counted: Counted, source: Source, sample: Sample) -> None:
+def _count_sample(counted: Counted, source: Source, sample: Sample, decode_images: bool) -> None:
     counted.bytes += sum(map(len, sample.members.values()))
     if CODES in sample.members:
         picked = replace(source, layout=TOKENS).pick(sample)
@@ -281,6 +287,8 @@ def _count_sample(counted: Counted, source: Source, sample: Sample) -> None:
         counted.tokens[header] += 1
     else:
         picked = source.pick(sample)
+        if decode_images:
+            decode(picked.content)
         header = _header(picked.content)
         counted.formats[header.format] += 1
         counted.sides[min(header.width, header.height)] += 1

@@ -837,6 +837,7 @@ def odd_tars() -> list[Kind]:
         member("p.png", type=tarfile.FIFOTYPE),
         member("c.png", type=tarfile.CHRTYPE),
     ]
+    no_file = {"p": "a pipe or a device", "c": "a pipe or a device"}
     own = [member("__meta__/a.json", b"{}"), member("__b__", b"1")]
     evil = pickle.dumps(Opened())
     zeroed = patched(plain, 2 * BLOCK, bytes(BLOCK))
@@ -859,9 +860,20 @@ def odd_tars() -> list[Kind]:
         read("key with a blank and a quote", member("a 'b\" c.png", image), "a name like any", "a 'b\" c"),
         read("./ before names", member("./s.png", image), "as `tar -c .` writes them", "./s"),
         read("suffix in upper case", sample(PNG=image, TXT=b"text"), "as good"),
-        read("two dots in a name", member("s.large.png", image), "suffixes start at the first dot"),
+        read("two dots in a name", member("s.large.png", image), "a dot in a name is a dot in a name", "s.large"),
+        read("a mask, not an image", [plain, member("s.mask.npy", b"1")], "a member of the sample before it"),
+        skipped("two images", sample(jpg=encoded(picture(7), "JPEG"), png=image), "2 images", "which is meant?"),
+        read("class -1", sample(png=image, cls=b"-1"), "no class, which the picture does not need"),
+        read("empty class", sample(png=image, cls=b""), "the same"),
         read("folders", [member("d", type=tarfile.DIRTYPE, mode=0o755), plain], "no samples"),
-        read("links, a pipe and a device", [*links, plain], "they hold no bytes: no samples"),
+        Kind(
+            "links, a pipe and a device",
+            *tar_of(
+                [*links, plain], [("s", 7)], {"l": "symbolic link to g0.png", "h": "hard link to g0.png", **no_file}
+            ),
+            "they hold no bytes, and are named",
+            "tar",
+        ),
         read("sparse member, old GNU", sparse("s.png", image, 2048), "zeros are filled in"),
         read("end mark of one block", plain, "GNU tar warns of it and reads on; all is there", end=bytes(BLOCK)),
         read("end mark of 1 MB", plain, "tar -b writes full records", end=bytes(1 << 20)),
@@ -877,12 +889,12 @@ def odd_tars() -> list[Kind]:
         skipped("image of 0 bytes", sample(png=b""), "empty (0 bytes)", "nothing was written"),
         skipped("GIF", sample(gif=encoded(PICTURE, "GIF")), "no image among its members: gif", "not of our formats"),
         skipped("text alone", sample(txt=b"text"), "no image among its members: txt", "no image"),
-        skipped("member twice", plain + plain, "duplicate file name", "which one is meant is not known", "sample 1"),
-        skipped("key that leads out", member("../s.png", image), outside, "keys name files", "sample 1"),
-        skipped("key that leads out later", member("a/../../s.png", image), outside, "keys name files", "sample 1"),
-        skipped("absolute key", member("/etc/s.png", image), outside, "keys name files", "sample 1"),
+        skipped("member twice", plain + plain, "two members are called s.png", "which one is meant is not known"),
+        skipped("key that leads out", member("../s.png", image), outside, "keys name files", "../s"),
+        skipped("key that leads out later", member("a/../../s.png", image), outside, "keys name files", "a/../../s"),
+        skipped("absolute key", member("/etc/s.png", image), outside, "keys name files", "/etc/s"),
         skipped("class that is no number", sample(png=image, cls=b"cat"), "'cat' is no number", "it is not known"),
-        skipped("class below 0", sample(png=image, cls=b"-1"), "'-1' is no number", "classes count from 0"),
+        skipped("class below 0", sample(png=image, cls=b"-2"), "'-2' is no number", "classes count from 0"),
         skipped(
             "class of 5000 digits", sample(png=image, cls=b"9" * 5000), "is no number", "there are no such classes"
         ),

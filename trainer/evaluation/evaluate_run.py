@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.evaluation import EvaluationImages, evaluation_images
+from data.file_names import fitted
 from data.transforms import RESIZES
 from model_zoo.config import TokenizerConfig
 from model_zoo.io.hashing import fingerprint_of
@@ -217,14 +218,15 @@ def _compare(
 def _default_report(source: Path, checkpoint: Path) -> Path:
     """report.json in a run folder; for one checkpoint, or a source that is no run, a file in the working directory."""
     if is_standalone(checkpoint):
-        return Path(f"{source.name.removesuffix('.ckpt')}_reconstruction.json")
+        return Path(fitted("", source.name.removesuffix(".ckpt"), "_reconstruction.json"))
     run = run_folder(checkpoint)
-    return run / RUN_REPORT if source == run else Path(f"{run.name}_{checkpoint.name}_reconstruction.json")
+    return run / RUN_REPORT if source == run else Path(fitted("", run.name, f"_{checkpoint.name}_reconstruction.json"))
 
 
 def _grid_paths(json_path: Path) -> dict[str, Path]:
     return {
-        name: json_path.with_name(f"{json_path.stem}{'' if name == 'first' else f'_{name}'}.png") for name in ORDERS
+        name: json_path.with_name(fitted("", json_path.stem, f"{'' if name == 'first' else f'_{name}'}.png"))
+        for name in ORDERS
     }
 
 
@@ -277,7 +279,7 @@ def write_reconstructions(
         for example in map(Example, batch.keys, decibels, original_bchw, reconstruction_bchw):
             with writing(out):  # the number separates images of the same name in different folders
                 out.mkdir(parents=True, exist_ok=True)
-                pair(example).save(out / f"{image_count:05d}_{Path(example.key).stem}.png")
+                pair(example).save(out / fitted(f"{image_count:05d}_", Path(example.key).stem, ".png"))
             image_count += 1
             if len(examples) < EXAMPLE_COUNT:
                 examples.append(example)

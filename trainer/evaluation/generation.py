@@ -11,6 +11,7 @@ from torch import Tensor
 
 from data.cache import cache_folder
 from data.errors import DataError
+from data.file_names import fitted
 from data.npz import FORM, IMAGES, Npz
 from model_zoo.eval_nets.inception import FEATURES, InceptionFeatures
 from trainer import TrainerError
@@ -165,7 +166,7 @@ def _cache(option: str | Path | None) -> Path | None:
 
 def _default_report(samples: Path) -> Path:
     path = samples.resolve()
-    return path.with_name(f"{path.name if path.is_dir() else path.stem}_generation.json")
+    return path.with_name(fitted("", path.name if path.is_dir() else path.stem, "_generation.json"))
 
 
 def _open(samples: Path, reference: Path, metrics: str | None) -> _Inputs:
@@ -346,7 +347,7 @@ def _stored(npz: Npz, name: str) -> np.ndarray:
 def sampling_record(samples: Path, sha256: str) -> dict | None:
     """What `ibq sample` recorded of these samples, without the list of classes; None if the record does not exist or
     describes other files. sha256: of the .npz."""
-    path = samples / RECORD if samples.is_dir() else samples.with_name(f"{samples.name}.json")
+    path = samples / RECORD if samples.is_dir() else samples.with_name(fitted("", samples.name, ".json"))
     try:
         record = json.loads(path.read_bytes())
         finished = record["finished"]

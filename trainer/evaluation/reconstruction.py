@@ -134,7 +134,7 @@ def reconstruct_images(
     A batch holds consecutive images of equal size from one block of ``batch_size`` positions of the set, so batches and
     their results do not depend on the process that computes them. Images whose sides are not multiples of the
     downsampling factor are padded with mid-grey, the smaller half at the top and the left; the reconstruction is
-    cropped to the image.
+    cropped to the image. Raises TrainerError for a reconstruction that is not finite.
     """
     timer = timer or StageTimer(device)
 
@@ -151,6 +151,11 @@ def reconstruct_images(
             index_bhw = tokenizer.tokenize(F.pad(images_bchw, pad))
             padded_bchw = tokenizer.detokenize(index_bhw).float()
             reconstruction_bchw = padded_bchw[..., pad.top : pad.top + height, pad.left : pad.left + width]
+        if not padded_bchw.isfinite().all():  # before anything clamps it, which would make infinity 1
+            raise TrainerError(
+                f"the reconstruction of {batch[0].key}, or of an image in its batch, is not finite: the weights have "
+                "diverged; use an earlier checkpoint"
+            )
         keys, positions = [image.key for image in batch], [image.index for image in batch]
         yield Reconstruction(keys, positions, images_bchw, reconstruction_bchw, index_bhw)
 
@@ -187,11 +192,6 @@ class _Scorer:
         if min(x_bchw.shape[-2:]) < smallest:
             self.skipped += [f"{key}: smaller than {smallest} x {smallest} pixels" for key in batch.keys]
             return
-        if not y_bchw.isfinite().all():
-            raise TrainerError(
-                f"the reconstruction of {batch.keys[0]}, or of an image in its batch, is not finite: the weights "
-                "have diverged; evaluate an earlier checkpoint"
-            )
         with self.timer.stage("metrics"):
             values = {
                 "key": batch.keys,

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from data.file_names import fitted
 from model_zoo.config import Sampling
 from model_zoo.errors import ModelError
 from model_zoo.io.hashing import fingerprint_of
@@ -192,8 +193,9 @@ def _out(source: Path, out: str | Path | None) -> Path:
     if out is not None:
         return Path(out)
     if is_hub_name(source):
-        return Path(f"{source.name}_sampled")
-    return source.with_name(f"{source.stem}_sampled") if is_standalone(source) else run_folder(source) / "sampled"
+        return Path(fitted("", source.name, "_sampled"))
+    is_file = is_standalone(source)
+    return source.with_name(fitted("", source.stem, "_sampled")) if is_file else run_folder(source) / "sampled"
 
 
 def _finished(world: World, made: int, seconds: float, compile: bool) -> dict:
@@ -232,6 +234,10 @@ def _sample_missing(
             index_bhw = sampler.sample(class_b, [image.seed for image in images], settings)
             with torch.autocast(world.device.type, sampler.dtype, enabled=sampler.dtype is not None):
                 images_bchw = tokenizer.detokenize(index_bhw)
+            if not images_bchw.isfinite().all():  # before it is clamped
+                raise TrainerError(
+                    "the tokenizer's images are not finite: its weights have diverged; use an earlier one"
+                )
             levels_bchw = ((images_bchw.float().clamp(-1, 1) + 1) / 2 * 255).round().to(torch.uint8)
             output.write(chunk, levels_bchw.permute(0, 2, 3, 1).cpu().numpy())
             made += len(images)

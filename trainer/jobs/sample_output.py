@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
+from data.file_names import fitted
 from data.folder_reader import find_images
 from model_zoo.io.hashing import sha256_of
 from trainer import TrainerError
@@ -48,8 +49,8 @@ class SampleOutput:
         self.no_class = no_class
         self.kind = out.suffix.lower() if out.suffix.lower() in (".npz", ".png") else "folder"
         self.is_folder = self.kind == "folder"
-        self.parts = out if self.is_folder else out.with_name(f"{out.name}.parts")
-        self.record = out / RECORD if self.is_folder else out.with_name(f"{out.name}.json")
+        self.parts = out if self.is_folder else out.with_name(fitted("", out.name, ".parts"))
+        self.record = out / RECORD if self.is_folder else out.with_name(fitted("", out.name, ".json"))
         self.chunks = math.ceil(count / batch_size)
 
     def images(self, chunk: int) -> list[ImageToSample]:

@@ -5,6 +5,7 @@ import os
 from pathlib import Path
 from typing import NamedTuple
 
+from data.classes import CLASSES_NAME, classes_beside, merged_classes
 from data.index import INDEX_NAME, Index, write_index
 from data.parallel import cores
 from data.prep.check import check_shards
@@ -29,9 +30,11 @@ def write_skipped(out: Path, number: int, records: list[dict]) -> None:
         path.unlink(missing_ok=True)
 
 
-def begin_folder(out: Path, settings: dict, shard_count: int) -> list[int]:
+def begin_folder(out: Path, settings: dict, shard_count: int, classes: dict[str, int] | None = None) -> list[int]:
     """Creates the folder, or continues that of a job with the same settings; returns the numbers of the missing shards.
-    Raises TrainerError."""
+    classes: the number of each class, written to classes.json.
+
+    Raises TrainerError, and DataError if the shards there number the classes otherwise."""
     with writing(out):
         if out.exists() and not out.is_dir():
             raise TrainerError(f"{out} is a file: name a folder with --out")
@@ -45,6 +48,10 @@ def begin_folder(out: Path, settings: dict, shard_count: int) -> list[int]:
         elif former is not None:  # without shards there is nothing to continue
             for path in (out / SKIPPED, *out.glob(".skipped-*.jsonl")):
                 path.unlink(missing_ok=True)
+        if any(out.glob("tokens-*.tar")):
+            classes = merged_classes([*classes_beside([f"{out}/"]), ("--images", classes or {})])
+        if classes:
+            write_json(out / CLASSES_NAME, classes)
         write_json(out / RECORD, settings)
     return [number for number in range(shard_count) if not shard_path(out, number).exists()]
 
@@ -54,6 +61,8 @@ def _how_to_repeat(name: str, former: dict) -> str:
         return f"--{name.replace('_', '-')} {former.get(name)}"
     if name in ("grid", "image_size"):
         return f"--size {former.get('image_size')}"
+    if name == "classes":
+        return "no --classes, as before," if former.get(name) is None else "the same --classes"
     return "the same --images" if name == "input" else "the same tokenizer and --weights"
 
 

@@ -17,10 +17,9 @@ from webdataset.writer import TarWriter
 
 from data.config import DataConfig, SourceConfig
 from data.errors import ImageError
-from data.folder_reader import FolderShard
 from data.prep.pack import mixed, unique_keys
 from data.samples import CODES, Shard, Skipped, Window, WindowLimit, is_image
-from data.sources import Source, catalogue, digest, open_source
+from data.sources import Source, catalogue, classes_of, digest, open_source
 from data.tar_reader import TarShard
 from data.tokens import MOST_CODES, pack_codes
 from data.transforms import decode, pixels_chw, resize_and_center_crop, resize_named
@@ -58,6 +57,7 @@ def tokenize(
     image_size: int | None = None,
     weights: str = "ema",
     source: str = "images",
+    classes: str | Path | None = None,
     samples_per_shard: int = 10_000,
     batch_size: int = 64,
     device: str = "auto",
@@ -69,9 +69,10 @@ def tokenize(
 
     run: a run folder, a checkpoint folder in it, or a published .ckpt. images: as ``data.train``. views: of VIEWS.
     image_size: pixels; default the run's ``data.image_size``. source: the entry of the catalogue that says where
-    captions and classes are. samples_per_shard: at most; a remote tar without an index becomes one shard. batch_size:
-    views at a time. workers: decoding threads. on_progress: called with the number of processed samples and the total
-    (None: unknown). Raises TrainerError, one line.
+    captions and classes are. classes: a classes.json that numbers class folders; its numbers, or those that the input
+    has, are written to OUT/classes.json. samples_per_shard: at most; a remote tar without an index becomes one shard.
+    batch_size: views at a time. workers: decoding threads. on_progress: called with the number of processed samples and
+    the total (None: unknown). Raises TrainerError or DataError, one line.
     """
     for option, number in (
         ("--samples-per-shard", samples_per_shard),
@@ -85,10 +86,10 @@ def tokenize(
         raise TrainerError(f"--views {views} is unknown: choose one of {', '.join(VIEWS)}")
     with job_world(device) as world:
         checkpoint = common_checkpoint(world, run)
-        inputs = run_on_all_ranks(lambda: _open(checkpoint, images, views, image_size, weights, source))
+        inputs = run_on_all_ranks(lambda: _open(checkpoint, images, views, image_size, weights, source, classes))
         settings = {**inputs.settings, "samples_per_shard": samples_per_shard}
         job = _Job(world, inputs, Path(out), settings, _units(inputs.source, samples_per_shard), batch_size)
-        missing = run_on_main(world, lambda: begin_folder(job.out, settings, len(job.units)))
+        missing = run_on_main(world, lambda: begin_folder(job.out, settings, len(job.units), inputs.classes))
         made = _tokenize_units(job, missing, workers, on_progress)
         finished = run_on_main(world, lambda: finish_folder(job.out, str(images)))
         if not world.is_main:
@@ -101,13 +102,14 @@ def tokenize(
 
 class _Inputs(NamedTuple):
     """settings: what a later job must have in common to continue. keys: a file's path -> its sample's key; empty for
-    tars."""
+    tars. classes: the number of each class, if it is known."""
 
     tokenizer: Tokenizer
     source: Source
     settings: dict
     views_of: Callable[[bytes], np.ndarray]
     keys: dict[str, str]
+    classes: dict[str, int] | None
 
 
 class _Unit(NamedTuple):
@@ -129,7 +131,9 @@ class _Job(NamedTuple):
     batch_size: int
 
 
-def _open(checkpoint: Path, images, views: str, image_size: int | None, weights: str, source: str) -> _Inputs:
+def _open(
+    checkpoint: Path, images, views: str, image_size: int | None, weights: str, source: str, classes: str | Path | None
+) -> _Inputs:
     tokenizer = load_tokenizer(checkpoint, weights)
     if (codes := tokenizer.config.codebook_size) > MOST_CODES:
         raise TrainerError(
@@ -143,7 +147,9 @@ def _open(checkpoint: Path, images, views: str, image_size: int | None, weights:
         raise TrainerError(f"--size {side} is not a multiple of the tokenizer's factor {factor}: take {better}")
     if source != "images" and source not in catalogue():
         raise TrainerError(f"--source {source} is unknown: choose one of {', '.join(catalogue())}")
-    opened = open_source(SourceConfig(name=source, root=images), scan_all=True)
+    described = SourceConfig(name=source, root=images)
+    numbers = classes_of([described], None if classes is None else str(classes))
+    opened = open_source(described, scan_all=True, classes=numbers)
     if _holds_tokens(opened.shards[0]):
         raise TrainerError(f"--images {images} holds tokens already: name images")
     keys = _order_files(opened.shards[0])
@@ -157,8 +163,10 @@ def _open(checkpoint: Path, images, views: str, image_size: int | None, weights:
         "source": source,
         "input": {**opened.identity(), "files": digest(sorted(keys))},
     }
+    if classes is not None:
+        settings["classes"] = digest(sorted(numbers.items()))
     views_of = functools.partial(image_views, kind=views, side=side, resize=config.resize)
-    return _Inputs(tokenizer, opened, settings, views_of, keys)
+    return _Inputs(tokenizer, opened, settings, views_of, keys, numbers)
 
 
 def _holds_tokens(shard: Shard) -> bool:
@@ -176,14 +184,9 @@ def _order_files(shard: Shard) -> dict[str, str]:
     """Orders the images of a folder or a zip file so that classes mix within shards. Returns path -> key."""
     if isinstance(shard, TarShard):
         return {}
-    is_folder = isinstance(shard, FolderShard)
-    names = {PurePosixPath(name): name for name in (shard.images if is_folder else shard.names)}
-    order = [names[path] for path in mixed(list(names))]
-    if is_folder:
-        shard.images = order
-    else:
-        shard.names = order
-    return {str(names[path]): key for path, key in unique_keys(list(names)).items()}
+    paths = {PurePosixPath(shard.key(path)): path for path in shard.images}
+    shard.images = [paths[name] for name in mixed(list(paths))]
+    return {shard.key(paths[name]): key for name, key in unique_keys(list(paths)).items()}
 
 
 def _units(source: Source, samples_per_shard: int) -> list[_Unit]:
@@ -287,7 +290,8 @@ def _tokenize_unit(job: _Job, pool: ThreadPoolExecutor, report: Callable[[int], 
                     tar.write({"__key__": one.key, "codes": content, **one.members})
                 written += len(usable)
                 report(written + len(skipped))
-        write_skipped(job.out, number, skipped)
+        unread = inputs.source.skipped_unread if number == 0 else []
+        write_skipped(job.out, number, [*skipped, *(one._asdict() for one in unread)])
         if written:
             file.flush()
             os.fsync(file.fileno())
@@ -329,7 +333,7 @@ def _prepare(inputs: _Inputs, name: str, window: Window, n: int) -> _Prepared | 
         picked = inputs.source.pick(sample)
         views_vchw = inputs.views_of(picked.content)
     except ImageError as error:
-        return Skipped(name, key, str(error), inputs.source.name)
+        return Skipped(name, error.key or key, str(error), inputs.source.name)
     members = {} if picked.label is None else {"cls": str(picked.label).encode()}
     if picked.caption is not None:
         members["txt"] = picked.caption.encode("utf-8", "replace")

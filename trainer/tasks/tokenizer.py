@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 
 import torch
@@ -295,8 +296,8 @@ class TokenizerTask(Task):
 
     @torch.no_grad()
     def reconstruct(self, images_bchw: Tensor) -> tuple[Tensor, Tensor]:
-        """Returns codes ``(b, h, w)`` and reconstructions in [-1, 1] of images in [-1, 1]. If `forwards_together`, all
-        ranks must call equally often."""
+        """Returns codes ``(b, h, w)`` and reconstructions in [-1, 1], NaN where not finite, of images in [-1, 1]. If
+        `forwards_together`, all ranks must call equally often."""
 
         def both() -> tuple[Tensor, Tensor]:
             index_bhw = self.tokenizer.tokenize(images_bchw)
@@ -304,7 +305,9 @@ class TokenizerTask(Task):
 
         with self.autocast():  # an engine may gather the weights in half precision
             index_bhw, reconstruction_bchw = self.main_engine.run(both)
-        return index_bhw, reconstruction_bchw.float().clamp(-1, 1)
+        found_bchw = reconstruction_bchw.float()
+        # Clamping would make infinity 1.
+        return index_bhw, found_bchw.clamp(-1, 1).masked_fill(~found_bchw.isfinite(), math.nan)
 
     @torch.no_grad()
     def validate(self, beat: Callable[[], None]) -> Validation:
@@ -323,13 +326,9 @@ class TokenizerTask(Task):
                 if not counts:
                     continue
                 usage.update(self.tokenizer.quantize.counted(index_bhw))
-                sums += torch.stack(
-                    [
-                        psnr(reconstruction, original)[0].double(),
-                        (reconstruction - original).abs().mean().double(),
-                        sums.new_ones(()),
-                    ]
-                )
+                error = (reconstruction - original).abs().mean().double()
+                decibels = psnr(reconstruction, original)[0].double().masked_fill(error.isnan(), math.nan)
+                sums += torch.stack([decibels, error, sums.new_ones(())])
                 if len(pictures) < PICTURES:
                     pictures.append(torch.cat([original[0], reconstruction[0]], dim=1).cpu())
         sum_over_ranks(sums)

@@ -18,7 +18,7 @@ from data import (
     evaluation_images,
     pack,
 )
-from data.folder_reader import find_images, zip_shard
+from data.folder_reader import open_files
 from data.sources import open_source
 
 
@@ -75,9 +75,8 @@ def test_one_rule_says_which_files_are_hidden(tmp_path):
         for name in names:
             file.write(tmp_path / "images" / name, name)
     shown = ["__MACOSX_h/i.png", "a.png", "d/b.png"]
-    assert [path.as_posix() for path in find_images(tmp_path / "images")] == shown
-    assert zip_shard(str(tmp_path / "images.zip")).names == shown
     for source in ("images", "images.zip"):
+        assert [path.as_posix() for path in open_files(tmp_path / source).listing().images] == shown
         assert pack(tmp_path / source, tmp_path / f"{source} packed").samples == 3
 
 

@@ -133,3 +133,33 @@ def test_listings_of_buckets_take_the_time_limits_of_the_recipe(monkeypatch, tmp
     sources = open_sources(config)
     assert [shard.url for shard in sources[0].shards] == ["s3://bucket/b/0.tar", "s3://bucket/a/0.tar"]
     assert given == [("s3://bucket/b", Timeouts(3.0, 7.0)), ("s3://bucket/a", Timeouts(3.0, 7.0))]
+
+
+@pytest.mark.parametrize(
+    ("there", "spec", "said"),
+    [
+        (
+            [0, 1, 4, 5, 9],
+            "a-{00..09}.tar",
+            "T/a-{{02..03},{06..08}}.tar (5 of the 10 of T/a-{00..09}.tar; "
+            "those that exist are 'T/a-{{00..01},{04..05},09}.tar')",
+        ),
+        ([0], "a-{00..02}.tar", "T/a-{01..02}.tar (2 of the 3 of T/a-{00..02}.tar; those that exist are 'T/a-00.tar')"),
+        ([], "{a,b}-{00..01}.tar", "T/{a-00,a-01,b-00,b-01}.tar (4 of the 4 of T/{a,b}-{00..01}.tar)"),
+    ],
+)
+def test_all_missing_tars_are_named_at_once(tmp_path, there, spec, said):
+    """And the pattern that the error proposes is one that works."""
+    for number in there:
+        (tmp_path / f"a-{number:02}.tar").touch()
+    found = refusal(DataError, expand, str(tmp_path / spec))
+    assert found == "no such tar or folder: " + said.replace("T/", f"{tmp_path}/")
+    if there:
+        assert expand(found.split("'")[1]) == [str(tmp_path / f"a-{number:02}.tar") for number in there]
+
+
+def test_all_missing_lines_of_a_list_are_named_at_once(tmp_path):
+    (tmp_path / "a-02.tar").touch()
+    (tmp_path / "list.txt").write_text("".join(f"{tmp_path}/a-{number:02}.tar\n" for number in range(5)))
+    found = refusal(DataError, expand, str(tmp_path / "list.txt"))
+    assert found == f"no such tar or folder: {tmp_path}/a-{{{{00..01}},{{03..04}}}}.tar (4 paths)"

@@ -174,7 +174,7 @@ def test_damaged_samples_are_skipped_with_their_reasons(tmp_path):
     assert len(reasons) == len(DAMAGED) + 2 and "its codes have 23 bytes and not 24" in reasons.values()
     assert "'cat' is no number" in reasons["class"] and "no image (codes)" in reasons["none"]
     checked = check_shard(path)
-    assert checked.counts == {"undecodable": len(DAMAGED), "no image": 1} and checked.status == "flawed"
+    assert checked.counts == {"undecodable": len(DAMAGED), "no image": 1, "bad class": 1} and checked.status == "flawed"
 
 
 # ------------------------------------------------------------------------------------------------------------- mistakes

@@ -593,6 +593,15 @@ def test_reconstructions_are_those_of_the_weights_in_force_within_the_range_of_i
     assert task.reconstruct(originals_bchw)[1].max() == 1
 
 
+def test_validation_does_not_take_infinity_for_white(build, tmp_path):
+    Image.fromarray(images(1)[0].permute(1, 2, 0).numpy()).save(tmp_path / "0.png")
+    task = build(data__val=str(tmp_path), data__image_size=16, ema__decay=0.0)
+    with torch.no_grad():
+        task.tokenizer.decoder.conv_out.bias.fill_(torch.inf)
+    scalars = task.validate(lambda: None).scalars
+    assert math.isnan(scalars["val/psnr"]) and math.isnan(scalars["val/l1"])
+
+
 def task_of_rank(**changes) -> TokenizerTask:
     """On each of several ranks."""
     return tokenizer_task(World(dist.get_rank(), dist.get_world_size(), torch.device("cpu")), **changes)

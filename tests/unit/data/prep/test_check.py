@@ -101,7 +101,7 @@ def test_a_whole_tar_is_ok_whatever_else_is_in_it(tmp_path, format):
     long = "folder/" * 12 + "x" * 60 if format == tarfile.USTAR_FORMAT else "long" * 60
     members = [
         member("folder", form=format, type=tarfile.DIRTYPE),
-        member("folder/link.jpg", form=format, type=tarfile.SYMTYPE, linkname="elsewhere"),
+        member("folder/link", form=format, type=tarfile.SYMTYPE, linkname="elsewhere"),
     ]
     if format == tarfile.PAX_FORMAT:
         members.insert(0, tarfile.TarInfo.create_pax_global_header({"comment": "made by hand"}))
@@ -137,7 +137,7 @@ def test_bad_samples_are_named_in_a_tar_that_can_be_read(tmp_path):
         ("bad key", 4, "../up"),
         ("duplicate key", 5, "twice"),
     ]
-    assert "twice comes twice in a row, with jpg" in plain.problems[2].message
+    assert "two members are called twice.jpg" in plain.problems[2].message
     assert plain.status == decoded.status == "flawed"
     assert len(plain.table) == plain.samples == 6
     new = [one for one in decoded.problems if one not in plain.problems]
@@ -169,7 +169,7 @@ def test_the_record_is_json_even_of_odd_names(tmp_path):
     assert record["shard"] == str(path) and record["status"] == "flawed" and record["samples"] == 2
     assert record["bytes"] == path.stat().st_size
     assert record["problems"] == [
-        {"kind": "no image", "message": "caf\udce9 has txt only", "sample": 0, "key": "caf\udce9"}
+        {"kind": "no image", "message": "caf\udce9: no image among its members: txt", "sample": 0, "key": "caf\udce9"}
     ]
 
 
@@ -311,7 +311,7 @@ def test_what_cannot_be_read_is_a_problem_and_not_the_end(tars, tmp_path):
     problems = [checked.problems[0] for checked in found if checked.problems]
     assert {one.kind for one in problems} == {"unreadable"}
     assert "HTTP 403" in problems[0].message and "HTTP 404" in problems[1].message
-    assert "No such file" in problems[2].message and "directory" in problems[3].message
+    assert "No such file" in problems[2].message and "nor tars under" in problems[3].message
     assert all(checked.sha256 is None for checked in found if checked.problems)
 
 

@@ -4,6 +4,7 @@ import pytest
 import skimage.data
 import torch
 from comparing import refusal
+from field.long_names import write_long_names
 from model_checks import tokenizer_of, write_run
 from omegaconf import OmegaConf
 from PIL import Image
@@ -182,3 +183,25 @@ def test_grey_and_transparent_pictures_follow_the_rules_of_decoding(run, tmp_pat
     report = evaluate_run(run, images=str(tmp_path), report_path=tmp_path / "out/r.json", device="cpu").report
     scores = [score[1:] for score in report.images]
     assert scores[0] == scores[1] and scores[2] == scores[3] and scores[0] != scores[2]
+
+
+def test_names_of_255_bytes_are_written_and_read(run, tmp_path):
+    """A name with a prefix or another suffix is cut, and names that differ at their ends stay apart."""
+    names = write_long_names(tmp_path / "photos")
+    report = tmp_path / f"{'r' * 250}.json"
+    written = write_reconstructions(run, images=str(tmp_path / "photos"), out=tmp_path / "out", device="cpu")
+    assert written.image_count == 3 and not written.skipped
+    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert len(files) == 4 and [name[:8] for name in files[:2]] == ["00000_xx", "00001_xx"]
+    evaluate_run(run, images=str(tmp_path / "photos"), report_path=report, device="cpu")
+    assert [score["key"] for score in json.loads(report.read_text())["images"]] == names
+
+
+def test_a_diverged_tokenizer_writes_no_pictures(tmp_path, run):
+    diverged = tokenizer_of(0, channel_multipliers=[1, 1])
+    diverged.decoder.conv_out.bias.data[0] = -torch.inf
+    photos = OmegaConf.load(run / "config.yaml").data.val
+    folder = write_run(tmp_path / "run", {"model": diverged.config, "data": {"val": photos}}, tokenizer=diverged)
+    options = {"images": photos, "out": tmp_path / "out", "image_size": 32, "weights": "raw", "device": "cpu"}
+    assert "is not finite" in refusal(TrainerError, write_reconstructions, folder, **options)
+    assert not (tmp_path / "out").exists()

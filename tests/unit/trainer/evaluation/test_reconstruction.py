@@ -220,10 +220,11 @@ def test_examples_are_the_first_the_worst_and_the_best(evaluate):
     assert torch.equal(palette_chw[:, :4, :4], palette_chw[:, :1, :1].expand(3, 4, 4))
 
 
-def test_a_diverged_model_is_an_error(evaluate):
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+def test_a_diverged_model_is_an_error(evaluate, value):
     class Diverged(GreyTokenizer):
         def detokenize(self, index_bhw):
-            return super().detokenize(index_bhw) * math.nan
+            return torch.full_like(super().detokenize(index_bhw), value)
 
     with pytest.raises(TrainerError, match="or of an image in its batch, is not finite"):
         evaluate(Diverged(), photographs((32, 32)))

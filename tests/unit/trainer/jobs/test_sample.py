@@ -360,3 +360,12 @@ def test_logits_that_are_not_finite_are_told(tmp_path):
     generator.head.weight.data[0] = torch.nan
     run = write_generator_run(tmp_path / "run", generator, tokenizer)
     assert "logits are not finite" in refusal((TrainerError, ModelError), sample, run, count=1)
+
+
+def test_pictures_that_are_not_finite_are_told(tmp_path):
+    diverged = tokenizer_of()
+    diverged.decoder.conv_out.bias.data[0] = torch.inf
+    tokenizer = write_tokenizer_run(tmp_path / "tokenizer", diverged)
+    run = write_generator_run(tmp_path / "run", generator_of(), tokenizer)
+    assert "images are not finite" in refusal(TrainerError, sample, run, count=1)
+    assert not list(tmp_path.rglob("*.png"))

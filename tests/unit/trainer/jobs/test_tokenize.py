@@ -153,6 +153,21 @@ def test_a_folder_of_classes(run, tmp_path):
     assert done.samples == 3
     found = {sample.key: sample.members for sample in samples(done.out)}
     assert {key: members["cls"] for key, members in found.items()} == {"cat_a": b"0", "cat_a_b": b"0", "dog_a": b"1"}
+    assert json.loads((done.out / "classes.json").read_text()) == {"cat": 0, "dog": 1}
+
+
+def test_class_folders_are_numbered_as_in_another_split(run, tmp_path):
+    (tmp_path / "images" / "dog").mkdir(parents=True)
+    (tmp_path / "images" / "dog" / "a.png").write_bytes(png(0))
+    numbers = {"cat": 0, "dog": 1}
+    (tmp_path / "classes.json").write_text(json.dumps(numbers))
+    options = {"source": "imagenet", "classes": tmp_path / "classes.json"}
+    done = go(run, tmp_path / "images", tmp_path / "out", **options)
+    assert [sample.members["cls"] for sample in samples(done.out)] == [b"1"]
+    assert json.loads((done.out / "classes.json").read_text()) == numbers
+    assert go(run, tmp_path / "images", tmp_path / "out", **options).made == 0
+    with pytest.raises(TrainerError, match="class 0 is dog in --images, and cat in"):
+        go(run, tmp_path / "images", tmp_path / "out", source="imagenet")
 
 
 def test_a_zip_file_a_pattern_and_a_server(run, tars, flipped, tmp_path):

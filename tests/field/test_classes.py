@@ -1,0 +1,100 @@
+"""A class has one number, in every split and in the run that learned it."""
+
+import json
+from pathlib import Path
+
+import pytest
+from comparing import refusal
+from field.splits_of_classes import write_splits
+from samples import encoded, picture, write_tar
+from tokens import write_tokens
+
+import data
+from data import DataConfig, DataError
+from data.prep.check import check_shard
+from data.sources import Layout
+from trainer.config import GeneratorRun
+from trainer.start_plan import Source, StartPlan, check_inputs, open_folder
+
+NUMBERS = {"bird": 0, "cat": 1, "dog": 2}
+
+
+def labels(tars: Path) -> set[tuple[str, int]]:
+    images = data.evaluation_images(str(tars), image_size=16)
+    return {(image.key.partition("_")[0], image.label) for image in images}
+
+
+def test_a_split_without_a_class_is_numbered_as_the_first_one(tmp_path, refused_by_ibq, ibq):
+    train, val = write_splits(tmp_path)
+    (status,), (out,), _ = ibq("shards", "pack", train, "--out", tmp_path / "a", "--layout", "imagenet")
+    first = tmp_path / "a" / "classes.json"
+    assert status == 0 and f"pack other splits with --classes {first}" in out
+    data.pack(val, tmp_path / "b", layout="imagenet", classes=first)
+    assert labels(tmp_path / "a") == {("bird", 0), ("cat", 1), ("dog", 2)}
+    assert labels(tmp_path / "b") == {("bird", 0), ("dog", 2)}
+    assert json.loads((tmp_path / "b" / "classes.json").read_text()) == NUMBERS
+
+    said = refused_by_ibq("shards", "pack", val, "--out", tmp_path / "c", "--classes", first)
+    assert "layout imagenet" in said
+    (train / "eel").mkdir()
+    picture(0).save(train / "eel" / "0.png")
+    said = refused_by_ibq("shards", "pack", train, "--out", tmp_path / "c", "--layout", "imagenet", "--classes", first)
+    assert "eel: no such class among the 3" in said
+
+
+def test_class_folders_are_read_with_given_numbers(tmp_path):
+    _, val = write_splits(tmp_path)
+    (tmp_path / "classes.json").write_text(json.dumps(NUMBERS))
+    source = data.SourceConfig(name="imagenet", root=str(val))
+    config = DataConfig(sources=[source], classes=str(tmp_path / "classes.json"))
+    (opened,) = data.loader.open_sources(config)
+    assert [opened.pick(opened.shards[0].read(n)).label for n in range(4)] == [0, 0, 2, 2]
+    assert data.class_numbers(config) == NUMBERS
+    assert data.class_numbers(DataConfig(sources=[source])) == {"bird": 0, "dog": 1}
+
+
+@pytest.mark.parametrize(
+    ("other", "said"),
+    [({"bird": 0, "dog": 1}, "class 1 is dog in"), ({"cat": 3}, "cat is class 3 in"), ({"bird": 0, "eel": 9}, None)],
+)
+def test_a_run_keeps_its_numbers_and_refuses_others(tmp_path, other, said):
+    """Of data.val, and of tokens that a resumed run would train on."""
+    first, second = write_tokens(tmp_path / "first"), write_tokens(tmp_path / "second")
+    (first / "classes.json").write_text(json.dumps(NUMBERS))
+    (second / "classes.json").write_text(json.dumps(other))
+    config = GeneratorRun(run=str(tmp_path / "run"))
+    config.model.vocabulary, config.model.grid, config.loss.label_dropout = 256, [8, 8], 0.1
+    config.data.train = str(first)
+    check_inputs(config, Source())
+    open_folder(config, StartPlan(0, None, {}, False, False, []), None)
+    assert json.loads((tmp_path / "run" / "classes.json").read_text()) == NUMBERS
+    for key, source in (("val", Source()), ("train", Source(tmp_path / "run"))):
+        setattr(config.data, key, str(second))
+        if said is None:
+            check_inputs(config, source)
+        else:
+            assert said in refusal(DataError, check_inputs, config, source)
+        config.data.val, config.data.train = None, str(first)
+    config.data.val, config.loss.label_dropout = str(second), 1  # no class is learned
+    check_inputs(config, Source())
+
+
+def test_a_picture_without_a_class_is_used(tmp_path):
+    """-1 and nothing mean: no class. What is no class at all is named by `check` as by training."""
+    contents = [b"-1", b"", b" \n", b"7", b"cat"]
+    samples = [{"__key__": f"s{n}", "jpg": encoded(picture(n)), "cls": text} for n, text in enumerate(contents)]
+    path = write_tar(tmp_path / "a.tar", samples)
+    images = data.evaluation_images(path, image_size=16)
+    assert [(image.key, image.label) for image in images] == [("s0", None), ("s1", None), ("s2", None), ("s3", 7)]
+    assert [skipped.key for skipped in images.skipped] == ["s4"]
+    assert [(one.kind, one.key) for one in check_shard(path, layout=Layout()).problems] == [("bad class", "s4")]
+
+
+def test_pictures_without_a_class_are_packed(tmp_path):
+    for n, text in enumerate(("-1", "", "3")):
+        picture(n).save(tmp_path / f"{n}.png")
+        (tmp_path / f"{n}.cls").write_text(text)
+    data.pack(tmp_path, tmp_path / "tars")
+    assert sorted(str(image.label) for image in data.evaluation_images(str(tmp_path / "tars"), image_size=16)) == [
+        *("3", "None", "None")
+    ]
