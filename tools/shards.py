@@ -91,6 +91,7 @@ def pack(
 
 @app.command()
 def check(
+    context: typer.Context,
     paths: Paths,
     decode: Annotated[
         bool, typer.Option("--decode", help="Also decode every image; tokens are always checked.")
@@ -113,7 +114,8 @@ def check(
     Remote tars: ibq shards check s3://bucket/photos --write-index --index photos.safetensors
     """
     from data.errors import DataError
-    from data.index import Index, write_index
+    from data.index import INDEX_NAME, Index, write_index
+    from data.locks import WriterLock, file_lock, folder_lock
     from data.parallel import cores
     from data.prep.check import check_shards, find_duplicates, missing_shards
     from data.shards import expand
@@ -125,6 +127,11 @@ def check(
     urls = list(dict.fromkeys(expand(paths)))
     place = index or _index_place(urls, write)
     _check_writable(json_file, place if write else None)
+    if write:
+        # The index beside the tars belongs to their folder, which `ibq tokenize` may be filling.
+        of_folder = place.name == INDEX_NAME
+        lock = folder_lock(place.parent) if of_folder else file_lock(place)
+        context.with_resource(WriterLock(lock, place.parent if of_folder else place)).take()
     known = Index(place) if place and not write else None
     found, broken = [], 0
     with progress("checking", lines=False) as on_progress:

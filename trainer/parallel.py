@@ -17,6 +17,7 @@ from data import DataError
 from model_zoo import ModelError
 from model_zoo.ops.codebook_parallel import CodebookShard
 from trainer import TrainerError
+from trainer.watchdog import end_with_launcher
 
 # Collectives time out this much later than `trainer.timeout_seconds`, so that the watchdog, which reports more, is
 # first.
@@ -41,6 +42,7 @@ def start_world(device: str = "auto", timeout_seconds: float = 1800.0) -> World:
 
     timeout_seconds: how long a rank may wait for another. Raises TrainerError.
     """
+    end_with_launcher()
     _check_restarts()
     if device == "cuda" and not torch.cuda.is_available():
         raise TrainerError("trainer.device=cuda, but no CUDA device can be used here: run `ibq doctor` for details")
@@ -203,13 +205,13 @@ def sum_over_ranks(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Te
     return tensor
 
 
-def any_rank(world: World, *flags: bool) -> list[bool]:
-    """For each flag, whether it is set on any rank; all ranks call together."""
+def max_over_ranks(world: World, *numbers: int) -> list[int]:
+    """The largest of each number, or whether any rank has set a flag; all ranks call together."""
     if world.size == 1:
-        return list(flags)
-    tensor = torch.tensor(flags, dtype=torch.int32, device=world.device)
+        return list(map(int, numbers))
+    tensor = torch.tensor(numbers, dtype=torch.int32, device=world.device)
     dist.all_reduce(tensor, dist.ReduceOp.MAX)
-    return [bool(flag) for flag in tensor.tolist()]
+    return tensor.tolist()
 
 
 def gather_objects(value) -> list:

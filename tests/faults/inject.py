@@ -15,7 +15,6 @@ import os
 import shutil
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -118,7 +117,6 @@ def hang(
         if timeout_seconds and beaten_step == step:
             time.sleep(0.4 if rank == RANK else 0.0)
             watchdog.timeout_seconds = timeout_seconds
-            threading.Thread(target=watchdog._watch, daemon=True).start()  # the first one waits for the former timeout
         beat(watchdog, beaten_step)
 
     beat, Watchdog.beat = Watchdog.beat, beat_of_step

@@ -266,7 +266,7 @@ def test_runs_that_do_not_fit_are_refused(run, tmp_path):
     tokenizer = run.parent / "tokenizer"
     assert "is a tokenizer run: `ibq sample` needs a generator run" in refusal(TrainerError, sample, tokenizer)
     assert "is not a run folder" in refusal(TrainerError, sample, tmp_path / "nowhere")
-    assert "nowhere.ckpt does not exist" in refusal(ModelError, sample, tmp_path / "nowhere.ckpt")
+    assert "nowhere.ckpt does not exist" in refusal(TrainerError, sample, tmp_path / "nowhere.ckpt")
     said = refusal(TrainerError, sample, run, tokenizer=run)
     assert re.search("no tokenizer: .* is from a generator run: .*; name another with --tokenizer", said)
     lonely = write_generator_run(tmp_path / "lonely", generator_of())
