@@ -42,6 +42,7 @@ class WriterLock:
     def __init__(self, path: Path, what: str | Path, flock: Callable[[int, int], None] = fcntl.flock):
         self.path, self.what, self.flock = path, what, flock
         self.descriptor: int | None = None
+        self.by_flock = True  # whether the file system has it
         self.owner: dict | None = None  # this process, as the file names it
 
     def __enter__(self) -> "WriterLock":
@@ -56,7 +57,8 @@ class WriterLock:
         deadline = time.monotonic() + wait_seconds
         while self.descriptor is None and (owner := self._try()) is not None:
             if time.monotonic() > deadline:
-                raise DataError(f"{self.what} is being written by {_named(owner)}: {self._fix(owner)}")
+                fix = "" if self.by_flock and owner.get("flock", True) else f"; if it has ended, delete {self.path}"
+                raise DataError(f"{self.what} is being written by {_named(owner)}: wait until it ends, or end it{fix}")
             time.sleep(POLL_SECONDS)
 
     def release(self) -> None:
@@ -79,7 +81,7 @@ class WriterLock:
             except OSError as error:
                 if error.errno not in NO_FLOCK:
                     raise
-                mine["flock"] = False
+                mine["flock"] = self.by_flock = False
             if not _is_file(descriptor, self.path):  # its former owner deleted it meanwhile
                 return self._try()
             owner = _read(descriptor)
@@ -108,11 +110,6 @@ class WriterLock:
         if self.descriptor is not None:
             os.close(self.descriptor)
             self.descriptor = None
-
-    def _fix(self, owner: dict) -> str:
-        if owner.get("flock", True):
-            return "wait until it ends, or end it"
-        return f"wait until it ends, or end it; if it has ended already, delete {self.path}"
 
 
 def _this_process() -> dict:

@@ -124,9 +124,20 @@ def hang(
     _in_step(rank, step, sleeping_beauty)
 
 
-def terminate(rank: int, step: int) -> None:
-    """SIGTERM comes to a rank in the middle of a step."""
-    _in_step(rank, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+def terminate(rank: int, step: int, name: str = "SIGTERM") -> None:
+    """A signal comes to a rank in the middle of a step."""
+    _in_step(rank, step, lambda: os.kill(os.getpid(), signal.Signals[name]))
+
+
+def lose_folder(step: int, run: str, how: str) -> None:
+    """The run's folder is moved or deleted in a step, or moved and another one put in its place."""
+
+    def lose() -> None:
+        shutil.rmtree(run) if how == "deleted" else os.rename(run, f"{run}.moved")
+        if how == "replaced":
+            os.mkdir(run)
+
+    _in_step(0, step, lose)
 
 
 def slow_steps(seconds: float) -> None:
@@ -193,7 +204,9 @@ def _in_step(rank: int, step: int, action) -> None:
     TokenizerTask.step = step_with_fault
 
 
-FAULTS = {fault.__name__: fault for fault in (kill_in_save, kill_at_step, hang, terminate, slow_steps, nan)}
+FAULTS = {
+    fault.__name__: fault for fault in (kill_in_save, kill_at_step, hang, terminate, lose_folder, slow_steps, nan)
+}
 
 
 def arm(fault: dict) -> None:

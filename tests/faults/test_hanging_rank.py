@@ -2,11 +2,15 @@
 
 import json
 import re
+import signal
+import time
 
 import pytest
 from comparing import loss_lines
 from faults.outcome import assert_resumed, fault_settings, newest_step
-from ranks import INJECT, TORCHRUN
+from ranks import INJECT, TORCHRUN, wait_for
+
+from trainer.watchdog import Watchdog
 
 HANG = {"kind": "hang", "rank": 1, "step": 5, "timeout_seconds": 3.0}
 
@@ -43,5 +47,28 @@ def test_a_process_that_keeps_the_interpreters_lock_ends_too(ranks, tmp_path):
     """C code holds the lock, so that no Python thread can report; the traceback is written in C."""
     fault = {**HANG, "rank": 0, "holds_lock": True, "timeout_seconds": 0.5}
     ended = ranks.train(1, "debug", tmp_path / "run", {"trainer.checkpoint_every_steps": 100}, fault=fault)
-    assert ended.statuses == [1]
+    assert ended.statuses == [-signal.SIGALRM]
     assert "Timeout (0:00:01)!" in ended.err and "in sleeping_beauty" in ended.err
+
+
+def beat_for(seconds: float, marker) -> int:
+    """A process that makes progress, with a watchdog of one second."""
+    with Watchdog(0, 1, timeout_seconds=1.0) as watchdog:
+        marker.touch()
+        end = time.process_time() + seconds
+        while time.process_time() < end:
+            watchdog.beat(7)
+    return 0
+
+
+def test_a_process_that_was_suspended_goes_on(ranks, tmp_path):
+    """Longer than the watchdog's own timeout, and longer than that of a call that keeps the interpreter's lock."""
+    job = ranks.start_command(1, beat_for, 1.0, tmp_path / "marker")
+    wait_for((tmp_path / "marker").exists, "watchdog", 60)
+    time.sleep(0.3)
+    job.signal(0, signal.SIGSTOP)
+    time.sleep(3.5)
+    job.signal(0, signal.SIGCONT)
+    ended = job.wait()
+    assert ended.statuses == [0], ended.err
+    assert "rank 0 of 1" in ended.err and "as if suspended: trainer.timeout_seconds start again" in ended.err

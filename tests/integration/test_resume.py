@@ -133,12 +133,12 @@ def test_checkpoints_written_in_the_background_are_those_written_at_once(ranks, 
         assert (run / file).read_bytes() == (runs("one") / file).read_bytes()
 
 
-@pytest.mark.parametrize("change", ["model.channels=32", "model.codebook_size=128", "discriminator.channels=8"])
+@pytest.mark.parametrize("change", ["model.channels=32", "model.quantizer=vq", "discriminator.channels=8"])
 def test_another_model_is_refused_and_the_run_stays_as_it_was(ibq_here, copy_of, change):
     run = copy_of("stopped")
     with unchanged(run):
         finished = ibq_here("resume", run, "trainer.max_steps=20", change)
-        assert_refused(finished, "cannot resume from", "was written with other settings")
+        assert_refused(finished, "cannot resume", "was written with other settings")
 
 
 def test_a_run_that_is_done_says_how_to_go_on(ibq_here, runs):
@@ -164,7 +164,6 @@ def test_other_data_is_refused(ibq_here, copy_of):
         ("manifest.json", b"[]"),
         ("manifest.json", b'{"files": {"rank_00001.safetensors": {"bytes": 1, "sha256": "0"}}}'),
         ("../latest", b"\xff\xfe"),
-        ("../../metrics.jsonl", b'{"step": 1}\n[1]\n{"step": 2}\n'),
     ],
 )
 def test_a_damaged_run_ends_in_one_line(ibq_here, copy_of, file, content):
