@@ -79,6 +79,10 @@ class LineFile:
         self.path = path
         self.waiting: list[str] = []
 
+    def move_to(self, folder: Path) -> None:
+        """Writes into a file of the same name in another folder from now on."""
+        self.path = folder / self.path.name
+
     def append(self, *lines: str) -> str | None:
         """Writes the lines (without line breaks) after those that wait. Returns what to print where writing begins to
         fail or works again, else None."""

@@ -48,6 +48,10 @@ class Prefetcher:
         if audit:
             self.audit = run_on_all_ranks(lambda: self._open_audit(run / "audit", start))
 
+    def move_to(self, run: Path) -> None:
+        """Lists skipped samples in another run's folder from now on. The audit is not continued there."""
+        self.list.move_to(run)
+
     def _open_audit(self, folder: Path, start: int) -> LineFile:
         with os_errors(f"cannot write into {folder}", "fix that, or leave out data.audit"):
             folder.mkdir(exist_ok=True)

@@ -20,6 +20,10 @@ class SkippedSteps:
         self.lines, self.world, self.limit = LineFile(run / "skipped_steps.jsonl"), world, limit
         self.number = 0
 
+    def move_to(self, run: Path) -> None:
+        """Writes into another run's folder from now on."""
+        self.lines.move_to(run)
+
     def update(self, step: int, skipped: list[str], keys: list[str], last: bool = False) -> str | None:
         """Call after each step on all ranks; returns a line to print, or None. last: this is the run's last step."""
         if not skipped:

@@ -76,7 +76,7 @@ class Telemetry:
     def _discard(self, *_) -> None:
         pass
 
-    advance = log = alarm = picture = say = _discard
+    advance = log = alarm = picture = say = move_to = _discard
 
 
 class RunTelemetry(Telemetry):
@@ -131,6 +131,12 @@ class RunTelemetry(Telemetry):
             with self._or_lost(TENSORBOARD):
                 self.writer.close()
         threading.excepthook = self.excepthook_before
+
+    def move_to(self, run: Path) -> None:
+        """Writes into another run's folder from now on."""
+        self.samples, self.writer = run / "samples", None
+        self.open_writer = partial(self.open_writer.func, run / "tensorboard")
+        self.metrics.move_to(run)
 
     def advance(self, step: int) -> None:
         """Sets the number of finished steps."""

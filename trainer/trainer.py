@@ -40,9 +40,7 @@ class Trainer:
         self, config: RunConfig, world: World, plan: StartPlan, tokens: data.TokenSpec | None, folder: RunFolder
     ):
         self.config, self.world, self.plan, self.tokens, self.folder = config, world, plan, tokens, folder
-        self.run = Path(config.run)
-        self.step = plan.step
-        self.save_pending = False
+        self.run, self.step, self.save_pending = Path(config.run), plan.step, False
         self.resources = ExitStack()
 
     def setup(self) -> None:
@@ -121,7 +119,8 @@ class Trainer:
         signal, starving, gone = ends = max_over_ranks(self.world, *flags)
         if gone:
             self.run = self.folder.replace(self.config)
-            self.checkpoints.move_to(self.run)
+            for part in (self.checkpoints, self.telemetry, self.batches, self.skipped):
+                part.move_to(self.run)
         try:
             note = self.skipped.update(step, result.skipped, self.keys, step == self.config.trainer.max_steps)
         except TrainerError:
@@ -133,7 +132,7 @@ class Trainer:
             self.telemetry.say(line)
         due = self._due(step, result, any(ends))
         self.telemetry.advance(step)
-        if due.log and not gone:
+        if due.log:
             self.log(step, result, due.last)
         with self.throughput.paused():
             if due.validate and not any(ends) and self.config.data.val is not None:

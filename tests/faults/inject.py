@@ -25,7 +25,7 @@ import trainer.checkpoint as checkpoint
 from trainer.__main__ import main
 from trainer.parallel import gather_objects
 from trainer.tasks.tokenizer import TokenizerTask
-from trainer.watchdog import StopSignal, Watchdog
+from trainer.watchdog import StopSignal, Watchdog, _end_without_interpreter
 
 RANK = int(os.environ.get("RANK", 0))
 
@@ -117,6 +117,7 @@ def hang(
         if timeout_seconds and beaten_step == step:
             time.sleep(0.4 if rank == RANK else 0.0)
             watchdog.timeout_seconds = timeout_seconds
+            _end_without_interpreter(2 * timeout_seconds)  # the watchdog's thread may not run again
         beat(watchdog, beaten_step)
 
     beat, Watchdog.beat = Watchdog.beat, beat_of_step

@@ -46,7 +46,9 @@ def test_torchrun_reports_the_exit_status(launch, tmp_path):
 def test_a_process_that_keeps_the_interpreters_lock_ends_too(ranks, tmp_path):
     """C code holds the lock, so that no Python thread can report; the traceback is written in C."""
     fault = {**HANG, "rank": 0, "holds_lock": True, "timeout_seconds": 0.5}
-    ended = ranks.train(1, "debug", tmp_path / "run", {"trainer.checkpoint_every_steps": 100}, fault=fault)
+    ended = ranks.train(
+        1, "debug", tmp_path / "run", {"trainer.checkpoint_every_steps": 100}, fault=fault, timeout_seconds=60
+    )
     assert ended.statuses == [-signal.SIGALRM]
     assert "Timeout (0:00:01)!" in ended.err and "in sleeping_beauty" in ended.err
 
