@@ -1,7 +1,10 @@
 """A run that was stopped or killed and then resumed equals an uninterrupted run."""
 
+import errno
+import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 from comparing import assert_refused, copy_until, differences, loss_lines, read_metrics, unchanged
@@ -139,6 +142,23 @@ def test_another_model_is_refused_and_the_run_stays_as_it_was(ibq_here, copy_of,
     with unchanged(run):
         finished = ibq_here("resume", run, "trainer.max_steps=20", change)
         assert_refused(finished, "cannot resume", "was written with other settings")
+
+
+def test_a_read_only_run_is_refused_and_the_advice_works(ibq_here, copy_of, tmp_path, monkeypatch):
+    run, os_open = copy_of("stopped"), os.open
+
+    def read_only(path, flags, *mode, **options):
+        if flags & os.O_RDWR and Path(path).is_relative_to(run):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return os_open(path, flags, *mode, **options)
+
+    monkeypatch.setattr(os, "open", read_only)
+    with unchanged(run):
+        finished = ibq_here("resume", run, "trainer.max_steps=11")
+        assert_refused(finished, f"cannot write the run folder {run}: Read-only file system", "copy the folder (cp -r)")
+        assert "run=" not in finished.err
+    shutil.copytree(run, tmp_path / "copy")
+    ibq_here("resume", tmp_path / "copy", "trainer.max_steps=11").succeeded()
 
 
 def test_a_run_that_is_done_says_how_to_go_on(ibq_here, runs):

@@ -17,6 +17,7 @@ from support import generator_of, generator_run, write_generator_run, write_toke
 
 import trainer.jobs.sample
 import trainer.jobs.sample_output
+from data.locks import WriterLock, file_lock
 from model_zoo import ModelError, Sampler, Sampling
 from model_zoo.io.load import find_checkpoint
 from tools import cli
@@ -158,6 +159,16 @@ def test_a_job_that_is_done_says_so_and_other_settings_are_refused(run, tmp_path
         said = refusal(TrainerError, sample, run, **options, sampling={"temperature": 0.5})
         assert "other settings (temperature 1.0, now 0.5): give --temperature 1.0 again to continue" in said
         assert before == {path: path.stat().st_mtime_ns for path in tmp_path.rglob("*")}
+
+
+@pytest.mark.parametrize("out", ["x.npz", "x.png", "folder"])
+def test_an_output_has_one_writer(run, tmp_path, out):
+    with WriterLock(file_lock(tmp_path / out), out) as other:
+        other.take()
+        said = refusal(TrainerError, sample, run, count=2, out=tmp_path / out)
+        assert said.startswith(f"{tmp_path / out} is being written by process ")
+    sample(run, count=2, out=tmp_path / out)
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith(".lock")]
 
 
 @pytest.mark.parametrize("out", ["x.npz", "x.png", "folder"])
