@@ -53,7 +53,7 @@ class Prefetcher:
         self.list.move_to(run)
 
     def _open_audit(self, folder: Path, start: int) -> LineFile:
-        with os_errors(f"cannot write into {folder}", "fix that, or leave out data.audit"):
+        with os_errors(f"cannot write into {folder}", "fix that, or set data.audit=false"):
             folder.mkdir(exist_ok=True)
             file = folder / f"from_{start:08d}_rank_{self.world.rank:05d}.jsonl"
             sizes = {source.name: source.samples for source in self.stream.sources}
