@@ -16,7 +16,7 @@ from model_zoo.errors import ModelError
 from model_zoo.io.run_layout import run_folder
 from trainer import TrainerError
 from trainer.config import RunConfig
-from trainer.parallel import World, run_on_main, start_world, stop_world
+from trainer.parallel import World, leave_hangs_to_watchdog, run_on_main, start_world, stop_world
 from trainer.recipes import load_recipe, load_run_config
 from trainer.run_folder import RESTART_SECONDS, RunFolder
 from trainer.start_plan import Source, check_inputs, plan_start
@@ -82,6 +82,7 @@ def _train_in(world: World, config: RunConfig, source: Source, tokens: TokenSpec
         trainer = Trainer(config, world, plan, tokens, folder)
         try:
             trainer.setup()
+            leave_hangs_to_watchdog()
             trainer.train()
         finally:
             trainer.close()

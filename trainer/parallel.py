@@ -19,8 +19,7 @@ from model_zoo.ops.codebook_parallel import CodebookShard
 from trainer import TrainerError
 from trainer.watchdog import end_with_launcher
 
-# Collectives time out this much later than `trainer.timeout_seconds`, so that the watchdog, which reports more, is
-# first.
+# Until training begins, collectives time out this much later than `trainer.timeout_seconds`.
 COLLECTIVE_MARGIN_SECONDS = 60.0
 
 
@@ -121,6 +120,14 @@ def _key_prefix(group: int) -> str:
 
 def _collective_timeout(timeout_seconds: float) -> timedelta:
     return timedelta(seconds=timeout_seconds + COLLECTIVE_MARGIN_SECONDS)
+
+
+def leave_hangs_to_watchdog() -> None:
+    """From now on no collective times out; all ranks call together. The watchdog ends ranks that hang, and does not
+    count the time in which they were suspended; a collective would."""
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    for group in list(dist.distributed_c10d._world.pg_map):
+        set_timeout(timedelta(days=365), group)
 
 
 _before_stop: set[Callable[[], None]] = set()

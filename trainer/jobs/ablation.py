@@ -14,7 +14,7 @@ from model_zoo.io.load import find_checkpoint
 from model_zoo.io.run_layout import checkpoint_step
 from trainer import TrainerError
 from trainer.changes import settings_of
-from trainer.files import json_text, write_files
+from trainer.files import json_text, write_files, write_text
 from trainer.jobs.setup import check_same_settings
 from trainer.recipes import ABLATIONS, find_recipe, load_recipe, load_run_config, read_as, renamed
 from trainer.telemetry import metric_lines
@@ -133,7 +133,7 @@ def is_evaluated(cell: Cell, options: str) -> bool:
 
 def mark_evaluated(cell: Cell, options: str) -> None:
     """Records the options of the cell's report."""
-    (cell.run / OPTIONS).write_text(options)
+    write_text(cell.run / OPTIONS, options)
 
 
 def _last_step(run: Path) -> int:

@@ -16,6 +16,7 @@ from trainer import TrainerError
 from trainer.changes import Change, read_changes
 from trainer.checkpoint import load_state
 from trainer.evaluation.provenance import installed_version
+from trainer.files import write_text
 from trainer.reports import sections
 from trainer.reports.charts import CHARTS, Curve, Point, draw_chart
 from trainer.reports.html import image, page
@@ -59,7 +60,7 @@ def write_report(run_folder: str | Path) -> Path:
         ]
     path = run / "report.html"
     try:
-        path.write_text(page(run.resolve().name, content), encoding="utf-8")
+        write_text(path, page(run.resolve().name, content))
     except OSError as error:
         raise TrainerError(f"cannot write {path}: {error.strerror}") from error
     return path
