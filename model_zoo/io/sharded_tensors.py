@@ -68,8 +68,6 @@ class ShardedTensors:
     """
 
     def __init__(self, folder: Path):
-        if not folder.is_dir():
-            raise ModelError(f"{folder} does not exist")
         self.folder = folder
         # Opening a file parses its whole header. The bound keeps the files of many ranks below the limit of open files.
         self._open = lru_cache(maxsize=64)(partial(safe_open, framework="pt"))
