@@ -16,7 +16,7 @@ def lock_of(path: Path, **changes) -> Path:
 
 ENDED = {"process": 2**22 + 1}  # above the kernel's largest number of a process
 REUSED_NUMBER = {"process": os.getpid(), "started": "1"}  # a process that has the number now
-OTHER_MACHINE = {"host": "node-7", "place": "another boot"}
+OTHER_MACHINE = {**ENDED, "host": "node-7", "place": "another boot"}  # its process is not one of this machine
 
 
 def no_flock(descriptor: int, operation: int) -> None:
