@@ -168,7 +168,11 @@ class Source:
         """What must be unchanged for a position in the source to mean the same sample."""
         names = [shard.name.rsplit("/", 1)[-1] for shard in self.shards]
         counts = self.counts if self.counts is None or len(names) <= MOST_SCANNED else digest(self.counts)
-        return {"shards": len(names), "names": digest(names), "samples": self.samples, "counts": counts}
+        contents: list | str | None = list(map(_content, self.shards))
+        if len(names) > MOST_SCANNED:
+            contents = None if None in contents else digest(contents)
+        identity = {"shards": len(names), "names": digest(names), "samples": self.samples, "counts": counts}
+        return {**identity, "contents": contents}
 
     def pick(self, sample: Sample) -> Picked:
         """Raises ImageError if the image is missing or a member is damaged, Filtered if a filter rejects the sample."""
@@ -272,6 +276,16 @@ def open_source(
     counts = None if by_shard else _counts(shards, quarantined, before)
     filters = open_filters(config.filters, layout, config.name)
     return Source(config.name, config.weight, shards, layout, filters, counts, quarantined)
+
+
+def _content(shard: Shard) -> str | None:
+    """A hash of what is known of a shard's samples: their keys, and in a tar their places; None if nothing is known."""
+    if not isinstance(shard, TarShard):
+        return digest([str(path) for path in getattr(shard, "images", None) or shard.names])
+    if shard.table is None:
+        return None
+    table = shard.table
+    return digest([table.bytes, *(array.tobytes() for array in (table.starts_n, table.stops_n, table.keys_n))])
 
 
 def _counts(shards: list[Shard], quarantined: frozenset[int], before: dict | None) -> list[int] | None:

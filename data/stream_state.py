@@ -75,10 +75,21 @@ def restore(state: dict, identity: dict) -> Restored:
         if name != "sources" and before[name] != value:
             raise DataError(f"cannot resume: {name} was {before[name]} and is now {value}; set it back")
     for name, value in identity["sources"].items():
-        if (then := before["sources"].get(name, value)) != value:
+        if differ(then := before["sources"].get(name, value), value):
             was, now = ("{shards} shards with {samples} samples".format(**one) for one in (then, value))
             raise DataError(
                 f"cannot resume: source {name} was {was} and is now {now}, or other shards of that number; give the "
                 "same shards, or rename the changed source (in data.sources) to start it from its beginning"
             )
     return Restored(state["steps"], {int(lane): one for lane, one in state["lanes"].items()}, state["totals"])
+
+
+def differ(then: dict, now: dict) -> bool:
+    """Whether two identities of a source contradict each other. Either may lack what a later version added, and the
+    content of a shard that nobody has scanned."""
+    if any(then[key] != now[key] for key in (then.keys() & now.keys()) - {"contents"}):
+        return True
+    contents = then.get("contents"), now.get("contents")
+    if all(isinstance(of_shards, list) for of_shards in contents):
+        return any(None not in pair and pair[0] != pair[1] for pair in zip(*contents, strict=True))
+    return None not in contents and contents[0] != contents[1]

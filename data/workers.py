@@ -20,6 +20,12 @@ from data.errors import DataError
 from data.reader import LaneReader, ReadSamples
 from data.sampler import LaneAssignment
 
+# By which terminals, schedulers and launchers end jobs or warn them that they will (SLURM, PBS and Kubernetes TERM, LSF
+# INT, TERM and USR2, Grid Engine USR1, USR2 and XCPU, terminals INT, QUIT and HUP; SLURM and others let users choose).
+STOP_SIGNALS = (
+    *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT),
+    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGPWR),
+)
 # Buffers of each worker in shared memory. A worker may start on a buffer when the main process has asked for the read
 # after next, and by then the buffer has been copied: see `WorkerLoader`.
 SLOTS = 3
@@ -124,8 +130,8 @@ def _unchanged(read):
 
 def _start_worker(stop_read: int, _: int) -> None:
     # Launchers send signals to whole process groups, but only the parent decides when a run ends and ends its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     gc.freeze()  # inherited objects need no garbage collection
     threading.Thread(target=_end_on_request, args=(stop_read,), daemon=True).start()
 

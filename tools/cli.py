@@ -38,8 +38,8 @@ for name, module in (("evaluate", evaluate), ("checkpoint", checkpoint), ("shard
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Runs the command and exits: 0, 1 if a check failed, 2 after a mistake of the user, 75 after SIGTERM with the run
-    saved, 130 after Ctrl-C."""
+    """Runs the command and exits: 0, 1 if a check failed, 2 after a mistake of the user, 75 after a signal to stop with
+    the run saved, 130 after Ctrl-C."""
     arguments = sys.argv[1:] if arguments is None else arguments
     if arguments[:1] != ["doctor"]:  # which reports shadowed packages itself
         for shadow in doctor.shadowed_packages():
@@ -58,7 +58,7 @@ def main(arguments: list[str] | None = None) -> None:
         watchdog = sys.modules.get("trainer.watchdog")
         if watchdog and isinstance(error, watchdog.Stopped):
             sys.stderr.write(f"ibq: {error}\n")
-            sys.exit(watchdog.STOPPED)
+            sys.exit(error.status)
         imported = [(sys.modules[package], name) for package, name in USER_ERRORS if package in sys.modules]
         if not any(isinstance(error, getattr(package, name)) for package, name in imported):
             raise

@@ -98,6 +98,7 @@ def pack(
 
 @app.command()
 def check(
+    context: typer.Context,
     paths: Paths,
     decode: Annotated[
         bool, typer.Option("--decode", help="Also decode every image; tokens are always checked.")
@@ -126,7 +127,8 @@ def check(
     """
     from data.errors import DataError
     from data.folder_reader import find_images, is_files, is_zip
-    from data.index import Index, write_index
+    from data.index import INDEX_NAME, Index, write_index
+    from data.locks import WriterLock, file_lock, folder_lock
     from data.parallel import cores
     from data.prep.check import check_shards, find_duplicates, missing_shards
     from data.shards import expand
@@ -143,6 +145,11 @@ def check(
     tars = list(dict.fromkeys(expand([path for path in paths if path not in files]))) if set(paths) - set(files) else []
     urls, place = files + tars, index or (_index_place(tars, write) if tars else None)
     _check_writable(json_file, place if write else None)
+    if write:
+        # The index beside the tars belongs to their folder, which `ibq tokenize` may be filling.
+        of_folder = place.name == INDEX_NAME
+        lock = folder_lock(place.parent) if of_folder else file_lock(place)
+        context.with_resource(WriterLock(lock, place.parent if of_folder else place)).take()
     known = Index(place) if place and not write else None
     layout, workers = Layout(image=tuple(image or ())), min(jobs or cores(), len(urls))
     found, broken = [], 0

@@ -6,7 +6,7 @@ import sys
 from data import DataError
 from model_zoo import ModelError
 from trainer import TrainerError
-from trainer.watchdog import STOPPED, Stopped
+from trainer.watchdog import Stopped
 
 USAGE = """usage: python -m trainer RECIPE [KEY=VALUE]...
        python -m trainer --resume RUN_OR_CHECKPOINT [KEY=VALUE]...
@@ -17,8 +17,8 @@ Example: torchrun --nproc-per-node 8 -m trainer ibq_16384 data.train='tars/{000.
 
 
 def main(arguments: list[str]) -> int:
-    """Trains or resumes; returns the exit status: 0, 2 after a mistake of the user, 75 after SIGTERM with everything
-    saved, 130 after Ctrl-C."""
+    """Trains or resumes; returns the exit status: 0, 2 after a mistake of the user, 75 after a signal to stop with
+    everything saved, 130 after Ctrl-C."""
     # The deepspeed launcher adds this one; the rank is in the environment anyway.
     arguments = [argument for argument in arguments if not argument.startswith("--local_rank")]
     if not arguments or arguments[0] in ("-h", "--help") or arguments == ["--resume"]:
@@ -42,7 +42,7 @@ def main(arguments: list[str]) -> int:
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":
             sys.stderr.write(f"ibq: {stopped}\n")
-        return STOPPED
+        return stopped.status
     except KeyboardInterrupt:
         return 130
     return 0

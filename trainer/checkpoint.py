@@ -18,7 +18,7 @@ from model_zoo.io.hashing import sha256_of
 from model_zoo.io.run_layout import checkpoint_step, run_folder
 from model_zoo.io.sharded_tensors import TensorShard, save_shards
 from trainer import TrainerError
-from trainer.parallel import World, any_rank, gather_objects, run_on_main
+from trainer.parallel import World, gather_objects, max_over_ranks, run_on_main
 
 STATE, MANIFEST = "state.json", "manifest.json"
 
@@ -51,6 +51,10 @@ class Checkpoints:
         self.asynchronous, self.beat = asynchronous, beat
         self.writing: _Writing | None = None
 
+    def move_to(self, run: Path) -> None:
+        """Saves into another run's folder from now on. A checkpoint that is being written is given up."""
+        self.folder, self.writing = run / "checkpoints", None
+
     def save(self, step: int, state: dict, shards: Iterable[TensorShard]) -> None:
         """Copies this rank's shards and starts to write ``step_XXXXXXXX``, after completing the previous checkpoint.
 
@@ -72,7 +76,7 @@ class Checkpoints:
     def poll(self) -> None:
         """Completes the checkpoint that is being written, if all ranks have written their part. Raises
         CheckpointError."""
-        if self.writing and not any_rank(self.world, self.writing.is_alive())[0]:
+        if self.writing and not max_over_ranks(self.world, self.writing.is_alive())[0]:
             self._seal()
 
     def finish(self) -> None:
@@ -160,6 +164,13 @@ def checkpoint_folders(run: Path) -> list[Path]:
     return sorted(path for path in folders if checkpoint_step(path) is not None and path.is_dir())
 
 
+def is_saved(source: Path) -> bool:
+    """Whether there is anything to resume from: False for a run's folder that was never saved."""
+    if run_folder(source) != source:
+        return True
+    return bool(checkpoint_folders(source)) or (source / "checkpoints" / "latest").exists()
+
+
 def find_checkpoint(source: Path, world: World) -> tuple[Path, list[str]]:
     """Returns the checkpoint to resume from, and what was wrong with newer ones; all ranks call together.
 
@@ -178,7 +189,8 @@ def find_checkpoint(source: Path, world: World) -> tuple[Path, list[str]]:
         passed_over.append(f"{folder.name} is passed over: {wrong}")
     if not passed_over:
         raise TrainerError(
-            f"{source} has no finished checkpoint: delete it or choose another run=FOLDER, and run `ibq train`"
+            f"{source} has no finished checkpoint: delete {source / 'checkpoints'}, then `ibq resume {source}` starts "
+            "the run from step 1"
         )
     more = f"; and {len(passed_over) - 3} more" if len(passed_over) > 3 else ""
     raise TrainerError(f"{source} has no complete checkpoint: {'; '.join(passed_over[:3])}{more}")
@@ -250,7 +262,8 @@ def load_state(folder: Path) -> dict:
 def _make_folder(unfinished: Path) -> None:
     for left_over in unfinished.parent.glob("step_*.unfinished"):
         shutil.rmtree(left_over)
-    unfinished.mkdir(parents=True)
+    unfinished.parent.mkdir(exist_ok=True)  # but not the run's folder, without which nothing can be resumed
+    unfinished.mkdir()
 
 
 def _write_manifest(unfinished: Path, state: dict, files: dict) -> None:

@@ -1,7 +1,10 @@
-"""Writing files: OSErrors become TrainerErrors, and a file appears under its name only when it is complete."""
+"""Writing files: OSErrors become TrainerErrors, a file appears under its name only when it is complete, and a file that
+grows holds whole lines only."""
 
 import contextlib
 import json
+import os
+import socket
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
@@ -24,8 +27,16 @@ def writing(path: Path, option: str = "--out") -> contextlib.AbstractContextMana
 
 
 def unfinished(path: Path) -> Path:
-    """The temporary file next to ``path`` that holds its content until it is complete."""
-    return path.with_name(fitted(".", path.name, ".unfinished"))
+    """The temporary file next to ``path`` that holds its content until it is complete. Each process has its own."""
+    return path.with_name(fitted(".", path.name, f".{socket.gethostname()}-{os.getpid()}.unfinished"))
+
+
+def remove_unfinished(folder: Path, *names: str) -> None:
+    """Removes what killed jobs left of files of these names, which may be patterns. Only for their one writer. Raises
+    OSError."""
+    for name in names:
+        for path in folder.glob(f".{name}.*.unfinished"):
+            path.unlink()
 
 
 @contextlib.contextmanager
@@ -59,3 +70,55 @@ def write_files(contents: Mapping[Path, str | Callable[[Path], object]], option:
                 temporary.write_text(content, encoding="utf-8")
             else:
                 content(temporary)
+
+
+class LineFile:
+    """A file of lines that grows. Lines that cannot be written, for example to a full disk, wait for the next `append`;
+    until then the file ends with its last whole line."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        self.waiting: list[str] = []
+
+    def move_to(self, folder: Path) -> None:
+        """Writes into a file of the same name in another folder from now on."""
+        self.path = folder / self.path.name
+
+    def append(self, *lines: str) -> str | None:
+        """Writes the lines (without line breaks) after those that wait. Returns what to print where writing begins to
+        fail or works again, else None."""
+        failing = bool(self.waiting)
+        self.waiting += lines
+        try:
+            if self.waiting:
+                append_whole(self.path, "".join(f"{line}\n" for line in self.waiting).encode())
+        except OSError as error:
+            said = f"ALARM: cannot write {self.path} ({error.strerror}): its lines wait until it can be written again"
+            return None if failing else said
+        count = len(self.waiting) - len(lines)
+        self.waiting = []
+        return f"{self.path} can be written again: {count:,} lines that waited are in it" if failing else None
+
+
+def append_whole(path: Path, content: bytes) -> None:
+    """Appends whole lines to a file, after removing the rest of a line that was cut off. If it fails, the file is as
+    before. Raises OSError."""
+    with path.open("a+b", buffering=0) as file:
+        end = _end_of_lines(file)
+        try:
+            file.truncate(end)
+            while content:
+                content = content[file.write(content) :]
+        except OSError:
+            file.truncate(end)
+            raise
+
+
+def _end_of_lines(file) -> int:
+    """The size in bytes without the rest of a line that was cut off."""
+    size = file.seek(0, os.SEEK_END)
+    file.seek(max(0, size - 1))
+    if file.read(1) in (b"", b"\n"):
+        return size
+    file.seek(0)
+    return file.read().rfind(b"\n") + 1

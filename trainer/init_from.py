@@ -12,7 +12,7 @@ from model_zoo.config import TokenizerConfig
 from model_zoo.io.weights import Weights, check_names
 from trainer import TrainerError
 from trainer.config import TokenizerRun
-from trainer.files import writing
+from trainer.files import write_json, writing
 from trainer.telemetry import metric_lines
 
 FILE, FORMER_FILE = "init_from.json", "start.json"  # in a run's folder; the former one is still read
@@ -85,7 +85,7 @@ def _typed(value) -> str:
 def save_init_record(run: Path, record: InitRecord) -> None:
     """Writes the record to the run's folder. Raises TrainerError if that fails."""
     with writing(run / FILE, "run=FOLDER"):
-        (run / FILE).write_text(json.dumps(record._asdict(), indent=1) + "\n", encoding="utf-8")
+        write_json(run / FILE, record._asdict())
 
 
 def read_init_record(run: Path) -> dict | None:

@@ -16,8 +16,9 @@ from model_zoo.errors import ModelError
 from model_zoo.io.run_layout import run_folder
 from trainer import TrainerError
 from trainer.config import RunConfig
-from trainer.parallel import World, start_world, stop_world
+from trainer.parallel import World, leave_hangs_to_watchdog, run_on_main, start_world, stop_world
 from trainer.recipes import load_recipe, load_run_config
+from trainer.run_folder import RESTART_SECONDS, RunFolder
 from trainer.start_plan import Source, check_inputs, plan_start
 from trainer.trainer import Trainer
 from trainer.watchdog import Stopped
@@ -69,18 +70,23 @@ def _train(config: RunConfig, source: Source) -> Path:
 
 def _train_in(world: World, config: RunConfig, source: Source, tokens: TokenSpec | None) -> Path:
     """Trains in the process group. When it returns, no variable refers to the group, so that it can be destroyed."""
-    plan = plan_start(config, source, world)
-    if plan.done:
-        if world.is_main:
-            sys.stderr.write(f"{config.run} is at step {plan.step} already: nothing is left to do\n")
-        return Path(config.run)
-    trainer = Trainer(config, world, plan, tokens)
-    try:
-        trainer.setup()
-        trainer.train()
-    finally:
-        trainer.close()
-    return trainer.run
+    with RunFolder(Path(config.run), world) as folder:
+        if source.checkpoint and folder.path.exists():
+            wait_seconds = RESTART_SECONDS if source.restart else 0.0
+            run_on_main(world, lambda: folder.take(wait_seconds))
+        plan = plan_start(config, source, world)
+        if plan.done:
+            if world.is_main:
+                sys.stderr.write(f"{config.run} is at step {plan.step} already: nothing is left to do\n")
+            return Path(config.run)
+        trainer = Trainer(config, world, plan, tokens, folder)
+        try:
+            trainer.setup()
+            leave_hangs_to_watchdog()
+            trainer.train()
+        finally:
+            trainer.close()
+        return trainer.run
 
 
 def _clear_frames(error: BaseException | None) -> None:

@@ -17,9 +17,9 @@ from data import DataError
 from model_zoo import ModelError
 from model_zoo.ops.codebook_parallel import CodebookShard
 from trainer import TrainerError
+from trainer.watchdog import end_with_launcher
 
-# Collectives time out this much later than `trainer.timeout_seconds`, so that the watchdog, which reports more, is
-# first.
+# Until training begins, collectives time out this much later than `trainer.timeout_seconds`.
 COLLECTIVE_MARGIN_SECONDS = 60.0
 
 
@@ -41,6 +41,7 @@ def start_world(device: str = "auto", timeout_seconds: float = 1800.0) -> World:
 
     timeout_seconds: how long a rank may wait for another. Raises TrainerError.
     """
+    end_with_launcher()
     _check_restarts()
     if device == "cuda" and not torch.cuda.is_available():
         raise TrainerError("trainer.device=cuda, but no CUDA device can be used here: run `ibq doctor` for details")
@@ -128,6 +129,14 @@ def _collective_timeout(timeout_seconds: float) -> timedelta:
     return timedelta(seconds=timeout_seconds + COLLECTIVE_MARGIN_SECONDS)
 
 
+def leave_hangs_to_watchdog() -> None:
+    """From now on no collective times out; all ranks call together. The watchdog ends ranks that hang, and does not
+    count the time in which they were suspended; a collective would."""
+    set_timeout = getattr(dist, "set_timeout", None) or dist.distributed_c10d._set_pg_timeout
+    for group in list(dist.distributed_c10d._world.pg_map):
+        set_timeout(timedelta(days=365), group)
+
+
 _before_stop: set[Callable[[], None]] = set()
 
 
@@ -210,13 +219,13 @@ def sum_over_ranks(tensor: Tensor, group: dist.ProcessGroup | None = None) -> Te
     return tensor
 
 
-def any_rank(world: World, *flags: bool) -> list[bool]:
-    """For each flag, whether it is set on any rank; all ranks call together."""
+def max_over_ranks(world: World, *numbers: int) -> list[int]:
+    """The largest of each number, or whether any rank has set a flag; all ranks call together."""
     if world.size == 1:
-        return list(flags)
-    tensor = torch.tensor(flags, dtype=torch.int32, device=world.device)
+        return list(map(int, numbers))
+    tensor = torch.tensor(numbers, dtype=torch.int32, device=world.device)
     dist.all_reduce(tensor, dist.ReduceOp.MAX)
-    return [bool(flag) for flag in tensor.tolist()]
+    return tensor.tolist()
 
 
 def gather_objects(value) -> list:

@@ -5,19 +5,21 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TextIO
+from typing import TYPE_CHECKING, NamedTuple
 
 import data
 from data.errors import DataError
 from trainer import TrainerError
-from trainer.files import os_errors
+from trainer.files import LineFile, os_errors
 from trainer.parallel import World, gather_objects, raise_on_all_ranks, run_on_all_ranks, run_on_main
 
 if TYPE_CHECKING:
     from data import Batch, Skipped, TrainStream
+
+logger = logging.getLogger(__name__)
 
 MAX_LISTED = 1000  # skipped samples that a rank lists between two reports; all are counted
 
@@ -35,24 +37,28 @@ class Prefetcher:
         self.failed: str | None = None
         self.skipped: list[Skipped] = []
         self.totals = stream.totals
-        self.run: Path | None = None
-        self.audit: TextIO | None = None
+        self.list: LineFile | None = None
+        self.audit: LineFile | None = None
 
-    def open_logs(self, run: Path, audit: bool, start: int, resources: ExitStack) -> None:
+    def open_logs(self, run: Path, audit: bool, start: int) -> None:
         """Lists skipped samples in the run's folder from now on; all ranks call together. audit: also the key of every
         delivered sample. start: steps that are done. Raises TrainerError on all ranks."""
-        self.run = run
+        self.list = LineFile(run / "skipped.jsonl")
         run_on_main(self.world, lambda: _set_aside(run, start))
         if audit:
-            self.audit = resources.enter_context(run_on_all_ranks(lambda: self._open_audit(run / "audit", start)))
+            self.audit = run_on_all_ranks(lambda: self._open_audit(run / "audit", start))
 
-    def _open_audit(self, folder: Path, start: int) -> TextIO:
-        with os_errors(f"cannot write into {folder}", "fix that, or leave out data.audit"):
+    def move_to(self, run: Path) -> None:
+        """Lists skipped samples in another run's folder from now on. The audit is not continued there."""
+        self.list.move_to(run)
+
+    def _open_audit(self, folder: Path, start: int) -> LineFile:
+        with os_errors(f"cannot write into {folder}", "fix that, or set data.audit=false"):
             folder.mkdir(exist_ok=True)
-            file = (folder / f"from_{start:08d}_rank_{self.world.rank:05d}.jsonl").open("w", encoding="utf-8")
+            file = folder / f"from_{start:08d}_rank_{self.world.rank:05d}.jsonl"
             sizes = {source.name: source.samples for source in self.stream.sources}
-            file.write(json.dumps({"samples_of_sources": sizes}) + "\n")
-            return file
+            file.write_text(json.dumps({"samples_of_sources": sizes}) + "\n", encoding="utf-8")
+            return LineFile(file)
 
     def read_ahead(self) -> None:
         """Reads the next step's micro-batches; an error is kept in ``failed``."""
@@ -72,11 +78,8 @@ class Prefetcher:
         if self.audit:
             infos = [info for batch in batches for info in batch.infos]
             samples = [[info.source, info.position.epoch, info.shard, info.key] for info in infos]
-            try:
-                self.audit.write(json.dumps({"step": step, "samples": samples}) + "\n")
-                self.audit.flush()
-            except OSError as error:
-                self.failed = f"cannot write the audit {self.audit.name}: {error.strerror}; free some space"
+            if alarm := self.audit.append(json.dumps({"step": step, "samples": samples})):
+                self.failed = f"{alarm.removeprefix('ALARM: ')}; free some space"
         return batches
 
     def report(self, step: int) -> dict[str, float]:
@@ -84,17 +87,15 @@ class Prefetcher:
         together."""
         gathered = gather_objects([self.totals, self.skipped[:MAX_LISTED], len(self.skipped[MAX_LISTED:])])
         self.skipped = []
-        if self.world.is_main and any(skipped for _, skipped, _ in gathered):
-            lines = [
-                json.dumps({"step": step, "source": one[3], "shard": one[0], "key": one[1], "reason": one[2]})
-                for _, skipped, _ in gathered
-                for one in skipped
-            ]
-            if more := sum(unlisted for *_, unlisted in gathered):
-                lines.append(json.dumps({"step": step, "more_that_are_not_listed": more}))
-            # A full disk is no reason to stop training.
-            with suppress(OSError), (self.run / "skipped.jsonl").open("a", encoding="utf-8") as file:
-                file.write("\n".join(lines) + "\n")
+        lines = [
+            json.dumps({"step": step, "source": one[3], "shard": one[0], "key": one[1], "reason": one[2]})
+            for _, skipped, _ in gathered
+            for one in skipped
+        ]
+        if more := sum(unlisted for *_, unlisted in gathered):
+            lines.append(json.dumps({"step": step, "more_that_are_not_listed": more}))
+        if self.world.is_main and (said := self.list.append(*lines)):
+            logger.warning(said)
         scalars = {}
         for name, counts in data.add_totals(totals for totals, *_ in gathered).items():
             for what, count in counts.items():

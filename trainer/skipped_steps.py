@@ -1,10 +1,10 @@
 """Steps that are skipped because a loss or gradient is not finite."""
 
 import json
-from contextlib import suppress
 from pathlib import Path
 
 from trainer import TrainerError
+from trainer.files import LineFile
 from trainer.parallel import World, gather_objects
 
 
@@ -17,27 +17,33 @@ class SkippedSteps:
     SHOWN_KEYS = 8
 
     def __init__(self, run: Path, world: World, limit: int):
-        self.file, self.world, self.limit = run / "skipped_steps.jsonl", world, limit
+        self.lines, self.world, self.limit = LineFile(run / "skipped_steps.jsonl"), world, limit
         self.number = 0
+
+    def move_to(self, run: Path) -> None:
+        """Writes into another run's folder from now on."""
+        self.lines.move_to(run)
 
     def update(self, step: int, skipped: list[str], keys: list[str], last: bool = False) -> str | None:
         """Call after each step on all ranks; returns a line to print, or None. last: this is the run's last step."""
         if not skipped:
             self.number = 0
-            return None
+            return self.lines.append() if self.lines.waiting else None
         self.number += 1
         keys = gather_objects(keys)
+        alarm = None
         if self.world.is_main:
-            line = json.dumps({"step": step, "not_finite": skipped, "keys_of_ranks": keys}) + "\n"
-            with suppress(OSError), self.file.open("a") as file:  # a full disk is no reason to end the other ranks
-                file.write(line)
+            alarm = self.lines.append(json.dumps({"step": step, "not_finite": skipped, "keys_of_ranks": keys}))
         what = f"loss or gradient of the {' and '.join(skipped)} is not finite"
         if self.number > (min(1, self.limit) if last else self.limit):
             keys = [key for of_rank in keys for key in of_rank]
-            more = f" and {len(keys) - self.SHOWN_KEYS} more, see {self.file}" if len(keys) > self.SHOWN_KEYS else ""
+            more = (
+                f" and {len(keys) - self.SHOWN_KEYS} more, see {self.lines.path}" if len(keys) > self.SHOWN_KEYS else ""
+            )
             raise TrainerError(
                 f"{what} at step {step}, number {self.number} in a row (trainer.max_skipped_steps={self.limit}); its "
                 f"samples: {', '.join(keys[: self.SHOWN_KEYS])}{more}. Checkpoints hold finite weights: resume from "
                 "one with a lower optimizer.lr or trainer.gradient_clip_norm=1"
             )
-        return f"step {step} is skipped: {what}; the keys of its samples are in {self.file.name}"
+        note = f"step {step} is skipped: {what}; the keys of its samples are in {self.lines.path.name}"
+        return f"{note}\n{alarm}" if alarm else note

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -11,20 +12,22 @@ import data
 from model_zoo import ModelError
 from model_zoo.io.sharded_tensors import ShardedTensors, TensorShard, whole_tensor
 from trainer import TrainerError
-from trainer.checkpoint import checkpoint_folders, find_checkpoint, load_state
+from trainer.changes import Change, changes_since, read_changes, settings_of
+from trainer.checkpoint import find_checkpoint, is_saved, load_state
 from trainer.config import GeneratorRun, RunConfig
 from trainer.files import os_errors, write_json
 from trainer.init_from import InitRecord, save_init_record
 from trainer.model_state import ModelState
 from trainer.parallel import World, raise_on_all_ranks, run_on_main
 from trainer.recipes import load_run_config, save_config
-from trainer.telemetry import metric_lines, scanning
+from trainer.run_folder import RunFolder
+from trainer.telemetry import scanning
 
 
 class StartPlan(NamedTuple):
     """step: the last step that is done. checkpoint: what to resume from, with its small ``state``; None: start fresh.
     reuses_folder: the run's folder already contains this run. done: there is nothing left to train. notes: lines to
-    print."""
+    print. changes: of settings, by this resume."""
 
     step: int
     checkpoint: Path | None
@@ -32,6 +35,11 @@ class StartPlan(NamedTuple):
     reuses_folder: bool
     done: bool
     notes: list[str]
+    changes: Sequence[Change] = ()
+
+    def record(self, config: RunConfig) -> dict:
+        """What the checkpoints of the run tell of its settings."""
+        return {"settings": settings_of(config), "changes": [*read_changes(self.state), *self.changes]}
 
 
 class Source(NamedTuple):
@@ -65,8 +73,8 @@ def plan_batch(config: RunConfig, world: World) -> BatchPlan:
 
 
 def check_inputs(config: RunConfig, source: Source) -> data.TokenSpec | None:
-    """Finds a mistyped path, damaged tars and damaged logs before anything slow starts; returns which tokens
-    ``data.train`` must hold, for a generator that learns from token shards. Raises TrainerError or DataError."""
+    """Finds a mistyped path and damaged tars before anything slow starts; returns which tokens ``data.train`` must
+    hold, for a generator that learns from token shards. Raises TrainerError or DataError."""
     if config.data.train is None and not config.data.sources:
         raise TrainerError(
             "data.train must be given: a folder of tars, a tar, or a pattern such as data.train='tars/{00..99}.tar'"
@@ -79,8 +87,6 @@ def check_inputs(config: RunConfig, source: Source) -> data.TokenSpec | None:
         # A resumed run checks its training data later: its checkpoint says what the data must be (see TrainStream).
         data.check(config.data, train=source.checkpoint is None, progress=progress, tokens=tokens)
     _class_numbers(config, resumes=source.checkpoint is not None)
-    if source.checkpoint and (metrics := Path(config.run) / "metrics.jsonl").is_file():
-        metric_lines(metrics)
     return tokens
 
 
@@ -92,15 +98,16 @@ def plan_start(config: RunConfig, source: Source, world: World) -> StartPlan:
     # Rank 0 alone looks at the folder: another node's view of a shared disk may be older.
     if source.restart and not run_on_main(world, lambda: _holds_run(config)):
         return fresh
-    if source.restart and not run_on_main(world, lambda: bool(checkpoint_folders(source.checkpoint))):
-        return fresh._replace(reuses_folder=True)
+    if run_on_main(world, lambda: not is_saved(source.checkpoint)):
+        return fresh._replace(reuses_folder=True, notes=[f"{config.run} has no checkpoint yet: it starts from step 1"])
     checkpoint, notes = find_checkpoint(source.checkpoint, world)
     state = run_on_main(world, lambda: _load_state(checkpoint))
     step = state["step"]
+    changes = run_on_main(world, lambda: _changes(state, config))
     done = step >= config.trainer.max_steps
     if done and not source.restart:
         raise TrainerError(f"{config.run} is at step {step} already; train longer with trainer.max_steps={2 * step}")
-    return StartPlan(step, checkpoint, state, True, done, notes)
+    return StartPlan(step, checkpoint, state, True, done, [*notes, *map(str, changes)], changes)
 
 
 def restore(plan: StartPlan, models: ModelState, world: World) -> None:
@@ -116,14 +123,18 @@ def restore(plan: StartPlan, models: ModelState, world: World) -> None:
     raise_on_all_ranks(failed)
 
 
-def open_folder(config: RunConfig, plan: StartPlan, init_from: InitRecord | None) -> None:
+def open_folder(folder: RunFolder, config: RunConfig, plan: StartPlan, init_from: InitRecord | None) -> None:
     """Creates the run's folder, where it is new, and writes the configuration and what the weights start from. Raises
     TrainerError where the folder holds another run or cannot be written."""
-    run = Path(config.run)
-    if not plan.reuses_folder and ((run / "config.yaml").exists() or (run / "checkpoints").exists()):
-        raise TrainerError(f"{run} already holds a run: resume it (`ibq resume {run}`) or choose another run=FOLDER")
+    run = folder.path
     with os_errors(f"cannot write the run folder {run}", "choose another with run=FOLDER"):
-        (run / "samples").mkdir(parents=True, exist_ok=True)
+        run.mkdir(parents=True, exist_ok=True)
+        folder.take()
+        if not plan.reuses_folder and ((run / "config.yaml").exists() or (run / "checkpoints").exists()):
+            raise TrainerError(
+                f"{run} already holds a run: resume it (`ibq resume {run}`) or choose another run=FOLDER"
+            )
+        (run / "samples").mkdir(exist_ok=True)
         save_config(config, run / "config.yaml")
         if plan.reuses_folder and not plan.checkpoint:
             (run / "metrics.jsonl").unlink(missing_ok=True)  # its steps are trained again
@@ -150,6 +161,11 @@ def _holds_run(config: RunConfig) -> bool:
     if isinstance(saved, GeneratorRun) and isinstance(config, GeneratorRun) and config.tokenizer.fingerprint is None:
         saved.tokenizer.fingerprint = None  # not known yet where the tokenizer determines it
     return saved == config
+
+
+def _changes(state: dict, config: RunConfig) -> list[Change]:
+    """Compares with the settings in the checkpoint or, if an earlier version wrote it, in the run's folder."""
+    return changes_since(state.get("settings") or settings_of(load_run_config(config.run, [])), config, state["step"])
 
 
 def _load_state(checkpoint: Path) -> dict:

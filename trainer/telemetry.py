@@ -1,20 +1,26 @@
 """Output of a run during training: progress bar, metrics.jsonl, TensorBoard, pictures. Only rank 0 writes."""
 
 import json
+import logging
 import math
 import os
 import sys
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 
 import torch
 from PIL import Image
 
-from trainer import TrainerError
 from trainer.config import RunConfig
-from trainer.files import os_errors
+from trainer.files import LineFile, os_errors, write_text
 from trainer.parallel import World, run_on_all_ranks
 
+logger = logging.getLogger(__name__)
+
+TENSORBOARD = "TensorBoard's logs"
 # The metrics that the progress line shows, if they are logged.
 SHOWN = {
     "images_per_second": "{:.0f} images/s",
@@ -32,19 +38,16 @@ SHOWN = {
 
 
 def metric_lines(path: Path) -> list[tuple[int, str]]:
-    """Returns (step, line) for each line of a metrics.jsonl, without a last line that a kill has truncated.
-
-    Raises TrainerError for any other damage.
-    """
+    """Returns (step, line) for each line of a metrics.jsonl, without a last line that a kill has truncated. Other
+    damaged lines are logged and passed over."""
     lines = path.read_text(encoding="utf-8", errors="replace").splitlines(keepends=True)
     found = []
     for number, line in enumerate(lines, start=1):
         try:
             found.append((int(json.loads(line)["step"]), line))
-        except (ValueError, TypeError, KeyError) as error:
-            if number == len(lines):
-                break
-            raise TrainerError(f"{path}, line {number}, is not a JSON object with a step: remove that line") from error
+        except (ValueError, TypeError, KeyError):
+            if number < len(lines):
+                logger.warning("%s, line %d, is passed over: it is not a JSON object with a step", path, number)
     return found
 
 
@@ -74,7 +77,7 @@ class Telemetry:
     def _discard(self, *_) -> None:
         pass
 
-    advance = log = alarm = picture = say = _discard
+    advance = log = alarm = picture = say = move_to = _discard
 
 
 class RunTelemetry(Telemetry):
@@ -89,12 +92,15 @@ class RunTelemetry(Telemetry):
         from rich.console import Console
         from torch.utils.tensorboard import SummaryWriter
 
-        self.samples, self.metrics = run / "samples", run / "metrics.jsonl"
-        self.lost = False  # whether something could not be written
-        if start_step and self.metrics.exists():
-            kept = [line for number, line in metric_lines(self.metrics) if number <= start_step]
-            self.metrics.write_text("".join(kept))
-        self.writer = SummaryWriter(run / "tensorboard", purge_step=start_step + 1)
+        self.samples, self.metrics = run / "samples", LineFile(run / "metrics.jsonl")
+        if start_step and self.metrics.path.exists():
+            kept = "".join(line for number, line in metric_lines(self.metrics.path) if number <= start_step)
+            if kept != self.metrics.path.read_text(encoding="utf-8", errors="replace"):
+                write_text(self.metrics.path, kept)
+        self.unsaid: list[str] = []
+        self.failing: set[str] = set()  # what could not be written the last time
+        self.open_writer = partial(SummaryWriter, run / "tensorboard")
+        self.writer = self.open_writer(purge_step=start_step + 1)
         self.console = Console(stderr=True)
         self.shown: dict[str, float] = {}
         self.alarmed: str | None = None
@@ -114,12 +120,24 @@ class RunTelemetry(Telemetry):
 
     def __enter__(self):
         self.progress.start()
+        self.excepthook_before, threading.excepthook = threading.excepthook, self._excepthook
         return self
 
     def __exit__(self, *_):
         self.progress.stop()
-        with self._or_lost():
-            self.writer.close()
+        self._tell(self.metrics.append())
+        if self.metrics.waiting:
+            self.say(f"ALARM: {len(self.metrics.waiting):,} lines of {self.metrics.path} are lost")
+        if self.writer:
+            with self._or_lost(TENSORBOARD):
+                self.writer.close()
+        threading.excepthook = self.excepthook_before
+
+    def move_to(self, run: Path) -> None:
+        """Writes into another run's folder from now on."""
+        self.samples, self.writer = run / "samples", None
+        self.open_writer = partial(self.open_writer.func, run / "tensorboard")
+        self.metrics.move_to(run)
 
     def advance(self, step: int) -> None:
         """Sets the number of finished steps."""
@@ -128,15 +146,13 @@ class RunTelemetry(Telemetry):
     def log(self, step: int, scalars: dict[str, float]) -> None:
         """Writes scalars to all outputs. Non-finite values become null in the JSON, which has no NaN."""
         safe = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
-        with self._or_lost(), self.metrics.open("a") as file:
-            file.write(json.dumps({"step": step, **safe}) + "\n")
-        with self._or_lost():
-            for name, value in scalars.items():
-                self.writer.add_scalar(name, value, step)
+        self._tell(self.metrics.append(json.dumps({"step": step, **safe})))
+        self._to_tensorboard(lambda writer: [writer.add_scalar(*scalar, step) for scalar in scalars.items()])
         self.shown.update(scalars)
         self.progress.update(self.bar, text="CODEBOOK COLLAPSING  " * bool(self.alarmed) + _in_words(self.shown))
         if not self.console.is_terminal:
-            print(f"step {step}/{self.max_steps}  {_in_words(scalars)}", file=sys.stderr, flush=True)
+            with suppress(OSError):  # stderr is a file on a full disk; metrics.jsonl keeps the line
+                print(f"step {step}/{self.max_steps}  {_in_words(scalars)}", file=sys.stderr, flush=True)
 
     def alarm(self, step: int, text: str | None) -> None:
         """Prints a problem of the model once when it begins and once when it ends (text: None); the progress line shows
@@ -144,29 +160,56 @@ class RunTelemetry(Telemetry):
         if bool(text) != bool(self.alarmed):
             self.say(f"ALARM at step {step}: {text}" if text else f"step {step}: codebook usage has recovered")
         self.alarmed = text
-        with self._or_lost():
-            self.writer.add_scalar("codebook/alarm", float(bool(text)), step)
+        self._to_tensorboard(lambda writer: writer.add_scalar("codebook/alarm", float(bool(text)), step))
 
     def picture(self, step: int, name: str, image_chw: torch.Tensor) -> None:
         """Writes a uint8 picture ``(3, h, w)`` to TensorBoard and to the folder ``samples``."""
-        with self._or_lost():
+        with self._or_lost("pictures"):
             Image.fromarray(image_chw.movedim(0, -1).numpy()).save(self.samples / f"step_{step:08d}.png")
-        with self._or_lost():
-            self.writer.add_image(name, image_chw, step)
+        self._to_tensorboard(lambda writer: writer.add_image(name, image_chw, step))
 
     @contextmanager
-    def _or_lost(self):
-        """Training continues if writing fails, for example on a full disk; this is reported once."""
+    def _or_lost(self, what: str):
+        """Training continues if writing fails, for example on a full disk; this is reported when it begins and when it
+        ends."""
         try:
             yield
         except (OSError, RuntimeError) as error:
-            if not self.lost:
-                self.say(f"ALARM: cannot write {self.metrics.parent} ({error}): scalars and pictures get lost")
-            self.lost = True
+            if what not in self.failing:
+                self.say(f"ALARM: cannot write {what} into {self.samples.parent} ({error}): they get lost")
+            self.failing.add(what)
+        else:
+            if what in self.failing:
+                self.say(f"{what} can be written again into {self.samples.parent}")
+            self.failing.discard(what)
+
+    def _to_tensorboard(self, write: Callable) -> None:
+        """Calls ``write(writer)``. A writer that has failed never writes again, so it is replaced when the disk takes
+        lines again; until then nothing is written."""
+        if self.writer is None and self.metrics.waiting:
+            return
+        with self._or_lost(TENSORBOARD):
+            self.writer, writer = None, self.writer or self.open_writer()
+            write(writer)
+            writer.flush()
+            self.writer = writer
+
+    def _excepthook(self, failed) -> None:
+        # The thread of TensorBoard's writer prints a traceback; its error is raised again here, and reported.
+        if type(failed.thread).__name__ != "_AsyncWriterThread":
+            self.excepthook_before(failed)
+
+    def _tell(self, line: str | None) -> None:
+        if line:
+            self.say(line)
 
     def say(self, line: str) -> None:
-        """Prints one line above the progress bar."""
-        self.console.print(line, highlight=False, soft_wrap=True)
+        """Prints one line above the progress bar. If stderr is a file on a full disk, it waits for the next one."""
+        self.unsaid.append(line)
+        with suppress(OSError):
+            while self.unsaid:
+                self.console.print(self.unsaid[0], highlight=False, soft_wrap=True)
+                del self.unsaid[0]
 
 
 def _in_words(scalars: dict[str, float]) -> str:

@@ -12,8 +12,9 @@ import data
 from trainer import TrainerError
 from trainer.checkpoint import CheckpointError, Checkpoints
 from trainer.config import RunConfig
-from trainer.parallel import World, any_rank, gather_objects, mean_over_ranks, run_on_main
+from trainer.parallel import World, gather_objects, max_over_ranks, mean_over_ranks, run_on_main
 from trainer.prefetch import Prefetcher, summary
+from trainer.run_folder import RunFolder
 from trainer.skipped_steps import SkippedSteps
 from trainer.start_plan import StartPlan, open_folder, plan_batch, random_state, restore, seed_everything
 from trainer.tasks import make_task
@@ -35,11 +36,11 @@ class Due(NamedTuple):
 class Trainer:
     """Trains one run on one rank: ``setup``, ``train``, and ``close`` whatever happens in between."""
 
-    def __init__(self, config: RunConfig, world: World, plan: StartPlan, tokens: data.TokenSpec | None):
-        self.config, self.world, self.plan, self.tokens = config, world, plan, tokens
-        self.run = Path(config.run)
-        self.step = plan.step
-        self.save_pending = False
+    def __init__(
+        self, config: RunConfig, world: World, plan: StartPlan, tokens: data.TokenSpec | None, folder: RunFolder
+    ):
+        self.config, self.world, self.plan, self.tokens, self.folder = config, world, plan, tokens, folder
+        self.run, self.step, self.save_pending = Path(config.run), plan.step, False
         self.resources = ExitStack()
 
     def setup(self) -> None:
@@ -68,7 +69,7 @@ class Trainer:
         self.batches.stop_together("nothing was trained")
         if not plan.checkpoint:
             task.init_from_data(map(task.inputs, self.batches.ready))
-        run_on_main(world, lambda: open_folder(config, plan, self.init_from))
+        run_on_main(world, lambda: open_folder(self.folder, config, plan, self.init_from))
         self._open_logs()
 
     def _open_logs(self) -> None:
@@ -78,17 +79,13 @@ class Trainer:
         data_line = self.batches.stream.describe(settings.max_steps - self.step)
         for line in (*self.plan.notes, *start, describe(config, world, self.task, self.step), data_line):
             self.telemetry.say(line)
-        self.batches.open_logs(run, config.data.audit, self.step, self.resources)
+        self.batches.open_logs(run, config.data.audit, self.step)
         self.resources.enter_context(self.telemetry)
         self.stop = self.resources.enter_context(StopSignal())
         self.watchdog = self.resources.enter_context(Watchdog(*world[:2], settings.timeout_seconds))
+        keep = {"keep_last": settings.keep_last, "keep_every_steps": settings.keep_every_steps}
         self.checkpoints = Checkpoints(
-            run,
-            world,
-            keep_last=settings.keep_last,
-            keep_every_steps=settings.keep_every_steps,
-            asynchronous=settings.async_checkpoints,
-            beat=self.watchdog.beat,
+            run, world, **keep, asynchronous=settings.async_checkpoints, beat=self.watchdog.beat
         )
         self.skipped, self.spikes = SkippedSteps(run, world, settings.max_skipped_steps), LossSpikes()
 
@@ -97,20 +94,14 @@ class Trainer:
         self.resources.close()
 
     def train(self) -> None:
-        """All steps that are left. Raises Stopped after SIGTERM, with everything saved."""
+        """All steps that are left. Raises Stopped after a signal to stop, with everything saved."""
         self.throughput = Throughput(self.config.trainer.global_batch_size, self.step)
-        try:
-            if self.init_from and self.config.data.val is not None:
-                self.validate(self.step)  # what training starts from
-                self.throughput.restart(self.step)
-            for step in range(self.step + 1, self.config.trainer.max_steps + 1):
-                self.step = step
-                self.after_step(step, self.train_step(step))
-        except KeyboardInterrupt:
-            saved = (self.run / "checkpoints" / "latest").is_file()
-            how = f"`ibq resume {self.run}` continues from the newest checkpoint" if saved else "nothing was saved yet"
-            self.telemetry.say(f"stopped after step {self.step}; {how}")
-            raise
+        if self.init_from and self.config.data.val is not None:
+            self.validate(self.step)  # what training starts from
+            self.throughput.restart(self.step)
+        for step in range(self.step + 1, self.config.trainer.max_steps + 1):
+            self.step = step
+            self.after_step(step, self.train_step(step))
 
     def train_step(self, step: int) -> Step:
         """Trains on one global batch (step from 1), then reads the next one ahead."""
@@ -124,7 +115,12 @@ class Trainer:
 
     def after_step(self, step: int, result: Step) -> None:
         """Logs, validates and saves, where it is time; ends all ranks together where any of them must stop."""
-        stopping, starving = any_rank(self.world, self.stop.requested, self.batches.failed is not None)
+        flags = self.stop.requested, self.batches.failed is not None, self.folder.is_gone()
+        signal, starving, gone = ends = max_over_ranks(self.world, *flags)
+        if gone:
+            self.run = self.folder.replace(self.config)
+            for part in (self.checkpoints, self.telemetry, self.batches, self.skipped):
+                part.move_to(self.run)
         try:
             note = self.skipped.update(step, result.skipped, self.keys, step == self.config.trainer.max_steps)
         except TrainerError:
@@ -134,20 +130,23 @@ class Trainer:
             note = f"step {step}: {spike}"
         for line in filter(None, (note, result.warning)):
             self.telemetry.say(line)
-        due = self._due(step, result, ends=stopping or starving)
+        due = self._due(step, result, any(ends))
         self.telemetry.advance(step)
         if due.log:
             self.log(step, result, due.last)
         with self.throughput.paused():
-            if due.validate and not stopping and not starving and self.config.data.val is not None:
+            if due.validate and not any(ends) and self.config.data.val is not None:
                 self.validate(step)
             self.save(step, due)
         if due.log:
             self.throughput.restart(step)
+        saved = f"step {step} is saved: resume with `ibq resume {self.run}`"
+        if gone:
+            raise TrainerError(f"the run's folder was moved or deleted while it trained; {saved}")
         if starving:
-            self.batches.stop_together(f"step {step} is saved: resume with `ibq resume {self.run}`")
-        if stopping:
-            raise Stopped(f"stopped by SIGTERM after step {step}, which is saved: resume with `ibq resume {self.run}`")
+            self.batches.stop_together(saved)
+        if signal:
+            raise Stopped(signal, step, self.run)
 
     def _due(self, step: int, result: Step, ends: bool) -> Due:
         settings = self.config.trainer
@@ -190,6 +189,7 @@ class Trainer:
             self.save_pending = False
             data_state = data.merge_states(gather_objects(self.data_state))
             state = {"data": data_state, "task": self.task.state.numbers(), "world_size": self.world.size}
+            state |= self.plan.record(self.config)
             self.checkpoints.save(step, state, self.task.state.tensors() + random_state(self.world))
             if due.last:
                 self.checkpoints.finish()

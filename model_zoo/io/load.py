@@ -22,6 +22,7 @@ from model_zoo.tokenizer import Tokenizer
 from model_zoo.transformer import Transformer, rope_table
 
 Model = TypeVar("Model", bound=nn.Module)
+Result = TypeVar("Result")
 
 
 def load_tokenizer(source: str | Path, weights: str = "ema") -> Tokenizer:
@@ -80,17 +81,32 @@ def read_weights(source: str | Path, kind: str, weights: str = "ema") -> Weights
     """
     if weights not in SETS:
         raise ModelError(f"weights must be 'ema' or 'raw', not {weights!r}")
-    source = find_checkpoint(Path(source))
-    if is_published(source):
-        return read_published(source, kind, weights)
-    if is_export(source):
-        return read_export(source, kind, weights)
-    return _read_run(source, kind, weights)
+
+    def read(checkpoint: Path) -> Weights:
+        if is_published(checkpoint):
+            return read_published(checkpoint, kind, weights)
+        if is_export(checkpoint):
+            return read_export(checkpoint, kind, weights)
+        return _read_run(checkpoint, kind, weights)
+
+    return read_newest(Path(source), read)
 
 
 def is_standalone(source: Path) -> bool:
     """Whether the source is a published checkpoint or an export, which do not belong to a run."""
     return is_published(source) or is_export(source)
+
+
+def read_newest(source: Path, read: Callable[[Path], Result]) -> Result:
+    """``read(find_checkpoint(source))``, again for a newer checkpoint of the run if it has one when reading fails:
+    training removes older checkpoints, also those that are being read."""
+    while True:
+        checkpoint = find_checkpoint(source)
+        try:
+            return read(checkpoint)
+        except Exception:
+            if find_checkpoint(source) == checkpoint:
+                raise
 
 
 def find_checkpoint(source: Path) -> Path:
@@ -108,12 +124,11 @@ def find_checkpoint(source: Path) -> Path:
     latest = run / "checkpoints" / "latest"
     if not latest.is_file():
         raise ModelError(f"{run} has no finished checkpoint yet: train on, or lower trainer.checkpoint_every_steps")
-    checkpoint = latest.parent / latest.read_text(errors="replace").strip()
-    if not checkpoint.is_dir():
-        raise ModelError(
-            f"{latest} names {checkpoint.name}, which does not exist; write another checkpoint's name there"
-        )
-    return checkpoint
+    checkpoint = None
+    while checkpoint != (checkpoint := latest.parent / latest.read_text(errors="replace").strip()):
+        if checkpoint.is_dir():
+            return checkpoint
+    raise ModelError(f"{latest} names {checkpoint.name}, which does not exist; write another checkpoint's name there")
 
 
 def is_hub_name(source: Path) -> bool:

@@ -15,7 +15,6 @@ import os
 import shutil
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
 
@@ -26,7 +25,7 @@ import trainer.checkpoint as checkpoint
 from trainer.__main__ import main
 from trainer.parallel import gather_objects
 from trainer.tasks.tokenizer import TokenizerTask
-from trainer.watchdog import StopSignal, Watchdog
+from trainer.watchdog import StopSignal, Watchdog, _end_without_interpreter
 
 RANK = int(os.environ.get("RANK", 0))
 
@@ -118,7 +117,7 @@ def hang(
         if timeout_seconds and beaten_step == step:
             time.sleep(0.4 if rank == RANK else 0.0)
             watchdog.timeout_seconds = timeout_seconds
-            threading.Thread(target=watchdog._watch, daemon=True).start()  # the first one waits for the former timeout
+            _end_without_interpreter(2 * timeout_seconds)  # the watchdog's thread may not run again
         beat(watchdog, beaten_step)
 
     beat, Watchdog.beat = Watchdog.beat, beat_of_step
@@ -126,9 +125,20 @@ def hang(
     _in_step(rank, step, sleeping_beauty)
 
 
-def terminate(rank: int, step: int) -> None:
-    """SIGTERM comes to a rank in the middle of a step."""
-    _in_step(rank, step, lambda: os.kill(os.getpid(), signal.SIGTERM))
+def terminate(rank: int, step: int, name: str = "SIGTERM") -> None:
+    """A signal comes to a rank in the middle of a step."""
+    _in_step(rank, step, lambda: os.kill(os.getpid(), signal.Signals[name]))
+
+
+def lose_folder(step: int, run: str, how: str) -> None:
+    """The run's folder is moved or deleted in a step, or moved and another one put in its place."""
+
+    def lose() -> None:
+        shutil.rmtree(run) if how == "deleted" else os.rename(run, f"{run}.moved")
+        if how == "replaced":
+            os.mkdir(run)
+
+    _in_step(0, step, lose)
 
 
 def slow_steps(seconds: float) -> None:
@@ -195,7 +205,9 @@ def _in_step(rank: int, step: int, action) -> None:
     TokenizerTask.step = step_with_fault
 
 
-FAULTS = {fault.__name__: fault for fault in (kill_in_save, kill_at_step, hang, terminate, slow_steps, nan)}
+FAULTS = {
+    fault.__name__: fault for fault in (kill_in_save, kill_at_step, hang, terminate, lose_folder, slow_steps, nan)
+}
 
 
 def arm(fault: dict) -> None:

@@ -14,20 +14,28 @@ LONG = {"trainer.max_steps": 1000, "trainer.checkpoint_every_steps": 1000}  # on
 LAST = 12  # of the unbroken run
 
 
-def assert_stopped(err: str, run) -> int:
+def assert_stopped(err: str, run, name: str = "SIGTERM") -> int:
     """It said after which step it stopped, and saved that step; returns it."""
     step = newest_step(run)
-    assert f"ibq: stopped by SIGTERM after step {step}, which is saved: resume with `ibq resume {run}`" in err
+    assert f"ibq: stopped by {name} after step {step}, which is saved: resume with `ibq resume {run}`" in err
     assert loss_lines(run)[-1]["step"] == step
     return step
 
 
-def test_one_process_stops_with_status_75(ranks, two_ranks, unbroken, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "status"),
+    [
+        pytest.param("SIGTERM", 75, marks=pytest.mark.full),
+        ("SIGHUP", 75),
+        pytest.param("SIGINT", 130, marks=pytest.mark.full),
+    ],
+)
+def test_one_process_stops_after_its_step(ranks, two_ranks, unbroken, tmp_path, name, status):
     run = tmp_path / "run"
-    fault = {"kind": "terminate", "rank": 0, "step": 3}
+    fault = {"kind": "terminate", "rank": 0, "step": 3, "name": name}
     stopped = ranks.start(1, "debug", f"run={run}", *fault_settings(LONG), fault=fault).wait()
-    assert stopped.statuses == [75], stopped.err
-    assert assert_stopped(stopped.err, run) == 3
+    assert stopped.statuses == [status], stopped.err
+    assert assert_stopped(stopped.err, run, name) == 3
     assert_resumed(two_ranks.resume(run, f"trainer.max_steps={LAST}"), run, after=3, last=LAST)
     for line, true_line in zip(loss_lines(run), loss_lines(unbroken), strict=True):
         assert line == pytest.approx(true_line, rel=1e-4, abs=1e-6)  # one process, then two

@@ -157,12 +157,11 @@ def test_a_folder_that_is_no_run(ibq_here, place, command):
         assert_refused(ibq_here(*command), "is not a run folder", "ibq train")
 
 
-@pytest.mark.parametrize("command", [["resume"], ["evaluate", "reconstruction"]], ids=" ".join)
-def test_a_run_without_a_checkpoint(ibq_here, runs, place, command):
+def test_a_run_without_a_checkpoint(ibq_here, runs, place):
     (place / "run").mkdir()
     (place / "run/config.yaml").write_bytes((runs("one") / "config.yaml").read_bytes())
     with unchanged(place):
-        assert_refused(ibq_here(*command, "run"), "no finished checkpoint")
+        assert_refused(ibq_here("evaluate", "reconstruction", "run"), "no finished checkpoint")
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,10 @@
 """A run that was stopped or killed and then resumed equals an uninterrupted run."""
 
+import errno
+import os
 import shutil
 import signal
+from pathlib import Path
 
 import pytest
 from comparing import assert_refused, copy_until, differences, loss_lines, read_metrics, unchanged
@@ -133,12 +136,29 @@ def test_checkpoints_written_in_the_background_are_those_written_at_once(ranks, 
         assert (run / file).read_bytes() == (runs("one") / file).read_bytes()
 
 
-@pytest.mark.parametrize("change", ["model.channels=32", "model.codebook_size=128", "discriminator.channels=8"])
+@pytest.mark.parametrize("change", ["model.channels=32", "model.quantizer=vq", "discriminator.channels=8"])
 def test_another_model_is_refused_and_the_run_stays_as_it_was(ibq_here, copy_of, change):
     run = copy_of("stopped")
     with unchanged(run):
         finished = ibq_here("resume", run, "trainer.max_steps=20", change)
-        assert_refused(finished, "cannot resume from", "was written with other settings")
+        assert_refused(finished, "cannot resume", "was written with other settings")
+
+
+def test_a_read_only_run_is_refused_and_the_advice_works(ibq_here, copy_of, tmp_path, monkeypatch):
+    run, os_open = copy_of("stopped"), os.open
+
+    def read_only(path, flags, *mode, **options):
+        if flags & os.O_RDWR and Path(path).is_relative_to(run):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return os_open(path, flags, *mode, **options)
+
+    monkeypatch.setattr(os, "open", read_only)
+    with unchanged(run):
+        finished = ibq_here("resume", run, "trainer.max_steps=11")
+        assert_refused(finished, f"cannot write the run folder {run}: Read-only file system", "copy the folder (cp -r)")
+        assert "run=" not in finished.err
+    shutil.copytree(run, tmp_path / "copy")
+    ibq_here("resume", tmp_path / "copy", "trainer.max_steps=11").succeeded()
 
 
 def test_a_run_that_is_done_says_how_to_go_on(ibq_here, runs):
@@ -164,7 +184,6 @@ def test_other_data_is_refused(ibq_here, copy_of):
         ("manifest.json", b"[]"),
         ("manifest.json", b'{"files": {"rank_00001.safetensors": {"bytes": 1, "sha256": "0"}}}'),
         ("../latest", b"\xff\xfe"),
-        ("../../metrics.jsonl", b'{"step": 1}\n[1]\n{"step": 2}\n'),
     ],
 )
 def test_a_damaged_run_ends_in_one_line(ibq_here, copy_of, file, content):

@@ -38,9 +38,9 @@ from trainer.evaluation.reference_results import (
 )
 from trainer.files import writing
 from trainer.init_from import read_init_record
-from trainer.jobs.setup import choose_device, common_checkpoint, data_config, decode_threads, job_world
+from trainer.jobs.setup import choose_device, common_checkpoint, data_config, decode_threads, job_world, load_newest
 from trainer.metrics.image import SSIM_WINDOW, psnr, to_levels
-from trainer.parallel import World, run_on_all_ranks, run_on_main
+from trainer.parallel import World, run_on_main
 from trainer.reports.image_grid import EXAMPLE_COUNT, ORDERS, Example, pair, side_by_side
 
 RUN_REPORT = "report.json"
@@ -141,11 +141,11 @@ def evaluate_run(
         json_path = Path(report_path) if report_path is not None else _default_report(Path(source), checkpoint)
         run_on_main(world, lambda: check_report_path(json_path))
 
-        def prepare() -> _Inputs:
+        def prepare(checkpoint: Path) -> _Inputs:
             opened = open_images(checkpoint, images, image_size, resize, world, batch_size)
             return _load(checkpoint, weights, opened, measures or "auto", world)
 
-        inputs = run_on_all_ranks(prepare)
+        inputs = load_newest(world, source, prepare)
         timer = StageTimer(world.device)
         report = evaluate_reconstruction(
             inputs.tokenizer.to(world.device),
@@ -268,7 +268,7 @@ def write_reconstructions(
         raise TrainerError(f"the batch size must be at least 1, not {batch_size}")
     device = choose_device(device)
     checkpoint = find_checkpoint(Path(source))
-    tokenizer = load_tokenizer(checkpoint, weights=weights).to(device)
+    tokenizer = load_tokenizer(source, weights=weights).to(device)
     opened = open_images(checkpoint, images, image_size, resize, World(0, 1, device), batch_size)
     examples: list[Example] = []
     image_count = 0

@@ -1,26 +1,22 @@
 """`ibq ablate`: tables of a recipe trained in several variants and with several seeds, each evaluated in the same way,
 with published results."""
 
-import functools
 import json
 import math
-import operator
 import re
 import statistics
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 
-from omegaconf import OmegaConf
-
 from model_zoo.errors import ModelError
 from model_zoo.io.load import find_checkpoint
 from model_zoo.io.run_layout import checkpoint_step
 from trainer import TrainerError
-from trainer.config import RunConfig
-from trainer.files import json_text, write_files
+from trainer.changes import settings_of
+from trainer.files import json_text, write_files, write_text
 from trainer.jobs.setup import check_same_settings
-from trainer.recipes import ABLATIONS, find_recipe, leaves, load_recipe, load_run_config, read_as, renamed
+from trainer.recipes import ABLATIONS, find_recipe, load_recipe, load_run_config, read_as, renamed
 from trainer.telemetry import metric_lines
 
 CURVES = {
@@ -119,18 +115,14 @@ def is_trained(cell: Cell) -> bool:
         return False
     config, former = load_recipe(cell.recipe, cell.overrides), load_run_config(cell.run, [])
     check_same_settings(
-        cell.run, "a run", _settings(former), _settings(config), lambda key, values: f"{key}={values.get(key)}"
+        cell.run, "a run", settings_of(former), settings_of(config), lambda key, values: f"{key}={values.get(key)}"
     )
     return _last_step(cell.run) == config.trainer.max_steps
 
 
 def is_begun(cell: Cell) -> bool:
-    """Whether there is a checkpoint to resume from. Raises TrainerError for a run without one."""
-    if not (cell.run / "config.yaml").is_file():
-        return False
-    if _last_step(cell.run) == 0:
-        raise TrainerError(f"{cell.run} has no checkpoint to resume from: remove it")
-    return True
+    """Whether there is a run to resume."""
+    return (cell.run / "config.yaml").is_file()
 
 
 def is_evaluated(cell: Cell, options: str) -> bool:
@@ -141,7 +133,7 @@ def is_evaluated(cell: Cell, options: str) -> bool:
 
 def mark_evaluated(cell: Cell, options: str) -> None:
     """Records the options of the cell's report."""
-    (cell.run / OPTIONS).write_text(options)
+    write_text(cell.run / OPTIONS, options)
 
 
 def _last_step(run: Path) -> int:
@@ -149,13 +141,6 @@ def _last_step(run: Path) -> int:
         return checkpoint_step(find_checkpoint(run))
     except ModelError:
         return 0
-
-
-def _settings(config: RunConfig) -> dict:
-    """All settings by dotted key."""
-    node = OmegaConf.structured(config)
-    plain = OmegaConf.to_container(node)
-    return {key: functools.reduce(operator.getitem, key.split("."), plain) for key in leaves(node)}
 
 
 class Figure(NamedTuple):

@@ -26,7 +26,7 @@ from model_zoo.io.export_format import (
     read_about,
 )
 from model_zoo.io.hashing import fingerprint_of, sha256_of
-from model_zoo.io.load import available_weights, build_model, find_checkpoint, is_standalone, read_weights
+from model_zoo.io.load import available_weights, build_model, find_checkpoint, is_standalone, read_newest, read_weights
 from model_zoo.io.published_ckpt import (
     FIRST_STAGE,
     OTHER_ENTRIES,
@@ -122,8 +122,11 @@ def export(source: str | Path, out: str | Path, weights: str = "all") -> Exporte
     source: as for `read_weights`. out: a new or empty folder. weights: of CHOICES. A generator's tokenizer, of its run
     or in its file, goes to ``out/tokenizer``. Raises TrainerError or ModelError.
     """
-    out = Path(out)
-    models, notes = _models(source, weights)
+    return read_newest(Path(source), lambda checkpoint: _export(source, checkpoint, Path(out), weights))
+
+
+def _export(source: str | Path, checkpoint: Path, out: Path, weights: str) -> Exported:
+    models, notes = _models(checkpoint, weights)
     summary = []
     with _writing(out, SafetensorError), new_folder(out) as folder:
         for i, model in enumerate(models):
@@ -144,7 +147,11 @@ def export_published(source: str | Path, out: str | Path, weights: str = "all") 
         raise TrainerError(f"--out {out} must end in .ckpt: published checkpoints are files")
     if out.exists():
         raise TrainerError(f"{out} already exists: name another path with --out, or remove it")
-    models, notes = _models(source, weights)
+    return read_newest(Path(source), lambda checkpoint: _export_published(checkpoint, out, weights))
+
+
+def _export_published(checkpoint: Path, out: Path, weights: str) -> Exported:
+    models, notes = _models(checkpoint, weights)
     state, configs, step, summary = {}, {}, None, []
     for model in models:
         first_stage = model is not models[0]  # the frozen tokenizer in a generator's file
@@ -176,7 +183,10 @@ def export_published(source: str | Path, out: str | Path, weights: str = "all") 
 
 def info(source: str | Path) -> SourceInfo:
     """Describes a source after comparing its hashes. Raises TrainerError or ModelError, also for damage."""
-    checkpoint = find_checkpoint(Path(source))
+    return read_newest(Path(source), lambda checkpoint: _info(source, checkpoint))
+
+
+def _info(source: str | Path, checkpoint: Path) -> SourceInfo:
     made_of = None
     if is_published(checkpoint):
         layout, verified, wrong = "published", None, None
@@ -209,11 +219,11 @@ def info(source: str | Path) -> SourceInfo:
 # ------------------------------------------------------------------------------------------------------------ a source
 
 
-def _models(source: str | Path, weights: str) -> tuple[list[SourceModel], list[str]]:
-    """A source's models, a generator before its tokenizer, and notes on what is missing."""
+def _models(checkpoint: Path, weights: str) -> tuple[list[SourceModel], list[str]]:
+    """The models of a path from `find_checkpoint`, a generator before its tokenizer, and notes on what is missing."""
     if weights not in CHOICES:
         raise TrainerError(f"--weights {weights} is unknown: choose one of {', '.join(CHOICES)}")
-    checkpoint, notes = find_checkpoint(Path(source)), []
+    notes = []
     models = [SourceModel(kind, checkpoint, sets) for kind, sets in available_weights(checkpoint).items()]
     models.sort(key=lambda model: list(MODELS).index(model.kind))
     if not models:

@@ -22,7 +22,7 @@ from trainer import TrainerError
 from trainer.config import GeneratorRun
 from trainer.evaluation.provenance import environment
 from trainer.jobs.sample_output import SEEDS, SampleOutput
-from trainer.jobs.setup import common_checkpoint, job_world
+from trainer.jobs.setup import job_world, load_newest, one_writer
 from trainer.parallel import World, gather_objects, run_on_all_ranks, run_on_main
 from trainer.precision import autocast_dtype
 from trainer.recipes import load_run_config
@@ -82,7 +82,7 @@ def sample(
     """
     _check_options(count, batch_size, seed, precision)
     with job_world(device) as world:
-        models = _load_models(common_checkpoint(world, source), weights, tokenizer)
+        models = load_newest(world, source, lambda checkpoint: _load_models(checkpoint, weights, tokenizer))
         generator, recipe = models.generator, models.recipe
         settings = Sampling(**{**(asdict(recipe.sampling) if recipe else {}), **(sampling or {})})
         labels = _parse_classes(classes, generator.config.classes, recipe)
@@ -104,14 +104,15 @@ def sample(
             "seeds": SEEDS,
         }
         output = SampleOutput(_out(Path(source), out), labels, count, seed, batch_size, generator.config.classes)
-        if run_on_main(world, lambda: output.begin(record)):
-            return Sampled(output.out, output.record, count, 0, 0.0) if world.is_main else None
-        sampler = _make_sampler(generator.to(world.device), batch_size, precision, compile)
-        start = time.monotonic()
-        made = _sample_missing(output, world, sampler, models.tokenizer.to(world.device), settings, on_progress)
-        seconds = time.monotonic() - start
-        finished = _finished(world, made, seconds, compile)
-        run_on_main(world, lambda: output.finish({**record, "finished": finished}))
+        with one_writer(world, output.lock, output.out):
+            if run_on_main(world, lambda: output.begin(record)):
+                return Sampled(output.out, output.record, count, 0, 0.0) if world.is_main else None
+            sampler = _make_sampler(generator.to(world.device), batch_size, precision, compile)
+            start = time.monotonic()
+            made = _sample_missing(output, world, sampler, models.tokenizer.to(world.device), settings, on_progress)
+            seconds = time.monotonic() - start
+            finished = _finished(world, made, seconds, compile)
+            run_on_main(world, lambda: output.finish({**record, "finished": finished}))
         return Sampled(output.out, output.record, count, made, made / seconds) if world.is_main else None
 
 

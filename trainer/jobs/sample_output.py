@@ -1,5 +1,6 @@
 """The output of `ibq sample`: a folder of PNGs, an .npz in the format of ADM's evaluation, or one PNG grid."""
 
+import glob
 import hashlib
 import math
 import os
@@ -14,14 +15,16 @@ from PIL import Image
 
 from data.file_names import fitted
 from data.folder_reader import find_images
+from data.locks import file_lock
 from model_zoo.io.hashing import sha256_of
 from trainer import TrainerError
-from trainer.files import complete_file, unfinished, write_json, writing
+from trainer.files import complete_file, remove_unfinished, write_json, writing
 from trainer.jobs.setup import check_same_settings, read_record
 
 SEEDS = "the first 63 bits of SHA-256 of 'SEED CLASS NTH', NTH the image's number among those of its class, from 0"
 MAX_GRID_IMAGES = 1024  # a grid is built in memory
 RECORD = "sample.json"
+PARTS = "chunk_*.npy", "*_class_*.png"
 NOT_FOLDERS = (".jpg", ".jpeg", ".webp", ".gif", ".tar", ".zip")  # suffixes that no folder is meant to have
 
 
@@ -51,6 +54,7 @@ class SampleOutput:
         self.is_folder = self.kind == "folder"
         self.parts = out if self.is_folder else out.with_name(fitted("", out.name, ".parts"))
         self.record = out / RECORD if self.is_folder else out.with_name(fitted("", out.name, ".json"))
+        self.lock = file_lock(out)
         self.chunks = math.ceil(count / batch_size)
 
     def images(self, chunk: int) -> list[ImageToSample]:
@@ -99,8 +103,9 @@ class SampleOutput:
                     self._remove_parts()
                     return True
             self.parts.mkdir(parents=True, exist_ok=True)
-            ours = {unfinished(self.parts / RECORD).name}
-            if begun is None and not self.is_folder and not {*os.listdir(self.parts)} <= ours:
+            remove_unfinished(self.parts, RECORD, *PARTS)
+            remove_unfinished(self.out.parent, glob.escape(self.out.name))
+            if begun is None and not self.is_folder and any(self.parts.iterdir()):
                 raise _not_ours(self.parts)
             write_json(self.parts / RECORD, {**record, "finished": None})
         return False
@@ -146,10 +151,10 @@ class SampleOutput:
         if self.is_folder or _read_record(self.parts / RECORD) is None:
             return
         for name in os.listdir(self.parts):
-            if re.fullmatch(r"chunk_\d+\.npy|\.chunk_\d+\.npy\.unfinished", name):
+            if re.fullmatch(r"chunk_\d+\.npy", name):
                 (self.parts / name).unlink()
-        for path in (unfinished(self.parts / RECORD), self.parts / RECORD):
-            path.unlink(missing_ok=True)
+        remove_unfinished(self.parts, RECORD, *PARTS)
+        (self.parts / RECORD).unlink(missing_ok=True)
         if not os.listdir(self.parts):
             self.parts.rmdir()
 

@@ -10,7 +10,7 @@ from data.index import INDEX_NAME, Index, write_index
 from data.parallel import cores
 from data.prep.check import check_shards
 from trainer import TrainerError
-from trainer.files import write_json, write_text, writing
+from trainer.files import remove_unfinished, write_json, write_text, writing
 from trainer.jobs.setup import check_same_settings, read_record
 
 RECORD = "tokens.json"
@@ -30,15 +30,18 @@ def write_skipped(out: Path, number: int, records: list[dict]) -> None:
         path.unlink(missing_ok=True)
 
 
+def check_is_folder(out: Path) -> None:
+    """Raises TrainerError where the output is a file."""
+    if out.exists() and not out.is_dir():
+        raise TrainerError(f"{out} is a file: name a folder with --out")
+
+
 def begin_folder(out: Path, settings: dict, shard_count: int, classes: dict[str, int] | None = None) -> list[int]:
-    """Creates the folder, or continues that of a job with the same settings; returns the numbers of the missing shards.
-    classes: the number of each class, written to classes.json.
+    """Begins the folder, which exists and is locked, or continues that of a job with the same settings; returns the
+    numbers of the missing shards. classes: the number of each class, written to classes.json.
 
     Raises TrainerError, and DataError if the shards there number the classes otherwise."""
     with writing(out):
-        if out.exists() and not out.is_dir():
-            raise TrainerError(f"{out} is a file: name a folder with --out")
-        out.mkdir(parents=True, exist_ok=True)
         not_ours = f"{out / RECORD} is damaged, or `ibq tokenize` did not write it: name another folder with --out"
         former = read_record(out / RECORD, {"tokenizer", "views", "input"}, TrainerError(not_ours))
         if former is None and any(out.glob("*.tar")):
@@ -52,6 +55,7 @@ def begin_folder(out: Path, settings: dict, shard_count: int, classes: dict[str,
             classes = merged_classes([*classes_beside([f"{out}/"]), ("--images", classes or {})])
         if classes:
             write_json(out / CLASSES_NAME, classes)
+        remove_unfinished(out, "*")
         write_json(out / RECORD, settings)
     return [number for number in range(shard_count) if not shard_path(out, number).exists()]
 

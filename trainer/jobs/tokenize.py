@@ -17,6 +17,7 @@ from webdataset.writer import TarWriter
 
 from data.config import DataConfig, SourceConfig
 from data.errors import ImageError
+from data.locks import folder_lock
 from data.prep.pack import mixed, unique_keys
 from data.samples import CODES, Shard, Skipped, Window, WindowLimit, is_image
 from data.sources import Source, catalogue, classes_of, digest, open_source
@@ -27,8 +28,8 @@ from model_zoo.io.load import load_tokenizer
 from model_zoo.tokenizer import Tokenizer
 from trainer import TrainerError
 from trainer.files import unfinished, writing
-from trainer.jobs.setup import common_checkpoint, data_config, job_world, threads_per_process
-from trainer.jobs.token_folder import begin_folder, finish_folder, shard_path, write_skipped
+from trainer.jobs.setup import data_config, job_world, load_newest, one_writer, threads_per_process
+from trainer.jobs.token_folder import begin_folder, check_is_folder, finish_folder, shard_path, write_skipped
 from trainer.parallel import World, gather_objects, run_on_all_ranks, run_on_main
 from trainer.precision import full_precision
 
@@ -85,13 +86,16 @@ def tokenize(
     if views not in VIEWS:
         raise TrainerError(f"--views {views} is unknown: choose one of {', '.join(VIEWS)}")
     with job_world(device) as world:
-        checkpoint = common_checkpoint(world, run)
-        inputs = run_on_all_ranks(lambda: _open(checkpoint, images, views, image_size, weights, source, classes))
+        inputs = load_newest(
+            world, run, lambda found: _open(found, images, views, image_size, weights, source, classes)
+        )
         settings = {**inputs.settings, "samples_per_shard": samples_per_shard}
         job = _Job(world, inputs, Path(out), settings, _units(inputs.source, samples_per_shard), batch_size)
-        missing = run_on_main(world, lambda: begin_folder(job.out, settings, len(job.units), inputs.classes))
-        made = _tokenize_units(job, missing, workers, on_progress)
-        finished = run_on_main(world, lambda: finish_folder(job.out, str(images)))
+        run_on_main(world, lambda: check_is_folder(job.out))
+        with one_writer(world, folder_lock(job.out), job.out):
+            missing = run_on_main(world, lambda: begin_folder(job.out, settings, len(job.units), inputs.classes))
+            made = _tokenize_units(job, missing, workers, on_progress)
+            finished = run_on_main(world, lambda: finish_folder(job.out, str(images)))
         if not world.is_main:
             return None
         return Tokenized(job.out, finished.shards, finished.samples, made, settings["tokenizer"], finished.skipped)

@@ -10,9 +10,13 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from model_zoo.io.load import read_newest
 from model_zoo.io.sharded_tensors import ShardedTensors
 from trainer import TrainerError
+from trainer.changes import Change, read_changes
+from trainer.checkpoint import load_state
 from trainer.evaluation.provenance import installed_version
+from trainer.files import write_text
 from trainer.reports import sections
 from trainer.reports.charts import CHARTS, Curve, Point, draw_chart
 from trainer.reports.html import image, page
@@ -56,7 +60,7 @@ def write_report(run_folder: str | Path) -> Path:
         ]
     path = run / "report.html"
     try:
-        path.write_text(page(run.resolve().name, content), encoding="utf-8")
+        write_text(path, page(run.resolve().name, content))
     except OSError as error:
         raise TrainerError(f"cannot write {path}: {error.strerror}") from error
     return path
@@ -65,8 +69,7 @@ def write_report(run_folder: str | Path) -> Path:
 def read_metrics(path: Path) -> dict[str, Curve]:
     """The curves of a metrics.jsonl by name, in order of steps, without values that are not finite numbers.
 
-    If a step was logged twice (by a resumed run), the last value counts. An incomplete last line is ignored; any other
-    damaged line raises TrainerError.
+    If a step was logged twice (by a resumed run), the last value counts. Damaged lines are passed over.
     """
     if not path.is_file():
         return {}
@@ -146,6 +149,7 @@ def _facts(run: Path, config: DictConfig, curves: dict[str, Curve], evaluation: 
         "learning rate": pick("optimizer.lr"),
         "perceptual loss": "off (loss.perceptual.weight=0)" if pick("loss.perceptual.weight") == 0 else None,
         "seed": pick("seed"),
+        "changes": "; ".join(map(str, _changes(run))) or None,
         "evaluated": _evaluated(evaluation),
         "report written on": _hardware(),
         "versions": _versions(),
@@ -163,10 +167,17 @@ def _parameter_count(run: Path) -> str | None:
     latest = run / "checkpoints" / "latest"
     if not latest.is_file():
         return None
-    files = ShardedTensors(latest.parent / latest.read_text().strip())
+    files = read_newest(run, ShardedTensors)
     names = files.names("tokenizer/") + files.names("generator/")
     count = sum(math.prod(files.shape(name)) for name in names)
     return f"{count / 1e6:.2f} million" if count else None
+
+
+def _changes(run: Path) -> list[Change]:
+    """The settings that were changed by resuming, up to the newest checkpoint."""
+    if not (run / "checkpoints" / "latest").is_file():
+        return []
+    return read_newest(run, lambda checkpoint: read_changes(load_state(checkpoint)))
 
 
 def _evaluated(evaluation: dict | None) -> str | None:

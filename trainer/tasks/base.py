@@ -20,7 +20,7 @@ from trainer.engines.base import Engine, clip_scale
 from trainer.init_from import InitRecord
 from trainer.model_state import ModelState
 from trainer.optim import adam, set_weight_decay
-from trainer.parallel import RowGroups, World, any_rank, mean_over_ranks
+from trainer.parallel import RowGroups, World, max_over_ranks, mean_over_ranks
 from trainer.precision import autocast_dtype
 from trainer.schedules import learning_rate_factor, weight_decay
 
@@ -220,7 +220,7 @@ class Task(ABC):
             yield from ((item, True) for item in items)
             return
         items = iter(items)
-        while any_rank(self.world, (item := next(items, None)) is not None)[0]:
+        while max_over_ranks(self.world, (item := next(items, None)) is not None)[0]:
             yield (filler, False) if item is None else (item, True)
 
 

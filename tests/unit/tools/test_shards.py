@@ -17,6 +17,7 @@ from tokens import FINGERPRINT, write_tokens
 
 from data import DataConfig, TrainStream
 from data.index import Index
+from data.locks import WriterLock, file_lock, folder_lock
 from data.prep.stats import Histogram
 from tools import shards_text
 
@@ -129,6 +130,19 @@ def test_whole_tars_are_ok_and_an_index_is_written_and_compared(shards, folder):
     assert f"broken  train-000003.tar  missing: in the index {place}, but not there\n" in shards("check", folder).out
     shards("check", folder, "--write-index").succeeded()  # written again, it is of what is there
     shards("check", folder).succeeded()
+
+
+@pytest.mark.parametrize("option", ["beside the tars", "elsewhere"])
+def test_an_index_has_one_writer(shards, folder, tmp_path, option):
+    elsewhere = tmp_path / "mine.safetensors"
+    beside = option == "beside the tars"
+    arguments = () if beside else ("--index", elsewhere)
+    path = folder_lock(folder) if beside else file_lock(elsewhere)
+    with WriterLock(path, "other") as other:
+        other.take()
+        refused = shards("check", folder, "--write-index", *arguments)
+        assert_refused(refused, f"{folder if beside else elsewhere} is being written by process ")
+    assert shards("check", folder, "--write-index", *arguments).status == 0 and not path.exists()
 
 
 def test_no_index_is_written_over_broken_tars_unless_they_are_left_out(shards, damaged, tmp_path):

@@ -353,6 +353,7 @@ def test_no_checkpoint_yet_is_said(world, tmp_path):
 
 def test_a_run_in_a_folder_named_checkpoints_is_a_run(world, tmp_path):
     run = tmp_path / "checkpoints" / "first_try"
+    run.mkdir(parents=True)
     save(run, world, 10, 20)
     assert_in_force(run, world, 20)
 

@@ -5,10 +5,13 @@ import os
 import signal
 import socket
 import threading
+import time
+from pathlib import Path
 
 import pytest
 
-from trainer.watchdog import HUNG, STOPPED, LossSpikes, StopSignal, Watchdog
+from data.workers import STOP_SIGNALS
+from trainer.watchdog import HUNG, STOPPED, LossSpikes, Stopped, StopSignal, Watchdog
 
 
 class Clock:
@@ -30,65 +33,87 @@ def listen(stop: StopSignal, *signals: int) -> None:
     stop._listen(hearing)
 
 
-def test_only_a_sigterm_after_the_grace_period_ends_the_process():
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_only_the_same_signal_after_the_grace_period_ends_the_process(number):
     clock, statuses = Clock(), []
     stop = StopSignal(clock=clock, end=statuses.append)
     listen(stop, signal.SIGWINCH, signal.SIGCHLD)
     assert not stop.requested
-    listen(stop, signal.SIGTERM)
-    assert stop.requested
+    listen(stop, number)
+    assert stop.requested == number
     # A launcher and a scheduler that both pass the signal on send it twice: this is still the first request.
     clock.now = StopSignal.GRACE_SECONDS
-    listen(stop, signal.SIGTERM, signal.SIGTERM)
+    listen(stop, number, number)
     clock.now += 0.1
-    listen(stop, signal.SIGWINCH)
-    assert statuses == []
-    listen(stop, signal.SIGTERM)
-    assert statuses == [143]
+    # LSF sends INT, then TERM, then KILL: what can still be saved is saved.
+    listen(stop, signal.SIGWINCH, *(other for other in STOP_SIGNALS if other != number))
+    assert statuses == [] and stop.requested == number
+    listen(stop, number)
+    assert statuses == [128 + number]
 
 
-def test_a_signal_reaches_the_handler_and_the_thread_and_afterwards_the_former_handler():
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_reaches_the_handler_and_the_thread_and_afterwards_the_former_handler(number):
     heard, statuses, clock = [], [], Clock()
-    before = signal.signal(signal.SIGTERM, lambda *_: heard.append("outer"))
+    before = signal.signal(number, lambda *_: heard.append("outer"))
     wakeup_before = signal.set_wakeup_fd(-1)
     try:
         with pytest.raises(RuntimeError, match="inside"), StopSignal(clock=clock, end=statuses.append) as stop:
             assert not stop.requested
-            os.kill(os.getpid(), signal.SIGTERM)
-            assert stop.requested and heard == []
+            os.kill(os.getpid(), number)
+            assert stop.requested == number and heard == []
             (listening,) = [thread for thread in threading.enumerate() if thread.name == "stop signal"]
             clock.now = 2 * StopSignal.GRACE_SECONDS
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), number)
             raise RuntimeError("inside")
         listening.join(60)
         assert not listening.is_alive()
-        assert statuses in ([143], [143, 143])  # the thread may hear of the first signal late
-        os.kill(os.getpid(), signal.SIGTERM)
+        # The thread may hear of the first signal late.
+        assert statuses in ([128 + number], [128 + number] * 2)
+        os.kill(os.getpid(), number)
         assert heard == ["outer"]
     finally:
         signal.set_wakeup_fd(wakeup_before)
-        signal.signal(signal.SIGTERM, before)
+        signal.signal(number, before)
 
 
-def test_each_beat_postpones_both_ends(monkeypatch):
-    """The report of the thread comes after `timeout_seconds` without a beat, that of the C side after twice as many."""
-    clock, armed = Clock(), []
-    monkeypatch.setattr("faulthandler.dump_traceback_later", lambda seconds, exit: armed.append((seconds, exit)))
-    monkeypatch.setattr("faulthandler.cancel_dump_traceback_later", lambda: armed.append("cancelled"))
-    with Watchdog(0, 1, timeout_seconds=1000, clock=clock) as watchdog:
-        (watching,) = [thread for thread in threading.enumerate() if thread.name == "watchdog"]
-        for step in range(7):
-            clock.now += 900
-            assert watchdog.seconds_left() == 100
-            watchdog.beat(step)
-            assert watchdog.seconds_left() == 1000 and watchdog.step == step
-        watchdog.beat()
-        assert watchdog.step == 6
-        clock.now += 1001
-        assert watchdog.seconds_left() == -1
-    watching.join(60)
-    assert not watching.is_alive()
-    assert armed == [(2000, True)] * 9 + ["cancelled"]
+def test_a_signal_that_nohup_ignores_stays_ignored():
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with StopSignal() as stop:
+            os.kill(os.getpid(), signal.SIGHUP)
+            assert not stop.requested
+    finally:
+        signal.signal(signal.SIGHUP, before)
+
+
+def test_ctrl_c_ends_with_its_own_status():
+    assert [Stopped(number, 3, Path("run")).status for number in STOP_SIGNALS] == [
+        130 if number == signal.SIGINT else 75 for number in STOP_SIGNALS
+    ]
+    said = "stopped by SIGUSR1 after step 3, which is saved: resume with `ibq resume run`"
+    assert str(Stopped(signal.SIGUSR1, 3, Path("run"))) == said
+
+
+def test_each_beat_postpones_the_end():
+    clock = Clock()
+    watchdog = Watchdog(0, 1, timeout_seconds=1000, clock=clock)
+    for step in range(7):
+        clock.now += 900
+        watchdog.beat(step)
+        assert watchdog.seconds_left() == 1000 and watchdog.step == step
+    watchdog.beat()
+    assert watchdog.step == 6
+    clock.now += 1001
+    assert watchdog.seconds_left() == -1
+
+
+def test_the_alarms_are_off_after_training():
+    with Watchdog(0, 1, timeout_seconds=0.2):
+        time.sleep(0.1)
+        assert signal.getitimer(signal.ITIMER_REAL)[0] > 0
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    assert signal.SIGALRM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
 
 
 def test_the_report_names_rank_step_and_the_stack_of_every_thread():

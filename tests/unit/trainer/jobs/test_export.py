@@ -9,6 +9,7 @@ import model_checks
 import pytest
 import torch
 from comparing import refusal
+from field.pruning import pruned_while_reading
 from model_checks import assert_same, tokenizer_of
 from omegaconf import OmegaConf
 from support import generator_of
@@ -19,6 +20,7 @@ from model_zoo.io.hashing import fingerprint_of, sha256_of
 from model_zoo.io.load import read_weights
 from trainer import TrainerError
 from trainer.jobs.export import export, export_published, import_published, info
+from trainer.reports.report import write_report as write_html
 
 # Tests only read these models.
 tokenizer = cache(partial(tokenizer_of, codebook_size=16, channels=32, channel_multipliers=[1, 1], patch_size=1))
@@ -331,3 +333,32 @@ def test_info_of_a_generators_export_and_published_file(generator_run, tmp_path)
     assert {m.kind: m.fingerprint for m in of_export.models} == {m.kind: m.fingerprint for m in of_file.models}
     assert of_export.made_of == str(generator_run) and of_export.verified
     assert of_file.sha256 == sha256_of(tmp_path / "out.ckpt") and of_file.verified is None
+
+
+# ---------------------------------------------------------------------------- a run whose checkpoints are being removed
+
+READERS = {
+    "info": lambda run, out: info(run),
+    "export": lambda run, out: export(run, out),
+    "export_published": lambda run, out: export_published(run, out.with_suffix(".ckpt")),
+    "load_tokenizer": lambda run, out: load_tokenizer(run),
+    "report": lambda run, out: (run / "report.json").unlink() or write_html(run),
+}
+
+
+@pytest.mark.parametrize("opened", [1, 2], ids=["at first", "later"])
+@pytest.mark.parametrize("reader", READERS)
+def test_readers_look_again_when_the_newest_checkpoint_goes(run, tmp_path, reader, opened):
+    with pruned_while_reading(run, opened):
+        READERS[reader](run, tmp_path / "out")
+
+
+def test_a_checkpoint_that_was_named_is_not_replaced_by_another(run):
+    named = run / "checkpoints/step_00000010"
+    with pruned_while_reading(run), pytest.raises(ModelError):
+        load_tokenizer(named)
+
+
+def test_a_damaged_checkpoint_is_still_damaged(run):
+    (run / "checkpoints/step_00000010/rank_00000.safetensors").write_bytes(b"damaged")
+    assert "is damaged" in refusal(TrainerError, info, run)

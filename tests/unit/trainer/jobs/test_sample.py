@@ -17,6 +17,7 @@ from support import generator_of, generator_run, write_generator_run, write_toke
 
 import trainer.jobs.sample
 import trainer.jobs.sample_output
+from data.locks import WriterLock, file_lock
 from model_zoo import ModelError, Sampler, Sampling
 from model_zoo.io.load import find_checkpoint
 from tools import cli
@@ -161,6 +162,16 @@ def test_a_job_that_is_done_says_so_and_other_settings_are_refused(run, tmp_path
 
 
 @pytest.mark.parametrize("out", ["x.npz", "x.png", "folder"])
+def test_an_output_has_one_writer(run, tmp_path, out):
+    with WriterLock(file_lock(tmp_path / out), out) as other:
+        other.take()
+        said = refusal(TrainerError, sample, run, count=2, out=tmp_path / out)
+        assert said.startswith(f"{tmp_path / out} is being written by process ")
+    sample(run, count=2, out=tmp_path / out)
+    assert not [path for path in tmp_path.iterdir() if path.name.endswith(".lock")]
+
+
+@pytest.mark.parametrize("out", ["x.npz", "x.png", "folder"])
 def test_a_job_goes_on_where_it_ended(run, tmp_path, out):
     options = {"count": 7, "batch_size": 2}
     sample(run, **options, out=tmp_path / "whole" / out)
@@ -266,7 +277,7 @@ def test_runs_that_do_not_fit_are_refused(run, tmp_path):
     tokenizer = run.parent / "tokenizer"
     assert "is a tokenizer run: `ibq sample` needs a generator run" in refusal(TrainerError, sample, tokenizer)
     assert "is not a run folder" in refusal(TrainerError, sample, tmp_path / "nowhere")
-    assert "nowhere.ckpt does not exist" in refusal(ModelError, sample, tmp_path / "nowhere.ckpt")
+    assert "nowhere.ckpt does not exist" in refusal(TrainerError, sample, tmp_path / "nowhere.ckpt")
     said = refusal(TrainerError, sample, run, tokenizer=run)
     assert re.search("no tokenizer: .* is from a generator run: .*; name another with --tokenizer", said)
     lonely = write_generator_run(tmp_path / "lonely", generator_of())

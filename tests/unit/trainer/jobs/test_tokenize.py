@@ -22,6 +22,7 @@ from webdataset.writer import TarWriter
 import model_zoo
 from data import DataConfig, TokenHeader, TokenSpec, check, decode, evaluation_tokens, token_header, unpack_codes
 from data.index import Index, write_index
+from data.locks import WriterLock, folder_lock
 from data.prep.check import check_shards
 from data.tar_reader import TarShard, scan
 from data.transforms import pixels_chw, resize_and_center_crop, resize_named
@@ -206,6 +207,19 @@ def test_the_fingerprint_is_of_what_makes_codes():
 
 
 # ------------------------------------------------------------------------------------------------------------ going on
+
+
+def test_a_folder_has_one_writer_which_removes_what_a_killed_job_left(run, tars, flipped, tmp_path):
+    out = tmp_path / "out"
+    out.mkdir()
+    left = out / ".tokens-000001.tar.node-7-17.unfinished"
+    left.write_bytes(b"half of a tar")
+    with WriterLock(folder_lock(out), out) as other:
+        other.take()
+        said = refusal(TrainerError, go, run, tars, out, views="flip")
+        assert said.startswith(f"{out} is being written by process {os.getpid()} on ") and left.exists()
+    go(run, tars, out, views="flip")
+    assert files(out) == files(flipped.out) and not left.exists()
 
 
 def test_it_goes_on_where_it_was_stopped(run, tars, flipped, tmp_path, monkeypatch):

@@ -1,0 +1,61 @@
+"""What a resumed run may change of its settings."""
+
+import json
+
+import pytest
+from comparing import refusal
+
+from trainer import TrainerError
+from trainer.changes import Change, changes_since, read_changes, settings_of
+from trainer.recipes import load_recipe
+
+DATA = "data.train=bundled:train"
+
+
+def saved(recipe="debug", *overrides) -> dict:
+    """Settings as a checkpoint has them."""
+    return json.loads(json.dumps(settings_of(load_recipe(recipe, [DATA, *overrides]))))
+
+
+def now(*overrides, recipe="debug"):
+    return load_recipe(recipe, [DATA, *overrides])
+
+
+def test_equal_settings_are_no_change_wherever_the_run_lies():
+    assert changes_since(saved("debug", "run=a"), now("run=b"), 5) == []
+    assert changes_since(saved("ar_debug"), now(recipe="ar_debug"), 5) == []
+
+
+@pytest.mark.parametrize(
+    "change",
+    ["trainer.global_batch_size=16", "data.crop=center", "ema.decay=0.5", "optimizer.betas=[0.1,0.2]",
+     "engine.kind=fsdp2", "trainer.max_steps=999", "loss.perceptual.weight=0.5"],
+)  # fmt: skip
+def test_what_is_allowed_is_told(change):
+    key = change.split("=")[0]
+    ((after, changed, before, after_value),) = found = changes_since(saved(), now(change), 5)
+    assert (after, changed) == (5, key) and before != after_value
+    assert str(found[0]) == f"changed after step 5: {key} was {json.dumps(before)} and is now {json.dumps(after_value)}"
+    assert read_changes(json.loads(json.dumps({"changes": found}))) == [Change(5, key, before, after_value)]
+
+
+@pytest.mark.parametrize("change", ["model.quantizer=vq", "model.patch_size=2", "discriminator.norm=batch"])
+def test_what_the_weights_are_is_refused(change):
+    key = change.split("=")[0]
+    said = refusal(TrainerError, changes_since, saved(), now(change), 5)
+    assert "cannot resume: the checkpoint was written with other settings" in said
+    assert f"{key} was " in said and "set it back" in said
+
+
+def test_a_tokenizer_that_was_not_known_yet_is_no_change():
+    config = now("tokenizer.fingerprint=0123456789abcdef", recipe="ar_debug")
+    assert [change.key for change in changes_since(saved("ar_debug"), config, 5)] == ["tokenizer.fingerprint"]
+    before = saved("ar_debug", "tokenizer.fingerprint=fedcba9876543210")
+    assert "tokenizer.fingerprint was " in refusal(TrainerError, changes_since, before, config, 5)
+
+
+def test_keys_that_one_version_does_not_have_are_left_out():
+    before = saved()
+    del before["ema.decay"]
+    before["model.former"] = 1
+    assert changes_since(before, now(), 5) == []

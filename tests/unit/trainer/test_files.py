@@ -1,0 +1,43 @@
+"""Files that grow, on disks that are full for a while."""
+
+from field.disks import WHOLE, cut_off_log, full_disk
+
+from trainer.files import LineFile, unfinished
+
+
+def test_lines_that_do_not_fit_wait_and_the_file_ends_with_a_whole_one(tmp_path):
+    lines = LineFile(tmp_path / "log.jsonl")
+    assert lines.append("1" * 30) is None
+    with full_disk(50):
+        alarm = lines.append("2" * 30)
+        assert alarm.startswith(f"ALARM: cannot write {lines.path} (File too large): its lines wait")
+        assert lines.append("3" * 30) is None  # it was said
+        assert lines.path.read_text() == "1" * 30 + "\n"
+    assert lines.append("4") == f"{lines.path} can be written again: 2 lines that waited are in it"
+    assert lines.append() is None
+    assert lines.path.read_text().split() == ["1" * 30, "2" * 30, "3" * 30, "4"]
+
+
+def test_a_line_that_was_cut_off_is_removed_before_the_next(tmp_path):
+    log = cut_off_log(tmp_path / "log.jsonl")
+    LineFile(log).append("next")
+    assert log.read_text() == "".join(WHOLE) + "next\n"
+    log.write_text("cut off")
+    LineFile(log).append("next")
+    assert log.read_text() == "next\n"
+
+
+def test_a_folder_that_is_away_for_a_while(tmp_path):
+    run = tmp_path / "run"
+    lines = LineFile(run / "log.jsonl")
+    assert "No such file or directory" in lines.append("1")
+    run.mkdir()
+    assert "can be written again" in lines.append("2")
+    assert lines.path.read_text() == "1\n2\n"
+
+
+def test_each_job_has_its_own_unfinished_file(tmp_path, monkeypatch):
+    first = unfinished(tmp_path / "a.tar")
+    assert first.name.startswith(".a.tar.") and first.name.endswith(".unfinished")
+    monkeypatch.setattr("os.getpid", lambda: -1)
+    assert unfinished(tmp_path / "a.tar") != first
