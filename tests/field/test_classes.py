@@ -14,6 +14,7 @@ from data import DataConfig, DataError
 from data.prep.check import check_shard
 from data.sources import Layout
 from trainer.config import GeneratorRun
+from trainer.run_folder import RunFolder
 from trainer.start_plan import Source, StartPlan, check_inputs, open_folder
 
 NUMBERS = {"bird": 0, "cat": 1, "dog": 2}
@@ -66,7 +67,8 @@ def test_a_run_keeps_its_numbers_and_refuses_others(tmp_path, other, said):
     config.model.vocabulary, config.model.grid, config.loss.label_dropout = 256, [8, 8], 0.1
     config.data.train = str(first)
     check_inputs(config, Source())
-    open_folder(config, StartPlan(0, None, {}, False, False, []), None)
+    with RunFolder(tmp_path / "run", world=None) as folder:
+        open_folder(folder, config, StartPlan(0, None, {}, False, False, []), None)
     assert json.loads((tmp_path / "run" / "classes.json").read_text()) == NUMBERS
     for key, source in (("val", Source()), ("train", Source(tmp_path / "run"))):
         setattr(config.data, key, str(second))
