@@ -18,7 +18,7 @@ def test_links_resolve_and_nothing_is_left_to_be_filled_in(page):
 
 
 def test_other_quantizers_have_one_name():
-    """Baselines, in what users read. The changelog's and the log's former entries stay, and so does the table `rivals`."""
+    """Baselines, in what users read. Former entries of changelog and log stay, and so does the table `rivals`."""
     code = [path for package in ("data", "model_zoo", "tools", "trainer") for path in (ROOT / package).rglob("*.py")]
     recipes = list((ROOT / "model_zoo/recipes").rglob("*.yaml"))
     pages = [page for page in PAGES if page.name != "LOG.md"]
