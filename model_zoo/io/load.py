@@ -9,15 +9,16 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torch import nn
+from torch import Tensor, nn
 
+from model_zoo.conditions import assumed_trained
 from model_zoo.config import TokenizerConfig, TransformerConfig
 from model_zoo.errors import ModelError
 from model_zoo.io.export_format import CONFIG, MODEL, is_export, read_export, weights_in_export
 from model_zoo.io.published_ckpt import is_published, open_published, read_published
 from model_zoo.io.run_layout import checkpoint_step, run_folder
 from model_zoo.io.sharded_tensors import ShardedTensors
-from model_zoo.io.weights import KINDS, SETS, Average, Weights, check_names
+from model_zoo.io.weights import KINDS, SETS, TRAINED, Average, Weights, check_names
 from model_zoo.tokenizer import Tokenizer
 from model_zoo.transformer import Transformer, rope_table
 
@@ -65,6 +66,8 @@ def build_model(found: Weights, kind: str, schema: type, build: Callable[..., Mo
     model = build(config)
     check_names(found.tensors, model.state_dict(), f"{found.origin} does not hold the weights of {found.recipe}: it")
     model.load_state_dict(found.tensors, strict=True, assign=assign)
+    if found.trained_c is not None:
+        model.trained_c = found.trained_c
     return model.eval()
 
 
@@ -178,6 +181,7 @@ def _read_run(checkpoint: Path, kind: str, weights: str) -> Weights:
     try:
         recipe = OmegaConf.to_container(OmegaConf.load(path))
         config, decay = dict(recipe["model"]), (recipe.get("ema") or {}).get("decay")
+        trained_c = _trained_classes(files, recipe) if kind == "generator" else None
     except (OmegaConfBaseException, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
         raise _no_config(str(path), kind, error) from error
     return Weights(
@@ -189,7 +193,16 @@ def _read_run(checkpoint: Path, kind: str, weights: str) -> Weights:
         weights,
         average=Average(decay) if decay else None,
         step=checkpoint_step(checkpoint),
+        trained_c=trained_c,
     )
+
+
+def _trained_classes(files: ShardedTensors, recipe: dict) -> Tensor:
+    """See `model_zoo.conditions`. Runs of earlier versions did not record it."""
+    if TRAINED in files:
+        return files.tensor(TRAINED)
+    classes = recipe["model"].get("classes", TransformerConfig.classes)
+    return assumed_trained(classes, (recipe.get("loss") or {}).get("label_dropout", 0.1))
 
 
 def _missing(files: ShardedTensors, kind: str, weights: str) -> ModelError:

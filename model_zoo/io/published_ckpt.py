@@ -21,7 +21,7 @@ from torch import Tensor
 from model_zoo.config import TokenizerConfig, TransformerConfig
 from model_zoo.discriminator import PatchDiscriminator
 from model_zoo.errors import ModelError
-from model_zoo.io.weights import Average, Weights, check_names
+from model_zoo.io.weights import Average, Weights, check_names, read_trained_classes
 from model_zoo.tokenizer import Tokenizer
 from model_zoo.transformer import Transformer
 
@@ -113,6 +113,7 @@ def read_published(path: Path, kind: str, weights: str) -> Weights:
         part.discriminator_ema or None,
         published.average,
         published.step,
+        read_trained_classes(published.described, config, path) if kind == "generator" else None,
     )
 
 

@@ -1,14 +1,18 @@
 """Weights read from any source, before a model is built from them."""
 
 import textwrap
+from pathlib import Path
 from typing import NamedTuple
 
 from torch import Tensor
 
+from model_zoo.conditions import trained_from
 from model_zoo.errors import ModelError
 
 KINDS = ("tokenizer", "generator")  # kinds of models; prefixes of tensor names in checkpoints
 SETS = ("ema", "raw")  # sets of weights: the exponential moving average, and the trained weights
+# `Weights.trained_c`: its name in a run's checkpoints, and the key of its text in exports and our published files.
+TRAINED, TRAINED_CLASSES = "conditions/trained_c", "trained_classes"
 
 
 class Average(NamedTuple):
@@ -28,6 +32,7 @@ class Weights(NamedTuple):
     weights: which set ``tensors`` is, ``ema`` or ``raw``.
     discriminator_ema: EMA of the discriminator's parameters, which published checkpoints contain and nothing uses.
     average: parameters of the EMA, if known. step: number of training steps, if known.
+    trained_c: of a generator, the trained classes (see `model_zoo.conditions`), if known.
     """
 
     config: dict
@@ -39,6 +44,18 @@ class Weights(NamedTuple):
     discriminator_ema: dict[str, Tensor] | None = None
     average: Average | None = None
     step: int | None = None
+    trained_c: Tensor | None = None
+
+
+def read_trained_classes(about: dict, model: dict, where: str | Path) -> Tensor | None:
+    """`Weights.trained_c` of an export or a published file; None if it does not say. about: what holds
+    TRAINED_CLASSES. model: the generator's configuration. Raises ModelError, which names ``where``."""
+    if TRAINED_CLASSES not in about:
+        return None
+    try:
+        return trained_from(str(about[TRAINED_CLASSES]), int(model["classes"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{where}: {TRAINED_CLASSES}: {error}") from error
 
 
 def check_names(tensors: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
