@@ -16,7 +16,7 @@ from data.evaluation import evaluation_images, evaluation_tokens
 from data.reader import LaneReader, ReadSamples, SampleInfo
 from data.sampler import LaneAssignment, default_lanes, divides
 from data.samples import Skipped, WindowLimit
-from data.sources import Source, check_names, describe, is_among, layout_of, open_shards, open_source
+from data.sources import Source, check_weights, describe, is_among, layout_of, open_shards, open_source
 from data.storage import Timeouts
 from data.stream_state import Totals, add_totals, restore, stream_identity
 from data.tokens import TokenHeader, TokenSpec, TokenTransform, check_tokens, first_header
@@ -299,7 +299,7 @@ def _configs(config: DataConfig) -> list[SourceConfig]:
     if config.train is not None and config.sources:
         raise DataError("data.train and data.sources are both given: leave one out")
     configs = config.sources or [SourceConfig(root=config.train)]
-    check_names(configs)
+    check_weights(configs)
     return configs
 
 

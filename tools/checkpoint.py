@@ -9,7 +9,7 @@ app = typer.Typer(
     help="Import published checkpoints, export models, and describe both.\n\nExample: ibq checkpoint info runs/mine",
     no_args_is_help=True,
 )
-SOURCE = "A run's folder or one of its checkpoints, a published .ckpt, an export, or a name on the model hub."
+SOURCE = "A run's folder or one of its checkpoints, a file of weights (.ckpt, .pt), an export, or a name on the hub."
 
 
 Wanted = Annotated[str, typer.Option(help="all, ema (averages) or raw (as trained).")]

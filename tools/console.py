@@ -10,7 +10,8 @@ import typer
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that replace the recipe's.")]
 Tokenizer = Annotated[
-    Path, typer.Argument(help="A run's folder or one of its checkpoints, a published .ckpt, or an export's folder.")
+    Path,
+    typer.Argument(help="A run or one of its checkpoints, a file of weights (.ckpt, .pt), or an export's folder."),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Weights = Annotated[str, typer.Option(help="ema or raw.")]

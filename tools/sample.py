@@ -9,7 +9,7 @@ from tools.console import BatchSize, Device, counted, progress
 
 Classes = Annotated[
     str | None,
-    typer.Option(metavar="1,2,7-9", help="Classes, or 'none' for unconditional images.  [default: all that were trained]"),
+    typer.Option(metavar="1,2,7-9", help="Classes, or 'none' for no class.  [default: all that were trained]"),
 ]
 Out = Annotated[Path | None, typer.Option(help="Folder of PNGs, FILE.npz or FILE.png.  [default: RUN/sampled]")]
 Schedule = Annotated[str | None, typer.Option(help="constant, linear or cosine.  [default: the run's]")]
