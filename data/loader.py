@@ -19,6 +19,7 @@ from data.samples import Skipped, WindowLimit
 from data.sources import Source, check_weights, describe, is_among, layout_of, open_shards, open_source
 from data.storage import Timeouts
 from data.stream_state import Totals, add_totals, restore, stream_identity
+from data.text import printable
 from data.tokens import TokenHeader, TokenSpec, TokenTransform, check_tokens, first_header
 from data.transforms import TrainingTransform
 from data.workers import LaneDataset, WorkerLoader
@@ -199,7 +200,7 @@ class TrainStream:
 
     def _warn(self, skipped: list[Skipped]) -> None:
         for sample in skipped[: max(0, WARNED_SKIPS - self.warned_skips)]:
-            logger.warning("skipped %s in %s: %s", sample.key, sample.source, sample.reason)
+            logger.warning("skipped %s", printable(f"{sample.key} in {sample.source}: {sample.reason}"))
         if self.warned_skips <= WARNED_SKIPS < self.warned_skips + len(skipped):
             logger.warning("more samples are skipped; further ones are not logged")
         self.warned_skips += len(skipped)
@@ -291,7 +292,7 @@ def open_sources(
     urls = [shard.url for source in sources for shard in source.shards]
     for part in sorted(quarantine):
         if not any(is_among(url, frozenset([part])) for url in urls):
-            logger.warning("data.quarantine names %s, which is not one of the shards", part)
+            logger.warning("data.quarantine names %s, which is not one of the shards", printable(part))
     return sources
 
 

@@ -357,19 +357,24 @@ def doctor() -> None:
 
     with Console(stderr=True).status("checking this machine ..."):
         findings = examine()
+
+    def as_text(text: str, **options) -> Text:
+        # Not `data.text.printable`: the report must work where Python finds another package called `data`.
+        return Text("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text), **options)
+
     colours = {OK: "green", OPTIONAL: "yellow", PROBLEM: "bold red"}
     table = Table(box=None, pad_edge=False)
     for column in ("status", "what", "found"):
         table.add_column(column, overflow="fold")
     for finding in findings:
-        table.add_row(Text(finding.status, style=colours[finding.status]), finding.name, Text(finding.found))
+        table.add_row(Text(finding.status, style=colours[finding.status]), *map(as_text, (finding.name, finding.found)))
     console = Console()
     console.print(table)
     console.print()
     for status in (OPTIONAL, PROBLEM):
         for finding in findings:
             if finding.status == status:
-                line = Text(f"{status}: {finding.name}: {finding.fix}", style=colours[status])
+                line = as_text(f"{status}: {finding.name}: {finding.fix}", style=colours[status])
                 console.print(line, soft_wrap=True)
     problems = sum(finding.status == PROBLEM for finding in findings)
     console.print(f"{problems} problem{'' if problems == 1 else 's'}" if problems else "no problems")

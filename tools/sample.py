@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tools.console import BatchSize, Device, counted, progress
+from tools.console import BatchSize, Device, counted, echo, progress
 
 Classes = Annotated[
     str | None,
@@ -73,7 +73,7 @@ def sample(
     if sampled is None:  # another process prints the result
         return
     if sampled.made:
-        typer.echo(f"{counted(sampled.made, 'image')} sampled, {sampled.images_per_second:,.2f} images/s")
+        echo(f"{counted(sampled.made, 'image')} sampled, {sampled.images_per_second:,.2f} images/s")
     else:
-        typer.echo("all images existed already")
-    typer.echo(f"{counted(sampled.images, 'image')}: {sampled.out}\nreport: {sampled.report}")
+        echo("all images existed already")
+    echo(f"{counted(sampled.images, 'image')}: {sampled.out}\nreport: {sampled.report}")

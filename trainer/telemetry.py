@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from data.text import printable
 from trainer import TrainerError
 from trainer.config import RunConfig
 from trainer.files import os_errors
@@ -106,7 +107,7 @@ class RunTelemetry(Telemetry):
             bars.TimeElapsedColumn(),
             bars.TextColumn("left"),
             bars.TimeRemainingColumn(),
-            bars.TextColumn("{task.fields[text]}"),
+            bars.TextColumn("{task.fields[text]}", markup=False),
             console=self.console,
             disable=not self.console.is_terminal,
         )
@@ -166,7 +167,7 @@ class RunTelemetry(Telemetry):
 
     def say(self, line: str) -> None:
         """Prints one line above the progress bar."""
-        self.console.print(line, highlight=False, soft_wrap=True)
+        self.console.print(printable(line, keep="\n"), highlight=False, markup=False, soft_wrap=True)
 
 
 def _in_words(scalars: dict[str, float]) -> str:

@@ -253,7 +253,7 @@ def _without_wrappers(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]
 
 @lru_cache(maxsize=64)  # a file is opened several times
 def _say_once(message: str) -> None:
-    logger.warning(message)
+    logger.warning("%s", message)
 
 
 def _is_old_format(path: Path) -> bool:
