@@ -18,6 +18,7 @@ from model_zoo.sampler import Sampler, check_conditions, keep_products_in
 from model_zoo.tokenizer import Tokenizer
 from model_zoo.transformer import Transformer
 from trainer import TrainerError
+from trainer.compiler import check_compiler
 from trainer.config import GeneratorRun
 from trainer.evaluation.provenance import environment
 from trainer.jobs.sample_output import SEEDS, SampleOutput
@@ -81,6 +82,8 @@ def sample(
     """
     _check_options(count, batch_size, seed, precision)
     with job_world(device) as world:
+        if compile:
+            run_on_all_ranks(lambda: check_compiler(world.device, "--compile"))
         models = _load_models(common_checkpoint(world, source), weights, tokenizer)
         generator, recipe = models.generator, models.recipe
         settings = Sampling(**{**(asdict(recipe.sampling) if recipe else {}), **(sampling or {})})
