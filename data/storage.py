@@ -73,7 +73,7 @@ def read(url: str, start: int, stop: int, timeouts: Timeouts = DEFAULT_TIMEOUTS)
 
 
 def list_tars(url: str, timeouts: Timeouts = DEFAULT_TIMEOUTS) -> list[str]:
-    """The URLs of the *.tar directly in a folder of a bucket (s3://bucket/folder, gs://bucket), sorted.
+    """The URLs of the *.tar directly in a folder of a bucket (s3://bucket/folder) or of a data set on the hub, sorted.
 
     The whole listing counts as one request. Raises DataError, also if there are none, and for http, which has no
     listings.
