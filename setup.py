@@ -23,7 +23,7 @@ setup(
     install_requires=[
         "torch>=2.11",
         "torchvision",
-        "deepspeed>=0.19,<0.20",  # patch releases have broken runs before: widen only after the tests pass
+        "deepspeed>=0.19.8,<0.20",  # patch releases have broken runs before: widen only after the tests pass
         "webdataset>=1.0.2,<2",
         "fsspec[http]>=2024.6",
         "lpips>=0.1.4",
