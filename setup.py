@@ -32,7 +32,7 @@ setup(
         "omegaconf>=2.3",
         "typer>=0.19",
         "rich>=13",
-        "safetensors>=0.4",
+        "safetensors>=0.4.3",
         "scikit-image>=0.24",
         "scipy>=1.11",
         "matplotlib>=3.8",
