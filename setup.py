@@ -23,16 +23,16 @@ setup(
     install_requires=[
         "torch>=2.11",
         "torchvision",
-        "deepspeed>=0.19,<0.20",  # patch releases have broken runs before: widen only after the tests pass
+        "deepspeed>=0.19.8,<0.20",  # patch releases have broken runs before: widen only after the tests pass
         "webdataset>=1.0.2,<2",
         "fsspec[http]>=2024.6",
         "lpips>=0.1.4",
         "torch-fidelity>=0.4.0",
-        "tensorboard",
+        "tensorboard>=2.21",  # earlier ones import pkg_resources, which setuptools 82 removed
         "omegaconf>=2.3",
         "typer>=0.19",
         "rich>=13",
-        "safetensors>=0.4",
+        "safetensors>=0.4.3",
         "scikit-image>=0.24",
         "scipy>=1.11",
         "matplotlib>=3.8",
@@ -46,9 +46,10 @@ setup(
         "gpu": ["flash-attn>=2.6", "liger-kernel>=0.8.5"],
         "s3": ["s3fs>=2024.6"],
         "gs": ["gcsfs"],
-        "hub": ["huggingface_hub>=0.24"],  # models by their name on the hub
+        "hub": ["huggingface_hub>=0.24"],  # models by their name on the hub, data of hf://
         "test": [
             *("pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "setuptools>=77", "s3fs>=2024.6", "moto[server]>=5"),
+            "huggingface_hub>=0.24",
             "liger-kernel>=0.8.5",  # in Triton's interpreter
         ],
         "dev": ["pre-commit>=3.5"],

@@ -19,6 +19,7 @@ SCHEMES = {
     "https": _HTTP,
     "s3": Scheme("s3fs", "set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, or FSSPEC_S3_ANON=1 for a public bucket"),
     "gs": Scheme("gcsfs", "run `gcloud auth application-default login`, or set FSSPEC_GS_TOKEN=anon (public bucket)"),
+    "hf": Scheme("huggingface_hub", "set HF_TOKEN, and accept the terms of a gated data set on its page"),
 }
 
 _ADDRESS = re.compile(

@@ -17,9 +17,10 @@ from data.evaluation import evaluation_images, evaluation_tokens
 from data.reader import LaneReader, ReadSamples, SampleInfo
 from data.sampler import LaneAssignment, default_lanes, divides
 from data.samples import Skipped, WindowLimit
-from data.sources import Source, check_names, classes_of, describe, is_among, layout_of, open_shards, open_source
+from data.sources import Source, check_weights, classes_of, describe, is_among, layout_of, open_shards, open_source
 from data.storage import Timeouts
 from data.stream_state import Totals, add_totals, restore, stream_identity
+from data.text import printable
 from data.tokens import TokenHeader, TokenSpec, TokenTransform, check_tokens, first_header
 from data.transforms import TrainingTransform
 from data.workers import LaneDataset, WorkerLoader
@@ -203,7 +204,7 @@ class TrainStream:
 
     def _warn(self, skipped: list[Skipped]) -> None:
         for sample in skipped[: max(0, WARNED_SKIPS - self.warned_skips)]:
-            logger.warning("skipped %s in %s: %s", sample.key, sample.source, sample.reason)
+            logger.warning("skipped %s", printable(f"{sample.key} in {sample.source}: {sample.reason}"))
         if self.warned_skips <= WARNED_SKIPS < self.warned_skips + len(skipped):
             logger.warning("more samples are skipped; further ones are not logged")
         self.warned_skips += len(skipped)
@@ -306,7 +307,7 @@ def open_sources(
     urls = [shard.url for source in sources for shard in source.shards]
     for part in sorted(quarantine):
         if not any(is_among(url, frozenset([part])) for url in urls):
-            logger.warning("data.quarantine names %s, which is not one of the shards", part)
+            logger.warning("data.quarantine names %s, which is not one of the shards", printable(part))
     return sources
 
 
@@ -314,7 +315,7 @@ def _configs(config: DataConfig) -> list[SourceConfig]:
     if config.train is not None and config.sources:
         raise DataError("data.train and data.sources are both given: leave one out")
     configs = config.sources or [SourceConfig(root=config.train)]
-    check_names(configs)
+    check_weights(configs)
     return configs
 
 

@@ -1,4 +1,4 @@
-"""Requests to object stores (http, https, s3, gs): one request each, and what its answer or failure means.
+"""Requests to object stores (http, https, s3, gs, hf): one request each, and what its answer or failure means.
 
 Every failure ends in a `TransientError` (a retry may help) or a DataError. Error messages never contain the text of the
 libraries' exceptions, which quote whole addresses with their secrets.
@@ -6,6 +6,7 @@ libraries' exceptions, which quote whole addresses with their secrets.
 
 import asyncio
 import concurrent.futures
+import functools
 import logging
 import os
 import re
@@ -21,6 +22,19 @@ from data.errors import DataError
 logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
+
+LOGGERS = (
+    "fsspec",
+    "aiohttp",
+    "s3fs",
+    "aiobotocore",
+    "botocore",
+    "gcsfs",
+    "google",
+    "urllib3",
+    "huggingface_hub",
+    "httpx",
+)
 
 
 class TransientError(Exception):
@@ -103,6 +117,7 @@ def _connect(scheme: str, loop: asyncio.AbstractEventLoop) -> Any:
             }
         },
         "gs": {"session_kwargs": {"trust_env": True}},
+        "hf": {"endpoint": os.environ.get("HF_ENDPOINT")},
     }.get(scheme, {"client_kwargs": {"trust_env": True}})
     try:
         filesystem = fsspec.filesystem(scheme, loop=loop, skip_instance_cache=True, use_listings_cache=False, **options)
@@ -112,7 +127,7 @@ def _connect(scheme: str, loop: asyncio.AbstractEventLoop) -> Any:
     if scheme == "s3":
         filesystem.retries = 1
     # Their logs contain whole addresses and headers; failures reach us as exceptions anyway.
-    for name in ("fsspec", "aiohttp", "s3fs", "aiobotocore", "botocore", "gcsfs", "google", "urllib3"):
+    for name in LOGGERS:
         logging.getLogger(name).setLevel(logging.CRITICAL)
     return filesystem
 
@@ -134,7 +149,7 @@ class Answer(NamedTuple):
 def request_range(url: str, start: int, stop: int, seconds: float) -> Answer:
     """One request for the bytes start to stop. Raises TransientError or DataError."""
     scheme = scheme_of(url)
-    get = {"s3": _get_s3, "gs": _get_gs}.get(scheme, _get_http)
+    get = _get_s3 if scheme == "s3" else _get_http
     return client().run(url, get(client().filesystem(scheme), url, start, stop), seconds)
 
 
@@ -157,17 +172,34 @@ def download_whole(url: str, file: BinaryIO, seconds_left: Callable[[], float]) 
         ours.loop.call_soon_threadsafe(answer.close)
 
 
+class _Place(NamedTuple):
+    """Where the bytes of an object are requested over HTTP. session: aiohttp's."""
+
+    session: Any
+    address: Any
+    headers: dict
+
+
+async def _place(filesystem: Any, url: str) -> _Place:
+    scheme = scheme_of(url)
+    if scheme == "gs":
+        await filesystem._set_session()
+        return _Place(filesystem.session, _unchanged(filesystem.url(url)), filesystem._get_headers({}))
+    if scheme == "hf":
+        from huggingface_hub import hf_hub_url
+        from huggingface_hub.utils import build_hf_headers
+
+        # It asks once for each repository whether the revision exists.
+        found = await asyncio.get_running_loop().run_in_executor(None, filesystem.resolve_path, url)
+        where = {"repo_type": found.repo_type, "revision": found.revision, "endpoint": filesystem.endpoint}
+        address = hf_hub_url(found.repo_id, found.path_in_repo, **where)
+        session = await client().filesystem("https").set_session()
+        return _Place(session, _unchanged(address), build_hf_headers(token=filesystem.token))
+    return _Place(await filesystem.set_session(), _unchanged(url), {})
+
+
 async def _get_http(filesystem: Any, url: str, start: int, stop: int) -> Answer:
-    return await _get(await filesystem.set_session(), _unchanged(url), {}, url, start, stop)
-
-
-async def _get_gs(filesystem: Any, url: str, start: int, stop: int) -> Answer:
-    await filesystem._set_session()
-    address, headers = _unchanged(filesystem.url(url)), filesystem._get_headers({})
-    return await _get(filesystem.session, address, headers, url, start, stop)
-
-
-async def _get(session: Any, address: Any, headers: dict, url: str, start: int, stop: int) -> Answer:
+    session, address, headers = await _place(filesystem, url)
     headers = {**headers, **_UNCOMPRESSED, "Range": f"bytes={start}-{stop - 1}"}
     async with session.get(address, headers=headers, timeout=_no_time_limit()) as answer:
         return await _parse_answer(url, answer.status, answer.headers, answer.read, start, stop)
@@ -191,12 +223,15 @@ async def _list(filesystem: Any, url: str) -> list[dict]:
     path = url.split("://", 1)[1].rstrip("/")
     if url.lower().startswith("s3:"):
         return await filesystem._lsdir(path, refresh=True)  # s3fs' own `_ls` takes a failure for an empty folder
+    if url.lower().startswith("hf:"):  # the only one that is not asynchronous
+        ls = functools.partial(filesystem.ls, path, detail=True, refresh=True)
+        return await asyncio.get_running_loop().run_in_executor(None, ls)
     return await filesystem._ls(path, detail=True, refresh=True)
 
 
 async def _open(filesystem: Any, url: str) -> Any:
-    session = await filesystem.set_session()
-    answer = await session.get(_unchanged(url), headers=_UNCOMPRESSED, timeout=_no_time_limit())
+    session, address, headers = await _place(filesystem, url)
+    answer = await session.get(address, headers={**headers, **_UNCOMPRESSED}, timeout=_no_time_limit())
     if answer.status != 200:
         answer.close()
         raise _error_from_status(url, answer.status)
@@ -291,6 +326,9 @@ def _error_from_exception(url: str, error: Exception) -> Exception:
         return _error_from_status(url, _status(response), code if re.fullmatch(r"[A-Za-z.]{1,64}", code) else "")
     if "HttpError" in names and str(getattr(error, "code", "")).isdigit():  # of gcsfs, as are the next two
         return _error_from_status(url, int(error.code))
+    for one in (error, error.__cause__):
+        if "HfHubHTTPError" in [kind.__name__ for kind in type(one).__mro__]:
+            return _error_from_status(url, one.response.status_code)
     if isinstance(error, FileNotFoundError):
         return _error_from_status(url, 404)
     if isinstance(error, PermissionError) or str(error).startswith("Forbidden"):

@@ -372,7 +372,7 @@ def _index(config: SourceConfig, root: str) -> Index | None:
     return Index(beside) if root and not is_remote(root) and beside.is_file() else None
 
 
-def check_names(configs: list[SourceConfig]) -> None:
+def check_weights(configs: list[SourceConfig]) -> None:
     """Raises DataError unless the sources have different, valid names."""
     names = [config.name for config in configs]
     for name in names:

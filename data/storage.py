@@ -16,6 +16,7 @@ from typing import NamedTuple, TypeVar
 from data.addresses import is_http, is_remote, redacted, scheme_of
 from data.errors import DataError
 from data.object_store import Answer, TransientError, client, request_listing, request_range
+from data.text import printable
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ def read(url: str, start: int, stop: int, timeouts: Timeouts = DEFAULT_TIMEOUTS)
 
 
 def list_tars(url: str, timeouts: Timeouts = DEFAULT_TIMEOUTS) -> list[str]:
-    """The URLs of the *.tar directly in a folder of a bucket (s3://bucket/folder, gs://bucket), sorted.
+    """The URLs of the *.tar directly in a folder of a bucket (s3://bucket/folder) or of a data set on the hub, sorted.
 
     The whole listing counts as one request. Raises DataError, also if there are none, and for http, which has no
     listings.
@@ -125,7 +126,7 @@ def retry(url: str, timeouts: Timeouts, attempt: Callable[[Callable[[], float]],
         if left < FIRST_WAIT_SECONDS:
             break
         wait = min(_wait_seconds(url, tries), left / 2)  # leave time for one more try
-        logger.warning("%s: %s; try %d follows in %.1f s", redacted(url), reason, tries + 1, wait)
+        logger.warning("%s: %s; try %d follows in %.1f s", printable(redacted(url)), printable(reason), tries + 1, wait)
         time.sleep(wait)
     raise DataError(
         f"cannot read {redacted(url)}: {reason} ({tries} {'try' if tries == 1 else 'tries'} in {passed:.1f} s); "

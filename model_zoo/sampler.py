@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from model_zoo.conditions import describe_classes
 from model_zoo.config import Sampling
 from model_zoo.errors import ModelError
 from model_zoo.transformer import BlockCache, DecodePosition, Head, Transformer
@@ -58,6 +59,23 @@ def uniform(seed: int, tokens: int) -> Tensor:
 
     # Not torch's generator, which on the CPU uses only the lower 32 bits of a seed.
     return torch.from_numpy(np.random.Generator(np.random.Philox(seed)).random(tokens))
+
+
+def check_conditions(transformer: Transformer, class_b: Tensor, settings: Sampling) -> None:
+    """Raises ModelError if these samples would use a row of the class table that was never trained."""
+    if (trained_c := transformer.trained_c) is None:
+        return
+    trained_c, classes = trained_c.cpu(), transformer.config.classes
+    trained = describe_classes(trained_c) or "nothing"
+    for label in class_b.tolist():
+        if not trained_c[label]:
+            what = "without a class" if label == classes else f"with class {label}"
+            raise ModelError(f"the generator was never trained {what}: choose --classes among {trained}")
+    if settings.guidance != 1 and not trained_c[classes] and len(class_b):
+        raise ModelError(
+            f"guidance {settings.guidance:g} needs a generator that was also trained without a class, by "
+            "loss.label_dropout, and this one was not: use guidance 1 (--guidance 1, or sampling.guidance=1)"
+        )
 
 
 class SamplerState(NamedTuple):
@@ -146,7 +164,8 @@ class Sampler:
         """Samples codes, int64 ``(b, rows, columns)``, b up to ``batch_size``.
 
         class_b: classes; ``config.classes`` means no class. seeds: one per image, from 0 to below 2^64. beat: called
-        after every position. Raises ModelError for bad arguments and for logits that are not finite.
+        after every position. Raises ModelError for bad arguments, for classes and guidance that were never trained, and
+        for logits that are not finite.
         """
         config, images = self.transformer.config, len(class_b)
         if not images == len(seeds) <= self.batch_size:
@@ -155,6 +174,7 @@ class Sampler:
             raise ModelError(f"classes must lie in [0, {config.classes}], where {config.classes} means no class")
         if self.transformer.training:
             raise ModelError("the generator is in training mode and would apply dropout: call eval() first")
+        check_conditions(self.transformer, class_b, settings)
         if settings != self.settings:
             self._begin(settings)
         state = self.state

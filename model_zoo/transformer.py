@@ -72,6 +72,7 @@ class Transformer(nn.Module):
         if len(config.grid) != 2:
             raise ModelError(f"model.grid={config.grid} must be rows and columns")
         self.config = config
+        self.trained_c: Tensor | None = None  # see `model_zoo.conditions`; None: not known
         width = config.width
         if config.embedding == "codebook":
             self.tok_emb = CodebookEmbedding(config.vocabulary, config.code_dim, width)

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from model_zoo import ModelError, Tokenizer, TokenizerConfig, Transformer, TransformerConfig
 from model_zoo.io.sharded_tensors import save_shards, whole_tensor
+from model_zoo.io.weights import TRAINED
 from model_zoo.quantizers.base import Quantizer
 from model_zoo.quantizers.registry import QUANTIZERS
 
@@ -78,6 +79,8 @@ def write_checkpoint(folder: Path, *, ranks: int = 1, **models: nn.Module) -> No
     folder.mkdir(parents=True, exist_ok=True)
     states = {kind: model.state_dict() for kind, model in models.items()}
     shards = [whole_tensor(f"{kind}/{name}", value) for kind, state in states.items() for name, value in state.items()]
+    if (trained_c := getattr(models.get("generator"), "trained_c", None)) is not None:
+        shards.append(whole_tensor(TRAINED, trained_c))
     for rank in range(ranks):
         save_shards(folder / f"rank_{rank:05d}.safetensors", [shard.part(rank, ranks) for shard in shards])
 

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from tools.console import Overrides
+from tools.console import Overrides, echo
 
 
 def ablate(
@@ -59,13 +59,13 @@ def ablate(
     commands = [list(_commands(cell, launcher, judge, options)) for cell in cells]
     if dry_run:
         for command in itertools.chain(*commands):
-            typer.echo(shlex.join(command))
+            echo(shlex.join(command))
         return
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     for number, (cell, of_cell) in enumerate(zip(cells, commands, strict=True), start=1):
         for command in of_cell:
-            typer.echo(f"[{number}/{len(cells)}] {shlex.join(command)}")
+            echo(f"[{number}/{len(cells)}] {shlex.join(command)}")
             if status := subprocess.run(command, check=False).returncode:
                 raise TrainerError(f"row {cell.row!r}, seed {cell.seed}, ended with status {status}: see above")
         if of_cell:
@@ -73,7 +73,7 @@ def ablate(
                 jobs.mark_evaluated(cell, judge)
     with writing(out):
         written = jobs.write_table(ablation, [cell for cell in table_cells if jobs.is_evaluated(cell, judge)], out)
-    typer.echo("\n".join([written[1].read_text(), *map(str, written)]))
+    echo("\n".join([written[1].read_text(), *map(str, written)]))
 
 
 def _commands(cell, launcher: list[str], judge: str, options: list[str]) -> Iterator[list[str]]:

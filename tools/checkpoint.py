@@ -5,11 +5,13 @@ from typing import Annotated, Literal
 
 import typer
 
+from tools.console import echo
+
 app = typer.Typer(
     help="Import published checkpoints, export models, and describe both.\n\nExample: ibq checkpoint info runs/mine",
     no_args_is_help=True,
 )
-SOURCE = "A run's folder or one of its checkpoints, a published .ckpt, an export, or a name on the model hub."
+SOURCE = "A run's folder or one of its checkpoints, a file of weights (.ckpt, .pt), an export, or a name on the hub."
 
 
 Wanted = Annotated[str, typer.Option(help="all, ema (averages) or raw (as trained).")]
@@ -68,19 +70,19 @@ def info_command(
         import json as to_json
 
         plain = {**found._asdict(), "models": [model._asdict() for model in found.models]}
-        return typer.echo(to_json.dumps(plain, indent=1))
-    typer.echo(f"{found.checkpoint}: {found.layout}")
+        return echo(to_json.dumps(plain, indent=1))
+    echo(f"{found.checkpoint}: {found.layout}")
     for model in found.models:
         beside = ", a discriminator beside them" if model.discriminator else ""
-        typer.echo(f"{model.kind}: {model.parameters:,} parameters, fingerprint {model.fingerprint}")
-        typer.echo(f"  weights: {' and '.join(model.weights)}{beside}")
-        typer.echo(f"  step: {'unknown' if model.step is None else f'{model.step:,}'}")
-        typer.echo(f"  {', '.join(f'{key}={value}' for key, value in model.config.items())}")
+        echo(f"{model.kind}: {model.parameters:,} parameters, fingerprint {model.fingerprint}")
+        echo(f"  weights: {' and '.join(model.weights)}{beside}")
+        echo(f"  step: {'unknown' if model.step is None else f'{model.step:,}'}")
+        echo(f"  {', '.join(f'{key}={value}' for key, value in model.config.items())}")
     if found.made_of:
-        typer.echo(f"made of: {found.made_of}")
-    typer.echo(f"verified: {found.verified}" if found.verified else f"no hashes in it; sha256 {found.sha256}")
+        echo(f"made of: {found.made_of}")
+    echo(f"verified: {found.verified}" if found.verified else f"no hashes in it; sha256 {found.sha256}")
 
 
 def _print(made) -> None:
     for line in (*made.summary, f"written: {made.out}"):
-        typer.echo(line)
+        echo(line)

@@ -44,6 +44,9 @@ def main(arguments: list[str] | None = None) -> None:
     if arguments[:1] != ["doctor"]:  # which reports shadowed packages itself
         for shadow in doctor.shadowed_packages():
             _fail(f"Python imports {shadow.file} as `{shadow.package}` instead of ibq's package: {shadow.fix}")
+        from data.text import accept_all_names  # only now it is known that `data` is ours
+
+        accept_all_names()
     try:
         sys.exit(app(arguments or ["--help"], prog_name="ibq", standalone_mode=False))
     except UsageError as error:
@@ -51,18 +54,24 @@ def main(arguments: list[str] | None = None) -> None:
         if message.startswith("Usage:"):  # a group or command without arguments: the message is its help
             print(message, file=sys.stderr)
             sys.exit(2)
-        _fail(f"{message.rstrip('.')} (see `{error.ctx.command_path} --help`)")
+        _fail(f"{_printable(message).rstrip('.')} (see `{error.ctx.command_path} --help`)")
     except (KeyboardInterrupt, typer.Abort):
         sys.exit(130)
     except Exception as error:
         watchdog = sys.modules.get("trainer.watchdog")
         if watchdog and isinstance(error, watchdog.Stopped):
-            sys.stderr.write(f"ibq: {error}\n")
+            sys.stderr.write(f"ibq: {_printable(str(error))}\n")
             sys.exit(error.status)
         imported = [(sys.modules[package], name) for package, name in USER_ERRORS if package in sys.modules]
         if not any(isinstance(error, getattr(package, name)) for package, name in imported):
             raise
-        _fail(str(error))
+        _fail(_printable(str(error)))
+
+
+def _printable(text: str) -> str:
+    """See `data.text`, which `ibq doctor` does without: Python may find another package called `data`."""
+    text_module = sys.modules.get("data.text")
+    return text_module.printable(text) if text_module else text
 
 
 def _fail(message: str) -> None:

@@ -1,5 +1,6 @@
 """What commands share: options, and how they print progress, tables and counts."""
 
+import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -10,7 +11,8 @@ import typer
 
 Overrides = Annotated[list[str] | None, typer.Argument(metavar="KEY=VALUE", help="Settings that replace the recipe's.")]
 Tokenizer = Annotated[
-    Path, typer.Argument(help="A run's folder or one of its checkpoints, a published .ckpt, or an export's folder.")
+    Path,
+    typer.Argument(help="A run or one of its checkpoints, a file of weights (.ckpt, .pt), or an export's folder."),
 ]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Weights = Annotated[str, typer.Option(help="ema or raw.")]
@@ -30,8 +32,11 @@ def progress(what: str, lines: bool = True) -> Iterator[Callable[..., None]]:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
+    from data.text import printable
+
+    what = printable(what)
     console, printed, drawn = Console(stderr=True), time.monotonic(), 0.0
-    columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    columns = TextColumn("{task.description}", markup=False), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     hidden = not console.is_terminal
     # Without auto_refresh no thread draws: some commands fork processes meanwhile.
     with Progress(*columns, console=console, transient=True, disable=hidden, auto_refresh=False) as bar:
@@ -39,7 +44,7 @@ def progress(what: str, lines: bool = True) -> Iterator[Callable[..., None]]:
 
         def show(done: int, total: int | None, more: str = "") -> None:
             nonlocal printed, drawn
-            now, more = time.monotonic(), f", {more}" if more else ""
+            now, more = time.monotonic(), f", {printable(more)}" if more else ""
             refresh = now > drawn + REDRAW_SECONDS
             drawn = now if refresh else drawn
             bar.update(task, completed=done, total=total or None, description=f"{what}{more}", refresh=refresh)
@@ -54,13 +59,24 @@ def print_table(title: str, rows: list[list[str]]) -> None:
     """Rows of text, headings first; the first column is aligned to the left. Asterisks around a cell are removed."""
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
-    table = Table(title=title)
+    from data.text import printable
+
+    table = Table(title=Text(printable(title)))
     for number, heading in enumerate(rows[0]):
-        table.add_column(heading, justify="right" if number else "left")
+        table.add_column(Text(printable(heading)), justify="right" if number else "left")
     for row in rows[1:]:
-        table.add_row(*(cell.strip("*") for cell in row))
+        table.add_row(*(Text(printable(cell.strip("*"))) for cell in row))
     Console().print(table)
+
+
+def echo(text: str = "", nl: bool = True, err: bool = False) -> None:
+    """Prints lines, with names made `printable`."""
+    from data.text import printable
+
+    # Not typer's: for a terminal that knows ASCII only it writes UTF-8.
+    print(printable(text, keep="\n\t"), end="\n" * nl, file=sys.stderr if err else sys.stdout, flush=True)
 
 
 def counted(number: int, what: str) -> str:

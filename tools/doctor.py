@@ -3,13 +3,16 @@
 Checks import what they need: `tools.cli` calls `shadowed_packages` at every start, which must be quick.
 """
 
+import contextlib
 import importlib.util
 import os
 import platform
 import shlex
 import shutil
+import socket
 import sys
 import sysconfig
+import threading
 import time
 from collections.abc import Callable, Iterator
 from importlib import metadata
@@ -21,6 +24,7 @@ import typer
 PACKAGES = ("trainer", "model_zoo", "data", "tools", "ds_configs")
 ROOT = Path(__file__).resolve().parent.parent
 STALE_LOCK_SECONDS = 15 * 60
+LOOK_UP_SECONDS = 5.0
 GIB = 2**30
 
 OK, OPTIONAL, PROBLEM = "ok", "optional", "problem"
@@ -130,17 +134,35 @@ def check_machine() -> Iterator[Finding]:
         yield condition("shared memory", free_bytes > GIB, found, fix, otherwise=OPTIONAL)
 
 
+def check_host_name() -> Iterator[Finding]:
+    """torchrun looks up the machine's own name and waits for minutes if it has no address, even on one machine."""
+    name, found = socket.gethostname(), []
+
+    def look_up() -> None:
+        with contextlib.suppress(OSError):
+            found.append(socket.getaddrinfo(name, None)[0][4][0])
+
+    thread = threading.Thread(target=look_up, daemon=True)  # a name server that does not answer takes long
+    thread.start()
+    thread.join(LOOK_UP_SECONDS)
+    fix = (
+        f"torchrun would wait for minutes: use torchrun --local-addr 127.0.0.1, or add '127.0.0.1 {name}' to /etc/hosts"
+    )
+    yield condition("host name", bool(found), f"{name} is {found[0] if found else 'not resolved to an address'}", fix)
+
+
 def check_compiler() -> Iterator[Finding]:
-    """DeepSpeed on CPU compiles its shared-memory all-reduce at first use, and needs all three."""
+    """DeepSpeed on CPU compiles its shared-memory all-reduce at first use, and needs all three. It calls CXX or c++,
+    torch.compile CXX or g++."""
     import torch
 
     missing = OPTIONAL if torch.cuda.is_available() else PROBLEM
     without = "DeepSpeed on CPU and torch.compile need it"
 
-    command = os.environ.get("CXX", "c++")
-    compiler = shutil.which(command)
-    fix = f"{without}: install a C++ compiler (Debian: apt install g++)"
-    yield condition("C++ compiler", bool(compiler), compiler or f"{command} is not on PATH", fix, missing)
+    for command in [os.environ["CXX"]] if "CXX" in os.environ else ["c++", "g++"]:
+        compiler = shutil.which(command)
+        fix = f"{without}: install a C++ compiler (Debian: apt install g++), or set CXX to one"
+        yield condition("C++ compiler", bool(compiler), compiler or f"{command} is not on PATH", fix, missing)
 
     header = Path(sysconfig.get_path("include"), "Python.h")
     present = header.is_file()
@@ -234,18 +256,20 @@ def check_deepspeed() -> Iterator[Finding]:
     yield Finding("DeepSpeed runs on", OK, f"{accelerator.device_name()} by {accelerator.communication_backend_name()}")
 
 
+APEX = "on NVIDIA GPUs the optimizer is apex's FusedAdam if it has its kernels, otherwise PyTorch's fused AdamW"
+
+
 def check_apex() -> Iterator[Finding]:
     """NVIDIA's apex has `apex/optimizers` and, if built with its kernels, the module `amp_C`; PyPI's has neither."""
     warning = "`pip install apex` is another project, a toolkit for the Pyramid web framework"
     spec = importlib.util.find_spec("apex")
     if spec is None:
-        fix = f"not needed: ibq does not use it yet. {warning}; NVIDIA's is built from github.com/NVIDIA/apex"
+        fix = f"{APEX}. {warning}; NVIDIA's is built from github.com/NVIDIA/apex"
         yield Finding("apex", OPTIONAL, "not installed", fix)
     elif not any(Path(folder, "optimizers").is_dir() for folder in spec.submodule_search_locations or []):
         yield Finding("apex", PROBLEM, f"{spec.origin} is not NVIDIA's: {warning}", "pip uninstall apex")
     elif importlib.util.find_spec("amp_C") is None:
-        fix = "not needed: ibq does not use it yet"
-        yield Finding("apex", OPTIONAL, "NVIDIA's, without its kernels (no module amp_C)", fix)
+        yield Finding("apex", OPTIONAL, "NVIDIA's, without its kernels (no module amp_C)", APEX)
     else:
         yield Finding("apex", OK, f"NVIDIA's, with its kernels, at {Path(spec.origin).parent}")
 
@@ -321,6 +345,7 @@ def stale_locks(extensions: Path) -> Iterator[Finding]:
 CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     check_python,
     check_machine,
+    check_host_name,
     check_package_names,
     check_requirements,
     check_torch,
@@ -357,19 +382,24 @@ def doctor() -> None:
 
     with Console(stderr=True).status("checking this machine ..."):
         findings = examine()
+
+    def as_text(text: str, **options) -> Text:
+        # Not `data.text.printable`: the report must work where Python finds another package called `data`.
+        return Text("".join(c if c.isprintable() else ascii(c)[1:-1] for c in text), **options)
+
     colours = {OK: "green", OPTIONAL: "yellow", PROBLEM: "bold red"}
     table = Table(box=None, pad_edge=False)
     for column in ("status", "what", "found"):
         table.add_column(column, overflow="fold")
     for finding in findings:
-        table.add_row(Text(finding.status, style=colours[finding.status]), finding.name, Text(finding.found))
+        table.add_row(Text(finding.status, style=colours[finding.status]), *map(as_text, (finding.name, finding.found)))
     console = Console()
     console.print(table)
     console.print()
     for status in (OPTIONAL, PROBLEM):
         for finding in findings:
             if finding.status == status:
-                line = Text(f"{status}: {finding.name}: {finding.fix}", style=colours[status])
+                line = as_text(f"{status}: {finding.name}: {finding.fix}", style=colours[status])
                 console.print(line, soft_wrap=True)
     problems = sum(finding.status == PROBLEM for finding in findings)
     console.print(f"{problems} problem{'' if problems == 1 else 's'}" if problems else "no problems")

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tools.console import BatchSize, Device, Tokenizer, Weights, counted, print_table, progress
+from tools.console import BatchSize, Device, Tokenizer, Weights, counted, echo, print_table, progress
 
 if TYPE_CHECKING:
     from trainer.evaluation.generation_report import EvaluatedGeneration
@@ -167,7 +167,7 @@ def reconstruction(
         return
     print_reconstruction(evaluated)
     if evaluated.json_path == run / RUN_REPORT:
-        typer.echo(f"report: {write_report(run)}")
+        echo(f"report: {write_report(run)}")
 
 
 def print_reconstruction(evaluated: "EvaluatedRun") -> None:
@@ -178,23 +178,23 @@ def print_reconstruction(evaluated: "EvaluatedRun") -> None:
     report = evaluated.report
     title = f"Reconstruction of {report.image_count:,} images, {describe_crop(evaluated.provenance)}"
     print_table(f"{title} (protocol: {report.protocol})", figure_rows(report))
-    typer.echo(_describe_palette(report.codebook_size, report.downsampling_factor))
+    echo(_describe_palette(report.codebook_size, report.downsampling_factor))
     if evaluated.provenance["recipe"] and len(evaluated.comparison) > 2:
         print_table("Beside published results", evaluated.comparison)
         for difference in evaluated.differences:
-            typer.echo(f"differs from the published protocol: {difference}")
+            echo(f"differs from the published protocol: {difference}")
     _print_warnings(evaluated.warnings)
     for measure, reason in report.not_measured.items():
-        typer.echo(f"{MEASURES[measure].title} was not measured: {reason}")
+        echo(f"{MEASURES[measure].title} was not measured: {reason}")
     if report.infinite_psnr_count:
         exact = counted(report.infinite_psnr_count, "image")
-        typer.echo(f"{exact} reconstructed exactly; their infinite PSNR is left out of the mean.")
+        echo(f"{exact} reconstructed exactly; their infinite PSNR is left out of the mean.")
     if report.skipped:
         skipped = counted(len(report.skipped), "image")
-        typer.echo(f"{skipped} skipped (unreadable or too small), the first: {report.skipped[0]}")
-    typer.echo(f"seconds: {describe_seconds(evaluated.provenance['seconds'])}")
-    typer.echo(f"numbers: {evaluated.json_path}\ntable: {evaluated.markdown_path}")
-    typer.echo(f"images: {', '.join(map(str, evaluated.grids.values()))}")
+        echo(f"{skipped} skipped (unreadable or too small), the first: {report.skipped[0]}")
+    echo(f"seconds: {describe_seconds(evaluated.provenance['seconds'])}")
+    echo(f"numbers: {evaluated.json_path}\ntable: {evaluated.markdown_path}")
+    echo(f"images: {', '.join(map(str, evaluated.grids.values()))}")
 
 
 def _describe_palette(codes: int, factor: int) -> str:
@@ -212,21 +212,23 @@ def print_generation(evaluated: "EvaluatedGeneration") -> None:
     report = evaluated.report
     print_table(f"{report.sample_count:,} samples (protocol: {report.protocol})", evaluated.comparison)
     if report.inception_score is not None:
-        typer.echo(f"standard deviation of the Inception score over its splits: {report.inception_score_std:.2f}")
-    typer.echo(f"gFID's reference: {report.reference_statistics}")
+        echo(f"standard deviation of the Inception score over its splits: {report.inception_score_std:.2f}")
+    echo(f"gFID's reference: {report.reference_statistics}")
     _print_warnings(report.warnings)
     for measure, reason in report.not_measured.items():
-        typer.echo(f"{measure} was not measured: {reason}")
-    typer.echo(f"numbers: {evaluated.json_path}\ntable: {evaluated.markdown_path}")
+        echo(f"{measure} was not measured: {reason}")
+    echo(f"numbers: {evaluated.json_path}\ntable: {evaluated.markdown_path}")
 
 
 def print_sweep(swept: "Sweep") -> None:
     """A row for each setting, warnings, and where the files are."""
     print_table(f"{swept.evaluated[0].report.sample_count:,} samples for each setting", swept.table)
     _print_warnings([warning for one in swept.evaluated for warning in one.report.warnings])
-    typer.echo(f"chart: {swept.chart_path}\nnumbers: {swept.json_path}\ntable: {swept.markdown_path}")
+    echo(f"chart: {swept.chart_path}\nnumbers: {swept.json_path}\ntable: {swept.markdown_path}")
 
 
 def _print_warnings(warnings: list[str]) -> None:
+    from data.text import printable
+
     for warning in dict.fromkeys(warnings):
-        typer.secho(f"warning: {warning}", fg="yellow")
+        typer.secho(f"warning: {printable(warning)}", fg="yellow")

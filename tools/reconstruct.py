@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tools.console import BatchSize, Device, Tokenizer, Weights, counted, progress
+from tools.console import BatchSize, Device, Tokenizer, Weights, counted, echo, progress
 
 
 def reconstruct(
@@ -45,5 +45,5 @@ def reconstruct(
             on_progress=on_progress,
         )
     if written.skipped:
-        typer.echo(f"{counted(len(written.skipped), 'image')} skipped (unreadable), the first: {written.skipped[0]}")
-    typer.echo(f"{counted(written.image_count, 'image')} in {out}; overview of the first: {written.overview_path}")
+        echo(f"{counted(len(written.skipped), 'image')} skipped (unreadable), the first: {written.skipped[0]}")
+    echo(f"{counted(written.image_count, 'image')} in {out}; overview of the first: {written.overview_path}")

@@ -5,11 +5,11 @@ from typing import Annotated
 
 import typer
 
-from tools.console import BatchSize, Device, counted, progress
+from tools.console import BatchSize, Device, counted, echo, progress
 
 Classes = Annotated[
     str | None,
-    typer.Option(metavar="1,2,7-9", help="Classes, or 'none' for unconditional images.  [default: all]"),
+    typer.Option(metavar="1,2,7-9", help="Classes, or 'none' for no class.  [default: all that were trained]"),
 ]
 Out = Annotated[Path | None, typer.Option(help="Folder of PNGs, FILE.npz or FILE.png.  [default: RUN/sampled]")]
 Schedule = Annotated[str | None, typer.Option(help="constant, linear or cosine.  [default: the run's]")]
@@ -73,7 +73,7 @@ def sample(
     if sampled is None:  # another process prints the result
         return
     if sampled.made:
-        typer.echo(f"{counted(sampled.made, 'image')} sampled, {sampled.images_per_second:,.2f} images/s")
+        echo(f"{counted(sampled.made, 'image')} sampled, {sampled.images_per_second:,.2f} images/s")
     else:
-        typer.echo("all images existed already")
-    typer.echo(f"{counted(sampled.images, 'image')}: {sampled.out}\nreport: {sampled.report}")
+        echo("all images existed already")
+    echo(f"{counted(sampled.images, 'image')}: {sampled.out}\nreport: {sampled.report}")

@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from tools import shards_text
-from tools.console import progress
+from tools.console import echo, progress
 
 NAMED = 10  # images of a list that are printed
 STDOUT = "-"
@@ -86,9 +86,9 @@ def pack(
             shuffle=shuffle,
             progress=on_progress,
         )
-    typer.echo(f"packed {report.samples} images into {len(report.shards)} tars in {out}")
+    echo(f"packed {report.samples} images into {len(report.shards)} tars in {out}")
     if layout == "imagenet" and classes is None:
-        typer.echo(f"numbered the class folders in sorted order; pack other splits with --classes {out}/classes.json")
+        echo(f"numbered the class folders in sorted order; pack other splits with --classes {out}/classes.json")
     _print_names(
         "skipped {} that cannot be read", [f"{skipped.source}: {skipped.reason}" for skipped in report.skipped]
     )
@@ -161,9 +161,9 @@ def check(
     find_duplicates(found)
     if known:
         found += missing_shards(found, known)
-    say = functools.partial(typer.echo, err=json_file == STDOUT)
+    say = functools.partial(echo, err=json_file == STDOUT)
     for text in shards_text.problems(found):
-        say(text)
+        typer.echo(text, err=json_file == STDOUT)  # in colours, on a terminal
     whole = [checked for checked in found if checked.table is not None]
     if write and whole and (skip_broken or len(whole) == len(found)):
         write_index(place, *zip(*((checked.url, checked.table, checked.sha256) for checked in whole), strict=True))
@@ -214,7 +214,7 @@ def stats(
         opened = open_source(config, scan_all=True, progress=on_progress)
     with progress("counting", lines=False) as on_progress:
         counted = count(opened, samples, jobs or cores(), on_progress, decode_images=decode)
-    say = functools.partial(typer.echo, err=json_file == STDOUT)
+    say = functools.partial(echo, err=json_file == STDOUT)
     title = shards_text.title(paths, len(opened.shards), opened.samples, counted)
     for line in [title, *shards_text.summary(counted, opened.layout.fields)]:
         say(line)
@@ -258,7 +258,7 @@ def _write_json(place: str | None, content: str) -> None:
     from data.errors import DataError
 
     if place == STDOUT:
-        typer.echo(content, nl=False)
+        echo(content, nl=False)
     elif place is not None:
         try:
             Path(place).write_text(content, encoding="utf-8")
@@ -279,14 +279,14 @@ def sources(name: Annotated[str | None, typer.Argument(help="Print how to get th
     if name is None:
         width = max(map(len, entries))
         for one, entry in entries.items():
-            typer.echo(f"{one:{width}}  {entry['title']}")
+            echo(f"{one:{width}}  {entry['title']}")
         return
     if name not in entries:
         raise DataError(f"the catalogue has no {name}; choose one of {', '.join(entries)}")
     for key in ("title", "home", "license", "images", "bytes"):
         if key in entries[name]:
-            typer.echo(f"{key:8} {str(entries[name][key]).strip()}")
-    typer.echo(f"\n{entries[name]['how'].strip()}")
+            echo(f"{key:8} {str(entries[name][key]).strip()}")
+    echo(f"\n{entries[name]['how'].strip()}")
 
 
 @app.command()
@@ -304,18 +304,18 @@ def audit(run: Annotated[Path, typer.Argument(help="A run trained with data.audi
         steps.add(one.step)
         seen.setdefault((one.source, one.epoch), Counter())[one.shard, one.key] += 1
     total = sum(counts.total() for counts in seen.values())
-    typer.echo(f"{len(steps):,} steps, {total:,} images")
+    echo(f"{len(steps):,} steps, {total:,} images")
     for source in sorted({source for source, _ in seen}):
         of_source = {epoch: counts for (name, epoch), counts in sorted(seen.items()) if name == source}
         images = sum(counts.total() for counts in of_source.values())
-        typer.echo(f"{source}: {images:,} images, {images / total:.2%} of all")
+        echo(f"{source}: {images:,} images, {images / total:.2%} of all")
         for epoch, counts in of_source.items():
             twice = [key for key, count in counts.items() if count > 1]
             more = f", {len(twice):,} of them more than once, first {twice[0][1]} in {twice[0][0]}" if twice else ""
             of = f" of {found.samples_of_sources[source]:,}" if found.samples_of_sources.get(source) else ""
-            typer.echo(f"  epoch {epoch}: {len(counts):,}{of} samples{more}")
+            echo(f"  epoch {epoch}: {len(counts):,}{of} samples{more}")
     for missing in found.missing_steps:
-        typer.echo(f"steps {missing[0]} to {missing[-1]} were trained without an audit")
+        echo(f"steps {missing[0]} to {missing[-1]} were trained without an audit")
     if any(max(counts.values()) > 1 for counts in seen.values()):
         raise typer.Exit(1)
 
@@ -323,8 +323,8 @@ def audit(run: Annotated[Path, typer.Argument(help="A run trained with data.audi
 def _print_names(what: str, names: list[str]) -> None:
     """Prints number and names of images to stderr, if there are any."""
     if names:
-        typer.echo(what.format(f"{len(names):,}") + ":", err=True)
+        echo(what.format(f"{len(names):,}") + ":", err=True)
         for name in names[:NAMED]:
-            typer.echo(f"  {name}", err=True)
+            echo(f"  {name}", err=True)
         if len(names) > NAMED:
-            typer.echo(f"  and {len(names) - NAMED:,} more", err=True)
+            echo(f"  and {len(names) - NAMED:,} more", err=True)

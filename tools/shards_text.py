@@ -25,9 +25,10 @@ def problems(found: list["Checked"]) -> Iterator[str]:
     """The problems of each tar, and the totals."""
     from data.addresses import redacted
     from data.index import common_root, without_query
+    from data.text import printable
 
     root = redacted(common_root([checked.url for checked in found]))
-    names = [redacted(without_query(checked.url)).removeprefix(root) for checked in found]
+    names = [printable(redacted(without_query(checked.url)).removeprefix(root)) for checked in found]
     for checked, name in zip(found, names, strict=True):
         for kind, count in checked.counts.items():
             shown = [problem for problem in checked.problems if problem.kind == kind][:NAMED_OF_KIND]
@@ -35,7 +36,7 @@ def problems(found: list["Checked"]) -> Iterator[str]:
             if count > len(shown):
                 texts.append(f"and {count - len(shown):,} more")
             for text in texts:
-                yield f"{_colored(checked.status)}  {name}  {kind}: {text}"
+                yield f"{_colored(checked.status)}  {name}  {kind}: {printable(text)}"
     statuses = Counter(checked.status for checked in found)
     counts = ", ".join(f"{statuses[status]:,} {_colored(status)}" for status in COLORS if statuses[status])
     samples, size = sum(checked.samples for checked in found), sum(checked.bytes or 0 for checked in found)

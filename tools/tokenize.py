@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tools.console import BatchSize, Device, Weights, counted, progress
+from tools.console import BatchSize, Device, Weights, counted, echo, progress
 
 
 def tokenize(
@@ -60,9 +60,7 @@ def tokenize(
     if done is None:  # another process prints the result
         return
     if done.skipped:
-        typer.echo(
-            f"{counted(len(done.skipped), 'image')} skipped (see {out}/skipped.jsonl), the first: {done.skipped[0]}"
-        )
+        echo(f"{counted(len(done.skipped), 'image')} skipped (see {out}/skipped.jsonl), the first: {done.skipped[0]}")
     before = "" if done.made == done.samples else f", {done.samples - done.made:,} of them existed already"
     tars = counted(done.shards, "tar")
-    typer.echo(f"{counted(done.samples, 'sample')} of tokenizer {done.tokenizer} in {tars} in {out}{before}")
+    echo(f"{counted(done.samples, 'sample')} of tokenizer {done.tokenizer} in {tars} in {out}{before}")

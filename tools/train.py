@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tools.console import Overrides
+from tools.console import Overrides, echo
 
 RECIPES = Path(__file__).resolve().parent.parent / "model_zoo" / "recipes"
 
@@ -66,4 +66,4 @@ def recipes() -> None:
     width = max(len(path.stem) for path in paths)
     for path in paths:
         description = path.read_text(encoding="utf-8").partition("\n")[0]
-        typer.echo(f"{path.stem:<{width}}  {description.lstrip('# ')}")
+        echo(f"{path.stem:<{width}}  {description.lstrip('# ')}")

@@ -4,6 +4,7 @@ import os
 import sys
 
 from data import DataError
+from data.text import accept_all_names, printable
 from model_zoo import ModelError
 from trainer import TrainerError
 from trainer.watchdog import Stopped
@@ -24,6 +25,7 @@ def main(arguments: list[str]) -> int:
     if not arguments or arguments[0] in ("-h", "--help") or arguments == ["--resume"]:
         print(USAGE)
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
+    accept_all_names()
     try:
         from trainer.loop import resume, train
 
@@ -37,11 +39,11 @@ def main(arguments: list[str]) -> int:
             train(arguments[0], arguments[1:])
     except (DataError, ModelError, TrainerError) as error:
         # One write: print makes two where Python does not buffer, and the lines of many processes run into each other.
-        sys.stderr.write(f"ibq: error: {error}\n")
+        sys.stderr.write(f"ibq: error: {printable(str(error))}\n")
         return 2
     except Stopped as stopped:
         if os.environ.get("RANK", "0") == "0":
-            sys.stderr.write(f"ibq: {stopped}\n")
+            sys.stderr.write(f"ibq: {printable(str(stopped))}\n")
         return stopped.status
     except KeyboardInterrupt:
         return 130

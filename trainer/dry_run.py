@@ -22,6 +22,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from data import redacted
+from data.text import printable
 from model_zoo import ModelError
 from model_zoo.eval_nets.lpips import lpips_on_meta
 from model_zoo.ops.codebook_parallel import CodebookShard
@@ -90,7 +91,7 @@ def dry_run(recipe: str, overrides: list[str], processes: int | None = None) -> 
         return
     config = load_recipe(recipe, overrides)
     processes = processes or int(os.environ.get("WORLD_SIZE", 1))
-    sys.stdout.write(report(config, processes, measure_ranks(config, processes)))
+    sys.stdout.write(printable(report(config, processes, measure_ranks(config, processes)), keep="\n"))
 
 
 def measure_ranks(config: RunConfig, processes: int) -> list[RankMemory]:

@@ -9,7 +9,7 @@ import torch
 
 from model_zoo import ModelError, Tokenizer
 from model_zoo.config import TokenizerConfig
-from model_zoo.io.weights import Weights, check_names
+from model_zoo.io.weights import Weights, check_weights
 from trainer import TrainerError
 from trainer.config import TokenizerRun
 from trainer.files import write_json, writing
@@ -54,7 +54,7 @@ def read_initial_weights(config: TokenizerRun) -> tuple[Weights, str]:
         _check_shape(config, weights)
         with torch.device("meta"):
             tokenizer = Tokenizer(config.model)
-        check_names(weights.tensors, tokenizer.state_dict(), f"{weights.origin}: it")
+        check_weights(weights.tensors, tokenizer.state_dict(), f"{weights.origin}: it")
         tokenizer.load_state_dict(weights.tensors, assign=True)
     except ModelError as error:
         raise TrainerError(

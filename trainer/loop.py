@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from data.errors import DataError
+from data.text import printable
 from model_zoo.errors import ModelError
 from model_zoo.io.run_layout import run_folder
 from trainer import TrainerError
@@ -77,7 +78,7 @@ def _train_in(world: World, config: RunConfig, source: Source, tokens: TokenSpec
         plan = plan_start(config, source, world)
         if plan.done:
             if world.is_main:
-                sys.stderr.write(f"{config.run} is at step {plan.step} already: nothing is left to do\n")
+                sys.stderr.write(f"{printable(config.run)} is at step {plan.step} already: nothing is left to do\n")
             return Path(config.run)
         trainer = Trainer(config, world, plan, tokens, folder)
         try:

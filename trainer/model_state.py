@@ -31,7 +31,8 @@ class ModelState:
     trained: the networks with an optimizer, by name, in the order in which checkpoints store them; the first is the
     main network. frozen: networks, or parts of one, that are not trained. averaged: the trained networks that the EMA
     follows; empty: there is no EMA. buffers: returns what is neither trained nor derived from the recipe, by its name
-    in checkpoints; the values are equal on all ranks, or rank 0's count.
+    in checkpoints; the values are equal on all ranks, or rank 0's count. optional: buffers that checkpoints of earlier
+    versions lack, and the values that they then get.
 
     Tensors are stored in shards, so that any number of ranks under any engine can load what others saved.
     """
@@ -46,9 +47,11 @@ class ModelState:
         loss_scales: dict[str, LossScale],
         buffers: Callable[[], dict[str, Tensor]],
         is_main: bool,
+        optional: dict[str, Tensor] | None = None,
     ):
         self.trained, self.frozen = trained, frozen
         self.loss_scales, self.buffers, self.is_main = loss_scales, buffers, is_main
+        self.optional = optional or {}
         self.ema = Ema([trained[name].engine for name in averaged], ema_decay) if ema_decay > 0 else None
 
     @property
@@ -90,7 +93,10 @@ class ModelState:
             for shard in network.engine.weights():
                 files.fill(network.named(shard))
         for shard in self._buffer_shards():
-            files.fill(shard)
+            if shard.name in files or shard.name not in self.optional:
+                files.fill(shard)
+            else:
+                shard.values.copy_(self.optional[shard.name])
         for name, scale in self.loss_scales.items():
             scale.load_state_dict(self._saved(numbers["loss_scales"], name))
 

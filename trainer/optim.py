@@ -21,8 +21,9 @@ def adam(parameters: Iterable[nn.Parameter], lr: float, config: OptimizerConfig,
     groups = decay_groups(parameters, config)
     if apex and parameters[0].is_cuda:
         try:
+            import amp_C  # noqa: F401  (its kernels, without which FusedAdam raises)
             from apex.optimizers import FusedAdam
-        except ImportError:  # PyPI's `apex` is another project and has no such module
+        except ImportError:  # PyPI's `apex` is another project and has no such modules
             pass
         else:
             return FusedAdam(groups, adam_w_mode=True, **settings)

@@ -14,6 +14,7 @@ from pathlib import Path
 import torch
 from PIL import Image
 
+from data.text import printable
 from trainer.config import RunConfig
 from trainer.files import LineFile, os_errors, write_text
 from trainer.parallel import World, run_on_all_ranks
@@ -112,7 +113,7 @@ class RunTelemetry(Telemetry):
             bars.TimeElapsedColumn(),
             bars.TextColumn("left"),
             bars.TimeRemainingColumn(),
-            bars.TextColumn("{task.fields[text]}"),
+            bars.TextColumn("{task.fields[text]}", markup=False),
             console=self.console,
             disable=not self.console.is_terminal,
         )
@@ -208,7 +209,8 @@ class RunTelemetry(Telemetry):
         self.unsaid.append(line)
         with suppress(OSError):
             while self.unsaid:
-                self.console.print(self.unsaid[0], highlight=False, soft_wrap=True)
+                line = printable(self.unsaid[0], keep="\n")
+                self.console.print(line, highlight=False, markup=False, soft_wrap=True)
                 del self.unsaid[0]
 
 

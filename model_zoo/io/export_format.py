@@ -19,7 +19,7 @@ from torch import Tensor
 from model_zoo.errors import ModelError
 from model_zoo.io.hashing import sha256_of
 from model_zoo.io.sharded_tensors import save_tensors
-from model_zoo.io.weights import KINDS, SETS, Average, Weights
+from model_zoo.io.weights import KINDS, SETS, Average, Weights, read_trained_classes
 
 MODEL, RAW, CONFIG, CARD = "model.safetensors", "raw.safetensors", "config.yaml", "README.md"
 DISCRIMINATOR, DISCRIMINATOR_EMA = "discriminator.safetensors", "discriminator_ema.safetensors"
@@ -50,6 +50,7 @@ def read_export(folder: Path, kind: str, weights: str) -> Weights:
         tensors.get(DISCRIMINATOR_EMA),
         Average(**about["average"]) if about.get("average") else None,
         about.get("step"),
+        read_trained_classes(about, about["model"], folder / CONFIG),
     )
 
 

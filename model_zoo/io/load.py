@@ -9,15 +9,16 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torch import nn
+from torch import Tensor, nn
 
+from model_zoo.conditions import assumed_trained
 from model_zoo.config import TokenizerConfig, TransformerConfig
 from model_zoo.errors import ModelError
 from model_zoo.io.export_format import CONFIG, MODEL, is_export, read_export, weights_in_export
-from model_zoo.io.published_ckpt import is_published, open_published, read_published
+from model_zoo.io.published_ckpt import SUFFIXES, is_published, open_published, read_published
 from model_zoo.io.run_layout import checkpoint_step, run_folder
 from model_zoo.io.sharded_tensors import ShardedTensors
-from model_zoo.io.weights import KINDS, SETS, Average, Weights, check_names
+from model_zoo.io.weights import KINDS, SETS, TRAINED, Average, Weights, check_weights
 from model_zoo.tokenizer import Tokenizer
 from model_zoo.transformer import Transformer, rope_table
 
@@ -28,8 +29,8 @@ Result = TypeVar("Result")
 def load_tokenizer(source: str | Path, weights: str = "ema") -> Tokenizer:
     """A trained or published tokenizer, in eval mode on the CPU.
 
-    source, weights: as in `read_weights`: a run, a published ``.ckpt`` or an export (of a tokenizer, or of a generator
-    that contains its tokenizer), or a name on the Hugging Face hub.
+    source, weights: as in `read_weights`: a run, a published file or an export (of a tokenizer, or of a generator that
+    contains its tokenizer), or a name on the Hugging Face hub.
     Raises ModelError if the source, its checkpoint, or the requested weights do not exist.
     """
     return build_model(read_weights(source, "tokenizer", weights), "tokenizer", TokenizerConfig, Tokenizer)
@@ -38,7 +39,7 @@ def load_tokenizer(source: str | Path, weights: str = "ema") -> Tokenizer:
 def load_generator(source: str | Path, weights: str = "ema") -> Transformer:
     """A trained or published generator, in eval mode on the CPU, in fp32.
 
-    source, weights: as in `read_weights`: a run, a published ``.ckpt`` (assumed to have 16 x 16 codes per image), an
+    source, weights: as in `read_weights`: a run, a published file (assumed to have 16 x 16 codes per image), an
     export, or a name on the Hugging Face hub.
     Raises ModelError if the source, its checkpoint, or the requested weights do not exist.
     """
@@ -63,9 +64,13 @@ def build_model(found: Weights, kind: str, schema: type, build: Callable[..., Mo
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), found.config))
     except (OmegaConfBaseException, ValueError, TypeError) as error:
         raise _no_config(found.recipe, kind, error) from error
+    with torch.device("meta"):  # before memory is spent
+        expected = build(config).state_dict()
+    check_weights(found.tensors, expected, f"{found.origin} does not hold the weights of {found.recipe}: it")
     model = build(config)
-    check_names(found.tensors, model.state_dict(), f"{found.origin} does not hold the weights of {found.recipe}: it")
     model.load_state_dict(found.tensors, strict=True, assign=assign)
+    if found.trained_c is not None:
+        model.trained_c = found.trained_c
     return model.eval()
 
 
@@ -73,8 +78,8 @@ def read_weights(source: str | Path, kind: str, weights: str = "ema") -> Weights
     """Reads a model's configuration and weights, without building the model.
 
     source: a run's folder (its newest complete checkpoint is read); a checkpoint's folder in a run; a published
-    ``.ckpt``; the folder of an export; or, if no such path exists, a name ``owner/name`` or ``owner/name@revision`` on
-    the Hugging Face hub.
+    file (see `published_ckpt`); the folder of an export; or, if no such path exists, a name ``owner/name`` or
+    ``owner/name@revision`` on the Hugging Face hub.
     kind: of KINDS.
     weights: ``ema`` or ``raw``. A published checkpoint or an export without EMA has one set, which ``ema`` returns.
     Raises ModelError if the source, its checkpoint, or the requested weights do not exist.
@@ -135,7 +140,8 @@ def is_hub_name(source: Path) -> bool:
     """Whether the source is a name ``owner/name`` or ``owner/name@revision`` on the hub: neither this path nor a folder
     ``owner`` exists."""
     looks_so = re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*(@[\w./-]+)?", str(source), re.ASCII)
-    return bool(looks_so) and source.suffix != ".ckpt" and not source.exists() and not Path(source.parts[0]).exists()
+    is_path = source.suffix in SUFFIXES or source.exists() or Path(source.parts[0]).exists()
+    return bool(looks_so) and not is_path
 
 
 def _download(name: Path) -> Path:
@@ -193,6 +199,7 @@ def _read_run(checkpoint: Path, kind: str, weights: str) -> Weights:
     try:
         recipe = OmegaConf.to_container(OmegaConf.load(path))
         config, decay = dict(recipe["model"]), (recipe.get("ema") or {}).get("decay")
+        trained_c = _trained_classes(files, recipe) if kind == "generator" else None
     except (OmegaConfBaseException, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
         raise _no_config(str(path), kind, error) from error
     return Weights(
@@ -204,7 +211,16 @@ def _read_run(checkpoint: Path, kind: str, weights: str) -> Weights:
         weights,
         average=Average(decay) if decay else None,
         step=checkpoint_step(checkpoint),
+        trained_c=trained_c,
     )
+
+
+def _trained_classes(files: ShardedTensors, recipe: dict) -> Tensor:
+    """See `model_zoo.conditions`. Runs of earlier versions did not record it."""
+    if TRAINED in files:
+        return files.tensor(TRAINED)
+    classes = recipe["model"].get("classes", TransformerConfig.classes)
+    return assumed_trained(classes, (recipe.get("loss") or {}).get("label_dropout", 0.1))
 
 
 def _missing(files: ShardedTensors, kind: str, weights: str) -> ModelError:

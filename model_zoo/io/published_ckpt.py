@@ -1,17 +1,19 @@
-"""Reads and writes published checkpoints (PyTorch Lightning's ``.ckpt``) of tokenizers and generators, without their
-code.
+"""Reads and writes published checkpoints of tokenizers and generators, without their code: PyTorch Lightning's
+``.ckpt``, and plain state dicts in any of SUFFIXES.
 
-Keys of a generator start with ``transformer.``. Keys of a tokenizer are our parameter names; in a generator's file they
-start with ``first_stage_model.``. The discriminator is stored under ``loss.``. EMA weights are stored under
-``model_ema.``, with parameter names without dots. The configuration is inferred from shapes. Every key is accounted
-for: read, skipped for a stated reason, or rejected.
+Keys of a generator start with ``transformer.``, or are our parameter names. Keys of a tokenizer are our parameter
+names; in a generator's file they start with ``first_stage_model.``. The discriminator is stored under ``loss.``. EMA
+weights are stored under ``model_ema.``, with parameter names without dots. The configuration is inferred from shapes.
+Every key is accounted for: read, skipped for a stated reason, or rejected.
 """
 
+import logging
 import pickle
 import re
 import textwrap
 import zipfile
 from collections.abc import Iterable
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -21,16 +23,23 @@ from torch import Tensor
 from model_zoo.config import TokenizerConfig, TransformerConfig
 from model_zoo.discriminator import PatchDiscriminator
 from model_zoo.errors import ModelError
-from model_zoo.io.weights import Average, Weights, check_names
+from model_zoo.io.export_format import read_tensors
+from model_zoo.io.weights import COUNTERS, DTYPES, Average, Weights, check_weights, no_weight, read_trained_classes
 from model_zoo.tokenizer import Tokenizer
 from model_zoo.transformer import Transformer
 
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".ckpt", ".pt", ".pth", ".safetensors")
 FIRST_STAGE, EMA = "first_stage_model.", "model_ema."
 KEYS = (  # pattern of a key, whose group is our name -> the kind of model, and the field of `Part`
     (r"((?:encoder|decoder|quantize\.embedding|quant_conv|post_quant_conv)\..+)", "tokenizer", "model"),
     (r"loss\.discriminator\.(.+)", "tokenizer", "discriminator"),
     (r"transformer\.(.+)", "generator", "model"),
+    (r"((?:tok_emb|class_emb|blocks|head_nm|head)\..+)", "generator", "model"),
 )
+# Parts of names that torch's wrappers add: DistributedDataParallel, torch.compile, FSDP, activation checkpointing.
+WRAPPERS = ("module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module")
 LEFT_OUT = (  # pattern of a key that is not read -> the reason
     (r"(first_stage_model\.)?loss\.perceptual_loss\..+", "LPIPS's network, which is frozen and not part of the model"),
     (
@@ -47,6 +56,7 @@ OTHER_ENTRIES = "training state beside state_dict"
 OUR_ENTRY = "ibq"  # entry beside state_dict in files written by this project: configurations by kind
 STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")  # buffers of a discriminator
 DEFAULT_AVERAGE = Average(0.999)  # as in the published training
+MAX_LEVELS, MAX_DEPTH = 16, 1000  # a code would stand for 65,536 x 65,536 pixels; published generators have 30 blocks
 HEAD_DIM, GRID = 64, (16, 16)  # of all published generators; not visible in any shape
 
 
@@ -78,7 +88,7 @@ class Published(NamedTuple):
 
 def is_published(source: Path) -> bool:
     """Whether the path is a file for `read_published`."""
-    return source.suffix == ".ckpt" and not source.is_dir()
+    return source.suffix in SUFFIXES and not source.is_dir()
 
 
 def read_published(path: Path, kind: str, weights: str) -> Weights:
@@ -113,13 +123,14 @@ def read_published(path: Path, kind: str, weights: str) -> Weights:
         part.discriminator_ema or None,
         published.average,
         published.step,
+        read_trained_classes(published.described, config, path) if kind == "generator" else None,
     )
 
 
 def open_published(path: Path) -> Published:
     """Assigns every key without reading values. Raises ModelError for a damaged file and for unknown keys."""
     checkpoint = _load(path)
-    state = checkpoint["state_dict"]
+    state = _without_wrappers(path, checkpoint["state_dict"])
     others = [str(entry) for entry in checkpoint if entry not in ("state_dict", OUR_ENTRY)]
     left_out = {OTHER_ENTRIES: others} if others else {}
     first_stage = FIRST_STAGE if any(key.startswith(FIRST_STAGE) for key in state) else ""
@@ -128,12 +139,15 @@ def open_published(path: Path) -> Published:
     orphans = []  # parameters, without dots, of which there is only an average
     for key, tensor in state.items():
         prefix, is_average, name = key.rpartition(EMA) if _is_average(key) else ("", "", key)
-        if is_average and name in Average._fields and tensor.numel() == 1:
+        if is_average and name in Average._fields and not no_weight(tensor, DTYPES + COUNTERS) and tensor.numel() == 1:
             averaging[name] = tensor.item()
             continue
         of = dotless.get(prefix.replace(".", "") + name) if is_average else key
         if of and (why := _why_left_out(of)):
             left_out.setdefault(why, []).append(key)
+        elif odd := no_weight(tensor, COUNTERS if key.endswith(STATISTICS[-1]) else DTYPES):
+            fix = "save it as a plain tensor, or remove it if it is not part of the model"
+            raise ModelError(f"{path} holds {key} {odd}, no weight: {fix}")
         elif of and (place := _place(of, first_stage)):
             kind, field, name = place
             part = parts.setdefault(kind, Part({}, {}, {}, {}))
@@ -157,8 +171,15 @@ def open_published(path: Path) -> Published:
 
 
 def _load(path: Path) -> dict:
+    """The entries of a file; ``state_dict`` has tensors by key. Raises ModelError."""
+    if path.suffix == ".safetensors":
+        return {"state_dict": _read_safetensors(path)}
     try:
         checkpoint = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+        if "state_dict" not in checkpoint and all(isinstance(value, Tensor) for value in checkpoint.values()):
+            checkpoint = {"state_dict": checkpoint}  # a plain one
+        if "state_dict" not in checkpoint:
+            raise ModelError(f"{path} is not a published checkpoint: {_how_to_save(path, checkpoint)}")
         state = {str(name): value for name, value in checkpoint["state_dict"].items()}
         if wrong := [name for name, value in state.items() if not isinstance(value, Tensor)]:
             raise ModelError(f"{path} is not a published checkpoint: {wrong[0]} in its state_dict is not a tensor")
@@ -166,7 +187,13 @@ def _load(path: Path) -> dict:
     except FileNotFoundError as error:
         raise ModelError(f"{path} does not exist") from error
     except pickle.UnpicklingError as error:
-        raise ModelError(f"{path} holds more than tensors, or is damaged: save only its state_dict") from error
+        if not (pickled := re.search(r"GLOBAL (\S+)", str(error))):
+            raise ModelError(f"{path} is damaged: download it again") from error
+        raise ModelError(
+            f"{path} holds a pickled {pickled[1]}, and loading it could run code. If you trust the file, save its "
+            f"tensors alone: import torch; file = torch.load('{path.name}', weights_only=False); "
+            "torch.save(file['state_dict'], 'weights.pt'), with file.state_dict() if it is a whole model"
+        ) from error
     except (OSError, EOFError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and _is_old_format(path):
             raise ModelError(
@@ -181,6 +208,54 @@ def _load(path: Path) -> dict:
         raise ModelError(f"{path} is not a published checkpoint: it holds no state_dict of tensors") from error
 
 
+def _read_safetensors(path: Path) -> dict[str, Tensor]:
+    if not path.exists():
+        raise ModelError(f"{path} does not exist")
+    for beside, what in {"config.yaml": "an export", "manifest.json": "a checkpoint of a run"}.items():
+        if (path.parent / beside).is_file():  # which knows more than the shapes tell
+            raise ModelError(f"{path} is a part of {what}: give its folder {path.parent}")
+    return read_tensors(path)
+
+
+def _how_to_save(path: Path, checkpoint: dict) -> str:
+    """What a file without ``state_dict`` holds, and what to do if the state dict is under another name."""
+    named = [
+        str(name)
+        for name, value in checkpoint.items()
+        if isinstance(value, dict) and value and all(isinstance(tensor, Tensor) for tensor in value.values())
+    ]
+    if not named:
+        return "it holds no state_dict of tensors"
+    return (
+        f"it holds no state_dict, but {', '.join(named[:3])}: save the weights alone: "
+        f"torch.save(torch.load('{path.name}')['{named[0]}'], 'weights.pt')"
+    )
+
+
+def _without_wrappers(path: Path, state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The state dict without what torch's wrappers add to its keys; a message says so. Raises ModelError if two keys
+    are the same without it."""
+    plain, changed = {}, 0
+    for key, tensor in state.items():
+        prefix, average, name = key.rpartition(EMA) if _is_average(key) else ("", "", key)
+        if average:  # has no dots
+            name = re.sub("|".join(WRAPPERS[::-1]), "", name)
+        else:
+            name = ".".join(part for part in key.split(".") if part not in WRAPPERS)
+        name = prefix + average + name
+        if name in plain:
+            raise ModelError(f"{path} holds {name} twice, once as {key}: remove one of them")
+        plain[name], changed = tensor, changed + (name != key)
+    if changed:
+        _say_once(f"{path}: the wrappers' names ({', '.join(WRAPPERS[:2])} ...) were removed from {changed:,} keys")
+    return plain
+
+
+@lru_cache(maxsize=64)  # a file is opened several times
+def _say_once(message: str) -> None:
+    logger.warning("%s", message)
+
+
 def _is_old_format(path: Path) -> bool:
     with path.open("rb") as file:
         return file.read(len(OLD_FORMAT)) == OLD_FORMAT
@@ -188,7 +263,7 @@ def _is_old_format(path: Path) -> bool:
 
 def _missing(path: Path, orphans: list[str], parts: dict[str, Part], first_stage: str) -> list[str]:
     """Keys that the file's models should have, judging by their sizes, but of which the file holds only an average."""
-    keys = []
+    keys, orphans = [], set(orphans)
     for kind, part in parts.items():
         try:
             with torch.device("meta"):
@@ -223,6 +298,8 @@ def _place(key: str, first_stage: str) -> tuple[str, str, str] | None:
 def _tokenizer_config(tensors: dict[str, Tensor]) -> dict:
     channels = _shape(tensors, "encoder.conv_in.weight", 4)[0]
     levels = _count(tensors, r"encoder\.down\.(\d+)\.")
+    if levels > MAX_LEVELS:
+        raise ValueError(f"has {levels:,} levels")
     widths = [_shape(tensors, f"encoder.down.{level}.block.0.conv1.weight", 4)[0] for level in range(levels)]
     if odd := [width for width in widths if width % channels]:
         raise ValueError(
@@ -244,11 +321,14 @@ def _generator_config(tensors: dict[str, Tensor]) -> dict:
     vocabulary, width = _shape(tensors, "tok_emb.weight", 2)
     if width % HEAD_DIM:
         raise ValueError(f"has tok_emb.weight of width {width}, not a multiple of a head's {HEAD_DIM}")
+    depth = _count(tensors, r"blocks\.(\d+)\.")
+    if depth > MAX_DEPTH:
+        raise ValueError(f"has {depth:,} blocks")
     return {
         "vocabulary": vocabulary,
         "classes": _shape(tensors, "class_emb.embedding_table.weight", 2)[0] - 1,
         "grid": list(GRID),
-        "depth": _count(tensors, r"blocks\.(\d+)\."),
+        "depth": depth,
         "heads": width // HEAD_DIM,
         "head_dim": HEAD_DIM,
     }
@@ -264,8 +344,13 @@ def _shape(tensors: dict[str, Tensor], name: str, dimensions: int) -> tuple[int,
 
 
 def _count(names: Iterable[str], pattern: str) -> int:
-    """One more than the largest number that ``pattern`` matches in the names; 0 if none matches."""
-    return 1 + max((int(match[1]) for name in names if (match := re.match(pattern, name))), default=-1)
+    """How many numbers ``pattern`` matches in the names. Raises ValueError unless they are 0, 1, 2 and so on."""
+    numbers = dict.fromkeys(match[1] for name in names if (match := re.match(pattern, name)))
+    expected = set(map(str, range(len(numbers))))
+    if odd := [number for number in numbers if number not in expected]:
+        name = next(name for name in names if (match := re.match(pattern, name)) and match[1] == odd[0])
+        raise ValueError(f"holds {textwrap.shorten(name, 80)}, but only {len(numbers)} such parts")
+    return len(numbers)
 
 
 def _check_discriminator(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -275,12 +360,13 @@ def _check_discriminator(path: Path, tensors: dict[str, Tensor]) -> None:
         raise ModelError(f"{path}: its discriminator {error}") from error
     with torch.device("meta"):
         expected = PatchDiscriminator(channels=channels, layers=_discriminator_layers(tensors))
-    check_names(tensors, expected.state_dict(), f"{path}: its discriminator")
+    check_weights(tensors, expected.state_dict(), f"{path}: its discriminator")
 
 
 def _discriminator_layers(tensors: dict[str, Tensor]) -> int:
     # Numbering: two modules for the first layer, three for each further layer, one for the last.
-    return max(_count(tensors, r"main\.(\d+)\.") // 3 - 1, 1)
+    last = max((int(match[1]) for name in tensors if (match := re.match(r"main\.(\d{1,9})\.", name))), default=0)
+    return min(max((last + 1) // 3 - 1, 1), len(tensors))
 
 
 # ------------------------------------------------------------------------------------------------------- writing

@@ -1,14 +1,22 @@
 """Weights read from any source, before a model is built from them."""
 
+import math
 import textwrap
+from pathlib import Path
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
+from model_zoo.conditions import trained_from
 from model_zoo.errors import ModelError
 
 KINDS = ("tokenizer", "generator")  # kinds of models; prefixes of tensor names in checkpoints
+DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)  # of weights
+COUNTERS = (torch.int32, torch.int64)  # dtypes of counters beside weights
 SETS = ("ema", "raw")  # sets of weights: the exponential moving average, and the trained weights
+# `Weights.trained_c`: its name in a run's checkpoints, and the key of its text in exports and our published files.
+TRAINED, TRAINED_CLASSES = "conditions/trained_c", "trained_classes"
 
 
 class Average(NamedTuple):
@@ -28,6 +36,7 @@ class Weights(NamedTuple):
     weights: which set ``tensors`` is, ``ema`` or ``raw``.
     discriminator_ema: EMA of the discriminator's parameters, which published checkpoints contain and nothing uses.
     average: parameters of the EMA, if known. step: number of training steps, if known.
+    trained_c: of a generator, the trained classes (see `model_zoo.conditions`), if known.
     """
 
     config: dict
@@ -39,18 +48,53 @@ class Weights(NamedTuple):
     discriminator_ema: dict[str, Tensor] | None = None
     average: Average | None = None
     step: int | None = None
+    trained_c: Tensor | None = None
 
 
-def check_names(tensors: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
-    """Checks that ``tensors`` has exactly the expected names and shapes. Raises ModelError: one line that starts with
-    ``what`` and names up to three differences."""
+def read_trained_classes(about: dict, model: dict, where: str | Path) -> Tensor | None:
+    """`Weights.trained_c` of an export or a published file; None if it does not say. about: what holds
+    TRAINED_CLASSES. model: the generator's configuration. Raises ModelError, which names ``where``."""
+    if TRAINED_CLASSES not in about:
+        return None
+    try:
+        return trained_from(str(about[TRAINED_CLASSES]), int(model["classes"]))
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{where}: {TRAINED_CLASSES}: {error}") from error
+
+
+def no_weight(tensor: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> str | None:
+    """Why a tensor cannot be a weight, or a counter of one of the given dtypes; None if it can. Reads no values."""
+    if tensor.is_nested or tensor.layout != torch.strided:
+        return "nested" if tensor.is_nested else f"sparse ({tensor.layout})"
+    if tensor.is_meta:
+        return "without values (of the meta device)"
+    if tensor.dtype not in dtypes:
+        return f"of {tensor.dtype}"
+    if (stored := tensor.untyped_storage().nbytes()) < tensor.numel() * tensor.itemsize:
+        return f"of {tensor.numel():,} elements, which share {stored:,} bytes"
+    return None
+
+
+def check_weights(tensors: dict[str, Tensor], expected: dict[str, Tensor], what: str) -> None:
+    """Checks that ``tensors`` has exactly the expected names and shapes, and weights with finite values. Raises
+    ModelError: one line that starts with ``what`` and names up to three differences."""
     wrong = [f"lacks {name} of shape {list(tensor.shape)}" for name, tensor in expected.items() if name not in tensors]
-    wrong += [
-        f"holds {name} of shape {list(tensor.shape)}, expected {list(expected[name].shape)}"
-        for name, tensor in tensors.items()
-        if name in expected and tensor.shape != expected[name].shape
-    ]
-    wrong += [f"holds {name}, which is not expected" for name in tensors if name not in expected]
+    for name, tensor in tensors.items():
+        if name not in expected:
+            wrong.append(f"holds {name}, which is not expected")
+        elif why := no_weight(tensor, DTYPES if expected[name].is_floating_point() else COUNTERS):
+            wrong.append(f"holds {name} {why}, no weight")
+        elif tensor.shape != expected[name].shape:
+            wrong.append(f"holds {name} of shape {list(tensor.shape)}, expected {list(expected[name].shape)}")
+    if not wrong:  # values are read last, where every tensor is as large as the model
+        wrong = [f"holds {name} with NaN or infinity" for name, tensor in tensors.items() if not _is_finite(tensor)]
     if wrong:
         more = f", and {len(wrong) - 3} more such" if len(wrong) > 3 else ""
         raise ModelError(textwrap.shorten(f"{what} {', '.join(wrong[:3])}{more}", 600, placeholder=" ..."))
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Needs no memory, unlike `torch.isfinite`; NaN is among the extremes of what holds it."""
+    if not tensor.is_floating_point() or not tensor.numel():
+        return True
+    return all(math.isfinite(extreme.item()) for extreme in tensor.aminmax())

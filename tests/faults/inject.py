@@ -11,6 +11,7 @@ import ctypes
 import hashlib
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
@@ -20,6 +21,8 @@ from pathlib import Path
 
 # Before DeepSpeed is imported, which chooses then.
 os.environ["DS_ACCELERATOR"] = "cpu"
+
+import torch.utils.data
 
 import trainer.checkpoint as checkpoint
 from trainer.__main__ import main
@@ -93,6 +96,12 @@ def kill_in_save(rank: int, step: int, phase: str) -> None:
 def kill_at_step(rank: int, step: int) -> None:
     """kill -9 of a rank in a step."""
     _in_step(rank, step, lambda: os.kill(os.getpid(), signal.SIGKILL))
+
+
+def kill_worker(rank: int, step: int, number: int = signal.SIGKILL) -> None:
+    """A signal ends a rank's data worker in a step. The rank notices sooner than after torch's 5 seconds."""
+    torch.utils.data._utils.MP_STATUS_CHECK_INTERVAL = 0.2
+    _in_step(rank, step, lambda: os.kill(multiprocessing.active_children()[-1].pid, number))
 
 
 def hang(
@@ -206,7 +215,8 @@ def _in_step(rank: int, step: int, action) -> None:
 
 
 FAULTS = {
-    fault.__name__: fault for fault in (kill_in_save, kill_at_step, hang, terminate, lose_folder, slow_steps, nan)
+    fault.__name__: fault
+    for fault in (kill_in_save, kill_at_step, kill_worker, hang, terminate, lose_folder, slow_steps, nan)
 }
 
 

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 
 import typer
 
+from tools.console import echo
+
 COLORS = {
     "reference": "#7a7a7a",
     "dense": "#c44e52",
@@ -174,11 +176,12 @@ def measure_rows(module: str, job: str, rows: list, prepared: Prepared, **settin
 def status(doing: str) -> Iterator[None]:
     """A spinner if stderr is a terminal, otherwise one line on stderr."""
     from rich.console import Console
+    from rich.text import Text
 
     console = Console(stderr=True)
     if not console.is_terminal:
-        typer.echo(doing, err=True)
-    with console.status(doing) if console.is_terminal else contextlib.nullcontext():
+        echo(doing, err=True)
+    with console.status(Text(doing)) if console.is_terminal else contextlib.nullcontext():
         yield
 
 
@@ -228,18 +231,18 @@ def present(report: Any, rows: Iterator, out: Path | None) -> None:
     report: has `heading`, `headings`, `widths`, `rows`, `legend`, `cells(row)`, `notes()`, `markdown()` and
     `draw(path)`.
     """
-    typer.echo("\n".join([*report.heading, "", line(report.headings, report.widths)]))
+    echo("\n".join([*report.heading, "", line(report.headings, report.widths)]))
     for row in rows:
         report.rows.append(row)
-        typer.echo(line(report.cells(row), report.widths))
+        echo(line(report.cells(row), report.widths))
         if out is not None:
             out.write_text(report.markdown(out.with_suffix(".png").name), encoding="utf-8")
-    typer.echo("\n".join(["", *([report.legend, ""] if report.legend else []), *report.notes()]).rstrip())
+    echo("\n".join(["", *([report.legend, ""] if report.legend else []), *report.notes()]).rstrip())
     if out is not None:
-        typer.echo(f"\ntable: {out}")
+        echo(f"\ntable: {out}")
         if any(row.measured for row in report.rows):
             report.draw(out.with_suffix(".png"))
-            typer.echo(f"picture: {out.with_suffix('.png')}")
+            echo(f"picture: {out.with_suffix('.png')}")
 
 
 def today() -> str:

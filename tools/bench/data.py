@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
-import typer
 
 from data.addresses import is_remote, redacted
 from data.errors import DataError
@@ -22,6 +21,7 @@ from data.parallel import cores
 from data.shards import expand
 from tools.bench import common
 from tools.bench.common import COLORS, Table, plural
+from tools.console import echo
 
 SCHEMES = ("bound", "ibq", "webdataset", "discard")
 TARS, SAMPLES_OF_TAR = 8, 256  # made if no tars are given
@@ -302,22 +302,22 @@ def compare(root: str | None, plan: Plan, out: Path | None, command: str) -> Non
                 raise DataError(failed)
         report = Report([_machine(), f"data: {about}: {_size(root)}"], command, plan, [], [], [], [])
         headings = common.line(SPEED_HEADINGS, SPEED_WIDTHS)
-        typer.echo("\n".join([*report.heading, "", headings]))
+        echo("\n".join([*report.heading, "", headings]))
         for row in _measured(root, plan):
             report.rows.append(row)
-            typer.echo(common.line(report.speed_cells(row), SPEED_WIDTHS))
-        typer.echo(f"\n{LEGEND}\n")
+            echo(common.line(report.speed_cells(row), SPEED_WIDTHS))
+        echo(f"\n{LEGEND}\n")
         _count(root, report)
-        typer.echo("\n".join(common.lines(report.bytes_table())))
+        echo("\n".join(common.lines(report.bytes_table())))
         if plan.memory_batches:
             _watch(root, report)
-            typer.echo("\n" + "\n".join(common.lines(report.memory_table())))
-    typer.echo("\n".join(["", *(textwrap.fill(note, 120) for note in report.notes())]))
+            echo("\n" + "\n".join(common.lines(report.memory_table())))
+    echo("\n".join(["", *(textwrap.fill(note, 120) for note in report.notes())]))
     if out is not None:
         out.write_text(report.markdown(out.with_suffix(".png").name), encoding="utf-8")
         out.with_suffix(".json").write_text(json.dumps(report.record(), indent=2) + "\n", encoding="utf-8")
         report.draw(out.with_suffix(".png"))
-        typer.echo(f"\ntables: {out}\nJSON: {out.with_suffix('.json')}\npicture: {out.with_suffix('.png')}")
+        echo(f"\ntables: {out}\nJSON: {out.with_suffix('.json')}\npicture: {out.with_suffix('.png')}")
 
 
 def _measured(root: str, plan: Plan) -> Iterator[Row]:

@@ -6,7 +6,7 @@ from typing import NamedTuple
 
 from trainer.evaluation import reference_results
 from trainer.files import json_text, write_files
-from trainer.reports.measures import Measure, describe_seconds, markdown_table
+from trainer.reports.measures import Measure, describe_seconds, markdown_table, plain_markdown
 
 SPLITS = 10  # of the Inception score
 MEASURES = {  # by key of the report and of published.yaml
@@ -96,8 +96,8 @@ def to_markdown(evaluated: EvaluatedGeneration) -> str:
     parts = [
         f"# Generation: {report.sample_count:,} samples",
         markdown_table(evaluated.comparison),
-        "\n".join(f"- {note}" for note in notes),
+        "\n".join(f"- {plain_markdown(note)}" for note in notes),
         "## Provenance",
-        "\n".join(f"- {name}: {fact}" for name, fact in facts.items()),
+        "\n".join(f"- {name}: {plain_markdown(fact)}" for name, fact in facts.items()),
     ]
     return "\n\n".join(parts) + "\n"

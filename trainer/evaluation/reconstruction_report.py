@@ -4,11 +4,12 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
 from trainer import TrainerError
 from trainer.files import json_text, unfinished, write_files, writing
 from trainer.reports.image_grid import Example, side_by_side
-from trainer.reports.measures import MEASURES, describe_crop, describe_seconds, markdown_table
+from trainer.reports.measures import MEASURES, describe_crop, describe_seconds, markdown_table, plain_markdown
 
 
 class ImageScore(NamedTuple):
@@ -137,10 +138,10 @@ def to_markdown(evaluated: EvaluatedRun) -> str:
         notes.append(f"{report.infinite_psnr_count} images were reconstructed exactly and left out of PSNR.")
     if report.skipped:
         notes.append(f"{len(report.skipped)} images were skipped, the first: {report.skipped[0]}.")
-    parts += ["\n".join(f"- {note}" for note in notes)] if notes else []
+    parts += ["\n".join(f"- {plain_markdown(note)}" for note in notes)] if notes else []
     if len(evaluated.comparison) > 2:
         parts += ["## Published results", markdown_table(evaluated.comparison)]
-        listed = [f"- {difference}" for difference in evaluated.differences]
+        listed = [f"- {plain_markdown(difference)}" for difference in evaluated.differences]
         parts.append("\n".join(["Different conditions:", "", *listed]) if listed else "Same conditions.")
     facts = {
         "protocol": f"{report.protocol} (means over images)",
@@ -150,6 +151,6 @@ def to_markdown(evaluated: EvaluatedRun) -> str:
         "machine": f"{provenance['environment']['device']}, {provenance['processes']} processes",
         "seconds": describe_seconds(provenance["seconds"]),
     }
-    parts += ["## Provenance", "\n".join(f"- {name}: {fact}" for name, fact in facts.items())]
-    parts += [f"![{name}]({path.name})" for name, path in evaluated.grids.items()]
+    parts += ["## Provenance", "\n".join(f"- {name}: {plain_markdown(fact)}" for name, fact in facts.items())]
+    parts += [f"![{name}]({quote(path.name)})" for name, path in evaluated.grids.items()]
     return "\n\n".join(parts) + "\n"

@@ -14,7 +14,7 @@ from trainer.evaluation.generation_report import MEASURES, GenerationReport
 from trainer.files import json_text, write_files
 from trainer.jobs.sample import sample
 from trainer.jobs.sample_output import NOT_FOLDERS
-from trainer.reports.measures import markdown_table
+from trainer.reports.measures import markdown_table, plain_markdown
 
 X_AXIS = "guidance"  # of the chart, if it is swept
 FILES = (*NOT_FOLDERS, ".npz", ".png", ".json", ".md")  # suffixes of files
@@ -121,7 +121,9 @@ def _write(evaluated: list[EvaluatedSetting], out: Path) -> Sweep:
         table.append([*map(str, settings.values()), *report.formatted()])
     swept = Sweep(evaluated, table, out / "sweep.json", out / "sweep.md", out / "sweep.png")
     rows = [{"settings": settings, **report.to_json()} for settings, report in evaluated]
-    warnings = dict.fromkeys(f"- Warning: {warning}." for one in evaluated for warning in one.report.warnings)
+    warnings = dict.fromkeys(
+        f"- Warning: {plain_markdown(warning)}." for one in evaluated for warning in one.report.warnings
+    )
     title = f"# Sampling settings: {evaluated[0].report.sample_count:,} samples each"
     text = "\n\n".join([title, markdown_table(table), *["\n".join(warnings)] * bool(warnings), "![sweep](sweep.png)"])
     contents = {

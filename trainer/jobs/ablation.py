@@ -17,6 +17,7 @@ from trainer.changes import settings_of
 from trainer.files import json_text, write_files, write_text
 from trainer.jobs.setup import check_same_settings
 from trainer.recipes import ABLATIONS, find_recipe, load_recipe, load_run_config, read_as, renamed
+from trainer.reports.measures import plain_markdown
 from trainer.telemetry import metric_lines
 
 CURVES = {
@@ -186,12 +187,12 @@ def markdown(ablation: Ablation, measured: dict[str, dict[str, Figure]]) -> str:
     published = {name for row in ablation.rows.values() for name in row.published}
     columns = [name for name in ablation.figures if any(name in named for named in measured.values())]
     also = [name for name in ablation.figures if name in published] + sorted(published - set(ablation.figures))
-    heads = [*columns, *(f"{name}, published" for name in also)]
-    lines = [f"# {ablation.title}", "", f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
+    heads = [plain_markdown(name) for name in (*columns, *(f"{name}, published" for name in also))]
+    lines = [f"# {plain_markdown(ablation.title)}", "", f"| | {' | '.join(heads)} |", "|---" * (len(heads) + 1) + "|"]
     for row, named in measured.items():
         values = [_text(name, named.get(name)) for name in columns]
         values += [_number(name, ablation.rows[row].published.get(name)) for name in also]
-        lines.append(f"| {row} | {' | '.join(values)} |")
+        lines.append(f"| {plain_markdown(row)} | {' | '.join(values)} |")
     seeds = sorted({figure.count for named in measured.values() for figure in named.values()})
     lines += ["", f"Mean ± standard deviation over {' or '.join(map(str, seeds)) or 'no'} seeds."]
     return "\n".join(lines) + "\n"

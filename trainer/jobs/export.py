@@ -12,6 +12,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 
+from model_zoo.conditions import describe_classes
 from model_zoo.config import TokenizerConfig, TransformerConfig
 from model_zoo.errors import ModelError
 from model_zoo.io.export_format import (
@@ -37,7 +38,7 @@ from model_zoo.io.published_ckpt import (
     published_state,
 )
 from model_zoo.io.run_layout import run_folder
-from model_zoo.io.weights import Weights
+from model_zoo.io.weights import TRAINED_CLASSES, Weights
 from model_zoo.tokenizer import Tokenizer
 from model_zoo.transformer import Transformer
 from trainer import TrainerError
@@ -166,6 +167,8 @@ def _export_published(checkpoint: Path, out: Path, weights: str) -> Exported:
         of_model = published_state(model.kind, raw, found[0] if len(found) > 1 else None)
         state |= {(FIRST_STAGE if first_stage else "") + name: tensor for name, tensor in of_model.items()}
         configs[model.kind] = raw.config
+        if raw.trained_c is not None:
+            configs[TRAINED_CLASSES] = describe_classes(raw.trained_c)
         step = step if first_stage else raw.step
         summary.append(f"{model.kind}: {describe_model(built)}; weights: {' and '.join(sets)}")
     steps = {} if step is None else {"global_step": step}
@@ -292,6 +295,8 @@ def _export_one(model: SourceModel, folder: Path, out: Path, source: str) -> str
     }
     if model.kind == "tokenizer":
         about["downsampling_factor"] = built.downsampling_factor
+    if found.trained_c is not None:
+        about[TRAINED_CLASSES] = describe_classes(found.trained_c)
     fill_export(folder, about, files, model_card(model.kind, built, about, out.name, model.checkpoint))
     return f"{model.kind}: {describe_model(built)}; weights: {' and '.join(model.weights)}; in {out}"
 

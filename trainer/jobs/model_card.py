@@ -11,7 +11,7 @@ from model_zoo.io.run_layout import run_folder
 from model_zoo.tokenizer import Tokenizer
 from model_zoo.transformer import Transformer
 from trainer import TrainerError
-from trainer.reports.measures import describe_crop
+from trainer.reports.measures import describe_crop, plain_markdown
 
 RESULTS = {  # key of a run's report.json -> name in the model card
     "rfid": "rFID",
@@ -63,19 +63,19 @@ def model_card(kind: str, model: Tokenizer | Transformer, about: dict, name: str
         "source": about["source"] + (f", step {about['step']:,}" if about["step"] is not None else ""),
     }
     lines = [
-        f"# {name}",
+        f"# {plain_markdown(name)}",
         "",
         f"{KINDS[kind]} (IBQ, arXiv 2412.02692), exported by `ibq`.",
         "",
         "```python",
         "import model_zoo",
-        f'{kind} = model_zoo.load_{kind}("{name}")  # this folder, or its name on the hub',
+        f"{kind} = model_zoo.load_{kind}({json.dumps(name)})  # this folder, or its name on the hub",
         USAGE[kind],
         "```",
         "",
         f"{describe_model(model)}.",
         "",
-        *(f"- {key}: {value}" for key, value in facts.items()),
+        *(f"- {key}: {plain_markdown(value)}" for key, value in facts.items()),
         "",
         *_results(checkpoint, model),
         "Licence: to be added by whoever distributes this model, together with its training data.",
@@ -95,7 +95,7 @@ def _results(checkpoint: Path, model: Tokenizer | Transformer) -> list[str]:
         if provenance.get("fingerprint") != fingerprint_of(model.state_dict()):  # another step, or EMA against raw
             return ["Not measured: the run's report.json is not of these weights. `ibq evaluate` measures them.", ""]
         names = provenance["images"] if isinstance(provenance["images"], list) else [provenance["images"]]
-        images = f"{report['image_count']:,} images of {', '.join(names)}, {describe_crop(provenance)}"
+        images = f"{report['image_count']:,} images of {plain_markdown(', '.join(names))}, {describe_crop(provenance)}"
         rows = [f"| {name} | {report[key]:.4g} |" for key, name in RESULTS.items() if report.get(key) is not None]
     except (OSError, ValueError, TypeError, AttributeError, KeyError) as error:
         raise TrainerError(f"{path} is damaged: evaluate again, or remove it") from error

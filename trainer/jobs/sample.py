@@ -1,6 +1,5 @@
 """`ibq sample`: samples images of a generator with any number of processes; running it again continues."""
 
-import re
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -10,15 +9,17 @@ from typing import NamedTuple
 import torch
 
 from data.file_names import fitted
+from model_zoo.conditions import parse_classes
 from model_zoo.config import Sampling
 from model_zoo.errors import ModelError
 from model_zoo.io.hashing import fingerprint_of
 from model_zoo.io.load import is_hub_name, is_standalone, load_generator, load_tokenizer
 from model_zoo.io.run_layout import run_folder
-from model_zoo.sampler import Sampler, keep_products_in
+from model_zoo.sampler import Sampler, check_conditions, keep_products_in
 from model_zoo.tokenizer import Tokenizer
 from model_zoo.transformer import Transformer
 from trainer import TrainerError
+from trainer.compiler import check_compiler
 from trainer.config import GeneratorRun
 from trainer.evaluation.provenance import environment
 from trainer.jobs.sample_output import SEEDS, SampleOutput
@@ -75,17 +76,20 @@ def sample(
     settings wrote before are kept.
 
     source: a run folder, a checkpoint folder in it, or a published .ckpt. classes: such as ``1,2,7-9``, or ``none``;
-    default all. out: a folder of PNGs, FILE.npz or FILE.png; default RUN/sampled. sampling: fields of `Sampling` that
-    differ from the run's. tokenizer: default the run's, or the one in the published checkpoint. weights: ``ema`` or
-    ``raw``, default ema if the run has an EMA. on_progress: called with finished images, the total, and images per
-    second. Raises TrainerError or ModelError, one line.
+    default all that were trained, or none if only that was. out: a folder of PNGs, FILE.npz or FILE.png; default
+    RUN/sampled. sampling: fields of `Sampling` that differ from the run's. tokenizer: default the run's, or the one in
+    the published checkpoint. weights: ``ema`` or ``raw``, default ema if the run has an EMA. on_progress: called with
+    finished images, the total, and images per second. Raises TrainerError or ModelError, one line.
     """
     _check_options(count, batch_size, seed, precision)
     with job_world(device) as world:
+        if compile:
+            run_on_all_ranks(lambda: check_compiler(world.device, "--compile"))
         models = load_newest(world, source, lambda checkpoint: _load_models(checkpoint, weights, tokenizer))
         generator, recipe = models.generator, models.recipe
         settings = Sampling(**{**(asdict(recipe.sampling) if recipe else {}), **(sampling or {})})
-        labels = _parse_classes(classes, generator.config.classes, recipe)
+        labels = _labels(classes, generator)
+        check_conditions(generator, torch.tensor(labels), settings)
         record = {
             "settings": {
                 "generator": run_on_main(world, lambda: fingerprint_of(generator.state_dict())),
@@ -172,22 +176,16 @@ def _load_tokenizer(checkpoint: Path, recipe: GeneratorRun | None, option: str |
     return tokenizer
 
 
-def _parse_classes(text: str | None, classes: int, recipe: GeneratorRun | None) -> list[int]:
+def _labels(text: str | None, generator: Transformer) -> list[int]:
     """Distinct classes in order. The number of classes stands for no class."""
-    if text == "none" or (text is None and recipe and recipe.loss.label_dropout == 1):
-        return [classes]
+    classes, trained_c = generator.config.classes, generator.trained_c
     if text is None:
-        return list(range(classes))
-    chosen = {}
-    for part in text.split(","):
-        match = re.fullmatch(r"\s*(\d+)(?:-(\d+))?\s*", part, re.ASCII)
-        first, last = (int(match[1]), int(match[2] or match[1])) if match else (1, 0)
-        if not first <= last < classes:
-            raise TrainerError(
-                f"--classes {text}: {part.strip()!r} is not a class from 0 to {classes - 1}, nor a range such as 0-9"
-            )
-        chosen.update(dict.fromkeys(range(first, last + 1)))
-    return list(chosen)
+        trained = list(range(classes)) if trained_c is None else trained_c[:-1].nonzero()[:, 0].tolist()
+        return trained or [classes]
+    try:
+        return parse_classes(text, classes)
+    except ValueError as error:
+        raise TrainerError(f"--classes {text}: {error}") from error
 
 
 def _out(source: Path, out: str | Path | None) -> Path:

@@ -1,6 +1,9 @@
 """How measured values are named, formatted and put into tables."""
 
+import re
 from typing import NamedTuple
+
+from data.text import printable
 
 ALL_COLORS = 2**24  # of 8 bits a channel
 
@@ -46,6 +49,11 @@ MEASURES = {
 def has_fitted_palette(codes: int) -> bool:
     """Whether the palette baseline has as many colours as there are codes: there are 2^24 colours in all."""
     return codes <= ALL_COLORS
+
+
+def plain_markdown(text: str) -> str:
+    """Markdown that shows the text as it is: names of files and samples are no markup."""
+    return re.sub(r"[\\`*\[\]<>|]|\b_|_\b", lambda found: "\\" + found[0], printable(text))
 
 
 def markdown_table(rows: list[list[str]]) -> str:

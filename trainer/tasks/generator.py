@@ -12,6 +12,8 @@ from torch import Tensor
 
 import data
 from model_zoo import ModelError, load_tokenizer
+from model_zoo.conditions import assumed_trained
+from model_zoo.io.weights import TRAINED
 from model_zoo.sampler import Sampler
 from model_zoo.transformer import Transformer, checkpoint_blocks, flops_per_token
 from trainer import TrainerError
@@ -43,6 +45,7 @@ class GeneratorTask(Task):
         self.groups = row_groups(world, "vocabulary_parallel", config.vocabulary_parallel, vocabulary, timeout_seconds)
         torch.manual_seed(config.seed)  # the same weights on every rank
         self.transformer = Transformer(config.model, self.groups.shard).to(world.device)
+        self.transformer.trained_c = torch.zeros(config.model.classes + 1, dtype=torch.bool, device=world.device)
         self.tokenizer = None
         if config.tokenizer.source is not None:
             self.tokenizer = load_tokenizer(config.tokenizer.source).to(world.device).requires_grad_(False)
@@ -62,6 +65,7 @@ class GeneratorTask(Task):
             loss_scales={"generator": LossScale(config.trainer.precision == "fp16")},
             buffers=self._buffers,
             is_main=world.is_main,
+            optional={TRAINED: assumed_trained(config.model.classes, config.loss.label_dropout)},
         )
         if config.trainer.compile:
             for block in self.transformer.blocks:
@@ -156,9 +160,11 @@ class GeneratorTask(Task):
         config, loss = self.config, self.config.loss
         metrics = StepMetrics(len(micro_batches))
         loss_scale = self.state.loss_scales["generator"]
+        used_c = torch.zeros_like(self.transformer.trained_c)
         for i, (index_bt, class_b) in enumerate(micro_batches):
             dropped_b = torch.rand(len(class_b), device=class_b.device) < loss.label_dropout
             class_b = class_b.masked_fill(dropped_b, config.model.classes)
+            used_c[class_b] = True
             with self.autocast():
                 out = self.main_engine.run(self.transformer.loss, index_bt, class_b, loss.z_weight, loss.impl)
             self.main_engine.backward(loss_scale.value * out.loss, last=i == len(micro_batches) - 1)
@@ -168,15 +174,28 @@ class GeneratorTask(Task):
                 metrics.add("loss/z", out.z)
         lr = self.learning_rate_factor(step) * config.optimizer.lr
         engines = [network.engine for network in self.state.trained.values()]
-        if self.update("generator", engines, "loss/total", lr, step, metrics) and self.state.ema:
-            self.state.ema.update(step)
+        if self.update("generator", engines, "loss/total", lr, step, metrics):
+            self.transformer.trained_c |= used_c
+            if self.state.ema:
+                self.state.ema.update(step)
         return metrics.result()
+
+    def scalars(self, step: int) -> dict[str, float]:
+        self._share_trained_classes()  # called before each checkpoint
+        return super().scalars(step)
+
+    def _share_trained_classes(self) -> None:
+        """Adds what other ranks have trained to ``trained_c``; all ranks call together."""
+        ranks_c = self.transformer.trained_c.long()
+        sum_over_ranks(ranks_c)
+        self.transformer.trained_c.copy_(ranks_c > 0)
 
     @torch.no_grad()
     def validate(self, beat: Callable[[], None]) -> Validation:
         """Cross-entropy in nats per code, and the entropy of the code frequencies on the same images: the loss of a
         model that knows only the frequencies. Samples pictures if the recipe names a tokenizer."""
         config, world = self.config, self.world
+        self._share_trained_classes()
         sums = torch.zeros(2, dtype=torch.float64, device=world.device)
         usage = CodebookUsage(config.model.vocabulary, world.device)
         filler = Codes(
@@ -229,13 +248,14 @@ class GeneratorTask(Task):
         return Codes(index_bt, torch.tensor(labels, device=self.world.device))
 
     def _pictures(self, beat: Callable[[], None]) -> dict[str, Tensor]:
-        """Samples the same classes at each validation. If a forward is a collective, all ranks sample."""
+        """Samples the same classes at each validation, once all were trained. If a forward is a collective, all ranks
+        sample."""
         if self.tokenizer is None or self.groups.shard or not (self.forwards_together or self.world.is_main):
             return {}
-        model = self.config.model
-        class_b = torch.arange(PICTURES, device=self.world.device) * max(1, model.classes // PICTURES) % model.classes
-        if self.config.loss.label_dropout == 1:
-            class_b.fill_(model.classes)
+        trained = self.transformer.trained_c[:-1].nonzero()[:, 0]
+        class_b = torch.full((PICTURES,), self.config.model.classes, device=self.world.device)
+        if len(trained):
+            class_b = trained[torch.arange(PICTURES) * max(1, len(trained) // PICTURES) % len(trained)]
         sampler = Sampler(self.transformer, PICTURES, dtype=autocast_dtype(self.config.trainer.precision), graphs=False)
         with self.autocast():
             index_bhw = self.main_engine.run(sampler.sample, class_b, list(range(PICTURES)), self.config.sampling, beat)
@@ -258,10 +278,12 @@ class GeneratorTask(Task):
         return {"tokenizer, frozen": sum(weight.nbytes for weight in self.tokenizer.parameters())}
 
     def _buffers(self) -> dict[str, Tensor]:
-        """The codebook of model.embedding=codebook; a checkpoint has it among the trained weights and in the EMA."""
+        """The trained classes, and the codebook of model.embedding=codebook, which a checkpoint has among the trained
+        weights and in the EMA."""
+        trained = {TRAINED: self.transformer.trained_c}
         if self.config.model.embedding != "codebook":
-            return {}
+            return trained
         codebook_vd = self.transformer.tok_emb.codebook_vd
-        buffers = {"generator/tok_emb.codebook_vd": codebook_vd}
+        buffers = trained | {"generator/tok_emb.codebook_vd": codebook_vd}
         # safetensors refuses two tensors that share memory.
         return buffers | ({"generator_ema/tok_emb.codebook_vd": codebook_vd.clone()} if self.state.ema else {})

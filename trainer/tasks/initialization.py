@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model_zoo import ModelError
-from model_zoo.io.weights import Weights, check_names
+from model_zoo.io.weights import Weights, check_weights
 from model_zoo.quantizers.base import CodebookQuantizer, Quantizer
 from model_zoo.quantizers.vqgan_lc import LargeCodebookQuantizer
 from trainer import TrainerError
@@ -41,7 +41,7 @@ def _load_discriminator(network: nn.Module | None, weights: Weights, wanted: boo
     if weights.discriminator is None:
         return "random weights (the source has none)"
     try:
-        check_names(weights.discriminator, network.state_dict(), "the source's")
+        check_weights(weights.discriminator, network.state_dict(), "the source's")
     except ModelError as error:
         return f"random weights ({error})"
     network.load_state_dict(weights.discriminator)

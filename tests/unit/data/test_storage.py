@@ -127,7 +127,7 @@ def test_messages_show_no_secrets_of_an_address(url, shown):
 @pytest.mark.parametrize(
     ("url", "fix"),
     [
-        ("ftp://me:hunter2@host/a.tar", "http, https, s3, gs"),
+        ("ftp://me:hunter2@host/a.tar", "http, https, s3, gs, hf"),
         ("https://me:hunter/2@host/a.tar", "percent-encode"),
         ("https:///a.tar", "percent-encode"),
         ("s3://key:hunter2@bucket/a.tar", "set AWS_ACCESS_KEY_ID"),

@@ -9,6 +9,7 @@ import torch
 from model_checks import random_transformer, refused
 
 from model_zoo import Sampler, Sampling, TransformerConfig
+from model_zoo.conditions import describe_classes, trained_from
 from model_zoo.sampler import draw, guidance_scale_t, keep_products_in
 
 # More positions than a bucket of static steps, so that there are two.
@@ -45,6 +46,38 @@ def test_seed_and_class_make_the_image():
     assert torch.equal(codes[0], codes[3])
     assert not torch.equal(codes[0], codes[1]) and not torch.equal(codes[0], codes[2])
     assert not torch.equal(codes[0], codes[4])  # all bits of a seed count
+
+
+@pytest.mark.parametrize(
+    ("trained", "label", "guidance", "said"),
+    [
+        ("0-4", 2, 3.0, "guidance 3 needs a generator that was also trained without a class"),
+        ("0-4", 2, 0.0, "guidance 0 needs"),
+        ("0-4", 5, 1.0, "never trained without a class: choose --classes among 0-4"),
+        ("0,2-4,none", 1, 1.0, "never trained with class 1: choose --classes among 0,2-4,none"),
+        ("none", 0, 1.0, "never trained with class 0: choose --classes among none"),
+        ("0-4", 2, 1.0, None),
+        ("2,none", 2, 3.0, None),
+        ("none", 5, 3.0, None),
+        (None, 2, 3.0, None),
+    ],
+)
+def test_classes_and_guidance_that_were_never_trained_are_refused(trained, label, guidance, said):
+    """Their rows of the class table give codes like any other row."""
+    sampler = Sampler(tiny(), 1)
+    sampler.transformer.trained_c = None if trained is None else trained_from(trained, TINY.classes)
+    arguments = torch.tensor([label]), [0], Sampling(guidance=guidance)
+    if said:
+        assert said in refused(sampler.sample, *arguments)
+    else:
+        sampler.sample(*arguments)
+
+
+def test_text_of_classes():
+    for text in ("", "none", "0", "0-4,none", "0-1,3", "1,3,none"):
+        assert describe_classes(trained_from(text, 5)) == text
+    with pytest.raises(ValueError, match="'5' is not a class from 0 to 4"):
+        trained_from("5", 5)
 
 
 def test_settings_may_change_between_batches():

@@ -1,9 +1,12 @@
 """The checks of `ibq doctor`, each on a simulated machine."""
 
 import hashlib
+import inspect
 import os
+import re
 import time
 from importlib import metadata
+from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -11,8 +14,10 @@ import pytest
 import torch
 
 from model_zoo.eval_nets.weights import WEIGHTS_FILES
+from model_zoo.ops.attention import FLASH_MODULES
 from tools import doctor
 from tools.doctor import OK, OPTIONAL, PROBLEM, Finding
+from trainer.recipes import load_recipe
 
 
 def test_our_own_packages_are_not_shadowed():
@@ -137,3 +142,64 @@ def test_the_report(monkeypatch, ibq, status):
     assert ended.status == (status == PROBLEM)
     assert fix in ended.out
     assert ("1 problem" in ended.out) == (status == PROBLEM)
+
+
+def test_a_host_name_without_an_address_is_a_problem(monkeypatch):
+    """torchrun waits for it. A name server that does not answer is one, too."""
+
+    def never(name, port):
+        time.sleep(0.5)
+        raise OSError
+
+    monkeypatch.setattr(doctor, "LOOK_UP_SECONDS", 0.2)
+    monkeypatch.setattr("socket.gethostname", lambda: "node-7")
+    assert [finding.status for finding in doctor.check_host_name()] == [PROBLEM]
+    monkeypatch.setattr("socket.getaddrinfo", never)
+    [finding] = doctor.check_host_name()
+    assert (finding.status, finding.found) == (PROBLEM, "node-7 is not resolved to an address")
+    assert "torchrun --local-addr 127.0.0.1" in finding.fix and "'127.0.0.1 node-7' to /etc/hosts" in finding.fix
+    monkeypatch.setattr("socket.getaddrinfo", lambda name, port: [(2, 1, 6, "", ("127.0.1.1", 0))])
+    assert [finding.found for finding in doctor.check_host_name()] == ["node-7 is 127.0.1.1"]
+
+
+def test_compilers_of_deepspeed_and_of_torch_are_both_looked_for(monkeypatch, tmp_path):
+    """c++ and g++, unless CXX names one."""
+    (tmp_path / "c++").touch(mode=0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    for set_to, status in ((None, [OK, PROBLEM]), (str(tmp_path / "c++"), [OK]), ("nowhere", [PROBLEM])):
+        monkeypatch.delenv("CXX", raising=False)
+        if set_to:
+            monkeypatch.setenv("CXX", set_to)
+        found = [finding.status for finding in doctor.check_compiler() if finding.name == "C++ compiler"]
+        assert found == [one if one == OK or not torch.cuda.is_available() else OPTIONAL for one in status]
+
+
+# ------------------------------------------------------------------------------ what it says, held against the code
+
+
+SOURCE = inspect.getsource(doctor)
+
+
+def test_settings_that_it_names_exist_and_take_the_values():
+    named = set(re.findall(r"\b((?:trainer|engine|data|loss|model)\.[\w.]+)=([\w.]+)", SOURCE))
+    assert {"trainer.precision", "data.workers", "loss.impl", "engine.kind"} == {key for key, _ in named}
+    for key, value in named:
+        load_recipe("ar_debug" if key.startswith("loss.impl") else "debug", [f"{key}={value}"])
+
+
+def test_packages_that_it_names_are_those_of_the_code():
+    code = {path: path.read_text() for package in ("trainer", "model_zoo") for path in Path(package).rglob("*.py")}
+    uses = [path.name for path, text in code.items() if "from apex.optimizers import FusedAdam" in text]
+    assert uses == ["optim.py"] and "the optimizer is apex's FusedAdam" in doctor.APEX
+    assert "import amp_C" in code[Path("trainer/optim.py")] and '"amp_C"' in SOURCE
+    modules = {name.partition(".")[0] for names in FLASH_MODULES.values() for name in names}
+    assert all(f'"{module}":' in SOURCE for module in (*modules, "liger_kernel"))
+    extras = " ".join(metadata.requires("ibq"))
+    for package in re.findall(r'"[a-z_]+": "([a-z-]+\d?)"', SOURCE):
+        assert package in extras or package == "flash-attn-3", package  # which has no wheel
+
+
+def test_environment_variables_that_it_names_are_read(monkeypatch, tmp_path):
+    for variable in re.findall(r'"((?:IBQ|TORCH)_[A-Z_]+)"\),', SOURCE):
+        monkeypatch.setenv(variable, str(tmp_path / variable))
+        assert f"{tmp_path / variable}" in " ".join(finding.found for finding in doctor.check_caches())

@@ -15,10 +15,11 @@ from torch.nn import functional as F
 from data import Batch
 from data.reader import SampleInfo
 from data.sampler import SamplePosition
-from model_zoo import Tokenizer
+from model_zoo import Sampling, Tokenizer
 from model_zoo.io.sharded_tensors import ShardedTensors, save_shards
 from model_zoo.transformer import flops_per_token
 from trainer import TrainerError
+from trainer.parallel import start_world
 from trainer.recipes import load_recipe
 from trainer.start_plan import plan_batch
 from trainer.tasks import generator as task_module
@@ -212,6 +213,7 @@ def test_validation_weighs_every_image_alike(build, monkeypatch):
 def test_pictures_are_drawn_where_the_tokenizer_is_known(build, monkeypatch):
     monkeypatch.setattr(task_module.data, "evaluation_tokens", lambda *_, **options: iter([]))
     task = build("data.val=anything", "tokenizer.source=any")
+    task.step([codes()], 0)
     first, second = task.validate(lambda: None), task.validate(lambda: None)
     assert first.scalars == {}
     (picture,) = first.pictures.values()
@@ -224,10 +226,54 @@ def test_pictures_are_drawn_where_the_tokenizer_is_known(build, monkeypatch):
 def test_pictures_that_cannot_be_drawn_are_said_and_end_nothing(build, monkeypatch):
     monkeypatch.setattr(task_module.data, "evaluation_tokens", lambda *_, **options: iter([]))
     task = build("data.val=anything", "tokenizer.source=any")
+    task.step([codes()], 0)
     with torch.no_grad():
         task.transformer.head.weight.fill_(math.inf)
     found = task.validate(lambda: None)
     assert found.pictures == {} and "not finite" in found.notes[0]
+
+
+@pytest.mark.usefixtures("tokenizer")
+def test_pictures_use_no_guidance_and_no_classes_that_were_not_trained(build, monkeypatch):
+    monkeypatch.setattr(task_module.data, "evaluation_tokens", lambda *_, **options: iter([]))
+    task = build("data.val=anything", "tokenizer.source=any", "loss.label_dropout=0", "sampling.guidance=2")
+    task.step([Codes(codes().index_bt[:8], torch.full((8,), 1))], 0)
+    (note,) = task.validate(lambda: None).notes
+    assert "guidance 2 needs a generator that was also trained without a class" in note
+    task.config.sampling = Sampling()
+    sample = Mock(wraps=task_module.Sampler.sample)
+    monkeypatch.setattr(task_module.Sampler, "sample", lambda *arguments: sample(*arguments))
+    task.validate(lambda: None)
+    assert sample.call_args.args[1].tolist() == [1] * 8
+
+
+def test_what_was_trained_is_kept_in_the_checkpoint(build, tmp_path):
+    """Of three classes and none: class 1 never came, and step 2 updated nothing."""
+    task = build("loss.label_dropout=0")
+    index_bt, _ = codes()
+    task.step([Codes(index_bt[:4], torch.tensor([0, 2, 2, 0]))], 0)
+    before = weights(task.transformer)
+    with torch.no_grad():
+        task.transformer.head.weight.fill_(math.nan)
+    task.step([codes()], 1)
+    assert task.transformer.trained_c.tolist() == [True, False, True, False]
+    task.transformer.load_state_dict(before)
+    save_shards(tmp_path / "rank.safetensors", task.state.tensors())
+    other = build("loss.label_dropout=1")
+    other.state.load(ShardedTensors(tmp_path), task.state.numbers())
+    assert other.transformer.trained_c.tolist() == [True, False, True, False]
+    other.step([Codes(index_bt[:1], torch.tensor([1]))], 2)
+    assert other.transformer.trained_c.tolist() == [True, False, True, True]
+
+
+def test_a_checkpoint_that_does_not_say_what_was_trained_is_judged_by_the_recipe(build, tmp_path):
+    task = build("loss.label_dropout=0")
+    shards = [shard for shard in task.state.tensors() if shard.name.startswith("generator")]
+    save_shards(tmp_path / "rank.safetensors", shards)
+    for dropout, expected in ((0, [1, 1, 1, 0]), (0.1, [1, 1, 1, 1]), (1, [0, 0, 0, 1])):
+        other = build(f"loss.label_dropout={dropout}")
+        other.state.load(ShardedTensors(tmp_path), task.state.numbers())
+        assert other.transformer.trained_c.int().tolist() == expected
 
 
 @pytest.mark.parametrize(("label", "said"), [(3, "data.val: odd has class 3"), (None, "data.val: odd has no class")])
@@ -255,3 +301,17 @@ def test_measuring_the_device_draws_no_random_number(build):
     before = torch.get_rng_state()
     task.speed(1.0)
     assert torch.equal(before, torch.get_rng_state())
+
+
+def classes_trained_on_two_ranks() -> list[bool]:
+    """Rank r trains class r only."""
+    world = start_world("cpu")
+    config = load_recipe("ar_debug", [*TINY, "loss.label_dropout=0", "trainer.global_batch_size=2"])
+    task = GeneratorTask(config, world, *plan_batch(config, world))
+    task.step([Codes(codes().index_bt[:1], torch.tensor([world.rank]))], 0)
+    task.scalars(0)
+    return task.transformer.trained_c.tolist()
+
+
+def test_what_any_rank_has_trained_was_trained(ranks):
+    assert ranks.call(2, classes_trained_on_two_ranks, join=False) == [[True, True, False, False]] * 2

@@ -1,14 +1,17 @@
 """Published checkpoints: made here of our own models by renaming, and as the published code names and computes them."""
 
 import json
+import time
 
 import model_checks
 import numpy as np
 import pytest
 import torch
+from field.odd_checkpoints import ODD_TENSORS, ModelCheckpoint, wrapped
 from golden import make_published
 from golden.make_published import CLASSES, CODES, POSITIONS, classes, codes, images, weight_of
 from model_checks import assert_same, tokenizer_of
+from safetensors.torch import save_file
 
 from model_zoo import Tokenizer, Transformer, TransformerConfig, load_generator, load_tokenizer
 from model_zoo.discriminator import PatchDiscriminator
@@ -178,7 +181,9 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path, write):
     torch.save([torch.zeros(3)], path)
     assert "holds no state_dict" in refused(load_generator, path)
     torch.save({"state_dict": {}, "hyper_parameters": GENERATOR}, path)
-    assert "holds more than tensors" in refused(load_generator, path)
+    assert "holds a pickled model_zoo.config.TransformerConfig" in refused(load_generator, path)
+    torch.save({"epoch": 3, "net": tokenizer().state_dict()}, path)
+    assert "but net: save the weights alone: torch.save(torch.load('bad.ckpt')['net']" in refused(load_tokenizer, path)
     whole = write(behind("transformer.", generator()))
     whole.write_bytes(whole.read_bytes()[:-100])
     assert "is damaged or not a checkpoint: download it again" in refused(load_generator, whole)
@@ -206,7 +211,6 @@ def test_tensors_of_another_shape_are_told(write, name, shape, message):
         "loss.logvar",
         "quantize.used",
         "model_ema.encoderconv_out",
-        "module.encoder.conv_in.weight",
         "encoder",
         "ema.decay",
     ],
@@ -221,6 +225,100 @@ def test_keys_that_no_published_model_has_are_told(write, name):
 def test_what_is_no_tensor_is_told(write):
     message = refused(load_tokenizer, write(behind("", tokenizer()), {"encoder.scale": 3.0}))
     assert "encoder.scale in its state_dict is not a tensor" in message
+
+
+def test_a_pickled_callback_is_named_and_the_advice_works(tmp_path, monkeypatch):
+    """A whole model, too."""
+    monkeypatch.chdir(tmp_path)
+    whole = tokenizer(1)
+    states = {"state_dict": whole.state_dict(), "callbacks": {"ModelCheckpoint": ModelCheckpoint()}}
+    for saved, named in ((states, "field.odd_checkpoints.ModelCheckpoint"), (whole, "model_zoo.tokenizer.Tokenizer")):
+        torch.save(saved, "theirs.ckpt")
+        message = model_checks.refused(load_tokenizer, "theirs.ckpt")
+        assert f"holds a pickled {named}, and loading it could run code" in message
+        advice = message.partition("alone: ")[2].partition(", with ")[0]
+        assert ", with file.state_dict() if it is a whole model" in message
+        exec(advice if saved is states else advice.replace("file['state_dict']", "file.state_dict()"))
+        assert_same(load_tokenizer("weights.pt"), whole)
+
+
+@pytest.mark.parametrize("suffix", ["ckpt", "pt", "pth", "safetensors"])
+@pytest.mark.parametrize("prefix", ["", "module.", "_orig_mod.", "module._orig_mod."])
+def test_plain_state_dicts_are_loaded_by_their_keys(tmp_path, caplog, suffix, prefix):
+    models = {"tokenizer": tokenizer(1), "generator": generator(2)}
+    for kind, load in (("tokenizer", load_tokenizer), ("generator", load_generator)):
+        state, path = wrapped(models[kind].state_dict(), prefix), tmp_path / f"{kind}.{suffix}"
+        save_file(state, path) if suffix == "safetensors" else torch.save(state, path)
+        caplog.clear()
+        assert_same(load(path), models[kind])
+        said = f"{path}: the wrappers' names (module, _orig_mod ...) were removed from {len(state)} keys"
+        assert caplog.messages == [said] * bool(prefix)
+
+
+def test_names_of_wrappers_inside_and_in_averages_are_removed(write):
+    compiled = {name.replace("encoder.", "encoder._orig_mod."): t for name, t in tokenizer(1).state_dict().items()}
+    averaged = {name.replace("ema.", "ema._orig_mod"): t for name, t in averages("", tokenizer(2)).items()}
+    averaged |= {f"model_ema.{name}": averaged.pop(f"model_ema._orig_mod{name}") for name in ("decay", "num_updates")}
+    path = write(compiled, averaged)
+    assert_same(load_tokenizer(path, "raw"), tokenizer(1))
+    assert_same(load_tokenizer(path), tokenizer(2))
+    path = write(compiled, {"encoder.conv_in.weight": torch.zeros(16, 3, 3, 3)})
+    assert "holds encoder.conv_in.weight twice, once as encoder." in refused(load_tokenizer, path)
+
+
+def test_a_file_of_an_export_or_of_a_run_names_the_folder(tmp_path):
+    """Whose configuration says more than shapes do."""
+    for beside in ("config.yaml", "manifest.json"):
+        folder = tmp_path / beside.partition(".")[0]
+        folder.mkdir()
+        (folder / beside).touch()
+        save_file(tokenizer().state_dict(), folder / "model.safetensors")
+        assert f"give its folder {folder}" in refused(load_tokenizer, folder / "model.safetensors")
+
+
+# ------------------------------------------------------------------------------------------- what cannot be a weight
+
+
+@pytest.mark.parametrize("odd", ODD_TENSORS)
+@pytest.mark.parametrize("name", ["decoder.mid.block_1.conv1.weight", "loss.discriminator.main.0.weight"])
+def test_what_cannot_be_a_weight_is_refused_by_its_name(write, name, odd):
+    state = {**behind("", tokenizer()), **TRAINED_BESIDE}
+    path = write(state, {name: ODD_TENSORS[odd](state[name])})
+    message = refused(load_tokenizer, path)
+    assert name.removeprefix("loss.discriminator.") in message
+    assert "NaN or infinity" in message if odd in ("NaN", "infinity") else "no weight" in message
+
+
+@pytest.mark.parametrize(
+    ("key", "said"),
+    [
+        ("transformer.blocks.999999999.ffn_norm.weight", "holds blocks.999999999.ffn_norm.weight, but only 4 such"),
+        (f"transformer.blocks.{'9' * 5000}.ffn_norm.weight", "but only 4 such parts"),
+        ("transformer.blocks.-1.ffn_norm.weight", "holds blocks.-1.ffn_norm.weight, which is not expected"),
+        ("encoder.down.77.block.0.conv1.weight", "holds encoder.down.77.block.0.conv1.weight, but only 4 such"),
+        ("loss.discriminator.main.999999999.weight", "its discriminator lacks main."),
+    ],
+)
+def test_numbers_of_blocks_that_cannot_be_are_refused(write, key, said):
+    kind = ("transformer.", generator(), load_generator) if "blocks" in key else ("", tokenizer(), load_tokenizer)
+    state = {**behind(*kind[:2]), **TRAINED_BESIDE, key: torch.zeros(4)}
+    assert said in refused(kind[2], write(state))
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [
+        [f"encoder.down.{n}.block.0.conv1.weight" for n in range(8000)],
+        [f"transformer.blocks.{n}.ffn_norm.weight" for n in range(8000)],
+        [f"model_ema.encoderdown{n}" for n in range(8000)],
+    ],
+)
+def test_many_keys_take_time_in_proportion(write, keys):
+    start = time.process_time()
+    load = load_generator if "blocks" in keys[0] else load_tokenizer
+    state = behind("", tokenizer()) | behind("transformer.", generator())
+    refused(load, write(state, dict.fromkeys(keys, torch.zeros(16, 1))))
+    assert time.process_time() - start < 4
 
 
 # -------------------------------------------------------------------------------------------- the published code itself

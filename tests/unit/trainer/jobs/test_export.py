@@ -15,6 +15,7 @@ from omegaconf import OmegaConf
 from support import generator_of
 
 from model_zoo import ModelError, load_generator, load_tokenizer
+from model_zoo.conditions import describe_classes, trained_from
 from model_zoo.discriminator import PatchDiscriminator
 from model_zoo.io.hashing import fingerprint_of, sha256_of
 from model_zoo.io.load import read_weights
@@ -212,6 +213,24 @@ def test_a_generators_round_trip_through_the_published_layout(generator_run, tmp
     import_published(tmp_path / "published.ckpt", tmp_path / "out")
     export_published(tmp_path / "out", tmp_path / "again.ckpt")
     assert same_files(tmp_path / "published.ckpt", tmp_path / "again.ckpt")
+
+
+def test_what_a_generator_was_trained_on_goes_with_it(tmp_path):
+    """Through exports and our published files; other published files do not say."""
+    model = generator_of(grid=[16, 16], heads=1, head_dim=64)
+    model.trained_c = trained_from("0-2,5", 6)
+    run = write_run(tmp_path / "run", {"task": "generator"}, generator=model)
+    export(run, tmp_path / "out")
+    export_published(tmp_path / "out", tmp_path / "out.ckpt")
+    import_published(tmp_path / "out.ckpt", tmp_path / "again")
+    for source in (run, tmp_path / "out", tmp_path / "out.ckpt", tmp_path / "again"):
+        assert describe_classes(load_generator(source, "raw").trained_c) == "0-2,5"
+    checkpoint = torch.load(tmp_path / "out.ckpt", weights_only=True)
+    torch.save({"state_dict": checkpoint["state_dict"]}, tmp_path / "other.ckpt")
+    assert load_generator(tmp_path / "other.ckpt").trained_c is None
+    config = tmp_path / "out" / "config.yaml"
+    config.write_text(config.read_text().replace("0-2,5", "0-2,6"))
+    assert "trained_classes: '6' is not a class from 0 to 5" in refusal(ModelError, load_generator, tmp_path / "out")
 
 
 def test_a_vq_tokenizer_keeps_its_quantizer_in_the_published_layout(tmp_path):

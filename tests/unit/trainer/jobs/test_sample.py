@@ -19,6 +19,7 @@ import trainer.jobs.sample
 import trainer.jobs.sample_output
 from data.locks import WriterLock, file_lock
 from model_zoo import ModelError, Sampler, Sampling
+from model_zoo.conditions import trained_from
 from model_zoo.io.load import find_checkpoint
 from tools import cli
 from trainer import TrainerError
@@ -145,6 +146,29 @@ def test_ema_where_the_run_keeps_one_and_no_class(tmp_path):
     first = sample(tmp_path / "run", count=2, precision="bf16")
     assert json.loads(first.report.read_text())["settings"]["weights"] == "ema"
     assert (first.out / "000001_class_none.png").exists()
+
+
+def test_what_was_never_trained_is_refused_before_anything_is_written(tmp_path, ibq, refused_by_ibq):
+    tokenizer = write_tokenizer_run(tmp_path / "tokenizer", tokenizer_of())
+    generator = generator_of()
+    generator.trained_c = trained_from("1,3-4", 6)
+    run = write_generator_run(tmp_path / "run", generator, tokenizer)
+    common = "sample", run, "--device", "cpu", "--count", 3
+    assert "this one was not: use guidance 1 (--guidance 1" in refused_by_ibq(*common, "--guidance", 3)
+    assert "never trained with class 2: choose --classes among 1,3-4" in refused_by_ibq(*common, "--classes", "1-2")
+    assert "never trained without a class" in refused_by_ibq(*common, "--classes", "none")
+    assert not (run / "sampled").exists()
+    assert ibq(*common, "--guidance", 1).status == 0  # the fix that is named, and only classes that were trained
+    assert json.loads((run / "sampled/sample.json").read_text())["settings"]["classes"] == [1, 3, 4]
+
+
+def test_a_run_of_an_earlier_version_is_judged_by_its_recipe(tmp_path):
+    tokenizer = write_tokenizer_run(tmp_path / "tokenizer", tokenizer_of())
+    config = generator_run()
+    config.loss.label_dropout, config.tokenizer.source = 0.0, str(tokenizer)
+    run = write_run(tmp_path / "run", config, generator=generator_of())
+    message = refusal(ModelError, sample, run, count=1, device="cpu", sampling={"guidance": 3.0})
+    assert "guidance 3 needs a generator that was also trained without a class" in message
 
 
 # --------------------------------------------------------------------------------------------------------------- resume
