@@ -16,8 +16,9 @@ from data.text import printable
 from model_zoo.errors import ModelError
 from model_zoo.io.run_layout import run_folder
 from trainer import TrainerError
+from trainer.compiler import check_compiler
 from trainer.config import RunConfig
-from trainer.parallel import World, leave_hangs_to_watchdog, run_on_main, start_world, stop_world
+from trainer.parallel import World, leave_hangs_to_watchdog, run_on_all_ranks, run_on_main, start_world, stop_world
 from trainer.recipes import load_recipe, load_run_config
 from trainer.run_folder import RESTART_SECONDS, RunFolder
 from trainer.start_plan import Source, check_inputs, plan_start
@@ -80,6 +81,8 @@ def _train_in(world: World, config: RunConfig, source: Source, tokens: TokenSpec
             if world.is_main:
                 sys.stderr.write(f"{printable(config.run)} is at step {plan.step} already: nothing is left to do\n")
             return Path(config.run)
+        if config.trainer.compile:
+            run_on_all_ranks(lambda: check_compiler(world.device, "trainer.compile=true"))
         trainer = Trainer(config, world, plan, tokens, folder)
         try:
             trainer.setup()

@@ -11,9 +11,8 @@ import torch
 import data
 from trainer import TrainerError
 from trainer.checkpoint import CheckpointError, Checkpoints
-from trainer.compiler import check_compiler
 from trainer.config import RunConfig
-from trainer.parallel import World, gather_objects, max_over_ranks, mean_over_ranks, run_on_all_ranks, run_on_main
+from trainer.parallel import World, gather_objects, max_over_ranks, mean_over_ranks, run_on_main
 from trainer.prefetch import Prefetcher, summary
 from trainer.run_folder import RunFolder
 from trainer.skipped_steps import SkippedSteps
@@ -47,8 +46,6 @@ class Trainer:
     def setup(self) -> None:
         """Builds the models, opens the data and loads the weights. Nothing is written until all of it has succeeded."""
         config, world, plan = self.config, self.world, self.plan
-        if config.trainer.compile:
-            run_on_all_ranks(lambda: check_compiler(world.device, "trainer.compile=true"))
         micro_batch_size, micro_batches = plan_batch(config, world)
         self.task = task = make_task(config, world, micro_batch_size, micro_batches)
         task.check()

@@ -54,6 +54,7 @@ def apex(monkeypatch):
     module.FusedAdam = FusedAdam
     monkeypatch.setitem(sys.modules, "apex", ModuleType("apex"))
     monkeypatch.setitem(sys.modules, "apex.optimizers", module)
+    monkeypatch.setitem(sys.modules, "amp_C", ModuleType("amp_C"))
 
 
 def parameters(kind=nn.Parameter) -> list[nn.Parameter]:

@@ -392,14 +392,14 @@ def test_a_full_disk_is_told_and_what_was_made_stays(run, tmp_path, monkeypatch)
 def test_logits_that_are_not_finite_are_told(tmp_path):
     tokenizer = write_tokenizer_run(tmp_path / "tokenizer", tokenizer_of())
     generator = generator_of()
-    generator.head.weight.data[0] = torch.nan
+    generator.head.weight.data[0] = torch.finfo(torch.float32).max  # weights that are not finite are refused
     run = write_generator_run(tmp_path / "run", generator, tokenizer)
     assert "logits are not finite" in refusal((TrainerError, ModelError), sample, run, count=1)
 
 
 def test_pictures_that_are_not_finite_are_told(tmp_path):
     diverged = tokenizer_of()
-    diverged.decoder.conv_out.bias.data[0] = torch.inf
+    diverged.decoder.conv_out.weight.data[0] = torch.finfo(torch.float32).max
     tokenizer = write_tokenizer_run(tmp_path / "tokenizer", diverged)
     run = write_generator_run(tmp_path / "run", generator_of(), tokenizer)
     assert "images are not finite" in refusal(TrainerError, sample, run, count=1)
