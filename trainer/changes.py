@@ -12,7 +12,7 @@ from trainer.config import RunConfig
 from trainer.recipes import leaves
 
 # Sections and keys that say what the weights are. (The training stream refuses another seed and other data.)
-FIXED = ("task", "model", "discriminator", "init_from", "data.content", "tokenizer.fingerprint")
+FIXED = ("task", "model", "discriminator", "init_from.freeze", "data.content", "tokenizer.fingerprint")
 NOT_COMPARED = ("run",)  # a run may be moved
 
 

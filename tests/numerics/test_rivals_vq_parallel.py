@@ -65,7 +65,7 @@ def run(name: str, ranks: int, rank: int, shard: CodebookShard | None) -> dict[s
 def averages(ranks: int, rank: int, restart_below: float, parts: int = 1) -> list[Tensor]:
     """The codes after each step of moving averages, and what is saved of them in the end."""
     torch.manual_seed(3)
-    quantizer = quantizer_of("vq_ema", CODES, DIM, codebook_decay=0.9, restart_below=restart_below).train()
+    quantizer = quantizer_of("vq_ema", CODES, DIM, codebook_decay=0.6, restart_below=restart_below).train()
     found = []
     for step in range(STEPS):
         quantizer.anneal(0.5)
