@@ -19,6 +19,7 @@ from data.evaluation import EvaluationImage
 from model_zoo.eval_nets.inception import FEATURES, Inception
 from model_zoo.eval_nets.lpips import SMALLEST_SIDE, Perceptual
 from model_zoo.eval_nets.weights import WEIGHTS_FILES, checked_weights, weights_path
+from model_zoo.quantizers import Quantizer
 from model_zoo.tokenizer import Tokenizer
 from trainer import TrainerError
 from trainer.evaluation.baselines import ColorBaselines
@@ -286,6 +287,23 @@ def _frechet_distance(first: GaussianMoments, second: GaussianMoments) -> float:
     return frechet_distance(first.mean(), first.covariance(), second.mean(), second.covariance())
 
 
+def _usage(quantizer: Quantizer, index_n: np.ndarray) -> dict[str, float | None]:
+    """The report's usage of codes, or of groups of their bits, and None for the other of the two."""
+    usage = CodebookUsage(quantizer.counted_codes)
+    counted = quantizer.counted(torch.from_numpy(index_n.astype(np.int64)))
+    usage.update(counted)
+    entries_per_window = USAGE_WINDOW_TOKENS * len(quantizer.counted_sizes)  # a token counts once for each group
+    measured = {
+        "usage": usage.usage(),
+        "usage_65536": window_usage(counted.flatten().numpy(), quantizer.counted_codes, entries_per_window),
+        "perplexity": usage.perplexity(),
+    }
+    of_groups = {f"group_{name}": value for name, value in measured.items()}
+    if quantizer.counts_groups:
+        return {**dict.fromkeys(measured), **of_groups}
+    return {**measured, **dict.fromkeys(of_groups)}
+
+
 def _make_report(
     tokenizer: Tokenizer,
     scorer: _Scorer,
@@ -302,20 +320,6 @@ def _make_report(
     mean_color = finite_mean(row.mean_color_psnr for row in rows)
     palette = finite_mean(score.palette_psnr for score in scores)
     index_n = np.concatenate([row.codes for row in rows])
-    usage = CodebookUsage(quantizer.counted_codes)
-    counted = quantizer.counted(torch.from_numpy(index_n.astype(np.int64)))
-    usage.update(counted)
-    entries_per_window = USAGE_WINDOW_TOKENS * len(quantizer.counted_sizes)  # a token counts once for each group
-    measured = {
-        "usage": usage.usage(),
-        "usage_65536": window_usage(counted.flatten().numpy(), quantizer.counted_codes, entries_per_window),
-        "perplexity": usage.perplexity(),
-    }
-    of_groups = {f"group_{name}": value for name, value in measured.items()}
-    if quantizer.counts_groups:
-        counts = {**dict.fromkeys(measured), **of_groups}
-    else:
-        counts = {**measured, **dict.fromkeys(of_groups)}
 
     def mean(name: str) -> float | None:
         values = [getattr(score, name) for score in scores]
@@ -331,7 +335,7 @@ def _make_report(
         psnr=decibels.mean,
         ssim=mean("ssim"),
         l1=mean("l1"),
-        **counts,
+        **_usage(quantizer, index_n),
         baseline_mean_color_psnr=mean_color.mean,
         baseline_palette_psnr=palette.mean,
         rfid=rfid,

@@ -90,19 +90,9 @@ def sample(
         settings = Sampling(**{**(asdict(recipe.sampling) if recipe else {}), **(sampling or {})})
         labels = _labels(classes, generator)
         check_conditions(generator, torch.tensor(labels), settings)
+        chosen = dict(count=count, seed=seed, **asdict(settings), batch_size=batch_size, precision=precision)
         record = {
-            "settings": {
-                "generator": run_on_main(world, lambda: fingerprint_of(generator.state_dict())),
-                "weights": models.weights,
-                # Includes the decoder, unlike `Tokenizer.fingerprint`.
-                "tokenizer": run_on_main(world, lambda: fingerprint_of(models.tokenizer.state_dict())),
-                "classes": labels,
-                "count": count,
-                "seed": seed,
-                **asdict(settings),
-                "batch_size": batch_size,
-                "precision": precision,
-            },
+            "settings": {**_fingerprints(world, models), "classes": labels, **chosen},
             "source": str(source),
             "checkpoint": models.checkpoint.name,
             "seeds": SEEDS,
@@ -118,6 +108,16 @@ def sample(
             finished = _finished(world, made, seconds, compile)
             run_on_main(world, lambda: output.finish({**record, "finished": finished}))
         return Sampled(output.out, output.record, count, made, made / seconds) if world.is_main else None
+
+
+def _fingerprints(world: World, models: _Models) -> dict[str, str]:
+    """What tells the models' weights, in the order of the record."""
+    return {
+        "generator": run_on_main(world, lambda: fingerprint_of(models.generator.state_dict())),
+        "weights": models.weights,
+        # Includes the decoder, unlike `Tokenizer.fingerprint`.
+        "tokenizer": run_on_main(world, lambda: fingerprint_of(models.tokenizer.state_dict())),
+    }
 
 
 def _check_options(count: int, batch_size: int, seed: int, precision: str) -> None:

@@ -182,9 +182,8 @@ def draw_chart(chart: Chart, curves: dict[str, Curve]) -> str:
     styles = {label: f"c{i}{' dashed' if label in chart.dashed else ''}" for i, label in enumerate(curves)}
     for label, curve in curves.items():
         if len(curve) == 1:
-            marks.append(
-                f'<circle class="{styles[label]}" cx="{x(curve[0].step):.1f}" cy="{y(curve[0].value):.1f}" r=3 />'
-            )
+            at = f'cx="{x(curve[0].step):.1f}" cy="{y(curve[0].value):.1f}"'
+            marks.append(f'<circle class="{styles[label]}" {at} r=3 />')
         path = " ".join(f"{x(p.step):.1f},{y(p.value):.1f}" for p in curve)
         marks.append(f'<polyline class="{styles[label]}" points="{path}"><title>{escape(label)}</title></polyline>')
     legend = "".join(
