@@ -58,8 +58,8 @@ def table(methods: dict[str, Reports]) -> str:
 
 def draw(methods: dict[str, Reports], path: Path) -> None:
     """Seed 0 of each method at each weight."""
-    figure = Figure((15, 5.5), layout="constrained")
-    psnr, usage, both = figure.subplots(1, 3)
+    figure = Figure((16, 6), layout="constrained")
+    psnr, usage, both = figure.subplots(1, 3, width_ratios=(1, 1, 1.6))
     for number, (row, reports) in enumerate(methods.items()):
         points = [(weight, seeds[0]["psnr"], seeds[0]["usage"]) for weight, seeds in reports.items() if 0 in seeds]
         weights, psnrs, usages = zip(*points, strict=True)
@@ -67,8 +67,14 @@ def draw(methods: dict[str, Reports], path: Path) -> None:
         psnr.plot(weights, psnrs, label=row, **style)
         usage.plot(weights, usages, **style)
         both.plot(usages, psnrs, **style)
+        best, left = psnrs.index(max(psnrs)), max(usages) > 0.15
+        where = {"xytext": (-5 if left else 5, 4), "textcoords": "offset points", "ha": "right" if left else "left"}
+        both.annotate(row, (usages[best], psnrs[best]), fontsize=7, **where)
+    tried = sorted({weight for reports in methods.values() for weight in reports})
     for panel in (psnr, usage):
         panel.set(xscale="log", xlabel="loss.reconstruction.weight")
+        panel.set_xticks(tried, [f"{weight:g}" for weight in tried])
+        panel.set_xticks([], minor=True)
     for panel in (psnr, both):
         panel.set_ylabel("PSNR, held-out pictures (dB)")
     usage.set_ylabel("codes used by held-out pictures")
