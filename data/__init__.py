@@ -22,8 +22,8 @@ _DEFINED_IN = {
         "evaluation_tokens",
     ),
     "data.loader": (
-        *("Batch", "TrainStream", "access_of", "check", "class_from_folder", "class_numbers", "token_header"),
-        "train_batches",
+        *("Batch", "TrainStream", "access_of", "check", "class_numbers", "token_header", "train_batches"),
+        "validation_options",
     ),
     "data.prep.pack": ("PackReport", "pack"),
     "data.samples": ("Skipped",),

@@ -55,4 +55,5 @@ def merged_classes(parts: Iterable[tuple[str, dict[str, int]]]) -> dict[str, int
 
 
 def _disagree(what: str) -> DataError:
-    return DataError(f"{what}: pack (or tokenize) one of them again with --classes and the classes.json of the other")
+    fix = "pack (or tokenize) one of them again with --classes and the classes.json of the other"
+    return DataError(f"{what}: {fix}, or number folders of images by data.classes")

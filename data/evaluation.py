@@ -10,7 +10,7 @@ import torch
 from data.cache import Access, Cache, cache_folder
 from data.config import SourceConfig
 from data.errors import DataError, ImageError
-from data.folder_reader import FileShard, FolderFiles, file_shard, find_images
+from data.folder_reader import FileShard, FolderFiles, file_shard, find_images, has_class_folders
 from data.parallel import in_threads
 from data.samples import Sample, Shard, Skipped, is_image
 from data.sources import TOKENS, label_of, open_source
@@ -56,8 +56,9 @@ class _OrderedSamples:
         block: int = 1,
         threads: int = 0,
         class_from_folder: bool = False,
+        classes: dict[str, int] | None = None,
     ):
-        self.shards = _shards(path, access or Access(), class_from_folder)
+        self.shards = _shards(path, access or Access(), class_from_folder, classes)
         entries = [(one, index) for one in self.shards for index in range(len(one))]
         first, count = shard
         self.entries = [(index, *entry) for index, entry in enumerate(entries) if index // block % count == first]
@@ -102,7 +103,7 @@ class EvaluationImages(_OrderedSamples):
     shard: (index, count): only this part of the set, `block` images in turn. access: how remote tars are read; without
     a cache they are copied to `cache_folder()`. threads: threads that decode ahead; 0: decode on request.
     class_from_folder: the class of an image is its top sub-folder, as for training (`file_shard`), in a folder where
-    every image has one.
+    every image has one. classes: the numbers of these folders; None: in sorted order.
     """
 
     def __init__(
@@ -116,11 +117,12 @@ class EvaluationImages(_OrderedSamples):
         block: int = 1,
         threads: int = 0,
         class_from_folder: bool = False,
+        classes: dict[str, int] | None = None,
     ):
         if image_size is not None and image_size < 1:
             raise DataError(f"image size {image_size} must be at least 1 pixel")
         self.image_size, self.resize = image_size, resize_named(resize)
-        super().__init__(path, shard, access, block, threads, class_from_folder)
+        super().__init__(path, shard, access, block, threads, class_from_folder, classes)
 
     def _value(self, sample: Sample, index: int) -> EvaluationImage:
         image = decode(sample.image())
@@ -156,13 +158,14 @@ def _unread(shard: Shard) -> list[Skipped]:
     return [skipped._replace(source=shard.files.name(path)) for path, skipped in listed]
 
 
-def _shards(path: str | list[str], access: Access, class_from_folder: bool) -> list[Shard]:
+def _shards(
+    path: str | list[str], access: Access, class_from_folder: bool, classes: dict[str, int] | None
+) -> list[Shard]:
     if isinstance(path, (str, os.PathLike)) and os.path.isfile(path) and is_image(str(path)):
         folder = os.path.dirname(path) or "."
         return [FileShard(folder, FolderFiles(folder), [Path(os.path.basename(path))])]
-    if isinstance(path, (str, os.PathLike)) and os.path.isdir(path) and (images := find_images(Path(path))):
-        has_classes = class_from_folder and all(len(image.parts) > 1 for image in images)
-        return [file_shard(str(path), has_classes)]
+    if isinstance(path, (str, os.PathLike)) and os.path.isdir(path) and find_images(Path(path)):
+        return [file_shard(str(path), class_from_folder and has_class_folders(path), classes)]
     if access.cache is None:  # samples are read by their position, so remote tars need copies or an index
         access = access._replace(cache=Cache(cache_folder() / "shards", CACHE_BYTES, access.timeouts))
     source = open_source(SourceConfig(name="evaluation", root=path), access, scan_all=True)

@@ -278,6 +278,11 @@ def file_shard(path: str, class_from_folder: bool = False, classes: dict[str, in
     return FileShard(path, files, images, numbers, unread)
 
 
+def has_class_folders(path) -> bool:
+    """Whether `path` is a folder or a zip file in which every image lies in a sub-folder."""
+    return is_files(path) and all(len(image.parts) > 1 for image in open_files(path).listing().images)
+
+
 def class_numbers(
     files: FolderFiles | ZipFiles, images: list[PurePath], classes: dict[str, int] | None = None
 ) -> dict[str, int]:

@@ -14,6 +14,7 @@ from data.classes import merged_classes, read_classes
 from data.config import DataConfig, SourceConfig, check_numbers
 from data.errors import DataError
 from data.evaluation import evaluation_images, evaluation_tokens
+from data.folder_reader import has_class_folders
 from data.reader import LaneReader, ReadSamples, SampleInfo
 from data.sampler import LaneAssignment, default_lanes, divides
 from data.samples import Skipped, WindowLimit
@@ -258,14 +259,16 @@ def check(
         evaluation_tokens(config.val, tokens, access=access_of(config))
     else:
         side = config.val_image_size or config.image_size
-        options = {"access": access_of(config), "class_from_folder": class_from_folder(config)}
-        evaluation_images(config.val, image_size=side, resize=config.resize, **options)
+        evaluation_images(config.val, image_size=side, resize=config.resize, **validation_options(config))
 
 
 def class_numbers(config: DataConfig, saved: str | None = None) -> dict[str, int] | None:
     """The number of each class in the sources and `data.val`; None if nothing tells it. saved: a classes.json that they
     must agree with, too. Raises DataError if they disagree."""
-    configs = _configs(config) + ([SourceConfig(name="data.val", root=config.val)] if config.val is not None else [])
+    configs = _configs(config)
+    if config.val is not None:
+        class_from = "folder" if class_from_folder(config) and has_class_folders(config.val) else None
+        configs.append(SourceConfig(name="data.val", root=config.val, class_from=class_from))
     options = {"content": config.content, "allow_pipes": config.allow_pipes, "timeouts": access_of(config).timeouts}
     found = classes_of(configs, config.classes, **options)
     parts = [(saved, read_classes(saved))] if saved is not None else []
@@ -283,6 +286,12 @@ def token_header(config: DataConfig) -> TokenHeader:
 def class_from_folder(config: DataConfig) -> bool:
     """Whether a source of a `data` section takes the class of an image from its folder; ``data.val`` then does, too."""
     return any(layout_of(one).label == "folder" for one in _configs(config))
+
+
+def validation_options(config: DataConfig) -> dict:
+    """How the images of ``data.val`` are opened and numbered: options of `evaluation_images`. Raises DataError."""
+    classes = None if config.classes is None else read_classes(config.classes)
+    return {"access": access_of(config), "class_from_folder": class_from_folder(config), "classes": classes}
 
 
 def access_of(config: DataConfig) -> Access:

@@ -165,10 +165,13 @@ def checkpoint_folders(run: Path) -> list[Path]:
 
 
 def is_saved(source: Path) -> bool:
-    """Whether there is anything to resume from: False for a run's folder that was never saved."""
+    """Whether there is anything to resume from: False for a run's folder that was never saved. Raises TrainerError if
+    the folder of checkpoints is a link to nothing, such as a disk that is not mounted."""
     if run_folder(source) != source:
         return True
-    return bool(checkpoint_folders(source)) or (source / "checkpoints" / "latest").exists()
+    if (folder := source / "checkpoints").is_symlink() and not folder.exists():
+        raise TrainerError(f"{folder} is a link to nothing ({os.readlink(folder)}): mount or repair it")
+    return bool(checkpoint_folders(source)) or (folder / "latest").exists()
 
 
 def find_checkpoint(source: Path, world: World) -> tuple[Path, list[str]]:

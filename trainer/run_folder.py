@@ -1,16 +1,19 @@
 """A run's folder during training: one writer, and what happens when it is moved or deleted meanwhile."""
 
 import os
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import replace
 from pathlib import Path
 
+from data.classes import CLASSES_NAME
 from data.locks import WriterLock, folder_lock
 from trainer.config import RunConfig
 from trainer.files import os_errors, remove_unfinished
+from trainer.init_from import FILE as INIT_RECORD
 from trainer.parallel import World, run_on_main
 from trainer.recipes import save_config
 
+KEPT = INIT_RECORD, CLASSES_NAME  # files beside config.yaml that a resumed run reads
 RESTART_SECONDS = 120.0  # how long a restarted process waits for the lock of the one before it
 
 
@@ -53,6 +56,14 @@ class RunFolder:
         except (FileNotFoundError, NotADirectoryError):
             return True
 
+    def _kept(self) -> dict[str, bytes]:
+        """What another folder needs of the one that was taken, wherever that is now; nothing if it was deleted."""
+        kept = {}
+        for name in KEPT:
+            with suppress(FileNotFoundError), open(os.open(name, os.O_RDONLY, dir_fd=self.descriptor), "rb") as file:
+                kept[name] = file.read()
+        return kept
+
     def replace(self, config: RunConfig) -> Path:
         """Makes another folder with the run's configuration, at the same path if nothing else is there now, and takes
         it; all ranks call together. Returns its path. Raises TrainerError."""
@@ -60,12 +71,15 @@ class RunFolder:
 
         def make() -> str:
             self.path = next(path for path in free if not path.exists())
+            kept = self._kept()
             self.resources.close()
             self.descriptor = None
             with os_errors(f"cannot write the run folder {self.path}", "the steps since the last save are lost"):
                 (self.path / "samples").mkdir(parents=True)
                 self.take()
                 save_config(replace(config, run=str(self.path)), self.path / "config.yaml")
+                for name, content in kept.items():
+                    (self.path / name).write_bytes(content)
             return str(self.path)
 
         config.run = run_on_main(self.world, make)

@@ -99,7 +99,9 @@ def plan_start(config: RunConfig, source: Source, world: World) -> StartPlan:
     if source.restart and not run_on_main(world, lambda: _holds_run(config)):
         return fresh
     if run_on_main(world, lambda: not is_saved(source.checkpoint)):
-        return fresh._replace(reuses_folder=True, notes=[f"{config.run} has no checkpoint yet: it starts from step 1"])
+        changes = run_on_main(world, lambda: _changes({"step": 0}, config))
+        notes = [f"{config.run} has no checkpoint yet: it starts from step 1"]
+        return fresh._replace(reuses_folder=True, notes=[*notes, *map(str, changes)], changes=changes)
     checkpoint, notes = find_checkpoint(source.checkpoint, world)
     state = run_on_main(world, lambda: _load_state(checkpoint))
     step = state["step"]
@@ -136,8 +138,8 @@ def open_folder(folder: RunFolder, config: RunConfig, plan: StartPlan, init_from
             )
         (run / "samples").mkdir(exist_ok=True)
         save_config(config, run / "config.yaml")
-        if plan.reuses_folder and not plan.checkpoint:
-            (run / "metrics.jsonl").unlink(missing_ok=True)  # its steps are trained again
+        if plan.reuses_folder and not plan.checkpoint and (metrics := run / "metrics.jsonl").exists():
+            metrics.replace(run / "metrics.old.jsonl")  # its steps are trained again
         if classes := _class_numbers(config, resumes=plan.reuses_folder):
             write_json(run / data.CLASSES_NAME, classes)
     if init_from:

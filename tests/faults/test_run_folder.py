@@ -4,9 +4,12 @@ import json
 import signal
 
 import pytest
-from comparing import loss_lines
+from comparing import loss_lines, refusal
 from faults.outcome import CHANGES, assert_resumed, assert_whole, fault_settings, latest, newest_step
 from ranks import wait_for
+
+from trainer import TrainerError
+from trainer.checkpoint import is_saved
 
 LOST = 5
 STEPS = 6
@@ -60,6 +63,14 @@ def test_a_run_that_was_killed_before_its_first_checkpoint_can_be_resumed(two_ra
     assert f"{run} has no checkpoint yet: it starts from step 1" in resumed.errs[0]
     assert_resumed(resumed, run, after=0, last=STEPS)
     assert loss_lines(run) == loss_lines(unbroken)[:STEPS]
+
+
+def test_checkpoints_that_are_out_of_reach_are_not_none(tmp_path):
+    """A link to a disk that is not mounted: the run must not start from step 1."""
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "checkpoints").symlink_to(tmp_path / "not mounted")
+    assert f"{run}/checkpoints is a link to nothing" in refusal(TrainerError, is_saved, run)
 
 
 def test_changes_are_in_the_log_and_in_the_checkpoints(two_ranks, copy_of_unbroken):

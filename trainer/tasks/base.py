@@ -187,12 +187,11 @@ class Task(ABC):
     ) -> Iterator[data.EvaluationImage | data.EvaluationToken]:
         """This rank's share of the first ``trainer.validation_images`` images of ``data.val``, or of their tokens."""
         config, world = self.config, self.world
-        options = dict(shard=(world.rank, world.size), access=data.access_of(config.data))
+        shard = (world.rank, world.size)
         if tokens:
-            images = data.evaluation_tokens(config.data.val, tokens, **options)
+            images = data.evaluation_tokens(config.data.val, tokens, shard=shard, access=data.access_of(config.data))
         else:
-            resize = config.data.resize
-            options |= {"resize": resize, "class_from_folder": data.class_from_folder(config.data)}
+            options = dict(shard=shard, resize=config.data.resize, **data.validation_options(config.data))
             images = data.evaluation_images(config.data.val, image_size=image_size, **options)
         return islice(images, len(range(world.rank, config.trainer.validation_images, world.size)))
 

@@ -13,12 +13,12 @@ from data import (
     DataError,
     SourceConfig,
     check,
-    class_from_folder,
     decode,
     evaluation_images,
     pack,
 )
 from data.folder_reader import open_files
+from data.loader import class_from_folder, class_numbers, validation_options
 from data.sources import open_source
 
 
@@ -62,6 +62,17 @@ def test_images_of_a_folder_have_the_classes_that_training_gives_them(tmp_path):
     assert {sample.key: source.pick(sample).label for sample in samples} == labels(class_from_folder=True)
     assert class_from_folder(DataConfig(sources=[SourceConfig(name="imagenet", root="x")]))
     assert not class_from_folder(DataConfig(train="x"))
+    # A validation set that lacks a class would number the others otherwise: refused, unless a file numbers them.
+    (tmp_path / "val/cat").mkdir(parents=True)
+    picture(5).save(tmp_path / "val/cat/d.png")
+    mine = SourceConfig(name="mine", root=str(folder), class_from="folder")
+    config = DataConfig(sources=[mine], val=str(tmp_path / "val"))
+    assert "class 0 is cat in" in refusal(DataError, class_numbers, config)
+    (tmp_path / "classes.json").write_text('{"ant": 0, "cat": 1}')
+    config.classes = str(tmp_path / "classes.json")
+    assert class_numbers(config) == {"ant": 0, "cat": 1}
+    (image,) = evaluation_images(config.val, image_size=8, **validation_options(config))
+    assert image.label == 1
     picture(9).save(folder / "loose.png")  # as in ImageNet's validation set, which has no folders
     assert labels(class_from_folder=True)["cat/a.png"] is None
 
