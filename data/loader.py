@@ -265,7 +265,7 @@ def check(
 def class_numbers(config: DataConfig, saved: str | None = None) -> dict[str, int] | None:
     """The number of each class in the sources and `data.val`; None if nothing tells it. saved: a classes.json that they
     must agree with, too. Raises DataError if they disagree."""
-    configs = _configs(config)
+    configs = [*_configs(config)]
     if config.val is not None:
         class_from = "folder" if class_from_folder(config) and has_class_folders(config.val) else None
         configs.append(SourceConfig(name="data.val", root=config.val, class_from=class_from))
