@@ -10,6 +10,7 @@ from typing import Any
 
 from data.errors import DataError
 
+MOST_CODES = 2**24  # of a tokenizer: codes that a token shard can hold
 COMPARISONS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le}
 
 

@@ -10,7 +10,7 @@ import torch
 from data.cache import Access, Cache, cache_folder
 from data.config import SourceConfig
 from data.errors import DataError, ImageError
-from data.folder_reader import FileShard, FolderFiles, file_shard, find_images, has_class_folders
+from data.folder_reader import FileShard, FolderFiles, class_numbers, file_shard, find_images
 from data.parallel import in_threads
 from data.samples import Sample, Shard, Skipped, is_image
 from data.sources import TOKENS, label_of, open_source
@@ -165,7 +165,10 @@ def _shards(
         folder = os.path.dirname(path) or "."
         return [FileShard(folder, FolderFiles(folder), [Path(os.path.basename(path))])]
     if isinstance(path, (str, os.PathLike)) and os.path.isdir(path) and find_images(Path(path)):
-        return [file_shard(str(path), class_from_folder and has_class_folders(path), classes)]
+        shard = file_shard(str(path))
+        if class_from_folder and shard.has_class_folders:
+            shard.classes = class_numbers(shard.files, shard.images, classes)
+        return [shard]
     if access.cache is None:  # samples are read by their position, so remote tars need copies or an index
         access = access._replace(cache=Cache(cache_folder() / "shards", CACHE_BYTES, access.timeouts))
     source = open_source(SourceConfig(name="evaluation", root=path), access, scan_all=True)

@@ -225,6 +225,11 @@ class FileShard:
     def name(self) -> str:
         return self.url
 
+    @property
+    def has_class_folders(self) -> bool:
+        """Whether every image lies in a sub-folder."""
+        return all(len(image.parts) > 1 for image in self.images)
+
     def __len__(self):
         return len(self.images)
 
@@ -276,11 +281,6 @@ def file_shard(path: str, class_from_folder: bool = False, classes: dict[str, in
         raise DataError(f"neither {suffixes} nor tars under {path}: {fix}")
     numbers = class_numbers(files, images, classes) if class_from_folder else None
     return FileShard(path, files, images, numbers, unread)
-
-
-def has_class_folders(path) -> bool:
-    """Whether `path` is a folder or a zip file in which every image lies in a sub-folder."""
-    return is_files(path) and all(len(image.parts) > 1 for image in open_files(path).listing().images)
 
 
 def class_numbers(

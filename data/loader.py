@@ -14,7 +14,7 @@ from data.classes import merged_classes, read_classes
 from data.config import DataConfig, SourceConfig, check_numbers
 from data.errors import DataError
 from data.evaluation import evaluation_images, evaluation_tokens
-from data.folder_reader import has_class_folders
+from data.folder_reader import file_shard, is_files
 from data.reader import LaneReader, ReadSamples, SampleInfo
 from data.sampler import LaneAssignment, default_lanes, divides
 from data.samples import Skipped, WindowLimit
@@ -267,7 +267,8 @@ def class_numbers(config: DataConfig, saved: str | None = None) -> dict[str, int
     must agree with, too. Raises DataError if they disagree."""
     configs = [*_configs(config)]
     if config.val is not None:
-        class_from = "folder" if class_from_folder(config) and has_class_folders(config.val) else None
+        has_classes = class_from_folder(config) and is_files(config.val) and file_shard(config.val).has_class_folders
+        class_from = "folder" if has_classes else None
         configs.append(SourceConfig(name="data.val", root=config.val, class_from=class_from))
     options = {"content": config.content, "allow_pipes": config.allow_pipes, "timeouts": access_of(config).timeouts}
     found = classes_of(configs, config.classes, **options)

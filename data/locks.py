@@ -12,6 +12,7 @@ from datetime import datetime, timezone
 from pathlib import Path
 
 from data.errors import DataError
+from data.file_names import fitted
 
 logger = logging.getLogger(__name__)
 
@@ -28,7 +29,7 @@ def folder_lock(folder: Path) -> Path:
 
 def file_lock(file: Path) -> Path:
     """The lock file of a single file with one writer."""
-    return file.with_name(f".{file.name}{LOCK_NAME}")
+    return file.with_name(fitted(".", file.name, LOCK_NAME))
 
 
 class WriterLock:

@@ -287,8 +287,8 @@ def read_plain_members(content: bytes | memoryview) -> list[tuple[str, bytes]] |
 
 
 def read_members(content: bytes | memoryview) -> Iterator[tuple[str, bytes | ImageError]]:
-    """The members of a sample: name, bytes; of one without bytes of its own, an ImageError that says why. Raises
-    TarError for a damaged header, where webdataset silently stops."""
+    """The members of a sample as (name, bytes). A member that has no content, such as a link, gives an ImageError with
+    the reason instead of bytes. Raises TarError for a damaged header, where webdataset silently stops."""
     with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
         for member in _entries(tar):
             if member.isreg():

@@ -15,10 +15,10 @@ from typing import NamedTuple
 
 import numpy as np
 
+from data.config import MOST_CODES
 from data.errors import DataError, ImageError
 from data.samples import CODES, Sample, Shard, WindowLimit, is_image
 
-MOST_CODES = 1 << 24
 MOST_HEADER_BYTES = 4096
 
 

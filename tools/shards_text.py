@@ -44,7 +44,7 @@ def problems(found: list["Checked"]) -> Iterator[str]:
     yield f"{len(found):,} {kind}, {samples:,} samples, {_bytes(size)}: {counts}"
     if dotted := sum(checked.dotted for checked in found):
         yield (
-            f"{dotted:,} keys have a dot: each is a sample of its own here, and webdataset would end keys at the first "
+            f"{dotted:,} keys have a dot: each is a separate sample here; webdataset would end keys at the first "
             "dot; if KEY.part.png belongs to the image KEY.jpg, name the suffix of images (--image, a source's image)"
         )
     if broken := [name for checked, name in zip(found, names, strict=True) if checked.status == "broken"]:

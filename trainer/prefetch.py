@@ -78,8 +78,9 @@ class Prefetcher:
         if self.audit:
             infos = [info for batch in batches for info in batch.infos]
             samples = [[info.source, info.position.epoch, info.shard, info.key] for info in infos]
-            if alarm := self.audit.append(json.dumps({"step": step, "samples": samples})):
-                self.failed = f"{alarm.removeprefix('ALARM: ')}; free some space"
+            self.audit.append(json.dumps({"step": step, "samples": samples}))
+            if self.audit.waiting:
+                self.failed = f"cannot write the audit {self.audit.path}: repair its disk, or set data.audit=false"
         return batches
 
     def report(self, step: int) -> dict[str, float]:

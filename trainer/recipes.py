@@ -15,6 +15,7 @@ import yaml
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
+from data.config import MOST_CODES
 from model_zoo.config import WITH_CODEBOOK, TokenizerConfig, broken_rule
 from trainer import TrainerError
 from trainer.config import GeneratorRun, RunConfig, TokenizerRun
@@ -22,7 +23,6 @@ from trainer.files import complete_file
 
 TASKS = {"tokenizer": TokenizerRun, "generator": GeneratorRun}
 EVALUATION = "evaluation"  # the folder of recipes for evaluations
-MOST_VOCABULARY = 2**24  # as `data.tokens.MOST_CODES`, which is not imported here because it needs numpy
 ABLATIONS = "ablations"  # the folder of recipes for ablations
 # Former names of keys and sections (with all keys of the section), and of values.
 RENAMED_KEYS = {"trainer.keep_checkpoints": "trainer.keep_last", "start": "init_from"}
@@ -209,9 +209,9 @@ def _check(config: RunConfig) -> None:
         raise TrainerError(f"optimizer.betas={config.optimizer.betas} must be two numbers")
     if isinstance(config, TokenizerRun):
         _check_tokenizer(config)
-    elif config.model.vocabulary > MOST_VOCABULARY:
+    elif config.model.vocabulary > MOST_CODES:
         raise TrainerError(
-            f"model.vocabulary={config.model.vocabulary} must be at most {MOST_VOCABULARY} (2^24), the codes that "
+            f"model.vocabulary={config.model.vocabulary} must be at most {MOST_CODES} (2^24), the codes that "
             "token shards hold: train on a tokenizer of fewer codes"
         )
 

@@ -126,9 +126,8 @@ class Trainer:
         except TrainerError:
             self.checkpoints.finish()  # the checkpoint that is being written is from a good step
             raise
-        if not result.skipped and (spike := self.spikes.update(float(result.scalars["loss/total"]))):
-            note = f"step {step}: {spike}"
-        for line in filter(None, (note, result.warning)):
+        spike = None if result.skipped else self.spikes.update(float(result.scalars["loss/total"]))
+        for line in filter(None, (note, spike and f"step {step}: {spike}", result.warning)):
             self.telemetry.say(line)
         due = self._due(step, result, any(ends))
         self.telemetry.advance(step)

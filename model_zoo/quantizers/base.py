@@ -112,7 +112,7 @@ class Quantizer(nn.Module):
         return {}
 
     def scalars(self) -> dict[str, float]:
-        """Values of its own that training logs, by name."""
+        """Values that training logs for this kind of quantizer, by name."""
         return {}
 
     @property

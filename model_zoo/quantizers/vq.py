@@ -15,8 +15,8 @@ class VectorQuantizer(CodebookQuantizer):
     normalizes = True
 
     def settings(self) -> str:
-        # IBQ's tensors have the same names and shapes, but IBQ takes the code with the largest dot product. IBQ adds no
-        # text of its own, so that its fingerprints match token shards that were made before this text existed.
+        # IBQ's tensors have the same names and shapes, but IBQ takes the code with the largest dot product. IBQ's
+        # settings stay without such a text, so that fingerprints in existing token shards remain valid.
         return "nearest\n" + super().settings()
 
     def assign(self, z_nd: Tensor, entropy_temperature: float | None) -> IndexBackprop:

@@ -15,14 +15,14 @@ import torch
 from PIL import Image
 from webdataset.writer import TarWriter
 
-from data.config import DataConfig, SourceConfig
+from data.config import MOST_CODES, DataConfig, SourceConfig
 from data.errors import ImageError
 from data.locks import folder_lock
 from data.prep.pack import mixed, unique_keys
 from data.samples import CODES, Shard, Skipped, Window, WindowLimit, is_image
 from data.sources import Source, catalogue, classes_of, digest, open_source
 from data.tar_reader import TarShard
-from data.tokens import MOST_CODES, pack_codes
+from data.tokens import pack_codes
 from data.transforms import decode, pixels_chw, resize_and_center_crop, resize_named
 from model_zoo.io.load import load_tokenizer
 from model_zoo.tokenizer import Tokenizer

@@ -279,7 +279,7 @@ class TokenizerTask(Task):
 
     @torch.no_grad()
     def scalars(self, step: int) -> dict[str, float]:
-        """The codebook's health, and what the quantizer logs of its own."""
+        """The codebook's health, and the values that the quantizer logs."""
         quantizer = self.tokenizer.quantize
         health = {f"{self.counted_prefix}{name}": value for name, value in self.health.read(step).items()}
         health |= quantizer.scalars()

@@ -7,7 +7,7 @@ from comparing import refusal
 from field.owners import ENDED, OTHER_MACHINE, REUSED_NUMBER, lock_of, no_flock
 
 from data.errors import DataError
-from data.locks import WriterLock
+from data.locks import WriterLock, file_lock
 
 
 def test_a_lock_is_refused_while_its_owner_lives_and_free_afterwards(tmp_path, caplog):
@@ -79,3 +79,10 @@ def test_a_damaged_lock_file_is_taken_over(tmp_path, caplog):
     with WriterLock(path, "runs/mine") as lock:
         lock.take()
     assert "is taken over: another process has ended" in caplog.text
+
+
+def test_a_file_whose_name_has_255_bytes_has_a_lock(tmp_path):
+    path = file_lock(tmp_path / ("a" * 251 + ".npz"))
+    with WriterLock(path, "samples") as lock:
+        lock.take()
+        assert path.exists()

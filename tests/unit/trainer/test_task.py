@@ -479,7 +479,7 @@ def test_usage_of_groups_has_names_of_its_own(build):
             "dead_codes",
             "perplexity",
         }
-    # Of 128 tokens few of 2^18 codes are chosen; each bit, as a group of its own, has both values.
+    # Of 128 tokens few of 2^18 codes are chosen; counted one bit at a time, both values of each bit occur.
     assert scalars["codebook/usage"] <= 128 / 2**18
 
 
