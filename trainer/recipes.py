@@ -4,6 +4,7 @@ An unknown key is an error. A former name of a key is translated in a file; on t
 names the new one.
 """
 
+import copy
 import dataclasses
 import difflib
 from collections.abc import Iterable
@@ -137,6 +138,8 @@ def _resolve(path: Path, overrides: list[str], defaults: dict | None = None) -> 
     keys = _keys_of(overrides, schema)
     if "task" in keys:
         raise TrainerError(f"task= cannot be changed: {path.stem} is a recipe for a {task}")
+    if "engine.kind" in keys and overrides[keys.index("engine.kind")] != f"engine.kind={merged.engine.kind}":
+        merged.engine = copy.copy(schema.engine)  # another engine does not take over the settings of the former one
     for key, override in zip(keys, overrides, strict=True):
         try:
             _override(merged, key, override)
@@ -204,7 +207,10 @@ def _check(config: RunConfig) -> None:
     """Raises TrainerError for values that contradict each other."""
     engine = config.engine
     if engine.kind != "fsdp2" and (engine.offload or engine.shard_over is not None or not engine.reshard):
-        raise TrainerError("engine.offload, engine.shard_over and engine.reshard are settings of engine.kind=fsdp2")
+        raise TrainerError(
+            "engine.offload, engine.shard_over and engine.reshard are settings of engine.kind=fsdp2: remove them, or "
+            "give that too"
+        )
     if len(config.optimizer.betas) != 2:
         raise TrainerError(f"optimizer.betas={config.optimizer.betas} must be two numbers")
     if isinstance(config, TokenizerRun):

@@ -44,6 +44,10 @@ class TokenizerTask(Task):
         self.groups = row_groups(world, "codebook_parallel", config.codebook_parallel, codes, timeout_seconds)
         torch.manual_seed(config.seed)  # the same weights on every rank
         self.tokenizer = Tokenizer(config.model, self.groups.shard).to(world.device)
+        rows = self.tokenizer.quantize.row_parameters()
+        whole_rows = sum((codes - len(row)) * row[0].numel() for row in rows)  # those of other ranks
+        # Before ZeRO 3 takes the parameters apart.
+        self.parameters = sum(p.numel() for p in self.tokenizer.parameters()) + whole_rows
         if self.tokenizer.quantize.impl is not None:
             self.tokenizer.quantize.impl = config.trainer.quantizer_impl
         self.perceptual = self._build_perceptual()
@@ -51,9 +55,6 @@ class TokenizerTask(Task):
             checkpoint_activations(self.tokenizer)
         self.codes_frozen = config.init_from.freeze == "encoder"
         trained, frozen, self.codebook = build_engines(self, self.tokenizer)
-        rows = self.tokenizer.quantize.row_parameters()
-        whole_rows = sum((codes - len(row)) * row[0].numel() for row in rows)  # those of other ranks
-        self.parameters = sum(p.numel() for p in self.tokenizer.parameters()) + whole_rows
         self.adversary = Adversary(config, world, self.tokenizer.decoder, self.make_adam, self.autocast, **self.batch)
         self.trained = [network.engine for network in trained.values()]  # updated together
         averaged = list(trained)  # without the discriminator

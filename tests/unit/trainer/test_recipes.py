@@ -13,7 +13,7 @@ from model_zoo.quantizers.registry import QUANTIZERS
 from model_zoo.sampler import SCHEDULES
 from model_zoo.transformer import Transformer
 from trainer import TrainerError
-from trainer.config import GeneratorRun, InitFromConfig, RunConfig, TokenizerRun
+from trainer.config import EngineConfig, GeneratorRun, InitFromConfig, RunConfig, TokenizerRun
 from trainer.recipes import KEYS_OF_QUANTIZERS, TASKS, leaves, load_recipe, load_run_config, recipe_paths, save_config
 
 SMALLEST = "trainer: {max_steps: 10, global_batch_size: 4}\n"
@@ -275,6 +275,14 @@ def test_an_override_with_a_former_name_is_answered_with_the_new_one(recipe, tmp
     save_config(load_recipe(recipe(), []), tmp_path / "config.yaml")
     with pytest.raises(TrainerError, match=said):
         load_run_config(tmp_path, [override])
+
+
+def test_another_engine_begins_with_its_own_defaults(recipe, tmp_path):
+    """Without this, `ibq resume RUN engine.kind=ddp` would refuse a run of FSDP2 with offloading."""
+    save_config(load_recipe(recipe(), ["engine.kind=fsdp2", "engine.offload=true"]), tmp_path / "config.yaml")
+    assert load_run_config(tmp_path, ["engine.kind=ddp"]).engine == EngineConfig()
+    resharding = load_run_config(tmp_path, ["engine.reshard=false", "engine.kind=fsdp2"]).engine
+    assert resharding == EngineConfig("fsdp2", reshard=False, offload=True)  # the same engine
 
 
 OLD = """trainer: {max_steps: 10, global_batch_size: 4, keep_checkpoints: 7}
