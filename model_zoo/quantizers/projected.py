@@ -16,9 +16,9 @@ class ProjectedCodebook(Quantizer):
     """Selects the projected code at the smallest Euclidean distance, with a straight-through gradient. The VQ losses
     train the projector, and the table unless it is frozen, towards the features.
 
-    The projected codes are computed where they are used, and never stored: weights that change, by a step, by the EMA
-    or by loading, change the codes at once. A subclass sets ``projector``, a module from rows to codes. The projector
-    needs the whole table, so that codes cannot be sharded.
+    The projected codes are computed in each forward. In eval mode without gradients they are computed once and kept
+    until a weight or the mode changes, so that a validation does not compute them for each picture. A subclass sets
+    ``projector``, a module from rows to codes. The projector needs the whole table, so that codes cannot be sharded.
 
     rows_kr: the initial table.
     """
@@ -28,6 +28,11 @@ class ProjectedCodebook(Quantizer):
     def __init__(self, config: TokenizerConfig, shard: CodebookShard | None, rows_kr: Tensor, frozen: bool):
         super().__init__(config, shard)
         self.embedding = nn.Embedding.from_pretrained(rows_kr, freeze=frozen)
+        self._kept: tuple[list, Tensor] | None = None  # what identified the weights, and their codes
+
+    def train(self, mode: bool = True) -> "ProjectedCodebook":
+        self._kept = None  # engines change weights in training mode, through buffers whose versions do not tell
+        return super().train(mode)
 
     def row_parameters(self) -> list[nn.Parameter]:
         return [self.embedding.weight]
@@ -39,7 +44,12 @@ class ProjectedCodebook(Quantizer):
 
     def codes(self) -> Tensor:
         """The code vectors ``(k, d)``; differentiable."""
-        return self.project(self.embedding.weight)
+        if self.training or torch.is_grad_enabled():
+            return self.project(self.embedding.weight)
+        weights = [(weight.data_ptr(), weight._version) for weight in self.parameters()]
+        if self._kept is None or self._kept[0] != weights:
+            self._kept = weights, self.project(self.embedding.weight)
+        return self._kept[1]
 
     def vectors(self, index_n: Tensor) -> Tensor:
         return F.embedding(index_n, self.codes())

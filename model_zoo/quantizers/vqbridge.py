@@ -27,9 +27,9 @@ class VQBridgeQuantizer(ProjectedCodebook):
     table starts with standard deviation 1 / (K sqrt(3)), that of its uniform(-1/K, 1/K), but normally distributed as
     our other tables are. ``model.codebook_init`` has no effect.
 
-    Each forward computes all codes once, in training and at inference, where a batch of images shares the cost: a cache
-    could become stale. (The authors keep only the codes after training.) For 262,144 codes of 256 dimensions in groups
-    of 64 this takes 0.11 TFLOP. The table, its gradient, its two moments and its EMA take 268 MB each, and so do, from
+    Each forward in training computes all codes once. (The authors keep only the codes after training; here
+    `ProjectedCodebook` keeps them at inference.) For 262,144 codes of 256 dimensions in groups of 64 this takes
+    0.11 TFLOP. The table, its gradient, its two moments and its EMA take 268 MB each, and so do, from
     the forward to the backward pass, the codes, in the backward pass their gradient, and while the nearest codes are
     searched, the codes' squares.
     """

@@ -112,6 +112,46 @@ def test_codes_follow_weights_that_change_in_any_way(name):
     assert torch.equal(quantizer.codes(), before_kd)
 
 
+def test_at_inference_codes_are_computed_once():
+    quantizer, z_bdhw = make().eval(), features()
+    computed = []
+    quantizer.projector.register_forward_hook(lambda *_: computed.append(1))
+    with torch.no_grad():
+        index_bhw = quantizer.tokenize(z_bdhw)
+        quantizer.lookup(index_bhw)
+        assert torch.equal(quantizer.tokenize(z_bdhw), index_bhw) and len(computed) == 1
+    quantizer.codes().sum().backward()  # with a gradient they are computed
+    assert len(computed) == 2 and quantizer.embedding.weight.grad is not None
+    quantizer.train()
+    with torch.no_grad():
+        quantizer.tokenize(z_bdhw)
+        quantizer.tokenize(z_bdhw)
+    assert len(computed) == 4
+
+
+@pytest.mark.parametrize("change", ["in place", "another storage", "load_state_dict", "hidden from versions", "dtype"])
+def test_codes_that_are_kept_follow_weights(change):
+    quantizer, other = make().eval(), make(seed=1)
+    weight = quantizer.embedding.weight
+    with torch.no_grad():
+        before_kd = quantizer.codes()
+        if change == "in place":
+            weight.mul_(2)
+        elif change == "another storage":
+            weight.data = 2 * weight.data
+        elif change == "load_state_dict":
+            quantizer.load_state_dict(other.state_dict())
+        elif change == "hidden from versions":  # as engines do that update a flat buffer, in training
+            quantizer.train()
+            weight.data.mul_(2)
+            quantizer.eval()
+        else:
+            quantizer.to(torch.float64)
+        expected_kd = quantizer.projector(weight)
+        assert not torch.equal(before_kd.to(expected_kd), expected_kd) or change == "dtype"
+        assert torch.equal(quantizer.codes(), expected_kd)
+
+
 def test_it_starts_as_the_released_code_does():
     torch.manual_seed(0)
     quantizer = quantizer_of("vqbridge", 4096, 16, bridge_group=64)
