@@ -21,13 +21,8 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from data.errors import DataError
 from data.reader import LaneReader, ReadSamples
 from data.sampler import LaneAssignment
+from data.stop_signals import STOP_SIGNALS
 
-# By which terminals, schedulers and launchers end jobs or warn them that they will (SLURM, PBS and Kubernetes TERM, LSF
-# INT, TERM and USR2, Grid Engine USR1, USR2 and XCPU, terminals INT, QUIT and HUP; SLURM and others let users choose).
-STOP_SIGNALS = (
-    *(signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGQUIT),
-    *(signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGPWR),
-)
 # Buffers of each worker in shared memory. A worker may start on a buffer when the main process has asked for the read
 # after next, and by then the buffer has been copied: see `WorkerLoader`.
 SLOTS = 3

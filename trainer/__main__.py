@@ -7,7 +7,7 @@ from data import DataError
 from data.text import accept_all_names, printable
 from model_zoo import ModelError
 from trainer import TrainerError
-from trainer.watchdog import Stopped
+from trainer.watchdog import Stopped, end_with_launcher
 
 USAGE = """usage: python -m trainer RECIPE [KEY=VALUE]...
        python -m trainer --resume RUN_OR_CHECKPOINT [KEY=VALUE]...
@@ -27,6 +27,7 @@ def main(arguments: list[str]) -> int:
         return 0 if arguments[:1] in (["-h"], ["--help"]) else 2
     accept_all_names()
     try:
+        end_with_launcher()  # before the imports, which take seconds
         from trainer.loop import resume, train
 
         if "--dry-run" in arguments:

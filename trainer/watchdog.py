@@ -16,7 +16,8 @@ from collections.abc import Callable, Collection
 from itertools import pairwise
 from pathlib import Path
 
-from data.workers import STOP_SIGNALS
+from data.stop_signals import STOP_SIGNALS
+from trainer import TrainerError
 
 STOPPED = 75  # exit status after a signal to stop: a checkpoint was written (EX_TEMPFAIL: try again)
 LIBC = ctypes.CDLL(None)
@@ -177,9 +178,22 @@ def launcher() -> int | None:
 
 def end_with_launcher() -> None:
     """Lets the kernel send SIGTERM when the launcher ends, however it ends: a rank without one would train and write
-    beside the ranks of the next start."""
+    beside the ranks of the next start. Call it as early as possible. Raises TrainerError if the launcher has ended."""
     if launcher():
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+        if _adopts_orphans(os.getppid()):
+            raise TrainerError("the launcher of this process has ended: start it again")
+
+
+def _adopts_orphans(pid: int) -> bool:
+    """Whether a process is no launcher, but one that becomes the parent of processes whose parent ended: systemd, or
+    process 1, unless that is the launcher itself, as in a container that runs only torchrun."""
+    try:
+        if pid != 1:
+            return Path(f"/proc/{pid}/comm").read_text() == "systemd\n"
+        return not Path(os.readlink("/proc/1/exe")).name.startswith("python")
+    except OSError:  # it has just ended, or is another user's, which no launcher is
+        return True
 
 
 class LossSpikes:

@@ -6,12 +6,14 @@ import signal
 import socket
 import threading
 import time
+from contextlib import nullcontext
 from pathlib import Path
 
 import pytest
 
-from data.workers import STOP_SIGNALS
-from trainer.watchdog import HUNG, STOPPED, LossSpikes, Stopped, StopSignal, Watchdog
+from data.stop_signals import STOP_SIGNALS
+from trainer import TrainerError, watchdog
+from trainer.watchdog import HUNG, STOPPED, LossSpikes, Stopped, StopSignal, Watchdog, end_with_launcher
 
 
 class Clock:
@@ -204,3 +206,35 @@ def test_where_the_median_is_near_zero_a_wandering_loss_is_no_jump():
     spikes = spikes_after([0.04, -0.06, 0.1, 0.02, 0.15] * 10)
     assert not told(spikes, 0.5)
     assert told(spikes, 0.9)
+
+
+@pytest.mark.parametrize(
+    ("program", "ended"),
+    [("/usr/bin/python3.11", False), ("/sbin/init", True), (PermissionError("of root"), True)],
+    ids=["torchrun in a container", "init", "another user's"],
+)
+def test_a_rank_whose_launcher_ended_while_it_started_does_not_begin(monkeypatch, program, ended):
+    """The kernel has made process 1 its parent."""
+
+    def readlink(path):
+        assert path == "/proc/1/exe"
+        if isinstance(program, OSError):
+            raise program
+        return program
+
+    monkeypatch.setattr(watchdog.LIBC, "prctl", lambda *_: 0, raising=False)
+    monkeypatch.setattr(os, "getppid", lambda: 1)
+    monkeypatch.setattr(os, "readlink", readlink)
+    end_with_launcher()  # not started by a launcher
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    with pytest.raises(TrainerError, match="has ended: start it again") if ended else nullcontext():
+        end_with_launcher()
+
+
+def test_a_rank_with_a_launcher_begins(monkeypatch):
+    monkeypatch.setattr(watchdog.LIBC, "prctl", lambda *_: 0, raising=False)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    end_with_launcher()
+    monkeypatch.setattr(os, "getppid", lambda: 2**22 + 1)  # there is no such process: it ended just now
+    with pytest.raises(TrainerError, match="has ended"):
+        end_with_launcher()
