@@ -117,7 +117,8 @@ class DeepSpeed(Engine):
         os.environ["PATH"] = sysconfig.get_path("scripts") + os.pathsep + os.environ["PATH"]
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed insists on it, even for a single process
         if dist.get_rank() == 0 and not torch.cuda.is_available():
-            print("DeepSpeed compiles for about a minute when it first runs on a CPU ...", file=sys.stderr, flush=True)
+            note = "DeepSpeed compiles for about a minute when it first runs on a CPU (longer: `ibq doctor`) ..."
+            print(note, file=sys.stderr, flush=True)
         self.parameters = trained_parameters(module, ignored)
         shapes = {name: tuple(parameter.shape) for name, parameter in self.parameters.items()}
         self.root = Root(module, ignored)
