@@ -72,12 +72,14 @@ def test_a_run_keeps_its_numbers_and_refuses_others(tmp_path, other, said):
     assert json.loads((tmp_path / "run" / "classes.json").read_text()) == NUMBERS
     for key, source in (("val", Source()), ("train", Source(tmp_path / "run"))):
         setattr(config.data, key, str(second))
+        config.run = str(source.checkpoint or tmp_path / "another")
         if said is None:
             check_inputs(config, source)
         else:
             assert said in refusal(DataError, check_inputs, config, source)
         config.data.val, config.data.train = None, str(first)
     config.data.val, config.loss.label_dropout = str(second), 1  # no class is learned
+    config.run = str(tmp_path / "another")
     check_inputs(config, Source())
 
 
