@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import yaml
 
-from data.addresses import is_remote
+from data.addresses import is_remote, redacted
 from data.cache import Access
 from data.classes import classes_beside, merged_classes, read_classes
 from data.config import FilterConfig, SourceConfig
@@ -354,14 +354,15 @@ def classes_of(
 ) -> dict[str, int] | None:
     """The number of each class, from the classes.json beside tars, the class folders and the file `given`; None if
     nothing tells it. Raises DataError if they disagree."""
-    classes = None if given is None else read_classes(given)
-    parts = [] if classes is None else [(given, classes)]
+    classes = None if given is None else read_classes(given, timeouts)
+    parts = [] if classes is None else [(redacted(given), classes)]
     for config in configs:
         if is_files(config.root):
             if content == "images" and layout_of(config).label == "folder":
                 parts.append((str(config.root), file_shard(str(config.root), True, classes).classes))
         else:
-            parts += classes_beside(expand(config.root, allow_pipes=allow_pipes, timeouts=timeouts))
+            urls = expand(config.root, allow_pipes=allow_pipes, timeouts=timeouts)
+            parts += classes_beside(urls, timeouts)
     return merged_classes(parts)
 
 
