@@ -397,7 +397,9 @@ def check_weights(configs: list[SourceConfig]) -> None:
 def describe(source: Source) -> str:
     """One line: the source's size."""
     samples = source.samples
-    count = f"{samples:,} samples" if samples is not None else "not counted, since there is no index"
+    count = (
+        f"{samples:,} sample{'s' * (samples != 1)}" if samples is not None else "not counted, since there is no index"
+    )
     more = f", {len(source.quarantined)} in quarantine" if source.quarantined else ""
     shards = f"{len(source.shards):,} shard{'s' * (len(source.shards) != 1)}"
     return f"{source.name}: {shards}, {count}{more}"

@@ -97,7 +97,8 @@ class LineFile:
             return None if failing else said
         count = len(self.waiting) - len(lines)
         self.waiting = []
-        return f"{self.path} can be written again: {count:,} lines that waited are in it" if failing else None
+        what = "line that waited is" if count == 1 else "lines that waited are"
+        return f"{self.path} can be written again: {count:,} {what} in it" if failing else None
 
 
 def append_whole(path: Path, content: bytes) -> None:

@@ -42,7 +42,7 @@ class SkippedSteps:
             unlisted, lost = len(keys) - self.SHOWN_KEYS, len(self.lines.waiting)
             more = f" and {unlisted:,} more" if unlisted > 0 else ""
             if lost:
-                more += f" ({lost:,} lines of {self.lines.path} are lost: it cannot be written)"
+                more += f" ({lost:,} line{'s' * (lost > 1)} of {self.lines.path} lost: it cannot be written)"
             elif more:
                 more += f", see {self.lines.path}"
             raise TrainerError(

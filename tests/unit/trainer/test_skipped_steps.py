@@ -80,7 +80,7 @@ def test_a_file_that_cannot_be_written_is_said_by_the_step_that_ends_the_run_too
     with full_disk(path.stat().st_size):
         message = refusal(TrainerError, skips.update, 2, ["generator"], keys(*range(20)))
     assert caplog.messages == [alarm]
-    assert f" and 12 more (1 lines of {path} are lost: it cannot be written). Checkpoints" in message
+    assert f" and 12 more (1 line of {path} lost: it cannot be written). Checkpoints" in message
     assert skips.update(3, [], keys(3)) is None
-    assert caplog.messages == [alarm, f"{path} can be written again: 1 lines that waited are in it"]
+    assert caplog.messages == [alarm, f"{path} can be written again: 1 line that waited is in it"]
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
