@@ -43,6 +43,10 @@ class Cache:
     max_bytes: int
     timeouts: Timeouts = DEFAULT_TIMEOUTS
 
+    def holds(self, url: str) -> bool:
+        """Whether there is a local copy of the object."""
+        return (Path(self.folder) / self._name(url)).exists()
+
     def path(self, url: str) -> Path:
         """Local copy of the whole object, downloaded if it is missing; a local path is returned as it is.
 

@@ -5,22 +5,30 @@ may have another number in each.
 """
 
 import json
+import logging
 import os
+import posixpath
+import re
 from collections.abc import Iterable
 from pathlib import Path
 
-from data.addresses import is_remote
-from data.errors import DataError
+from data import storage
+from data.addresses import is_remote, redacted
+from data.errors import DataError, DeniedError, MissingError
+from data.parallel import in_threads
+from data.storage import DEFAULT_TIMEOUTS, Timeouts
+
+logger = logging.getLogger(__name__)
 
 CLASSES_NAME = "classes.json"
 
 
-def read_classes(path: str | Path) -> dict[str, int]:
-    """Name -> number of a classes.json. Raises DataError."""
+def read_classes(place: str | Path, timeouts: Timeouts = DEFAULT_TIMEOUTS) -> dict[str, int]:
+    """Name -> number of a classes.json, by its path or URL. Raises DataError."""
+    url, path = str(place), redacted(str(place))
+    content = storage.read(url, 0, storage.size(url, timeouts), timeouts)
     try:
-        numbers = json.loads(Path(path).read_bytes())
-    except OSError as error:
-        raise DataError(f"cannot read the classes {path}: {error.strerror or error}") from error
+        numbers = json.loads(content)
     except (ValueError, RecursionError) as error:
         raise DataError(f"the classes {path} are not JSON: name a classes.json that packing wrote") from error
     is_mapping = isinstance(numbers, dict) and all(type(number) is int and number >= 0 for number in numbers.values())
@@ -29,11 +37,26 @@ def read_classes(path: str | Path) -> dict[str, int]:
     return numbers
 
 
-def classes_beside(urls: Iterable[str]) -> list[tuple[str, dict[str, int]]]:
-    """The path and the content of each classes.json beside local tars. Raises DataError."""
-    folders = dict.fromkeys(os.path.dirname(url) for url in urls if not is_remote(url))
-    paths = [os.path.join(folder, CLASSES_NAME) for folder in folders]
-    return [(path, read_classes(path)) for path in paths if os.path.isfile(path)]
+def classes_beside(urls: Iterable[str], timeouts: Timeouts = DEFAULT_TIMEOUTS) -> list[tuple[str, dict[str, int]]]:
+    """The place and the content of each classes.json beside tars. Where a store denies access to one, which may mean
+    that there is none, this is logged. Raises DataError."""
+    folders: dict[str, str] = {}  # with the query of one of their tars, which may be a signature for the folder
+    for url in urls:
+        path, query = re.fullmatch(r"([^?#]*)(.*)", url, re.DOTALL).groups() if is_remote(url) else (url, "")
+        folders.setdefault(posixpath.dirname(path), query)
+
+    def find(folder: str) -> tuple[str, dict[str, int]] | None:
+        place = posixpath.join(folder, CLASSES_NAME) + folders[folder]
+        try:
+            if is_remote(place) or os.path.isfile(place):
+                return redacted(place), read_classes(place, timeouts)
+        except MissingError:
+            pass
+        except DeniedError as error:
+            logger.warning("%s; until it can be read, nothing checks the classes of its tars", error)
+        return None
+
+    return [found for found in in_threads(find, folders, threads=8) if found]
 
 
 def merged_classes(parts: Iterable[tuple[str, dict[str, int]]]) -> dict[str, int] | None:

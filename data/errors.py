@@ -5,6 +5,14 @@ class DataError(Exception):
     """A mistake of the user: the data, or a setting, cannot be used. The message is one line and says how to fix it."""
 
 
+class MissingError(DataError):
+    """There is no such object."""
+
+
+class DeniedError(DataError):
+    """An object may not be read. Some stores say so of a missing one, too."""
+
+
 class ImageError(Exception):
     """A sample that cannot be used: unreadable, truncated or too large. The message is the reason in one line.
 

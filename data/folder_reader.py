@@ -242,11 +242,8 @@ class FileShard:
         return self.files.prefix + path.as_posix()
 
     def skipped_unread(self, dataset: str = "") -> list[Skipped]:
-        """The account of `unread`, as of samples that cannot be used; of the same words as for a tar."""
-        return [
-            Skipped(self.name, self.key(path), f"no image among its members: {path.suffix[1:].lower()}", dataset)
-            for path in self.unread
-        ]
+        """The account of `unread`, as of samples that cannot be used."""
+        return [Skipped(self.name, self.key(path), why_unread(path), dataset) for path in self.unread]
 
     def read(self, index: int) -> Sample:
         path = self.images[index]
@@ -263,6 +260,11 @@ class FileShard:
         if self.classes is not None:
             members["cls"] = str(self.classes[path.parts[0]]).encode()
         return Sample(self.key(path), members)
+
+
+def why_unread(path: PurePath) -> str:
+    """Why a picture in another format is not used, in the words for a tar's."""
+    return f"no image among its members: {path.suffix[1:].lower()}"
 
 
 def file_shard(path: str, class_from_folder: bool = False, classes: dict[str, int] | None = None) -> FileShard:

@@ -43,6 +43,7 @@ class WriterLock:
     def __init__(self, path: Path, what: str | Path, flock: Callable[[int, int], None] = fcntl.flock):
         self.path, self.what, self.flock = path, what, flock
         self.descriptor: int | None = None
+        self.folder: int | None = None  # of the lock file, wherever it is moved
         self.by_flock = True  # whether the file system has it
         self.owner: dict | None = None  # this process, as the file names it
 
@@ -65,15 +66,22 @@ class WriterLock:
     def release(self) -> None:
         """Gives the lock up, if it was taken."""
         if self.descriptor is not None:
-            # Its folder may have been moved, and the path may be another's lock.
-            if _is_file(self.descriptor, self.path) and _read(self.descriptor) == self.owner:
-                self.path.unlink()
+            if self._is_there(self.folder, self.descriptor) and _read(self.descriptor) == self.owner:
+                os.unlink(self.path.name, dir_fd=self.folder)
             self._close()
+
+    def _is_there(self, folder: int, descriptor: int) -> bool:
+        """Whether an open lock file still has its name."""
+        try:
+            return os.path.samestat(os.fstat(descriptor), os.stat(self.path.name, dir_fd=folder))
+        except OSError:
+            return False
 
     def _try(self) -> dict | None:
         """Takes the lock or returns its owner."""
-        descriptor = os.open(self.path, os.O_RDWR | os.O_CREAT, 0o666)
+        folder, descriptor = os.open(self.path.parent, os.O_PATH | os.O_DIRECTORY), -1
         try:
+            descriptor = os.open(self.path.name, os.O_RDWR | os.O_CREAT, 0o666, dir_fd=folder)
             mine = _this_process()
             try:
                 self.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -83,7 +91,7 @@ class WriterLock:
                 if error.errno not in NO_FLOCK:
                     raise
                 mine["flock"] = self.by_flock = False
-            if not _is_file(descriptor, self.path):  # its former owner deleted it meanwhile
+            if not self._is_there(folder, descriptor):  # its former owner deleted it meanwhile
                 return self._try()
             owner = _read(descriptor)
             # A file alone proves nothing about its owner if that process could not hold it by flock.
@@ -99,18 +107,21 @@ class WriterLock:
                 logger.warning(
                     "the lock of %s is taken over: %s has ended without giving it up", self.what, _named(owner)
                 )
-            self.owner, self.descriptor, descriptor = mine, descriptor, -1
+            self.owner, self.folder, self.descriptor = mine, folder, descriptor
+            folder = descriptor = -1
             # A child that inherited the open file would keep the lock after this process has ended.
             os.register_at_fork(after_in_child=self._close)
             return None
         finally:
-            if descriptor >= 0:
-                os.close(descriptor)
+            for one in (descriptor, folder):
+                if one >= 0:
+                    os.close(one)
 
     def _close(self) -> None:
         if self.descriptor is not None:
             os.close(self.descriptor)
-            self.descriptor = None
+            os.close(self.folder)
+            self.descriptor = self.folder = None
 
 
 def _this_process() -> dict:
@@ -155,10 +166,3 @@ def _read(descriptor: int) -> dict | None:
     except ValueError:
         found = {}
     return found if isinstance(found, dict | None) else {}
-
-
-def _is_file(descriptor: int, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(descriptor), path.stat())
-    except OSError:
-        return False

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from data.addresses import SCHEMES, redacted, scheme_of
-from data.errors import DataError
+from data.errors import DataError, DeniedError, MissingError
 
 logger = logging.getLogger(__name__)
 
@@ -289,10 +289,10 @@ def _error_from_status(url: str, status: int, code: str = "") -> Exception:
     if status in (408, 425, 429) or status >= 500 or code == "RequestTimeout":
         return TransientError(what)
     if status in (404, 410):
-        return DataError(f"there is no {redacted(url)} ({what}): check its path")
+        return MissingError(f"there is no {redacted(url)} ({what}): check its path")
     if status in (401, 403, 407) or code in ("ExpiredToken", "InvalidToken"):
         fix = SCHEMES[scheme_of(url)].access_fix
-        return DataError(f"{redacted(url)} may not be read ({what}): check its path, and {fix}")
+        return DeniedError(f"{redacted(url)} may not be read ({what}): check its path, and {fix}")
     return DataError(f"{redacted(url)} cannot be read: its server answers {what}; check the address")
 
 

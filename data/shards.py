@@ -17,7 +17,7 @@ from data.addresses import is_remote, redacted, scheme_of
 from data.cache import cache_folder
 from data.errors import DataError
 from data.prep.pack import pack
-from data.storage import DEFAULT_TIMEOUTS, Timeouts, list_tars
+from data.storage import DEFAULT_TIMEOUTS, Timeouts, list_tars, unavailable
 from data.tar_reader import PIPE
 
 LIST_SUFFIX = ".txt"
@@ -72,6 +72,19 @@ def _names_missing(parts: list[_Missing]) -> str:
             fix = f"; those that exist are '{joined_names(part.there)}'" if part.there else ""
             said.append(f"{joined_names(part.missing)} ({count}{fix})")
     return f"no such tar or folder: {', '.join(said)}"
+
+
+def check_available(urls: list[str], timeouts: Timeouts) -> None:
+    """Raises DataError that names all of the remote tars that are missing or denied."""
+    failed = unavailable(urls, timeouts)
+    if not failed:
+        return
+    reason = str(next(iter(failed.values())))
+    if len(failed) > 1:
+        others = [redacted(url) for url in urls if url not in failed]
+        reason += f"; so it is with {len(failed):,} of {len(urls):,} tars: {joined_names([*map(redacted, failed)])}"
+        reason += f"; the others are '{joined_names(others)}'" if others else ""
+    raise DataError(reason)
 
 
 def joined_names(names: list[str]) -> str:

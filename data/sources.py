@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import yaml
 
-from data.addresses import is_remote
+from data.addresses import is_remote, redacted
 from data.cache import Access
 from data.classes import classes_beside, merged_classes, read_classes
 from data.config import FilterConfig, SourceConfig
@@ -23,11 +23,12 @@ from data.grouping import KNOWN_SUFFIXES
 from data.index import INDEX_NAME, Index, common_root, without_query
 from data.parallel import in_threads
 from data.samples import CODES, NO_CLASS, Sample, Shard, Skipped
-from data.shards import expand
+from data.shards import check_available, expand
 from data.storage import DEFAULT_TIMEOUTS, Timeouts
 from data.tar_reader import PIPE, TarShard
 
-MOST_SCANNED = 256  # a source with more local tars without an index is scanned one tar at a time during the run
+# A source with more tars without an index is looked at one tar at a time during the run.
+MOST_SCANNED = 256
 
 
 class Layout(NamedTuple):
@@ -265,6 +266,8 @@ def open_source(
         raise DataError(f"source {config.name}: every shard is in quarantine")
     unknown = [n for n, shard in enumerate(shards) if isinstance(shard, TarShard) and shard.table is None]
     local = [n for n in unknown if not shards[n].is_streamed]
+    if scan_all or len(unknown) <= MOST_SCANNED:
+        _check_remote([shards[n] for n in unknown if n not in quarantined])
     by_shard = before is not None and before["counts"] is None
     if not by_shard and (scan_all or len(local) <= MOST_SCANNED):
         copied = [n for n in unknown if scan_all and shards[n].access.is_copied(shards[n].url)]
@@ -276,6 +279,14 @@ def open_source(
     counts = None if by_shard else _counts(shards, quarantined, before)
     filters = open_filters(config.filters, layout, config.name)
     return Source(config.name, config.weight, shards, layout, filters, counts, quarantined)
+
+
+def _check_remote(shards: list[TarShard]) -> None:
+    """Raises DataError that names all of the tars that would have to be fetched and cannot be."""
+    remote = [shard for shard in shards if is_remote(shard.url)]
+    fetched = [one.url for one in remote if not (one.access.cache and one.access.cache.holds(one.url))]
+    if fetched:
+        check_available(fetched, remote[0].access.timeouts)
 
 
 def _content(shard: Shard) -> str | None:
@@ -354,14 +365,15 @@ def classes_of(
 ) -> dict[str, int] | None:
     """The number of each class, from the classes.json beside tars, the class folders and the file `given`; None if
     nothing tells it. Raises DataError if they disagree."""
-    classes = None if given is None else read_classes(given)
-    parts = [] if classes is None else [(given, classes)]
+    classes = None if given is None else read_classes(given, timeouts)
+    parts = [] if classes is None else [(redacted(given), classes)]
     for config in configs:
         if is_files(config.root):
             if content == "images" and layout_of(config).label == "folder":
                 parts.append((str(config.root), file_shard(str(config.root), True, classes).classes))
         else:
-            parts += classes_beside(expand(config.root, allow_pipes=allow_pipes, timeouts=timeouts))
+            urls = expand(config.root, allow_pipes=allow_pipes, timeouts=timeouts)
+            parts += classes_beside(urls, timeouts)
     return merged_classes(parts)
 
 
@@ -385,7 +397,9 @@ def check_weights(configs: list[SourceConfig]) -> None:
 def describe(source: Source) -> str:
     """One line: the source's size."""
     samples = source.samples
-    count = f"{samples:,} samples" if samples is not None else "not counted, since there is no index"
+    count = (
+        f"{samples:,} sample{'s' * (samples != 1)}" if samples is not None else "not counted, since there is no index"
+    )
     more = f", {len(source.quarantined)} in quarantine" if source.quarantined else ""
     shards = f"{len(source.shards):,} shard{'s' * (len(source.shards) != 1)}"
     return f"{source.name}: {shards}, {count}{more}"

@@ -59,7 +59,7 @@ def info_command(
     source: Annotated[str, typer.Argument(help=SOURCE)],
     json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
-    """Verify hashes, then print kind, step, sizes, weights and fingerprint.
+    """Verify hashes, then print kind, step, sizes, weights, fingerprint and the classes of a generator.
 
     Example: ibq checkpoint info runs/mine/checkpoints/step_00001000 --json
     """
@@ -77,6 +77,8 @@ def info_command(
         echo(f"{model.kind}: {model.parameters:,} parameters, fingerprint {model.fingerprint}")
         echo(f"  weights: {' and '.join(model.weights)}{beside}")
         echo(f"  step: {'unknown' if model.step is None else f'{model.step:,}'}")
+        for line in model.trained_on():
+            echo(f"  {line}")
         echo(f"  {', '.join(f'{key}={value}' for key, value in model.config.items())}")
     if found.made_of:
         echo(f"made of: {found.made_of}")

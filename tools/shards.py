@@ -10,7 +10,7 @@ from typing import Annotated, Literal
 import typer
 
 from tools import shards_text
-from tools.console import echo, progress
+from tools.console import counted, echo, progress
 
 NAMED = 10  # images of a list that are printed
 STDOUT = "-"
@@ -86,7 +86,7 @@ def pack(
             shuffle=shuffle,
             progress=on_progress,
         )
-    echo(f"packed {report.samples} images into {len(report.shards)} tars in {out}")
+    echo(f"packed {counted(report.samples, 'image')} into {counted(len(report.shards), 'tar')} in {out}")
     if layout == "imagenet" and classes is None:
         echo(f"numbered the class folders in sorted order; pack other splits with --classes {out}/classes.json")
     _print_names(
@@ -167,7 +167,8 @@ def check(
     whole = [checked for checked in found if checked.table is not None]
     if write and whole and (skip_broken or len(whole) == len(found)):
         write_index(place, *zip(*((checked.url, checked.table, checked.sha256) for checked in whole), strict=True))
-        say(f"wrote {place}: {len(whole):,} tars, {sum(checked.samples for checked in whole):,} samples")
+        samples = counted(sum(checked.samples for checked in whole), "sample")
+        say(f"wrote {place}: {counted(len(whole), 'tar')}, {samples}")
     elif write:
         say("wrote no index: move the broken tars elsewhere, or leave them out with --skip-broken")
     _write_json(json_file, "".join(json.dumps(checked.record()) + "\n" for checked in found))
@@ -213,19 +214,19 @@ def stats(
     with progress("looking for samples", lines=False) as on_progress:
         opened = open_source(config, scan_all=True, progress=on_progress)
     with progress("counting", lines=False) as on_progress:
-        counted = count(opened, samples, jobs or cores(), on_progress, decode_images=decode)
+        found = count(opened, samples, jobs or cores(), on_progress, decode_images=decode)
     say = functools.partial(echo, err=json_file == STDOUT)
-    title = shards_text.title(paths, len(opened.shards), opened.samples, counted)
-    for line in [title, *shards_text.summary(counted, opened.layout.fields)]:
+    title = shards_text.title(paths, len(opened.shards), opened.samples, found)
+    for line in [title, *shards_text.summary(found, opened.layout.fields)]:
         say(line)
-    drawn = counted.histograms()
+    drawn = found.histograms()
     for histogram in drawn:
         say("\n" + "\n".join(shards_text.histogram_lines(histogram)))
     if picture and drawn:
         shards_text.draw_histograms(drawn, title, picture)
         say(f"\ndrew {picture}")
     shards = {"shards": len(opened.shards), "samples_in_all": opened.samples}
-    _write_json(json_file, json.dumps({**shards, **counted.record()}, indent=2) + "\n")
+    _write_json(json_file, json.dumps({**shards, **found.record()}, indent=2) + "\n")
 
 
 def _index_place(urls: list[str], write: bool) -> Path | None:
@@ -304,11 +305,11 @@ def audit(run: Annotated[Path, typer.Argument(help="A run trained with data.audi
         steps.add(one.step)
         seen.setdefault((one.source, one.epoch), Counter())[one.shard, one.key] += 1
     total = sum(counts.total() for counts in seen.values())
-    echo(f"{len(steps):,} steps, {total:,} images")
+    echo(f"{counted(len(steps), 'step')}, {counted(total, 'image')}")
     for source in sorted({source for source, _ in seen}):
         of_source = {epoch: counts for (name, epoch), counts in sorted(seen.items()) if name == source}
         images = sum(counts.total() for counts in of_source.values())
-        echo(f"{source}: {images:,} images, {images / total:.2%} of all")
+        echo(f"{source}: {counted(images, 'image')}, {images / total:.2%} of all")
         for epoch, counts in of_source.items():
             twice = [key for key, count in counts.items() if count > 1]
             more = f", {len(twice):,} of them more than once, first {twice[0][1]} in {twice[0][0]}" if twice else ""

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import typer
 
 from tools.bench.common import pyplot, save
+from tools.console import counted
 
 if TYPE_CHECKING:
     from data.prep.check import Checked
@@ -39,13 +40,17 @@ def problems(found: list["Checked"]) -> Iterator[str]:
                 yield f"{_colored(checked.status)}  {name}  {kind}: {printable(text)}"
     statuses = Counter(checked.status for checked in found)
     counts = ", ".join(f"{statuses[status]:,} {_colored(status)}" for status in COLORS if statuses[status])
-    samples, size = sum(checked.samples for checked in found), sum(checked.bytes or 0 for checked in found)
-    kind = "tars" if all(checked.bytes is not None for checked in found) else "shards"
-    yield f"{len(found):,} {kind}, {samples:,} samples, {_bytes(size)}: {counts}"
+    sizes = [checked.bytes for checked in found if checked.bytes is not None]  # folders and zip files have none
+    are_tars = len(sizes) == len(found)
+    totals = [counted(len(found), "tar" if are_tars else "shard")]
+    totals.append(counted(sum(checked.samples for checked in found), "sample"))
+    totals += [_bytes(sum(sizes)) + ("" if are_tars else " in tars")] if sizes else []
+    yield f"{', '.join(totals)}: {counts}"
     if dotted := sum(checked.dotted for checked in found):
         yield (
-            f"{dotted:,} keys have a dot: each is a separate sample here; webdataset would end keys at the first "
-            "dot; if KEY.part.png belongs to the image KEY.jpg, name the suffix of images (--image, a source's image)"
+            f"{dotted:,} {'key has' if dotted == 1 else 'keys have'} a dot: each is a separate sample here; webdataset "
+            "would end keys at the first dot; if KEY.part.png belongs to the image KEY.jpg, name the suffix of images "
+            "(--image, a source's image)"
         )
     if broken := [name for checked, name in zip(found, names, strict=True) if checked.status == "broken"]:
         yield f"to train without the broken ones: 'data.quarantine=[{','.join(broken)}]'"
@@ -55,35 +60,36 @@ def _colored(status: str) -> str:
     return typer.style(status, fg=COLORS[status])
 
 
-def title(paths: list[str], shards: int, samples: int | None, counted: "Counted") -> str:
+def title(paths: list[str], shards: int, samples: int | None, found: "Counted") -> str:
     from data.addresses import redacted
 
     where = redacted(paths[0]) if len(paths) == 1 else f"{len(paths):,} paths"
-    of_all = "" if samples == counted.samples or samples is None else f" of {samples:,}"
-    return f"{where}: {shards:,} {'shard' if shards == 1 else 'shards'}, {counted.samples:,}{of_all} samples"
+    if samples == found.samples or samples is None:
+        return f"{where}: {counted(shards, 'shard')}, {counted(found.samples, 'sample')}"
+    return f"{where}: {counted(shards, 'shard')}, {found.samples:,} of {counted(samples, 'sample')}"
 
 
-def summary(counted: "Counted", fields: dict[str, str]) -> Iterator[str]:
+def summary(found: "Counted", fields: dict[str, str]) -> Iterator[str]:
     """Everything without a histogram. fields: a score's name -> its field in the samples' json."""
     from data.prep.stats import spread
 
-    if counted.formats or counted.tokens:
-        kinds = [f"{count:,} {name}" for name, count in counted.formats.most_common()]
-        kinds += [f"{tokens:,} of tokens"] if (tokens := counted.tokens.total()) else []
-        yield f"  {_bytes(counted.bytes)}, {_bytes(counted.bytes / counted.samples)} a sample: {', '.join(kinds)}"
-        for header, count in counted.tokens.most_common():
+    if found.formats or found.tokens:
+        kinds = [f"{count:,} {name}" for name, count in found.formats.most_common()]
+        kinds += [f"{tokens:,} of tokens"] if (tokens := found.tokens.total()) else []
+        yield f"  {_bytes(found.bytes)}, {_bytes(found.bytes / found.samples)} a sample: {', '.join(kinds)}"
+        for header, count in found.tokens.most_common():
             (rows, columns), views = header.grid, f"{header.views} view{'s' * (header.views != 1)}"
             what = f"{header.vocabulary:,} codes, {rows} x {columns}, {views}"
             yield f"  tokens of tokenizer {header.tokenizer}: {what}: {count:,}"
-        yield f"  captions: {_with_missing(sum(counted.lengths.values()), counted.missing_captions)}"
-        images = spread(Counter(counted.classes.values()))
-        classes = f" in {len(counted.classes):,} classes of {images.min:,} to {images.max:,}" if images else ""
-        yield f"  classes: {_with_missing(counted.classes.total(), counted.missing_classes)}{classes}"
-    for name, score in counted.scores.items():
+        yield f"  captions: {_with_missing(sum(found.lengths.values()), found.missing_captions)}"
+        images = spread(Counter(found.classes.values()))
+        classes = f" in {len(found.classes):,} classes of {images.min:,} to {images.max:,}" if images else ""
+        yield f"  classes: {_with_missing(found.classes.total(), found.missing_classes)}{classes}"
+    for name, score in found.scores.items():
         yield f"  {name} ({fields[name]}): {_score(score)}"
-    if counted.unusable_samples:
-        yield f"  unusable: {counted.unusable_samples:,}"
-        for text in counted.unusable[:NAMED_OF_KIND]:
+    if found.unusable_samples:
+        yield f"  unusable: {found.unusable_samples:,}"
+        for text in found.unusable[:NAMED_OF_KIND]:
             yield f"    {text}"
 
 

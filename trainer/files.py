@@ -97,14 +97,20 @@ class LineFile:
             return None if failing else said
         count = len(self.waiting) - len(lines)
         self.waiting = []
-        return f"{self.path} can be written again: {count:,} lines that waited are in it" if failing else None
+        what = "line that waited is" if count == 1 else "lines that waited are"
+        return f"{self.path} can be written again: {count:,} {what} in it" if failing else None
 
 
 def append_whole(path: Path, content: bytes) -> None:
-    """Appends whole lines to a file, after removing the rest of a line that was cut off. If it fails, the file is as
-    before. Raises OSError."""
+    """Appends whole lines to a file of JSON objects. A last line without a line break gets one if it is complete, and
+    is removed if it was cut off. If writing fails, the file ends with its last whole line. Raises OSError."""
     with path.open("a+b", buffering=0) as file:
-        end = _end_of_lines(file)
+        rest = _unended_line(file)
+        end = file.seek(0, os.SEEK_END)
+        if _is_json_object(rest):
+            content = b"\n" + content
+        else:
+            end -= len(rest)
         try:
             file.truncate(end)
             while content:
@@ -114,11 +120,19 @@ def append_whole(path: Path, content: bytes) -> None:
             raise
 
 
-def _end_of_lines(file) -> int:
-    """The size in bytes without the rest of a line that was cut off."""
+def _unended_line(file) -> bytes:
+    """What follows the last line break."""
     size = file.seek(0, os.SEEK_END)
     file.seek(max(0, size - 1))
     if file.read(1) in (b"", b"\n"):
-        return size
+        return b""
     file.seek(0)
-    return file.read().rfind(b"\n") + 1
+    return file.read().rpartition(b"\n")[2]
+
+
+def _is_json_object(line: bytes) -> bool:
+    """No part of an object is one, so a line that was cut off is none."""
+    try:
+        return isinstance(json.loads(line), dict)
+    except ValueError:
+        return False

@@ -191,11 +191,11 @@ def _delivered(files: list[Path], next_start: dict[int, int | None]) -> Iterator
 def _entries(file: Path) -> Iterator[dict]:
     with file.open(encoding="utf-8") as lines:
         for number, line in enumerate(lines, start=1):
-            if not line.endswith("\n"):
-                return  # cut off by a kill; its step was not saved
             try:
                 yield json.loads(line)
             except ValueError as error:
+                if not line.endswith("\n"):
+                    return  # cut off by a kill; its step was not saved
                 raise TrainerError(f"{file} is damaged in line {number}: the audit cannot be read") from error
 
 

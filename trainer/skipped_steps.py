@@ -1,11 +1,14 @@
 """Steps that are skipped because a loss or gradient is not finite."""
 
 import json
+import logging
 from pathlib import Path
 
 from trainer import TrainerError
 from trainer.files import LineFile
 from trainer.parallel import World, gather_objects
+
+logger = logging.getLogger(__name__)
 
 
 class SkippedSteps:
@@ -28,22 +31,28 @@ class SkippedSteps:
         """Call after each step on all ranks; returns a line to print, or None. last: this is the run's last step."""
         if not skipped:
             self.number = 0
-            return self.lines.append() if self.lines.waiting else None
+            self._write()
+            return None
         self.number += 1
         keys = gather_objects(keys)
-        alarm = None
-        if self.world.is_main:
-            alarm = self.lines.append(json.dumps({"step": step, "not_finite": skipped, "keys_of_ranks": keys}))
+        self._write(json.dumps({"step": step, "not_finite": skipped, "keys_of_ranks": keys}))
         what = f"loss or gradient of the {' and '.join(skipped)} is not finite"
         if self.number > (min(1, self.limit) if last else self.limit):
             keys = [key for of_rank in keys for key in of_rank]
-            more = (
-                f" and {len(keys) - self.SHOWN_KEYS} more, see {self.lines.path}" if len(keys) > self.SHOWN_KEYS else ""
-            )
+            unlisted, lost = len(keys) - self.SHOWN_KEYS, len(self.lines.waiting)
+            more = f" and {unlisted:,} more" if unlisted > 0 else ""
+            if lost:
+                more += f" ({lost:,} line{'s' * (lost > 1)} of {self.lines.path} lost: it cannot be written)"
+            elif more:
+                more += f", see {self.lines.path}"
             raise TrainerError(
                 f"{what} at step {step}, number {self.number} in a row (trainer.max_skipped_steps={self.limit}); its "
                 f"samples: {', '.join(keys[: self.SHOWN_KEYS])}{more}. Checkpoints hold finite weights: resume from "
                 "one with a lower optimizer.lr or trainer.gradient_clip_norm=1"
             )
-        note = f"step {step} is skipped: {what}; the keys of its samples are in {self.lines.path.name}"
-        return f"{note}\n{alarm}" if alarm else note
+        return f"step {step} is skipped: {what}; the keys of its samples are in {self.lines.path.name}"
+
+    def _write(self, *lines: str) -> None:
+        """Appends lines, and those that wait, on rank 0; an alarm is logged, whatever happens next."""
+        if self.world.is_main and (said := self.lines.append(*lines)):
+            logger.warning(said)

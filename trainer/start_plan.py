@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import NamedTuple
 
@@ -73,8 +74,10 @@ def plan_batch(config: RunConfig, world: World) -> BatchPlan:
 
 
 def check_inputs(config: RunConfig, source: Source) -> data.TokenSpec | None:
-    """Finds a mistyped path and damaged tars before anything slow starts; returns which tokens ``data.train`` must
-    hold, for a generator that learns from token shards. Raises TrainerError or DataError."""
+    """Finds a folder that is taken, a mistyped path and damaged tars before anything slow starts; returns which tokens
+    ``data.train`` must hold, for a generator that learns from token shards. Raises TrainerError or DataError."""
+    if source.checkpoint is None:
+        _check_is_no_run(Path(config.run))
     if config.data.train is None and not config.data.sources:
         raise TrainerError(
             "data.train must be given: a folder of tars, a tar, or a pattern such as data.train='tars/{00..99}.tar'"
@@ -129,13 +132,11 @@ def open_folder(folder: RunFolder, config: RunConfig, plan: StartPlan, init_from
     """Creates the run's folder, where it is new, and writes the configuration and what the weights start from. Raises
     TrainerError where the folder holds another run or cannot be written."""
     run = folder.path
-    with os_errors(f"cannot write the run folder {run}", "choose another with run=FOLDER"):
+    with _folder_errors(run):
         run.mkdir(parents=True, exist_ok=True)
         folder.take()
-        if not plan.reuses_folder and ((run / "config.yaml").exists() or (run / "checkpoints").exists()):
-            raise TrainerError(
-                f"{run} already holds a run: resume it (`ibq resume {run}`) or choose another run=FOLDER"
-            )
+        if not plan.reuses_folder:
+            _check_is_no_run(run)  # again: another job may have begun one meanwhile
         (run / "samples").mkdir(exist_ok=True)
         save_config(config, run / "config.yaml")
         if plan.reuses_folder and not plan.checkpoint and (metrics := run / "metrics.jsonl").exists():
@@ -155,14 +156,30 @@ def _class_numbers(config: RunConfig, resumes: bool) -> dict[str, int] | None:
     return data.class_numbers(config.data, str(saved) if resumes and saved.is_file() else None)
 
 
+def _folder_errors(run: Path) -> AbstractContextManager[None]:
+    return os_errors(f"cannot write the run folder {run}", "choose another with run=FOLDER")
+
+
+def _check_is_no_run(run: Path) -> None:
+    """Raises TrainerError where the folder of a new run holds one already."""
+    with _folder_errors(run):
+        if (run / "config.yaml").exists() or (run / "checkpoints").exists():
+            raise TrainerError(
+                f"{run} already holds a run: resume it (`ibq resume {run}`) or choose another run=FOLDER"
+            )
+
+
 def _holds_run(config: RunConfig) -> bool:
-    """Whether the run's folder holds a run with exactly these settings."""
-    if not (Path(config.run) / "config.yaml").is_file():
-        return False
-    saved = load_run_config(config.run, [])
-    if isinstance(saved, GeneratorRun) and isinstance(config, GeneratorRun) and config.tokenizer.fingerprint is None:
-        saved.tokenizer.fingerprint = None  # not known yet where the tokenizer determines it
-    return saved == config
+    """Whether the run's folder holds a run with exactly these settings. Raises TrainerError where it holds another."""
+    run = Path(config.run)
+    if (run / "config.yaml").is_file():
+        saved = load_run_config(run, [])
+        if isinstance(saved, GeneratorRun) and isinstance(config, GeneratorRun) and not config.tokenizer.fingerprint:
+            saved.tokenizer.fingerprint = None  # not known yet where the tokenizer determines it
+        if saved == config:
+            return True
+    _check_is_no_run(run)
+    return False
 
 
 def _changes(state: dict, config: RunConfig) -> list[Change]:

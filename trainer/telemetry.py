@@ -127,8 +127,8 @@ class RunTelemetry(Telemetry):
     def __exit__(self, *_):
         self.progress.stop()
         self._tell(self.metrics.append())
-        if self.metrics.waiting:
-            self.say(f"ALARM: {len(self.metrics.waiting):,} lines of {self.metrics.path} are lost")
+        if lost := len(self.metrics.waiting):
+            self.say(f"ALARM: {lost:,} line{'s' * (lost > 1)} of {self.metrics.path} lost")
         if self.writer:
             with self._or_lost(TENSORBOARD):
                 self.writer.close()

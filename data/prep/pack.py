@@ -16,7 +16,7 @@ from PIL import Image
 
 from data.classes import CLASSES_NAME, read_classes
 from data.errors import DataError, ImageError
-from data.folder_reader import FolderFiles, ZipFiles, class_numbers, open_files
+from data.folder_reader import FolderFiles, ZipFiles, class_numbers, open_files, why_unread
 from data.parallel import in_threads
 from data.samples import IMAGE_SUFFIXES, NO_CLASS, Skipped
 from data.transforms import decode
@@ -89,7 +89,7 @@ def pack(
     samples = _Samples(files, unique_keys(paths), numbers, coco, shorter_side, quality)
     if shuffle:
         paths = mixed(paths)
-    skipped = [Skipped(files.name(path), path.as_posix(), "no JPEG, PNG or WebP image") for path in unread]
+    skipped = [Skipped(files.name(path), path.as_posix(), why_unread(path)) for path in unread]
 
     def usable_samples() -> Iterator[dict]:
         for done, result in enumerate(in_threads(samples.make, paths, os.cpu_count()), start=1):

@@ -3,7 +3,7 @@
 ``model.safetensors`` holds the EMA weights if there are any, otherwise the raw weights. ``raw.safetensors`` holds the
 raw weights if ``model.safetensors`` holds EMA weights. ``discriminator.safetensors`` and
 ``discriminator_ema.safetensors`` hold the discriminator trained with a tokenizer. A generator's folder may contain its
-tokenizer's, ``tokenizer/``.
+tokenizer's, ``tokenizer/``, and the names of its classes, ``classes.json``.
 """
 
 import shutil
@@ -113,11 +113,16 @@ def damaged_file(folder: Path) -> str | None:
     return damaged_file(folder / TOKENIZER) if is_export(folder / TOKENIZER) else None
 
 
-def fill_export(folder: Path, about: dict, files: dict[str, dict[str, Tensor]], card: str) -> None:
-    """Writes an export into an existing folder. about: ``config.yaml`` without the hashes of files."""
+def fill_export(
+    folder: Path, about: dict, files: dict[str, dict[str, Tensor]], texts: dict[str, str], card: str
+) -> None:
+    """Writes an export into an existing folder. about: ``config.yaml`` without the hashes of files. files, texts: by
+    their names."""
     for name, tensors in files.items():
         save_tensors(folder / name, tensors, {"format": "pt"})
-    hashes = {name: sha256_of(folder / name) for name in files}
+    for name, text in texts.items():
+        (folder / name).write_text(text, encoding="utf-8")
+    hashes = {name: sha256_of(folder / name) for name in (*files, *texts)}
     (folder / CONFIG).write_text(yaml.safe_dump({**about, "sha256": hashes}, sort_keys=False), encoding="utf-8")
     (folder / CARD).write_text(card, encoding="utf-8")
 

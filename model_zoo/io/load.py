@@ -158,7 +158,7 @@ def _download(name: Path) -> Path:
     # The classes of exceptions depend on the HTTP library that a version of the package uses, so catch all.
     try:
         checkpoints = sorted(file for file in huggingface_hub.list_repo_files(**where) if file.endswith(".ckpt"))
-        wanted = checkpoints[:1] or ["*.safetensors", f"*{CONFIG}"]
+        wanted = checkpoints[:1] or ["*.safetensors", "*.json", f"*{CONFIG}"]
         folder = Path(huggingface_hub.snapshot_download(**where, allow_patterns=wanted))
     except Exception as error:
         try:

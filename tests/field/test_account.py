@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import shutil
 import tarfile
 import zipfile
 
@@ -12,10 +13,11 @@ from field.dots_in_names import NAMES, write_dotted_tar
 from field.linked_folders import write_linked_classes
 from field.links_and_doubles import write_doubled_zip, write_hard_linked_tar
 from field.other_pictures import write_gif
-from samples import Steps, encoded, picture, write_tar
+from samples import Steps, encoded, members, picture, write_tar
 
 import data
 from data import DataConfig
+from data.grouping import key_to_first_dot
 from data.index import SampleTable, key_hash, write_index
 from data.prep.check import check_shard
 from data.sources import Layout, open_source
@@ -98,6 +100,14 @@ def test_two_pictures_of_one_name_are_named_unless_the_source_chooses(tmp_path, 
         assert checked.counts == {"several images": 1} and keys == {"b"}
 
 
+def test_packed_names_form_the_same_samples_by_webdatasets_rule(tmp_path):
+    for number, name in enumerate(("a.b", "a_b", *NAMES)):
+        (tmp_path / "photos" / name).parent.mkdir(parents=True, exist_ok=True)
+        picture(number).save(tmp_path / "photos" / f"{name}.png")
+    (shard,) = data.pack(tmp_path / "photos", tmp_path / "tars").shards
+    assert len({key_to_first_dot(name) for name in members(shard)}) == len(data.scan(shard)) == 2 + len(NAMES)
+
+
 # -------------------------------------------------------------------------------------------------------------- links
 
 
@@ -110,6 +120,18 @@ def test_links_to_folders_are_followed_and_circles_are_not(tmp_path):
     assert labels == [0, 0, 1, 1, 2, 2]
     report = data.pack(folder, tmp_path / "tars", layout="imagenet")
     assert report.samples == 6 and not report.skipped
+
+
+def test_a_picture_in_another_format_has_the_same_reason_everywhere(tmp_path, ibq):
+    picture(0).save(tmp_path / "a.png")
+    write_gif(tmp_path / "b.gif")
+    said = {skipped.reason for skipped in data.pack(tmp_path, tmp_path / "tars").skipped}
+    shutil.rmtree(tmp_path / "tars")
+    images = data.evaluation_images(str(tmp_path), image_size=32)
+    assert len(list(images)) == 1 and {skipped.reason for skipped in images.skipped} == said
+    _, (out,), _ = ibq("shards", "check", tmp_path)
+    assert f"no image: b.gif: {said.pop()}\n" in out
+    assert out.endswith("1 shard, 1 sample: 1 flawed\n")  # and no size, which is that of tars
 
 
 def test_a_link_to_nothing_is_named(tmp_path):

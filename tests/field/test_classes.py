@@ -7,10 +7,12 @@ import pytest
 from comparing import refusal
 from field.splits_of_classes import write_splits
 from samples import encoded, picture, write_tar
+from serving import Server
 from tokens import write_tokens
 
 import data
 from data import DataConfig, DataError
+from data.classes import classes_beside
 from data.prep.check import check_shard
 from data.sources import Layout
 from trainer.config import GeneratorRun
@@ -72,13 +74,37 @@ def test_a_run_keeps_its_numbers_and_refuses_others(tmp_path, other, said):
     assert json.loads((tmp_path / "run" / "classes.json").read_text()) == NUMBERS
     for key, source in (("val", Source()), ("train", Source(tmp_path / "run"))):
         setattr(config.data, key, str(second))
+        config.run = str(source.checkpoint or tmp_path / "another")
         if said is None:
             check_inputs(config, source)
         else:
             assert said in refusal(DataError, check_inputs, config, source)
         config.data.val, config.data.train = None, str(first)
     config.data.val, config.loss.label_dropout = str(second), 1  # no class is learned
+    config.run = str(tmp_path / "another")
     check_inputs(config, Source())
+
+
+def test_numbers_beside_remote_tars_are_read(tmp_path, caplog):
+    """Of servers without classes.json, some deny access to what is not there."""
+    classes = {"/set/classes.json": json.dumps(NUMBERS).encode()}
+    with Server(classes) as server:
+        server.fault("/denied/classes.json", status=403)
+        urls = [server.url(path) for path in ("/set/0.tar?key=hunter2", "/set/1.tar?key=2", "/other/0.tar")]
+        assert classes_beside(urls) == [(server.url("/set/classes.json?…"), NUMBERS)]
+        assert next(one.target for one in server.requests if one.path in classes) == "/set/classes.json?key=hunter2"
+        assert server.asked("/set/classes.json") == 2 and not caplog.messages  # its size, and its content
+        assert classes_beside([server.url("/denied/0.tar")]) == []
+        (said,) = caplog.messages
+        assert f"{server.url('/denied/classes.json')} may not be read (HTTP 403)" in said
+
+        val = write_tokens(tmp_path / "val")
+        (val / "classes.json").write_text('{"bird": 0, "dog": 1}')
+        config = DataConfig(train=server.url("/set/{0..1}.tar"), content="tokens")
+        assert data.class_numbers(config) == NUMBERS
+        config.val = str(val)
+        said = refusal(DataError, data.class_numbers, config)
+        assert said.startswith(f"class 1 is dog in {val}/classes.json, and cat in {server.url('/set/classes.json')}: ")
 
 
 def test_a_picture_without_a_class_is_used(tmp_path):

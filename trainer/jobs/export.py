@@ -12,7 +12,8 @@ import torch
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 
-from model_zoo.conditions import describe_classes
+from data.classes import CLASSES_NAME, read_classes
+from model_zoo.conditions import NONE, describe_classes
 from model_zoo.config import TokenizerConfig, TransformerConfig
 from model_zoo.errors import ModelError
 from model_zoo.io.export_format import (
@@ -43,7 +44,7 @@ from model_zoo.tokenizer import Tokenizer
 from model_zoo.transformer import Transformer
 from trainer import TrainerError
 from trainer.checkpoint import damage
-from trainer.files import unfinished, writing
+from trainer.files import json_text, unfinished, writing
 from trainer.jobs.model_card import count_parameters, describe_model, model_card
 from trainer.parallel import start_world, stop_world
 
@@ -51,6 +52,7 @@ MODELS = {"generator": (TransformerConfig, Transformer), "tokenizer": (Tokenizer
 # Names of the four groups of tensors of a published model, in the order of its fields.
 GROUPS = "{}", "EMA of the {}", "discriminator of the {}", "EMA of the discriminator of the {}"
 CHOICES = ("all", "ema", "raw")
+SHOWN_NAMES = 8  # of classes
 
 
 class SourceModel(NamedTuple):
@@ -71,7 +73,8 @@ class Exported(NamedTuple):
 
 class ModelInfo(NamedTuple):
     """One model of a source. weights: the available ones of ``ema`` and ``raw``. fingerprint: of a tokenizer, that of
-    its codes. discriminator: whether there is one."""
+    its codes. discriminator: whether there is one. trained_classes: of a generator, as `describe_classes` writes them.
+    class_numbers: of a generator, the number of each class by name. None: unknown."""
 
     kind: str
     weights: list[str]
@@ -80,6 +83,24 @@ class ModelInfo(NamedTuple):
     fingerprint: str
     discriminator: bool
     config: dict
+    trained_classes: str | None
+    class_numbers: dict[str, int] | None
+
+    def trained_on(self) -> list[str]:
+        """Lines that say which classes a generator was trained on; none where that is unknown."""
+        lines = []
+        if self.trained_classes is not None:
+            classes = ",".join(part for part in self.trained_classes.split(",") if part not in ("", NONE))
+            has_none = self.trained_classes.endswith(NONE)
+            without = " and without a class" if has_none else ", never without a class"
+            what = f"on classes {classes} of {self.config['classes']:,}{without}" if classes else "without classes"
+            lines.append(f"trained {what}")
+        if numbers := self.class_numbers:
+            first = sorted(numbers, key=numbers.get)[:SHOWN_NAMES]
+            lines.append(
+                f"names of classes: {', '.join(first)}{', …' * (len(numbers) > SHOWN_NAMES)} ({len(numbers):,})"
+            )
+        return lines
 
 
 class SourceInfo(NamedTuple):
@@ -212,7 +233,11 @@ def _info(source: str | Path, checkpoint: Path) -> SourceInfo:
             _build(read_weights(checkpoint, kind, other), kind)
         parameters, discriminator = count_parameters(built), found.discriminator is not None
         fingerprint, config = _fingerprint(built), asdict(built.config)
-        models.append(ModelInfo(kind, sets, found.step, parameters, fingerprint, discriminator, config))
+        trained = None if found.trained_c is None else describe_classes(found.trained_c)
+        classes = None if trained is None else _class_numbers(checkpoint)
+        models.append(
+            ModelInfo(kind, sets, found.step, parameters, fingerprint, discriminator, config, trained, classes)
+        )
     if not models:
         raise TrainerError(f"{checkpoint} holds neither a tokenizer nor a generator")
     sha256 = sha256_of(checkpoint) if layout == "published" else None  # once it is known to be complete
@@ -265,6 +290,12 @@ def _build(found: Weights, kind: str) -> Tokenizer | Transformer:
         return build_model(found, kind, schema, build, assign=True)
 
 
+def _class_numbers(checkpoint: Path) -> dict[str, int] | None:
+    """The classes.json of a generator's run or export, if there is one. Raises DataError."""
+    path = (checkpoint if is_standalone(checkpoint) else run_folder(checkpoint)) / CLASSES_NAME
+    return read_classes(path) if path.is_file() else None
+
+
 def _fingerprint(model: Tokenizer | Transformer) -> str:
     return model.fingerprint() if isinstance(model, Tokenizer) else fingerprint_of(model.state_dict())
 
@@ -297,7 +328,9 @@ def _export_one(model: SourceModel, folder: Path, out: Path, source: str) -> str
         about["downsampling_factor"] = built.downsampling_factor
     if found.trained_c is not None:
         about[TRAINED_CLASSES] = describe_classes(found.trained_c)
-    fill_export(folder, about, files, model_card(model.kind, built, about, out.name, model.checkpoint))
+    numbers = _class_numbers(model.checkpoint) if model.kind == "generator" else None
+    texts = {CLASSES_NAME: json_text(numbers)} if numbers else {}
+    fill_export(folder, about, files, texts, model_card(model.kind, built, about, out.name, model.checkpoint))
     return f"{model.kind}: {describe_model(built)}; weights: {' and '.join(model.weights)}; in {out}"
 
 

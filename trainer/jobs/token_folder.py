@@ -47,6 +47,7 @@ def begin_folder(out: Path, settings: dict, shard_count: int, classes: dict[str,
         if former is None and any(out.glob("*.tar")):
             raise TrainerError(f"{out} holds tars that `ibq tokenize` did not write: name another folder with --out")
         if any(out.glob("tokens-*.tar")):
+            _check_same_classes(out, former, settings)
             check_same_settings(out, "tokens", former, settings, _how_to_repeat)
         elif former is not None:  # without shards there is nothing to continue
             for path in (out / SKIPPED, *out.glob(".skipped-*.jsonl")):
@@ -60,13 +61,22 @@ def begin_folder(out: Path, settings: dict, shard_count: int, classes: dict[str,
     return [number for number in range(shard_count) if not shard_path(out, number).exists()]
 
 
+def _check_same_classes(out: Path, former: dict, current: dict) -> None:
+    before, now = former.get("classes"), current.get("classes")  # hashes of the numbers, which tell the user nothing
+    if before == now:
+        return
+    if before is None:
+        what = "made without --classes: leave it out"
+    else:
+        what = f"whose classes were numbered by another file: give --classes {out / CLASSES_NAME}"
+    raise TrainerError(f"{out} holds tokens {what} to continue, or name another path with --out")
+
+
 def _how_to_repeat(name: str, former: dict) -> str:
     if name in ("views", "source", "samples_per_shard"):
         return f"--{name.replace('_', '-')} {former.get(name)}"
     if name in ("grid", "image_size"):
         return f"--size {former.get('image_size')}"
-    if name == "classes":
-        return "no --classes, as before," if former.get(name) is None else "the same --classes"
     return "the same --images" if name == "input" else "the same tokenizer and --weights"
 
 

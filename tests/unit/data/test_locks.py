@@ -32,15 +32,17 @@ def test_the_lock_of_a_dead_owner_is_taken_over_with_a_message(tmp_path, caplog)
     assert said == f"the lock of runs/mine is taken over: {owner} has ended without giving it up"
 
 
-def test_a_lock_of_a_folder_that_was_moved_leaves_the_lock_that_is_there_now(tmp_path):
-    run = tmp_path / "run"
+def test_a_lock_of_a_folder_that_was_moved_is_removed_there_and_leaves_that_of_the_folder_that_is_here_now(tmp_path):
+    run, moved = tmp_path / "run", tmp_path / "moved"
     run.mkdir()
     with WriterLock(run / ".lock", run) as first:
         first.take()
-        run.rename(tmp_path / "moved")
+        run.rename(moved)
         run.mkdir()
         second = WriterLock(run / ".lock", run)
         second.take()
+        assert "is being written" in refusal(DataError, WriterLock(moved / ".lock", moved).take)
+    assert not (moved / ".lock").exists()
     assert "is being written" in refusal(DataError, WriterLock(run / ".lock", run).take)
     second.release()
 

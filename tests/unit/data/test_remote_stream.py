@@ -15,11 +15,13 @@ from ranks import wait_for
 from samples import Steps, index_of, pictured, write_tar, write_tars
 from serving import Server, s3, use_s3
 
-from data import DataConfig, DataError, SourceConfig, scan
-from data.storage import bytes_read
+from data import DataConfig, DataError, SourceConfig, check, evaluation_images, scan, storage
+from data.cache import Access, Cache
+from data.storage import Timeouts, bytes_read
 
 pytestmark = pytest.mark.usefixtures("clock")  # waits between tries take no time
 NAMES = [f"train-{n:06d}.tar" for n in range(8)]
+BRIEF = Timeouts(request_seconds=0.8, total_seconds=1.8)
 SHORT = {"request_seconds": 0.8, "retry_seconds": 1.8}
 WORKERS = [0, pytest.param(2, marks=pytest.mark.process)]
 
@@ -157,6 +159,30 @@ def test_servers_that_fail_end_the_stream_in_time(server, index, fault, indexed,
     said = refusal(DataError, infos, root, 40, index if indexed else None, workers=workers, **SHORT)
     assert time.monotonic() - began < 8
     assert "train-000003.tar" in said and "SECRET" not in said
+
+
+def test_all_shards_that_a_server_lacks_are_named_at_the_start(folder, server, root, tmp_path):
+    """Where they would be found one after the other: without an index, and where all are copied."""
+    for number in (2, 4, 5):
+        (folder / NAMES[number]).unlink()
+    missing, others = "{000002,{000004..000005}}", "{{000000..000001},000003,{000006..000007}}"
+    said = (
+        f"there is no {server.url('/train-000002.tar')} (HTTP 404): check its path; so it is with 3 of 8 tars: "
+        f"{server.url(f'/train-{missing}.tar')}; the others are '{server.url(f'/train-{others}.tar')}'"
+    )
+    assert refusal(DataError, check, DataConfig(train=root)) == said
+    cached = {"cache": str(tmp_path / "cache"), "quarantine": [NAMES[4]]}
+    assert "so it is with 2 of 7 tars" in refusal(DataError, check, DataConfig(train=root, **cached))
+    assert refusal(DataError, evaluation_images, root, image_size=8) == said
+    assert not any((tmp_path / "cache").glob("*")) and server.bytes_sent < 100  # nothing was downloaded
+
+
+def test_copies_are_read_where_their_server_is_gone(server, root, tmp_path):
+    access = Access(BRIEF, Cache(tmp_path / "cache", 10**9, BRIEF))
+    assert len(evaluation_images(root, image_size=8, access=access)) == 40
+    server.fault("/train-000003.tar", status=404)
+    storage._sizes.clear()
+    assert len(evaluation_images(root, image_size=8, access=access)) == 40
 
 
 def test_passing_faults_are_not_seen(folder, index, server, root):

@@ -287,7 +287,7 @@ def test_stats_of_nothing_that_can_be_used(shards, tmp_path):
     write_tar(tmp_path / "a.tar", [{"__key__": "bad", "jpg": b"no image"}])
     out = shards("stats", tmp_path / "a.tar", "--picture", tmp_path / "a.png").succeeded().out
     assert out.splitlines() == [
-        f"{tmp_path}/a.tar: 1 shard, 1 samples",
+        f"{tmp_path}/a.tar: 1 shard, 1 sample",
         "  unusable: 1",
         f"    bad in {tmp_path}/a.tar: no JPEG, PNG or WebP image",
     ]

@@ -27,6 +27,18 @@ def test_a_line_that_was_cut_off_is_removed_before_the_next(tmp_path):
     assert log.read_text() == "next\n"
 
 
+def test_a_last_line_that_lacks_only_its_line_break_is_kept(tmp_path):
+    """As an editor leaves it, or a kill before the last byte."""
+    log = tmp_path / "log.jsonl"
+    log.write_text("".join(WHOLE).rstrip("\n"))
+    lines = LineFile(log)
+    with full_disk(log.stat().st_size):
+        assert "ALARM" in lines.append("next")
+        assert log.read_text() == "".join(WHOLE).rstrip("\n")
+    lines.append()
+    assert log.read_text() == "".join(WHOLE) + "next\n"
+
+
 def test_a_folder_that_is_away_for_a_while(tmp_path):
     run = tmp_path / "run"
     lines = LineFile(run / "log.jsonl")

@@ -45,6 +45,13 @@ def test_a_line_that_a_kill_cut_off_is_not_in_the_way(tmp_path):
     assert [one.step for one in read_audit(tmp_path).delivered] == [1, 2, 3, 4]
 
 
+def test_a_last_line_that_lacks_only_its_line_break_counts(tmp_path):
+    segment(tmp_path, 0, 0, range(1, 4))
+    file = next((tmp_path / "audit").iterdir())
+    file.write_text(file.read_text().rstrip("\n"))
+    assert [one.step for one in read_audit(tmp_path).delivered] == [1, 2, 3]
+
+
 def test_summary_tells_each_source():
     scalars = {"loss/total": 1.0}
     scalars |= {"data/a/delivered": 1200.0, "data/a/skipped": 3.0, "data/a/filtered/nsfw": 40.0}

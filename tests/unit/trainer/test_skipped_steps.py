@@ -1,6 +1,7 @@
 import json
 
 from comparing import refusal
+from field.disks import full_disk
 
 from trainer import TrainerError
 from trainer.skipped_steps import SkippedSteps
@@ -69,3 +70,17 @@ def test_of_many_keys_the_line_shows_the_first_and_the_file_all(world, tmp_path)
     expected = f"its samples: {', '.join(keys(*range(8)))} and 12 more, see {tmp_path / 'skipped_steps.jsonl'}. "
     assert expected in message and "shard-8" not in message
     assert lines(tmp_path)[0]["keys_of_ranks"] == [keys(*range(20))]
+
+
+def test_a_file_that_cannot_be_written_is_said_by_the_step_that_ends_the_run_too(world, tmp_path, caplog):
+    path = tmp_path / "skipped_steps.jsonl"
+    alarm = f"ALARM: cannot write {path} (File too large): its lines wait until it can be written again"
+    skips = SkippedSteps(tmp_path, world, limit=1)
+    assert skips.update(1, ["generator"], keys(1))
+    with full_disk(path.stat().st_size):
+        message = refusal(TrainerError, skips.update, 2, ["generator"], keys(*range(20)))
+    assert caplog.messages == [alarm]
+    assert f" and 12 more (1 line of {path} lost: it cannot be written). Checkpoints" in message
+    assert skips.update(3, [], keys(3)) is None
+    assert caplog.messages == [alarm, f"{path} can be written again: 1 line that waited is in it"]
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]

@@ -1,12 +1,22 @@
 import pytest
 import torch
 from comparing import refusal
+from support import tokenizer_run
 
 from model_zoo.io.sharded_tensors import ShardedTensors, save_shards
 from trainer import TrainerError
 from trainer.config import TokenizerRun, TokenizerTrainerConfig
 from trainer.parallel import World
-from trainer.start_plan import plan_batch, random_state, restore_random_state, seed_everything
+from trainer.recipes import save_config
+from trainer.start_plan import (
+    Source,
+    check_inputs,
+    plan_batch,
+    plan_start,
+    random_state,
+    restore_random_state,
+    seed_everything,
+)
 
 CPU = torch.device("cpu")
 
@@ -34,6 +44,18 @@ def test_batches_that_do_not_divide_are_refused():
     assert "global_batch_size=24 must be a multiple of the 5 processes" in refusal(TrainerError, planned, 24, None, 5)
     with pytest.raises(TrainerError, match=r"micro_batch_size=4 must divide the 6 images that each of 4 processes"):
         planned(24, 4, 4)
+
+
+def test_a_folder_with_another_run_is_refused_before_data_and_models_are_looked_at(world, tmp_path):
+    """Also where the launcher may restart the command, in which case the same settings resume."""
+    config = tokenizer_run(run=str(tmp_path), trainer__max_steps=7, data__train=str(tmp_path / "no such tar"))
+    save_config(tokenizer_run(run=str(tmp_path)), tmp_path / "config.yaml")
+    said = f"{tmp_path} already holds a run: resume it (`ibq resume {tmp_path}`) or choose another run=FOLDER"
+    assert refusal(TrainerError, check_inputs, config, Source()) == said
+    restart = Source(tmp_path, restart=True)
+    assert refusal(TrainerError, plan_start, config, restart, world) == said
+    save_config(config, tmp_path / "config.yaml")
+    assert plan_start(config, restart, world).reuses_folder
 
 
 def drawn(seed, step, rank):

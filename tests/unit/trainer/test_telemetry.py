@@ -45,6 +45,14 @@ def test_a_damaged_line_is_named_and_passed_over(run, caplog):
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2, 3]
 
 
+def test_a_resume_keeps_a_last_line_that_lacks_only_its_line_break(run):
+    log = run / "metrics.jsonl"
+    log.write_text('{"step": 1}\n{"step": 2}')
+    with RunTelemetry(run, 2, 9) as telemetry:
+        telemetry.log(3, {})
+    assert log.read_text() == '{"step": 1}\n{"step": 2}\n{"step": 3}\n'
+
+
 def test_a_resume_on_a_full_disk_keeps_the_log(run):
     log = run / "metrics.jsonl"
     log.write_text("".join(f'{{"step": {step}}}\n' for step in range(1, 100)))

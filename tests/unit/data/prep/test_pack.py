@@ -274,6 +274,6 @@ def test_pack_command_of_coco(ibq, coco, tmp_path):
     archive, captions = zipped(coco, tmp_path / "val2017.zip"), tmp_path / "captions_val2017.json"
     options = "--out", tmp_path / "out", "--layout", "coco", "--annotations", captions
     ended = ibq("shards", "pack", archive, *options).succeeded()
-    assert "packed 4 images into 1 tars" in ended.out
+    assert "packed 4 images into 1 tar" in ended.out
     assert f"packed 1 without a caption in {captions}:\n  000000000002.jpg\n" in ended.err
     assert f"left out captions of 2 that are not in {archive}:\n  000000000007.jpg\n" in ended.err

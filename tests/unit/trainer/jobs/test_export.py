@@ -233,6 +233,31 @@ def test_what_a_generator_was_trained_on_goes_with_it(tmp_path):
     assert "trained_classes: '6' is not a class from 0 to 5" in refusal(ModelError, load_generator, tmp_path / "out")
 
 
+def test_information_about_a_generator_tells_its_classes(tmp_path, ibq):
+    """Their names go with an export in safetensors. A file in the published layout has the numbers alone."""
+    model = generator_of(grid=[16, 16], heads=1, head_dim=64)
+    model.trained_c = trained_from("0-2,5,none", 6)
+    run = write_run(tmp_path / "run", {"task": "generator"}, generator=model)
+    numbers = {f"n{5 - number}": number for number in range(6)} | {f"more {number}": number for number in range(6, 10)}
+    (run / "classes.json").write_text(json.dumps(numbers))
+    export(run, tmp_path / "out")
+    export(tmp_path / "out", tmp_path / "again")
+    for source in (run, tmp_path / "out", tmp_path / "again"):
+        (found,) = info(source).models
+        assert (found.trained_classes, found.class_numbers) == ("0-2,5,none", numbers)
+    out = ibq("checkpoint", "info", tmp_path / "again").succeeded().out
+    assert "  trained on classes 0-2,5 of 6 and without a class\n" in out
+    assert "  names of classes: n5, n4, n3, n2, n1, n0, more 6, more 7, … (10)\n" in out
+    (tmp_path / "again" / "classes.json").write_text("{}")
+    assert "classes.json is not what was written" in refusal(TrainerError, info, tmp_path / "again")
+
+    export_published(run, tmp_path / "out.ckpt")
+    (found,) = info(tmp_path / "out.ckpt").models
+    assert (found.trained_classes, found.class_numbers) == ("0-2,5,none", None)
+    for classes, said in (("0", "on classes 0 of 6, never without a class"), ("none", "without classes")):
+        assert found._replace(trained_classes=classes).trained_on() == [f"trained {said}"]
+
+
 def test_a_vq_tokenizer_keeps_its_quantizer_in_the_published_layout(tmp_path):
     run = write_run(tmp_path / "vq", {}, tokenizer=tokenizer(1, quantizer="vq"))
     export_published(run, tmp_path / "vq.ckpt")

@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 import signal
 import zipfile
@@ -167,8 +168,13 @@ def test_class_folders_are_numbered_as_in_another_split(run, tmp_path):
     assert [sample.members["cls"] for sample in samples(done.out)] == [b"1"]
     assert json.loads((done.out / "classes.json").read_text()) == numbers
     assert go(run, tmp_path / "images", tmp_path / "out", **options).made == 0
-    with pytest.raises(TrainerError, match="class 0 is dog in --images, and cat in"):
-        go(run, tmp_path / "images", tmp_path / "out", source="imagenet")
+    said = refusal(TrainerError, go, run, tmp_path / "images", tmp_path / "out", source="imagenet")
+    assert f"{done.out} holds tokens whose classes were numbered by another file: give --classes" in said
+    options["classes"] = re.search("--classes (.*) to continue", said)[1]
+    assert go(run, tmp_path / "images", tmp_path / "out", **options).made == 0
+    go(run, tmp_path / "images", tmp_path / "without", source="imagenet")
+    said = refusal(TrainerError, go, run, tmp_path / "images", tmp_path / "without", **options)
+    assert "without holds tokens made without --classes: leave it out to continue, or name another path" in said
 
 
 def test_a_zip_file_a_pattern_and_a_server(run, tars, flipped, tmp_path):
