@@ -1,18 +1,16 @@
 """A disk that is full costs the checkpoint that does not fit, never one that was written."""
 
-import ctypes
 import os
 from pathlib import Path
 
 import pytest
 from comparing import loss_lines
 from faults.outcome import assert_resumed, assert_whole, latest, newest_step
+from field.disks import LIBC, MNT_DETACH, MS_REMOUNT, mount
 
 MEGABYTE = 1 << 20
 # A checkpoint of `debug` takes 11 MB: the first fits, the second does not, not even the first rank's part of it.
 SMALL, LARGE = 14 * MEGABYTE, 64 * MEGABYTE
-MS_REMOUNT, MNT_DETACH = 32, 2  # of mount(2) and umount(2)
-LIBC = ctypes.CDLL(None, use_errno=True)
 
 
 @pytest.fixture
@@ -24,12 +22,6 @@ def small_disk(tmp_path) -> Path:
         pytest.skip(f"a small file system cannot be mounted here (root can): {os.strerror(error)}")
     yield place
     assert LIBC.umount2(bytes(place), MNT_DETACH) == 0
-
-
-def mount(place: Path, size_bytes: int, flags: int = 0) -> int:
-    """Mounts a tmpfs; returns 0 or the error number."""
-    options = f"size={size_bytes}".encode()
-    return LIBC.mount(b"tmpfs", bytes(place), b"tmpfs", flags, options) and ctypes.get_errno()
 
 
 @pytest.mark.parametrize("kind", ["async", pytest.param("sync", marks=pytest.mark.full)])

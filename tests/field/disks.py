@@ -1,12 +1,38 @@
-"""Disks that are full for a while, and logs that a full disk or a kill has damaged."""
+"""Disks that are small, full for a while, or read-only, and logs that a full disk or a kill has damaged."""
 
+import ctypes
+import errno
+import os
 import resource
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from unittest.mock import patch
 
 WHOLE = '{"step": 1, "loss": 0.5}\n', '{"step": 2, "loss": 0.25}\n'
 CUT_OFF = '{"step": 3, "lo'
+MS_REMOUNT, MNT_DETACH = 32, 2  # of mount(2) and umount(2)
+LIBC = ctypes.CDLL(None, use_errno=True)
+
+
+def mount(place: Path, size_bytes: int, flags: int = 0) -> int:
+    """Mounts a tmpfs; returns 0 or the error number."""
+    options = f"size={size_bytes}".encode()
+    return LIBC.mount(b"tmpfs", bytes(place), b"tmpfs", flags, options) and ctypes.get_errno()
+
+
+@contextmanager
+def read_only(folder: Path) -> Iterator[None]:
+    """os.open opens no file in the folder for reading and writing, as on a read-only disk; no permission stops root."""
+    os_open = os.open
+
+    def open_to_read(path, flags, *mode, **options):
+        if flags & os.O_RDWR and Path(path).is_relative_to(folder):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+        return os_open(path, flags, *mode, **options)
+
+    with patch("os.open", open_to_read):
+        yield
 
 
 @contextmanager

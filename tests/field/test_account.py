@@ -12,7 +12,8 @@ from comparing import refusal
 from field.dots_in_names import NAMES, write_dotted_tar
 from field.linked_folders import write_linked_classes
 from field.links_and_doubles import write_doubled_zip, write_hard_linked_tar
-from field.other_pictures import write_gif
+from field.other_pictures import NO_TARS, write_gif
+from field.several_pictures import write_two_of_one_name
 from samples import Steps, encoded, members, picture, write_tar
 
 import data
@@ -88,8 +89,7 @@ def test_an_index_for_other_suffixes_than_the_source_names_is_refused_with_the_f
 
 @pytest.mark.parametrize("image", [None, ["png", "jpg"]])
 def test_two_pictures_of_one_name_are_named_unless_the_source_chooses(tmp_path, image):
-    both = {"jpg": encoded(picture(1)), "png": encoded(picture(2), "PNG")}
-    path = write_tar(tmp_path / "a.tar", [{"__key__": "a", **both}, {"__key__": "b", "jpg": encoded(picture(3))}])
+    path = write_two_of_one_name(tmp_path / "a.tar")
     layout = Layout(image=tuple(image or ()))
     checked = check_shard(path, layout=layout)
     config = DataConfig(sources=[data.SourceConfig(root=path, image=image)], image_size=32, workers=0)
@@ -214,15 +214,7 @@ def test_a_picture_of_another_format_is_called_what_it_is(tmp_path):
     assert problem.message.startswith("no tar: it is a GIF image")
 
 
-@pytest.mark.parametrize(
-    ("content", "said"),
-    [
-        (encoded(picture(0)), "it is a JPEG image: name the folder"),
-        (encoded(picture(0), "WEBP"), "it is a WebP image: name the folder"),
-        (encoded(picture(0), "TIFF"), "it is a TIFF image: convert"),
-        (b"PAR1" + bytes(600), "it is a Parquet file"),
-    ],
-)
+@pytest.mark.parametrize(("content", "said"), NO_TARS.items())
 def test_what_else_is_no_tar_is_called_what_it_is(tmp_path, content, said):
     (tmp_path / "x.bin").write_bytes(content)
     assert said in refusal(data.DataError, trained_on, tmp_path / "x.bin", 1)

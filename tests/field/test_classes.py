@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 from comparing import refusal
+from field.no_class import write_folder_without_classes, write_tar_without_classes
 from field.splits_of_classes import write_splits
-from samples import encoded, picture, write_tar
+from samples import picture
 from serving import Server
 from tokens import write_tokens
 
@@ -109,9 +110,7 @@ def test_numbers_beside_remote_tars_are_read(tmp_path, caplog):
 
 def test_a_picture_without_a_class_is_used(tmp_path):
     """-1 and nothing mean: no class. What is no class at all is named by `check` as by training."""
-    contents = [b"-1", b"", b" \n", b"7", b"cat"]
-    samples = [{"__key__": f"s{n}", "jpg": encoded(picture(n)), "cls": text} for n, text in enumerate(contents)]
-    path = write_tar(tmp_path / "a.tar", samples)
+    path = write_tar_without_classes(tmp_path / "a.tar")
     images = data.evaluation_images(path, image_size=16)
     assert [(image.key, image.label) for image in images] == [("s0", None), ("s1", None), ("s2", None), ("s3", 7)]
     assert [skipped.key for skipped in images.skipped] == ["s4"]
@@ -119,10 +118,6 @@ def test_a_picture_without_a_class_is_used(tmp_path):
 
 
 def test_pictures_without_a_class_are_packed(tmp_path):
-    for n, text in enumerate(("-1", "", "3")):
-        picture(n).save(tmp_path / f"{n}.png")
-        (tmp_path / f"{n}.cls").write_text(text)
-    data.pack(tmp_path, tmp_path / "tars")
-    assert sorted(str(image.label) for image in data.evaluation_images(str(tmp_path / "tars"), image_size=16)) == [
-        *("3", "None", "None")
-    ]
+    data.pack(write_folder_without_classes(tmp_path / "photos"), tmp_path / "tars")
+    images = data.evaluation_images(str(tmp_path / "tars"), image_size=16)
+    assert {image.key: image.label for image in images} == {"s0": None, "s1": None, "s2": None, "s3": 7}

@@ -1,13 +1,11 @@
 """A run that was stopped or killed and then resumed equals an uninterrupted run."""
 
-import errno
-import os
 import shutil
 import signal
-from pathlib import Path
 
 import pytest
 from comparing import assert_refused, copy_until, differences, loss_lines, read_metrics, unchanged
+from field.disks import read_only
 from ranks import settings, wait_for
 
 
@@ -144,16 +142,9 @@ def test_another_model_is_refused_and_the_run_stays_as_it_was(ibq_here, copy_of,
         assert_refused(finished, "cannot resume", "was written with other settings")
 
 
-def test_a_read_only_run_is_refused_and_the_advice_works(ibq_here, copy_of, tmp_path, monkeypatch):
-    run, os_open = copy_of("stopped"), os.open
-
-    def read_only(path, flags, *mode, **options):
-        if flags & os.O_RDWR and Path(path).is_relative_to(run):
-            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-        return os_open(path, flags, *mode, **options)
-
-    monkeypatch.setattr(os, "open", read_only)
-    with unchanged(run):
+def test_a_read_only_run_is_refused_and_the_advice_works(ibq_here, copy_of, tmp_path):
+    run = copy_of("stopped")
+    with unchanged(run), read_only(run):
         finished = ibq_here("resume", run, "trainer.max_steps=11")
         assert_refused(finished, f"cannot write the run folder {run}: Read-only file system", "copy the folder (cp -r)")
         assert "run=" not in finished.err

@@ -5,6 +5,7 @@ import re
 import pytest
 from ranks import ROOT
 
+TESTS = re.compile(r"`([\w/]+\.py)`")
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *ROOT.glob("docs/*.md"), *ROOT.glob("benchmarks/**/*.md")]
 
 
@@ -15,6 +16,16 @@ def test_links_resolve_and_nothing_is_left_to_be_filled_in(page):
         if not re.match(r"[a-z]+:", target):
             assert (page.parent / target).exists(), target
     assert not re.findall(r"\b(?:TODO|FIXME|[A-Z]+_(?:RATIO|TIME|MEMORY))\b", text)
+
+
+@pytest.mark.parametrize("page", [ROOT / "docs/data.md", ROOT / "docs/scaling.md"], ids=lambda page: page.stem)
+def test_tables_of_faults_name_files_of_tests_that_exist(page):
+    there = [path.relative_to(ROOT).as_posix() for path in ROOT.glob("tests/**/*.py")]
+    named = [
+        name for row in re.findall(r"^\|.*\.py` \|$", page.read_text("utf-8"), re.M) for name in TESTS.findall(row)
+    ]
+    assert len(named) > 20
+    assert not [name for name in named if not any(path.endswith(f"/{name}") or path == name for path in there)]
 
 
 def test_other_quantizers_have_one_name():

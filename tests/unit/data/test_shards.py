@@ -5,6 +5,7 @@ import os
 
 import pytest
 from comparing import refusal
+from field.missing_tars import write_list, write_some
 from samples import encoded, members, picture, write_tar
 
 import data
@@ -150,16 +151,14 @@ def test_listings_of_buckets_take_the_time_limits_of_the_recipe(monkeypatch, tmp
 )
 def test_all_missing_tars_are_named_at_once(tmp_path, there, spec, said):
     """And the pattern that the error proposes is one that works."""
-    for number in there:
-        (tmp_path / f"a-{number:02}.tar").touch()
+    paths = write_some(tmp_path, there)
     found = refusal(DataError, expand, str(tmp_path / spec))
     assert found == "no such tar or folder: " + said.replace("T/", f"{tmp_path}/")
     if there:
-        assert expand(found.split("'")[1]) == [str(tmp_path / f"a-{number:02}.tar") for number in there]
+        assert expand(found.split("'")[1]) == paths
 
 
 def test_all_missing_lines_of_a_list_are_named_at_once(tmp_path):
-    (tmp_path / "a-02.tar").touch()
-    (tmp_path / "list.txt").write_text("".join(f"{tmp_path}/a-{number:02}.tar\n" for number in range(5)))
-    found = refusal(DataError, expand, str(tmp_path / "list.txt"))
+    write_some(tmp_path, [2])
+    found = refusal(DataError, expand, write_list(tmp_path, 5))
     assert found == f"no such tar or folder: {tmp_path}/a-{{{{00..01}},{{03..04}}}}.tar (4 paths)"

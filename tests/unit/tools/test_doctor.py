@@ -12,6 +12,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from packaging.requirements import Requirement
 
 from model_zoo.eval_nets.weights import WEIGHTS_FILES
 from model_zoo.ops.attention import FLASH_MODULES
@@ -72,6 +73,13 @@ def test_versions_are_held_against_the_ranges_of_the_metadata(monkeypatch):
     }
     assert findings["deepspeed"].fix == "pip install 'deepspeed<0.20,>=0.19'"
     assert findings["lpips"].found == "not installed"
+
+
+def test_each_requirement_has_a_lower_bound():
+    """tests/lower_bounds.sh installs exactly these. torch decides which torchvision fits."""
+    required = [one for one in map(Requirement, metadata.requires("ibq")) if one.marker is None]
+    bounded = {one.name for one in required if any(part.operator in (">=", "==") for part in one.specifier)}
+    assert {one.name for one in required} - bounded == {"torchvision"}
 
 
 def test_ibq_that_is_not_installed_is_a_problem(monkeypatch):
