@@ -127,12 +127,14 @@ def test_listings_of_buckets_take_the_time_limits_of_the_recipe(monkeypatch, tmp
     monkeypatch.setattr(
         "data.shards.list_tars", lambda url, timeouts: given.append((url, timeouts)) or [f"{url}/0.tar"]
     )
+    monkeypatch.setattr("data.sources.check_available", lambda urls, timeouts: given.append((urls, timeouts)))
     listed = tmp_path / "list.txt"
     listed.write_text("s3://bucket/a\n")
     config = data.DataConfig(train=["s3://bucket/b", str(listed)], request_seconds=3.0, retry_seconds=7.0)
     sources = open_sources(config)
-    assert [shard.url for shard in sources[0].shards] == ["s3://bucket/b/0.tar", "s3://bucket/a/0.tar"]
-    assert given == [("s3://bucket/b", Timeouts(3.0, 7.0)), ("s3://bucket/a", Timeouts(3.0, 7.0))]
+    urls = ["s3://bucket/b/0.tar", "s3://bucket/a/0.tar"]
+    assert [shard.url for shard in sources[0].shards] == urls
+    assert given == [(what, Timeouts(3.0, 7.0)) for what in ("s3://bucket/b", "s3://bucket/a", urls)]
 
 
 @pytest.mark.parametrize(
