@@ -28,13 +28,21 @@ def read_classes(place: str | Path, timeouts: Timeouts = DEFAULT_TIMEOUTS) -> di
     url, path = str(place), redacted(str(place))
     content = storage.read(url, 0, storage.size(url, timeouts), timeouts)
     try:
-        numbers = json.loads(content)
+        numbers = json.loads(content, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
-        raise DataError(f"the classes {path} are not JSON: name a classes.json that packing wrote") from error
+        raise DataError(f"the classes {path} are not JSON ({error}): name a classes.json that packing wrote") from error
     is_mapping = isinstance(numbers, dict) and all(type(number) is int and number >= 0 for number in numbers.values())
     if not is_mapping or not numbers or len(set(numbers.values())) < len(numbers):
         raise DataError(f'the classes {path} must give each name its own number from 0, as in {{"cat": 0, "dog": 1}}')
     return numbers
+
+
+def _unique(pairs: list[tuple[str, object]]) -> dict:
+    """A JSON object. Python itself would take the last of two equal names."""
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        raise ValueError("a name stands there twice")
+    return found
 
 
 def classes_beside(urls: Iterable[str], timeouts: Timeouts = DEFAULT_TIMEOUTS) -> list[tuple[str, dict[str, int]]]:

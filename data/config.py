@@ -84,7 +84,7 @@ class DataConfig:
     resize: str = "pil_antialias"
     flip: bool = True
     # Strength of random changes of contrast, saturation, hue and brightness, 0 to 1: for small data sets.
-    color_jitter: float = 0.0
+    color_jitter: float = field(default=0.0, metadata={"at_least": 0, "at_most": 1})
     # Each lane shuffles blocks of this many samples of a shard, or of fewer samples that have this many megabytes.
     shuffle_block: int = field(default=64, metadata={"at_least": 1})
     shuffle_megabytes: float = field(default=16.0, metadata={"above": 0})

@@ -1,6 +1,7 @@
 """Folders and zip files of images: their files, and reading them as shards."""
 
 import contextlib
+import logging
 import os
 import stat
 import zipfile
@@ -11,24 +12,29 @@ from pathlib import Path, PurePath, PurePosixPath
 from typing import NamedTuple
 
 from data.errors import DataError, ImageError
-from data.samples import IMAGE_SUFFIXES, UNREAD_IMAGES, Sample, Skipped, Window, WindowLimit, is_image
+from data.samples import IMAGE_SUFFIXES, UNREAD_IMAGES, Sample, Skipped, Window, WindowLimit
 from data.transforms import MAX_BYTES
+
+logger = logging.getLogger(__name__)
 
 BESIDE = ("txt", "cls", "json")  # suffixes of the files beside an image that belong to its sample
 
 
 class Listing(NamedTuple):
-    """Paths of images, sorted. unread: of pictures in formats that are not read."""
+    """Paths of images, sorted. unread: of pictures in formats that are not read. beside: of files that belong to an
+    image and have a suffix in capitals, by the path with the suffix in lower case."""
 
     images: list[PurePath]
     unread: list[PurePath]
+    beside: dict[PurePath, PurePath]
 
 
 def list_folder(folder: Path) -> Listing:
     """The pictures of a folder relative to it, without hidden files and folders.
 
     Links to folders are followed, except to one that the link is in. Raises DataError, also for a folder that cannot be
-    read and for a link to nothing that may have been a folder: their images would be missing in silence.
+    read, for a link to nothing that may have been a folder, and for images beside tars: a part of the samples would be
+    missing in silence.
     """
     if not folder.is_dir():
         raise DataError(f"no such folder: {folder}")
@@ -42,11 +48,10 @@ def list_folder(folder: Path) -> Listing:
             if is_hidden(Path(name)):
                 continue
             path = Path(parent) / name
-            if (suffix := path.suffix[1:].lower()) in (*IMAGE_SUFFIXES, *UNREAD_IMAGES):
-                found.append(path.relative_to(folder))
-            elif suffix not in BESIDE:
+            found.append(path.relative_to(folder))
+            if path.suffix[1:].lower() not in (*IMAGE_SUFFIXES, *UNREAD_IMAGES, *BESIDE):
                 _check_link(path)
-    return _listing(found)
+    return _listing(folder, found)
 
 
 def is_hidden(path: PurePath) -> bool:
@@ -60,11 +65,25 @@ def find_images(folder: Path) -> list[Path]:
     return list_folder(folder).images
 
 
-def _listing(paths: Iterable[PurePath]) -> Listing:
+def _listing(place: Path, paths: Iterable[PurePath]) -> Listing:
     ordered = sorted(paths, key=lambda path: path.as_posix())
-    return Listing(
-        [path for path in ordered if is_image(path.suffix)],
-        [path for path in ordered if path.suffix[1:].lower() in UNREAD_IMAGES],
+    suffixes = [path.suffix[1:].lower() for path in ordered]
+    images = [path for path, suffix in zip(ordered, suffixes, strict=True) if suffix in IMAGE_SUFFIXES]
+    unread = [path for path, suffix in zip(ordered, suffixes, strict=True) if suffix in UNREAD_IMAGES]
+    if images and "tar" in suffixes:
+        raise mixed_kinds(place, ordered[suffixes.index("tar")].parent)
+    beside = {
+        path.with_suffix(f".{suffix}"): path
+        for path, suffix in zip(ordered, suffixes, strict=True)
+        if suffix in BESIDE and path.suffix != f".{suffix}"
+    }
+    return Listing(images, unread, beside)
+
+
+def mixed_kinds(place: Path, folder: PurePath) -> DataError:
+    """The error of a folder or a zip file with images and tars. folder: of the tars, in it."""
+    return DataError(
+        f"{place} holds images and tars: name a folder with one kind only, or the tars as {place / folder}/*.tar"
     )
 
 
@@ -84,7 +103,17 @@ def _check_link(path: Path) -> None:
 
 def is_folder_of_images(spec) -> bool:
     """Whether `spec` is a local folder without tars."""
-    return isinstance(spec, (str, os.PathLike)) and os.path.isdir(spec) and not any(Path(spec).glob("*.tar"))
+    return isinstance(spec, (str, os.PathLike)) and os.path.isdir(spec) and not tars_in(spec)
+
+
+def tars_in(folder: str | Path) -> list[Path]:
+    """The tars of a folder, without those of its sub-folders, sorted. Raises DataError for a link to nothing."""
+    found = []
+    for path in sorted(Path(folder).iterdir()):
+        if path.suffix.lower() == ".tar" and not is_hidden(PurePath(path.name)):
+            _check_link(path)
+            found += [path] if path.is_file() else []
+    return found
 
 
 def is_zip(spec) -> bool:
@@ -107,14 +136,17 @@ class FolderFiles:
 
     def __init__(self, path: str | Path):
         self.path = Path(path)
+        self._beside: dict[PurePath, PurePath] = {}
 
     def name(self, path: PurePath) -> str:
         """What messages call a file."""
         return str(self.path / path)
 
     def listing(self) -> Listing:
-        """The pictures, without hidden ones. Raises DataError."""
-        return list_folder(self.path)
+        """The pictures, without hidden ones. Call it before `beside`. Raises DataError."""
+        found = list_folder(self.path)
+        self._beside = found.beside
+        return found
 
     def read(self, path: PurePath) -> bytes:
         """A file's content. Raises ImageError for a link to nothing and for what is no file; OSError."""
@@ -129,9 +161,11 @@ class FolderFiles:
             raise ImageError(f"a link to nothing: {os.readlink(file)}", "link") from None
 
     def beside(self, path: PurePath, suffix: str) -> bytes | None:
-        """What the file of the same name with another suffix holds. Raises as `read`."""
+        """What the file of the same name with another suffix, in any case, holds. Raises as `read`."""
         path = path.with_suffix(f".{suffix}")
-        return self.read(path) if os.path.lexists(self.path / path) else None
+        if os.path.lexists(self.path / path):
+            return self.read(path)
+        return self.read(self._beside[path]) if path in self._beside else None
 
 
 class ZipFiles:
@@ -144,18 +178,20 @@ class ZipFiles:
         with open_zip(path) as file:
             members = [(PurePosixPath(member.filename), member) for member in file.infolist() if not member.is_dir()]
         members = [(path, member) for path, member in members if not is_hidden(path)]
-        folders = {path.parts[0] if len(path.parts) > 1 else None for path, _ in members} - {".."}
+        pictures = [path for path, _ in members if path.suffix[1:].lower() in (*IMAGE_SUFFIXES, *UNREAD_IMAGES)]
+        folders = {path.parts[0] if len(path.parts) > 1 else None for path in pictures} - {".."}
         only = folders.pop() if len(folders) == 1 else None
         self.prefix = f"{only}/" if only is not None else ""
         for path, member in members:
             self.members[path.relative_to(only) if only and path.is_relative_to(only) else path].append(member)
+        self._beside = _listing(self.path, self.members).beside
 
     def name(self, path: PurePosixPath) -> str:
         return f"{self.path}/{path}"
 
     def listing(self) -> Listing:
-        """The pictures, without hidden ones."""
-        return _listing(self.members)
+        """The pictures, without hidden ones. Raises DataError."""
+        return _listing(self.path, self.members)
 
     def read(self, path: PurePosixPath) -> bytes:
         """A member's content. Raises ImageError for one that is damaged or has more than MAX_BYTES, for a link, and
@@ -177,7 +213,8 @@ class ZipFiles:
 
     def beside(self, path: PurePosixPath, suffix: str) -> bytes | None:
         path = path.with_suffix(f".{suffix}")
-        return self.read(path) if path in self.members else None
+        path = path if path in self.members else self._beside.get(path)
+        return None if path is None else self.read(path)
 
 
 def open_files(path: str | Path) -> FolderFiles | ZipFiles:
@@ -273,9 +310,7 @@ def file_shard(path: str, class_from_folder: bool = False, classes: dict[str, in
     Raises DataError if there are no images, or a folder has images and tars.
     """
     files = open_files(path)
-    images, unread = files.listing()
-    if images and isinstance(files, FolderFiles) and any(Path(path).glob("*.tar")):
-        raise DataError(f"{path} holds images and tars: name a folder with one kind only, or the tars as {path}/*.tar")
+    images, unread, _ = files.listing()
     if not images:
         suffixes = ", ".join(IMAGE_SUFFIXES)
         others = f"; it has {len(unread):,} pictures in other formats, first {unread[0]}" if unread else ""
@@ -295,6 +330,15 @@ def class_numbers(
         raise DataError(f"{files.name(loose)} lies in no class folder: move it into one, or leave out the classes")
     names = sorted({image.parts[0] for image in images})
     if classes is None:
+        if all(name.isdecimal() for name in names) and names != sorted(names, key=int):
+            number = next(number for number, name in enumerate(names) if name != sorted(names, key=int)[number])
+            logger.warning(
+                "%s: the class folders are sorted as text, so that folder %s is class %d: give a classes.json if their "
+                "names are their numbers",
+                files.path,
+                names[number],
+                number,
+            )
         return {name: number for number, name in enumerate(names)}
     if unknown := [name for name in names if name not in classes]:
         more = f" and {len(unknown) - 1:,} more" if len(unknown) > 1 else ""

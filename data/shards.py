@@ -6,9 +6,10 @@ import itertools
 import os
 import re
 import tempfile
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from importlib import resources
-from pathlib import Path
+from pathlib import Path, PurePath
 from typing import NamedTuple
 
 import braceexpand
@@ -16,7 +17,9 @@ import braceexpand
 from data.addresses import is_remote, redacted, scheme_of
 from data.cache import cache_folder
 from data.errors import DataError
+from data.folder_reader import is_hidden, list_folder, mixed_kinds, tars_in
 from data.prep.pack import pack
+from data.samples import is_image
 from data.storage import DEFAULT_TIMEOUTS, Timeouts, list_tars, unavailable
 from data.tar_reader import PIPE
 
@@ -45,12 +48,15 @@ def expand(spec: str | Iterable[str], *, allow_pipes: bool = False, timeouts: Ti
         braces, a folder in s3 or gs, a .txt file that lists one of these in each line, `bundled:train` or `bundled:val`
         (the photographs in scikit-image's wheel), or a list of these.
     allow_pipes: also accept `pipe:COMMAND`, which runs a shell. timeouts: of listing a folder in s3 or gs.
-    Raises DataError that names all parts without tars.
+    Raises DataError that names all parts without tars, and for a tar that is named twice.
     """
     missing: list[_Missing] = []
     paths = _expand(spec, allow_pipes, timeouts, missing)
     if missing:
         raise DataError(_names_missing(missing))
+    places = Counter(path if is_remote(path) or path.startswith(PIPE) else os.path.realpath(path) for path in paths)
+    if twice := next((place for place, count in places.items() if count > 1), None):
+        raise DataError(f"{redacted(twice)} is named twice, and would be read twice in each epoch: name it once")
     return paths
 
 
@@ -152,10 +158,7 @@ def _remote_tars(url: str, timeouts: Timeouts) -> list[str]:
 
 def _local_tars(spec: str, allow_pipes: bool, timeouts: Timeouts, missing: list[_Missing]) -> list[str]:
     if os.path.isdir(spec):
-        paths = sorted(str(path) for path in Path(spec).glob("*.tar") if path.is_file())
-        if not paths:
-            raise DataError(f"no *.tar in the folder {spec}: pack images with `ibq shards pack FOLDER --out {spec}`")
-        return paths
+        return _tars_of_folder(spec)
     if os.path.isfile(spec) and spec.endswith(LIST_SUFFIX):
         return _expand(_read_list(spec), allow_pipes, timeouts, missing)
     if os.path.exists(spec):
@@ -165,6 +168,27 @@ def _local_tars(spec: str, allow_pipes: bool, timeouts: Timeouts, missing: list[
     if absent := [one for one in expanded if not found[one]]:
         missing.append(_Missing(spec, [one for one in expanded if found[one]], absent))
     return [path for paths in found.values() for one in paths for path in _expand(one, False, timeouts, missing)]
+
+
+def _tars_of_folder(folder: str) -> list[str]:
+    """Raises DataError if there are none, and if more lies there, which would be left out in silence."""
+    paths = [str(path) for path in tars_in(folder)]
+    if not paths:
+        if list_folder(Path(folder)).images:
+            raise DataError(
+                f"{folder} is a folder of images, which cannot be listed among tars: make it a source of data.sources, "
+                f"or pack it with `ibq shards pack {folder} --out TARS`"
+            )
+        raise DataError(f"no *.tar in the folder {folder}: pack images with `ibq shards pack FOLDER --out {folder}`")
+    entries = sorted(path for path in Path(folder).iterdir() if not is_hidden(PurePath(path.name)))
+    if any(is_image(path.name) and path.is_file() for path in entries):
+        raise mixed_kinds(Path(folder), PurePath())
+    if inner := next((path.name for path in entries if path.is_dir() and tars_in(path)), None):
+        raise DataError(
+            f"{folder} holds tars, and so does its sub-folder {inner}: name '{folder}/*.tar', or all as "
+            f"'{folder}/{{,*/}}*.tar'"
+        )
+    return paths
 
 
 def _read_list(path: str) -> list[str]:

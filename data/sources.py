@@ -4,6 +4,7 @@ import functools
 import hashlib
 import json
 import math
+import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
@@ -350,9 +351,21 @@ def open_shards(
                 f"the index {index.path} lacks {len(unknown)} of {len(shards)} shards, first {unknown[0].name}: write "
                 f"it again with `ibq shards check --write-index --index {index.path}`"
             )
+        whole_folder = isinstance(root, (str, os.PathLike)) and os.path.isdir(root)
+        if whole_folder and (gone := _gone(index, shards, shared, quarantine)):
+            raise DataError(
+                f"the index {index.path} names {len(gone):,} tars that are not in {root}, first {gone[0]}: copy them "
+                f"there, or write the index again with `ibq shards check {root} --write-index`"
+            )
         if empty := next((shard for shard in shards if shard.table is not None and not len(shard)), None):
             raise DataError(f"the shard {empty.name} holds no sample by its index: leave it out")
     return shards
+
+
+def _gone(index: Index, shards: list[TarShard], root: str, quarantine: frozenset[str]) -> list[str]:
+    """The names in the index of tars that are not among the shards and not in quarantine."""
+    there = {index.find(shard.url, root) for shard in shards}
+    return [name for number, name in enumerate(index.names) if number not in there and not is_among(name, quarantine)]
 
 
 def classes_of(

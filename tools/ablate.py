@@ -64,6 +64,9 @@ def ablate(
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     for number, (cell, of_cell) in enumerate(zip(cells, commands, strict=True), start=1):
+        if of_cell:
+            with writing(out):
+                jobs.unmark_evaluated(cell)
         for command in of_cell:
             echo(f"[{number}/{len(cells)}] {shlex.join(command)}")
             if status := subprocess.run(command, check=False).returncode:

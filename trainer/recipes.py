@@ -143,6 +143,10 @@ def _resolve(path: Path, overrides: list[str], defaults: dict | None = None) -> 
     for key, override in zip(keys, overrides, strict=True):
         try:
             _override(merged, key, override)
+        except UnicodeEncodeError as error:
+            raise TrainerError(
+                f"{key}: its value is not UTF-8, or the locale is not: set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
+            ) from error
         except (OmegaConfBaseException, yaml.YAMLError) as error:
             raise TrainerError(f"{override!r}: {_explain(error, schema)}") from error
     try:

@@ -80,7 +80,7 @@ def pack(
         raise DataError("classes number the folders of the layout imagenet: add --layout imagenet, or leave them out")
     _check_pack_options(prefix, max_samples_per_shard, max_bytes_per_shard, shorter_side, quality)
     files = open_files(source)
-    paths, unread = files.listing()
+    paths, unread, _ = files.listing()
     if not paths:
         raise DataError(f"no {', '.join(IMAGE_SUFFIXES)} under {source}: name a folder or zip file that holds images")
     _check_no_tars(out)
@@ -188,18 +188,18 @@ def _folder_classes(files: FolderFiles | ZipFiles, paths: list[PurePath], classe
 
 
 class _Coco(NamedTuple):
-    """COCO's annotations, by the images' file names."""
+    """COCO's annotations, by the images' paths."""
 
-    captions: dict[str, list[str]]
-    ids: dict[str, int]
+    captions: dict[PurePath, list[str]]
+    ids: dict[PurePath, int]
     without_caption: list[str]
     without_image: list[str]
 
 
-def _read_coco(annotations: str | Path, paths: list[PurePosixPath]) -> _Coco:
+def _read_coco(annotations: str | Path, paths: list[PurePath]) -> _Coco:
     try:
         content = json.loads(Path(annotations).read_bytes())
-        names = {image["id"]: PurePosixPath(image["file_name"]).name for image in content["images"]}
+        files = {image["id"]: PurePosixPath(image["file_name"]) for image in content["images"]}
         captioned = [one for one in content["annotations"] if "caption" in one]
         texts = [(one["image_id"], one["caption"].strip().encode(errors="replace").decode()) for one in captioned]
     except OSError as error:
@@ -208,15 +208,48 @@ def _read_coco(annotations: str | Path, paths: list[PurePosixPath]) -> _Coco:
         raise DataError(f"{annotations} are no annotations as COCO has them: name captions_val2017.json") from error
     if not texts:
         raise DataError(f"{annotations} hold no captions: name captions_val2017.json or the like")
-    captions, without_image = defaultdict(list), []
+    captions = defaultdict(list)
     for number, text in texts:
-        captions[names.get(number, number)].append(text)
-    there = {path.name for path in paths}
-    if not there & captions.keys():
+        captions[number].append(text)
+    ids = {path: number for path, number in _ids(annotations, files, paths).items() if number in captions}
+    if not ids:
         raise DataError(f"{annotations} hold captions of none of the {len(paths)} images: name those of these images")
-    without_caption = sorted(path.as_posix() for path in paths if path.name not in captions)
-    without_image = sorted(name if isinstance(name, str) else f"image_id {name}" for name in captions.keys() - there)
-    return _Coco(dict(captions), {name: number for number, name in names.items()}, without_caption, without_image)
+    without_image = (files.get(number, f"image_id {number}") for number in captions.keys() - set(ids.values()))
+    return _Coco(
+        {path: captions[number] for path, number in ids.items()},
+        ids,
+        sorted(path.as_posix() for path in paths if path not in ids),
+        sorted(map(str, without_image)),
+    )
+
+
+def _ids(annotations: str | Path, files: dict[int, PurePosixPath], paths: list[PurePath]) -> dict[PurePath, int]:
+    """The id of each image in the annotations. An image is an annotated file if one of their paths ends with the other:
+    annotations name `1.jpg` or `val/1.jpg` where the folder of images may be `val` or the one above. Raises DataError
+    where this is not unique."""
+    by_name = defaultdict(list)
+    for number, file in files.items():
+        by_name[file.name].append(number)
+    ids, used = {}, {}
+    for path in paths:
+        same = [number for number in by_name[path.name] if _end_alike(files[number].parts, path.parts)]
+        if len(same) > 1:
+            raise DataError(
+                f"{annotations}: the images {same[0]} and {same[1]} may both be {path}: pack one folder at a time"
+            )
+        for number in same:
+            if (other := used.setdefault(number, path)) != path:
+                raise DataError(
+                    f"{annotations}: {files[number]} may be {other} or {path}: pack one of their folders at a time, or "
+                    "write the folder into file_name"
+                )
+            ids[path] = number
+    return ids
+
+
+def _end_alike(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
+    parts = min(len(one), len(other))
+    return one[-parts:] == other[-parts:]
 
 
 # ------------------------------------------------------------------------------------------------------------- samples
@@ -269,10 +302,10 @@ class _Samples(NamedTuple):
     def _texts(self, path: PurePosixPath) -> tuple[dict, dict[str, bytes]]:
         """Additional fields of the sample's json, and its txt and cls."""
         if self.coco is not None:
-            if path.name not in self.coco.captions:
+            if path not in self.coco.captions:
                 return {}, {}
-            captions = self.coco.captions[path.name]
-            return {"image_id": self.coco.ids[path.name], "captions": captions}, {"txt": captions[0].encode()}
+            captions = self.coco.captions[path]
+            return {"image_id": self.coco.ids[path], "captions": captions}, {"txt": captions[0].encode()}
         members = {suffix: text for suffix in ("txt", "cls") if (text := self.files.beside(path, suffix)) is not None}
         if self.classes is not None:
             members["cls"] = str(self.classes[path.parts[0]]).encode()

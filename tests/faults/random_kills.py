@@ -84,8 +84,11 @@ def plans(count: int, seed: int) -> list[Plan]:
 
 
 class Process(NamedTuple):
+    """name: PyTorch calls a data worker pt_data_worker."""
+
     pid: int
     parent: int
+    name: str
     command: str
 
 
@@ -96,12 +99,13 @@ def processes(mark: str) -> list[Process]:
         try:
             if f"{MARK}={mark}".encode() not in (folder / "environ").read_bytes().split(b"\0"):
                 continue
+            name = (folder / "comm").read_text().strip()
             state, parent = (folder / "stat").read_text().rpartition(")")[2].split()[:2]
             command = (folder / "cmdline").read_bytes().replace(b"\0", b" ").decode(errors="replace")
         except (FileNotFoundError, ProcessLookupError, PermissionError):  # it has ended, or is another user's
             continue
         if state != "Z":
-            found.append(Process(int(folder.name), int(parent), command))
+            found.append(Process(int(folder.name), int(parent), name, command))
     return found
 
 
@@ -127,7 +131,7 @@ class Job:
         """The process ids of a kind of `VICTIMS`."""
         alive = processes(self.mark)
         ranks = {one.pid for one in alive if one.parent == self.launcher.pid and "trainer" in one.command}
-        workers = [one.pid for one in alive if one.parent in ranks and "resource_tracker" not in one.command]
+        workers = [one.pid for one in alive if one.parent in ranks and one.name == "pt_data_worker"]
         return {
             "rank": [*ranks],
             "worker": workers,
@@ -153,9 +157,14 @@ class Job:
 
     def end(self) -> tuple[float, float, int]:
         """Waits until every process has ended. Returns the seconds until the launcher and until the last one ended, and
-        how many were alive ALIVE_SECONDS after the launcher."""
+        how many were alive ALIVE_SECONDS after the launcher. Raises JobFailed if the launcher does not end."""
         began = time.monotonic()
-        self.launcher.wait(STEP_SECONDS)
+        try:
+            self.launcher.wait(STEP_SECONDS)
+        except subprocess.TimeoutExpired:
+            for one in processes(self.mark):
+                os.kill(one.pid, signal.SIGKILL)
+            raise JobFailed(f"the job did not end within {STEP_SECONDS:g} s") from None
         ended = time.monotonic()
         while processes(self.mark) and time.monotonic() < ended + ALIVE_SECONDS:
             time.sleep(0.1)
@@ -229,10 +238,10 @@ class Campaign:
                     job.wait_for_step()
                 time.sleep(plan.late_seconds if plan.early_seconds is None else plan.early_seconds)
                 killed = job.kill(plan.victim, chance)
+                ended, gone, orphans = job.end()
             except JobFailed as error:
                 self.fault(f"{log}: {error}")
-                killed = 0
-            ended, gone, orphans = job.end()
+                continue
             after = newest_step(run)
             if orphans:
                 self.fault(f"{log}: {orphans} processes alive {ALIVE_SECONDS:g} s after the launcher's end")
@@ -273,10 +282,11 @@ class Campaign:
         job = Job(run, self.tars, Plan("launcher", 1, "ddp", None, 0.0), log)
         try:
             job.wait_for_step()
+            job.launcher.terminate()
+            *_, orphans = job.end()
         except JobFailed as error:
             self.fault(f"{log}: {error}")
-        job.launcher.terminate()
-        *_, orphans = job.end()
+            return
         if orphans or "which is saved" not in log.read_text():
             self.fault(f"{log}: SIGTERM did not end it with a saved step")
 

@@ -58,7 +58,7 @@ TRAIN_MISTAKES = {
     "missing folder": (["debug", "data.train=nowhere"], ["no such tar or folder: nowhere"]),
     "empty folder": (
         ["debug", "data.train=empty"],
-        ["neither jpg, jpeg, png, webp nor tars under empty", "holds images"],
+        ["neither jpg, jpeg, png, webp, jfif, jpe nor tars under empty", "holds images"],
     ),
     "zero-byte tar": (["debug", "data.train=zero.tar"], ["zero.tar is empty (0 bytes)"]),
     "zero-byte tar to validate on": (["debug", "data.val=zero.tar"], ["zero.tar is empty (0 bytes)"]),

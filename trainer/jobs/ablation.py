@@ -132,6 +132,11 @@ def is_evaluated(cell: Cell, options: str) -> bool:
     return cell.report.is_file() and path.is_file() and path.read_text() == options
 
 
+def unmark_evaluated(cell: Cell) -> None:
+    """Call before training or evaluating: a job that ends in the middle may leave another report."""
+    (cell.run / OPTIONS).unlink(missing_ok=True)
+
+
 def mark_evaluated(cell: Cell, options: str) -> None:
     """Records the options of the cell's report."""
     write_text(cell.run / OPTIONS, options)

@@ -120,7 +120,7 @@ def test_mistakes_are_named(tmp_path, tars):
     empty = tmp_path / "empty"
     empty.mkdir()
     for path, message in [
-        (empty, "neither jpg, jpeg, png, webp nor tars under"),
+        (empty, "neither jpg, jpeg, png, webp, jfif, jpe nor tars under"),
         (tmp_path / "nowhere", "no such tar or folder"),
     ]:
         assert message in refusal(DataError, evaluation_images, str(path), image_size=16)

@@ -5,7 +5,6 @@ import os
 
 import pytest
 from comparing import refusal
-from field.missing_tars import write_list, write_some
 from samples import encoded, members, picture, write_tar
 
 import data
@@ -128,14 +127,14 @@ def test_listings_of_buckets_take_the_time_limits_of_the_recipe(monkeypatch, tmp
     monkeypatch.setattr(
         "data.shards.list_tars", lambda url, timeouts: given.append((url, timeouts)) or [f"{url}/0.tar"]
     )
-    monkeypatch.setattr("data.shards.unavailable", lambda urls, timeouts: given.append((urls, timeouts)) or {})
+    monkeypatch.setattr("data.sources.check_available", lambda urls, timeouts: given.append((urls, timeouts)))
     listed = tmp_path / "list.txt"
     listed.write_text("s3://bucket/a\n")
     config = data.DataConfig(train=["s3://bucket/b", str(listed)], request_seconds=3.0, retry_seconds=7.0)
     sources = open_sources(config)
     urls = ["s3://bucket/b/0.tar", "s3://bucket/a/0.tar"]
     assert [shard.url for shard in sources[0].shards] == urls
-    assert given == [(asked, Timeouts(3.0, 7.0)) for asked in ("s3://bucket/b", "s3://bucket/a", urls)]
+    assert given == [(what, Timeouts(3.0, 7.0)) for what in ("s3://bucket/b", "s3://bucket/a", urls)]
 
 
 @pytest.mark.parametrize(
@@ -153,14 +152,16 @@ def test_listings_of_buckets_take_the_time_limits_of_the_recipe(monkeypatch, tmp
 )
 def test_all_missing_tars_are_named_at_once(tmp_path, there, spec, said):
     """And the pattern that the error proposes is one that works."""
-    paths = write_some(tmp_path, there)
+    for number in there:
+        (tmp_path / f"a-{number:02}.tar").touch()
     found = refusal(DataError, expand, str(tmp_path / spec))
     assert found == "no such tar or folder: " + said.replace("T/", f"{tmp_path}/")
     if there:
-        assert expand(found.split("'")[1]) == paths
+        assert expand(found.split("'")[1]) == [str(tmp_path / f"a-{number:02}.tar") for number in there]
 
 
 def test_all_missing_lines_of_a_list_are_named_at_once(tmp_path):
-    write_some(tmp_path, [2])
-    found = refusal(DataError, expand, write_list(tmp_path, 5))
+    (tmp_path / "a-02.tar").touch()
+    (tmp_path / "list.txt").write_text("".join(f"{tmp_path}/a-{number:02}.tar\n" for number in range(5)))
+    found = refusal(DataError, expand, str(tmp_path / "list.txt"))
     assert found == f"no such tar or folder: {tmp_path}/a-{{{{00..01}},{{03..04}}}}.tar (4 paths)"

@@ -210,7 +210,7 @@ def test_what_coco_and_zip_files_lack_is_said(coco, tmp_path):
         (coco, {"layout": "coco", "annotations": tmp_path / "instances.json"}, "instances.json hold no captions"),
         (tmp_path / "other", {"layout": "coco", "annotations": captions}, "captions of none of the 1 images"),
         (tmp_path / "no.zip", {}, "no.zip is no whole zip file"),
-        (tmp_path / "empty.zip", {}, "no jpg, jpeg, png, webp under .*empty.zip"),
+        (tmp_path / "empty.zip", {}, "no jpg, jpeg, png, webp, jfif, jpe under .*empty.zip"),
     ]
     with unchanged(tmp_path):
         for source, options, message in cases:
@@ -230,8 +230,8 @@ def test_pack_errors_name_the_mistake_and_leave_nothing(photos, tmp_path):
     before = sorted(tmp_path.rglob("*"))
     cases = [
         (tmp_path / "nowhere", "new", "no such folder"),
-        (empty, "new", "no jpg, jpeg, png, webp under .*empty: name a folder or zip file that holds images"),
-        (texts, "new", "no jpg, jpeg, png, webp under .*texts: name a folder or zip file that holds images"),
+        (empty, "new", "no jpg, jpeg, png, webp, jfif, jpe under .*empty: name a folder or zip file that holds images"),
+        (texts, "new", "no jpg, jpeg, png, webp, jfif, jpe under .*texts: name a folder or zip file that holds images"),
         (bad, "new/deep", "none of the 1 images .* can be read"),
         (photos, "file", "it is a file"),
         (photos, "file/below", "cannot write shards .*Not a directory.*--out"),

@@ -213,4 +213,8 @@ def test_a_table_is_trained_evaluated_drawn_and_not_made_again(ibq, tmp_path, mo
 
     assert_refused(ibq(*arguments, "optimizer.lr=2e-3"), "optimizer.lr 0.001, now 0.002")
     launch = "--launch", f"{sys.executable} -c exit(7)"
+    # An evaluation with other options fails when it may have written its report: that is no longer the former one's.
+    other = [*arguments[:-1], "--size 16", *launch]
+    assert_refused(ibq(*other), "ended with status 7")
+    assert "[1/1]" in ibq(*arguments).succeeded().out
     assert_refused(ibq("ablate", mine, *data, "--out", out, "--rows", "Slow, 1", *launch), "ended with status 7")

@@ -321,7 +321,7 @@ def test_bad_input_gets_one_line(refused_by_ibq, run, tars, tmp_path):
         ({"samples-per-shard": 0}, "--samples-per-shard 0 must be at least 1"),
         ({"workers": 0}, "--workers 0 must be at least 1"),
         ({"source": "nothing"}, "--source nothing is unknown: choose one of"),
-        ({"images": tmp_path / "empty"}, "neither jpg, jpeg, png, webp nor tars under"),
+        ({"images": tmp_path / "empty"}, "neither jpg, jpeg, png, webp, jfif, jpe nor tars under"),
         ({"images": tmp_path / "bad"}, "none of the 1 images in"),
         ({"out": tmp_path / "file"}, "is a file: name a folder with --out"),
         ({"out": tmp_path / "damaged"}, "tokens.json is damaged"),

@@ -1,0 +1,156 @@
+"""Nothing in a folder, a zip file or a list is left out, repeated or mistaken for something else in silence."""
+
+import json
+import shutil
+import zipfile
+from pathlib import Path
+
+import pytest
+from comparing import refusal
+from field.mixed_folders import write_capitals, write_class_zip, write_coco, write_images_and_tars
+from samples import encoded, index_of, members, picture, write_tar, write_tars
+
+import data
+from data import DataError
+from data.classes import read_classes
+from data.shards import expand
+from data.sources import open_source
+from trainer import TrainerError
+from trainer.recipes import load_recipe
+
+
+def opened(root):
+    return open_source(data.SourceConfig(root=str(root)))
+
+
+@pytest.mark.parametrize("others", [[], ["README.txt"], ["labels/0.csv", "LICENSE"]], ids=["alone", "README", "folder"])
+def test_files_beside_the_one_folder_of_a_zip_file_do_not_change_its_classes(tmp_path, others):
+    report = data.pack(write_class_zip(tmp_path / "a.zip", *others), tmp_path / "tars", layout="imagenet")
+    assert report.samples == 2 and read_classes(tmp_path / "tars/classes.json") == {"cat": 0, "dog": 1}
+
+
+@pytest.mark.parametrize("as_zip", [False, True], ids=["folder", "zip"])
+def test_captions_and_classes_in_files_with_capitals_are_read(tmp_path, as_zip):
+    root = write_capitals(tmp_path / "photos")
+    if as_zip:
+        root = Path(shutil.make_archive(str(tmp_path / "photos"), "zip", root))
+    (sample,) = [opened(root).shards[0].read(0)]
+    assert sample.members["txt"] == b"a wave" and sample.members["cls"] == b"5"
+    (tar,) = data.pack(root, tmp_path / "tars").shards
+    assert members(tar)["0.txt"] == b"a wave" and members(tar)["0.cls"] == b"5"
+
+
+def test_jpegs_by_other_names_are_read_and_other_pictures_are_named(tmp_path):
+    for name in ("a.jfif", "b.JPE", "c.ppm", "d.svg", "e.apng"):
+        (tmp_path / name).write_bytes(encoded(picture(0)))
+    images = data.evaluation_images(str(tmp_path), image_size=16)
+    assert [image.key for image in images] == ["a.jfif", "b.JPE"]
+    assert [skipped.key for skipped in images.skipped] == ["c.ppm", "d.svg", "e.apng"]
+
+
+@pytest.mark.parametrize(
+    ("image", "tar"), [("0.jpg", "a.tar"), ("0.jpg", "more/a.tar"), ("more/0.jpg", "more/a.tar")], ids=str
+)
+def test_images_and_tars_in_one_folder_are_refused_by_every_reader(tmp_path, image, tar):
+    folder = write_images_and_tars(tmp_path / "set", image, tar)
+    readers = {
+        "train": lambda: opened(folder),
+        "evaluate": lambda: data.evaluation_images(str(folder), image_size=16),
+        "pack": lambda: data.pack(folder, tmp_path / "out"),
+    }
+    for reader in readers.values():
+        said = refusal(DataError, reader)
+        assert said.startswith(f"{folder} holds images and tars: ") and f"as {(folder / tar).parent}/*.tar" in said
+
+
+def test_tars_in_sub_folders_of_a_folder_of_tars_are_refused_and_the_advice_reads_them(tmp_path):
+    write_tars(tmp_path / "set", [2])
+    write_tars(tmp_path / "set/more", [3])
+    said = refusal(DataError, expand, str(tmp_path / "set"))
+    assert "so does its sub-folder more" in said
+    advised = said.split("'")[1::2]
+    assert [len(expand(pattern)) for pattern in advised] == [1, 2]
+
+
+def test_a_tar_that_is_a_link_to_nothing_is_refused_and_one_in_capitals_is_read(tmp_path):
+    folder = write_tars(tmp_path / "set", [2, 2])
+    (folder / "00001.tar").rename(folder / "00001.TAR")
+    assert len(expand(str(folder))) == 2
+    (folder / "00002.tar").symlink_to("/nowhere.tar")
+    assert "00002.tar is a link to nothing (/nowhere.tar)" in refusal(DataError, opened, folder)
+
+
+def test_a_folder_called_like_a_tar_is_a_folder(tmp_path):
+    (tmp_path / "x.tar").mkdir()
+    (tmp_path / "x.tar/0.jpg").write_bytes(encoded(picture(0)))
+    assert len(opened(tmp_path).shards[0]) == 1
+
+
+def test_a_tar_that_is_named_twice_is_refused(tmp_path):
+    folder = write_tars(tmp_path / "set", [2, 2])
+    listed = tmp_path / "list.txt"
+    listed.write_text(f"{folder}/*.tar\n{folder}/../set/00000.tar\n")
+    for spec in (str(listed), [str(folder), f"{folder}/00000.tar"]):
+        assert "00000.tar is named twice" in refusal(DataError, expand, spec)
+
+
+def test_a_folder_of_images_in_a_list_of_tars_is_named_with_what_helps(tmp_path):
+    tars, photos = write_tars(tmp_path / "tars", [2]), write_capitals(tmp_path / "photos")
+    said = refusal(DataError, expand, [str(tars), str(photos)])
+    assert "photos is a folder of images, which cannot be listed among tars: make it a source of data.sources" in said
+
+
+def test_a_tar_of_the_index_that_is_gone_is_refused_unless_in_quarantine(tmp_path):
+    folder = write_tars(tmp_path / "set", [2, 2, 2])
+    index_of(folder, folder / "index.safetensors")
+    (folder / "00001.tar").unlink()
+    said = refusal(DataError, opened, folder)
+    assert f"names 1 tars that are not in {folder}, first 00001.tar" in said
+    assert open_source(data.SourceConfig(root=f"{folder}/*.tar")).samples == 4  # a part that was asked for
+    assert open_source(data.SourceConfig(root=str(folder)), quarantine=["00001.tar"]).samples == 4
+
+
+def test_annotations_are_matched_by_path(tmp_path):
+    photos, captions = write_coco(tmp_path, ["a/1.jpg", "b/1.jpg", "b/2.jpg"], ["set/a/1.jpg", "b/1.jpg", "2.jpg"])
+    (tar,) = data.pack(photos, tmp_path / "tars", layout="coco", annotations=captions).shards
+    found = {name: content for name, content in members(tar).items() if name.endswith(".json")}
+    by_source = {one["source"]: (one["image_id"], one["captions"]) for one in map(json.loads, found.values())}
+    assert by_source == {
+        "a/1.jpg": (10, ["set/a/1.jpg"]), "b/1.jpg": (11, ["b/1.jpg"]), "b/2.jpg": (12, ["2.jpg"])
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("paths", "names", "said"),
+    [
+        (["a/1.jpg", "b/1.jpg"], ["1.jpg"], "1.jpg may be a/1.jpg or b/1.jpg"),
+        (["1.jpg"], ["a/1.jpg", "b/1.jpg"], "the images 10 and 11 may both be 1.jpg"),
+    ],
+)
+def test_annotations_that_fit_two_ways_are_refused(tmp_path, paths, names, said):
+    photos, captions = write_coco(tmp_path, paths, names)
+    assert said in refusal(DataError, data.pack, photos, tmp_path / "tars", layout="coco", annotations=captions)
+
+
+def test_classes_with_a_name_twice_are_refused(tmp_path):
+    (tmp_path / "classes.json").write_text('{"cat": 0, "dog": 1, "cat": 2}')
+    assert "a name stands there twice" in refusal(DataError, read_classes, tmp_path / "classes.json")
+
+
+def test_class_folders_that_are_numbers_and_not_their_classes_are_reported(tmp_path, caplog):
+    for name in (*range(11),):
+        (tmp_path / "set" / str(name)).mkdir(parents=True)
+        (tmp_path / "set" / str(name) / "0.jpg").write_bytes(encoded(picture(name)))
+    data.pack(tmp_path / "set", tmp_path / "tars", layout="imagenet")
+    assert "folder 10 is class 2" in caplog.text
+
+
+def test_a_value_that_is_not_utf8_is_one_line():
+    assert "set LC_ALL=C.UTF-8" in refusal(TrainerError, load_recipe, "debug", ["run=r/\udcfc"])
+
+
+def test_tars_in_a_zip_file_of_images_are_refused(tmp_path):
+    path = write_class_zip(tmp_path / "a.zip")
+    with zipfile.ZipFile(path, "a") as file:
+        file.write(write_tar(tmp_path / "a.tar", [{"__key__": "a", "jpg": encoded(picture(1))}]), "set/a.tar")
+    assert "holds images and tars" in refusal(DataError, opened, path)
