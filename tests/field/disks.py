@@ -26,10 +26,11 @@ def read_only(folder: Path) -> Iterator[None]:
     """os.open opens no file in the folder for reading and writing, as on a read-only disk; no permission stops root."""
     os_open = os.open
 
-    def open_to_read(path, flags, *mode, **options):
-        if flags & os.O_RDWR and Path(path).is_relative_to(folder):
+    def open_to_read(path, flags, *mode, dir_fd=None):
+        place = Path(path if dir_fd is None else os.path.join(os.readlink(f"/proc/self/fd/{dir_fd}"), path))
+        if flags & os.O_RDWR and place.is_relative_to(folder):
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
-        return os_open(path, flags, *mode, **options)
+        return os_open(path, flags, *mode, dir_fd=dir_fd)
 
     with patch("os.open", open_to_read):
         yield
