@@ -1,7 +1,6 @@
 """The output folder of `ibq tokenize`: token shards, the settings that made them, skipped images, and an index."""
 
 import json
-import os
 from pathlib import Path
 from typing import NamedTuple
 
@@ -58,7 +57,10 @@ def begin_folder(out: Path, settings: dict, shard_count: int, classes: dict[str,
             write_json(out / CLASSES_NAME, classes)
         remove_unfinished(out, "*")
         write_json(out / RECORD, settings)
-    return [number for number in range(shard_count) if not shard_path(out, number).exists()]
+        missing = [number for number in range(shard_count) if not shard_path(out, number).exists()]
+        if missing:  # their new content may differ from the old one, which the index describes
+            (out / INDEX_NAME).unlink(missing_ok=True)
+    return missing
 
 
 def _check_same_classes(out: Path, former: dict, current: dict) -> None:
@@ -89,26 +91,21 @@ class FinishedFolder(NamedTuple):
 
 
 def finish_folder(out: Path, images: str) -> FinishedFolder:
-    """Merges the lists of skipped images, checks the shards and writes their index. Raises TrainerError or
-    DataError."""
+    """Merges the lists of skipped images, checks the shards, against their index if there is one, or writes it. Raises
+    TrainerError or DataError."""
     with writing(out):
         skipped = _merge_skipped(out)
     urls = sorted(str(path) for path in out.glob("tokens-*.tar"))
     if not urls:
         raise TrainerError(f"none of the {len(skipped):,} images in {images} can be read: {skipped[0]}")
     path = out / INDEX_NAME
-    if path.exists() and _describes(index := Index(path), urls):
-        return FinishedFolder(len(urls), int(index.first[-1]), skipped)
-    found = list(check_shards(urls, jobs=min(cores(), len(urls))))
-    if bad := next((checked for checked in found if checked.table is None), None):
+    index = Index(path) if path.exists() else None
+    found = list(check_shards(urls, index=index, jobs=min(cores(), len(urls))))
+    if bad := next((checked for checked in found if checked.problems), None):
         raise TrainerError(f"{bad.name} is damaged ({bad.problems[0].message}): remove it and run the command again")
-    write_index(path, urls, [checked.table for checked in found], [checked.sha256 for checked in found])
+    if index is None:
+        write_index(path, urls, [checked.table for checked in found], [checked.sha256 for checked in found])
     return FinishedFolder(len(urls), sum(checked.samples for checked in found), skipped)
-
-
-def _describes(index: Index, urls: list[str]) -> bool:
-    sizes = [os.path.getsize(url) for url in urls]
-    return index.names == [os.path.basename(url) for url in urls] and index.tensors["bytes"].tolist() == sizes
 
 
 def _merge_skipped(out: Path) -> list[str]:

@@ -253,6 +253,40 @@ def test_a_lost_shard_is_written_again(run, tars, flipped, tmp_path):
     assert files(out) == files(flipped.out) and len(Index(out / "index.safetensors")) == 6
 
 
+def test_a_complete_folder_is_checked_again(run, tars, flipped, tmp_path):
+    out = shutil.copytree(flipped.out, tmp_path / "out")
+    tar = out / "tokens-000003.tar"
+    shard = TarShard(str(tar), scan(str(tar)))
+    content, codes = tar.read_bytes(), shard.read(0).members["codes"]
+    code = content.index(codes) + len(codes) - 2  # the last one, of two bytes
+    for at, bit, said in (
+        (0, 1, "header at byte 0"),
+        (code, 1, "not as in the index"),
+        (code + 1, 128, "lies outside"),
+    ):
+        tar.write_bytes(content[:at] + bytes([content[at] ^ bit]) + content[at + 1 :])
+        line = refusal(TrainerError, go, run, tars, out, views="flip")
+        assert line.startswith(f"{tar} is damaged (") and said in line
+        assert line.endswith("): remove it and run the command again")
+    tar.unlink()
+    assert go(run, tars, out, views="flip").made == 3
+    assert files(out) == files(flipped.out)
+
+
+def test_a_shard_that_is_made_again_of_other_pictures_gets_a_new_entry_in_the_index(run, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(3):
+        (images / f"{number}.png").write_bytes(png(number))
+    out = go(run, images, tmp_path / "out").out
+    (out / "tokens-000000.tar").unlink()
+    (images / "1.png").write_bytes(b"no picture")
+    (images / "2.png").write_bytes(png(7))
+    assert go(run, images, out).samples == 2
+    (checked,) = check_shards([str(out / "tokens-000000.tar")], index=Index(out / "index.safetensors"))
+    assert checked.status == "ok" and checked.samples == 2
+
+
 def test_progress_counts_what_was_there(run, tars, flipped, tmp_path):
     out, told = shutil.copytree(flipped.out, tmp_path / "out"), []
     for number in (1, 4):
