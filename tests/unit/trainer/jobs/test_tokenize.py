@@ -212,6 +212,17 @@ def test_the_fingerprint_is_of_what_makes_codes():
         assert len(others) == 4
 
 
+def test_doubles_that_only_a_broken_image_parts_stay_two_samples(run, tmp_path):
+    with TarWriter(str(tmp_path / "doubles.tar"), encoder=False, mtime=0) as tar:
+        for number, key in enumerate(["a", "b", "a", "a-2", "c", "a"]):
+            tar.write({"__key__": key, "png": b"broken" if key == "b" else png(number), "cls": b"%d" % number})
+    done = go(run, tmp_path / "doubles.tar", tmp_path / "out", samples_per_shard=6)
+    found = [(sample.key, sample.members["cls"]) for sample in samples(done.out)]
+    assert found == [("a", b"0"), ("a-2", b"2"), ("a-2-2", b"3"), ("c", b"4"), ("a", b"5")]
+    spec = TokenSpec(done.tokenizer, 300, (4, 4))
+    assert len(list(evaluation_tokens(str(done.out), spec))) == done.samples == done.made == 5
+
+
 # ------------------------------------------------------------------------------------------------------------ going on
 
 
