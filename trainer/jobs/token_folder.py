@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.classes import CLASSES_NAME, classes_beside, merged_classes
+from data.folder_reader import find_images
 from data.index import INDEX_NAME, Index, write_index
 from data.parallel import cores
 from data.prep.check import check_shards
@@ -48,19 +49,28 @@ def begin_folder(out: Path, settings: dict, shard_count: int, classes: dict[str,
         if any(out.glob("tokens-*.tar")):
             _check_same_classes(out, former, settings)
             check_same_settings(out, "tokens", former, settings, _how_to_repeat)
-        elif former is not None:  # without shards there is nothing to continue
-            for path in (out / SKIPPED, *out.glob(".skipped-*.jsonl")):
-                path.unlink(missing_ok=True)
-        if any(out.glob("tokens-*.tar")):
             classes = merged_classes([*classes_beside([f"{out}/"]), ("--images", classes or {})])
+        elif former is not None:  # without shards there is nothing to continue
+            for path in (out / SKIPPED, *out.glob(".skipped-*.jsonl"), *([] if classes else [out / CLASSES_NAME])):
+                path.unlink(missing_ok=True)
+        else:
+            _check_not_in_use(out)
+        remove_unfinished(out, "*")
+        write_json(out / RECORD, settings)  # first: the next job takes classes without it for those of another origin
         if classes:
             write_json(out / CLASSES_NAME, classes)
-        remove_unfinished(out, "*")
-        write_json(out / RECORD, settings)
         missing = [number for number in range(shard_count) if not shard_path(out, number).exists()]
         if missing:  # their new content may differ from the old one, which the index describes
             (out / INDEX_NAME).unlink(missing_ok=True)
     return missing
+
+
+def _check_not_in_use(out: Path) -> None:
+    """Readers would take tokens there for the only content, and its classes for those of the tokens."""
+    if find_images(out):
+        raise TrainerError(f"{out} holds images: name another folder with --out")
+    if (out / CLASSES_NAME).exists():
+        raise TrainerError(f"{out} holds a {CLASSES_NAME} already: remove it, or name another folder with --out")
 
 
 def _check_same_classes(out: Path, former: dict, current: dict) -> None:

@@ -349,6 +349,10 @@ def test_bad_input_gets_one_line(refused_by_ibq, run, tars, tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.png").write_bytes(b"no picture")
     (tmp_path / "file").write_text("")
+    (tmp_path / "photos" / "sub").mkdir(parents=True)
+    (tmp_path / "photos" / "sub" / "a.png").write_bytes(png(0))
+    (tmp_path / "numbered").mkdir()
+    (tmp_path / "numbered" / "classes.json").write_text('{"zebra": 0}')
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "tokens.json").write_text("{}")
     (tmp_path / "damaged").mkdir()
@@ -373,6 +377,9 @@ def test_bad_input_gets_one_line(refused_by_ibq, run, tars, tmp_path):
         ({"out": tmp_path / "theirs"}, "tokens.json is damaged, or `ibq tokenize` did not write it"),
         ({"out": "/dev/null/out"}, "cannot write /dev/null/out"),
         ({"out": tars}, "holds tars that `ibq tokenize` did not write"),
+        ({"images": tmp_path / "photos", "out": tmp_path / "photos"}, "photos holds images: name another folder"),
+        ({"out": tmp_path / "photos"}, "photos holds images: name another folder"),
+        ({"out": tmp_path / "numbered"}, "numbered holds a classes.json already: remove it, or name another folder"),
     ]:
         given = {"run": run, "images": tars, "out": out, "device": "cpu", **changes}
         options = [word for name, value in given.items() if name != "run" for word in (f"--{name}", value)]
@@ -394,6 +401,15 @@ def test_a_mistake_does_not_bind_the_folder(run, tars, tmp_path):
     assert "none of the 1 images" in refusal(TrainerError, go, run, tmp_path / "bad", tmp_path / "out", views="flip")
     done = go(run, tars, tmp_path / "out")
     assert done.samples == 14 and len(done.skipped) == 1 and "0-4" in done.skipped[0]
+
+
+def test_classes_of_a_job_without_shards_do_not_stay(run, tars, tmp_path):
+    (tmp_path / "bad" / "cat").mkdir(parents=True)
+    (tmp_path / "bad" / "cat" / "a.png").write_bytes(b"no picture")
+    said = refusal(TrainerError, go, run, tmp_path / "bad", tmp_path / "out", source="imagenet")
+    assert "none of the 1 images" in said and (tmp_path / "out" / "classes.json").exists()
+    go(run, tars, tmp_path / "out")
+    assert not (tmp_path / "out" / "classes.json").exists()
 
 
 def test_tokens_are_not_tokenized(run, flipped, tmp_path):
