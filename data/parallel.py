@@ -11,6 +11,7 @@ from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from data.errors import DataError
+from data.stop_signals import STOP_SIGNALS
 
 
 def cores() -> int:
@@ -55,7 +56,9 @@ _function: Callable[[Any], Any]  # of a process that `in_processes` started
 def _start(function: Callable) -> None:
     global _function
     _function = function
-    signal.signal(signal.SIGINT, signal.SIG_DFL)  # Ctrl-C ends it without another traceback
+    for number in STOP_SIGNALS:  # each ends it at once, without another traceback
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, signal.SIG_DFL)
 
 
 def _call(value: Any) -> Any:

@@ -1,5 +1,6 @@
 """The `ibq` command. Imports only typer, so that `ibq --help` is quick; each command imports what it needs."""
 
+import contextlib
 import sys
 
 import typer
@@ -39,16 +40,20 @@ for name, module in (("evaluate", evaluate), ("checkpoint", checkpoint), ("shard
 
 def main(arguments: list[str] | None = None) -> None:
     """Runs the command and exits: 0, 1 if a check failed, 2 after a mistake of the user, 75 after a signal to stop with
-    the run saved, 130 after Ctrl-C."""
+    the run saved, 130 after Ctrl-C, 128 + its number after another signal to stop."""
     arguments = sys.argv[1:] if arguments is None else arguments
+    ending = contextlib.nullcontext()
     if arguments[:1] != ["doctor"]:  # which reports shadowed packages itself
         for shadow in doctor.shadowed_packages():
             _fail(f"Python imports {shadow.file} as `{shadow.package}` instead of ibq's package: {shadow.fix}")
-        from data.text import accept_all_names  # only now it is known that `data` is ours
+        from data.stop_signals import ending_as_by_ctrl_c  # only now it is known that `data` is ours
+        from data.text import accept_all_names
 
         accept_all_names()
+        ending = ending_as_by_ctrl_c()
     try:
-        sys.exit(app(arguments or ["--help"], prog_name="ibq", standalone_mode=False))
+        with ending:
+            sys.exit(app(arguments or ["--help"], prog_name="ibq", standalone_mode=False))
     except UsageError as error:
         message = error.format_message()
         if message.startswith("Usage:"):  # a group or command without arguments: the message is its help

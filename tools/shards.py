@@ -34,7 +34,7 @@ def pack(
         Path,
         typer.Argument(metavar="PATH", help="Folder of jpg, png or webp images and sub-folders, or a zip file."),
     ],
-    out: Annotated[Path, typer.Option(help="Folder for the tars; must not contain tars.")],
+    out: Annotated[Path, typer.Option(help="Folder for the tars; must be new or empty.")],
     layout: Annotated[
         Literal["folder", "imagenet", "coco"],
         typer.Option(help="folder: .txt and .cls beside the image; imagenet: a folder per class; coco: annotations."),

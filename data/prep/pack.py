@@ -1,12 +1,13 @@
 """Pack folders and zip files of images into WebDataset tars."""
 
+import contextlib
 import hashlib
 import io
 import itertools
 import json
 import os
 import re
-import tempfile
+import shutil
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from pathlib import Path, PurePath, PurePosixPath
@@ -16,7 +17,9 @@ from PIL import Image
 
 from data.classes import CLASSES_NAME, read_classes
 from data.errors import DataError, ImageError
+from data.file_names import fitted
 from data.folder_reader import FolderFiles, ZipFiles, class_numbers, open_files, why_unread
+from data.locks import WriterLock, file_lock
 from data.parallel import in_threads
 from data.samples import IMAGE_SUFFIXES, NO_CLASS, Skipped
 from data.transforms import decode
@@ -59,7 +62,7 @@ def pack(
     A sample is the image (its original bytes unless it is resized), `.txt` and `.cls`, and `.json` with key, width and
     height in pixels (as displayed) and the source's relative path. Equal images give equal tars, and a zip file that
     contains one folder gives the same tars as that folder. Images that cannot be decoded completely are left out and
-    reported. After an error `out` contains nothing.
+    reported. `out` must be new or empty; it appears when all tars are complete, and after an error it does not exist.
 
     layout: `folder`: caption and class are in files NAME.txt and NAME.cls beside the image. `imagenet`: the class is
         the index of the image's top folder in sorted order, and `classes.json` lists the names. `coco`: captions are in
@@ -71,7 +74,7 @@ def pack(
     progress: called with (images done, images in total).
     Raises DataError.
     """
-    out = Path(out).absolute()
+    out = Path(out).resolve()
     if layout not in LAYOUTS:
         raise DataError(f"unknown layout {layout!r}: choose one of {', '.join(LAYOUTS)}")
     if (layout == "coco") != (annotations is not None):
@@ -83,7 +86,7 @@ def pack(
     paths, unread, _ = files.listing()
     if not paths:
         raise DataError(f"no {', '.join(IMAGE_SUFFIXES)} under {source}: name a folder or zip file that holds images")
-    _check_no_tars(out)
+    _check_new(out)
     numbers = _folder_classes(files, paths, classes) if layout == "imagenet" else None
     coco = _read_coco(annotations, paths) if annotations is not None else None
     samples = _Samples(files, unique_keys(paths), numbers, coco, shorter_side, quality)
@@ -114,10 +117,9 @@ def _write_tars(
     from webdataset.writer import ShardWriter  # on first use: importing it takes half a second
 
     is_empty = True
-    existing = next(parent for parent in [out, *out.parents] if parent.exists())
     try:
-        with tempfile.TemporaryDirectory(prefix=".ibq-pack-", dir=existing) as scratch:
-            pattern = scratch.replace("%", "%%") + f"/{prefix}-%06d.tar"
+        with _scratch_folder(out) as scratch:
+            pattern = str(scratch).replace("%", "%%") + f"/{prefix}-%06d.tar"
             # A fractional mtime would add a second header of 1 KiB to each member.
             with ShardWriter(pattern, **limits, verbose=0, encoder=False, mtime=0) as writer:
                 for sample in samples:
@@ -126,15 +128,36 @@ def _write_tars(
             if is_empty:
                 return []
             if classes is not None:
-                (Path(scratch) / CLASSES_NAME).write_text(json.dumps(classes, indent=2) + "\n", encoding="utf-8")
-            _check_no_tars(out)
-            out.mkdir(parents=True, exist_ok=True)
-            files = sorted(Path(scratch).iterdir())
-            for file in files:
-                os.replace(file, out / file.name)
+                (scratch / CLASSES_NAME).write_text(json.dumps(classes, indent=2) + "\n", encoding="utf-8")
+            names = sorted(path.name for path in scratch.glob("*.tar"))
+            out.parent.mkdir(parents=True, exist_ok=True)
+            os.rename(scratch, out)
     except OSError as error:
         raise DataError(f"cannot write shards to {out}: {error.strerror}; choose another folder with --out") from error
-    return [str(out / file.name) for file in files if file.suffix == ".tar"]
+    return [str(out / name) for name in names]
+
+
+@contextlib.contextmanager
+def _scratch_folder(out: Path) -> Iterator[Path]:
+    """A new folder, which the caller may rename to `out`: one rename shows all tars or none, even if it is killed.
+
+    It lies beside `out` under a name that is always the same, so what a killed packing left is removed by the next.
+    """
+    existing = next(parent for parent in out.parents if parent.exists())
+    name = "_".join(out.relative_to(existing).parts)
+    scratch = existing / fitted(".", name, ".packing")
+    with WriterLock(file_lock(existing / name), out) as lock:
+        lock.take()
+        if out.exists():
+            out.rmdir()  # tells now, and not after hours, that it cannot be replaced, as if it holds files
+        if scratch.exists():
+            shutil.rmtree(scratch)
+        scratch.mkdir()
+        try:
+            yield scratch
+        finally:
+            if scratch.exists():
+                shutil.rmtree(scratch)
 
 
 def _check_pack_options(prefix, max_samples_per_shard, max_bytes_per_shard, shorter_side, quality):
@@ -148,11 +171,13 @@ def _check_pack_options(prefix, max_samples_per_shard, max_bytes_per_shard, shor
         raise DataError(f"quality {quality} must be from 1 to 100")
 
 
-def _check_no_tars(out: Path) -> None:
+def _check_new(out: Path) -> None:
     if out.exists() and not out.is_dir():
         raise DataError(f"cannot write shards to {out}: it is a file; name a folder with --out")
     if any(out.glob("*.tar")):
         raise DataError(f"{out} already holds tars: name another folder with --out, or remove them first")
+    if out.exists() and out.samefile("."):
+        raise DataError(f"{out} is the current folder, which cannot be replaced: name a new folder in it with --out")
 
 
 # --------------------------------------------------------------------------------------------------------------- keys

@@ -1,11 +1,11 @@
 """The output folder of `ibq tokenize`: token shards, the settings that made them, skipped images, and an index."""
 
 import json
-import os
 from pathlib import Path
 from typing import NamedTuple
 
 from data.classes import CLASSES_NAME, classes_beside, merged_classes
+from data.folder_reader import find_images
 from data.index import INDEX_NAME, Index, write_index
 from data.parallel import cores
 from data.prep.check import check_shards
@@ -49,16 +49,28 @@ def begin_folder(out: Path, settings: dict, shard_count: int, classes: dict[str,
         if any(out.glob("tokens-*.tar")):
             _check_same_classes(out, former, settings)
             check_same_settings(out, "tokens", former, settings, _how_to_repeat)
-        elif former is not None:  # without shards there is nothing to continue
-            for path in (out / SKIPPED, *out.glob(".skipped-*.jsonl")):
-                path.unlink(missing_ok=True)
-        if any(out.glob("tokens-*.tar")):
             classes = merged_classes([*classes_beside([f"{out}/"]), ("--images", classes or {})])
+        elif former is not None:  # without shards there is nothing to continue
+            for path in (out / SKIPPED, *out.glob(".skipped-*.jsonl"), *([] if classes else [out / CLASSES_NAME])):
+                path.unlink(missing_ok=True)
+        else:
+            _check_not_in_use(out)
+        remove_unfinished(out, "*")
+        write_json(out / RECORD, settings)  # first: the next job takes classes without it for those of another origin
         if classes:
             write_json(out / CLASSES_NAME, classes)
-        remove_unfinished(out, "*")
-        write_json(out / RECORD, settings)
-    return [number for number in range(shard_count) if not shard_path(out, number).exists()]
+        missing = [number for number in range(shard_count) if not shard_path(out, number).exists()]
+        if missing:  # their new content may differ from the old one, which the index describes
+            (out / INDEX_NAME).unlink(missing_ok=True)
+    return missing
+
+
+def _check_not_in_use(out: Path) -> None:
+    """Readers would take tokens there for the only content, and its classes for those of the tokens."""
+    if find_images(out):
+        raise TrainerError(f"{out} holds images: name another folder with --out")
+    if (out / CLASSES_NAME).exists():
+        raise TrainerError(f"{out} holds a {CLASSES_NAME} already: remove it, or name another folder with --out")
 
 
 def _check_same_classes(out: Path, former: dict, current: dict) -> None:
@@ -89,26 +101,21 @@ class FinishedFolder(NamedTuple):
 
 
 def finish_folder(out: Path, images: str) -> FinishedFolder:
-    """Merges the lists of skipped images, checks the shards and writes their index. Raises TrainerError or
-    DataError."""
+    """Merges the lists of skipped images, checks the shards, against their index if there is one, or writes it. Raises
+    TrainerError or DataError."""
     with writing(out):
         skipped = _merge_skipped(out)
     urls = sorted(str(path) for path in out.glob("tokens-*.tar"))
     if not urls:
         raise TrainerError(f"none of the {len(skipped):,} images in {images} can be read: {skipped[0]}")
     path = out / INDEX_NAME
-    if path.exists() and _describes(index := Index(path), urls):
-        return FinishedFolder(len(urls), int(index.first[-1]), skipped)
-    found = list(check_shards(urls, jobs=min(cores(), len(urls))))
-    if bad := next((checked for checked in found if checked.table is None), None):
+    index = Index(path) if path.exists() else None
+    found = list(check_shards(urls, index=index, jobs=min(cores(), len(urls))))
+    if bad := next((checked for checked in found if checked.problems), None):
         raise TrainerError(f"{bad.name} is damaged ({bad.problems[0].message}): remove it and run the command again")
-    write_index(path, urls, [checked.table for checked in found], [checked.sha256 for checked in found])
+    if index is None:
+        write_index(path, urls, [checked.table for checked in found], [checked.sha256 for checked in found])
     return FinishedFolder(len(urls), sum(checked.samples for checked in found), skipped)
-
-
-def _describes(index: Index, urls: list[str]) -> bool:
-    sizes = [os.path.getsize(url) for url in urls]
-    return index.names == [os.path.basename(url) for url in urls] and index.tensors["bytes"].tolist() == sizes
 
 
 def _merge_skipped(out: Path) -> list[str]:

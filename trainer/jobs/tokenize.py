@@ -280,7 +280,7 @@ def _tokenize_unit(job: _Job, pool: ThreadPoolExecutor, report: Callable[[int], 
     inputs, unit, path = job.inputs, job.units[number], shard_path(job.out, number)
     # A batch never spans units, so codes do not depend on the number of processes.
     samples_per_batch = max(1, job.batch_size // VIEWS[job.settings["views"]])
-    skipped, written = [], 0
+    skipped, written, key = [], 0, None
     with writing(job.out), contextlib.ExitStack() as stack:
         file = stack.enter_context(open(unfinished(path), "wb"))
         stack.callback(unfinished(path).unlink, missing_ok=True)  # if it was not renamed
@@ -291,7 +291,9 @@ def _tokenize_unit(job: _Job, pool: ThreadPoolExecutor, report: Callable[[int], 
                 codes = _encode(inputs.tokenizer, [one.views_vchw for one in usable], job.batch_size, job.world.device)
                 for one, index_vhw in zip(usable, codes, strict=True):
                     content = pack_codes(index_vhw, job.settings["tokenizer"], job.settings["codes"])
-                    tar.write({"__key__": one.key, "codes": content, **one.members})
+                    # Readers take members of one key in a row as one sample; what was between these two is skipped.
+                    key = f"{one.key}-2" if one.key == key else one.key
+                    tar.write({"__key__": key, "codes": content, **one.members})
                 written += len(usable)
                 report(written + len(skipped))
         unread = inputs.source.skipped_unread if number == 0 else []

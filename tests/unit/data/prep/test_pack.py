@@ -1,14 +1,21 @@
+import itertools
 import json
 import os
 import re
+import signal
+import time
 import zipfile
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
 from comparing import refusal, unchanged
 from samples import encoded, members, picture
 
 from data import DataError, pack, scan
+from data.locks import WriterLock, file_lock
+from data.prep import pack as packing
+from tools import cli
 
 
 def metadata_of(path):
@@ -259,6 +266,73 @@ def test_pack_that_is_interrupted_leaves_nothing(photos, tmp_path):
     with pytest.raises(KeyboardInterrupt):
         pack(photos, tmp_path / "out", progress=stop)
     assert sorted(os.listdir(tmp_path)) == ["photos"]
+
+
+def pack_until(number: int, arguments: list[str]) -> None:
+    """`ibq shards pack`, which a signal ends after the first of several tars, between two of its images."""
+    real, calls = packing.decode, itertools.count()
+
+    def signalled(*inputs, **options):
+        if next(calls) == 4:
+            os.kill(os.getpid(), number)
+            time.sleep(0.5)  # so that it ends here
+        return real(*inputs, **options)
+
+    packing.decode, packing.os.cpu_count = signalled, lambda: 1
+    cli.main(["shards", "pack", *arguments])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP, signal.SIGKILL])
+def test_a_packing_that_a_signal_ends_leaves_nothing_that_the_next_one_keeps(photos, tmp_path, ranks, number):
+    arguments = [str(photos), "--out", str(tmp_path / "new" / "out"), "--max-samples-per-shard", "1"]
+    ended = ranks.command(1, pack_until, number, arguments)
+    if number == signal.SIGKILL:
+        assert ended.statuses == [-number]
+        assert sorted(os.listdir(tmp_path)) == [".new_out.lock", ".new_out.packing", "photos"]
+        assert "train-000000.tar" in os.listdir(tmp_path / ".new_out.packing")
+    else:
+        assert ended.statuses == [128 + number], ended.err
+        assert os.listdir(tmp_path) == ["photos"]
+    assert len(pack(photos, tmp_path / "new" / "out").shards) == 1
+    assert sorted(os.listdir(tmp_path)) == ["new", "photos"]
+    assert os.listdir(tmp_path / "new") == ["out"] and os.listdir(tmp_path / "new" / "out") == ["train-000000.tar"]
+
+
+def test_tars_appear_together(photos, tmp_path, monkeypatch):
+    renamed = []
+
+    def rename(*paths):
+        if renamed:
+            raise KeyboardInterrupt
+        renamed.append(paths)
+        move(*paths)
+
+    move = os.rename
+    monkeypatch.setattr(os, "rename", rename)
+    monkeypatch.setattr(os, "replace", rename)
+    assert len(pack(photos, tmp_path / "out", max_samples_per_shard=1).shards) == 5 and len(renamed) == 1
+
+
+def test_an_output_that_cannot_be_replaced_or_has_a_writer_is_refused_before_packing(photos, tmp_path, monkeypatch):
+    (tmp_path / "used").mkdir()
+    (tmp_path / "used" / "README").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to("empty")
+    monkeypatch.chdir(tmp_path / "empty")
+    before = sorted(tmp_path.rglob("*"))
+    monkeypatch.setattr(packing, "in_threads", Mock(side_effect=AssertionError("it packs")))
+    assert "used: Directory not empty; choose another folder with --out" in refusal(
+        DataError, pack, photos, tmp_path / "used"
+    )
+    assert "empty is the current folder" in refusal(DataError, pack, photos, ".")
+    monkeypatch.undo()
+    with WriterLock(file_lock(tmp_path / "empty"), "the folder") as other:
+        other.take()
+        said = refusal(DataError, pack, photos, tmp_path / "link")
+    assert f"{tmp_path / 'empty'} is being written by process {os.getpid()} on " in said
+    assert sorted(tmp_path.rglob("*")) == before
+    pack(photos, tmp_path / "link")
+    assert sorted(tmp_path.rglob("*")) == sorted([*before, tmp_path / "empty" / "train-000000.tar"])
 
 
 def test_pack_command(ibq, refused_by_ibq, photos, tmp_path):

@@ -212,6 +212,17 @@ def test_the_fingerprint_is_of_what_makes_codes():
         assert len(others) == 4
 
 
+def test_doubles_that_only_a_broken_image_parts_stay_two_samples(run, tmp_path):
+    with TarWriter(str(tmp_path / "doubles.tar"), encoder=False, mtime=0) as tar:
+        for number, key in enumerate(["a", "b", "a", "a-2", "c", "a"]):
+            tar.write({"__key__": key, "png": b"broken" if key == "b" else png(number), "cls": b"%d" % number})
+    done = go(run, tmp_path / "doubles.tar", tmp_path / "out", samples_per_shard=6)
+    found = [(sample.key, sample.members["cls"]) for sample in samples(done.out)]
+    assert found == [("a", b"0"), ("a-2", b"2"), ("a-2-2", b"3"), ("c", b"4"), ("a", b"5")]
+    spec = TokenSpec(done.tokenizer, 300, (4, 4))
+    assert len(list(evaluation_tokens(str(done.out), spec))) == done.samples == done.made == 5
+
+
 # ------------------------------------------------------------------------------------------------------------ going on
 
 
@@ -251,6 +262,40 @@ def test_a_lost_shard_is_written_again(run, tars, flipped, tmp_path):
     (out / "tokens-000004.tar").unlink()
     assert go(run, tars, out, views="flip").made == 3
     assert files(out) == files(flipped.out) and len(Index(out / "index.safetensors")) == 6
+
+
+def test_a_complete_folder_is_checked_again(run, tars, flipped, tmp_path):
+    out = shutil.copytree(flipped.out, tmp_path / "out")
+    tar = out / "tokens-000003.tar"
+    shard = TarShard(str(tar), scan(str(tar)))
+    content, codes = tar.read_bytes(), shard.read(0).members["codes"]
+    code = content.index(codes) + len(codes) - 2  # the last one, of two bytes
+    for at, bit, said in (
+        (0, 1, "header at byte 0"),
+        (code, 1, "not as in the index"),
+        (code + 1, 128, "lies outside"),
+    ):
+        tar.write_bytes(content[:at] + bytes([content[at] ^ bit]) + content[at + 1 :])
+        line = refusal(TrainerError, go, run, tars, out, views="flip")
+        assert line.startswith(f"{tar} is damaged (") and said in line
+        assert line.endswith("): remove it and run the command again")
+    tar.unlink()
+    assert go(run, tars, out, views="flip").made == 3
+    assert files(out) == files(flipped.out)
+
+
+def test_a_shard_that_is_made_again_of_other_pictures_gets_a_new_entry_in_the_index(run, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for number in range(3):
+        (images / f"{number}.png").write_bytes(png(number))
+    out = go(run, images, tmp_path / "out").out
+    (out / "tokens-000000.tar").unlink()
+    (images / "1.png").write_bytes(b"no picture")
+    (images / "2.png").write_bytes(png(7))
+    assert go(run, images, out).samples == 2
+    (checked,) = check_shards([str(out / "tokens-000000.tar")], index=Index(out / "index.safetensors"))
+    assert checked.status == "ok" and checked.samples == 2
 
 
 def test_progress_counts_what_was_there(run, tars, flipped, tmp_path):
@@ -304,6 +349,10 @@ def test_bad_input_gets_one_line(refused_by_ibq, run, tars, tmp_path):
     (tmp_path / "bad").mkdir()
     (tmp_path / "bad" / "a.png").write_bytes(b"no picture")
     (tmp_path / "file").write_text("")
+    (tmp_path / "photos" / "sub").mkdir(parents=True)
+    (tmp_path / "photos" / "sub" / "a.png").write_bytes(png(0))
+    (tmp_path / "numbered").mkdir()
+    (tmp_path / "numbered" / "classes.json").write_text('{"zebra": 0}')
     (tmp_path / "theirs").mkdir()
     (tmp_path / "theirs" / "tokens.json").write_text("{}")
     (tmp_path / "damaged").mkdir()
@@ -328,6 +377,9 @@ def test_bad_input_gets_one_line(refused_by_ibq, run, tars, tmp_path):
         ({"out": tmp_path / "theirs"}, "tokens.json is damaged, or `ibq tokenize` did not write it"),
         ({"out": "/dev/null/out"}, "cannot write /dev/null/out"),
         ({"out": tars}, "holds tars that `ibq tokenize` did not write"),
+        ({"images": tmp_path / "photos", "out": tmp_path / "photos"}, "photos holds images: name another folder"),
+        ({"out": tmp_path / "photos"}, "photos holds images: name another folder"),
+        ({"out": tmp_path / "numbered"}, "numbered holds a classes.json already: remove it, or name another folder"),
     ]:
         given = {"run": run, "images": tars, "out": out, "device": "cpu", **changes}
         options = [word for name, value in given.items() if name != "run" for word in (f"--{name}", value)]
@@ -349,6 +401,15 @@ def test_a_mistake_does_not_bind_the_folder(run, tars, tmp_path):
     assert "none of the 1 images" in refusal(TrainerError, go, run, tmp_path / "bad", tmp_path / "out", views="flip")
     done = go(run, tars, tmp_path / "out")
     assert done.samples == 14 and len(done.skipped) == 1 and "0-4" in done.skipped[0]
+
+
+def test_classes_of_a_job_without_shards_do_not_stay(run, tars, tmp_path):
+    (tmp_path / "bad" / "cat").mkdir(parents=True)
+    (tmp_path / "bad" / "cat" / "a.png").write_bytes(b"no picture")
+    said = refusal(TrainerError, go, run, tmp_path / "bad", tmp_path / "out", source="imagenet")
+    assert "none of the 1 images" in said and (tmp_path / "out" / "classes.json").exists()
+    go(run, tars, tmp_path / "out")
+    assert not (tmp_path / "out" / "classes.json").exists()
 
 
 def test_tokens_are_not_tokenized(run, flipped, tmp_path):
