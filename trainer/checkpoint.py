@@ -14,13 +14,11 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from model_zoo.io.hashing import sha256_of
+from model_zoo.io.manifest import MANIFEST, STATE, entry_of, read_manifest, wrong_file
 from model_zoo.io.run_layout import checkpoint_step, run_folder
 from model_zoo.io.sharded_tensors import TensorShard, save_shards
 from trainer import TrainerError
 from trainer.parallel import World, gather_objects, max_over_ranks, run_on_main
-
-STATE, MANIFEST = "state.json", "manifest.json"
 
 
 class CheckpointError(TrainerError):
@@ -144,7 +142,7 @@ class _Writing(threading.Thread):
                 if shard.values.is_floating_point() and not shard.values.isfinite().all():
                     raise CheckpointError(f"{shard.name} is not finite, try a lower optimizer.lr")
             write_part(self.file, self.shards)
-            self.part = self.file.name, _entry(self.file)
+            self.part = self.file.name, entry_of(self.file)
         except (OSError, SafetensorError, CheckpointError) as error:
             self.error = getattr(error, "strerror", None) or str(error)
         except Exception as error:  # would end only this thread; reported to all ranks, it fails the save
@@ -214,44 +212,12 @@ def _candidates(run: Path) -> list[Path]:
 def damage(folder: Path, world: World) -> str | None:
     """What is wrong with a checkpoint, or None. Compares every file's hash with the manifest; ranks share the files."""
     try:
-        files = run_on_main(world, lambda: _manifest(folder))
+        files = run_on_main(world, lambda: read_manifest(folder))
     except TrainerError as error:
         return str(error)
-    mine = [_wrong(folder / name, entry) for name, entry in sorted(files.items())[world.rank :: world.size]]
+    mine = [wrong_file(folder / name, entry) for name, entry in sorted(files.items())[world.rank :: world.size]]
     found = [wrong for of_rank in gather_objects([w for w in mine if w]) for wrong in of_rank]
     return found[0] if found else None
-
-
-def _manifest(folder: Path) -> dict[str, dict]:
-    if not folder.is_dir():
-        raise TrainerError(f"{folder.name} does not exist")
-    try:
-        files = json.loads((folder / MANIFEST).read_text())["files"]
-        files = {name: {"bytes": int(entry["bytes"]), "sha256": str(entry["sha256"])} for name, entry in files.items()}
-        # Every checkpoint has the state and a part of a rank; a tensor file that the manifest does not name is foreign.
-        if not {path.name for path in folder.glob("*.safetensors")} <= files.keys():
-            raise ValueError("a file that the manifest does not name")
-        if STATE not in files or not any(re.fullmatch(r"rank_\d+\.safetensors", name) for name in files):
-            raise ValueError("no part of any rank")
-        return files
-    except FileNotFoundError as error:
-        raise TrainerError(
-            f"{MANIFEST} is missing (it was never finished, or an older version of ibq wrote it)"
-        ) from error
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
-        raise TrainerError(f"{MANIFEST} is damaged") from error
-
-
-def _wrong(file: Path, entry: dict) -> str | None:
-    try:
-        found = _entry(file)
-    except FileNotFoundError:
-        return f"{file.name} is missing"
-    except OSError as error:
-        return f"{file.name} cannot be read ({error.strerror})"
-    if found["bytes"] != entry["bytes"]:
-        return f"{file.name} has {found['bytes']} bytes instead of {entry['bytes']}"
-    return None if found == entry else f"{file.name} is not what was written (its sha256 differs)"
 
 
 def load_state(folder: Path) -> dict:
@@ -272,7 +238,7 @@ def _make_folder(unfinished: Path) -> None:
 def _write_manifest(unfinished: Path, state: dict, files: dict) -> None:
     (unfinished / STATE).write_text(json.dumps(state))
     _sync(unfinished / STATE)
-    files = {**files, STATE: _entry(unfinished / STATE)}
+    files = {**files, STATE: entry_of(unfinished / STATE)}
     for name, entry in files.items():  # whether what other nodes wrote is visible here
         if (size := (unfinished / name).stat().st_size) != entry["bytes"]:
             raise CheckpointError(f"{name} has {size} bytes instead of {entry['bytes']}")
@@ -292,10 +258,6 @@ def _point(checkpoints: Path, folder: Path) -> None:
     _sync(pointer)
     pointer.replace(checkpoints / "latest")
     _sync(checkpoints)
-
-
-def _entry(file: Path) -> dict:
-    return {"bytes": file.stat().st_size, "sha256": sha256_of(file)}
 
 
 def _on_main(world: World, action) -> None:

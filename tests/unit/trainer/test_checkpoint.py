@@ -214,8 +214,8 @@ def test_everything_is_on_the_disk_before_it_is_renamed(world, tmp_path, monkeyp
 
 def test_a_part_that_arrives_short_is_not_sealed(world, tmp_path, monkeypatch):
     """As where another node's file is not yet here, or a file system loses the end of it."""
-    entry = checkpoint._entry
-    monkeypatch.setattr(checkpoint, "_entry", lambda file: {**entry(file), "bytes": entry(file)["bytes"] + 1})
+    entry = checkpoint.entry_of
+    monkeypatch.setattr(checkpoint, "entry_of", lambda file: {**entry(file), "bytes": entry(file)["bytes"] + 1})
     with pytest.raises(CheckpointError, match=rf"{PART} has \d+ bytes instead of \d+"):
         save(tmp_path, world, 10)
     assert names(tmp_path) == []

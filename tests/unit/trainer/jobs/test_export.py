@@ -311,9 +311,24 @@ def test_weights_that_are_not_there_are_refused(generator_run, tmp_path):
 def test_a_truncated_file_of_an_export_is_told(exported, name):
     file = exported / name
     file.write_bytes(file.read_bytes()[:-10])
-    with pytest.raises(ModelError, match=f"{file} is damaged"):
-        load_tokenizer(exported, "raw" if name.startswith("raw") else "ema")
-    assert f"is damaged: {name} is not what was written" in refusal(TrainerError, info, exported)
+    said = f"{exported} is damaged: {name} is not what was written"
+    assert said in refusal(ModelError, load_tokenizer, exported, "raw" if name.startswith("raw") else "ema")
+    assert said in refusal(TrainerError, info, exported)
+
+
+@pytest.mark.parametrize("kind", ["run", "export"])
+def test_a_model_with_a_flipped_bit_is_not_loaded_and_not_exported_until_it_is_repaired(run, exported, tmp_path, kind):
+    source = run if kind == "run" else exported
+    file = run / "checkpoints/step_00000010/rank_00001.safetensors" if kind == "run" else exported / "model.safetensors"
+    expected = load_tokenizer(source).fingerprint()  # once read, it is not taken for right for ever
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    said = f"is damaged: {file.name} is not what was written"
+    assert said in refusal(ModelError, load_tokenizer, source)
+    if kind == "run":
+        assert said in refusal(ModelError, export, run, tmp_path / "new")
+    file.write_bytes(content)
+    assert load_tokenizer(source).fingerprint() == expected
 
 
 @pytest.mark.parametrize(
