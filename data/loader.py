@@ -9,6 +9,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from data.addresses import redacted
 from data.cache import Access, Cache
 from data.classes import merged_classes, read_classes
 from data.config import DataConfig, SourceConfig, check_numbers
@@ -316,8 +317,14 @@ def open_sources(
     sources = [open_source(one, access, before=before.get(one.name), progress=progress, **options) for one in configs]
     urls = [shard.url for source in sources for shard in source.shards]
     for part in sorted(quarantine):
-        if not any(is_among(url, frozenset([part])) for url in urls):
+        named = [url for url in urls if is_among(url, frozenset([part]))]
+        if not named:
             logger.warning("data.quarantine names %s, which is not one of the shards", printable(part))
+        if len(named) > 1 and part in config.quarantine:  # not that of a run's checkpoint, which nobody can change
+            raise DataError(
+                f"data.quarantine: {part} is the end of {len(named):,} shards, among them {redacted(named[0])} and "
+                f"{redacted(named[1])}: give more of the path"
+            )
     return sources
 
 

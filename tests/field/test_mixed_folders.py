@@ -13,6 +13,7 @@ from samples import encoded, index_of, members, picture, write_tar, write_tars
 import data
 from data import DataError
 from data.classes import read_classes
+from data.loader import open_sources
 from data.shards import expand
 from data.sources import open_source
 from trainer import TrainerError
@@ -108,6 +109,14 @@ def test_a_tar_of_the_index_that_is_gone_is_refused_unless_in_quarantine(tmp_pat
     assert f"names 1 tars that are not in {folder}, first 00001.tar" in said
     assert open_source(data.SourceConfig(root=f"{folder}/*.tar")).samples == 4  # a part that was asked for
     assert open_source(data.SourceConfig(root=str(folder)), quarantine=["00001.tar"]).samples == 4
+
+
+def test_a_quarantine_that_fits_tars_of_two_sources_is_refused(tmp_path):
+    sources = [data.SourceConfig(name=name, root=str(write_tars(tmp_path / name, [2, 2]))) for name in ("a", "b")]
+    config = data.DataConfig(sources=sources, quarantine=["00001.tar"])
+    assert "00001.tar is the end of 2 shards" in refusal(DataError, open_sources, config, frozenset(config.quarantine))
+    config.quarantine = ["a/00001.tar"]
+    assert [len(source.quarantined) for source in open_sources(config, frozenset(config.quarantine))] == [1, 0]
 
 
 def test_annotations_are_matched_by_path(tmp_path):
