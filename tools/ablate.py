@@ -69,7 +69,7 @@ def ablate(
                 jobs.unmark_evaluated(cell)
         for command in of_cell:
             echo(f"[{number}/{len(cells)}] {shlex.join(command)}")
-            if status := subprocess.run(command, check=False).returncode:
+            if status := _run(command):
                 raise TrainerError(f"row {cell.row!r}, seed {cell.seed}, ended with status {status}: see above")
         if of_cell:
             with writing(out):
@@ -90,6 +90,17 @@ def _commands(cell, launcher: list[str], judge: str, options: list[str]) -> Iter
     if not trained or not jobs.is_evaluated(cell, judge):
         report = ["--report", str(cell.report)]
         yield [*launcher, "-m", "tools", "evaluate", "reconstruction", str(cell.run), *report, *options]
+
+
+def _run(command: list[str]) -> int:
+    """The command's exit status. Where this process is to stop, so is the command, which saves before it ends."""
+    with subprocess.Popen(command) as process:
+        try:
+            return process.wait()
+        except BaseException:
+            process.terminate()
+            process.wait()
+            raise
 
 
 def _split(option: str, text: str) -> list[str]:

@@ -1,17 +1,21 @@
 import json
+import os
 import re
 import runpy
-import subprocess
+import signal
 import sys
+import threading
 from dataclasses import asdict
 from pathlib import Path
-from types import SimpleNamespace
 from unittest.mock import patch
 
 import pytest
 from comparing import assert_refused, refusal
+from ranks import wait_for
 
+from data.stop_signals import ending_as_by_ctrl_c
 from model_zoo.quantizers.registry import QUANTIZERS
+from tools import ablate
 from trainer import TrainerError
 from trainer.jobs.ablation import Figure, cells_of, figures, load_ablation, markdown
 from trainer.recipes import ABLATIONS, load_recipe, recipe_paths
@@ -179,22 +183,38 @@ def test_mistakes_in_options_are_one_line_and_leave_nothing(refused_by_ibq, tmp_
     assert not out.exists()
 
 
-def run_in_this_process(command, check):
-    """`subprocess.run` of `python -m MODULE ARGUMENTS` or `python -c CODE`, without starting a process."""
+def run_in_this_process(command):
+    """Runs `python -m MODULE ARGUMENTS` or `python -c CODE` without starting a process; returns the exit status."""
     python, option, what, *arguments = command
     assert python == sys.executable
     with patch.object(sys, "argv", [what, *arguments]):
         try:
             runpy.run_module(what, run_name="__main__") if option == "-m" else exec(what)
         except SystemExit as ended:
-            return subprocess.CompletedProcess(command, ended.code or 0)
-    return subprocess.CompletedProcess(command, 0)
+            return ended.code or 0
+    return 0
+
+
+@pytest.mark.process
+def test_a_signal_lets_the_training_save(tmp_path, monkeypatch):
+    monkeypatch.delenv("RANK", raising=False)
+    begun, saved = tmp_path / "begun", tmp_path / "saved"
+    training = f"trap 'sleep 0.5; touch {saved}; exit 75' TERM; touch {begun}; while :; do sleep 0.05; done"
+
+    def stop():
+        wait_for(begun.exists, "training", 60)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    with pytest.raises(SystemExit), ending_as_by_ctrl_c():
+        threading.Thread(target=stop).start()
+        ablate._run(["sh", "-c", training])
+    assert saved.exists()
 
 
 @pytest.mark.usefixtures("alone")
 def test_a_table_is_trained_evaluated_drawn_and_not_made_again(ibq, tmp_path, monkeypatch):
     monkeypatch.setenv("IBQ_WEIGHTS", str(tmp_path))
-    monkeypatch.setattr("tools.ablate.subprocess", SimpleNamespace(run=run_in_this_process))
+    monkeypatch.setattr("tools.ablate._run", run_in_this_process)
     mine, out = table(tmp_path, TWO_ROWS), tmp_path / "out"
     data = ["data.train=bundled:val", "data.val=bundled:val", "data.workers=0"]
     arguments = ["ablate", mine, *data, "--out", out, "--seeds", "0", "--rows", "As it is", "--judge", "--size 32"]
