@@ -48,15 +48,12 @@ def expand(spec: str | Iterable[str], *, allow_pipes: bool = False, timeouts: Ti
         braces, a folder in s3 or gs, a .txt file that lists one of these in each line, `bundled:train` or `bundled:val`
         (the photographs in scikit-image's wheel), or a list of these.
     allow_pipes: also accept `pipe:COMMAND`, which runs a shell. timeouts: of listing a folder in s3 or gs.
-    Raises DataError that names all parts without tars, and for a tar that is named twice.
+    Raises DataError that names all parts without tars.
     """
     missing: list[_Missing] = []
     paths = _expand(spec, allow_pipes, timeouts, missing)
     if missing:
         raise DataError(_names_missing(missing))
-    places = Counter(path if is_remote(path) or path.startswith(PIPE) else os.path.realpath(path) for path in paths)
-    if twice := next((place for place, count in places.items() if count > 1), None):
-        raise DataError(f"{redacted(twice)} is named twice, and would be read twice in each epoch: name it once")
     return paths
 
 
@@ -78,6 +75,13 @@ def _names_missing(parts: list[_Missing]) -> str:
             fix = f"; those that exist are '{joined_names(part.there)}'" if part.there else ""
             said.append(f"{joined_names(part.missing)} ({count}{fix})")
     return f"no such tar or folder: {', '.join(said)}"
+
+
+def check_different(urls: list[str]) -> None:
+    """Raises DataError for a tar that is named twice."""
+    places = Counter(url if is_remote(url) or url.startswith(PIPE) else os.path.realpath(url) for url in urls)
+    if twice := next((place for place, count in places.items() if count > 1), None):
+        raise DataError(f"{redacted(twice)} is named twice, and would be read twice in each epoch: name it once")
 
 
 def check_available(urls: list[str], timeouts: Timeouts) -> None:

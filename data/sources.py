@@ -24,7 +24,7 @@ from data.grouping import KNOWN_SUFFIXES
 from data.index import INDEX_NAME, Index, common_root, without_query
 from data.parallel import in_threads
 from data.samples import CODES, NO_CLASS, Sample, Shard, Skipped
-from data.shards import check_available, expand
+from data.shards import check_available, check_different, expand
 from data.storage import DEFAULT_TIMEOUTS, Timeouts
 from data.tar_reader import PIPE, TarShard
 
@@ -339,6 +339,7 @@ def open_shards(
     if is_files(root):
         return [file_shard(str(root), layout.label == "folder", classes)]
     urls = expand(root, allow_pipes=allow_pipes, timeouts=access.timeouts)
+    check_different(urls)
     shards = [TarShard(url, access=access, suffixes=layout.suffixes) for url in urls]
     shared = common_root([url for url in urls if not url.startswith(PIPE)]) if urls else ""
     index = _index(config, shared)

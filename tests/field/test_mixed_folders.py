@@ -92,7 +92,7 @@ def test_a_tar_that_is_named_twice_is_refused(tmp_path):
     listed = tmp_path / "list.txt"
     listed.write_text(f"{folder}/*.tar\n{folder}/../set/00000.tar\n")
     for spec in (str(listed), [str(folder), f"{folder}/00000.tar"]):
-        assert "00000.tar is named twice" in refusal(DataError, expand, spec)
+        assert "00000.tar is named twice" in refusal(DataError, open_source, data.SourceConfig(root=spec))
 
 
 def test_a_folder_of_images_in_a_list_of_tars_is_named_with_what_helps(tmp_path):

@@ -43,7 +43,9 @@ def test_error_is_no_larger_than_that_of_dense(dtype, shape, temperature):
             allowed = error(dense[name], exact[name]) + TOLERANCE[sums] / min(1, temperature or 1)
             if half and name.endswith("grad"):
                 allowed += TOLERANCE[dtype]
-            assert error(chunked[name], exact[name]) <= allowed, (name, settings)
+            # With one code the features have no gradient. The error is then relative to the operands, which are near 1.
+            least = 1e-30 if exact[name].any() else 1.0
+            assert error(chunked[name], exact[name], least) <= allowed, (name, settings)
 
 
 @pytest.mark.parametrize("skip", [True, False])
@@ -144,7 +146,9 @@ def test_logits_of_ten_thousand_give_no_nan(tile, temperature, dtype):
     assert index_n.tolist() == [4, 0, 3, 0]
     assert all(value.isfinite().all() for value in values.values())
     exact, _ = run(index_backprop_dense, z_nd, codebook_kd, upstream, temperature, torch.float64)
-    torch.testing.assert_close(values, exact, rtol=2 * TOLERANCE[dtype], atol=TOLERANCE[dtype])
+    # Gradients of features are differences of terms of magnitude 100, which fp32 rounds by 100 eps.
+    rounding = 100 * torch.finfo(torch.float32).eps
+    torch.testing.assert_close(values, exact, rtol=2 * TOLERANCE[dtype], atol=max(TOLERANCE[dtype], rounding))
 
 
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])

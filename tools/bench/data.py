@@ -300,7 +300,7 @@ def compare(root: str | None, plan: Plan, out: Path | None, command: str) -> Non
                 made = common.run_job("data_rows", "generate", folder=root)
             if failed := made.get("failed"):
                 raise DataError(failed)
-        report = Report([_machine(), f"data: {about}: {_size(root)}"], command, plan, [], [], [], [])
+        report = Report([*_machine(), f"data: {about}: {_size(root)}"], command, plan, [], [], [], [])
         headings = common.line(SPEED_HEADINGS, SPEED_WIDTHS)
         echo("\n".join([*report.heading, "", headings]))
         for row in _measured(root, plan):
@@ -361,11 +361,11 @@ def _watch(root: str, report: Report) -> None:
         report.memories.append(Memory(**answer))
 
 
-def _machine() -> str:
+def _machine() -> list[str]:
     packages = [f"{package} {metadata.version(package)}" for package in ("torch", "pillow", "webdataset")]
     versions = ", ".join([*packages, f"Python {platform.python_version()}"])
     about = f"{common.cpu_name()}, {plural(cores(), 'core')}, load average {os.getloadavg()[0]:.1f}"
-    return f"{common.today()}: {about}; {versions}"
+    return [f"{common.today()}: {about}", versions]
 
 
 def _size(root: str) -> str:
