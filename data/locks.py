@@ -63,6 +63,14 @@ class WriterLock:
                 raise DataError(f"{self.what} is being written by {_named(owner)}: wait until it ends, or end it{fix}")
             time.sleep(POLL_SECONDS)
 
+    def hold(self) -> bool:
+        """Whether this process still has the lock that it took. A lock file that somebody deleted is made again, unless
+        another process has taken the lock meanwhile. Raises OSError."""
+        if self.descriptor is not None and not self._is_there(self.folder, self.descriptor):
+            self._close()
+            self._try()
+        return self.descriptor is not None
+
     def release(self) -> None:
         """Gives the lock up, if it was taken."""
         if self.descriptor is not None:

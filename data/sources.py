@@ -28,6 +28,7 @@ from data.shards import check_available, check_different, expand
 from data.storage import DEFAULT_TIMEOUTS, Timeouts
 from data.tar_reader import PIPE, TarShard
 
+SMALLEST_SHARE = 1e-12  # of the weights
 # A source with more tars without an index is looked at one tar at a time during the run.
 MOST_SCANNED = 256
 
@@ -406,6 +407,13 @@ def check_weights(configs: list[SourceConfig]) -> None:
             raise DataError(f"two sources are called {name}: give each its own name")
         if "/" in name or not name:
             raise DataError(f"the source name {name!r} must not be empty or hold a /")
+    total = sum(config.weight for config in configs)
+    for config in configs:
+        if not math.isfinite(total) or config.weight / total < SMALLEST_SHARE:
+            raise DataError(
+                f"source {config.name}: of weight={config.weight:g} and {total:g} in total no sample is ever read: use "
+                "weights of similar size"
+            )
 
 
 def describe(source: Source) -> str:

@@ -24,6 +24,7 @@ class RunFolder:
     def __init__(self, path: Path, world: World):
         self.path, self.world = path, world
         self.resources = ExitStack()
+        self.lock: WriterLock | None = None
         self.descriptor: int | None = None  # while the folder is open, no other one gets its number
 
     def __enter__(self) -> "RunFolder":
@@ -41,18 +42,20 @@ class RunFolder:
         # A run's own folder cannot be changed by resuming.
         fix = "a run is resumed where it can be written: fix that, or copy the folder (cp -r) and resume the copy"
         with os_errors(f"cannot write the run folder {self.path}", fix):
-            lock = self.resources.enter_context(WriterLock(folder_lock(self.path), self.path))
-            lock.take(wait_seconds)
+            self.lock = self.resources.enter_context(WriterLock(folder_lock(self.path), self.path))
+            self.lock.take(wait_seconds)
             self.descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
             self.resources.callback(os.close, self.descriptor)
             remove_unfinished(self.path, "config.yaml", "metrics.jsonl")
 
     def is_gone(self) -> bool:
-        """Whether the path is no longer the folder that was taken; False on other ranks, which did not take it."""
+        """Whether the path is no longer the folder that was taken, or another process has taken the run since somebody
+        deleted its lock; False on other ranks, which did not take it. A lock that is only deleted is made again."""
         if self.descriptor is None:
             return False
         try:
-            return not os.path.samestat(os.fstat(self.descriptor), self.path.stat())
+            is_same = os.path.samestat(os.fstat(self.descriptor), self.path.stat())
+            return not (is_same and self.lock.hold())
         except (FileNotFoundError, NotADirectoryError):
             return True
 

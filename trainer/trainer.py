@@ -141,7 +141,9 @@ class Trainer:
             self.throughput.restart(step)
         saved = f"step {step} is saved: resume with `ibq resume {self.run}`"
         if gone:
-            raise TrainerError(f"the run's folder was moved or deleted while it trained; {saved}")
+            raise TrainerError(
+                f"the run's folder was moved or deleted, or taken by another process, while it trained; {saved}"
+            )
         if starving:
             self.batches.stop_together(saved)
         if signal:

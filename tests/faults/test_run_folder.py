@@ -23,7 +23,7 @@ def test_a_folder_that_goes_is_noticed_and_the_step_saved(two_ranks, unbroken, t
     saved = tmp_path / "run-2" if how == "replaced" else run
     ended = two_ranks.train(run, fault={"kind": "lose_folder", "step": LOST, "run": str(run), "how": how})
     assert ended.statuses == [2, 2], ended.err
-    said = "the run's folder was moved or deleted while it trained"
+    said = "the run's folder was moved or deleted, or taken by another process, while it trained"
     assert all(f"ibq: error: {said}; step {LOST} is saved: resume with `ibq resume {saved}`" in e for e in ended.errs)
     assert not (tmp_path / "run.moved" / ".lock").exists()
     assert newest_step(saved) == LOST

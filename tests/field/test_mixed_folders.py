@@ -119,6 +119,16 @@ def test_a_quarantine_that_fits_tars_of_two_sources_is_refused(tmp_path):
     assert [len(source.quarantined) for source in open_sources(config, frozenset(config.quarantine))] == [1, 0]
 
 
+@pytest.mark.parametrize("weight", [1e300, 1e-300, 1e308])
+def test_weights_by_which_a_source_is_never_read_are_refused(tmp_path, weight):
+    """The last one's total with another is infinite."""
+    sources = [
+        data.SourceConfig(name=name, root=str(write_tars(tmp_path / name, [2])), weight=one)
+        for name, one in (("a", 1.0), ("b", weight), ("c", weight))
+    ]
+    assert "no sample is ever read" in refusal(DataError, open_sources, data.DataConfig(sources=sources))
+
+
 def test_annotations_are_matched_by_path(tmp_path):
     photos, captions = write_coco(tmp_path, ["a/1.jpg", "b/1.jpg", "b/2.jpg"], ["set/a/1.jpg", "b/1.jpg", "2.jpg"])
     (tar,) = data.pack(photos, tmp_path / "tars", layout="coco", annotations=captions).shards

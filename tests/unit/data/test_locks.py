@@ -5,9 +5,11 @@ import os
 import pytest
 from comparing import refusal
 from field.owners import ENDED, OTHER_MACHINE, REUSED_NUMBER, lock_of, no_flock
+from support import single_world
 
 from data.errors import DataError
 from data.locks import WriterLock, file_lock
+from trainer.run_folder import RunFolder
 
 
 def test_a_lock_is_refused_while_its_owner_lives_and_free_afterwards(tmp_path, caplog):
@@ -45,6 +47,31 @@ def test_a_lock_of_a_folder_that_was_moved_is_removed_there_and_leaves_that_of_t
     assert not (moved / ".lock").exists()
     assert "is being written" in refusal(DataError, WriterLock(run / ".lock", run).take)
     second.release()
+
+
+def test_a_lock_file_that_is_deleted_is_made_again_unless_another_process_has_taken_the_lock(tmp_path):
+    path = tmp_path / ".lock"
+    with WriterLock(path, "runs/mine") as first, WriterLock(path, "runs/mine") as second:
+        first.take()
+        path.unlink()
+        assert first.hold() and "is being written" in refusal(DataError, second.take)
+        path.unlink()
+        second.take()
+        assert not first.hold() and second.hold()
+        first.release()
+        assert path.exists()
+
+
+def test_a_run_whose_lock_another_process_has_taken_gets_another_folder(tmp_path):
+    (tmp_path / "run").mkdir()
+    with single_world() as world, RunFolder(tmp_path / "run", world) as folder:
+        folder.take()
+        (tmp_path / "run/.lock").unlink()
+        assert not folder.is_gone() and (tmp_path / "run/.lock").exists()
+        (tmp_path / "run/.lock").unlink()
+        with WriterLock(tmp_path / "run/.lock", "run") as other:
+            other.take()
+            assert folder.is_gone()
 
 
 @pytest.mark.parametrize("owner", [ENDED, REUSED_NUMBER], ids=["ended", "number in use again"])
