@@ -2,6 +2,7 @@
 
 import gc
 import os
+import signal
 import sys
 import uuid
 from collections.abc import Callable, Iterator
@@ -22,6 +23,8 @@ pytest.register_assert_rewrite("comparing")
 # here, before any test module imports them.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # nohup and some servers ignore it, and so would every process of a test
 
 # Fixtures that start processes -> the marker of the tests that use them.
 MARKERS = {"ranks": "ranks", "launch": "process"}
