@@ -1,6 +1,7 @@
 """Published checkpoints: made here of our own models by renaming, and as the published code names and computes them."""
 
 import json
+import re
 import time
 
 import model_checks
@@ -185,7 +186,11 @@ def test_files_that_are_no_checkpoint_are_refused(tmp_path, write):
     torch.save({"epoch": 3, "net": tokenizer().state_dict()}, path)
     assert "but net: save the weights alone: torch.save(torch.load('bad.ckpt')['net']" in refused(load_tokenizer, path)
     whole = write(behind("transformer.", generator()))
-    whole.write_bytes(whole.read_bytes()[:-100])
+    content = bytearray(whole.read_bytes())
+    content[len(content) // 2] ^= 1  # torch.load would not notice
+    whole.write_bytes(content)
+    assert re.search(r"is damaged \(the checksum of \S+ differs\): download it again", refused(load_generator, whole))
+    whole.write_bytes(content[:-100])
     assert "is damaged or not a checkpoint: download it again" in refused(load_generator, whole)
     assert "'ema' or 'raw', not 'best'" in refused(load_generator, whole, "best")
 
