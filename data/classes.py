@@ -14,7 +14,7 @@ from pathlib import Path
 
 from data import storage
 from data.addresses import is_remote, redacted
-from data.errors import DataError, DeniedError, MissingError
+from data.errors import DataError, MissingError, UnreadableError
 from data.parallel import in_threads
 from data.storage import DEFAULT_TIMEOUTS, Timeouts
 
@@ -25,8 +25,14 @@ CLASSES_NAME = "classes.json"
 
 def read_classes(place: str | Path, timeouts: Timeouts = DEFAULT_TIMEOUTS) -> dict[str, int]:
     """Name -> number of a classes.json, by its path or URL. Raises DataError."""
-    url, path = str(place), redacted(str(place))
-    content = storage.read(url, 0, storage.size(url, timeouts), timeouts)
+    return _parsed(_content(str(place), timeouts), redacted(str(place)))
+
+
+def _content(url: str, timeouts: Timeouts) -> bytes:
+    return storage.read(url, 0, storage.size(url, timeouts), timeouts)
+
+
+def _parsed(content: bytes, path: str) -> dict[str, int]:
     try:
         numbers = json.loads(content, object_pairs_hook=_unique)
     except (ValueError, RecursionError) as error:
@@ -46,8 +52,8 @@ def _unique(pairs: list[tuple[str, object]]) -> dict:
 
 
 def classes_beside(urls: Iterable[str], timeouts: Timeouts = DEFAULT_TIMEOUTS) -> list[tuple[str, dict[str, int]]]:
-    """The place and the content of each classes.json beside tars. Where a store denies access to one, which may mean
-    that there is none, this is logged. Raises DataError."""
+    """The place and the content of each classes.json beside tars. Where a server gives no content, or a web page, there
+    may be none: this is logged. Raises DataError."""
     folders: dict[str, str] = {}  # with the query of one of their tars, which may be a signature for the folder
     for url in urls:
         path, query = re.fullmatch(r"([^?#]*)(.*)", url, re.DOTALL).groups() if is_remote(url) else (url, "")
@@ -55,13 +61,18 @@ def classes_beside(urls: Iterable[str], timeouts: Timeouts = DEFAULT_TIMEOUTS) -
 
     def find(folder: str) -> tuple[str, dict[str, int]] | None:
         place = posixpath.join(folder, CLASSES_NAME) + folders[folder]
+        if not is_remote(place):
+            return (place, read_classes(place, timeouts)) if os.path.isfile(place) else None
         try:
-            if is_remote(place) or os.path.isfile(place):
-                return redacted(place), read_classes(place, timeouts)
+            content = _content(place, timeouts)
+            if content.lstrip()[:1] != b"<":
+                return redacted(place), _parsed(content, redacted(place))
+            problem = f"{redacted(place)} is a web page"
         except MissingError:
-            pass
-        except DeniedError as error:
-            logger.warning("%s; until it can be read, nothing checks the classes of its tars", error)
+            return None
+        except UnreadableError as error:
+            problem = str(error)
+        logger.warning("%s; until it can be read, nothing checks the classes of its tars", problem)
         return None
 
     return [found for found in in_threads(find, folders, threads=8) if found]

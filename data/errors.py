@@ -9,7 +9,11 @@ class MissingError(DataError):
     """There is no such object."""
 
 
-class DeniedError(DataError):
+class UnreadableError(DataError):
+    """A server does not give an object."""
+
+
+class DeniedError(UnreadableError):
     """An object may not be read. Some stores say so of a missing one, too."""
 
 

@@ -18,6 +18,7 @@ from data.transforms import MAX_BYTES
 logger = logging.getLogger(__name__)
 
 BESIDE = ("txt", "cls", "json")  # suffixes of the files beside an image that belong to its sample
+PICTURES = (*IMAGE_SUFFIXES, *UNREAD_IMAGES)
 
 
 class Listing(NamedTuple):
@@ -48,8 +49,10 @@ def list_folder(folder: Path) -> Listing:
             if is_hidden(Path(name)):
                 continue
             path = Path(parent) / name
-            found.append(path.relative_to(folder))
-            if path.suffix[1:].lower() not in (*IMAGE_SUFFIXES, *UNREAD_IMAGES, *BESIDE):
+            suffix = path.suffix[1:].lower()
+            if suffix in (*PICTURES, "tar") or (suffix in BESIDE and path.suffix != f".{suffix}"):
+                found.append(path.relative_to(folder))
+            if suffix not in (*PICTURES, *BESIDE):
                 _check_link(path)
     return _listing(folder, found)
 
@@ -71,7 +74,7 @@ def _listing(place: Path, paths: Iterable[PurePath]) -> Listing:
     images = [path for path, suffix in zip(ordered, suffixes, strict=True) if suffix in IMAGE_SUFFIXES]
     unread = [path for path, suffix in zip(ordered, suffixes, strict=True) if suffix in UNREAD_IMAGES]
     if images and "tar" in suffixes:
-        raise mixed_kinds(place, ordered[suffixes.index("tar")].parent)
+        raise mixed_kinds(place, images[0], ordered[suffixes.index("tar")])
     beside = {
         path.with_suffix(f".{suffix}"): path
         for path, suffix in zip(ordered, suffixes, strict=True)
@@ -80,10 +83,11 @@ def _listing(place: Path, paths: Iterable[PurePath]) -> Listing:
     return Listing(images, unread, beside)
 
 
-def mixed_kinds(place: Path, folder: PurePath) -> DataError:
-    """The error of a folder or a zip file with images and tars. folder: of the tars, in it."""
+def mixed_kinds(place: Path, image: PurePath, tar: PurePath) -> DataError:
+    """The error of a folder or a zip file with images and tars. image, tar: one of each, in it."""
     return DataError(
-        f"{place} holds images and tars: name a folder with one kind only, or the tars as {place / folder}/*.tar"
+        f"{place} holds images and tars: to use the tars, name them as {place / tar.parent}/*.tar; to use the images "
+        f"(first {image}), move the tars (first {tar}) out of it"
     )
 
 
@@ -102,18 +106,27 @@ def _check_link(path: Path) -> None:
 
 
 def is_folder_of_images(spec) -> bool:
-    """Whether `spec` is a local folder without tars."""
-    return isinstance(spec, (str, os.PathLike)) and os.path.isdir(spec) and not tars_in(spec)
+    """Whether `spec` is a local folder without tars. Raises DataError if it cannot be read."""
+    return isinstance(spec, (str, os.PathLike)) and os.path.isdir(spec) and next(_tars(spec), None) is None
 
 
 def tars_in(folder: str | Path) -> list[Path]:
-    """The tars of a folder, without those of its sub-folders, sorted. Raises DataError for a link to nothing."""
-    found = []
-    for path in sorted(Path(folder).iterdir()):
-        if path.suffix.lower() == ".tar" and not is_hidden(PurePath(path.name)):
-            _check_link(path)
-            found += [path] if path.is_file() else []
-    return found
+    """The tars of a folder, without those of its sub-folders, sorted. Raises DataError if it cannot be read, and for a
+    link to nothing."""
+    return sorted(_tars(folder))
+
+
+def _tars(folder: str | Path) -> Iterator[Path]:
+    try:
+        entries = os.scandir(folder)
+    except OSError as error:
+        _refuse(error)
+    for entry in entries:
+        if entry.name.lower().endswith(".tar") and not entry.name.startswith("."):
+            if entry.is_symlink():
+                _check_link(Path(entry.path))
+            if entry.is_file():
+                yield Path(entry.path)
 
 
 def is_zip(spec) -> bool:
@@ -178,20 +191,20 @@ class ZipFiles:
         with open_zip(path) as file:
             members = [(PurePosixPath(member.filename), member) for member in file.infolist() if not member.is_dir()]
         members = [(path, member) for path, member in members if not is_hidden(path)]
-        pictures = [path for path, _ in members if path.suffix[1:].lower() in (*IMAGE_SUFFIXES, *UNREAD_IMAGES)]
+        pictures = [path for path, _ in members if path.suffix[1:].lower() in PICTURES]
         folders = {path.parts[0] if len(path.parts) > 1 else None for path in pictures} - {".."}
         only = folders.pop() if len(folders) == 1 else None
         self.prefix = f"{only}/" if only is not None else ""
         for path, member in members:
             self.members[path.relative_to(only) if only and path.is_relative_to(only) else path].append(member)
-        self._beside = _listing(self.path, self.members).beside
+        self._listing = _listing(self.path, self.members)
 
     def name(self, path: PurePosixPath) -> str:
         return f"{self.path}/{path}"
 
     def listing(self) -> Listing:
-        """The pictures, without hidden ones. Raises DataError."""
-        return _listing(self.path, self.members)
+        """The pictures, without hidden ones."""
+        return self._listing
 
     def read(self, path: PurePosixPath) -> bytes:
         """A member's content. Raises ImageError for one that is damaged or has more than MAX_BYTES, for a link, and
@@ -213,7 +226,7 @@ class ZipFiles:
 
     def beside(self, path: PurePosixPath, suffix: str) -> bytes | None:
         path = path.with_suffix(f".{suffix}")
-        path = path if path in self.members else self._beside.get(path)
+        path = path if path in self.members else self._listing.beside.get(path)
         return None if path is None else self.read(path)
 
 
@@ -330,14 +343,13 @@ def class_numbers(
         raise DataError(f"{files.name(loose)} lies in no class folder: move it into one, or leave out the classes")
     names = sorted({image.parts[0] for image in images})
     if classes is None:
-        if all(name.isdecimal() for name in names) and names != sorted(names, key=int):
-            number = next(number for number, name in enumerate(names) if name != sorted(names, key=int)[number])
+        others = [(name, number) for number, name in enumerate(names) if name.isdecimal() and int(name) != number]
+        if others and all(name.isdecimal() for name in names):
             logger.warning(
-                "%s: the class folders are sorted as text, so that folder %s is class %d: give a classes.json if their "
-                "names are their numbers",
+                "%s: classes are numbered in the sorted order of their folders, so that folder %s is class %d: give a "
+                "classes.json if the names are the numbers",
                 files.path,
-                names[number],
-                number,
+                *others[0],
             )
         return {name: number for number, name in enumerate(names)}
     if unknown := [name for name in names if name not in classes]:

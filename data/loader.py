@@ -313,11 +313,11 @@ def open_sources(
     """The sources of a `data` section, opened. before: source -> its identity when the run began. Raises DataError."""
     configs, access, before = _configs(config), access_of(config), before or {}
     options = {"content": config.content, "allow_pipes": config.allow_pipes, "quarantine": quarantine}
-    options["classes"] = None if config.classes is None else read_classes(config.classes)
+    options["classes"] = None if config.classes is None else read_classes(config.classes, access.timeouts)
     sources = [open_source(one, access, before=before.get(one.name), progress=progress, **options) for one in configs]
     urls = [shard.url for source in sources for shard in source.shards]
     for part in sorted(quarantine):
-        named = [url for url in urls if is_among(url, frozenset([part]))]
+        named = [url for url in dict.fromkeys(urls) if is_among(url, frozenset([part]))]
         if not named:
             logger.warning("data.quarantine names %s, which is not one of the shards", printable(part))
         if len(named) > 1 and part in config.quarantine:  # not that of a run's checkpoint, which nobody can change

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from data.addresses import SCHEMES, redacted, scheme_of
-from data.errors import DataError, DeniedError, MissingError
+from data.errors import DataError, DeniedError, MissingError, UnreadableError
 
 logger = logging.getLogger(__name__)
 
@@ -293,7 +293,7 @@ def _error_from_status(url: str, status: int, code: str = "") -> Exception:
     if status in (401, 403, 407) or code in ("ExpiredToken", "InvalidToken"):
         fix = SCHEMES[scheme_of(url)].access_fix
         return DeniedError(f"{redacted(url)} may not be read ({what}): check its path, and {fix}")
-    return DataError(f"{redacted(url)} cannot be read: its server answers {what}; check the address")
+    return UnreadableError(f"{redacted(url)} cannot be read: its server answers {what}; check the address")
 
 
 def _response(error: BaseException) -> dict | None:

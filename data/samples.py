@@ -14,25 +14,8 @@ IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp", "jfif", "jpe")  # the last two: 
 ANY_IMAGE = (*IMAGE_SUFFIXES, "jpeg.jpg", "jpg.jpg")  # doubled as some downloaders do
 # Suffixes of pictures in other formats. They are reported as unusable, since their owner may expect them to be used.
 UNREAD_IMAGES = (
-    *(
-        "apng",
-        "avif",
-        "bmp",
-        "gif",
-        "heic",
-        "heif",
-        "ico",
-        "jp2",
-        "jxl",
-        "pbm",
-        "pgm",
-        "pnm",
-        "ppm",
-        "psd",
-        "svg",
-        "tga",
-    ),
-    *("tif", "tiff"),
+    *("apng", "avif", "bmp", "gif", "heic", "heif", "ico", "jp2", "jxl", "pbm", "pgm"),
+    *("pnm", "ppm", "psd", "svg", "tga", "tif", "tiff"),
 )
 NO_CLASS = ("", "-1")  # contents of a class member that says that there is no class
 CODES = "codes"  # suffix of an image's tokens, see data.tokens

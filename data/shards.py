@@ -92,8 +92,8 @@ def check_available(urls: list[str], timeouts: Timeouts) -> None:
     reason = str(next(iter(failed.values())))
     if len(failed) > 1:
         others = [redacted(url) for url in urls if url not in failed]
-        reason += f"; so it is with {len(failed):,} of {len(urls):,} tars: {joined_names([*map(redacted, failed)])}"
-        reason += f"; the others are '{joined_names(others)}'" if others else ""
+        reason += f"; {len(failed):,} of {len(urls):,} tars cannot be read: {joined_names([*map(redacted, failed)])}"
+        reason += f"; these can be: '{joined_names(others)}'" if others else ""
     raise DataError(reason)
 
 
@@ -184,15 +184,24 @@ def _tars_of_folder(folder: str) -> list[str]:
                 f"or pack it with `ibq shards pack {folder} --out TARS`"
             )
         raise DataError(f"no *.tar in the folder {folder}: pack images with `ibq shards pack FOLDER --out {folder}`")
-    entries = sorted(path for path in Path(folder).iterdir() if not is_hidden(PurePath(path.name)))
-    if any(is_image(path.name) and path.is_file() for path in entries):
-        raise mixed_kinds(Path(folder), PurePath())
-    if inner := next((path.name for path in entries if path.is_dir() and tars_in(path)), None):
+    with os.scandir(folder) as entries:
+        seen = sorted((entry.name, entry.is_dir()) for entry in entries if not is_hidden(PurePath(entry.name)))
+    if image := next((name for name, is_folder in seen if not is_folder and is_image(name)), None):
+        raise mixed_kinds(Path(folder), PurePath(image), PurePath(os.path.basename(paths[0])))
+    if inner := next((name for name, is_folder in seen if is_folder and _holds_tars(Path(folder) / name)), None):
         raise DataError(
             f"{folder} holds tars, and so does its sub-folder {inner}: name '{folder}/*.tar', or all as "
             f"'{folder}/{{,*/}}*.tar'"
         )
     return paths
+
+
+def _holds_tars(folder: Path) -> bool:
+    """False where that cannot be seen, as in lost+found: nothing there can be read."""
+    try:
+        return bool(tars_in(folder))
+    except DataError:
+        return False
 
 
 def _read_list(path: str) -> list[str]:

@@ -355,8 +355,9 @@ def open_shards(
             )
         whole_folder = isinstance(root, (str, os.PathLike)) and os.path.isdir(root)
         if whole_folder and (gone := _gone(index, shards, shared, quarantine)):
+            more = f" and {len(gone) - 1:,} more" if len(gone) > 1 else ""
             raise DataError(
-                f"the index {index.path} names {len(gone):,} tars that are not in {root}, first {gone[0]}: copy them "
+                f"the index {index.path} names {gone[0]}{more}, which {root} does not hold: copy what is missing "
                 f"there, or write the index again with `ibq shards check {root} --write-index`"
             )
         if empty := next((shard for shard in shards if shard.table is not None and not len(shard)), None):
@@ -366,8 +367,10 @@ def open_shards(
 
 def _gone(index: Index, shards: list[TarShard], root: str, quarantine: frozenset[str]) -> list[str]:
     """The names in the index of tars that are not among the shards and not in quarantine."""
-    there = {index.find(shard.url, root) for shard in shards}
-    return [name for number, name in enumerate(index.names) if number not in there and not is_among(name, quarantine)]
+    there = {index.find(shard.url, root) for shard in shards} - {None}
+    folders = {os.path.dirname(index.names[number]) for number in there}  # an index may be of several
+    rest = [name for number, name in enumerate(index.names) if number not in there]
+    return [name for name in rest if os.path.dirname(name) in folders and not is_among(name, quarantine)]
 
 
 def classes_of(

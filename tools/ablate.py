@@ -98,8 +98,7 @@ def _run(command: list[str]) -> int:
         try:
             return process.wait()
         except BaseException:
-            process.terminate()
-            process.wait()
+            process.terminate()  # leaving the context waits for it
             raise
 
 

@@ -4,7 +4,6 @@ An unknown key is an error. A former name of a key is translated in a file; on t
 names the new one.
 """
 
-import copy
 import dataclasses
 import difflib
 from collections.abc import Iterable
@@ -124,7 +123,8 @@ def _rename(from_file: DictConfig, path: Path) -> None:
 
 
 def _resolve(path: Path, overrides: list[str], defaults: dict | None = None) -> RunConfig:
-    """Merges schema, defaults, file and overrides, and checks the result. defaults: by task; replace the schema's."""
+    """Merges schema, defaults, file and overrides, and checks the result. defaults: of runs, by
+    task; replace the schema's."""
     from_file = read_recipe(path)
     _rename(from_file, path)
     task = from_file.get("task", "tokenizer")
@@ -138,8 +138,10 @@ def _resolve(path: Path, overrides: list[str], defaults: dict | None = None) -> 
     keys = _keys_of(overrides, schema)
     if "task" in keys:
         raise TrainerError(f"task= cannot be changed: {path.stem} is a recipe for a {task}")
-    if "engine.kind" in keys and overrides[keys.index("engine.kind")] != f"engine.kind={merged.engine.kind}":
-        merged.engine = copy.copy(schema.engine)  # another engine does not take over the settings of the former one
+    if defaults is not None and "engine.kind" in keys:
+        kind = OmegaConf.from_dotlist([overrides[keys.index("engine.kind")]]).engine.kind
+        if kind != merged.engine.kind:
+            merged.engine = schema.engine  # a resumed run does not take over the settings of its former engine
     for key, override in zip(keys, overrides, strict=True):
         try:
             _override(merged, key, override)

@@ -9,7 +9,7 @@ import os
 import re
 import shutil
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path, PurePath, PurePosixPath
 from typing import NamedTuple
 
@@ -235,46 +235,48 @@ def _read_coco(annotations: str | Path, paths: list[PurePath]) -> _Coco:
         raise DataError(f"{annotations} hold no captions: name captions_val2017.json or the like")
     captions = defaultdict(list)
     for number, text in texts:
-        captions[number].append(text)
-    ids = {path: number for path, number in _ids(annotations, files, paths).items() if number in captions}
-    if not ids:
+        captions[files.get(number, PurePosixPath(f"image_id {number}"))].append(text)
+    found = _annotated(annotations, captions.keys(), paths)
+    if not found:
         raise DataError(f"{annotations} hold captions of none of the {len(paths)} images: name those of these images")
-    without_image = (files.get(number, f"image_id {number}") for number in captions.keys() - set(ids.values()))
+    ids = {file: number for number, file in reversed(files.items())}  # of entries for the same file, the first one's
     return _Coco(
-        {path: captions[number] for path, number in ids.items()},
-        ids,
-        sorted(path.as_posix() for path in paths if path not in ids),
-        sorted(map(str, without_image)),
+        {path: captions[file] for path, file in found.items()},
+        {path: ids[file] for path, file in found.items()},
+        sorted(path.as_posix() for path in paths if path not in found),
+        sorted(map(str, captions.keys() - set(found.values()))),
     )
 
 
-def _ids(annotations: str | Path, files: dict[int, PurePosixPath], paths: list[PurePath]) -> dict[PurePath, int]:
-    """The id of each image in the annotations. An image is an annotated file if one of their paths ends with the other:
-    annotations name `1.jpg` or `val/1.jpg` where the folder of images may be `val` or the one above. Raises DataError
-    where this is not unique."""
-    by_name = defaultdict(list)
-    for number, file in files.items():
-        by_name[file.name].append(number)
-    ids, used = {}, {}
+def _annotated(
+    annotations: str | Path, files: Collection[PurePosixPath], paths: list[PurePath]
+) -> dict[PurePath, PurePosixPath]:
+    """The annotated file that each image is: the one with the same path, or else one whose path ends with the image's,
+    or the other way round. Annotations name `1.jpg` or `val/1.jpg` where the folder of images may be `val` or the one
+    above. Raises DataError where this is not unique."""
+    by_parts = {file.parts: file for file in files}
+    found = {path: by_parts[path.parts] for path in paths if path.parts in by_parts}
+    rest = {parts: file for parts, file in by_parts.items() if file not in set(found.values())}
+    by_end = defaultdict(list)
+    for parts, file in rest.items():
+        for start in range(1, len(parts)):
+            by_end[parts[start:]].append(file)
+    owners: dict[PurePosixPath, PurePath] = {}
     for path in paths:
-        same = [number for number in by_name[path.name] if _end_alike(files[number].parts, path.parts)]
+        if path in found:
+            continue
+        ends = [path.parts[start:] for start in range(1, len(path.parts))]
+        same = [rest[parts] for parts in ends if parts in rest] + by_end.get(path.parts, [])
         if len(same) > 1:
-            raise DataError(
-                f"{annotations}: the images {same[0]} and {same[1]} may both be {path}: pack one folder at a time"
-            )
-        for number in same:
-            if (other := used.setdefault(number, path)) != path:
+            raise DataError(f"{annotations}: {path} may be {same[0]} or {same[1]}: pack one folder at a time")
+        for file in same:
+            if (other := owners.setdefault(file, path)) != path:
                 raise DataError(
-                    f"{annotations}: {files[number]} may be {other} or {path}: pack one of their folders at a time, or "
-                    "write the folder into file_name"
+                    f"{annotations}: {file} may be {other} or {path}: pack one of their folders at a time, or write "
+                    "the folder into file_name"
                 )
-            ids[path] = number
-    return ids
-
-
-def _end_alike(one: tuple[str, ...], other: tuple[str, ...]) -> bool:
-    parts = min(len(one), len(other))
-    return one[-parts:] == other[-parts:]
+            found[path] = file
+    return found
 
 
 # ------------------------------------------------------------------------------------------------------------- samples

@@ -32,12 +32,16 @@ def is_export(source: Path) -> bool:
 
 
 def read_export(folder: Path, kind: str, weights: str) -> Weights:
-    """Reads a model's configuration and weights from an export. Arguments: see `read_weights`. Raises ModelError."""
+    """Reads a model's configuration and weights from an export. Arguments: see `read_weights`. Raises ModelError,
+    also for a file of these that is not what was written."""
     folder, about = _of_kind(folder, kind)
     file = folder / (RAW if weights == "raw" and about["weights"] == "ema" else MODEL)
     if not file.is_file():
         raise ModelError(f"{folder} has no raw weights, only EMA weights: use --weights ema")
     beside = {name: folder / name for name in (DISCRIMINATOR, DISCRIMINATOR_EMA) if (folder / name).is_file()}
+    for path in (file, *beside.values()):
+        if wrong := _wrong(path, about["sha256"].get(path.name)):
+            raise ModelError(f"{folder} is damaged: {wrong}; copy or export it again")
     tensors = {name: read_tensors(path) for name, path in beside.items()}
     found = "raw" if file.name == RAW else about["weights"]
     return Weights(
@@ -108,9 +112,16 @@ def damaged_file(folder: Path) -> str | None:
     for name, sha256 in read_about(folder)["sha256"].items():
         if not (folder / name).is_file():
             return f"{name} is missing"
-        if sha256_of(folder / name) != sha256:
-            return f"{name} is not what was written (its sha256 differs)"
+        if wrong := _wrong(folder / name, sha256):
+            return wrong
     return damaged_file(folder / TOKENIZER) if is_export(folder / TOKENIZER) else None
+
+
+def _wrong(file: Path, sha256: str | None) -> str | None:
+    """What is wrong with a file of an export. sha256: None if it is not known."""
+    if sha256 is not None and sha256_of(file) != sha256:
+        return f"{file.name} is not what was written (its sha256 differs)"
+    return None
 
 
 def fill_export(

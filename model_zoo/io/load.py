@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from model_zoo.conditions import assumed_trained
 from model_zoo.config import TokenizerConfig, TransformerConfig
 from model_zoo.errors import ModelError
-from model_zoo.io.export_format import CONFIG, MODEL, damaged_file, is_export, read_export, weights_in_export
+from model_zoo.io.export_format import CONFIG, MODEL, is_export, read_export, weights_in_export
 from model_zoo.io.manifest import check
 from model_zoo.io.published_ckpt import SUFFIXES, is_published, open_published, read_published
 from model_zoo.io.run_layout import checkpoint_step, run_folder
@@ -83,7 +83,7 @@ def read_weights(source: str | Path, kind: str, weights: str = "ema") -> Weights
     ``owner/name@revision`` on the Hugging Face hub.
     kind: of KINDS.
     weights: ``ema`` or ``raw``. A published checkpoint or an export without EMA has one set, which ``ema`` returns.
-    The hashes of a run's checkpoint and of an export are compared before. Raises ModelError if the source, its
+    The hashes of the files are compared before. Raises ModelError if the source, its
     checkpoint, or the requested weights do not exist, and for a file that is not what was written.
     """
     if weights not in SETS:
@@ -93,8 +93,6 @@ def read_weights(source: str | Path, kind: str, weights: str = "ema") -> Weights
         if is_published(checkpoint):
             return read_published(checkpoint, kind, weights)
         if is_export(checkpoint):
-            if said := damaged_file(checkpoint):
-                raise ModelError(f"{checkpoint} is damaged: {said}; copy or export it again")
             return read_export(checkpoint, kind, weights)
         return _read_run(checkpoint, kind, weights)
 

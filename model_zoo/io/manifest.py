@@ -43,7 +43,8 @@ def entry_of(file: Path) -> dict:
 def wrong_file(file: Path, entry: dict) -> str | None:
     """How a file differs from its entry, or None."""
     try:
-        found = entry_of(file)
+        size = file.stat().st_size
+        found = {"bytes": size} if file.is_file() and size != entry["bytes"] else entry_of(file)
     except FileNotFoundError:
         return f"{file.name} is missing"
     except OSError as error:

@@ -17,7 +17,8 @@ class ProjectedCodebook(Quantizer):
     train the projector, and the table unless it is frozen, towards the features.
 
     The projected codes are computed in each forward. In eval mode without gradients they are computed once and kept
-    until a weight or the mode changes, so that a validation does not compute them for each picture. A subclass sets
+    until a weight or the mode changes, so that a validation does not compute them for each picture. (A change through
+    `.data` in eval mode is not noticed.) A subclass sets
     ``projector``, a module from rows to codes. The projector needs the whole table, so that codes cannot be sharded.
 
     rows_kr: the initial table.

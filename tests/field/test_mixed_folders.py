@@ -1,6 +1,7 @@
 """Nothing in a folder, a zip file or a list is left out, repeated or mistaken for something else in silence."""
 
 import json
+import os
 import shutil
 import zipfile
 from pathlib import Path
@@ -13,7 +14,9 @@ from samples import encoded, index_of, members, picture, write_tar, write_tars
 import data
 from data import DataError
 from data.classes import read_classes
+from data.index import write_index
 from data.loader import open_sources
+from data.prep.check import check_shards
 from data.shards import expand
 from data.sources import open_source
 from trainer import TrainerError
@@ -106,7 +109,7 @@ def test_a_tar_of_the_index_that_is_gone_is_refused_unless_in_quarantine(tmp_pat
     index_of(folder, folder / "index.safetensors")
     (folder / "00001.tar").unlink()
     said = refusal(DataError, opened, folder)
-    assert f"names 1 tars that are not in {folder}, first 00001.tar" in said
+    assert f"names 00001.tar, which {folder} does not hold" in said
     assert open_source(data.SourceConfig(root=f"{folder}/*.tar")).samples == 4  # a part that was asked for
     assert open_source(data.SourceConfig(root=str(folder)), quarantine=["00001.tar"]).samples == 4
 
@@ -143,7 +146,7 @@ def test_annotations_are_matched_by_path(tmp_path):
     ("paths", "names", "said"),
     [
         (["a/1.jpg", "b/1.jpg"], ["1.jpg"], "1.jpg may be a/1.jpg or b/1.jpg"),
-        (["1.jpg"], ["a/1.jpg", "b/1.jpg"], "the images 10 and 11 may both be 1.jpg"),
+        (["1.jpg"], ["a/1.jpg", "b/1.jpg"], "1.jpg may be a/1.jpg or b/1.jpg: pack one folder at a time"),
     ],
 )
 def test_annotations_that_fit_two_ways_are_refused(tmp_path, paths, names, said):
@@ -173,3 +176,41 @@ def test_tars_in_a_zip_file_of_images_are_refused(tmp_path):
     with zipfile.ZipFile(path, "a") as file:
         file.write(write_tar(tmp_path / "a.tar", [{"__key__": "a", "jpg": encoded(picture(1))}]), "set/a.tar")
     assert "holds images and tars" in refusal(DataError, opened, path)
+
+
+def test_one_index_of_two_folders_serves_each(tmp_path):
+    for name in ("train", "val"):
+        write_tars(tmp_path / name, [2, 2], name=name + "-{:05d}.tar")
+    found = list(check_shards(sorted(map(str, tmp_path.glob("*/*.tar")))))
+    place = tmp_path / "index.safetensors"
+    write_index(place, *zip(*((one.url, one.table, one.sha256) for one in found), strict=True))
+    assert open_source(data.SourceConfig(root=str(tmp_path / "train"), index=str(place))).samples == 4
+
+
+def test_the_same_path_wins_and_entries_for_one_file_are_joined(tmp_path):
+    photos, captions = write_coco(tmp_path, ["1.jpg", "backup/1.jpg"], ["1.jpg", "1.jpg"])
+    (tar,) = data.pack(photos, tmp_path / "tars", layout="coco", annotations=captions).shards
+    assert json.loads(members(tar)["1.json"])["captions"] == ["1.jpg", "1.jpg"]
+    assert "captions" not in json.loads(members(tar)["backup_1.json"])
+
+
+def test_a_folder_that_cannot_be_read_beside_tars_is_passed_over(tmp_path, monkeypatch):
+    folder = write_tars(tmp_path / "set", [2])
+    (folder / "lost+found").mkdir()
+    scandir = os.scandir
+
+    def denied(path):
+        if str(path).endswith("lost+found"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr("os.scandir", denied)
+    assert len(expand(str(folder))) == 1
+
+
+def test_one_quarantine_entry_for_a_tar_of_two_sources_is_enough(tmp_path):
+    tars = str(write_tars(tmp_path / "set", [2, 2]))
+    config = data.DataConfig(
+        sources=[data.SourceConfig(name=name, root=tars) for name in "ab"], quarantine=["00001.tar"]
+    )
+    assert [len(one.quarantined) for one in open_sources(config, frozenset(config.quarantine))] == [1, 1]

@@ -167,12 +167,12 @@ def test_all_shards_that_a_server_lacks_are_named_at_the_start(folder, server, r
         (folder / NAMES[number]).unlink()
     missing, others = "{000002,{000004..000005}}", "{{000000..000001},000003,{000006..000007}}"
     said = (
-        f"there is no {server.url('/train-000002.tar')} (HTTP 404): check its path; so it is with 3 of 8 tars: "
-        f"{server.url(f'/train-{missing}.tar')}; the others are '{server.url(f'/train-{others}.tar')}'"
+        f"there is no {server.url('/train-000002.tar')} (HTTP 404): check its path; 3 of 8 tars cannot be read: "
+        f"{server.url(f'/train-{missing}.tar')}; these can be: '{server.url(f'/train-{others}.tar')}'"
     )
     assert refusal(DataError, check, DataConfig(train=root)) == said
     cached = {"cache": str(tmp_path / "cache"), "quarantine": [NAMES[4]]}
-    assert "so it is with 2 of 7 tars" in refusal(DataError, check, DataConfig(train=root, **cached))
+    assert "2 of 7 tars cannot be read" in refusal(DataError, check, DataConfig(train=root, **cached))
     assert refusal(DataError, evaluation_images, root, image_size=8) == said
     assert not any((tmp_path / "cache").glob("*")) and server.bytes_sent < 100  # nothing was downloaded
 
