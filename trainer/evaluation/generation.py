@@ -26,7 +26,7 @@ from trainer.evaluation.generation_report import (
 )
 from trainer.evaluation.provenance import StageTimer, environment, weights_files
 from trainer.evaluation.reconstruction_report import check_report_path
-from trainer.jobs.sample_output import RECORD, output_bytes
+from trainer.jobs.sample_output import RECORD, is_as_recorded
 from trainer.jobs.setup import choose_device, job_world
 from trainer.parallel import World, run_on_all_ranks, run_on_main
 
@@ -351,7 +351,7 @@ def sampling_record(samples: Path, sha256: str) -> dict | None:
     try:
         record = json.loads(path.read_bytes())
         finished = record["finished"]
-        if finished["bytes"] != output_bytes(samples) or (samples.is_file() and finished["sha256"] != sha256):
+        if not is_as_recorded(samples, finished, sha256):
             return None
         settings = {name: value for name, value in record["settings"].items() if name != "classes"}
         return {"source": record["source"], "checkpoint": record["checkpoint"], **settings}
