@@ -4,6 +4,7 @@ import contextlib
 import errno
 import fcntl
 import hashlib
+import logging
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -13,13 +14,21 @@ from typing import BinaryIO, NamedTuple, TypeVar
 
 from data.addresses import file_name, is_http, is_remote, redacted, scheme_of
 from data.errors import DataError
-from data.object_store import download_whole
+from data.object_store import Answer, download_whole
 from data.storage import DEFAULT_TIMEOUTS, Timeouts, probe, read, retry
+from data.text import printable
 
 DOWNLOAD_BYTES = 16 * 2**20  # in one request of a download
 EVICTION_RETRIES = 5  # how often a copy may be evicted before it is read
+ASKING_SECONDS = 5.0  # for a server to say whether a copy is still what it holds
 
 T = TypeVar("T")
+logger = logging.getLogger(__name__)
+
+# By folder and URL, the name of the copy that this process reads: the server is asked once, and a process reads one
+# version of an object. Workers inherit it when they are forked.
+_chosen: dict[tuple[str, str], str] = {}
+_warned: set[tuple[str, type[DataError]]] = set()  # hosts, and the kinds of failure to ask them that were told
 
 
 def cache_folder() -> Path:
@@ -35,27 +44,38 @@ class Cache:
 
     Only complete files have their final names. These hold at most `max_bytes` in total; downloads in progress come on
     top. The least recently used file is evicted first, so a path must be opened right away, and requested again if it
-    has been evicted. A file is identified by its whole URL (http: without the fragment): a URL that is signed again
-    each day is downloaded each day. An object that changes under the same URL is not noticed.
+    has been evicted. A file is identified by its whole URL (http: without the fragment), the object's size, and its
+    ETag or else Last-Modified: an object that changes is downloaded again, and a URL that is signed again each day is
+    downloaded each day. The server is asked once for each process and URL. If it cannot be, the copy is used as it is.
     """
 
     folder: Path
     max_bytes: int
     timeouts: Timeouts = DEFAULT_TIMEOUTS
 
-    def holds(self, url: str) -> bool:
-        """Whether there is a local copy of the object."""
-        return (Path(self.folder) / self._name(url)).exists()
+    def held(self, urls: list[str]) -> dict[str, str]:
+        """The names of the objects' copies, of the most recently used version, by URL. Raises DataError."""
+        try:
+            entries = list(os.scandir(self.folder))
+        except (FileNotFoundError, NotADirectoryError):
+            return {}
+        except OSError as error:
+            raise DataError(f"cannot read the cache {self.folder}: {error.strerror}; set data.cache") from error
+        names = {entry.name.split("-")[0]: entry.name for entry in sorted(entries, key=_last_used)}
+        return {url: names[key] for url in urls if (key := _key(url)) in names}
 
     def path(self, url: str) -> Path:
-        """Local copy of the whole object, downloaded if it is missing; a local path is returned as it is.
+        """Local copy of the whole object, downloaded if it is missing or old; a local path is returned as it is.
 
         If many processes ask at once, one downloads and the others wait. Raises DataError.
         """
         if not is_remote(url):
             return Path(url)
-        kept = Path(self.folder) / self._name(url)
+        where, answer = (str(self.folder), url), None
         try:
+            if where not in _chosen:
+                answer, _chosen[where] = self._choose(url)
+            kept = Path(self.folder) / _chosen[where]
             if _touched(kept):
                 return kept
             kept.parent.mkdir(parents=True, exist_ok=True)
@@ -63,7 +83,10 @@ class Cache:
             with _locked(part) as file:
                 if not _touched(kept):  # otherwise another process was faster
                     try:
-                        self._download(url, file)
+                        answer = answer or probe(url, self.timeouts)
+                        if _name(url, answer) != kept.name:
+                            raise DataError(f"{redacted(url)} was replaced while it was read; start again")
+                        self._download(url, answer, file)
                         self._keep(part, kept, file)
                     except BaseException:
                         part.unlink()
@@ -79,16 +102,31 @@ class Cache:
             raise DataError(f"cannot write to the cache {self.folder}: {error.strerror}; set data.cache") from error
         return kept
 
-    @staticmethod
-    def _name(url: str) -> str:
-        if is_http(scheme_of(url)):  # in buckets, # is an ordinary character
-            url = url.split("#")[0]
-        readable = re.sub(r"[^A-Za-z0-9._-]+", "_", file_name(url))
-        return f"{hashlib.sha256(url.encode('utf-8', 'surrogateescape')).hexdigest()}-{readable[-100:]}"
+    def forget(self, url: str, path: str) -> None:
+        """Remove a damaged copy, so that a repaired object is downloaded."""
+        os.unlink(path)
+        _chosen.pop((str(self.folder), url), None)
 
-    def _download(self, url: str, file: BinaryIO) -> None:
-        answer, name = probe(url, self.timeouts), redacted(url)
-        total = answer.object_bytes
+    def _choose(self, url: str) -> tuple[Answer | None, str]:
+        """The server's answer and the name of the object's copy; None and that of an existing copy if the server
+        cannot be asked."""
+        copy, host = self.held([url]).get(url), url.split("/")[2]
+        if copy is None:
+            answer = probe(url, self.timeouts)
+            return answer, _name(url, answer)
+        if (host, DataError) in _warned:  # for other tars too, it would be waited for in vain
+            return None, copy
+        try:
+            answer = probe(url, Timeouts(*(min(seconds, ASKING_SECONDS) for seconds in self.timeouts)))
+            return answer, _name(url, answer)
+        except DataError as error:
+            if (host, type(error)) not in _warned:
+                _warned.add((host, type(error)))
+                logger.warning("%s; copies in the cache %s are used as they are", printable(str(error)), self.folder)
+            return None, copy
+
+    def _download(self, url: str, answer: Answer, file: BinaryIO) -> None:
+        name, total = redacted(url), answer.object_bytes
         if total > self.max_bytes:
             raise DataError(f"{name} has {total:,} bytes, the cache is limited to {self.max_bytes:,}: allow it more")
         file.truncate(0)
@@ -150,9 +188,30 @@ class Access(NamedTuple):
                 return action(path)
             except DataError as error:
                 if os.path.exists(path):
-                    os.unlink(path)  # so that a repaired shard is downloaded
+                    self.cache.forget(url, path)
                     raise DataError(str(error).replace(path, redacted(url))) from error
         raise DataError(f"the cache {self.cache.folder} is too small for what is read at once: data.cache_gigabytes")
+
+
+def _key(url: str) -> str:
+    """What the names of an object's copies begin with."""
+    if is_http(scheme_of(url)):  # in buckets, # is an ordinary character
+        url = url.split("#")[0]
+    return hashlib.sha256(url.encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _name(url: str, answer: Answer) -> str:
+    """The name of the copy of one version of an object."""
+    version = hashlib.sha256(f"{answer.object_bytes} {answer.tag}".encode("utf-8", "surrogateescape")).hexdigest()
+    readable = re.sub(r"[^A-Za-z0-9._-]+", "_", file_name(url))
+    return f"{_key(url)}-{version[:16]}-{readable[-100:]}"
+
+
+def _last_used(entry: os.DirEntry) -> int:
+    try:
+        return entry.stat().st_mtime_ns
+    except FileNotFoundError:  # another process has just evicted it
+        return 0
 
 
 def _touched(path: Path) -> bool:

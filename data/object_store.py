@@ -139,11 +139,12 @@ class Answer(NamedTuple):
     """The answer to a request for a range of bytes.
 
     content: the bytes; None if the server sends the whole, larger object instead, which is not downloaded.
-    object_bytes: size of the whole object.
+    object_bytes: size of the whole object. tag: its ETag or else Last-Modified; empty if the server sends neither.
     """
 
     content: bytes | None
     object_bytes: int
+    tag: str = ""
 
 
 def request_range(url: str, start: int, stop: int, seconds: float) -> Answer:
@@ -265,16 +266,17 @@ async def _parse_answer(
     stop: int,
 ) -> Answer:
     """The answer to a request for a range; `content` reads its body."""
+    tag = headers.get("etag") or headers.get("last-modified", "")
     part = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+)", headers.get("content-range", ""))
     if status == 206 and part and part[1]:
         if int(part[1]) != start:
             raise TransientError(f"the answer starts at byte {int(part[1]):,} instead of {start:,}")
-        return Answer(await content(), int(part[2]))
+        return Answer(await content(), int(part[2]), tag)
     if status == 200 and headers.get("content-length", "").isdigit():
         whole = int(headers["content-length"])
-        return Answer(await content() if (start, stop) == (0, whole) else None, whole)
+        return Answer(await content() if (start, stop) == (0, whole) else None, whole, tag)
     if status == 416:  # the object ends before `start`
-        return Answer(b"", int(part[2]) if part else start)
+        return Answer(b"", int(part[2]) if part else start, tag)
     if status in (200, 206):
         raise DataError(f"the server of {redacted(url)} does not tell its size: put it on one that does")
     raise _error_from_status(url, status)

@@ -286,7 +286,9 @@ def open_source(
 def _check_remote(shards: list[TarShard]) -> None:
     """Raises DataError that names all of the tars that would have to be fetched and cannot be."""
     remote = [shard for shard in shards if is_remote(shard.url)]
-    fetched = [one.url for one in remote if not (one.access.cache and one.access.cache.holds(one.url))]
+    cache = remote[0].access.cache if remote else None
+    held = cache.held([one.url for one in remote]) if cache else {}
+    fetched = [one.url for one in remote if one.url not in held]
     if fetched:
         check_available(fetched, remote[0].access.timeouts)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import email.utils
+import hashlib
 import re
 import threading
 from collections.abc import Iterator, Mapping
@@ -126,6 +127,7 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self) -> None:
         store, path = self.server.store, unquote(urlsplit(self.path).path)
+        self.tag = None
         headers = {name.lower(): value for name, value in self.headers.items()}
         with store.lock:
             store.requests.append(Request(path, self.path, headers.get("range", ""), headers))
@@ -137,6 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
         if fault.status is not None or content is None:
             self._answer(fault.status or 404, fault.headers, fault.body, Fault())
             return
+        self.tag = hashlib.sha256(content).hexdigest()
         given = None if fault.ignore_ranges else re.fullmatch(r"bytes=(\d+)-(\d+)", headers.get("range", ""))
         if given is None:
             self._answer(200, {}, content, fault)
@@ -156,7 +159,9 @@ class _Handler(BaseHTTPRequestHandler):
             headers = {"Content-Length": str(len(body)), **headers}
         else:
             self.close_connection = True
-        headers = {"Last-Modified": email.utils.formatdate(0, usegmt=True), "ETag": f'"{len(body)}"', **headers}
+        headers = {"Last-Modified": email.utils.formatdate(0, usegmt=True), **headers}
+        if self.tag is not None:
+            headers["ETag"] = f'"{self.tag}"'
         for name, value in headers.items():
             self.send_header(name, value)
         self.end_headers()

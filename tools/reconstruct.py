@@ -11,7 +11,10 @@ from tools.console import BatchSize, Device, Tokenizer, Weights, counted, echo, 
 def reconstruct(
     run: Tokenizer,
     images: Annotated[str, typer.Option(help="Folder of images, image, tar or tars, zip file.")],
-    out: Annotated[Path, typer.Option(help="Folder for the results.")],
+    out: Annotated[
+        Path,
+        typer.Option(help="Folder for the results: new, empty, or of an earlier call, whose pictures it replaces."),
+    ],
     size: Annotated[
         str | None,
         typer.Option(

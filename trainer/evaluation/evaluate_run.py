@@ -1,5 +1,6 @@
 """`ibq evaluate reconstruction`, which measures a tokenizer and writes the report's files, and `ibq reconstruct`."""
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -37,14 +38,23 @@ from trainer.evaluation.reference_results import (
     load_evaluation_recipe,
     reference_rows,
 )
-from trainer.files import writing
+from trainer.files import write_json, writing
 from trainer.init_from import read_init_record
-from trainer.jobs.setup import choose_device, common_checkpoint, data_config, decode_threads, job_world, load_newest
+from trainer.jobs.setup import (
+    choose_device,
+    common_checkpoint,
+    data_config,
+    decode_threads,
+    job_world,
+    load_newest,
+    read_record,
+)
 from trainer.metrics.image import SSIM_WINDOW, psnr, to_levels
 from trainer.parallel import World, run_on_main
 from trainer.reports.image_grid import EXAMPLE_COUNT, ORDERS, Example, pair, side_by_side
 
 RUN_REPORT = "report.json"
+RECONSTRUCTIONS = "reconstruct.json"  # marks a folder of `ibq reconstruct`
 FEW_IMAGES = 10_000  # fewer than these bias rFID
 SIZE, RESIZE = 256, "cv2_bilinear"  # of published tokenizers on ImageNet; used if neither options nor a run say more
 
@@ -261,11 +271,13 @@ def write_reconstructions(
     device: str = "auto",
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> WrittenReconstructions:
-    """Writes OUT/<number>_<name>.png, each image next to its reconstruction, and OUT/overview.png of the first ones.
+    """Writes OUT/<number>_<name>.png, each image next to its reconstruction, OUT/overview.png of the first ones, and a
+    record. The pictures of a former call in OUT are removed; any other folder that is not empty is refused.
 
     Arguments and errors as for `evaluate_run`; one process.
     """
     out = Path(out)
+    _check_reconstructions_folder(out)
     if batch_size < 1:
         raise TrainerError(f"the batch size must be at least 1, not {batch_size}")
     device = choose_device(device)
@@ -280,7 +292,8 @@ def write_reconstructions(
         reconstruction_bchw = to_levels(batch.reconstruction_bchw).cpu()
         for example in map(Example, batch.keys, decibels, original_bchw, reconstruction_bchw):
             with writing(out):  # the number separates images of the same name in different folders
-                out.mkdir(parents=True, exist_ok=True)
+                if not image_count:
+                    _begin_reconstructions(out, {"source": str(source), "images": str(images), "weights": weights})
                 pair(example).save(out / fitted(f"{image_count:05d}_", Path(example.key).stem, ".png"))
             image_count += 1
             if len(examples) < EXAMPLE_COUNT:
@@ -295,3 +308,24 @@ def write_reconstructions(
     with writing(out):
         side_by_side(examples).save(out / "overview.png")
     return WrittenReconstructions(image_count, out / "overview.png", skipped)
+
+
+def _check_reconstructions_folder(out: Path) -> None:
+    """Raises TrainerError unless the folder is new, empty or from an earlier `ibq reconstruct`."""
+    error = TrainerError(f"{out} holds other files than those of `ibq reconstruct`: name a new folder with --out")
+    with writing(out):
+        if (
+            read_record(out / RECONSTRUCTIONS, {"source", "images"}, error) is None
+            and out.exists()
+            and any(out.iterdir())
+        ):
+            raise error
+
+
+def _begin_reconstructions(out: Path, record: dict) -> None:
+    """Writes the record, and removes the pictures of an earlier call. Raises OSError."""
+    out.mkdir(parents=True, exist_ok=True)
+    write_json(out / RECONSTRUCTIONS, record)
+    for path in out.iterdir():
+        if re.fullmatch(r"\d{5,}_.*\.png|overview\.png", path.name):
+            path.unlink()

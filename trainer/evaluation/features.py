@@ -72,6 +72,10 @@ class FolderImages:
     def batches(self, batch_size: int, shard: tuple[int, int]) -> Iterator[ImageBatch]:
         options = dict(shard=shard, block=batch_size, threads=decode_threads())
         images = evaluation_images(str(self.path), image_size=None, **options)
+        if [shard.images for shard in images.shards] != [self.files]:
+            raise DataError(
+                f"{self.path} got or lost images while it was evaluated: start again when nothing writes there"
+            )
         for _, group in itertools.groupby(images, key=lambda image: image.index // batch_size):
             batch = list(group)
             for image in batch:

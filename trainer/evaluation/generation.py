@@ -26,8 +26,8 @@ from trainer.evaluation.generation_report import (
 )
 from trainer.evaluation.provenance import StageTimer, environment, weights_files
 from trainer.evaluation.reconstruction_report import check_report_path
-from trainer.jobs.sample_output import RECORD, output_bytes
-from trainer.jobs.setup import choose_device, job_world
+from trainer.jobs.sample_output import RECORD, is_as_recorded
+from trainer.jobs.setup import choose_device, job_world, read_record
 from trainer.parallel import World, run_on_all_ranks, run_on_main
 
 METRICS = {"fid": ("gfid",), "is": ("inception_score",), "pr": ("precision", "recall")}
@@ -331,6 +331,10 @@ def _open_images(path: Path) -> Npz | FolderImages:
         return Npz(path)
     if not path.is_dir():
         raise DataError(f"no such file or folder: {path}")
+    damaged = DataError(f"{path / RECORD} is damaged, or not of `ibq sample`: remove it")
+    begun = read_record(path / RECORD, {"settings", "finished"}, damaged)
+    if begun is not None and begun["finished"] is None:
+        raise DataError(f"{path} is not finished: wait for its `ibq sample`, or run it again, which continues")
     images = FolderImages(path)
     if not images.count:
         raise DataError(f"no image in the folder {path}")
@@ -351,7 +355,7 @@ def sampling_record(samples: Path, sha256: str) -> dict | None:
     try:
         record = json.loads(path.read_bytes())
         finished = record["finished"]
-        if finished["bytes"] != output_bytes(samples) or (samples.is_file() and finished["sha256"] != sha256):
+        if not is_as_recorded(samples, finished, sha256):
             return None
         settings = {name: value for name, value in record["settings"].items() if name != "classes"}
         return {"source": record["source"], "checkpoint": record["checkpoint"], **settings}

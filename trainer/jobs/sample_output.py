@@ -43,9 +43,18 @@ def output_bytes(out: Path) -> int:
     return sum((out / image).stat().st_size for image in find_images(out)) if out.is_dir() else out.stat().st_size
 
 
+def is_as_recorded(out: Path, finished: dict, sha256: str | None = None) -> bool:
+    """Whether the files have the bytes of a finished record, and an .npz its sha256 (of the file unless it is given).
+    Raises OSError."""
+    if finished.get("bytes") != output_bytes(out):
+        return False
+    return out.suffix.lower() != ".npz" or finished.get("sha256") == (sha256 or sha256_of(out))
+
+
 class SampleOutput:
     """The output and its chunks, one per batch: the PNGs of a folder, or the .npy files in FILE.parts until a file is
-    complete. Chunks are renamed when they are complete, so a chunk that has its name is valid."""
+    complete. Chunks are renamed when they are complete, so a chunk that has its name is valid, unless it is empty, as a
+    crash of the machine may leave it."""
 
     def __init__(self, out: Path, classes: list[int], count: int, seed: int, batch_size: int, no_class: int):
         self.out, self.classes, self.count, self.seed, self.batch_size = out, classes, count, seed, batch_size
@@ -77,7 +86,8 @@ class SampleOutput:
     def missing(self) -> list[int]:
         """The chunks that are not complete. Raises TrainerError."""
         with writing(self.out):
-            existing = set(os.listdir(self.parts))
+            files = (entry for entry in os.scandir(self.parts) if not entry.name.startswith("."))
+            existing = {entry.name for entry in files if entry.stat().st_size}
         return [chunk for chunk in range(self.chunks) if not existing.issuperset(self._names(chunk))]
 
     def finished_images(self, missing: list[int]) -> int:
@@ -100,6 +110,11 @@ class SampleOutput:
             if former is not None:
                 check_same_settings(self.out, "samples", former["settings"], record["settings"], _how_to_repeat)
                 if former["finished"] and self.out.exists() and not (self.is_folder and self.missing()):
+                    if "bytes" in former["finished"] and not is_as_recorded(self.out, former["finished"]):
+                        raise TrainerError(
+                            f"{self.out} is not what {self.record} says it wrote: it was damaged or changed; remove it "
+                            "to sample it again, or choose another --out"
+                        )
                     self._remove_parts()
                     return True
             self.parts.mkdir(parents=True, exist_ok=True)
@@ -129,7 +144,7 @@ class SampleOutput:
             if not self.is_folder:
                 with complete_file(self.out) as temporary, temporary.open("wb") as file:
                     self._write_npz(file) if self.kind == ".npz" else self._grid().save(file, "PNG")
-            # An evaluation checks these to see that the record describes these files.
+            # See `is_as_recorded`.
             record["finished"]["bytes"] = output_bytes(self.out)
             if self.kind == ".npz":
                 record["finished"]["sha256"] = sha256_of(self.out)

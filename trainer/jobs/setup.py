@@ -101,7 +101,7 @@ def decode_threads() -> int:
     return min(8, threads_per_process())
 
 
-def read_record(path: Path, keys: set[str], error: TrainerError) -> dict | None:
+def read_record(path: Path, keys: set[str], error: Exception) -> dict | None:
     """What a former job wrote of itself: a JSON object with at least these keys; None if there is no file. Raises the
     error for anything else."""
     try:

@@ -49,6 +49,8 @@ def fresh(monkeypatch):
     """Clients that know the environment of now."""
     monkeypatch.setattr(object_store, "_clients", {})
     monkeypatch.setattr(storage, "_sizes", {})
+    monkeypatch.setattr(caching, "_chosen", {})
+    monkeypatch.setattr(caching, "_warned", set())
 
 
 @pytest.fixture(scope="module")
@@ -591,6 +593,56 @@ def test_an_object_is_downloaded_once_and_in_pieces(server, tmp_path, pieces):
     assert sorted(os.listdir(path.parent)) == sorted([".lock", path.name])
 
 
+def new_process() -> None:
+    for known in (storage._sizes, caching._chosen, caching._warned):
+        known.clear()
+
+
+def test_an_object_that_changes_is_downloaded_again_by_the_next_process(server, tmp_path, fresh):
+    cache, url, other = Cache(tmp_path, 10**7, STEADY), server.url("/a.tar"), CONTENT[::-1]  # of the same size
+    former = cache.path(url)
+    new_process()
+    assert cache.path(url) == former
+    assert server.asked("/a.tar") == 1 + 1 + 1
+    server.files["/a.tar"] = other
+    assert cache.path(url) == former  # a process reads one version
+    new_process()
+    assert cache.path(url).read_bytes() == other
+    assert former.read_bytes() == CONTENT  # as other processes may still read it
+
+
+def test_a_copy_that_is_gone_is_not_replaced_by_another_version(server, tmp_path, fresh):
+    cache, url = Cache(tmp_path, 10**7, STEADY), server.url("/a.tar")
+    cache.path(url).unlink()
+    assert cache.path(url).read_bytes() == CONTENT
+    cache.path(url).unlink()
+    server.files["/a.tar"] = CONTENT[::-1]
+    assert "was replaced" in error_of(cache.path, url)
+
+
+def test_last_modified_tells_versions_apart_where_there_is_no_etag(server, tmp_path, fresh):
+    def content_of(date: str) -> bytes:
+        new_process()
+        headers = {"Last-Modified": date, "Content-Range": "bytes 0-0/1"}
+        server.fault("/x.tar", status=206, headers=headers, body=date[:1].encode(), times=2)
+        return Cache(tmp_path, 1000, STEADY).path(server.url("/x.tar")).read_bytes()
+
+    assert [content_of(date) for date in ("1 Jan", "2 Jan")] == [b"1", b"2"]
+
+
+@pytest.mark.parametrize("fault", [{"status": 403}, {"status": 503}, {"silent": True}], ids=str)
+def test_copies_are_used_with_one_warning_where_the_server_cannot_be_asked(server, tmp_path, fresh, caplog, fault):
+    cache, urls = Cache(tmp_path, 10**7, BRIEF), [server.url("/a.tar"), server.url("/b.tar")]
+    server.files["/b.tar"] = b"b"
+    paths = [cache.path(url) for url in urls]
+    new_process()
+    for path in ("/a.tar", "/b.tar"):
+        server.fault(path, **fault)
+    assert [cache.path(url) for url in urls] == paths
+    said = [record.getMessage() for record in caplog.records if record.name == "data.cache"]
+    assert len(said) == 1 and f"copies in the cache {tmp_path} are used as they are" in said[0]
+
+
 def test_local_paths_are_their_own_copies(tmp_path):
     assert Cache(tmp_path / "cache", 10).path(str(tmp_path / "a.tar")) == tmp_path / "a.tar"
 
@@ -641,7 +693,7 @@ def test_the_least_recently_used_go_first(server, tmp_path):
     (tmp_path / "notes.txt").write_text("mine" * 1000)
 
     def kept() -> set[str]:
-        return {path.name[65:66] for path in tmp_path.glob("*.tar")}
+        return {path.name.split("-")[2][0] for path in tmp_path.glob("*.tar")}
 
     for name in names[:3]:
         cache.path(server.url(f"/{name}.tar"))
@@ -688,7 +740,7 @@ def test_processes_download_an_object_once(server, tmp_path, pieces):
     paths = in_forked(lambda: Cache(tmp_path, 10**6, STEADY).path(url), processes=6)
     assert len(set(paths)) == 1
     assert paths[0].read_bytes() == CONTENT
-    assert server.asked("/a.tar") == 1 + 6
+    assert server.asked("/a.tar") == 6 + 6  # each process asks for the version
 
 
 def test_threads_download_an_object_once(server, tmp_path, pieces):
@@ -696,7 +748,7 @@ def test_threads_download_an_object_once(server, tmp_path, pieces):
     with ThreadPoolExecutor(6) as pool:
         paths = list(pool.map(lambda _: cache.path(url), range(6)))
     assert len(set(paths)) == 1
-    assert server.asked("/a.tar") == 1 + 6
+    assert sum(request.range != "bytes=0-0" for request in server.requests) == 6
 
 
 @pytest.mark.process

@@ -130,7 +130,7 @@ def test_reconstruct_writes_each_picture_and_an_overview(run, tmp_path):
     assert heard == [(1, 4), (2, 4), (3, 4)]  # one of them is broken
     assert written.image_count == 3 and len(written.skipped) == 1
     names = sorted(path.name for path in (tmp_path / "out").iterdir())
-    assert names == ["00000_astronaut.png", "00001_chelsea.png", "00002_coffee.png", "overview.png"]
+    assert names == ["00000_astronaut.png", "00001_chelsea.png", "00002_coffee.png", "overview.png", "reconstruct.json"]
     (tmp_path / "empty").mkdir()
     Image.new("RGB", (9, 9)).save(tmp_path / "file.png")
     with pytest.raises(TrainerError, match="cannot write"):
@@ -138,6 +138,21 @@ def test_reconstruct_writes_each_picture_and_an_overview(run, tmp_path):
     with pytest.raises(TrainerError, match=r"no readable image in .* \(1 skipped, the first: .*broken\.png: no JPEG"):
         write_reconstructions(run, images=f"{photos}/broken.png", out=tmp_path / "none", device="cpu")
     assert not (tmp_path / "none").exists()
+
+
+def test_reconstruct_replaces_its_own_pictures_and_no_others(run, tmp_path):
+    photos, out = OmegaConf.load(run / "config.yaml").data.val, tmp_path / "out"
+    out.mkdir()
+    write_reconstructions(run, images=photos, out=out, device="cpu")
+    (out / "notes.txt").write_text("mine")
+    write_reconstructions(run, images=f"{photos}/coffee.png", out=out, device="cpu")
+    names = ["00000_coffee.png", "notes.txt", "overview.png", "reconstruct.json"]
+    assert sorted(path.name for path in out.iterdir()) == names
+    (out / "reconstruct.json").unlink()
+    before = {path: path.read_bytes() for path in out.iterdir()}
+    said = refusal(TrainerError, write_reconstructions, run, images=photos, out=out, device="cpu")
+    assert f"{out} holds other files" in said and "--out" in said
+    assert {path: path.read_bytes() for path in out.iterdir()} == before
 
 
 def test_a_recipe_gives_the_conditions_and_options_win(run, tmp_path):

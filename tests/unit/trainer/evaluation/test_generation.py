@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from comparing import refusal
 from PIL import Image
 from random_networks import accept, hashes_of, main_with_small_inception, one_thread
 from support import frechet_distance_by_hand
@@ -13,12 +14,13 @@ from torch_fidelity.feature_extractor_inceptionv3 import FeatureExtractorIncepti
 from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
+from data.errors import DataError
 from data.npz import Npz
 from model_zoo.eval_nets.inception import Inception
 from model_zoo.eval_nets.weights import WEIGHTS_FILES
 from trainer import TrainerError
 from trainer.evaluation.features import FeatureExtractor, FolderImages, NpzImages, _gathered
-from trainer.evaluation.generation import evaluate_generation, sampling_record
+from trainer.evaluation.generation import evaluate_generation, open_reference, open_samples, sampling_record
 
 pytestmark = pytest.mark.usefixtures("cache", "small_inception")
 
@@ -307,6 +309,26 @@ def test_a_report_of_sampling_is_believed_of_the_very_samples_only(samples, tmp_
     folder = write_folder(tmp_path / "folder", pictures(3))
     size = sum(path.stat().st_size for path in folder.rglob("*.png"))
     assert told(folder, bytes=size) == believed and told(folder, bytes=size - 1) is None
+
+
+def test_samples_that_are_still_being_made_are_refused(tmp_path):
+    folder = write_folder(tmp_path / "folder", pictures(3))
+    record = {"settings": {"count": 8}, "source": "run", "checkpoint": "step_1", "finished": None}
+    (folder / "sample.json").write_text(json.dumps(record))
+    for opened in (open_samples, open_reference):
+        assert f"{folder} is not finished: wait for" in refusal(DataError, opened, folder)
+    (folder / "sample.json").write_text(json.dumps({**record, "finished": {"bytes": 1}}))
+    assert open_samples(folder).count == open_reference(folder).images.count == 3
+    (folder / "sample.json").write_text("{")
+    assert "sample.json is damaged" in refusal(DataError, open_samples, folder)
+
+
+def test_a_folder_that_changes_while_it_is_evaluated_is_refused(tmp_path):
+    folder = write_folder(tmp_path / "folder", pictures(3))
+    images = FolderImages(folder)
+    assert sum(len(batch.levels_bchw) for batch in images.batches(2, (0, 1))) == 3
+    write_folder(folder, pictures(4))
+    assert "got or lost images" in refusal(DataError, lambda: list(images.batches(2, (0, 1))))
 
 
 def test_what_few_pictures_do_not_allow_is_left_out_with_the_reason(reference, tmp_path, monkeypatch):

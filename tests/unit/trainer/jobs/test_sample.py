@@ -186,6 +186,29 @@ def test_a_job_that_is_done_says_so_and_other_settings_are_refused(run, tmp_path
 
 
 @pytest.mark.parametrize("out", ["x.npz", "x.png", "folder"])
+@pytest.mark.parametrize("change", ["cut", "flipped"])
+def test_a_damaged_output_is_not_taken_for_complete(run, tmp_path, out, change):
+    options = {"count": 4, "batch_size": 2, "out": tmp_path / out}
+    sample(run, **options)
+    file = tmp_path / out if out != "folder" else next((tmp_path / out).glob("000002*.png"))
+    whole = file.read_bytes()
+    if change == "cut":
+        file.write_bytes(whole[:-10])
+    elif out == "x.npz":  # the record has a hash of this kind only
+        file.write_bytes(whole[:300] + bytes([whole[300] ^ 1]) + whole[301:])
+    else:
+        file.write_bytes(b"")
+        if out == "folder":
+            assert sample(run, **options).made == 2 and file.read_bytes() == whole
+            return
+    said = refusal(TrainerError, sample, run, **options)
+    assert f"{tmp_path / out} is not what" in said and "remove it to sample it again" in said
+    shutil.rmtree(tmp_path / out) if out == "folder" else file.unlink()
+    assert sample(run, **options).made == 4
+    assert file.read_bytes() == whole
+
+
+@pytest.mark.parametrize("out", ["x.npz", "x.png", "folder"])
 def test_an_output_has_one_writer(run, tmp_path, out):
     with WriterLock(file_lock(tmp_path / out), out) as other:
         other.take()
