@@ -36,9 +36,12 @@ def check_is_folder(out: Path) -> None:
         raise TrainerError(f"{out} is a file: name a folder with --out")
 
 
-def begin_folder(out: Path, settings: dict, shard_count: int, classes: dict[str, int] | None = None) -> list[int]:
+def begin_folder(
+    out: Path, settings: dict, state: str | None, shard_count: int, classes: dict[str, int] | None = None
+) -> list[int]:
     """Begins the folder, which exists and is locked, or continues that of a job with the same settings; returns the
-    numbers of the missing shards. classes: the number of each class, written to classes.json.
+    numbers of the missing shards. state: a hash of the input's content, or None. classes: the number of each class,
+    written to classes.json.
 
     Raises TrainerError, and DataError if the shards there number the classes otherwise."""
     with writing(out):
@@ -49,6 +52,7 @@ def begin_folder(out: Path, settings: dict, shard_count: int, classes: dict[str,
         if any(out.glob("tokens-*.tar")):
             _check_same_classes(out, former, settings)
             check_same_settings(out, "tokens", former, settings, _how_to_repeat)
+            _check_same_state(out, former.get("state"), state)
             classes = merged_classes([*classes_beside([f"{out}/"]), ("--images", classes or {})])
         elif former is not None:  # without shards there is nothing to continue
             for path in (out / SKIPPED, *out.glob(".skipped-*.jsonl"), *([] if classes else [out / CLASSES_NAME])):
@@ -56,7 +60,9 @@ def begin_folder(out: Path, settings: dict, shard_count: int, classes: dict[str,
         else:
             _check_not_in_use(out)
         remove_unfinished(out, "*")
-        write_json(out / RECORD, settings)  # first: the next job takes classes without it for those of another origin
+        write_json(
+            out / RECORD, {**settings, "state": state}
+        )  # first: the next job takes classes without it for those of another origin
         if classes:
             write_json(out / CLASSES_NAME, classes)
         missing = [number for number in range(shard_count) if not shard_path(out, number).exists()]
@@ -82,6 +88,16 @@ def _check_same_classes(out: Path, former: dict, current: dict) -> None:
     else:
         what = f"whose classes were numbered by another file: give --classes {out / CLASSES_NAME}"
     raise TrainerError(f"{out} holds tokens {what} to continue, or name another path with --out")
+
+
+def _check_same_state(out: Path, before: str | None, now: str | None) -> None:
+    """Folders of earlier versions have no record of it."""
+    if before not in (None, now):
+        raise TrainerError(
+            f"{out} holds tokens of --images before they, or the .cls, .txt or .json files beside them, were changed: "
+            f"remove {out}/tokens-*.tar to make all again, or name another path with --out (a copy of the images "
+            "counts as unchanged if it has their times, as by cp -p)"
+        )
 
 
 def _how_to_repeat(name: str, former: dict) -> str:
