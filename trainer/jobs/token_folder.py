@@ -23,11 +23,8 @@ def shard_path(out: Path, number: int) -> Path:
 
 def write_skipped(out: Path, number: int, records: list[dict]) -> None:
     """Replaces what is recorded of the images that one shard left out."""
-    path = out / f".skipped-{number:06d}.jsonl"
-    if records:
-        write_text(path, "".join(json.dumps({"shard": number, **record}) + "\n" for record in records))
-    else:
-        path.unlink(missing_ok=True)
+    lines = (json.dumps({"shard": number, **record}) + "\n" for record in records)
+    write_text(out / f".skipped-{number:06d}.jsonl", "".join(lines))  # an empty one, too, replaces former lines
 
 
 def check_is_folder(out: Path) -> None:
@@ -135,7 +132,8 @@ def finish_folder(out: Path, images: str) -> FinishedFolder:
 
 
 def _merge_skipped(out: Path) -> list[str]:
-    """Merges the lists of single shards into skipped.jsonl, in order of shards; lists of former jobs are kept."""
+    """Merges the lists of single shards into skipped.jsonl, in order of shards; those of shards that this job did not
+    write are kept."""
     lines: dict[int, list[str]] = {}
     merged = out / SKIPPED
     for line in merged.read_text(encoding="utf-8").splitlines() if merged.exists() else []:
@@ -146,6 +144,8 @@ def _merge_skipped(out: Path) -> list[str]:
     ordered = [line for _, of_shard in sorted(lines.items()) for line in of_shard]
     if ordered:
         write_text(merged, "".join(f"{line}\n" for line in ordered))
+    else:
+        merged.unlink(missing_ok=True)
     for part in parts:
         part.unlink()
     records = [json.loads(line) for line in ordered]

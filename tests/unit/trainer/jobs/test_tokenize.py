@@ -346,6 +346,25 @@ def test_a_zip_file_that_was_changed_is_refused(run, tmp_path):
     assert "were changed" in refusal(TrainerError, go, run, write(b"7"), out)
 
 
+def test_skipped_images_of_a_shard_that_is_made_again_are_listed_anew(run, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in ("0.png", "1.png"):
+        (images / name).write_bytes(b"no picture")
+    for number in range(2, 8):
+        (images / f"{number}.png").write_bytes(png(number))
+    done = go(run, images, tmp_path / "out")
+    listed = (done.out / "skipped.jsonl").read_text().splitlines()
+    assert len(done.skipped) == len(listed) == 2
+    for line in map(json.loads, listed):  # one after the other
+        (images / line["key"]).write_bytes(png(0))
+        (done.out / f"tokens-{line['shard']:06d}.tar").unlink(missing_ok=True)
+        forget_state(done.out)
+        done = go(run, images, done.out)
+    assert (done.samples, done.skipped) == (8, [])
+    assert not (done.out / "skipped.jsonl").exists() and not list(done.out.glob(".skipped-*"))
+
+
 def test_a_shard_that_is_made_again_of_other_pictures_gets_a_new_entry_in_the_index(run, tmp_path):
     images = tmp_path / "images"
     images.mkdir()
