@@ -37,6 +37,10 @@ def list_folder(folder: Path) -> Listing:
     read, for a link to nothing that may have been a folder, and for images beside tars: a part of the samples would be
     missing in silence.
     """
+    return _listing(folder, _files_in(folder))
+
+
+def _files_in(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise DataError(f"no such folder: {folder}")
     found, above = [], {}  # above: folder -> the identities of it and of the folders that it is in
@@ -54,7 +58,7 @@ def list_folder(folder: Path) -> Listing:
                 found.append(path.relative_to(folder))
             if suffix not in (*PICTURES, *BESIDE):
                 _check_link(path)
-    return _listing(folder, found)
+    return found
 
 
 def is_hidden(path: PurePath) -> bool:
@@ -161,6 +165,21 @@ class FolderFiles:
         self._beside = found.beside
         return found
 
+    def paths(self) -> list[Path]:
+        """All files, without hidden ones. Raises DataError."""
+        return _files_in(self.path)
+
+    def state(self, path: PurePath) -> tuple:
+        """Size and whole second of the last change, which a copy with times keeps; empty for a link to nothing. Raises
+        DataError."""
+        try:
+            status = (self.path / path).stat()
+        except FileNotFoundError:
+            return ()
+        except OSError as error:
+            raise DataError(f"cannot read {self.name(path)}: {error.strerror or error}") from error
+        return status.st_size, int(status.st_mtime)
+
     def read(self, path: PurePath) -> bytes:
         """A file's content. Raises ImageError for a link to nothing and for what is no file; OSError."""
         file = self.path / path
@@ -205,6 +224,13 @@ class ZipFiles:
     def listing(self) -> Listing:
         """The pictures, without hidden ones."""
         return self._listing
+
+    def paths(self) -> list[PurePosixPath]:
+        return list(self.members)
+
+    def state(self, path: PurePosixPath) -> tuple:
+        """Size and CRC-32 of the member."""
+        return tuple((member.file_size, member.CRC) for member in self.members[path])
 
     def read(self, path: PurePosixPath) -> bytes:
         """A member's content. Raises ImageError for one that is damaged or has more than MAX_BYTES, for a link, and
@@ -290,6 +316,14 @@ class FileShard:
 
     def key(self, path: PurePath) -> str:
         return self.files.prefix + path.as_posix()
+
+    def states(self) -> list[tuple]:
+        """The images and the files beside them, sorted: the path of each, and what changes with its content."""
+        stems = {image.with_suffix("") for image in self.images}
+        suffixes = (*IMAGE_SUFFIXES, *BESIDE)
+        own = [path for path in self.files.paths() if path.with_suffix("") in stems]
+        own = sorted((path for path in own if path.suffix[1:].lower() in suffixes), key=PurePath.as_posix)
+        return [(path.as_posix(), *self.files.state(path)) for path in own]
 
     def skipped_unread(self, dataset: str = "") -> list[Skipped]:
         """The account of `unread`, as of samples that cannot be used."""

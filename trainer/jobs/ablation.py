@@ -25,6 +25,8 @@ CURVES = {
     "val/usage": "codebook usage, validation",
     "val/psnr": "PSNR, validation (dB)",
 }
+# In a report's manifest: what must be equal for figures to be comparable.
+PROTOCOL = ("images", "image_list", "image_size", "resize", "weights")
 OPTIONS = "ablation.txt"  # next to a report: the options of its evaluation
 
 
@@ -174,8 +176,33 @@ def figures(ablation: Ablation, cells: list[Cell]) -> dict[str, dict[str, Figure
     }
 
 
+def check_same_protocol(cells: list[Cell]) -> None:
+    """Raises TrainerError if evaluated cells were not evaluated on the same images in the same way."""
+    found: dict[str, dict[str, list[Cell]]] = {}  # name of a condition -> its value -> cells
+    for cell in cells:
+        report = json.loads(cell.report.read_text())
+        conditions = {name: report["manifest"][name] for name in PROTOCOL} | {"image_count": report["image_count"]}
+        # This baseline depends on pixels, which image_list does not, and on no weights.
+        baseline, factor = report["baseline_mean_color_psnr"], report["downsampling_factor"]
+        conditions[f"baseline_mean_color_psnr at factor {factor}"] = None if baseline is None else round(baseline, 4)
+        for name, value in conditions.items():
+            found.setdefault(name, {}).setdefault(json.dumps(value), []).append(cell)
+    for name, cells_by_value in found.items():
+        if len(cells_by_value) > 1:
+            ways = "; ".join(
+                f"{value} for {', '.join(f'{cell.row} (seed {cell.seed})' for cell in alike)}"
+                for value, alike in cells_by_value.items()
+            )
+            raise TrainerError(
+                f"the rows were not evaluated alike ({name}: {ways}): remove ablation.json from each run that is to be "
+                "evaluated again and repeat the command, or give a --judge that makes all rows alike"
+            )
+
+
 def write_table(ablation: Ablation, cells: list[Cell], out: Path) -> list[Path]:
-    """Writes table.json, table.md and curves.png of evaluated cells; returns their paths. Raises TrainerError."""
+    """Writes table.json, table.md and curves.png of evaluated cells; returns their paths. Raises TrainerError, also if
+    the cells were not evaluated alike."""
+    check_same_protocol(cells)
     measured = figures(ablation, cells)
     tree = {row: {name: figure._asdict() for name, figure in named.items()} for row, named in measured.items()}
     files = {

@@ -23,11 +23,8 @@ def shard_path(out: Path, number: int) -> Path:
 
 def write_skipped(out: Path, number: int, records: list[dict]) -> None:
     """Replaces what is recorded of the images that one shard left out."""
-    path = out / f".skipped-{number:06d}.jsonl"
-    if records:
-        write_text(path, "".join(json.dumps({"shard": number, **record}) + "\n" for record in records))
-    else:
-        path.unlink(missing_ok=True)
+    lines = (json.dumps({"shard": number, **record}) + "\n" for record in records)
+    write_text(out / f".skipped-{number:06d}.jsonl", "".join(lines))  # an empty one, too, replaces former lines
 
 
 def check_is_folder(out: Path) -> None:
@@ -36,9 +33,12 @@ def check_is_folder(out: Path) -> None:
         raise TrainerError(f"{out} is a file: name a folder with --out")
 
 
-def begin_folder(out: Path, settings: dict, shard_count: int, classes: dict[str, int] | None = None) -> list[int]:
+def begin_folder(
+    out: Path, settings: dict, state: str | None, shard_count: int, classes: dict[str, int] | None = None
+) -> list[int]:
     """Begins the folder, which exists and is locked, or continues that of a job with the same settings; returns the
-    numbers of the missing shards. classes: the number of each class, written to classes.json.
+    numbers of the missing shards. state: a hash of the input's content, or None. classes: the number of each class,
+    written to classes.json.
 
     Raises TrainerError, and DataError if the shards there number the classes otherwise."""
     with writing(out):
@@ -49,6 +49,7 @@ def begin_folder(out: Path, settings: dict, shard_count: int, classes: dict[str,
         if any(out.glob("tokens-*.tar")):
             _check_same_classes(out, former, settings)
             check_same_settings(out, "tokens", former, settings, _how_to_repeat)
+            _check_same_state(out, former.get("state"), state)
             classes = merged_classes([*classes_beside([f"{out}/"]), ("--images", classes or {})])
         elif former is not None:  # without shards there is nothing to continue
             for path in (out / SKIPPED, *out.glob(".skipped-*.jsonl"), *([] if classes else [out / CLASSES_NAME])):
@@ -56,7 +57,9 @@ def begin_folder(out: Path, settings: dict, shard_count: int, classes: dict[str,
         else:
             _check_not_in_use(out)
         remove_unfinished(out, "*")
-        write_json(out / RECORD, settings)  # first: the next job takes classes without it for those of another origin
+        write_json(
+            out / RECORD, {**settings, "state": state}
+        )  # first: the next job takes classes without it for those of another origin
         if classes:
             write_json(out / CLASSES_NAME, classes)
         missing = [number for number in range(shard_count) if not shard_path(out, number).exists()]
@@ -82,6 +85,16 @@ def _check_same_classes(out: Path, former: dict, current: dict) -> None:
     else:
         what = f"whose classes were numbered by another file: give --classes {out / CLASSES_NAME}"
     raise TrainerError(f"{out} holds tokens {what} to continue, or name another path with --out")
+
+
+def _check_same_state(out: Path, before: str | None, now: str | None) -> None:
+    """Folders of earlier versions have no record of it."""
+    if before not in (None, now):
+        raise TrainerError(
+            f"{out} holds tokens of --images before they, or the .cls, .txt or .json files beside them, were changed: "
+            f"remove {out}/tokens-*.tar to make all again, or name another path with --out (a copy of the images "
+            "counts as unchanged if it has their times, as by cp -p)"
+        )
 
 
 def _how_to_repeat(name: str, former: dict) -> str:
@@ -119,7 +132,8 @@ def finish_folder(out: Path, images: str) -> FinishedFolder:
 
 
 def _merge_skipped(out: Path) -> list[str]:
-    """Merges the lists of single shards into skipped.jsonl, in order of shards; lists of former jobs are kept."""
+    """Merges the lists of single shards into skipped.jsonl, in order of shards; those of shards that this job did not
+    write are kept."""
     lines: dict[int, list[str]] = {}
     merged = out / SKIPPED
     for line in merged.read_text(encoding="utf-8").splitlines() if merged.exists() else []:
@@ -130,6 +144,8 @@ def _merge_skipped(out: Path) -> list[str]:
     ordered = [line for _, of_shard in sorted(lines.items()) for line in of_shard]
     if ordered:
         write_text(merged, "".join(f"{line}\n" for line in ordered))
+    else:
+        merged.unlink(missing_ok=True)
     for part in parts:
         part.unlink()
     records = [json.loads(line) for line in ordered]

@@ -93,7 +93,10 @@ def tokenize(
         job = _Job(world, inputs, Path(out), settings, _units(inputs.source, samples_per_shard), batch_size)
         run_on_main(world, lambda: check_is_folder(job.out))
         with one_writer(world, folder_lock(job.out), job.out):
-            missing = run_on_main(world, lambda: begin_folder(job.out, settings, len(job.units), inputs.classes))
+            missing = run_on_main(
+                world,
+                lambda: begin_folder(job.out, settings, _state(inputs.source), len(job.units), inputs.classes),
+            )
             made = _tokenize_units(job, missing, workers, on_progress)
             finished = run_on_main(world, lambda: finish_folder(job.out, str(images)))
         if not world.is_main:
@@ -191,6 +194,12 @@ def _order_files(shard: Shard) -> dict[str, str]:
     paths = {PurePosixPath(shard.key(path)): path for path in shard.images}
     shard.images = [paths[name] for name in mixed(list(paths))]
     return {shard.key(paths[name]): key for name, key in unique_keys(list(paths)).items()}
+
+
+def _state(source: Source) -> str | None:
+    """A hash that changes with the content of a folder or a zip file; None for tars."""
+    shard = source.shards[0]
+    return None if isinstance(shard, TarShard) else digest(shard.states())
 
 
 def _units(source: Source, samples_per_shard: int) -> list[_Unit]:

@@ -17,7 +17,7 @@ from data.stop_signals import ending_as_by_ctrl_c
 from model_zoo.quantizers.registry import QUANTIZERS
 from tools import ablate
 from trainer import TrainerError
-from trainer.jobs.ablation import Figure, cells_of, figures, load_ablation, markdown
+from trainer.jobs.ablation import Figure, cells_of, figures, load_ablation, markdown, write_table
 from trainer.recipes import ABLATIONS, load_recipe, recipe_paths
 
 DATA = ["data.train=bundled:train", "data.val=bundled:val"]
@@ -135,6 +135,36 @@ def test_figures_are_means_and_spreads_over_seeds(tmp_path):
     text = markdown(ablation, measured)
     assert "| As it is | 22.00 ± 2.65 | 50.0% ± 0.0% | 3.50 |" in text
     assert "over 3 seeds" in text
+
+
+MANIFEST = {"images": "val", "image_list": "8ba8", "image_size": 32, "resize": "pil_antialias", "weights": "ema"}
+REPORT = {"psnr": 20.0, "image_count": 20, "baseline_mean_color_psnr": 19.5, "downsampling_factor": 4}
+
+
+@pytest.mark.parametrize(
+    "manifest, changes, difference",
+    [
+        ({}, {"psnr": 21.0}, None),
+        ({}, {"downsampling_factor": 8, "baseline_mean_color_psnr": 17.0}, None),
+        ({"image_size": 16}, {}, "image_size: 32 for As it is (seed 0); 16 for Slow, 1 (seed 0)"),
+        ({"image_list": "1234"}, {}, "image_list: "),
+        ({"weights": "raw"}, {}, "weights: "),
+        ({}, {"image_count": 21}, "image_count: 20 for As it is (seed 0); 21 for "),
+        ({}, {"baseline_mean_color_psnr": 19.6}, "baseline_mean_color_psnr at factor 4: 19.5 for "),
+    ],
+)
+def test_rows_that_were_evaluated_in_different_ways_get_no_common_table(tmp_path, manifest, changes, difference):
+    ablation = load_ablation(table(tmp_path, TWO_ROWS))
+    cells, out = cells_of(ablation, None, [0], [], tmp_path / "out"), tmp_path / "out"
+    reports = {"manifest": MANIFEST, **REPORT}, {"manifest": {**MANIFEST, **manifest}, **REPORT, **changes}
+    for cell, report in zip(cells, reports, strict=True):
+        cell.run.mkdir(parents=True)
+        cell.report.write_text(json.dumps(report))
+    if difference is None:
+        assert (out / "table.md") in write_table(ablation, cells, out)
+    else:
+        assert f"not evaluated alike ({difference}" in refusal(TrainerError, write_table, ablation, cells, out)
+        assert not (out / "table.md").exists()
 
 
 @pytest.mark.parametrize(

@@ -284,6 +284,87 @@ def test_a_complete_folder_is_checked_again(run, tars, flipped, tmp_path):
     assert files(out) == files(flipped.out)
 
 
+def forget_state(out: Path) -> None:
+    """Makes the folder one of an earlier version."""
+    record = json.loads((out / "tokens.json").read_text())
+    assert record.pop("state")
+    (out / "tokens.json").write_text(json.dumps(record))
+
+
+def labelled(folder: Path, time: int = 1_700_000_000) -> Path:
+    """Two images with classes in a folder."""
+    folder.mkdir()
+    for number in range(2):
+        (folder / f"{number}.png").write_bytes(png(number))
+        (folder / f"{number}.CLS").write_text("1")
+    for path in folder.iterdir():
+        os.utime(path, (time, time))
+    return folder
+
+
+@pytest.mark.parametrize("name, content", [("0.CLS", b"7"), ("1.txt", b"new"), ("1.png", png(9)), ("1.json", b"{}")])
+def test_a_folder_that_was_changed_is_refused(run, tmp_path, name, content):
+    images, out = labelled(tmp_path / "images"), tmp_path / "out"
+    go(run, images, out, samples_per_shard=1)
+    (out / "tokens-000001.tar").unlink()
+    before = files(out)
+    (images / name).write_bytes(content)
+    said = refusal(TrainerError, go, run, images, out, samples_per_shard=1)
+    assert "before they, or the .cls, .txt or .json files beside them, were changed: remove" in said
+    assert files(out) == before
+    (out / "tokens-000000.tar").unlink()
+    assert go(run, images, out, samples_per_shard=1).made == 2
+
+
+def test_a_folder_that_was_copied_or_has_other_files_is_not_refused(run, tmp_path):
+    images = labelled(tmp_path / "images")
+    out = go(run, images, tmp_path / "out").out
+    copy = shutil.copytree(images, tmp_path / "copy" / "images")
+    (copy / "README.txt").write_text("of no image")
+    assert go(run, copy, out).made == 0
+
+
+def test_a_folder_of_an_earlier_version_continues_and_gets_a_record(run, tmp_path):
+    images = labelled(tmp_path / "images")
+    out = go(run, images, tmp_path / "out").out
+    forget_state(out)
+    (images / "0.CLS").write_text("7")
+    assert go(run, images, out).made == 0
+    (images / "0.CLS").write_text("12")
+    assert "were changed" in refusal(TrainerError, go, run, images, out)
+
+
+def test_a_zip_file_that_was_changed_is_refused(run, tmp_path):
+    def write(classes: bytes, date=(2020, 1, 1, 0, 0, 0)) -> Path:
+        with zipfile.ZipFile(tmp_path / "images.zip", "w") as file:
+            for name, content in (("a.png", png(0)), ("a.cls", classes)):
+                file.writestr(zipfile.ZipInfo(name, date), content)
+        return tmp_path / "images.zip"
+
+    out = go(run, write(b"1"), tmp_path / "out").out
+    assert go(run, write(b"1", (2024, 5, 5, 0, 0, 0)), out).made == 0  # packed again
+    assert "were changed" in refusal(TrainerError, go, run, write(b"7"), out)
+
+
+def test_skipped_images_of_a_shard_that_is_made_again_are_listed_anew(run, tmp_path):
+    images = tmp_path / "images"
+    images.mkdir()
+    for name in ("0.png", "1.png"):
+        (images / name).write_bytes(b"no picture")
+    for number in range(2, 8):
+        (images / f"{number}.png").write_bytes(png(number))
+    done = go(run, images, tmp_path / "out")
+    listed = (done.out / "skipped.jsonl").read_text().splitlines()
+    assert len(done.skipped) == len(listed) == 2
+    for line in map(json.loads, listed):  # one after the other
+        (images / line["key"]).write_bytes(png(0))
+        (done.out / f"tokens-{line['shard']:06d}.tar").unlink(missing_ok=True)
+        forget_state(done.out)
+        done = go(run, images, done.out)
+    assert (done.samples, done.skipped) == (8, [])
+    assert not (done.out / "skipped.jsonl").exists() and not list(done.out.glob(".skipped-*"))
+
+
 def test_a_shard_that_is_made_again_of_other_pictures_gets_a_new_entry_in_the_index(run, tmp_path):
     images = tmp_path / "images"
     images.mkdir()
@@ -293,6 +374,7 @@ def test_a_shard_that_is_made_again_of_other_pictures_gets_a_new_entry_in_the_in
     (out / "tokens-000000.tar").unlink()
     (images / "1.png").write_bytes(b"no picture")
     (images / "2.png").write_bytes(png(7))
+    forget_state(out)
     assert go(run, images, out).samples == 2
     (checked,) = check_shards([str(out / "tokens-000000.tar")], index=Index(out / "index.safetensors"))
     assert checked.status == "ok" and checked.samples == 2
