@@ -1,5 +1,6 @@
 """`ibq sample`: samples images of a generator with any number of processes; running it again continues."""
 
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import asdict
@@ -168,12 +169,16 @@ def _load_tokenizer(checkpoint: Path, recipe: GeneratorRun | None, option: str |
     except ModelError as error:
         raise TrainerError(f"no tokenizer: {error}; name another with --tokenizer") from error
     expected = recipe.tokenizer.fingerprint if recipe else None
-    if expected is not None and tokenizer.fingerprint() != expected:
-        raise TrainerError(
-            f"the tokenizer {source} ({tokenizer.fingerprint()}) is not the one that the generator was trained with "
-            f"({expected}): name that one with --tokenizer"
-        )
-    return tokenizer
+    if expected in (None, tokenizer.fingerprint()):
+        return tokenizer
+    with contextlib.suppress(ModelError):  # a published file or an export may have one set of weights
+        raw = load_tokenizer(source, "raw")  # as after `ibq tokenize --weights raw`
+        if raw.fingerprint() == expected:
+            return raw
+    raise TrainerError(
+        f"the tokenizer {source} ({tokenizer.fingerprint()}) is not the one that the generator was trained with "
+        f"({expected}), with its raw weights neither: name that one with --tokenizer"
+    )
 
 
 def _labels(text: str | None, generator: Transformer) -> list[int]:

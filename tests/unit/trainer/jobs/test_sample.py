@@ -337,7 +337,12 @@ def test_runs_that_do_not_fit_are_refused(run, tmp_path):
     strict = write_run(tmp_path / "strict", config, generator=generator_of())
     said = refusal(TrainerError, sample, strict, tokenizer=other)
     assert "is not the one that the generator was trained with" in said
-    assert sample(strict, tokenizer=tokenizer, count=1).made == 1
+    own = sample(strict, tokenizer=tokenizer, count=1, out=tmp_path / "own").out
+    models = {"tokenizer": tokenizer_of(0), "tokenizer_ema": tokenizer_of(1)}  # of tokens of the raw weights
+    averaged = write_run(tmp_path / "averaged", {"task": "tokenizer", "model": tokenizer_of().config}, **models)
+    made = sample(strict, tokenizer=averaged, count=1, out=tmp_path / "made").out
+    (picture,) = own.glob("*.png")
+    assert (made / picture.name).read_bytes() == picture.read_bytes()
 
 
 def test_what_lies_in_the_way_stays(run, tmp_path):
