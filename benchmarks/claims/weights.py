@@ -48,8 +48,8 @@ def table(methods: dict[str, Reports]) -> str:
     """Markdown: each method at its best weight, the best PSNR first."""
     lines = [f"| method | weights | best | {' | '.join(FIGURES)} | seeds |", "|---" * (len(FIGURES) + 4) + "|"]
     best = {row: best_weight(reports) for row, reports in methods.items()}
-    for row in sorted(methods, key=lambda row: -methods[row][best[row]][0]["psnr"]):
-        reports = [*methods[row][best[row]].values()]
+    of_best = {row: [*methods[row][weight].values()] for row, weight in best.items()}
+    for row, reports in sorted(of_best.items(), key=lambda one: -statistics.fmean(report["psnr"] for report in one[1])):
         figures = " | ".join(said(reports, name) for name in FIGURES)
         tried = ", ".join(f"{weight:g}" for weight in methods[row])
         lines.append(f"| {row} | {tried} | {best[row]:g} | {figures} | {len(reports)} |")
