@@ -114,7 +114,7 @@ class Cache:
         if copy is None:
             answer = probe(url, self.timeouts)
             return answer, _name(url, answer)
-        if (host, DataError) in _warned:  # for other tars too, it would be waited for in vain
+        if (host, DataError) in _warned:  # it does not answer for other tars either
             return None, copy
         try:
             answer = probe(url, Timeouts(*(min(seconds, ASKING_SECONDS) for seconds in self.timeouts)))
