@@ -41,6 +41,7 @@ def list_folder(folder: Path) -> Listing:
 
 
 def _files_in(folder: Path) -> list[Path]:
+    """All files of a folder relative to it, without hidden ones. Raises as `list_folder`."""
     if not folder.is_dir():
         raise DataError(f"no such folder: {folder}")
     found, above = [], {}  # above: folder -> the identities of it and of the folders that it is in
@@ -53,10 +54,8 @@ def _files_in(folder: Path) -> list[Path]:
             if is_hidden(Path(name)):
                 continue
             path = Path(parent) / name
-            suffix = path.suffix[1:].lower()
-            if suffix in (*PICTURES, "tar") or (suffix in BESIDE and path.suffix != f".{suffix}"):
-                found.append(path.relative_to(folder))
-            if suffix not in (*PICTURES, *BESIDE):
+            found.append(path.relative_to(folder))
+            if path.suffix[1:].lower() not in (*PICTURES, *BESIDE):
                 _check_link(path)
     return found
 

@@ -414,7 +414,7 @@ def check_weights(configs: list[SourceConfig]) -> None:
             raise DataError(f"the source name {name!r} must not be empty or hold a /")
     total = sum(config.weight for config in configs)
     for config in configs:
-        if not math.isfinite(total) or config.weight / total < SMALLEST_SHARE:
+        if not math.isfinite(total) or 0 < config.weight < total * SMALLEST_SHARE:  # others are refused elsewhere
             raise DataError(
                 f"source {config.name}: of weight={config.weight:g} and {total:g} in total no sample is ever read: use "
                 "weights of similar size"

@@ -206,7 +206,7 @@ def test_names_of_255_bytes_are_written_and_read(run, tmp_path):
     report = tmp_path / f"{'r' * 250}.json"
     written = write_reconstructions(run, images=str(tmp_path / "photos"), out=tmp_path / "out", device="cpu")
     assert written.image_count == 3 and not written.skipped
-    files = sorted(path.name for path in (tmp_path / "out").iterdir())
+    files = sorted(path.name for path in (tmp_path / "out").glob("*.png"))
     assert len(files) == 4 and [name[:8] for name in files[:2]] == ["00000_xx", "00001_xx"]
     evaluate_run(run, images=str(tmp_path / "photos"), report_path=report, device="cpu")
     assert [score["key"] for score in json.loads(report.read_text())["images"]] == names
