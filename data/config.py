@@ -74,6 +74,13 @@ class DataConfig:
     # What a sample holds: `images`, or `tokens` as written by `ibq tokenize`.
     content: str = "images"
     image_size: int = field(default=256, metadata={"at_least": 1})
+    # Buckets, for pictures of any shape: sizes as HEIGHTxWIDTH; or the sides of squares, around which sizes of about as
+    # many pixels are made, from 1:max_aspect to max_aspect:1. They replace image_size in training and validation.
+    buckets: list[str] = field(default_factory=list)
+    pixels: list[int] = field(default_factory=list)
+    max_aspect: float = field(default=2.0, metadata={"at_least": 1})
+    # How far a picture may be enlarged to cover its bucket. Smaller ones are left out.
+    max_enlargement: float = field(default=1.0, metadata={"at_least": 1})
     # Side of validation crops; None: that of training. Convolutional models also accept other sizes.
     val_image_size: int | None = field(default=None, metadata={"at_least": 1})
     workers: int = field(default=4, metadata={"at_least": 0})

@@ -6,14 +6,14 @@ import os
 import stat
 import zipfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath, PurePosixPath
 from typing import NamedTuple
 
 from data.errors import DataError, ImageError
 from data.samples import IMAGE_SUFFIXES, UNREAD_IMAGES, Sample, Skipped, Window, WindowLimit
-from data.transforms import MAX_BYTES
+from data.transforms import MAX_BYTES, ImageHeader, image_header
 
 logger = logging.getLogger(__name__)
 
@@ -191,6 +191,17 @@ class FolderFiles:
                 raise
             raise ImageError(f"a link to nothing: {os.readlink(file)}", "link") from None
 
+    def header(self, path: PurePath) -> ImageHeader:
+        """Format and size of an image, of which only the header is read. Raises ImageError."""
+        file = self.path / path
+        try:
+            if not stat.S_ISREG(file.stat().st_mode):
+                raise ImageError("a pipe or a device, not a file", "no file")
+            with file.open("rb") as content:
+                return image_header(content)
+        except OSError as error:
+            raise ImageError(f"cannot be read: {error.strerror or error}") from error
+
     def beside(self, path: PurePath, suffix: str) -> bytes | None:
         """What the file of the same name with another suffix, in any case, holds. Raises as `read`."""
         path = path.with_suffix(f".{suffix}")
@@ -249,6 +260,9 @@ class ZipFiles:
             raise ImageError(f"a symbolic link to {content[:200].decode(errors='replace')}", "link")
         return content
 
+    def header(self, path: PurePosixPath) -> ImageHeader:
+        return image_header(self.read(path))
+
     def beside(self, path: PurePosixPath, suffix: str) -> bytes | None:
         path = path.with_suffix(f".{suffix}")
         path = path if path in self.members else self._listing.beside.get(path)
@@ -296,6 +310,8 @@ class FileShard:
     classes: dict[str, int] | None = None
     unread: list[PurePath] = field(default_factory=list)
 
+    is_streamed = False
+
     @property
     def name(self) -> str:
         return self.url
@@ -308,10 +324,12 @@ class FileShard:
     def __len__(self):
         return len(self.images)
 
-    def windows(self, first: int, stop: int | None, limit: WindowLimit) -> Iterator[Window]:
-        stop = len(self) if stop is None else stop
-        for begin in range(first, stop, limit.samples):
-            yield Window(begin, min(limit.samples, stop - begin), self)
+    def windows(
+        self, first: int, stop: int | None, limit: WindowLimit, numbers: Sequence[int] | None = None
+    ) -> Iterator[Window]:
+        chosen = (range(len(self)) if numbers is None else numbers)[first:stop]
+        for begin in range(0, len(chosen), limit.samples):
+            yield Window(chosen[begin : begin + limit.samples], self)
 
     def key(self, path: PurePath) -> str:
         return self.files.prefix + path.as_posix()
@@ -327,6 +345,10 @@ class FileShard:
     def skipped_unread(self, dataset: str = "") -> list[Skipped]:
         """The account of `unread`, as of samples that cannot be used."""
         return [Skipped(self.name, self.key(path), why_unread(path), dataset) for path in self.unread]
+
+    def header(self, index: int) -> ImageHeader:
+        """Format and size of an image. Raises ImageError."""
+        return self.files.header(self.images[index])
 
     def read(self, index: int) -> Sample:
         path = self.images[index]

@@ -10,6 +10,8 @@ An index is one safetensors file, which is memory-mapped. Its tensors, for S sha
     starts  int64  (N,)     first byte of each sample in its tar, headers included
     stops   int64  (N,)     first byte after each sample
     keys    uint64 (N,)     hash of each sample's key (`key_hash`)
+    sizes   int32  (N, 2)   height and width of each sample's image as it is displayed; 0: unknown. Indexes of before
+                            2026-12 do not have it.
 """
 
 import hashlib
@@ -29,8 +31,9 @@ from data.errors import DataError
 from data.file_names import fitted
 
 INDEX_NAME = "index.safetensors"
-DTYPES = {"U8": np.uint8, "I64": np.int64, "U64": np.uint64}
+DTYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64, "U64": np.uint64}
 TENSORS = ("names", "root", "bytes", "samples", "sha256", "starts", "stops", "keys")
+OPTIONAL = ("sizes",)
 
 
 def key_hash(key: str) -> int:
@@ -42,13 +45,15 @@ def key_hash(key: str) -> int:
 class SampleTable:
     """Where a tar's samples lie: sample n is in bytes starts_n[n] to stops_n[n].
 
-    keys_n: hashes of the keys; bytes: size of the tar.
+    keys_n: hashes of the keys; bytes: size of the tar; sizes_n2: height and width of each image, 0 where its header
+    cannot be read; None if nobody has looked.
     """
 
     bytes: int
     starts_n: np.ndarray
     stops_n: np.ndarray
     keys_n: np.ndarray
+    sizes_n2: np.ndarray | None = None
 
     def __len__(self):
         return len(self.starts_n)
@@ -91,6 +96,8 @@ def write_index(path: str | Path, urls: list[str], tables: list[SampleTable], di
         "stops": joined("stops_n", np.int64),
         "keys": joined("keys_n", np.uint64),
     }
+    if all(table.sizes_n2 is not None for table in tables):
+        tensors["sizes"] = joined("sizes_n2", np.int32).reshape(-1, 2)
     unfinished = path.with_name(fitted(".", path.name, f".unfinished-{os.getpid()}"))
     try:
         unfinished.write_bytes(save(tensors))  # `save_file` makes it readable for the owner only
@@ -112,7 +119,7 @@ class Index:
         self.number = {name: number for number, name in enumerate(self.names)}
         self.first = np.concatenate([[0], np.cumsum(self.tensors["samples"])])
         of_shards = {len(self.names), *(len(self.tensors[name]) for name in ("bytes", "samples", "sha256"))}
-        of_samples = {int(self.first[-1]), *(len(self.tensors[name]) for name in ("starts", "stops", "keys"))}
+        of_samples = {int(self.first[-1]), *(len(self.tensors[name]) for name in ("starts", "stops", "keys", *OPTIONAL) if name in self.tensors)}
         if len(of_shards) > 1 or len(of_samples) > 1 or self.tensors["samples"].min() < 0:
             raise DataError(f"the index {path} is damaged: write it again with `ibq shards check --write-index`")
 
@@ -126,7 +133,8 @@ class Index:
             return None
         samples = slice(self.first[number], self.first[number + 1])
         starts_n, stops_n, keys_n = (self.tensors[name][samples] for name in ("starts", "stops", "keys"))
-        return SampleTable(int(self.tensors["bytes"][number]), starts_n, stops_n, keys_n)
+        sizes_n2 = self.tensors["sizes"][samples] if "sizes" in self.tensors else None
+        return SampleTable(int(self.tensors["bytes"][number]), starts_n, stops_n, keys_n, sizes_n2)
 
     def sha256(self, url: str, root: str) -> str | None:
         """The SHA-256 of a tar's content when the index was written, or None."""
@@ -150,7 +158,7 @@ def _mapped(path: Path) -> dict[str, np.ndarray]:
         file = np.memmap(path, np.uint8, mode="r")
         header_bytes = int.from_bytes(file[:8].tobytes(), "little")
         header, content = json.loads(file[8 : 8 + header_bytes].tobytes()), file[8 + header_bytes :]
-        for name in TENSORS:
+        for name in (*TENSORS, *(name for name in OPTIONAL if name in header)):
             entry = header[name]
             start, stop = entry["data_offsets"]
             if stop > len(content):

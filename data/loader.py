@@ -3,6 +3,7 @@
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ import numpy as np
 import torch
 
 from data.addresses import redacted
+from data.buckets import Bucket, Division, bucket_sizes, divide, with_batches
 from data.cache import Access, Cache
 from data.classes import merged_classes, read_classes
 from data.config import DataConfig, SourceConfig, check_numbers
@@ -17,7 +19,7 @@ from data.errors import DataError
 from data.evaluation import evaluation_images, evaluation_tokens
 from data.folder_reader import file_shard, is_files
 from data.reader import LaneReader, ReadSamples, SampleInfo
-from data.sampler import LaneAssignment, default_lanes, divides
+from data.sampler import LaneAssignment, Mixture, seed_of
 from data.samples import Skipped, WindowLimit
 from data.sources import Source, check_weights, classes_of, describe, is_among, layout_of, open_shards, open_source
 from data.storage import Timeouts
@@ -25,7 +27,7 @@ from data.stream_state import Totals, add_totals, restore, stream_identity
 from data.text import printable
 from data.tokens import TokenHeader, TokenSpec, TokenTransform, check_tokens, first_header
 from data.transforms import TrainingTransform
-from data.workers import LaneDataset, WorkerLoader
+from data.workers import LaneDataset, Part, WorkerLoader
 
 logger = logging.getLogger(__name__)
 
@@ -60,13 +62,35 @@ class Batch(NamedTuple):
         return [info.label for info in self.infos]
 
 
+@dataclass
+class _Part:
+    """A rank's share of the images of one size. name: of the bucket, or empty if there are no buckets. lanes: lane -> its
+    state after the images that were delivered."""
+
+    name: str
+    micro_batch_size: int
+    reader: LaneReader
+    assignment: LaneAssignment
+    lanes: dict[int, list]
+
+
+def _lane_key(part: str, lane: int) -> str:
+    """How the state names a lane of a part."""
+    return f"{part}/{lane}" if part else str(lane)
+
+
 class TrainStream:
     """A rank's infinite micro-batches; each optimizer step takes global_batch_size / (world_size * micro_batch_size).
 
     The global batch of a step depends only on the seed, the sources, `global_batch_size` and the number of lanes, bit
-    for bit, for any number of ranks and workers that divides the lanes.
+    for bit, for any number of ranks that divides the lanes and any number of workers.
+
+    With buckets, all images of a step have the size of one bucket. A larger bucket has fewer images in a step, in as
+    many micro-batches (see `data.buckets.with_batches`).
+
     state: a merged state to resume from: exactly for any such number; for other numbers or another batch size, without
-    loss or repeats. tokens: what token shards must contain, with data.content=tokens.
+    loss or repeats. tokens: what token shards must contain, with data.content=tokens. progress: called with (headers of
+    images read, headers to read), where buckets need sizes that no index tells.
     Raises DataError, before any sample is read if the mistake is visible by then.
     """
 
@@ -81,48 +105,66 @@ class TrainStream:
         seed: int,
         state: dict | None = None,
         tokens: TokenSpec | None = None,
+        progress: Callable[[int, int], None] = lambda done, total: None,
     ):
         check_numbers(config)
-        self.config, self.micro_batch_size = config, micro_batch_size
+        self.config, self.rank, self.world_size = config, rank, world_size
         before = state or {}
         stream = before.get("stream", {})
         sources_before = stream.get("sources", {})
         quarantine = frozenset([*config.quarantine, *before.get("quarantine", ())])
-        lanes = config.lanes or stream.get("lanes") or default_lanes(global_batch_size, world_size, config.workers)
+        lanes = config.lanes or stream.get("lanes") or global_batch_size
         if state is None and lanes % global_batch_size and global_batch_size % lanes:
             better = max(1, round(lanes / global_batch_size)) * global_batch_size
             raise DataError(
                 f"data.lanes={lanes} must be a multiple of the global batch size {global_batch_size}, or divide it: "
                 f"use {better}, or leave it out"
             )
-        self.assignment = _assign_lanes(config, lanes, global_batch_size, rank, world_size)
-        if micro_batch_size < 1 or self.assignment.images_per_rank % micro_batch_size:
+        assignment = LaneAssignment(lanes, global_batch_size, rank, world_size, config.workers)
+        if micro_batch_size < 1 or assignment.images_per_rank % micro_batch_size:
             raise DataError(
-                f"micro-batch size {micro_batch_size} must divide the {self.assignment.images_per_rank} images of a "
+                f"micro-batch size {micro_batch_size} must divide the {assignment.images_per_rank} images of a "
                 "process and step"
             )
+        self.micro_batches = assignment.images_per_rank // micro_batch_size
         self.quarantine = sorted(quarantine)
         self.sources = open_sources(config, quarantine, sources_before)
         _check_enough_shards(self.sources, lanes)
         limit = WindowLimit(config.shuffle_block, int(config.shuffle_megabytes * 1e6))
-        self.identity = stream_identity(self.sources, seed, lanes, limit)
+        self.division = _division(config, self.sources, global_batch_size, progress)
+        self.identity = stream_identity(self.sources, seed, lanes, limit, self.division and self.division.names)
         self.steps, self.totals, lane_states = 0, {}, {}
         if state is not None:
             self.steps, lane_states, totals = restore(state, self.identity)
             self.totals = totals if rank == 0 else {}  # totals are summed over the ranks
             # Keep the sources that are left out now, so that they can continue later from where they were.
             self.identity["sources"] = {**sources_before, **self.identity["sources"]}
-        self.lanes = {lane: lane_states.get(lane, [0, {}]) for lane in self.assignment.rank_lanes}
-        self.transform = transform_of(config, tokens)
-        self.reader = LaneReader(
-            self.sources, self.transform, seed, lanes, limit, config.max_bad_in_a_row, dict(self.lanes)
-        )
-        first = self.assignment.first_reader({lane: lane_state[0] for lane, lane_state in self.lanes.items()})
-        dataset = LaneDataset(self.reader, self.assignment, first)
-        workers = self.assignment.workers
-        self.reads = WorkerLoader(dataset, workers) if workers else iter(dataset)
+
+        def part_of(name: str, sources: list[Source], transform, one: LaneAssignment) -> _Part:
+            states = {lane: lane_states.get(_lane_key(name, lane), [0, {}]) for lane in one.rank_lanes}
+            reader = LaneReader(sources, transform, seed, lanes, limit, config.max_bad_in_a_row, dict(states))
+            return _Part(name, one.images_per_rank // self.micro_batches, reader, one, states)
+
+        if self.division is None:
+            self.parts = [part_of("", self.sources, transform_of(config, tokens), assignment)]
+        else:
+            self.parts = [
+                part_of(
+                    one.bucket.name,
+                    one.sources,
+                    TrainingTransform(config, one.bucket.size, config.max_enlargement),
+                    _bucket_assignment(assignment, one.bucket, self.micro_batches),
+                )
+                for one in self.division.contents
+            ]
+        # Steps of the buckets are as evenly mixed as images of the sources.
+        weights = [1.0] if self.division is None else [one.share / one.bucket.batch for one in self.division.contents]
+        self.mixture = Mixture(weights, seed_of(seed, "buckets"))
+        parts = [Part(part.reader, part.assignment) for part in self.parts]
+        dataset = LaneDataset(parts, self.part_of_step, self.steps)
+        self.reads = WorkerLoader(dataset, config.workers) if config.workers else iter(dataset)
         self.rest: ReadSamples | None = None  # the part of a read that belongs to the next micro-batch
-        self.micro_batches_of_step = 0  # delivered so far
+        self.micro_batches_of_step, self.reads_of_step = 0, 0  # so far
         self.step_state = self._state()
         self.warned_skips = 0
         # Reported once in a run; they are no samples, so they count for no budget.
@@ -130,14 +172,25 @@ class TrainStream:
         self.unread = [skipped for source in self.sources for skipped in source.skipped_unread] if is_first else []
         self.budgets = {source.name: _BadSampleBudget(source.name, config.max_bad_fraction) for source in self.sources}
 
+    def part_of_step(self, step: int) -> int:
+        """The number of the part (the bucket) of step `step`, from 0."""
+        return self.mixture.source(0, step)
+
+    @property
+    def images_of_next_step(self) -> int:
+        """Images of all ranks in the step whose micro-batches come next."""
+        return self.parts[self.part_of_step(self.steps)].assignment.global_batch_size
+
     def __iter__(self) -> Iterator[Batch]:
         return self
 
     def __next__(self) -> Batch:
         """The next micro-batch. Its state counts what was delivered and never what workers have read ahead."""
-        values = np.empty((self.micro_batch_size, *self.transform.shape), self.transform.dtype)
+        part = self.parts[self.part_of_step(self.steps)]
+        transform = part.reader.transform
+        values = np.empty((part.micro_batch_size, *transform.shape), transform.dtype)
         infos, skipped, self.unread = [], self.unread, []
-        while (missing := self.micro_batch_size - len(infos)) > 0:
+        while (missing := part.micro_batch_size - len(infos)) > 0:
             read, self.rest = self.rest or self._next_read(), None
             if len(read.infos) > missing:
                 self.rest = ReadSamples(read.values[missing:], read.infos[missing:], {}, [], Counter())
@@ -146,12 +199,14 @@ class TrainStream:
             values[len(infos) : len(infos) + len(read.infos)] = read.values
             infos += read.infos
             skipped += read.skipped
-            self.lanes.update(read.lanes)
+            part.lanes.update(read.lanes)
             self._count(read)
         self._warn(skipped)
         self.micro_batches_of_step += 1
-        if self.micro_batches_of_step * self.micro_batch_size == self.assignment.images_per_rank:
-            self.micro_batches_of_step, self.steps = 0, self.steps + 1
+        if self.micro_batches_of_step == self.micro_batches:
+            while self.reads_of_step < part.assignment.readers:
+                self._next_read()  # of readers that have no image in this step
+            self.micro_batches_of_step, self.reads_of_step, self.steps = 0, 0, self.steps + 1
             self.step_state = self._state()
         return Batch(torch.from_numpy(values), infos, self.step_state, skipped)
 
@@ -162,7 +217,11 @@ class TrainStream:
 
     def describe(self, steps: int) -> str:
         """Lines that say what that many steps will read."""
-        images = steps * self.assignment.global_batch_size
+        batches = [part.assignment.global_batch_size for part in self.parts]
+        images = steps * batches[0]
+        if self.division is not None:
+            shares = [one.share / batch for one, batch in zip(self.division.contents, batches, strict=True)]
+            images = round(steps / sum(shares))
         total = sum(source.weight for source in self.sources)
         lines = []
         for source in self.sources:
@@ -170,18 +229,22 @@ class TrainStream:
             passes = f" = {images * share / source.samples:.3g} epochs" if source.samples else ""
             of_all = f", {share:.1%} of all" if len(self.sources) > 1 else ""
             lines.append(f"reads {describe(source)}: {round(images * share):,} images{passes}{of_all}")
-        order = "" if self.assignment.ordered else "; their order depends on the number of processes and workers"
-        return "\n".join([*lines, f"{self.assignment.lanes} lanes, {self.assignment.workers} workers a process{order}"])
+        assignment = self.parts[0].assignment
+        order = "" if assignment.ordered else "; their order depends on the number of processes and workers"
+        lines.append(f"{assignment.lanes} lanes, {self.config.workers} workers a process{order}")
+        return "\n".join([*lines, *(self.division.describe() if self.division else [])])
 
     def _state(self) -> dict:
         """This rank's state, for JSON; see `merge_states`."""
         return {
             "stream": self.identity,
             "steps": self.steps,
-            "lanes": {str(lane): state for lane, state in sorted(self.lanes.items())},
+            "lanes": {
+                _lane_key(part.name, lane): state for part in self.parts for lane, state in sorted(part.lanes.items())
+            },
             "totals": self.totals,
-            "ranks": [self.assignment.rank],
-            "world_size": self.assignment.world_size,
+            "ranks": [self.rank],
+            "world_size": self.world_size,
             "quarantine": self.quarantine,
         }
 
@@ -190,6 +253,7 @@ class TrainStream:
         if isinstance(read, DataError):
             self.close()
             raise read
+        self.reads_of_step += 1
         return read
 
     def _count(self, read: ReadSamples) -> None:
@@ -347,14 +411,32 @@ def transform_of(config: DataConfig, tokens: TokenSpec | None = None) -> Trainin
     return TrainingTransform(config)
 
 
-def _assign_lanes(config: DataConfig, lanes: int, batch: int, rank: int, world_size: int) -> LaneAssignment:
-    """With fewer workers than configured, if the global batches are then independent of their number."""
-    assignment = LaneAssignment(lanes, batch, rank, world_size, config.workers)
-    if assignment.ordered or not divides(lanes, batch, world_size, 1):
-        return assignment
-    workers = next(n for n in range(config.workers, 0, -1) if divides(lanes, batch, world_size, n))
-    logger.warning("data.workers=%d: %d are used, as many as divide the lanes evenly", config.workers, workers)
-    return LaneAssignment(lanes, batch, rank, world_size, workers)
+def _division(config: DataConfig, sources: list[Source], global_batch_size: int, progress) -> Division | None:
+    """How samples are divided among buckets; None if there are none. Buckets that were named must have pictures; of those
+    that were made, empty ones are left out. Raises DataError."""
+    sizes = bucket_sizes(config)
+    if not sizes:
+        return None
+    buckets = with_batches(sizes, global_batch_size)
+    division = divide(sources, buckets, config.max_enlargement, progress)
+    empty = [one.bucket.name for one in division.contents if not one.pictures]
+    if empty and config.buckets:
+        raise DataError(
+            f"data.buckets: no picture belongs to {', '.join(empty)}: leave {'them' if len(empty) > 1 else 'it'} out; "
+            "`ibq shards stats` proposes buckets"
+        )
+    return division._replace(contents=[one for one in division.contents if one.pictures])
+
+
+def _bucket_assignment(whole: LaneAssignment, bucket: Bucket, micro_batches: int) -> LaneAssignment:
+    """How the lanes of a bucket are distributed. Raises DataError where its batch cannot be divided."""
+    if bucket.batch % (whole.world_size * micro_batches):
+        raise DataError(
+            f"bucket {bucket.name} has {bucket.batch} images a step, which {whole.world_size} processes x "
+            f"{micro_batches} micro-batches do not divide: raise trainer.global_batch_size={whole.global_batch_size}, or "
+            "leave out large buckets"
+        )
+    return replace(whole, global_batch_size=bucket.batch)
 
 
 def _check_enough_shards(sources: list[Source], lanes: int) -> None:

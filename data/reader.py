@@ -19,7 +19,6 @@ from data.errors import DataError, Filtered, ImageError
 from data.sampler import BySample, ByShard, Mixture, SamplePosition, permutation, seed_of
 from data.samples import Sample, Skipped, Window, WindowLimit
 from data.sources import Picked, Source
-from data.tar_reader import TarShard
 from data.tokens import TokenTransform
 from data.transforms import TrainingTransform
 
@@ -65,7 +64,7 @@ class Cursor:
             self._next_window()
         window = self.current.window
         n = int(self.shuffled[self.position - self.current.offset])
-        position = SamplePosition(self.current.epoch, self.current.shard, window.first + n)
+        position = SamplePosition(self.current.epoch, self.current.shard, int(window.numbers[n]))
         self.position += 1
         try:
             return position, window.read(n)
@@ -75,7 +74,7 @@ class Cursor:
     def _next_window(self) -> None:
         if self.windows is None:
             self.windows = self._windows(self.number, self.position)
-            if any(isinstance(shard, TarShard) and shard.is_streamed for shard in self.source.shards):
+            if any(shard.is_streamed for shard in self.source.shards):
                 self.windows = _prefetched(self.windows)
         before = self.number, self.position
         self.current = next(self.windows)
@@ -83,7 +82,7 @@ class Cursor:
         # A resumed stream starts in the middle of its first window.
         inside = before[0] == self.number and self.current.offset <= before[1]
         self.position = max(self.current.offset, before[1]) if inside else self.current.offset
-        parts = self.source.name, self.current.epoch, self.current.shard, self.current.window.first
+        parts = self.source.name, self.current.epoch, self.current.shard, int(self.current.window.numbers[0])
         self.shuffled = permutation(len(self.current.window), self.order.seed, "window", *parts)
 
     def _windows(self, number: int, position: int) -> Iterator[_ChunkWindow]:
@@ -97,7 +96,8 @@ class Cursor:
                 if shard in self.source.quarantined or (count is not None and offset + count <= position):
                     offset += count or 0
                     continue
-                for window in self.source.shards[shard].windows(first, stop, self.limit):
+                numbers = self.source.numbers[shard] if self.source.numbers is not None else None
+                for window in self.source.shards[shard].windows(first, stop, self.limit, numbers):
                     if offset + len(window) > position:
                         empty = 0
                         yield _ChunkWindow(number, offset, epoch, shard, window)

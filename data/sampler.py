@@ -14,7 +14,7 @@ lanes whose turn it is.
 import bisect
 import functools
 import hashlib
-import itertools
+import heapq
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -142,13 +142,33 @@ class ByShard:
 # ------------------------------------------------------------------------------------------------- lanes and readers
 
 
+class DueLanes:
+    """A reader's lanes, of which the one that has delivered the fewest images is due, the first one among equals.
+    delivered: lane -> images."""
+
+    def __init__(self, assignment: "LaneAssignment", reader: int, delivered: dict[int, int]):
+        self.images, self.images_per_turn = assignment.images_of_reader(reader), assignment.images_per_turn
+        self.waiting = [(delivered[lane], n, lane) for n, lane in enumerate(assignment.reader_lanes(reader))]
+        heapq.heapify(self.waiting)
+
+    def take(self) -> list[int]:
+        """The lanes of the reader's images in the next step, one for each image."""
+        lanes: list[int] = []
+        while len(lanes) < self.images:
+            count, n, lane = self.waiting[0]
+            lanes += [lane] * self.images_per_turn
+            heapq.heapreplace(self.waiting, (count + self.images_per_turn, n, lane))
+        return lanes
+
+
 @dataclass(frozen=True)
 class LaneAssignment:
     """How lanes are distributed over the readers (loader workers, or ranks without workers).
 
-    If lanes, batch, ranks and workers divide each other, the assignment is `ordered`: the global batches do not depend
-    on ranks and workers. Otherwise each reader has its own lanes and always continues with the lane that has delivered
-    the fewest images: nothing is lost or repeated, but the order depends on the number of readers.
+    In each step every reader delivers its part of the rank's images at once, so a reader always has the same lanes.
+    If lanes, batch and ranks divide each other, the assignment is `ordered`: the global batches do not depend on ranks
+    and workers. Otherwise each reader always continues with the lane that has delivered the fewest images: nothing is
+    lost or repeated, but the order depends on the number of readers.
     Raises DataError if the lanes cannot be distributed.
     """
 
@@ -175,11 +195,10 @@ class LaneAssignment:
                 f"data.lanes={self.lanes} are too few for {self.world_size} processes: start at most {self.lanes}, or "
                 "a new run with more lanes"
             )
-        if self.lanes < self.readers * self.world_size:
-            enough = default_lanes(self.global_batch_size, self.world_size, self.workers)
+        if not self.ordered and self.lanes < self.readers * self.world_size:
             raise DataError(
                 f"data.lanes={self.lanes} are too few for {self.world_size} processes x {self.readers} workers: set "
-                f"data.workers={self.lanes // self.world_size}, or start with data.lanes={enough}"
+                f"data.workers={self.lanes // self.world_size}, or start with data.lanes={self.global_batch_size}"
             )
 
     @property
@@ -195,16 +214,7 @@ class LaneAssignment:
     @property
     def ordered(self) -> bool:
         """Whether the global batches do not depend on ranks and workers."""
-        return divides(self.lanes, self.global_batch_size, self.world_size, self.readers)
-
-    @property
-    def rank_lanes(self) -> list[int]:
-        """The rank's lanes, in their order."""
-        if not self.ordered:
-            return list(range(self.rank, self.lanes, self.world_size))
-        in_step = min(self.lanes, self.global_batch_size)
-        each = in_step // self.world_size
-        return [lane for lane in range(self.lanes) if lane % in_step // each == self.rank]
+        return divides(self.lanes, self.global_batch_size, self.world_size)
 
     @property
     def images_per_turn(self) -> int:
@@ -212,38 +222,41 @@ class LaneAssignment:
         return max(1, self.global_batch_size // self.lanes) if self.ordered else 1
 
     @property
-    def images_per_read(self) -> int:
-        """Images that a reader delivers at once."""
-        if not self.ordered:
-            return self.images_per_rank // self.readers if self.images_per_rank % self.readers == 0 else 1
-        lanes_of_reader = len(self.rank_lanes) // self.readers
-        lanes_of_step = self.images_per_rank // self.images_per_turn
-        lanes = next(n for n in range(lanes_of_step, 0, -1) if lanes_of_step % n == 0 and lanes_of_reader % n == 0)
-        return lanes * self.images_per_turn
+    def rank_lanes(self) -> list[int]:
+        """The rank's lanes, in their order."""
+        return [lane for lane in range(self.lanes) if self._rank_of(lane) == self.rank]
 
     def reader_lanes(self, reader: int) -> list[int]:
         """A reader's lanes, in their order."""
-        lanes_per_read = self.images_per_read // self.images_per_turn if self.ordered else 1
-        return [lane for n, lane in enumerate(self.rank_lanes) if n // lanes_per_read % self.readers == reader]
-
-    def first_reader(self, delivered: dict[int, int]) -> int:
-        """The reader whose turn it is. delivered: lane -> images, for each lane of the rank."""
-        if not self.ordered:
-            return 0
         lanes = self.rank_lanes
-        least = min(delivered[lane] for lane in lanes)
-        done = sum(delivered[lane] > least for lane in lanes)
-        return done // (self.images_per_read // self.images_per_turn) % self.readers
+        if not self.ordered:
+            return lanes[reader :: self.readers]
+        first, stop = self._part(self._lanes_of_step, reader)
+        return [lane for lane in lanes if first <= lane % self._lanes_of_step < stop]
+
+    def images_of_reader(self, reader: int) -> int:
+        """Images that a reader delivers in each step; 0 for some if there are more readers than images."""
+        if not self.ordered:
+            first, stop = self._part(self.images_per_rank, reader)
+            return stop - first
+        first, stop = self._part(self._lanes_of_step, reader)
+        return (stop - first) * self.images_per_turn
+
+    @property
+    def _lanes_of_step(self) -> int:
+        """Lanes of a rank whose turn it is in a step."""
+        return min(self.lanes, self.global_batch_size) // self.world_size
+
+    def _rank_of(self, lane: int) -> int:
+        if not self.ordered:
+            return lane % self.world_size
+        return lane % (self._lanes_of_step * self.world_size) // self._lanes_of_step
+
+    def _part(self, count: int, reader: int) -> tuple[int, int]:
+        """The reader's share of range(count): first, stop."""
+        return count * reader // self.readers, count * (reader + 1) // self.readers
 
 
-def divides(lanes: int, batch: int, world_size: int, readers: int) -> bool:
+def divides(lanes: int, batch: int, world_size: int) -> bool:
     """Whether the global batches do not depend on ranks and workers."""
-    if lanes % batch and batch % lanes:
-        return False
-    return min(lanes, batch) % world_size == 0 and lanes // world_size % readers == 0
-
-
-def default_lanes(batch: int, world_size: int, workers: int) -> int:
-    """One lane for each image of the global batch, or the smallest multiple that the workers of a rank divide."""
-    readers = max(1, workers)
-    return next(batch * n for n in itertools.count(1) if batch * n // world_size % readers == 0)
+    return (lanes % batch == 0 or batch % lanes == 0) and min(lanes, batch) % world_size == 0

@@ -1,10 +1,11 @@
 """Samples, and what every kind of shard has in common.
 
-A shard is a tar, a folder or a zip file of samples. It is read in windows of consecutive samples. For a local shard, a
-window reads nothing until a sample is requested; for a remote shard, a window is fetched whole, in one request.
+A shard is a tar, a folder or a zip file of samples. It is read in windows. For a local shard, a window reads nothing
+until a sample is requested; for a remote shard, a window is fetched whole, in one request where its samples are
+consecutive.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
 
@@ -78,24 +79,23 @@ class WindowLimit(NamedTuple):
 
 @dataclass(eq=False)
 class Window:
-    """Consecutive samples of a shard: `read(n)` returns the shard's sample first + n, for n in range(len(window)).
+    """Some samples of a shard, by ascending number: `read(n)` returns sample numbers[n], for n in range(len(window)).
 
     `fetch` downloads what `read` needs; otherwise the first `read` does. `read` raises ImageError for a sample that
     cannot be used, DataError if the shard cannot be read.
     """
 
-    first: int
-    count: int
+    numbers: Sequence[int]
     shard: "Shard"
 
     def __len__(self):
-        return self.count
+        return len(self.numbers)
 
     def fetch(self) -> None:
         """Does nothing unless the shard is remote."""
 
     def read(self, n: int) -> Sample:
-        return self.shard.read(self.first + n)
+        return self.shard.read(int(self.numbers[n]))
 
 
 class Shard(Protocol):
@@ -107,10 +107,17 @@ class Shard(Protocol):
     def name(self) -> str:
         """How messages name the shard: without secrets."""
 
+    @property
+    def is_streamed(self) -> bool:
+        """Whether the bytes come from a server or a command, not from a local disk."""
+
     def __len__(self) -> int: ...
 
     def read(self, index: int) -> Sample:
         """One sample. Raises as `Window.read`."""
 
-    def windows(self, first: int, stop: int | None, limit: WindowLimit) -> Iterator[Window]:
-        """The samples first to stop (None: to the end), in windows that depend on first, stop and limit only."""
+    def windows(
+        self, first: int, stop: int | None, limit: WindowLimit, numbers: Sequence[int] | None = None
+    ) -> Iterator[Window]:
+        """The samples first to stop (None: to the end) of the given ones, by default of all, in windows that depend on
+        the arguments only."""

@@ -12,6 +12,7 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
+import numpy as np
 import yaml
 
 from data.addresses import is_remote, redacted
@@ -146,7 +147,8 @@ def _keys(path: str | None) -> frozenset[str] | None:
 @dataclass(frozen=True, eq=False)
 class Source:
     """An open source. counts: samples of each shard, or None if they are unknown before everything is read.
-    quarantined: numbers of shards that are left out."""
+    quarantined: numbers of shards that are left out. numbers: of each shard, the numbers of the samples that belong to
+    the source, ascending; None: all."""
 
     name: str
     weight: float
@@ -155,6 +157,7 @@ class Source:
     filters: Filters
     counts: list[int] | None
     quarantined: frozenset[int] = frozenset()
+    numbers: list[np.ndarray] | None = None
 
     @functools.cached_property
     def samples(self) -> int | None:

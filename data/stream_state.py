@@ -14,9 +14,13 @@ from data.sources import Source
 Totals = dict[str, dict[str, int]]  # source -> ``delivered``, ``skipped`` or ``filtered/FILTER`` -> number of samples
 
 
-def stream_identity(sources: list[Source], seed: int, lanes: int, limit: WindowLimit) -> dict:
-    """What must be unchanged for a state to mean the same images. Weights may change: lanes keep their positions."""
+def stream_identity(
+    sources: list[Source], seed: int, lanes: int, limit: WindowLimit, buckets: list[str] | None = None
+) -> dict:
+    """What must be unchanged for a state to mean the same images. Weights may change: lanes keep their positions.
+    buckets: their names, if there are any."""
     return {
+        **({} if buckets is None else {"buckets": buckets}),
         "seed": seed,
         "lanes": lanes,
         "shuffle_block": limit.samples,
@@ -39,8 +43,13 @@ def merge_states(states: list[dict]) -> dict:
     lanes = {lane: state_of_lane for state in states for lane, state_of_lane in state["lanes"].items()}
     ranks = sorted({rank for state in states for rank in state["ranks"]})
     totals = add_totals(state["totals"] for state in states)
-    lanes = dict(sorted(lanes.items(), key=lambda item: int(item[0])))
+    lanes = dict(sorted(lanes.items(), key=lambda item: _order_of_lane(item[0])))
     return {**first, "lanes": lanes, "totals": totals, "ranks": ranks}
+
+
+def _order_of_lane(key: str) -> tuple[str, int]:
+    bucket, _, lane = key.rpartition("/")
+    return bucket, int(lane)
 
 
 def add_totals(many: Iterable[Totals]) -> Totals:
@@ -55,10 +64,10 @@ def add_totals(many: Iterable[Totals]) -> Totals:
 
 
 class Restored(NamedTuple):
-    """What a merged state holds. lanes: the state of each lane."""
+    """What a merged state holds. lanes: the state of each lane, by the lane's number, or BUCKET/NUMBER."""
 
     steps: int
-    lanes: dict[int, list]
+    lanes: dict[str, list]
     totals: Totals
 
 
@@ -71,9 +80,10 @@ def restore(state: dict, identity: dict) -> Restored:
             f"the data state holds ranks {state['ranks']} of {state['world_size']}: merge all ranks' states first"
         )
     before = state["stream"]
-    for name, value in identity.items():
-        if name != "sources" and before[name] != value:
-            raise DataError(f"cannot resume: {name} was {before[name]} and is now {value}; set it back")
+    for name in sorted((identity.keys() | before.keys()) - {"sources"}):
+        then, now = before.get(name), identity.get(name)
+        if then != now:
+            raise DataError(f"cannot resume: {name} was {then} and is now {now}; set it back")
     for name, value in identity["sources"].items():
         if differ(then := before["sources"].get(name, value), value):
             was, now = ("{shards} shards with {samples} samples".format(**one) for one in (then, value))
@@ -81,7 +91,7 @@ def restore(state: dict, identity: dict) -> Restored:
                 f"cannot resume: source {name} was {was} and is now {now}, or other shards of that number; give the "
                 "same shards, or rename the changed source (in data.sources) to start it from its beginning"
             )
-    return Restored(state["steps"], {int(lane): one for lane, one in state["lanes"].items()}, state["totals"])
+    return Restored(state["steps"], state["lanes"], state["totals"])
 
 
 def differ(then: dict, now: dict) -> bool:

@@ -9,7 +9,7 @@ import io
 import os
 import subprocess
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -26,6 +26,7 @@ from data.storage import Timeouts, read, size
 
 PIPE = "pipe:"
 RANGE_BYTES = 8 << 20  # fetched at once from a tar whose sample positions are unknown
+MOST_UNUSED_BYTES = 1 << 18  # between two wanted samples: reading them takes no longer than another request
 MOST_MEMBER_BYTES = 1 << 30  # a header that claims more is damaged
 HOW_TO_FIX = "copy it again, write the index again, or name the shard in data.quarantine"
 
@@ -56,22 +57,31 @@ class TarShard:
         return len(self.table)
 
     def read(self, index: int) -> Sample:
-        return _TarWindow(index, 1, self, self.table).read(0)
+        return _TarWindow(range(index, index + 1), self, self.table).read(0)
 
-    def windows(self, first: int, stop: int | None, limit: WindowLimit) -> Iterator[Window]:
+    def windows(
+        self, first: int, stop: int | None, limit: WindowLimit, numbers: Sequence[int] | None = None
+    ) -> Iterator[Window]:
         if self.table is None and self.is_streamed and not self.access.is_copied(self.url):
             assert first == 0 and stop is None
             yield from self._stream(limit)
             return
         # A scanned table is not kept: a run may read very many tars.
         table = self.scan() if self.table is None else self.table
-        stop = len(table) if stop is None else stop
         self.check_size(table)
-        while first < stop:
-            most = np.searchsorted(table.stops_n, table.starts_n[first] + limit.bytes, side="right")
-            count = max(1, min(limit.samples, int(most) - first, stop - first))
-            yield _TarWindow(first, count, self, table)
-            first += count
+        chosen = (range(len(table)) if numbers is None else numbers)[first:stop]
+        stops_n = np.cumsum(table.stops_n[chosen] - table.starts_n[chosen]) if numbers is not None else None
+        begin = 0
+        while begin < len(chosen):
+            if stops_n is None:  # consecutive samples: also the bytes between them are counted
+                from_byte = table.starts_n[chosen[begin]] + limit.bytes
+                most = int(np.searchsorted(table.stops_n, from_byte, side="right")) - chosen[begin]
+            else:
+                read_before = stops_n[begin - 1] if begin else 0
+                most = int(np.searchsorted(stops_n, read_before + limit.bytes, side="right")) - begin
+            count = max(1, min(limit.samples, most))
+            yield _TarWindow(chosen[begin : begin + count], self, table)
+            begin += count
 
     def scan(self) -> SampleTable:
         """Where its samples lie, from the tar's headers (of a remote tar: from the cached copy). Raises DataError."""
@@ -96,37 +106,46 @@ class TarShard:
             for span in sample_spans(file, self.name, self.suffixes):
                 begin = begin if samples else span.start
                 if samples and (len(samples) >= limit.samples or span.stop - begin > limit.bytes):
-                    yield _FetchedWindow(first, len(samples), self, samples)
+                    yield _FetchedWindow(range(first, first + len(samples)), self, samples)
                     first, samples, begin = first + len(samples), [], span.start
                 samples.append(file.take(span.start, span.stop))
         if samples:
-            yield _FetchedWindow(first, len(samples), self, samples)
+            yield _FetchedWindow(range(first, first + len(samples)), self, samples)
 
 
 @dataclass(eq=False)
 class _TarWindow(Window):
-    """Samples at known positions."""
+    """Samples at known positions. fetched: first byte -> bytes of each stretch of the tar that was downloaded."""
 
     table: SampleTable
-    content: memoryview | None = None
+    fetched: dict[int, memoryview] | None = None
 
     def fetch(self) -> None:
-        if self.content is None and is_remote(self.shard.url):
-            table = self.table
-            start, stop = table.starts_n[self.first], table.stops_n[self.first + self.count - 1]
-            self.content = memoryview(self.shard.access.read(self.shard.url, int(start), int(stop)))
+        if self.fetched is None and is_remote(self.shard.url):
+            read_part = functools.partial(self.shard.access.read, self.shard.url)
+            self.fetched = {start: memoryview(read_part(start, stop)) for start, stop in self._stretches()}
+
+    def _stretches(self) -> list[tuple[int, int]]:
+        """The bytes to download: few long stretches, which may hold samples between the wanted ones."""
+        stretches: list[tuple[int, int]] = []
+        for number in self.numbers:
+            start, stop = int(self.table.starts_n[number]), int(self.table.stops_n[number])
+            if stretches and start - stretches[-1][1] <= MOST_UNUSED_BYTES:
+                start, _ = stretches.pop()
+            stretches.append((start, stop))
+        return stretches
 
     def read(self, n: int) -> Sample:
         self.fetch()
-        table = self.table
-        start, stop = int(table.starts_n[self.first + n]), int(table.stops_n[self.first + n])
-        if self.content is not None:
-            begin = int(table.starts_n[self.first])
-            content = self.content[start - begin : stop - begin]
+        table, number = self.table, int(self.numbers[n])
+        start, stop = int(table.starts_n[number]), int(table.stops_n[number])
+        if self.fetched is not None:
+            begin = max(first for first in self.fetched if first <= start)
+            content = self.fetched[begin][start - begin : stop - begin]
         else:
             content = read(self.shard.url, start, stop)
-        expected = int(table.keys_n[self.first + n])
-        return parse_sample(content, self.first + n, self.shard.name, self.shard.suffixes, expected)
+        expected = int(table.keys_n[number])
+        return parse_sample(content, number, self.shard.name, self.shard.suffixes, expected)
 
 
 @dataclass(eq=False)
@@ -136,7 +155,7 @@ class _FetchedWindow(Window):
     contents: list[bytes]
 
     def read(self, n: int) -> Sample:
-        return parse_sample(self.contents[n], self.first + n, self.shard.name, self.shard.suffixes)
+        return parse_sample(self.contents[n], self.numbers[n], self.shard.name, self.shard.suffixes)
 
 
 class ForwardFile(io.RawIOBase):

@@ -9,7 +9,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import numpy as np
 from PIL import ExifTags, Image, ImageCms, UnidentifiedImageError
@@ -67,6 +67,33 @@ def decode(
         raise ImageError(" ".join(f"{type(error).__name__}: {error}".split())) from error
 
 
+class ImageHeader(NamedTuple):
+    """width, height: pixels, as the image is displayed."""
+
+    format: str
+    width: int
+    height: int
+
+
+def image_header(content: bytes | BinaryIO) -> ImageHeader:
+    """Format and size from the header of an image file, given as bytes or as an open file. Raises ImageError."""
+    try:
+        file = io.BytesIO(content) if isinstance(content, bytes) else content
+        image = Image.open(file, formats=FORMATS)
+        width, height = image.size
+        # If a PNG has no EXIF before its pixels, getexif() would decode it to look for EXIF after them.
+        if "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation) in TURNED:
+            width, height = height, width
+    except UnidentifiedImageError as error:
+        raise ImageError("no JPEG, PNG or WebP image") from error
+    except Exception as error:  # as in `decode`
+        raise ImageError(" ".join(f"{type(error).__name__}: {error}".split())) from error
+    if width * height > MAX_PIXELS:
+        raise ImageError(f"{width} x {height} pixels are more than {MAX_PIXELS:,}")
+    return ImageHeader(image.format, width, height)
+
+
+TURNED = range(5, 9)  # values of EXIF's orientation that swap width and height
 TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -251,49 +278,86 @@ def _adm_center_crop() -> Resize:
 RESIZES = {"pil_antialias": _pil_antialias, "cv2_bilinear": _cv2_bilinear, "adm_center_crop": _adm_center_crop}
 
 
-def resize_shorter_side(image: Image.Image, side: int, resize: Resize) -> Image.Image:
-    """Resizes so that the shorter side has `side` pixels, keeping the aspect ratio as the protocol rounds it.
+class Size(NamedTuple):
+    """Height and width in pixels."""
+
+    height: int
+    width: int
+
+    def __str__(self) -> str:
+        return f"{self.height}x{self.width}"
+
+    @property
+    def pixels(self) -> int:
+        return self.height * self.width
+
+
+def as_size(size: "Size | int") -> Size:
+    """An int is the side of a square."""
+    return Size(size, size) if isinstance(size, int) else size
+
+
+def resize_to_cover(image: Image.Image, size: Size | int, resize: Resize) -> Image.Image:
+    """Resizes so that the image just covers `size`, keeping the aspect ratio as the protocol rounds it: one side is that
+    of `size`, the other one is not shorter. For a square, the shorter side becomes that of the square.
 
     Raises ImageError where a picture like a thread would have more than MAX_PIXELS.
     """
-    longer = resize.long_side(min(image.size), max(image.size), side)
-    if side * longer > MAX_PIXELS:
-        raise ImageError(f"{image.width} x {image.height} pixels are too long and thin for a shorter side of {side}")
-    return resize.apply(image, (side, longer) if image.width <= image.height else (longer, side))
+    size = as_size(size)
+    if image.width * size.height <= image.height * size.width:  # at most as wide for its height as `size`
+        covered = size.width, resize.long_side(image.width, image.height, size.width)
+    else:
+        covered = resize.long_side(image.height, image.width, size.height), size.height
+    if covered[0] * covered[1] > MAX_PIXELS:
+        side = f"a shorter side of {size.width}" if size.height == size.width else f"{size.height} x {size.width}"
+        raise ImageError(f"{image.width} x {image.height} pixels are too long and thin for {side}")
+    return resize.apply(image, covered)
 
 
-def resize_and_center_crop(image: Image.Image, side: int, resize: Resize) -> Image.Image:
-    """Shorter side to `side` pixels, then the centre `side` x `side` pixels."""
-    image = resize_shorter_side(image, side, resize)
-    left, top = resize.margin(image.width - side), resize.margin(image.height - side)
-    return image.crop((left, top, left + side, top + side))
+def resize_and_center_crop(image: Image.Image, size: Size | int, resize: Resize) -> Image.Image:
+    """The centre of the image once it covers `size`."""
+    size = as_size(size)
+    image = resize_to_cover(image, size, resize)
+    left, top = resize.margin(image.width - size.width), resize.margin(image.height - size.height)
+    return image.crop((left, top, left + size.width, top + size.height))
 
 
-def resize_and_random_crop(image: Image.Image, side: int, resize: Resize, rng: random.Random) -> Image.Image:
-    """Shorter side to `side` pixels, then `side` x `side` pixels from anywhere along the longer one."""
-    image = resize_shorter_side(image, side, resize)
-    left, top = _below(rng, image.width - side + 1), _below(rng, image.height - side + 1)
-    return image.crop((left, top, left + side, top + side))
+def resize_and_random_crop(image: Image.Image, size: Size | int, resize: Resize, rng: random.Random) -> Image.Image:
+    """A random part of the image once it covers `size`: from anywhere along the side that is too long."""
+    size = as_size(size)
+    image = resize_to_cover(image, size, resize)
+    left, top = _below(rng, image.width - size.width + 1), _below(rng, image.height - size.height + 1)
+    return image.crop((left, top, left + size.width, top + size.height))
 
 
 def random_resized_crop(
-    image: Image.Image, side: int, resize: Resize, rng: random.Random, scale: tuple[float, float]
+    image: Image.Image,
+    size: Size | int,
+    resize: Resize,
+    rng: random.Random,
+    scale: tuple[float, float],
+    enlargement: float = math.inf,
 ) -> Image.Image:
-    """A random part with `scale` of the area and an aspect ratio of 3/4 to 4/3, resized to `side` x `side` pixels.
+    """A random part with `scale` of the area, of 3/4 to 4/3 times the aspect ratio of `size`, resized to `size`. Parts
+    that would be enlarged by more than `enlargement` are not taken.
 
-    After ten draws that do not fit it takes the centre square, as torchvision's RandomResizedCrop nearly does.
+    After ten draws that do not fit it takes the largest part of that aspect ratio in the centre, as torchvision's
+    RandomResizedCrop nearly does.
     """
+    size = as_size(size)
+    aspect, least = size.width / size.height, (size.width / enlargement, size.height / enlargement)
     for _ in range(10):
         area = image.width * image.height * (scale[0] + (scale[1] - scale[0]) * rng.random())
-        ratio = math.exp((2 * rng.random() - 1) * math.log(4 / 3))
+        ratio = aspect * math.exp((2 * rng.random() - 1) * math.log(4 / 3))
         width, height = round(math.sqrt(area * ratio)), round(math.sqrt(area / ratio))
-        if 0 < width <= image.width and 0 < height <= image.height:
+        if max(1, least[0]) <= width <= image.width and max(1, least[1]) <= height <= image.height:
             left, top = _below(rng, image.width - width + 1), _below(rng, image.height - height + 1)
             break
     else:
-        width = height = min(image.size)
+        width = min(image.width, max(1, round(image.height * aspect)))
+        height = min(image.height, max(1, round(image.width / aspect)))
         left, top = (image.width - width) // 2, (image.height - height) // 2
-    return resize.apply(image, (side, side), (left, top, left + width, top + height))
+    return resize.apply(image, (size.width, size.height), (left, top, left + width, top + height))
 
 
 def _below(rng: random.Random, bound: int) -> int:
@@ -305,19 +369,23 @@ CROPS = ("random_resized", "random", "center")
 
 @dataclass(frozen=True)
 class TrainingTransform:
-    """Image bytes -> uint8 pixels (3, image_size, image_size); crop and flip are drawn from the given generator only.
+    """Image bytes -> uint8 pixels (3, height, width); crop and flip are drawn from the given generator only.
 
-    JPEGs are decoded at reduced scale where even the smallest crop keeps twice the target's resolution.
+    size: of the images; default: a square of `image_size`. enlargement: the most that an image may be enlarged; smaller
+    ones are Filtered. JPEGs are decoded at reduced scale where even the smallest
+    crop keeps twice the target's resolution. Raises DataError for settings that make no image.
     """
 
     config: DataConfig
+    size: Size | None = None
+    enlargement: float = math.inf
 
     dtype = np.dtype(np.uint8)
 
     @property
     def shape(self) -> tuple[int, int, int]:
         """Of what it gives."""
-        return 3, self.config.image_size, self.config.image_size
+        return 3, *self.size
 
     def __post_init__(self):
         config = self.config
@@ -330,6 +398,8 @@ class TrainingTransform:
             raise DataError(f"data.crop_scale={config.crop_scale} must be two parts of the area, 0 < low <= high <= 1")
         if not 0 <= config.color_jitter <= 1:
             raise DataError(f"data.color_jitter={config.color_jitter} must lie between 0 and 1")
+        if self.size is None:
+            object.__setattr__(self, "size", as_size(config.image_size))
 
     def __call__(
         self,
@@ -338,20 +408,19 @@ class TrainingTransform:
         check_size: Callable[[int, int], None] = lambda width, height: None,
         out: np.ndarray | None = None,
     ) -> np.ndarray:
-        """uint8 (3, image_size, image_size), in `out` where it is given. check_size: as of `decode`.
+        """uint8 (3, height, width), in `out` where it is given. check_size: as of `decode`.
 
         Raises ImageError, Filtered; `out` may hold anything then."""
-        config = self.config
-        side, resize = config.image_size, resize_named(config.resize)
-        # The smallest crop's shorter side, as a part of the image's: its area at the most extreme aspect ratio.
+        config, size, resize = self.config, self.size, resize_named(self.config.resize)
+        # The smallest crop's sides, as a part of the image's: its area at the most extreme aspect ratio.
         smallest = math.sqrt(config.crop_scale[0] * 3 / 4) if config.crop == "random_resized" else 1
-        image = decode(content, draft_side=math.ceil(2 * side / smallest), check_size=check_size)
+        image = decode(content, draft_side=math.ceil(2 * max(size) / smallest), check_size=check_size)
         if config.crop == "random_resized":
-            image = random_resized_crop(image, side, resize, rng, config.crop_scale)
+            image = random_resized_crop(image, size, resize, rng, config.crop_scale, self.enlargement)
         elif config.crop == "random":
-            image = resize_and_random_crop(image, side, resize, rng)
+            image = resize_and_random_crop(image, size, resize, rng)
         else:
-            image = resize_and_center_crop(image, side, resize)
+            image = resize_and_center_crop(image, size, resize)
         if config.flip and rng.random() < 0.5:
             image = image.transpose(Image.Transpose.FLIP_LEFT_RIGHT)
         pixels = pixels_chw(image, out)

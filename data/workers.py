@@ -3,16 +3,17 @@
 import atexit
 import functools
 import gc
-import heapq
 import itertools
+import math
 import multiprocessing
 import os
 import shutil
 import signal
 import threading
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -20,7 +21,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 
 from data.errors import DataError
 from data.reader import LaneReader, ReadSamples
-from data.sampler import LaneAssignment
+from data.sampler import DueLanes, LaneAssignment
 from data.stop_signals import STOP_SIGNALS
 
 # Buffers of each worker in shared memory. A worker may start on a buffer when the main process has asked for the read
@@ -35,18 +36,26 @@ KILLED = {
 }
 
 
-@dataclass
-class LaneDataset(IterableDataset):
-    """A rank's infinite stream of `ReadSamples`, distributed by turn over the DataLoader's workers.
-
-    A worker yields a DataError instead of raising it, since a DataLoader would bury its one line in a traceback.
-    """
+class Part(NamedTuple):
+    """A stream's images of one size: who reads them, and how its lanes are distributed."""
 
     reader: LaneReader
     assignment: LaneAssignment
-    first_reader: int = 0
-    # (workers, SLOTS, images of a read, *shape of an image or its codes). The workers write into it in turn: fresh
-    # shared memory for each read would cost up to a tenth of the time that decoding takes.
+
+
+@dataclass
+class LaneDataset(IterableDataset):
+    """A rank's infinite stream of `ReadSamples`: in each step one of every reader, of the DataLoader's workers by turn.
+
+    parts: one for each size of images. part_of_step: step (from 0) -> the number of its part. steps: that are done.
+    A worker yields a DataError instead of raising it, since a DataLoader would bury its one line in a traceback.
+    """
+
+    parts: list[Part]
+    part_of_step: Callable[[int], int]
+    steps: int = 0
+    # (workers, SLOTS, values of a read). The workers write into it in turn: fresh shared memory for each read would cost
+    # up to a tenth of the time that decoding takes.
     shared: np.ndarray | None = None
 
     def __iter__(self) -> Iterator[ReadSamples | DataError]:
@@ -55,29 +64,39 @@ class LaneDataset(IterableDataset):
 
     def reads(self, worker: int | None) -> Iterator[ReadSamples | DataError]:
         """The reads of one worker, or of the only reader (None)."""
-        turn = (worker or 0) + self.first_reader
-        lanes_of_reader = self.assignment.reader_lanes(turn % self.assignment.readers)
-        # The lane that has delivered the fewest images is next, the first one among equals.
-        waiting = [(self.reader.delivered[lane], n, lane) for n, lane in enumerate(lanes_of_reader)]
-        heapq.heapify(waiting)
-        images_per_read, images_per_turn = self.assignment.images_per_read, self.assignment.images_per_turn
-        transform = self.reader.transform
+        due = [DueLanes(assignment, worker or 0, reader.delivered) for reader, assignment in self.parts]
         try:
             for number in itertools.count():
-                lanes = []
-                while len(lanes) < images_per_read:
-                    count, n, lane = waiting[0]
-                    lanes += [lane] * images_per_turn
-                    heapq.heapreplace(waiting, (count + images_per_turn, n, lane))
+                part = self.part_of_step(self.steps + number)
+                lanes, reader = due[part].take(), self.parts[part].reader
                 if worker is None:
-                    yield self.reader.read(lanes, np.empty((images_per_read, *transform.shape), transform.dtype))
+                    yield reader.read(lanes, np.empty((len(lanes), *reader.transform.shape), reader.transform.dtype))
                 else:
-                    read = self.reader.read(lanes, self.shared[worker, number % SLOTS])
+                    read = reader.read(lanes, self.values(part, worker, number % SLOTS, len(lanes)))
                     yield read._replace(values=None)  # the main process finds them in the shared memory
         except DataError as error:
             yield error
         except MemoryError:
-            yield DataError(f"no memory is left to read {images_per_read} images: {LESS_MEMORY}")
+            yield DataError(f"no memory is left to read {len(lanes)} images: {LESS_MEMORY}")
+
+    def values(self, part: int, worker: int, slot: int, images: int) -> np.ndarray:
+        """Where a read lies in the shared memory: (images, *shape of an image or its codes)."""
+        shape = images, *self.parts[part].reader.transform.shape
+        return self.shared[worker, slot, : math.prod(shape)].reshape(shape)
+
+    def shared_shape(self, workers: int) -> tuple[int, int, int]:
+        """That of `shared`: with room for the largest read."""
+        reads = [
+            assignment.images_of_reader(worker) * math.prod(reader.transform.shape)
+            for reader, assignment in self.parts
+            for worker in range(workers)
+        ]
+        return workers, SLOTS, max(reads)
+
+    @property
+    def dtype(self) -> np.dtype:
+        """Of the values."""
+        return self.parts[0].reader.transform.dtype
 
 
 class WorkerLoader:
@@ -89,12 +108,11 @@ class WorkerLoader:
     iterator: Iterator | None = None
 
     def __init__(self, dataset: LaneDataset, workers: int):
-        self.workers, self.taken = workers, 0
-        transform, images_per_read = dataset.reader.transform, dataset.assignment.images_per_read
-        values = np.empty((workers, SLOTS, images_per_read, *transform.shape), transform.dtype)
+        self.dataset, self.workers, self.taken = dataset, workers, 0
+        values = np.empty(dataset.shared_shape(workers), dataset.dtype)
         handler, others = signal.getsignal(signal.SIGCHLD), multiprocessing.active_children()
         try:
-            self.shared = dataset.shared = torch.from_numpy(values).share_memory_().numpy()
+            dataset.shared = torch.from_numpy(values).share_memory_().numpy()
             multiprocessing.Lock()  # takes shared memory, too; torch does not expect that its own fail
             self.stop_read, self.stop_write = os.pipe()  # one byte for each worker makes it end
             self.iterator = iter(self._loader(dataset))
@@ -126,7 +144,10 @@ class WorkerLoader:
         # A DataLoader asks a worker for its read n + 2 when read n is taken.
         number, worker = divmod(self.taken, self.workers)
         self.taken += 1
-        return read if isinstance(read, DataError) else read._replace(values=self.shared[worker, number % SLOTS])
+        if isinstance(read, DataError):
+            return read
+        part = self.dataset.part_of_step(self.dataset.steps + number)
+        return read._replace(values=self.dataset.values(part, worker, number % SLOTS, len(read.infos)))
 
     def _loader(self, dataset: LaneDataset) -> DataLoader:
         return DataLoader(

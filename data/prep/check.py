@@ -27,7 +27,7 @@ from data.sources import IMAGES, TOKENS, Layout, pick
 from data.storage import DEFAULT_TIMEOUTS, Timeouts, read
 from data.tar_reader import MOST_MEMBER_BYTES, RANGE_BYTES, ForwardFile, parse_sample, sample_spans
 from data.tokens import unpack_codes
-from data.transforms import decode
+from data.transforms import decode, image_header
 
 BLOCK_BYTES = 512  # of a tar: each header is one, and members fill whole ones
 NAMED_SAMPLES = 1000  # listed for each kind of problem and shard; more are only counted
@@ -175,17 +175,19 @@ class _Hashed(ForwardFile):
 
 
 def _check_samples(file: _Hashed, checked: Checked, decode_images: bool, layout: Layout) -> None:
-    starts, stops, hashes = array("q"), array("q"), array("Q")
+    starts, stops, hashes, sizes = array("q"), array("q"), array("Q"), []
     packer, keys, usable, damage = zlib.compressobj(1), bytearray(), 0, None
     try:
         for number, span in enumerate(sample_spans(file, checked.name, layout.suffixes)):
             content = file.take(span.start, span.stop)
             usable += any(map(is_content, span.suffixes))
+            size = 0, 0
             try:
                 sample = parse_sample(content, number, checked.name, layout.suffixes)
-                _check_sample(sample, decode_images, layout)
+                size = _check_sample(sample, decode_images, layout)
             except ImageError as error:
                 checked.add(error.kind, f"{span.key}: {error}", number, span.key)
+            sizes.append(size)
             checked.dotted += "." in span.key.rpartition("/")[2]
             starts.append(span.start)
             stops.append(span.stop)
@@ -207,7 +209,7 @@ def _check_samples(file: _Hashed, checked: Checked, decode_images: bool, layout:
         checked.add(*damage)
     else:
         arrays = [np.array(starts, np.int64), np.array(stops, np.int64), np.array(hashes, np.uint64)]
-        checked.table = SampleTable(file.bytes, *arrays)
+        checked.table = SampleTable(file.bytes, *arrays, np.array(sizes, np.int32))
 
 
 def _check_files(path: str, decode_images: bool, layout: Layout) -> Checked:
@@ -234,14 +236,20 @@ def _check_files(path: str, decode_images: bool, layout: Layout) -> Checked:
     return checked
 
 
-def _check_sample(sample: Sample, decode_images: bool, layout: Layout) -> None:
-    """Raises ImageError, as training does, for a sample that it would skip; pixels are looked at on request."""
+def _check_sample(sample: Sample, decode_images: bool, layout: Layout) -> tuple[int, int]:
+    """Height and width of a sample's image or grid of codes; of an image whose header cannot be read, 0. Raises
+    ImageError, as training does, for a sample that it would skip; pixels are looked at on request."""
     if CODES in sample.members:
-        unpack_codes(pick(sample, TOKENS).content)
-        return
+        header, _ = unpack_codes(pick(sample, TOKENS).content)
+        return header.grid
     picked = pick(sample, layout)
     if decode_images:
         decode(picked.content)
+    try:
+        header = image_header(picked.content)
+    except ImageError:
+        return 0, 0
+    return header.height, header.width
 
 
 # -------------------------------------------------------------------------------------------------------------- damage

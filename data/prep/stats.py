@@ -2,7 +2,6 @@
 
 import bisect
 import functools
-import io
 import itertools
 import math
 from collections import Counter
@@ -11,14 +10,13 @@ from dataclasses import dataclass, field, fields, replace
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image, UnidentifiedImageError
 
 from data.errors import DataError, ImageError
 from data.parallel import in_processes
 from data.samples import CODES, Sample, Shard, WindowLimit
 from data.sources import TOKENS, Source, metadata_of
 from data.tokens import TokenHeader, unpack_codes
-from data.transforms import FORMATS, MAX_PIXELS, decode
+from data.transforms import decode, image_header
 
 MOST = 1e300  # of a score; JSON allows integers that are too large for a float
 # Lower borders of the histograms' bins.
@@ -33,7 +31,6 @@ SHAPE_BORDERS = [math.sqrt(a / b * c / d) for (a, b), (c, d) in itertools.pairwi
 SELECTION_SAMPLES = 2000  # that a process counts at once
 WINDOW = WindowLimit(64, 16 << 20)  # fetched at once from a remote tar
 NAMED_UNUSABLE = 20
-ORIENTATION, TURNED = 0x0112, range(5, 9)  # EXIF tag; these values swap width and height
 
 
 class Histogram(NamedTuple):
@@ -264,19 +261,13 @@ def _count_selection(source: Source, decode_images: bool, selection: _Selection)
 
 
 def _samples(shard: Shard, numbers: np.ndarray | None) -> Iterator[Sample | ImageError]:
-    """The samples with these numbers; consecutive ones are fetched together. None: all."""
-    if numbers is None:
-        runs = [(0, None)]
-    else:
-        parts = np.split(numbers, np.flatnonzero(np.diff(numbers) > 1) + 1)
-        runs = [(int(part[0]), int(part[-1]) + 1) for part in parts]
-    for first, stop in runs:
-        for window in shard.windows(first, stop, WINDOW):
-            for number in range(len(window)):
-                try:
-                    yield window.read(number)
-                except ImageError as error:
-                    yield error
+    """The samples with these numbers; None: all."""
+    for window in shard.windows(0, None, WINDOW, numbers):
+        for number in range(len(window)):
+            try:
+                yield window.read(number)
+            except ImageError as error:
+                yield error
 
 
 def _count_sample(counted: Counted, source: Source, sample: Sample, decode_images: bool) -> None:
@@ -289,7 +280,7 @@ def _count_sample(counted: Counted, source: Source, sample: Sample, decode_image
         picked = source.pick(sample)
         if decode_images:
             decode(picked.content)
-        header = _header(picked.content)
+        header = image_header(picked.content)
         counted.formats[header.format] += 1
         counted.sides[min(header.width, header.height)] += 1
         counted.shapes[bisect.bisect(SHAPE_BORDERS, header.width / header.height)] += 1
@@ -304,28 +295,3 @@ def _count_sample(counted: Counted, source: Source, sample: Sample, decode_image
         counted.missing_classes += 1
     for name, score in counted.scores.items():
         score.count(scores.get(source.layout.fields[name]))
-
-
-class _Header(NamedTuple):
-    """width, height: pixels, as the image is displayed."""
-
-    format: str
-    width: int
-    height: int
-
-
-def _header(content: bytes) -> _Header:
-    """Format and size from an image file's header. Raises ImageError."""
-    try:
-        image = Image.open(io.BytesIO(content), formats=FORMATS)
-        width, height = image.size
-        # If a PNG has no EXIF before its pixels, getexif() would decode it to look for EXIF after them.
-        if "exif" in image.info and image.getexif().get(ORIENTATION) in TURNED:
-            width, height = height, width
-    except UnidentifiedImageError as error:
-        raise ImageError("no JPEG, PNG or WebP image") from error
-    except Exception as error:  # as in `decode`
-        raise ImageError(" ".join(f"{type(error).__name__}: {error}".split())) from error
-    if width * height > MAX_PIXELS:
-        raise ImageError(f"{width} x {height} pixels are more than {MAX_PIXELS:,}")
-    return _Header(image.format, width, height)

@@ -341,7 +341,7 @@ def _fetched(windows: Iterator[Window], pool: ThreadPoolExecutor) -> Iterator[Wi
 
 
 def _prepare(inputs: _Inputs, name: str, window: Window, n: int) -> _Prepared | Skipped:
-    key = f"sample {window.first + n}"
+    key = f"sample {window.numbers[n]}"
     try:
         sample = window.read(n)
         key = sample.key

@@ -21,13 +21,15 @@ class InProcessWorkers:
     """
 
     def __init__(self, dataset, workers):
-        transform = dataset.reader.transform
-        shape = (workers, SLOTS, dataset.assignment.images_per_read, *transform.shape)
-        self.shared = np.empty(shape, transform.dtype)
+        dataset.shared = np.empty(dataset.shared_shape(workers), dataset.dtype)
+        self.dataset = dataset
         self.reads = []
         for worker in range(workers):
-            reader = replace(dataset.reader, states=copy.deepcopy(dataset.reader.states))
-            self.reads.append(replace(dataset, reader=reader, shared=self.shared).reads(worker))
+            parts = [
+                part._replace(reader=replace(part.reader, states=copy.deepcopy(part.reader.states)))
+                for part in dataset.parts
+            ]
+            self.reads.append(replace(dataset, parts=parts).reads(worker))
         self.ahead = [[] for _ in range(workers)]
         self.taken = 0
         self.closed = False
@@ -41,7 +43,10 @@ class InProcessWorkers:
         while len(ahead) < SLOTS and not (ahead and isinstance(ahead[-1], DataError)):
             ahead.append(next(self.reads[worker]))
         read = ahead.pop(0)
-        return read if isinstance(read, DataError) else read._replace(values=self.shared[worker, number % SLOTS])
+        if isinstance(read, DataError):
+            return read
+        part = self.dataset.part_of_step(self.dataset.steps + number)
+        return read._replace(values=self.dataset.values(part, worker, number % SLOTS, len(read.infos)))
 
     def close(self):
         self.closed = True

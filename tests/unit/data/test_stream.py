@@ -19,7 +19,7 @@ from samples import Steps, encoded, index_of, picture, pictured, write_tar, writ
 
 from data import DataConfig, DataError, FilterConfig, SourceConfig, merge_states, scan
 from data.index import SampleTable, write_index
-from data.sampler import BySample, ByShard, LaneAssignment, Mixture, default_lanes, divides
+from data.sampler import BySample, ByShard, DueLanes, LaneAssignment, Mixture
 
 
 def config(tars, **options):
@@ -81,6 +81,7 @@ DIVISIBLE = [
     *[(24, 24, 1, 0), (24, 24, 1, 3), (24, 24, 2, 2), (24, 24, 3, 1), (24, 24, 4, 2), (24, 48, 4, 2), (24, 48, 2, 3)],
     *[(24, 48, 6, 1), (24, 48, 3, 4), (64, 8, 8, 1), (64, 8, 2, 2), (64, 8, 1, 4), (64, 8, 8, 8), (64, 8, 2, 16)],
     *[(64, 256, 8, 4), (256, 256, 64, 2), (8, 8, 1, 8), (96, 96, 4, 3), (96, 8, 4, 3)],
+    *[(8, 8, 4, 4), (16, 8, 2, 3), (24, 24, 2, 5), (8, 64, 2, 3)],  # numbers of workers that divide nothing
 ]
 
 
@@ -90,20 +91,9 @@ def lanes_of_steps(lanes, batch, world_size, workers, steps, given=None):
     ranks = []
     for rank in range(world_size):
         assignment = LaneAssignment(lanes, batch, rank, world_size, workers)
-        first = assignment.first_reader({lane: given[lane] for lane in assignment.rank_lanes})
-        readers = []
-        for worker in range(assignment.readers):
-            own = assignment.reader_lanes((worker + first) % assignment.readers)
-            readers.append((own, [given[lane] for lane in own]))
-        images, each = [], assignment.images_per_rank
-        images_per_read, images_per_turn = assignment.images_per_read, assignment.images_per_turn
-        for read in range(steps * each // images_per_read):
-            own, counts = readers[read % assignment.readers]
-            for _ in range(images_per_read // images_per_turn):
-                n = min(range(len(own)), key=counts.__getitem__)  # the first among equals
-                counts[n] += images_per_turn
-                images += [own[n]] * images_per_turn
-        ranks.append([images[n * each : (n + 1) * each] for n in range(steps)])
+        due = [DueLanes(assignment, reader, given) for reader in range(assignment.readers)]
+        ranks.append([[lane for one in due for lane in one.take()] for _ in range(steps)])
+        assert {len(step) for step in ranks[-1]} == {assignment.images_per_rank}
     return [[lane for rank in ranks for lane in rank[step]] for step in range(steps)]
 
 
@@ -129,21 +119,12 @@ def test_readers_that_do_not_divide_the_lanes_own_them_all_the_same(lanes, batch
     assert {len(step) for step in lanes_of_steps(lanes, batch, world_size, workers, 5)} == {batch}
 
 
-def test_default_lanes():
-    assert default_lanes(256, 8, 4) == 256
-    assert default_lanes(256, 256, 4) == 1024
-    assert default_lanes(8, 1, 3) == 24
-    assert default_lanes(8, 2, 0) == 8
-    for batch, world_size, workers in itertools.product((8, 24, 256), (1, 2, 8), (0, 1, 3, 4, 7)):
-        assert divides(default_lanes(batch, world_size, workers), batch, world_size, max(1, workers))
-
-
 def test_impossible_lane_assignments_are_errors():
     LaneAssignment(16, 8, 0, 2, 2)
     for arguments, message in [
         ((16, 8, 0, 3, 2), "not divisible by 3 processes: set it to a multiple of 3"),
         ((3, 8, 0, 4, 0), "lanes=3 are too few for 4 processes: start at most 3"),
-        ((8, 8, 0, 4, 4), "too few for 4 processes x 4 workers: set data.workers=2, or start with data.lanes=16"),
+        ((9, 8, 0, 4, 4), "too few for 4 processes x 4 workers: set data.workers=2, or start with data.lanes=8"),
         ((16, 8, 2, 2, 0), "rank 2"),
         ((16, 0, 0, 1, 0), "at least 1"),
     ]:
@@ -217,7 +198,7 @@ def test_weights_over_20000_draws(world_size, workers):
         assert drawn[number] == pytest.approx(20_000 * share, rel=0.01)
 
 
-@pytest.mark.parametrize(("world_size", "workers"), [(1, 3), (2, 2), (3, 1), (4, 2), (6, 4), (8, 0), (24, 0), (12, 2)])
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 3), (1, 5), (2, 2), (3, 1), (4, 2), (6, 7), (8, 0), (24, 2), (12, 2)])
 def test_global_batches_are_the_same_for_all_divisions(mixture, mixture_batches, world_size, workers):
     other = Steps(config(None, sources=mixture, lanes=24, workers=workers), world_size, batch=24).infos(12)
     assert other == mixture_batches[:12]
@@ -387,12 +368,6 @@ def test_fewer_samples_than_lanes(tmp_path):
     path = write_tar(tmp_path / "a.tar", pictured(f"k{n}" for n in range(5)))
     steps = Steps(config(path, lanes=32), world_size=2, batch=16).take(10)
     assert Counter(key for step in steps for key, _ in step) == {f"k{n}": 32 for n in range(5)}
-
-
-def test_workers_that_do_not_divide_the_lanes_are_reduced_with_a_warning(tars, caplog):
-    with caplog.at_level(logging.WARNING):
-        Steps(config(tars, workers=3, lanes=8))
-    assert "data.workers=3: 2 are used" in caplog.text
 
 
 def test_states_that_do_not_fit_are_errors(tars):

@@ -16,7 +16,7 @@ from data.transforms import (
     random_resized_crop,
     resize_and_center_crop,
     resize_named,
-    resize_shorter_side,
+    resize_to_cover,
 )
 
 
@@ -63,10 +63,10 @@ def test_pil_antialias_is_torchvision(size):
 def test_cv2_bilinear_rounds_sides_and_has_no_antialias():
     cv2 = pytest.importorskip("cv2")
     image = picture(1, (97, 50))
-    ours = resize_shorter_side(image, 32, resize_named("cv2_bilinear"))
+    ours = resize_to_cover(image, 32, resize_named("cv2_bilinear"))
     assert ours.size == (62, 32)  # 62.08; and 83 -> 53.12, 84 -> 53.76
-    assert resize_shorter_side(picture(1, (84, 50)), 32, resize_named("cv2_bilinear")).size == (54, 32)
-    assert resize_shorter_side(picture(1, (84, 50)), 32, resize_named("pil_antialias")).size == (53, 32)
+    assert resize_to_cover(picture(1, (84, 50)), 32, resize_named("cv2_bilinear")).size == (54, 32)
+    assert resize_to_cover(picture(1, (84, 50)), 32, resize_named("pil_antialias")).size == (53, 32)
     assert np.array_equal(np.asarray(ours), cv2.resize(np.asarray(image), (62, 32), interpolation=cv2.INTER_LINEAR))
 
 

@@ -1,0 +1,329 @@
+"""Buckets: which picture goes where, and that a stream of buckets keeps every promise of a stream of one size."""
+
+import logging
+from collections import Counter, defaultdict
+
+import numpy as np
+import pytest
+from PIL import Image
+from samples import Steps, encoded, index_of, picture, write_tar
+from comparing import refusal
+
+from data.buckets import Bucket, bucket_of, bucket_sizes, sizes_of, with_batches
+from data.config import DataConfig, FilterConfig, SourceConfig
+from data.errors import DataError
+from data.transforms import Size
+
+# Five shapes, of which the sources have different numbers of pictures: width, height.
+SHAPES = {"square": (40, 40), "wide": (60, 32), "tall": (30, 64), "wider": (90, 28), "huge": (90, 84)}
+SOURCES = {
+    "few": ([{"square": 5, "wide": 3, "tall": 2, "huge": 1}], 1.0),
+    "many": ([{"square": 20, "wide": 14, "tall": 7}, {"wide": 11, "wider": 9, "huge": 6}], 3.0),
+    "flat": ([{"wider": 13}, {"wide": 4, "square": 4, "wider": 3}, {"tall": 8, "huge": 5}], 2.0),
+}
+BUCKETS = ["24x24", "16x32", "32x16", "16x40", "48x48"]
+BUCKET_OF = dict(zip(SHAPES, BUCKETS, strict=True))
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder for each source, with tars of pictures of all shapes in mixed order, and their indexes."""
+    folder = tmp_path_factory.mktemp("shapes")
+    for number, (name, (shards, _)) in enumerate(SOURCES.items()):
+        (folder / name).mkdir()
+        for shard, shapes in enumerate(shards):
+            kinds = [kind for kind, count in shapes.items() for _ in range(count)]
+            order = np.random.default_rng([number, shard]).permutation(len(kinds))
+            samples = [
+                {"__key__": f"{name}-{shard}-{n}-{kinds[n]}", "jpg": encoded(picture(7 * n + shard, SHAPES[kinds[n]]))}
+                for n in order
+            ]
+            write_tar(folder / name / f"{shard:05d}.tar", samples)
+        index_of(folder / name, folder / name / "index.safetensors")
+    return folder
+
+
+def sources_of(folder):
+    return [SourceConfig(name=name, root=str(folder / name), weight=weight) for name, (_, weight) in SOURCES.items()]
+
+
+def config(folder, **options):
+    settings = {"sources": sources_of(folder), "buckets": BUCKETS, "crop": "random", "workers": 0, "lanes": 12}
+    return DataConfig(**{**settings, "shuffle_block": 4, **options})
+
+
+@pytest.fixture(scope="module")
+def stream(folder):
+    """120 global batches, read by one process, and the state after them."""
+    steps = Steps(config(folder), batch=12)
+    return steps.infos(120), steps.state()
+
+
+@pytest.fixture
+def batches(stream):
+    return stream[0]
+
+
+# ---------------------------------------------------------------------------------------------------------- the sizes
+
+
+def test_made_sizes_have_the_same_shapes_at_each_resolution():
+    sizes = sizes_of(256, 2.0)
+    assert set(sizes) == {Size(352, 192), Size(288, 224), Size(256, 256), Size(224, 288), Size(192, 352)}
+    assert sizes_of(512, 2.0) == [Size(2 * size.height, 2 * size.width) for size in sizes]
+    assert all(abs(size.pixels / 256**2 - 1) < 0.04 for size in sizes_of(256, 4.0))
+    assert sizes_of(64, 1.0) == [Size(64, 64)]
+
+
+def test_batches_have_about_equal_pixels_and_divide_the_global_batch():
+    sizes = bucket_sizes(DataConfig(pixels=[256, 512, 1024], max_aspect=1.0))
+    assert with_batches(sizes, 64) == [
+        Bucket(Size(256, 256), 64),
+        Bucket(Size(512, 512), 16),
+        Bucket(Size(1024, 1024), 4),
+    ]
+    assert [one.batch for one in with_batches([Size(8, 8), Size(8, 12), Size(16, 24)], 12)] == [12, 6, 2]
+
+
+@pytest.mark.parametrize(
+    ("height", "width", "expected"),
+    [
+        (300, 300, "256x256"),
+        (400, 600, "224x288"),  # 3:2 is nearer to 9:7 than to 11:6
+        (360, 640, "192x352"),
+        (2000, 2000, "512x512"),
+        (600, 1100, "384x704"),
+        (511, 511, "256x256"),  # 512 would need to be enlarged
+        (224, 288, "224x288"),
+        (900, 300, "352x192"),
+    ],
+)
+def test_a_picture_goes_to_the_highest_resolution_that_it_covers(height, width, expected):
+    sizes = bucket_sizes(DataConfig(pixels=[256, 512]))
+    (bucket,), (fits,) = bucket_of(sizes, np.array([[height, width]]), 1.0)
+    assert fits and str(sizes[bucket]) == expected
+
+
+def test_pictures_that_cover_no_bucket_fit_none_unless_they_may_be_enlarged():
+    sizes = bucket_sizes(DataConfig(pixels=[256]))
+    sizes_n2 = np.array([[200, 200], [180, 340], [0, 0]])
+    assert bucket_of(sizes, sizes_n2, 1.0)[1].tolist() == [False, False, False]
+    bucket_n, fits_n = bucket_of(sizes, sizes_n2, 1.3)
+    assert fits_n.tolist() == [True, True, False]
+    assert [str(sizes[bucket]) for bucket in bucket_n[:2]] == ["256x256", "192x352"]
+
+
+def test_bucket_of_agrees_with_the_rule_written_out():
+    sizes = bucket_sizes(DataConfig(pixels=[64, 128, 256], max_aspect=3.0))
+    sizes_n2 = np.random.default_rng(0).integers(20, 700, (500, 2))
+    bucket_n, fits_n = bucket_of(sizes, sizes_n2, 1.2)
+    for (height, width), bucket, fits in zip(sizes_n2.tolist(), bucket_n, fits_n, strict=True):
+        kept = {}
+        for size in sizes:
+            if size.height <= 1.2 * height and size.width <= 1.2 * width:
+                scale = max(size.height / height, size.width / width)
+                kept[size] = size.pixels / (scale * height * scale * width)
+        assert fits == bool(kept)
+        if kept:
+            kept = {size: part for size, part in kept.items() if part >= 0.9 * max(kept.values()) - 1e-9}
+            most = max(size.pixels for size in kept)
+            kept = {size: part for size, part in kept.items() if 1.5 * size.pixels >= most}
+            assert kept[sizes[bucket]] == pytest.approx(max(kept.values()))
+
+
+def test_a_bucket_with_more_pixels_does_not_take_pictures_of_another_shape():
+    bucket_n, _ = bucket_of([Size(256, 256), Size(256, 512)], np.array([[512, 512], [400, 800]]), 1.0)
+    assert bucket_n.tolist() == [0, 1]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"buckets": ["384"]}, "'384' must be HEIGHTxWIDTH in pixels, 1 to 8192, such as 384x640"),
+        ({"buckets": ["0x64"]}, "'0x64' must be HEIGHTxWIDTH"),
+        ({"buckets": ["64x64"], "pixels": [64]}, "data.buckets and data.pixels are both given: leave one out"),
+        ({"pixels": [100]}, "100 must be a multiple of 8"),
+        ({"buckets": ["64x96"], "resize": "adm_center_crop"}, "adm_center_crop is defined for squares only"),
+        ({"buckets": ["64x64"], "content": "tokens"}, "data.buckets is for images"),
+    ],
+)
+def test_impossible_buckets_are_refused(settings, message):
+    assert message in refusal(DataError, bucket_sizes, DataConfig(**settings))
+
+
+# --------------------------------------------------------------------------------------------------------- the stream
+
+
+def test_each_step_holds_one_bucket_and_each_picture_its_own(batches):
+    for step in batches:
+        pixels = {len(values) for _, values in step}
+        (bucket,) = {BUCKET_OF[info.key.rsplit("-", 1)[1]] for info, _ in step}
+        height, width = map(int, bucket.split("x"))
+        assert pixels == {3 * height * width}
+        assert len(step) == {"24x24": 12, "16x32": 12, "32x16": 12, "16x40": 12, "48x48": 3}[bucket]
+
+
+def test_audit_of_buckets(stream):
+    """Every sample once in each epoch of its source and bucket, sources by their weights, each sample equally often."""
+    batches, state = stream
+    delivered = [info for step in batches for info, _ in step]
+    epochs = defaultdict(Counter)
+    for info in delivered:
+        epochs[info.source, info.key.rsplit("-", 1)[1], info.position.epoch][info.key] += 1
+    assert all(set(counts.values()) == {1} for counts in epochs.values())
+    sizes = Counter()
+    for name, (shards, _) in SOURCES.items():
+        for shapes in shards:
+            sizes.update({(name, kind): count for kind, count in shapes.items()})
+    done_epochs = 0
+    for (name, kind), count in sizes.items():
+        lanes = [places for key, (_, places) in state["lanes"].items() if key.startswith(f"{BUCKET_OF[kind]}/")]
+        done = min(places.get(name, (0, 0))[0] for places in lanes)  # epochs that every lane has behind it
+        assert all(len(epochs[name, kind, epoch]) == count for epoch in range(done)), (name, kind)
+        done_epochs += done
+    assert done_epochs > 50
+    of_source = Counter(info.source for info in delivered)
+    for name, (_, weight) in SOURCES.items():
+        assert of_source[name] / len(delivered) == pytest.approx(weight / 6, abs=0.03)
+    # Of a source, each sample comes equally often, whatever its bucket.
+    of_kind = Counter((info.source, info.key.rsplit("-", 1)[1]) for info in delivered)
+    for (name, kind), count in sizes.items():
+        passes = of_kind[name, kind] / count
+        expected = of_source[name] / sum(n for (source, _), n in sizes.items() if source == name)
+        assert abs(passes / expected - 1) < max(0.1, 1.5 / passes / count * 12), (name, kind)
+
+
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 3), (3, 1), (3, 2), (1, 7)])
+def test_global_batches_are_the_same_for_all_divisions(folder, batches, world_size, workers):
+    assert Steps(config(folder, workers=workers), world_size, batch=12).infos(40) == batches[:40]
+
+
+@pytest.fixture(scope="module")
+def large_batches(folder):
+    """9 global batches of 48 images, which more divisions divide."""
+    return Steps(config(folder, lanes=48), batch=48).infos(12)
+
+
+@pytest.mark.parametrize(("world_size", "workers"), [(1, 0), (1, 3), (2, 2), (3, 1), (4, 2)])
+def test_large_batches_are_the_same_for_all_divisions(folder, large_batches, world_size, workers):
+    assert Steps(config(folder, lanes=48, workers=workers), world_size, batch=48).infos(6) == large_batches[:6]
+
+
+def test_chain_of_divisions_is_bit_identical(folder, large_batches):
+    taken, state = [], None
+    for world_size, workers in [(4, 2), (2, 3), (6, 1)]:
+        steps = Steps(config(folder, lanes=48, workers=workers), world_size, batch=48, state=state)
+        taken += steps.infos(4)
+        state = steps.state()
+    assert taken == large_batches
+
+
+def test_micro_batches_give_the_same_batches(folder, large_batches):
+    assert Steps(config(folder, lanes=48), 2, micro=8, batch=48).infos(6) == large_batches[:6]
+
+
+def test_resume_after_any_step_is_bit_identical(folder, batches):
+    steps = Steps(config(folder), batch=12)
+    for number in range(12):
+        assert steps.infos(1) == [batches[number]]
+        assert Steps(config(folder), batch=12, state=steps.state()).infos(1) == [batches[number + 1]]
+
+
+def test_a_chain_that_does_not_divide_loses_and_repeats_nothing(folder):
+    state, delivered = None, []
+    for world_size, workers, batch in [(1, 2, 12), (5, 1, 40), (2, 0, 48), (3, 1, 24)]:
+        settings = config(folder, workers=workers, buckets=BUCKETS[:4])
+        steps = Steps(settings, world_size, batch=batch, state=state)
+        delivered += steps.delivered(12)
+        state = steps.state()
+    counts = Counter((info.source, info.key, info.position) for info in delivered)
+    assert max(counts.values()) == 1
+
+
+@pytest.mark.process
+def test_worker_processes_deliver_what_one_process_does(folder, batches):
+    first = Steps(config(folder, workers=3), batch=12)
+    taken = first.infos(15)
+    second = Steps(config(folder, workers=2), batch=12, state=first.state())
+    assert taken + second.infos(15) == batches[:30]
+
+
+def test_sizes_come_from_the_headers_where_there_is_no_index(folder, batches, tmp_path):
+    for name in SOURCES:
+        (tmp_path / name).mkdir()
+        for tar in (folder / name).glob("*.tar"):
+            (tmp_path / name / tar.name).symlink_to(tar)
+    steps = Steps(config(tmp_path), batch=12).infos(10)
+    found, expected = ([[(info.key, pixels) for info, pixels in step] for step in some] for some in (steps, batches))
+    assert found == expected[:10]
+
+
+def test_an_index_of_before_sizes_were_kept_is_as_good_for_local_tars(folder, batches, monkeypatch):
+    monkeypatch.setattr("data.index.OPTIONAL", ())
+    assert Steps(config(folder), batch=12).infos(3) == batches[:3]
+
+
+def test_images_of_a_folder(tmp_path):
+    for number in range(12):
+        picture(number, (64, 32) if number % 3 else (40, 40)).save(tmp_path / f"{number}.png")
+    rotated = Image.Exif()
+    rotated[0x0112] = 6  # displayed with its sides swapped
+    picture(50, (32, 64)).save(tmp_path / "turned.jpg", exif=rotated)
+    settings = DataConfig(train=str(tmp_path), buckets=["16x16", "16x32"], workers=0, lanes=2)
+    seen = {info.key: len(pixels) for step in Steps(settings, batch=2).infos(20) for info, pixels in step}
+    assert seen == {f"{n}.png": 3 * 16 * (32 if n % 3 else 16) for n in range(12)} | {"turned.jpg": 3 * 16 * 32}
+
+
+def test_pixels_are_those_of_the_crop_and_nothing_is_enlarged(tmp_path):
+    gradient = np.tile(np.arange(120, dtype=np.uint8) * 2, (40, 1))  # x counts from left to right
+    Image.fromarray(gradient).convert("RGB").save(tmp_path / "a.png")
+    settings = DataConfig(train=str(tmp_path), buckets=["40x60"], workers=0, lanes=1, crop="center", flip=False)
+    ((_, pixels),) = Steps(settings, batch=1).infos(1)[0]
+    found = np.frombuffer(pixels, np.uint8).reshape(3, 40, 60)
+    assert (found == gradient[None, :, 30:90]).all()
+
+
+def test_what_no_bucket_takes_is_told(tmp_path, caplog):
+    for number in range(6):
+        picture(number, (40, 40) if number else (20, 20)).save(tmp_path / f"{number}.png")
+    (tmp_path / "broken.png").write_bytes(b"no picture")
+    settings = DataConfig(train=str(tmp_path), buckets=["32x32"], workers=0, lanes=1)
+    steps = Steps(settings, batch=1)
+    with caplog.at_level(logging.WARNING):
+        keys = Counter(info.key for step in steps.infos(12) for info, _ in step)
+    assert set(keys) == {f"{n}.png" for n in range(1, 6)}
+    assert "1 pictures are smaller than their bucket and left out" in steps.streams[0].describe(10)
+    assert "bucket 32x32: 5 pictures, 100.0% of all, 1 in a step" in steps.streams[0].describe(10)
+    assert "broken.png" in caplog.text  # met in its turn, and listed as everywhere
+
+
+def test_filters_by_size_change_how_often_a_bucket_comes(tmp_path):
+    for number in range(20):
+        picture(number, (64, 32) if number % 2 else (48, 48)).save(tmp_path / f"{number}.png")
+    one = SourceConfig(root=str(tmp_path), filters=FilterConfig(max_aspect_ratio=1.5))
+    settings = DataConfig(sources=[one], buckets=["16x16", "16x32"], workers=0, lanes=2)
+    assert "no picture belongs to 16x32: leave it out" in refusal(DataError, Steps, settings, batch=2)
+    made = Steps(DataConfig(sources=[one], pixels=[16], workers=0, lanes=2), batch=2)
+    assert {info.key for step in made.infos(20) for info, _ in step} == {f"{n}.png" for n in range(0, 20, 2)}
+
+
+@pytest.mark.parametrize(
+    ("options", "world_size", "message"),
+    [
+        ({"buckets": ["512x512"]}, 1, "none of its 11 pictures covers a bucket (512x512): give smaller ones, or raise"),
+        ({"buckets": ["24x24", "60x8"]}, 1, "no picture belongs to 60x8: leave it out"),
+        ({}, 2, "bucket 48x48 has 3 images a step, which 2 processes x 1 micro-batches do not divide"),
+    ],
+)
+def test_buckets_that_cannot_be_trained_are_refused(folder, options, world_size, message):
+    assert message in refusal(DataError, Steps, config(folder, **options), world_size, batch=12)
+
+
+def test_other_buckets_are_refused_when_resuming(folder):
+    steps = Steps(config(folder), batch=12)
+    steps.infos(2)
+    state = steps.state()
+    said = refusal(DataError, Steps, config(folder, buckets=BUCKETS[:3]), batch=12, state=state)
+    assert "cannot resume: buckets was ['16x32'" in said
+    said = refusal(DataError, Steps, config(folder, buckets=[]), batch=12, state=state)
+    assert "and is now None; set it back" in said
