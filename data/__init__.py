@@ -10,6 +10,7 @@ from data.errors import DataError
 _DEFINED_IN = {
     "data.config": ("DataConfig", "FilterConfig", "SourceConfig"),
     "data.addresses": ("redacted",),
+    "data.buckets": ("check_batches", "image_sizes"),
     "data.cache": ("cache_folder",),
     "data.classes": ("CLASSES_NAME",),
     "data.errors": ("ImageError",),
@@ -32,7 +33,7 @@ _DEFINED_IN = {
     "data.stream_state": ("add_totals", "merge_states"),
     "data.tar_reader": ("scan",),
     "data.tokens": ("TokenHeader", "TokenSpec", "pack_codes", "unpack_codes"),
-    "data.transforms": ("decode",),
+    "data.transforms": ("Size", "decode"),
 }
 _MODULE_OF = {name: module for module, names in _DEFINED_IN.items() for name in names}
 

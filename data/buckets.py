@@ -21,7 +21,7 @@ from data.parallel import cores, in_threads
 from data.samples import Shard
 from data.sources import Source
 from data.tar_reader import TarShard
-from data.transforms import Size, image_header
+from data.transforms import Size, as_size, image_header
 
 MOST_BUCKETS = 64
 MOST_SIDE = 8192
@@ -61,10 +61,21 @@ def bucket_sizes(config: DataConfig) -> list[Size]:
     return sizes
 
 
-def _parsed(text: str) -> Size:
+def image_sizes(config: DataConfig) -> list[Size]:
+    """The sizes of training images, by ascending area: those of the buckets, or a square of `image_size`. Raises
+    DataError."""
+    return bucket_sizes(config) or [as_size(config.image_size)]
+
+
+def parse_size(text: str) -> Size | None:
+    """HEIGHTxWIDTH in pixels; None for anything else."""
     match = re.fullmatch(r"(\d{1,5})x(\d{1,5})", str(text))
     size = Size(*map(int, match.groups())) if match else Size(0, 0)
-    if not 1 <= min(size) <= max(size) <= MOST_SIDE:
+    return size if 1 <= min(size) <= max(size) <= MOST_SIDE else None
+
+
+def _parsed(text: str) -> Size:
+    if (size := parse_size(text)) is None:
         raise DataError(f"data.buckets: {text!r} must be HEIGHTxWIDTH in pixels, 1 to {MOST_SIDE}, such as 384x640")
     return size
 
@@ -98,13 +109,28 @@ def with_batches(sizes: list[Size], global_batch_size: int) -> list[Bucket]:
     return buckets
 
 
+def check_batches(sizes: list[Size], global_batch_size: int, world_size: int, micro_batches: int) -> None:
+    """Raises DataError where the images of a bucket cannot be divided among the processes and micro-batches."""
+    for bucket in with_batches(sizes, global_batch_size):
+        if bucket.batch % (world_size * micro_batches):
+            raise DataError(
+                f"bucket {bucket.name} has {bucket.batch} images a step, which {world_size} processes x "
+                f"{micro_batches} micro-batches do not divide: raise trainer.global_batch_size={global_batch_size}, or "
+                "leave out large buckets"
+            )
+
+
 def bucket_of(sizes: Sequence[Size], sizes_n2: np.ndarray, enlargement: float) -> tuple[np.ndarray, np.ndarray]:
     """The bucket of each picture, and whether the picture is large enough for it.
 
-    sizes_n2: height and width of each picture as it is displayed. Of the buckets that a picture covers when enlarged by
-    at most `enlargement`, those compete that keep nearly as much of its area as the best one (KEEPS_NEARLY). Of these the
-    ones with the most pixels win (areas within ONE_RESOLUTION count as equal), and of these the one that keeps most, the
-    first in the list if several do. A picture that covers no bucket belongs to the one that would keep most of it.
+    sizes_n2: height and width of each picture as it is displayed.
+
+    - Only buckets that the picture covers count; it may be enlarged by at most `enlargement`.
+    - Of these, only those that keep nearly as much of the picture's area as the best one (KEEPS_NEARLY).
+    - Of these, only those with the most pixels; areas within ONE_RESOLUTION are equal.
+    - Of these, the one that keeps most of the picture; the first in the list if several do.
+
+    A picture that covers no bucket belongs to the one that would keep most of it.
     """
     if not len(sizes_n2):
         return np.zeros(0, int), np.zeros(0, bool)
@@ -125,7 +151,9 @@ def bucket_of(sizes: Sequence[Size], sizes_n2: np.ndarray, enlargement: float) -
 # -------------------------------------------------------------------------------------------------- sizes of a source
 
 
-def sizes_of_source(source: Source, progress: Callable[[int, int], None] = lambda done, total: None) -> list[np.ndarray]:
+def sizes_of_source(
+    source: Source, progress: Callable[[int, int], None] = lambda done, total: None
+) -> list[np.ndarray]:
     """Height and width of each sample of each shard, int32 (samples, 2), 0 where its header cannot be read: from the
     index, else from the headers of the images, of which as many are read at once as there are cores.
 

@@ -1,12 +1,16 @@
 """What evaluation reads from: images or tokens in a fixed order, each exactly once."""
 
+import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
+from PIL import Image
 
+from data.buckets import bucket_of
 from data.cache import Access, Cache, cache_folder
 from data.config import SourceConfig
 from data.errors import DataError, ImageError
@@ -15,7 +19,7 @@ from data.parallel import in_threads
 from data.samples import Sample, Shard, Skipped, is_image
 from data.sources import TOKENS, label_of, open_source
 from data.tokens import TokenSpec, check_tokens, first_header, unpack_codes
-from data.transforms import decode, pixels_chw, resize_and_center_crop, resize_named
+from data.transforms import Size, decode, pixels_chw, resize_and_center_crop, resize_named
 
 CACHE_BYTES = 50 * 10**9
 PREFETCHED_PER_THREAD = 4  # samples that each thread decodes ahead
@@ -100,6 +104,8 @@ class EvaluationImages(_OrderedSamples):
     """The images of a folder (recursive), an image file, a zip file or tars (as `expand` reads them), in fixed order.
 
     image_size: shorter side and centre crop in pixels by the protocol `resize`; None keeps the original size.
+    buckets: in place of it, the sizes to choose from for each image, see `bucket_of`; images that would have to be
+    enlarged by more than `enlargement` are skipped.
     shard: (index, count): only this part of the set, `block` images in turn. access: how remote tars are read; without
     a cache they are copied to `cache_folder()`. threads: threads that decode ahead; 0: decode on request.
     class_from_folder: the class of an image is its top sub-folder, as for training (`file_shard`), in a folder where
@@ -111,6 +117,8 @@ class EvaluationImages(_OrderedSamples):
         path: str | list[str],
         *,
         image_size: int | None,
+        buckets: Sequence[Size] = (),
+        enlargement: float = math.inf,
         resize: str = "pil_antialias",
         shard: tuple[int, int] = (0, 1),
         access: Access | None = None,
@@ -122,13 +130,24 @@ class EvaluationImages(_OrderedSamples):
         if image_size is not None and image_size < 1:
             raise DataError(f"image size {image_size} must be at least 1 pixel")
         self.image_size, self.resize = image_size, resize_named(resize)
+        self.buckets, self.enlargement = buckets, enlargement
         super().__init__(path, shard, access, block, threads, class_from_folder, classes)
 
     def _value(self, sample: Sample, index: int) -> EvaluationImage:
         image = decode(sample.image())
-        if self.image_size is not None:
+        if self.buckets:
+            image = resize_and_center_crop(image, self._bucket(image), self.resize)
+        elif self.image_size is not None:
             image = resize_and_center_crop(image, self.image_size, self.resize)
         return EvaluationImage(sample.key, torch.from_numpy(pixels_chw(image)), index, label_of(sample.members, TOKENS))
+
+    def _bucket(self, image: Image.Image) -> Size:
+        (number,), (fits,) = bucket_of(self.buckets, np.array([[image.height, image.width]]), self.enlargement)
+        if not fits:
+            raise ImageError(
+                f"{image.height} x {image.width} pixels are smaller than its bucket {self.buckets[number]}"
+            )
+        return self.buckets[number]
 
 
 class EvaluationTokens(_OrderedSamples):

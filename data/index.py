@@ -119,7 +119,10 @@ class Index:
         self.number = {name: number for number, name in enumerate(self.names)}
         self.first = np.concatenate([[0], np.cumsum(self.tensors["samples"])])
         of_shards = {len(self.names), *(len(self.tensors[name]) for name in ("bytes", "samples", "sha256"))}
-        of_samples = {int(self.first[-1]), *(len(self.tensors[name]) for name in ("starts", "stops", "keys", *OPTIONAL) if name in self.tensors)}
+        of_samples = {
+            int(self.first[-1]),
+            *(len(self.tensors[name]) for name in ("starts", "stops", "keys", *OPTIONAL) if name in self.tensors),
+        }
         if len(of_shards) > 1 or len(of_samples) > 1 or self.tensors["samples"].min() < 0:
             raise DataError(f"the index {path} is damaged: write it again with `ibq shards check --write-index`")
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from data.addresses import redacted
-from data.buckets import Bucket, Division, bucket_sizes, divide, with_batches
+from data.buckets import Division, bucket_sizes, check_batches, divide, with_batches
 from data.cache import Access, Cache
 from data.classes import merged_classes, read_classes
 from data.config import DataConfig, SourceConfig, check_numbers
@@ -64,8 +64,8 @@ class Batch(NamedTuple):
 
 @dataclass
 class _Part:
-    """A rank's share of the images of one size. name: of the bucket, or empty if there are no buckets. lanes: lane -> its
-    state after the images that were delivered."""
+    """A rank's share of the images of one size. name: of the bucket, or empty if there are no buckets. lanes: lane ->
+    its state after the images that were delivered."""
 
     name: str
     micro_batch_size: int
@@ -131,7 +131,7 @@ class TrainStream:
         self.sources = open_sources(config, quarantine, sources_before)
         _check_enough_shards(self.sources, lanes)
         limit = WindowLimit(config.shuffle_block, int(config.shuffle_megabytes * 1e6))
-        self.division = _division(config, self.sources, global_batch_size, progress)
+        self.division = _division(config, self.sources, global_batch_size, world_size, self.micro_batches, progress)
         self.identity = stream_identity(self.sources, seed, lanes, limit, self.division and self.division.names)
         self.steps, self.totals, lane_states = 0, {}, {}
         if state is not None:
@@ -153,7 +153,7 @@ class TrainStream:
                     one.bucket.name,
                     one.sources,
                     TrainingTransform(config, one.bucket.size, config.max_enlargement),
-                    _bucket_assignment(assignment, one.bucket, self.micro_batches),
+                    replace(assignment, global_batch_size=one.bucket.batch),
                 )
                 for one in self.division.contents
             ]
@@ -313,6 +313,7 @@ def check(
     with data.content=tokens; the first sample of each source is compared with it."""
     check_numbers(config)
     transform_of(config, tokens)
+    bucket_sizes(config)
     if train:
         sources = open_sources(config, frozenset(config.quarantine), progress=progress)
         for source in sources if config.content == "tokens" else []:
@@ -323,8 +324,7 @@ def check(
     if config.content == "tokens":
         evaluation_tokens(config.val, tokens, access=access_of(config))
     else:
-        side = config.val_image_size or config.image_size
-        evaluation_images(config.val, image_size=side, resize=config.resize, **validation_options(config))
+        evaluation_images(config.val, resize=config.resize, **validation_options(config))
 
 
 def class_numbers(config: DataConfig, saved: str | None = None) -> dict[str, int] | None:
@@ -355,9 +355,18 @@ def class_from_folder(config: DataConfig) -> bool:
 
 
 def validation_options(config: DataConfig) -> dict:
-    """How the images of ``data.val`` are opened and numbered: options of `evaluation_images`. Raises DataError."""
+    """How the images of ``data.val`` are opened, cut and numbered: options of `evaluation_images`. Raises DataError."""
     classes = None if config.classes is None else read_classes(config.classes)
-    return {"access": access_of(config), "class_from_folder": class_from_folder(config), "classes": classes}
+    options = {"access": access_of(config), "class_from_folder": class_from_folder(config), "classes": classes}
+    return options | validation_sizes(config)
+
+
+def validation_sizes(config: DataConfig) -> dict:
+    """The sizes of validation images, as options of `evaluation_images`: `val_image_size`, or as in training. Raises
+    DataError."""
+    if config.val_image_size is None and (sizes := bucket_sizes(config)):
+        return {"image_size": None, "buckets": sizes, "enlargement": config.max_enlargement}
+    return {"image_size": config.val_image_size or config.image_size}
 
 
 def access_of(config: DataConfig) -> Access:
@@ -411,12 +420,15 @@ def transform_of(config: DataConfig, tokens: TokenSpec | None = None) -> Trainin
     return TrainingTransform(config)
 
 
-def _division(config: DataConfig, sources: list[Source], global_batch_size: int, progress) -> Division | None:
-    """How samples are divided among buckets; None if there are none. Buckets that were named must have pictures; of those
-    that were made, empty ones are left out. Raises DataError."""
+def _division(
+    config: DataConfig, sources: list[Source], global_batch_size: int, world_size: int, micro_batches: int, progress
+) -> Division | None:
+    """How samples are divided among buckets; None if there are no buckets. Named buckets must have pictures; of those
+    made from `data.pixels`, empty ones are left out. Raises DataError."""
     sizes = bucket_sizes(config)
     if not sizes:
         return None
+    check_batches(sizes, global_batch_size, world_size, micro_batches)
     buckets = with_batches(sizes, global_batch_size)
     division = divide(sources, buckets, config.max_enlargement, progress)
     empty = [one.bucket.name for one in division.contents if not one.pictures]
@@ -426,17 +438,6 @@ def _division(config: DataConfig, sources: list[Source], global_batch_size: int,
             "`ibq shards stats` proposes buckets"
         )
     return division._replace(contents=[one for one in division.contents if one.pictures])
-
-
-def _bucket_assignment(whole: LaneAssignment, bucket: Bucket, micro_batches: int) -> LaneAssignment:
-    """How the lanes of a bucket are distributed. Raises DataError where its batch cannot be divided."""
-    if bucket.batch % (whole.world_size * micro_batches):
-        raise DataError(
-            f"bucket {bucket.name} has {bucket.batch} images a step, which {whole.world_size} processes x "
-            f"{micro_batches} micro-batches do not divide: raise trainer.global_batch_size={whole.global_batch_size}, or "
-            "leave out large buckets"
-        )
-    return replace(whole, global_batch_size=bucket.batch)
 
 
 def _check_enough_shards(sources: list[Source], lanes: int) -> None:

@@ -298,8 +298,9 @@ def as_size(size: "Size | int") -> Size:
 
 
 def resize_to_cover(image: Image.Image, size: Size | int, resize: Resize) -> Image.Image:
-    """Resizes so that the image just covers `size`, keeping the aspect ratio as the protocol rounds it: one side is that
-    of `size`, the other one is not shorter. For a square, the shorter side becomes that of the square.
+    """Resizes so that the image just covers `size`, keeping the aspect ratio as the protocol rounds it.
+
+    One side becomes that of `size`, the other one is not shorter. For a square, it is the shorter side.
 
     Raises ImageError where a picture like a thread would have more than MAX_PIXELS.
     """

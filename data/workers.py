@@ -54,8 +54,8 @@ class LaneDataset(IterableDataset):
     parts: list[Part]
     part_of_step: Callable[[int], int]
     steps: int = 0
-    # (workers, SLOTS, values of a read). The workers write into it in turn: fresh shared memory for each read would cost
-    # up to a tenth of the time that decoding takes.
+    # (workers, SLOTS, values of a read). The workers write into it in turn: fresh shared memory for each read would
+    # cost up to a tenth of the time that decoding takes.
     shared: np.ndarray | None = None
 
     def __iter__(self) -> Iterator[ReadSamples | DataError]:

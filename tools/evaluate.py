@@ -118,8 +118,8 @@ def reconstruction(
     size: Annotated[
         str | None,
         typer.Option(
-            help="Pixels of the crop, or 'original'.",
-            show_default="the recipe's, or the run's data.val_image_size or image_size; without a run 256",
+            help="Pixels of the crop, sizes such as 384x640 (of several the nearest), or 'original'.",
+            show_default="the recipe's, or the run's data.val_image_size, buckets or image_size; without a run 256",
         ),
     ] = None,
     resize: Annotated[

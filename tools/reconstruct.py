@@ -18,7 +18,8 @@ def reconstruct(
     size: Annotated[
         str | None,
         typer.Option(
-            help="Pixels of the crop, or 'original'.", show_default="the run's data.val_image_size, or image_size"
+            help="Pixels of the crop, sizes such as 384x640 (of several the nearest), or 'original'.",
+            show_default="the run's data.val_image_size, buckets or image_size",
         ),
     ] = None,
     resize: Annotated[

@@ -13,17 +13,20 @@ REPEATS = 5
 class Throughput:
     """Measures images per second of training. Time within ``paused()`` does not count."""
 
-    def __init__(self, images_per_step: int, step: int):
-        self.images_per_step = images_per_step
-        self.restart(step)
+    def __init__(self):
+        self.restart()
 
-    def restart(self, step: int) -> None:
-        """Starts a new measurement at the end of ``step``."""
-        self.step, self.began = step, time.perf_counter()
+    def restart(self) -> None:
+        """Starts a new measurement."""
+        self.images, self.began = 0, time.perf_counter()
 
-    def images_per_second(self, step: int) -> float:
-        """Images per second from the last restart to the end of ``step``."""
-        return (step - self.step) * self.images_per_step / (time.perf_counter() - self.began)
+    def count(self, images: int) -> None:
+        """Counts the images of a step."""
+        self.images += images
+
+    def images_per_second(self) -> float:
+        """Images per second since the last restart."""
+        return self.images / (time.perf_counter() - self.began)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -95,10 +95,10 @@ class Trainer:
 
     def train(self) -> None:
         """All steps that are left. Raises Stopped after a signal to stop, with everything saved."""
-        self.throughput = Throughput(self.config.trainer.global_batch_size, self.step)
+        self.throughput = Throughput()
         if self.init_from and self.config.data.val is not None:
             self.validate(self.step)  # what training starts from
-            self.throughput.restart(self.step)
+            self.throughput.restart()
         for step in range(self.step + 1, self.config.trainer.max_steps + 1):
             self.step = step
             self.after_step(step, self.train_step(step))
@@ -109,6 +109,7 @@ class Trainer:
         batches = self.batches.take(step)
         self.data_state, self.keys = batches[-1].state, [key for batch in batches for key in batch.keys]
         result = self.task.step([self.task.inputs(batch) for batch in batches], step - 1)
+        self.throughput.count(self.world.size * sum(len(batch.values) for batch in batches))
         if step < self.config.trainer.max_steps:
             self.batches.read_ahead()
         return result
@@ -138,7 +139,7 @@ class Trainer:
                 self.validate(step)
             self.save(step, due)
         if due.log:
-            self.throughput.restart(step)
+            self.throughput.restart()
         saved = f"step {step} is saved: resume with `ibq resume {self.run}`"
         if gone:
             raise TrainerError(
@@ -166,7 +167,7 @@ class Trainer:
         means = mean_over_ranks(torch.stack([value.to(self.world.device) for value in values])).tolist()
         scalars = dict(zip(result.scalars, means, strict=True))
         scalars |= self.task.scalars(step - 1) | self.batches.report(step)
-        scalars |= self.task.speed(self.throughput.images_per_second(step))
+        scalars |= self.task.speed(self.throughput.images_per_second())
         self.telemetry.alarm(step, self.task.alarm)
         self.telemetry.log(step, scalars)
         for line in summary(scalars) if last else ():

@@ -1,12 +1,15 @@
 """`ibq evaluate reconstruction`, which measures a tokenizer and writes the report's files, and `ibq reconstruct`."""
 
+import math
 import re
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from data.buckets import parse_size
 from data.evaluation import EvaluationImages, evaluation_images
 from data.file_names import fitted
+from data.loader import validation_sizes
 from data.transforms import RESIZES
 from model_zoo.config import TokenizerConfig
 from model_zoo.io.hashing import fingerprint_of
@@ -54,6 +57,7 @@ from trainer.parallel import World, run_on_main
 from trainer.reports.image_grid import EXAMPLE_COUNT, ORDERS, Example, pair, side_by_side
 
 RUN_REPORT = "report.json"
+ORIGINAL = "original"  # --size of images that are not resized
 RECONSTRUCTIONS = "reconstruct.json"  # marks a folder of `ibq reconstruct`
 FEW_IMAGES = 10_000  # fewer than these bias rFID
 SIZE, RESIZE = 256, "cv2_bilinear"  # of published tokenizers on ImageNet; used if neither options nor a run say more
@@ -64,9 +68,16 @@ class ImageSource(NamedTuple):
 
     images: EvaluationImages
     path: str | list[str]
-    image_size: int | None  # pixels, None for original sizes
+    image_size: int | str  # pixels of a square, ``original``, or sizes such as ``384x640``, separated by commas
     resize: str
     batch_size: int
+
+    @property
+    def shortest_side(self) -> int | None:
+        """Of the images, in pixels; None if they keep their sizes."""
+        if self.images.buckets:
+            return min(min(size) for size in self.images.buckets)
+        return self.images.image_size
 
 
 def open_images(
@@ -77,8 +88,9 @@ def open_images(
     world: World,
     batch_size: int,
 ) -> ImageSource:
-    """Opens the images. What is None comes from the run's ``data`` section (``val``, ``val_image_size``, ``resize``);
-    without a run, size and resize are those of the published ImageNet results. Raises TrainerError or DataError."""
+    """Opens the images. What is None comes from the run's ``data`` section (``val``, the sizes of validation images,
+    ``resize``); without a run, size and resize are those of the published ImageNet results. Raises TrainerError or
+    DataError."""
     config = data_config(checkpoint)
     path = images if images is not None or config is None else config.val
     if path is None and config is None:
@@ -90,20 +102,30 @@ def open_images(
     if resize not in RESIZES:
         raise TrainerError(f"--resize {resize} is unknown: choose one of {', '.join(RESIZES)}")
     if image_size is None:
-        image_size = SIZE if config is None else config.val_image_size or config.image_size
-    if image_size != "original" and (not str(image_size).isdecimal() or int(image_size) < SSIM_WINDOW):
-        raise TrainerError(f"--size {image_size}: give at least {SSIM_WINDOW} pixels, or 'original'")
-    size = None if image_size == "original" else int(image_size)
-    batch_size = 1 if size is None else batch_size
-    opened = evaluation_images(
-        path,
-        image_size=size,
-        resize=resize,
-        shard=(world.rank, world.size),
-        block=batch_size,
-        threads=decode_threads(),
-    )
-    return ImageSource(opened, path, size, resize, batch_size)
+        sizes = {"image_size": SIZE} if config is None else validation_sizes(config)
+    else:
+        sizes = _sizes(str(image_size))
+    if sizes["image_size"] is None and not sizes.get("buckets"):
+        batch_size = 1
+    options = dict(resize=resize, shard=(world.rank, world.size), block=batch_size, threads=decode_threads())
+    opened = evaluation_images(path, **sizes, **options)
+    named = sizes["image_size"] or ",".join(map(str, sizes.get("buckets", ()))) or ORIGINAL
+    return ImageSource(opened, path, named, resize, batch_size)
+
+
+def _sizes(text: str) -> dict:
+    """``--size`` as options of `evaluation_images`. Raises TrainerError."""
+    if text == ORIGINAL:
+        return {"image_size": None}
+    buckets = [parse_size(part) for part in text.split(",")]
+    if None not in buckets and min(min(size) for size in buckets) >= SSIM_WINDOW:
+        return {"image_size": None, "buckets": buckets, "enlargement": math.inf}
+    if not text.isdecimal() or int(text) < SSIM_WINDOW:
+        raise TrainerError(
+            f"--size {text}: give at least {SSIM_WINDOW} pixels, sizes such as 384x640 or 256x256,192x352, or "
+            f"'{ORIGINAL}'"
+        )
+    return {"image_size": int(text)}
 
 
 class _Inputs(NamedTuple):
@@ -182,7 +204,7 @@ def _load(checkpoint: Path, weights: str, source: ImageSource, measures: str, wo
     tokenizer = build_model(found, "tokenizer", TokenizerConfig, Tokenizer)
     fingerprint = fingerprint_of(tokenizer.state_dict()) if world.is_main else ""
     image_count = sum(len(shard) for shard in source.images.shards)
-    networks = load_networks(measures, source.image_size, image_count)
+    networks = load_networks(measures, source.shortest_side, image_count)
     return _Inputs(checkpoint, tokenizer, found.weights, fingerprint, source, networks)
 
 
@@ -198,7 +220,7 @@ def _provenance(inputs: _Inputs, report: ReconstructionReport, world: World, jso
         "start": read_init_record(run_folder(checkpoint)),
         "images": source.path,
         "image_list": image_list_hash(score.key for score in report.images),
-        "image_size": "original" if source.image_size is None else source.image_size,
+        "image_size": source.image_size,
         "resize": source.resize,
         "batch_size": source.batch_size,
         "pictures": {name: path.name for name, path in _grid_paths(json_path).items()},

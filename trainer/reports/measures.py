@@ -66,7 +66,10 @@ def markdown_table(rows: list[list[str]]) -> str:
 def describe_crop(provenance: dict) -> str:
     """The image size and the resize method of an evaluation."""
     size = provenance["image_size"]
-    return "original size" if size == "original" else f"{size} x {size} ({provenance['resize']})"
+    if size == "original":
+        return "original size"
+    named = f"{size} x {size}" if str(size).isdecimal() else size.replace(",", ", ")
+    return f"{named} ({provenance['resize']})"
 
 
 def describe_seconds(seconds: dict[str, float]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import partial
 from itertools import islice
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 import data
 from trainer import TrainerError
@@ -27,11 +28,13 @@ from trainer.schedules import learning_rate_factor, weight_decay
 PICTURES = 8  # images that a validation shows
 
 
-def row_of_pictures(images_bchw: Tensor) -> Tensor:
-    """Images in [-1, 1] side by side: uint8 ``(3, h, w)``."""
+def row_of_pictures(images: Sequence[Tensor]) -> Tensor:
+    """Images in [-1, 1], ``(3, h, w)`` each, side by side: uint8 ``(3, h, w)``. Smaller ones get a white margin."""
     from torchvision.utils import make_grid  # slow to import, and only used here
 
-    row_chw = make_grid(images_bchw / 2 + 0.5, nrow=PICTURES, padding=2, pad_value=1)
+    height, width = (max(image.shape[axis] for image in images) for axis in (1, 2))
+    padded = [F.pad(image, (0, width - image.shape[2], 0, height - image.shape[1]), value=1.0) for image in images]
+    row_chw = make_grid(torch.stack(padded) / 2 + 0.5, nrow=PICTURES, padding=2, pad_value=1)
     return (row_chw * 255).to(torch.uint8)
 
 
@@ -183,16 +186,18 @@ class Task(ABC):
         return finite
 
     def validation_images(
-        self, image_size: int, tokens: data.TokenSpec | None = None
+        self, tokens: data.TokenSpec | None = None, **sizes
     ) -> Iterator[data.EvaluationImage | data.EvaluationToken]:
-        """This rank's share of the first ``trainer.validation_images`` images of ``data.val``, or of their tokens."""
+        """This rank's share of the first ``trainer.validation_images`` images of ``data.val``, or of their tokens.
+
+        sizes: options of `data.evaluation_images` in place of those of the recipe."""
         config, world = self.config, self.world
         shard = (world.rank, world.size)
         if tokens:
             images = data.evaluation_tokens(config.data.val, tokens, shard=shard, access=data.access_of(config.data))
         else:
             options = dict(shard=shard, resize=config.data.resize, **data.validation_options(config.data))
-            images = data.evaluation_images(config.data.val, image_size=image_size, **options)
+            images = data.evaluation_images(config.data.val, **(options | sizes))
         return islice(images, len(range(world.rank, config.trainer.validation_images, world.size)))
 
     @contextmanager

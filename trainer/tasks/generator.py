@@ -106,6 +106,8 @@ class GeneratorTask(Task):
                 f"the tokenizer {source} ({found}) did not make these codes ({config.tokenizer.fingerprint} did): give "
                 "the right one with tokenizer.source=RUN"
             )
+        if len(data.image_sizes(config.data)) > 1:
+            raise TrainerError("data.buckets is for tokenizers: a generator has one grid; leave it and data.pixels out")
         side = config.data.image_size
         grid = [side // self.tokenizer.downsampling_factor] * 2
         if config.data.content == "images" and (side % self.tokenizer.downsampling_factor or list(model.grid) != grid):
@@ -226,7 +228,7 @@ class GeneratorTask(Task):
         config, tokens = self.config, None
         if config.data.content == "tokens":
             tokens = data.TokenSpec(config.tokenizer.fingerprint, config.model.vocabulary, tuple(config.model.grid))
-        return self.validation_images(config.data.image_size, tokens)
+        return self.validation_images(tokens, image_size=config.data.image_size)
 
     def _validation_batches(self) -> Iterator[Codes]:
         """Micro-batches of validation images. A sharded head needs equally many tokens on its ranks: one image each."""

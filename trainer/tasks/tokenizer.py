@@ -70,9 +70,9 @@ class TokenizerTask(Task):
             buffers=self._buffers,
             is_main=world.is_main,
         )
-        self.tokens_per_step = config.trainer.global_batch_size * max(
-            1, (config.data.image_size // self.tokenizer.downsampling_factor) ** 2
-        )
+        self.sizes = data.image_sizes(config.data)
+        # With buckets, a step of each has about as many tokens as one of the smallest.
+        self.tokens_per_step = config.trainer.global_batch_size * max(1, self._tokens_of(self.sizes[0]))
         start_steps = self.tokenizer.quantize.start_updates
         if start_steps:
             start_steps += config.schedule.warmup_steps  # updates are small until then
@@ -91,6 +91,10 @@ class TokenizerTask(Task):
                 networks.append(self.adversary.engine.module)
             for network in networks:
                 network.compile()
+
+    def _tokens_of(self, size: data.Size) -> int:
+        factor = self.tokenizer.downsampling_factor
+        return (size.height // factor) * (size.width // factor)
 
     def _build_perceptual(self) -> nn.Module | None:
         """LPIPS, if its weight is not 0."""
@@ -120,10 +124,20 @@ class TokenizerTask(Task):
         restarts of all codes in every step."""
         if self.config.trainer.log_gradient_balance and self.unmeasurable:
             raise TrainerError(f"trainer.log_gradient_balance=true {self.unmeasurable}")
-        data, factor = self.config.data, self.tokenizer.downsampling_factor
-        for key, side in (("image_size", data.image_size), ("val_image_size", data.val_image_size)):
-            if side is not None and side % factor:
-                raise TrainerError(f"data.{key}={side} must be a multiple of {factor}, the pixels of a token's side")
+        settings, factor = self.config.data, self.tokenizer.downsampling_factor
+        named = {
+            f"bucket {size}" if len(self.sizes) > 1 else f"data.image_size={size.height}": size for size in self.sizes
+        }
+        validated = (
+            {}
+            if settings.val_image_size is None
+            else {f"data.val_image_size={settings.val_image_size}": (settings.val_image_size,)}
+        )
+        for name, sides in (named | validated).items():
+            if any(side % factor for side in sides):
+                raise TrainerError(f"{name} must be a multiple of {factor}, the pixels of a token's side")
+        micro_batches = self.batch["micro_batches"]
+        data.check_batches(self.sizes, self.config.trainer.global_batch_size, self.world.size, micro_batches)
         model = self.config.model
         mean = self.tokens_per_step / model.codebook_size
         if model.restart_below > mean and not self.codes_frozen:
@@ -139,15 +153,16 @@ class TokenizerTask(Task):
             "LPIPS (loss.perceptual.weight=0 trains without it)": SMALLEST_SIDE["vgg"] if self.perceptual else 0,
         }
         for network, side in least.items():
-            if data.image_size < side:
-                raise TrainerError(f"data.image_size={data.image_size} must be at least {side} for {network}")
+            for name, size in named.items():
+                if min(size) < side:
+                    raise TrainerError(f"{name} must be at least {side} for {network}")
 
     def impl(self) -> str:
         """The implementation of index backpropagation that training uses."""
         if self.config.trainer.quantizer_impl != "auto":
             return self.config.trainer.quantizer_impl
-        codes_kd, side = self.tokenizer.quantize.embedding.weight, self.config.data.image_size
-        tokens = self.batch["micro_batch_size"] * (side // self.tokenizer.downsampling_factor) ** 2
+        codes_kd = self.tokenizer.quantize.embedding.weight
+        tokens = self.batch["micro_batch_size"] * self._tokens_of(self.sizes[0])
         return fastest_impl(codes_kd.new_empty(tokens, codes_kd.shape[1]), codes_kd, self.groups.shard)
 
     def step(self, micro_batches: list[Tensor], step: int) -> Step:
@@ -231,6 +246,8 @@ class TokenizerTask(Task):
         reconstruction_bchw, quantized = output
         reconstruction = (reconstruction_bchw - images_bchw).abs().mean()
         metrics.add("loss/reconstruction", reconstruction)
+        if len(self.sizes) > 1:
+            metrics.add(f"loss/reconstruction/{data.Size(*images_bchw.shape[2:])}", reconstruction)
         terms = {"reconstruction": config.reconstruction.weight * reconstruction}
         if self.perceptual:
             with self.autocast():
@@ -312,15 +329,16 @@ class TokenizerTask(Task):
 
     @torch.no_grad()
     def validate(self, beat: Callable[[], None]) -> Validation:
-        """PSNR, L1 and usage on validation images, each counted once; pictures of the first few."""
-        config, world = self.config, self.world
-        sums = torch.zeros(3, dtype=torch.float64, device=world.device)
+        """PSNR, L1 and usage on validation images, each counted once, with buckets also PSNR by bucket; pictures of the
+        first few."""
+        world = self.world
+        # Of each size: PSNR, L1, number of images.
+        sums_s3 = torch.zeros(len(self.sizes), 3, dtype=torch.float64, device=world.device)
         usage = CodebookUsage(self.tokenizer.quantize.counted_codes, world.device)
         pictures = []
-        side = config.data.val_image_size or config.data.image_size
-        grey = data.EvaluationImage("", torch.full((3, side, side), 127, dtype=torch.uint8), -1)
+        grey = data.EvaluationImage("", torch.full((3, *self.sizes[0]), 127, dtype=torch.uint8), -1)
         with self.evaluation():
-            for image, counts in self.in_lockstep(self.validation_images(side), grey):
+            for image, counts in self.in_lockstep(self.validation_images(), grey):
                 beat()
                 original = image.image_chw[None].to(world.device).float() / 127.5 - 1
                 index_bhw, reconstruction = self.reconstruct(original)
@@ -329,17 +347,23 @@ class TokenizerTask(Task):
                 usage.update(self.tokenizer.quantize.counted(index_bhw))
                 error = (reconstruction - original).abs().mean().double()
                 decibels = psnr(reconstruction, original)[0].double().masked_fill(error.isnan(), math.nan)
-                sums += torch.stack([decibels, error, sums.new_ones(())])
+                size = data.Size(*original.shape[2:])
+                number = self.sizes.index(size) if size in self.sizes else 0  # of val_image_size there is one
+                sums_s3[number] += torch.stack([decibels, error, error.new_ones(())])
                 if len(pictures) < PICTURES:
                     pictures.append(torch.cat([original[0], reconstruction[0]], dim=1).cpu())
-        sum_over_ranks(sums)
+        sum_over_ranks(sums_s3)
         usage = usage.merged()
-        if not sums[2] > 0:
+        total = sums_s3.sum(0)
+        if not total[2] > 0:
             return Validation({}, {}, [])
-        drawn = {"reconstructions": row_of_pictures(torch.stack(pictures))} if pictures else {}
-        psnr_mean, l1_mean = (sums[:2] / sums[2]).tolist()
-        used = {f"val/{self.counted_prefix}usage": usage.usage()}
-        return Validation({"val/psnr": psnr_mean, "val/l1": l1_mean, **used}, drawn, [])
+        drawn = {"reconstructions": row_of_pictures(pictures)} if pictures else {}
+        psnr_mean, l1_mean = (total[:2] / total[2]).tolist()
+        scalars = {"val/psnr": psnr_mean, "val/l1": l1_mean, f"val/{self.counted_prefix}usage": usage.usage()}
+        if len(self.sizes) > 1:
+            of_size = zip(self.sizes, sums_s3.tolist(), strict=True)
+            scalars |= {f"val/psnr/{size}": decibels / count for size, (decibels, _, count) in of_size if count}
+        return Validation(scalars, drawn, [])
 
     def describe(self) -> list[str]:
         model, init_from = self.config.model, self.config.init_from

@@ -198,7 +198,9 @@ def test_weights_over_20000_draws(world_size, workers):
         assert drawn[number] == pytest.approx(20_000 * share, rel=0.01)
 
 
-@pytest.mark.parametrize(("world_size", "workers"), [(1, 3), (1, 5), (2, 2), (3, 1), (4, 2), (6, 7), (8, 0), (24, 2), (12, 2)])
+@pytest.mark.parametrize(
+    ("world_size", "workers"), [(1, 3), (1, 5), (2, 2), (3, 1), (4, 2), (6, 7), (8, 0), (24, 2), (12, 2)]
+)
 def test_global_batches_are_the_same_for_all_divisions(mixture, mixture_batches, world_size, workers):
     other = Steps(config(None, sources=mixture, lanes=24, workers=workers), world_size, batch=24).infos(12)
     assert other == mixture_batches[:12]
@@ -557,7 +559,7 @@ def test_a_million_samples_open_and_resume_in_less_than_two_seconds(tmp_path):
     began = time.process_time()
     resumed = Steps(config(tmp_path, lanes=256), batch=256, state=state).streams[0]
     for lane in range(256):
-        resumed.reader._cursor(lane, 0)._next_window()
+        resumed.parts[0].reader._cursor(lane, 0)._next_window()
     assert opened < 2
     assert time.process_time() - began < 2
 
