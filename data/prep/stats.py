@@ -11,6 +11,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from data.buckets import bucket_of, sizes_of
+from data.config import DataConfig
 from data.errors import DataError, ImageError
 from data.parallel import in_processes
 from data.samples import CODES, Sample, Shard, WindowLimit
@@ -27,6 +29,10 @@ CLASS_SIZES = (2, 10, 100, 500, 1000, 1500, 10_000, 100_000)  # images
 SHAPES = ((1, 2), (9, 16), (2, 3), (3, 4), (1, 1), (4, 3), (3, 2), (16, 9), (2, 1))
 # Geometric means of neighbouring shapes, so that a picture and its rotation by 90 degrees are treated alike.
 SHAPE_BORDERS = [math.sqrt(a / b * c / d) for (a, b), (c, d) in itertools.pairwise(SHAPES)]
+
+SIZE_STEP = 16  # pixels: sides of proposed buckets are multiples of it
+PROPOSED_PIXELS = (1024, 512, 256, 128)
+PROPOSED_COVER = 0.9  # of the images
 
 SELECTION_SAMPLES = 2000  # that a process counts at once
 WINDOW = WindowLimit(64, 16 << 20)  # fetched at once from a remote tar
@@ -79,8 +85,8 @@ class Counted:
     """Statistics of samples.
 
     bytes: of all members. formats: JPEG, PNG, WEBP -> images. sides: pixels of the shorter side -> images. shapes:
-    index in SHAPES -> images. tokens: header of the codes -> samples. lengths: characters of the caption -> samples.
-    classes: class -> samples. scores: a filter's score -> Score. unusable_samples: those that training would skip;
+    index in SHAPES -> images. sizes: (height, width), rounded down to SIZE_STEP -> images. tokens: header of the codes
+    -> samples. lengths: characters of the caption -> samples. classes: class -> samples. scores: a filter's score -> Score. unusable_samples: those that training would skip;
     unusable: the first of them with reasons.
     """
 
@@ -90,6 +96,7 @@ class Counted:
     tokens: Counter[TokenHeader] = field(default_factory=Counter)
     sides: Counter[int] = field(default_factory=Counter)
     shapes: Counter[int] = field(default_factory=Counter)
+    sizes: Counter[tuple[int, int]] = field(default_factory=Counter)
     lengths: Counter[int] = field(default_factory=Counter)
     missing_captions: int = 0
     classes: Counter[int] = field(default_factory=Counter)
@@ -115,10 +122,27 @@ class Counted:
         histograms = [
             Histogram("shorter_side", f"shorter side, pixels{_in_words(self.sides)}", _bins(self.sides, SIDES)),
             Histogram("shape", "shape, width : height, the nearest", _trimmed(shapes)),
+            *self._proposed_buckets(),
             Histogram("captions", f"captions, characters{_in_words(self.lengths)}", _bins(self.lengths, LENGTHS)),
             Histogram("classes", f"classes by number of images{_in_words(sizes)}", _bins(sizes, CLASS_SIZES)),
         ]
         return [histogram for histogram in histograms if histogram.bins]
+
+    def _proposed_buckets(self) -> list[Histogram]:
+        """The buckets of the highest resolution that nearly all images cover (PROPOSED_COVER), if there is one and the
+        images have several shapes."""
+        if not self.sizes:
+            return []
+        sizes_n2, count_n = np.array(list(self.sizes)), np.array(list(self.sizes.values()))
+        for side in PROPOSED_PIXELS:
+            buckets = sizes_of(side, DataConfig.max_aspect)
+            bucket_n, fits_n = bucket_of(buckets, sizes_n2, 1.0)
+            if (share := count_n[fits_n].sum() / count_n.sum()) >= PROPOSED_COVER:
+                count_k = np.bincount(bucket_n[fits_n], count_n[fits_n], len(buckets)).astype(int)
+                bins = {str(size): count for size, count in zip(buckets, count_k.tolist(), strict=True) if count}
+                title = f"buckets of data.pixels=[{side}], which {share:.0%} of the images cover, height x width"
+                return [Histogram("buckets", title, bins)] if len(bins) > 1 else []
+        return []
 
     def record(self) -> dict:
         """For JSON. A distribution is given as min, median and max, or None if it is empty."""
@@ -283,6 +307,7 @@ def _count_sample(counted: Counted, source: Source, sample: Sample, decode_image
         header = image_header(picked.content)
         counted.formats[header.format] += 1
         counted.sides[min(header.width, header.height)] += 1
+        counted.sizes[tuple(side // SIZE_STEP * SIZE_STEP for side in (header.height, header.width))] += 1
         counted.shapes[bisect.bisect(SHAPE_BORDERS, header.width / header.height)] += 1
     scores = metadata_of(sample) if counted.scores else {}
     if caption := (picked.caption or "").strip():

@@ -108,6 +108,10 @@ def data_stream(
     workers: Annotated[str, typer.Option(metavar="N,...", help="Loader workers; 0 is none.")] = "0,1,2",
     world: Annotated[int, typer.Option(min=1, metavar="W", help="Ranks that bytes are counted for.")] = 4,
     image_size: Annotated[int, typer.Option(min=1, help="Side of the images, in pixels.")] = 256,
+    buckets: Annotated[
+        bool,
+        typer.Option(help="Images of all shapes, in the buckets of data.pixels=[IMAGE_SIZE]."),
+    ] = False,
     seconds: Annotated[float, typer.Option(help="Least time of a repeat, which always reads all samples.")] = 5.0,
     repeats: Repeats = 3,
     memory_batches: Annotated[
@@ -133,7 +137,7 @@ def data_stream(
     check_out(out, ".png", ".json")
     from tools.bench.data import Plan, compare
 
-    plan = Plan(counts, world, image_size, seconds, repeats, memory_batches)
+    plan = Plan(counts, world, image_size, buckets, seconds, repeats, memory_batches)
     compare(data, plan, out, command_line(context))
 
 

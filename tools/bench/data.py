@@ -55,14 +55,21 @@ without the first tenth."""
 
 
 class Plan(NamedTuple):
-    """What is measured. seconds: least time of a repeat; memory_batches: 0 skips the memory."""
+    """What is measured. buckets: whether image_size stands for the buckets of about as many pixels. seconds: least time
+    of a repeat; memory_batches: 0 skips the memory."""
 
     workers: list[int]
     world: int
     image_size: int
+    buckets: bool
     seconds: float
     repeats: int
     memory_batches: int
+
+    @property
+    def schemes(self) -> tuple[str, ...]:
+        """Those that are measured: the others have no buckets."""
+        return SCHEMES[:2] if self.buckets else SCHEMES
 
 
 class Rate(NamedTuple):
@@ -239,7 +246,7 @@ class Report(NamedTuple):
 
 
 def _draw_speed(axis, report: Report) -> None:
-    workers, schemes = report.plan.workers, SCHEMES[1:]
+    workers, schemes = report.plan.workers, report.plan.schemes[1:]
     about = {
         "webdataset": "webdataset, as documented",
         "discard": f"discard: decodes all, keeps 1 of {report.plan.world}",
@@ -322,15 +329,15 @@ def compare(root: str | None, plan: Plan, out: Path | None, command: str) -> Non
 
 def _measured(root: str, plan: Plan) -> Iterator[Row]:
     """Yields rows by number of workers. Repeats alternate between schemes, since the load of the machine varies."""
-    number, in_all = 0, len(plan.workers) * plan.repeats * len(SCHEMES)
+    number, in_all = 0, len(plan.workers) * plan.repeats * len(plan.schemes)
     for workers in plan.workers:
-        rows = {scheme: Row(workers, scheme, []) for scheme in SCHEMES}
-        for _, scheme in itertools.product(range(plan.repeats), SCHEMES):
+        rows = {scheme: Row(workers, scheme, []) for scheme in plan.schemes}
+        for _, scheme in itertools.product(range(plan.repeats), plan.schemes):
             number += 1
             if rows[scheme].reason:
                 continue
             with common.status(f"measuring {number} of {in_all}: {scheme}, {plural(workers, 'worker')}"):
-                settings = {"image_size": plan.image_size, "world": plan.world, "seconds": plan.seconds}
+                settings = {name: getattr(plan, name) for name in ("image_size", "buckets", "world", "seconds")}
                 answer = common.run_job("data_rows", "measure", root=root, scheme=scheme, workers=workers, **settings)
             if "failed" in answer:
                 rows[scheme] = Row(workers, scheme, [], answer["failed"])
@@ -341,7 +348,7 @@ def _measured(root: str, plan: Plan) -> Iterator[Row]:
 
 def _count(root: str, report: Report) -> None:
     """Adds bytes to the report."""
-    for scheme in SCHEMES[1:]:
+    for scheme in report.plan.schemes[1:]:
         with common.status(f"counting bytes: {scheme}"):
             answer = common.run_job("data_rows", "count_bytes", root=root, scheme=scheme, world=report.plan.world)
         if "failed" in answer:

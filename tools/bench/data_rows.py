@@ -15,11 +15,13 @@ from importlib import resources
 from pathlib import Path
 from typing import NamedTuple
 
+import numpy as np
 import torch
 import webdataset
 from PIL import Image
 from webdataset.writer import TarWriter
 
+from data.buckets import bucket_of, bucket_sizes
 from data.config import DataConfig
 from data.errors import DataError, ImageError
 from data.index import INDEX_NAME, key_hash, write_index
@@ -30,7 +32,7 @@ from data.samples import IMAGE_SUFFIXES
 from data.shards import PHOTOGRAPHS, expand
 from data.sources import Source
 from data.storage import bytes_read
-from data.transforms import decode
+from data.transforms import TrainingTransform, decode, image_header
 from tools.bench.common import plural, proc_number
 from tools.bench.data import SAMPLES_OF_TAR, TARS, Bytes, Memory, Rate
 
@@ -134,9 +136,10 @@ def _webdataset(config: DataConfig, rank: int, world: int, keep: slice, endless:
 # --------------------------------------------------------------------------------------------------------------- speed
 
 
-def measure(root: str, image_size: int, scheme: str, workers: int, world: int, seconds: float) -> Rate:
+def measure(root: str, image_size: int, buckets: bool, scheme: str, workers: int, world: int, seconds: float) -> Rate:
     """Measures whole passes over the samples, as many as fill ``seconds``."""
-    config = DataConfig(train=root, image_size=image_size, workers=workers)
+    sizes = {"pixels": [image_size]} if buckets else {"image_size": image_size}
+    config = DataConfig(train=root, workers=workers, **sizes)
     if scheme == "bound":
         return bound(config, seconds)
     ranks = world if scheme == "discard" else 1
@@ -159,20 +162,21 @@ def bound(config: DataConfig, seconds: float) -> Rate:
     for shard in _source(config).shards:
         for index in range(len(shard)):
             with contextlib.suppress(ImageError):
-                contents.append(shard.read(index).image())
-    transform, count = transform_of(config), max(1, config.workers)
+                content = shard.read(index).image()
+                contents.append((content, _transform(config, content)))
+    count = max(1, config.workers)
     context = multiprocessing.get_context("fork")
     ready, rates = context.Barrier(count, timeout=600), context.SimpleQueue()
 
     def work(first: int) -> None:
         own, rng, images = contents[first::count], random.Random(first), 0
-        for content in own[: WARM_UP_BATCHES * BATCH]:
+        for content, transform in own[: WARM_UP_BATCHES * BATCH]:
             with contextlib.suppress(ImageError):
                 transform(content, rng)
         ready.wait()
         start, processor, passed = time.perf_counter(), time.process_time(), 0.0
         while passed < seconds:
-            for content in own:
+            for content, transform in own:
                 with contextlib.suppress(ImageError):
                     transform(content, rng)
                     images += 1
@@ -189,6 +193,15 @@ def bound(config: DataConfig, seconds: float) -> Rate:
     if any(process.exitcode for process in processes):
         raise DataError("a process was killed, probably out of memory")
     return Rate(*(sum(values) for values in zip(*(rates.get() for _ in range(count)), strict=True)))
+
+
+def _transform(config: DataConfig, content: bytes) -> TrainingTransform:
+    """That of the image's bucket, if there are any."""
+    if not (sizes := bucket_sizes(config)):
+        return transform_of(config)
+    header = image_header(content)
+    (bucket,), _ = bucket_of(sizes, np.array([[header.height, header.width]]), config.max_enlargement)
+    return TrainingTransform(config, sizes[bucket], config.max_enlargement)
 
 
 def _source(config: DataConfig) -> Source:

@@ -184,7 +184,7 @@ def test_ratios_are_of_the_fastest_repeats():
     def row(scheme, *speeds):
         return data_bench.Row(2, scheme, [Rate(1000, speed, 1000 / speed) for speed in speeds])
 
-    plan = data_bench.Plan([2], 4, 256, 5.0, 2, 0)
+    plan = data_bench.Plan([2], 4, 256, False, 5.0, 2, 0)
     rows = [row("bound", 200, 90), row("ibq", 100, 190), row("webdataset", 95, 20), row("discard", 47.5)]
     report = data_bench.Report([], "", plan, rows, [], [], [])
     assert report.speed_cells(rows[1])[2:] == ["190.0", "95.0%", "5.26", "95.0%", "100 190"]
