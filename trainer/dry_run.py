@@ -22,6 +22,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from data import redacted
+from data.errors import DataError
 from data.text import printable
 from model_zoo import ModelError
 from model_zoo.eval_nets.lpips import lpips_on_meta
@@ -209,7 +210,7 @@ def _fork(connection, function: Callable, arguments: tuple) -> None:
     os.environ |= {"LOCAL_RANK": "0", "CUDA_VISIBLE_DEVICES": ""}
     try:
         result = function(*arguments)
-    except (TrainerError, ModelError) as error:
+    except (DataError, TrainerError, ModelError) as error:
         result = type(error)(str(error))
     except Exception:
         result = RuntimeError(f"the dry run failed\n{traceback.format_exc()}")

@@ -86,8 +86,8 @@ class Counted:
 
     bytes: of all members. formats: JPEG, PNG, WEBP -> images. sides: pixels of the shorter side -> images. shapes:
     index in SHAPES -> images. sizes: (height, width), rounded down to SIZE_STEP -> images. tokens: header of the codes
-    -> samples. lengths: characters of the caption -> samples. classes: class -> samples. scores: a filter's score -> Score. unusable_samples: those that training would skip;
-    unusable: the first of them with reasons.
+    -> samples. lengths: characters of the caption -> samples. classes: class -> samples. scores: a filter's score ->
+    Score. unusable_samples: those that training would skip; unusable: the first of them with reasons.
     """
 
     samples: int = 0

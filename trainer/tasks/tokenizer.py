@@ -125,16 +125,12 @@ class TokenizerTask(Task):
         if self.config.trainer.log_gradient_balance and self.unmeasurable:
             raise TrainerError(f"trainer.log_gradient_balance=true {self.unmeasurable}")
         settings, factor = self.config.data, self.tokenizer.downsampling_factor
-        named = {
-            f"bucket {size}" if len(self.sizes) > 1 else f"data.image_size={size.height}": size for size in self.sizes
-        }
-        validated = (
-            {}
-            if settings.val_image_size is None
-            else {f"data.val_image_size={settings.val_image_size}": (settings.val_image_size,)}
-        )
-        for name, sides in (named | validated).items():
-            if any(side % factor for side in sides):
+        has_buckets = bool(settings.buckets or settings.pixels)
+        named = {f"bucket {size}" if has_buckets else f"data.image_size={size.height}": size for size in self.sizes}
+        validated = {} if settings.val_image_size is None else {"data.val_image_size": settings.val_image_size}
+        sides = {name: math.gcd(*size) for name, size in named.items()}
+        for name, side in (sides | {f"{name}={side}": side for name, side in validated.items()}).items():
+            if side % factor:
                 raise TrainerError(f"{name} must be a multiple of {factor}, the pixels of a token's side")
         micro_batches = self.batch["micro_batches"]
         data.check_batches(self.sizes, self.config.trainer.global_batch_size, self.world.size, micro_batches)
