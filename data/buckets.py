@@ -26,6 +26,7 @@ from data.transforms import Size, as_size, image_header
 MOST_BUCKETS = 64
 MOST_SIDE = 8192
 PARTS = 8  # of a side
+MOST_UNEQUAL = 1.5  # factor between the pixels in a step of a bucket and of the smallest one
 KEEPS_NEARLY = 0.9  # of what the bucket keeps that keeps most
 ONE_RESOLUTION = 1.5  # factor between areas that count as equal
 
@@ -110,8 +111,16 @@ def with_batches(sizes: list[Size], global_batch_size: int) -> list[Bucket]:
 
 
 def check_batches(sizes: list[Size], global_batch_size: int, world_size: int, micro_batches: int) -> None:
-    """Raises DataError where the images of a bucket cannot be divided among the processes and micro-batches."""
+    """Raises DataError where the images of a bucket cannot be divided among the processes and micro-batches, or where
+    its steps would have much more or fewer pixels than those of the others."""
+    pixels = sizes[0].pixels * global_batch_size
     for bucket in with_batches(sizes, global_batch_size):
+        if not 1 / MOST_UNEQUAL <= bucket.batch * bucket.size.pixels / pixels <= MOST_UNEQUAL:
+            raise DataError(
+                f"bucket {bucket.name}: no divisor of trainer.global_batch_size={global_batch_size} gives its steps about "
+                f"as many pixels as {global_batch_size} images of {sizes[0]}: set the batch size to a larger power of 2, "
+                "or leave the bucket out"
+            )
         if bucket.batch % (world_size * micro_batches):
             raise DataError(
                 f"bucket {bucket.name} has {bucket.batch} images a step, which {world_size} processes x "

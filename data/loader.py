@@ -176,11 +176,6 @@ class TrainStream:
         """The number of the part (the bucket) of step `step`, from 0."""
         return self.mixture.source(0, step)
 
-    @property
-    def images_of_next_step(self) -> int:
-        """Images of all ranks in the step whose micro-batches come next."""
-        return self.parts[self.part_of_step(self.steps)].assignment.global_batch_size
-
     def __iter__(self) -> Iterator[Batch]:
         return self
 

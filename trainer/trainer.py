@@ -19,7 +19,7 @@ from trainer.skipped_steps import SkippedSteps
 from trainer.start_plan import StartPlan, open_folder, plan_batch, random_state, restore, seed_everything
 from trainer.tasks import make_task
 from trainer.tasks.base import Step
-from trainer.telemetry import describe, open_telemetry
+from trainer.telemetry import describe, open_telemetry, scanning
 from trainer.throughput import Throughput
 from trainer.watchdog import LossSpikes, Stopped, StopSignal, Watchdog
 
@@ -50,16 +50,18 @@ class Trainer:
         self.task = task = make_task(config, world, micro_batch_size, micro_batches)
         task.check()
         self.init_from = None if plan.checkpoint else task.load_initial_weights()
-        stream = data.train_batches(
-            config.data,
-            global_batch_size=config.trainer.global_batch_size,
-            micro_batch_size=micro_batch_size,
-            rank=world.rank,
-            world_size=world.size,
-            seed=config.seed,
-            state=plan.state["data"],
-            tokens=self.tokens,
-        )
+        with scanning("reading the sizes of images") as progress:
+            stream = data.train_batches(
+                config.data,
+                global_batch_size=config.trainer.global_batch_size,
+                micro_batch_size=micro_batch_size,
+                rank=world.rank,
+                world_size=world.size,
+                seed=config.seed,
+                state=plan.state["data"],
+                tokens=self.tokens,
+                progress=progress,
+            )
         self.resources.callback(stream.close)
         seed_everything(config.seed, plan.step, world)
         if plan.checkpoint:

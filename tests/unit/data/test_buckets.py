@@ -9,7 +9,7 @@ from comparing import refusal
 from PIL import Image
 from samples import Steps, encoded, index_of, picture, write_tar
 
-from data.buckets import Bucket, bucket_of, bucket_sizes, sizes_of, with_batches
+from data.buckets import Bucket, bucket_of, bucket_sizes, check_batches, sizes_of, with_batches
 from data.config import DataConfig, FilterConfig, SourceConfig
 from data.errors import DataError
 from data.transforms import Size
@@ -83,6 +83,12 @@ def test_batches_have_about_equal_pixels_and_divide_the_global_batch():
         Bucket(Size(1024, 1024), 4),
     ]
     assert [one.batch for one in with_batches([Size(8, 8), Size(8, 12), Size(16, 24)], 12)] == [12, 6, 2]
+
+
+@pytest.mark.parametrize(("batch", "sizes"), [(4, [256, 1024]), (7, [256, 512])])
+def test_batches_that_cannot_have_equal_pixels_are_refused(batch, sizes):
+    said = refusal(DataError, check_batches, [Size(side, side) for side in sizes], batch, 1, 1)
+    assert f"no divisor of trainer.global_batch_size={batch} gives its steps about as many pixels" in said
 
 
 @pytest.mark.parametrize(
