@@ -117,9 +117,9 @@ def check_batches(sizes: list[Size], global_batch_size: int, world_size: int, mi
     for bucket in with_batches(sizes, global_batch_size):
         if not 1 / MOST_UNEQUAL <= bucket.batch * bucket.size.pixels / pixels <= MOST_UNEQUAL:
             raise DataError(
-                f"bucket {bucket.name}: no divisor of trainer.global_batch_size={global_batch_size} gives its steps about "
-                f"as many pixels as {global_batch_size} images of {sizes[0]}: set the batch size to a larger power of 2, "
-                "or leave the bucket out"
+                f"bucket {bucket.name}: no divisor of trainer.global_batch_size={global_batch_size} gives its steps "
+                f"about as many pixels as {global_batch_size} images of {sizes[0]}: set the batch size to a larger "
+                "power of 2, or leave the bucket out"
             )
         if bucket.batch % (world_size * micro_batches):
             raise DataError(

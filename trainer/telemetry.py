@@ -62,8 +62,8 @@ def scanning(what: str = "scanning tars"):
     silent = not console.is_terminal or os.environ.get("RANK", "0") != "0"
     columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True, disable=silent) as progress:
-        task = progress.add_task("", total=None)
-        yield lambda done, total: progress.update(task, completed=done, total=total)
+        task = progress.add_task("", total=None, visible=False)
+        yield lambda done, total: progress.update(task, completed=done, total=total, visible=True)
 
 
 class Telemetry:

@@ -136,7 +136,9 @@ def _webdataset(config: DataConfig, rank: int, world: int, keep: slice, endless:
 # --------------------------------------------------------------------------------------------------------------- speed
 
 
-def measure(root: str, image_size: int, buckets: bool, scheme: str, workers: int, world: int, seconds: float) -> Rate:
+def measure(
+    root: str, image_size: int, scheme: str, workers: int, world: int, seconds: float, buckets: bool = False
+) -> Rate:
     """Measures whole passes over the samples, as many as fill ``seconds``."""
     sizes = {"pixels": [image_size]} if buckets else {"image_size": image_size}
     config = DataConfig(train=root, workers=workers, **sizes)
