@@ -83,9 +83,14 @@ class Trainer:
         self.resources.enter_context(self.telemetry)
         self.stop = self.resources.enter_context(StopSignal())
         self.watchdog = self.resources.enter_context(Watchdog(*world[:2], settings.timeout_seconds))
-        keep = {"keep_last": settings.keep_last, "keep_every_steps": settings.keep_every_steps}
         self.checkpoints = Checkpoints(
-            run, world, **keep, asynchronous=settings.async_checkpoints, beat=self.watchdog.beat
+            run,
+            world,
+            keep_last=settings.keep_last,
+            keep_every_steps=settings.keep_every_steps,
+            continues=self.plan.checkpoint,
+            asynchronous=settings.async_checkpoints,
+            beat=self.watchdog.beat,
         )
         self.skipped, self.spikes = SkippedSteps(run, world, settings.max_skipped_steps), LossSpikes()
 
