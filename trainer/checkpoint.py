@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError
 
-from model_zoo.io.manifest import MANIFEST, STATE, entry_of, read_manifest, wrong_file
+from model_zoo.io.manifest import MANIFEST, STATE, entry_of, read_manifest, remember, wrong_file
 from model_zoo.io.run_layout import checkpoint_step, run_folder
 from model_zoo.io.sharded_tensors import TensorShard, save_shards
 from trainer import TrainerError
@@ -240,14 +240,31 @@ def _candidates(run: Path) -> _Candidates:
 
 
 def damage(folder: Path, world: World) -> str | None:
-    """What is wrong with a checkpoint, or None. Compares every file's hash with the manifest; ranks share the files."""
+    """What is wrong with a checkpoint, or None; all ranks call together. Compares every file's hash with the manifest.
+    The ranks share the files, and none of them reads these again when it reads weights (see `manifest.check`)."""
     try:
         files = run_on_main(world, lambda: read_manifest(folder))
     except TrainerError as error:
         return str(error)
-    mine = [wrong_file(folder / name, entry) for name, entry in sorted(files.items())[world.rank :: world.size]]
-    found = [wrong for of_rank in gather_objects([w for w in mine if w]) for wrong in of_rank]
-    return found[0] if found else None
+    # Nodes may have copies of their own: then those of each copy share its files.
+    copies = gather_objects(_copy_of(folder))
+    sharing = [rank for rank, copy in enumerate(copies) if copy == copies[world.rank]]
+    mine = sorted(files.items())[sharing.index(world.rank) :: len(sharing)]
+    wrong = [wrong_file(folder / name, entry) for name, entry in mine]
+    found = [wrong for of_rank in gather_objects([w for w in wrong if w]) for wrong in of_rank]
+    if found:
+        return found[0]
+    remember(folder, files)
+    return None
+
+
+def _copy_of(folder: Path) -> tuple | None:
+    """What is equal on all nodes that see the same files, and differs for copies of them."""
+    try:
+        status = (folder / MANIFEST).stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_ctime_ns
 
 
 def load_state(folder: Path) -> dict:

@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from model_zoo.errors import ModelError
-from model_zoo.io.hashing import sha256_of
+from model_zoo.io.hashing import is_known_sha256, remember_sha256, sha256_of
 from model_zoo.io.sharded_tensors import save_tensors
 from model_zoo.io.weights import KINDS, SETS, Average, Weights, read_trained_classes
 
@@ -118,9 +118,13 @@ def damaged_file(folder: Path) -> str | None:
 
 
 def _wrong(file: Path, sha256: str | None) -> str | None:
-    """What is wrong with a file of an export. sha256: None if it is not known."""
-    if sha256 is not None and sha256_of(file) != sha256:
+    """What is wrong with a file of an export. sha256: None if it is not known. Reads a file once per process, unless it
+    changes."""
+    if sha256 is None or is_known_sha256(file, sha256):
+        return None
+    if sha256_of(file) != sha256:
         return f"{file.name} is not what was written (its sha256 differs)"
+    remember_sha256(file, sha256)
     return None
 
 

@@ -42,13 +42,12 @@ from trainer.files import write_json, writing
 from trainer.init_from import read_init_record
 from trainer.jobs.setup import (
     choose_device,
-    common_checkpoint,
     data_config,
     decode_threads,
     job_world,
-    load_newest,
     read_record,
 )
+from trainer.loading import common_checkpoint, load_newest
 from trainer.metrics.image import SSIM_WINDOW, psnr, to_levels
 from trainer.parallel import World, run_on_main
 from trainer.reports.image_grid import EXAMPLE_COUNT, ORDERS, Example, pair, side_by_side

@@ -220,7 +220,7 @@ def _info(source: str | Path, checkpoint: Path) -> SourceInfo:
     else:
         layout, verified = "run", "every file's sha256, by manifest.json"
         try:
-            wrong = damage(checkpoint, start_world("cpu"))
+            wrong = damage(checkpoint, start_world("cpu"))  # reading weights does not read the files again for it
         finally:
             stop_world()
     if wrong:

@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from omegaconf import OmegaConf
@@ -15,13 +14,11 @@ from omegaconf.errors import OmegaConfBaseException
 from data.config import DataConfig
 from data.locks import WriterLock
 from data.parallel import cores
-from model_zoo.io.load import find_checkpoint, is_standalone
+from model_zoo.io.load import is_standalone
 from model_zoo.io.run_layout import run_folder
 from trainer import TrainerError
 from trainer.files import writing
-from trainer.parallel import World, run_on_all_ranks, run_on_main, start_world, stop_world
-
-Loaded = TypeVar("Loaded")
+from trainer.parallel import World, run_on_main, start_world, stop_world
 
 TIMEOUT_SECONDS = 7 * 86400.0  # until a process stops waiting for the slowest one
 SHOWN = 60  # characters: longer settings are not shown in an error message
@@ -61,23 +58,6 @@ def one_writer(world: World, lock: Path, what: Path) -> Iterator[None]:
     with contextlib.ExitStack() as resources:
         run_on_main(world, take)
         yield
-
-
-def common_checkpoint(world: World, source: str | Path) -> Path:
-    """The checkpoint that rank 0 finds, on all ranks: of one step, even while training writes new ones."""
-    return run_on_main(world, lambda: find_checkpoint(Path(source)))
-
-
-def load_newest(world: World, source: str | Path, load: Callable[[Path], Loaded]) -> Loaded:
-    """``load(common_checkpoint(world, source))`` on every rank; again for a newer checkpoint if training has removed
-    that one meanwhile. Raises TrainerError."""
-    while True:
-        checkpoint = common_checkpoint(world, source)
-        try:
-            return run_on_all_ranks(lambda checkpoint=checkpoint: load(checkpoint))
-        except TrainerError:
-            if common_checkpoint(world, source) == checkpoint:
-                raise
 
 
 def data_config(checkpoint: Path) -> DataConfig | None:

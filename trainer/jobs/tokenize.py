@@ -28,8 +28,9 @@ from model_zoo.io.load import load_tokenizer
 from model_zoo.tokenizer import Tokenizer
 from trainer import TrainerError
 from trainer.files import unfinished, writing
-from trainer.jobs.setup import data_config, job_world, load_newest, one_writer, threads_per_process
+from trainer.jobs.setup import data_config, job_world, one_writer, threads_per_process
 from trainer.jobs.token_folder import begin_folder, check_is_folder, finish_folder, shard_path, write_skipped
+from trainer.loading import load_newest
 from trainer.parallel import World, gather_objects, run_on_all_ranks, run_on_main
 from trainer.precision import full_precision
 

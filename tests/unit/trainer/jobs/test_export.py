@@ -37,10 +37,9 @@ def discriminator(norm="batch") -> PatchDiscriminator:
 def write_run(run, config, **models):
     """A run's folder with a checkpoint by two ranks, its state and its manifest."""
     config = {**config, "model": next(iter(models.values())).config}
-    folder = model_checks.write_run(run, config, step=10, ranks=2, **models) / "checkpoints" / "step_00000010"
-    (folder / "state.json").write_text('{"step": 10}')
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in folder.iterdir()}
-    (folder / "manifest.json").write_text(json.dumps({"files": files}))
+    model_checks.write_manifest(
+        model_checks.write_run(run, config, step=10, ranks=2, **models) / "checkpoints/step_00000010"
+    )
     return run
 
 
@@ -372,6 +371,22 @@ def test_info_of_a_run_is_verified(run):
     content[-1] ^= 1
     part.write_bytes(content)
     assert "is damaged: rank_00001.safetensors is not what was written" in refusal(TrainerError, info, run)
+
+
+@pytest.mark.parametrize("source", ["run", "exported"])
+def test_info_reads_each_file_once_for_its_hash(run, exported, monkeypatch, source):
+    hashed = []
+
+    def recording(file):
+        hashed.append(file.name)
+        return sha256_of(file)
+
+    monkeypatch.setattr("model_zoo.io.manifest.sha256_of", recording)
+    monkeypatch.setattr("model_zoo.io.export_format.sha256_of", recording)
+    info(run if source == "run" else exported)
+    of_run = ["rank_00000.safetensors", "rank_00001.safetensors", "state.json"]
+    of_export = ["discriminator.safetensors", "model.safetensors", "raw.safetensors"]
+    assert sorted(hashed) == (of_run if source == "run" else of_export)
 
 
 @pytest.mark.parametrize("weights", ["raw", "ema"])
