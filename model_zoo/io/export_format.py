@@ -144,8 +144,8 @@ def fill_export(
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Yields a temporary folder next to ``out`` and renames it to ``out`` at the end. On failure it is removed. Raises
-    ModelError if ``out`` exists and is not an empty folder."""
+    """Yields a temporary folder next to ``out`` and renames it to ``out`` at the end. On failure it is removed. For one
+    writer of ``out`` at a time. Raises ModelError if ``out`` exists and is not an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ModelError(f"{out} already exists: choose another --out, or remove it")
     out = out.resolve()

@@ -3,7 +3,7 @@ published layout, and describes what such a source holds."""
 
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +13,7 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError
 
 from data.classes import CLASSES_NAME, read_classes
+from data.locks import file_lock
 from model_zoo.conditions import NONE, describe_classes
 from model_zoo.config import TokenizerConfig, TransformerConfig
 from model_zoo.errors import ModelError
@@ -46,6 +47,7 @@ from trainer import TrainerError
 from trainer.checkpoint import damage
 from trainer.files import json_text, unfinished, writing
 from trainer.jobs.model_card import count_parameters, describe_model, model_card
+from trainer.jobs.setup import sole_writer
 from trainer.parallel import start_world, stop_world
 
 MODELS = {"generator": (TransformerConfig, Transformer), "tokenizer": (TokenizerConfig, Tokenizer)}
@@ -150,7 +152,7 @@ def export(source: str | Path, out: str | Path, weights: str = "all") -> Exporte
 def _export(source: str | Path, checkpoint: Path, out: Path, weights: str) -> Exported:
     models, notes = _models(checkpoint, weights)
     summary = []
-    with _writing(out, SafetensorError), new_folder(out) as folder:
+    with _sole_writer(out), _writing(out, SafetensorError), new_folder(out) as folder:
         for i, model in enumerate(models):
             own = folder / model.kind if i else folder
             own.mkdir(exist_ok=True)
@@ -167,13 +169,27 @@ def export_published(source: str | Path, out: str | Path, weights: str = "all") 
     out = Path(out)
     if out.suffix != ".ckpt":
         raise TrainerError(f"--out {out} must end in .ckpt: published checkpoints are files")
+    _check_is_new(out)
+
+    def write(checkpoint: Path) -> Exported:
+        models, notes = _models(checkpoint, weights)
+        with _sole_writer(out):
+            _check_is_new(out)  # again: another process may have written it meanwhile
+            return _export_published(models, notes, out)
+
+    return read_newest(Path(source), write)
+
+
+def _check_is_new(out: Path) -> None:
     if out.exists():
         raise TrainerError(f"{out} already exists: name another path with --out, or remove it")
-    return read_newest(Path(source), lambda checkpoint: _export_published(checkpoint, out, weights))
 
 
-def _export_published(checkpoint: Path, out: Path, weights: str) -> Exported:
-    models, notes = _models(checkpoint, weights)
+def _sole_writer(out: Path) -> AbstractContextManager[None]:
+    return sole_writer(file_lock(out.resolve()), out)
+
+
+def _export_published(models: list[SourceModel], notes: list[str], out: Path) -> Exported:
     state, configs, step, summary = {}, {}, None, []
     for model in models:
         first_stage = model is not models[0]  # the frozen tokenizer in a generator's file
@@ -196,7 +212,6 @@ def _export_published(checkpoint: Path, out: Path, weights: str) -> Exported:
     temporary = unfinished(out.resolve())
     with _writing(out, RuntimeError):  # torch.save raises RuntimeError for an OSError
         try:
-            temporary.parent.mkdir(parents=True, exist_ok=True)
             torch.save({"state_dict": state, OUR_ENTRY: configs, **steps}, temporary)
             temporary.replace(out)
         finally:

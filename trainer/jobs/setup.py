@@ -46,17 +46,21 @@ def job_world(device: str) -> Iterator[World]:
 
 
 @contextlib.contextmanager
-def one_writer(world: World, lock: Path, what: Path) -> Iterator[None]:
-    """Rank 0 holds the lock of an output; all ranks call together. Creates the lock's folder. Raises TrainerError where
-    another job writes the output."""
-
-    def take() -> None:
-        with writing(what):
+def sole_writer(lock: Path, what: Path, option: str = "--out") -> Iterator[None]:
+    """Holds the lock of an output, which an option of the command names. Creates the lock's folder. Raises DataError
+    where another process writes the output, and TrainerError where it cannot be written."""
+    with WriterLock(lock, what) as held:
+        with writing(what, option):
             lock.parent.mkdir(parents=True, exist_ok=True)
-            resources.enter_context(WriterLock(lock, what)).take()
+            held.take()
+        yield
 
+
+@contextlib.contextmanager
+def one_writer(world: World, lock: Path, what: Path, option: str = "--out") -> Iterator[None]:
+    """`sole_writer` on rank 0; all ranks call together. Raises TrainerError."""
     with contextlib.ExitStack() as resources:
-        run_on_main(world, take)
+        run_on_main(world, lambda: resources.enter_context(sole_writer(lock, what, option)))
         yield
 
 

@@ -14,6 +14,8 @@ from model_checks import assert_same, tokenizer_of
 from omegaconf import OmegaConf
 from support import generator_of
 
+import trainer.jobs.export
+from data.errors import DataError
 from model_zoo import ModelError, load_generator, load_tokenizer
 from model_zoo.conditions import describe_classes, trained_from
 from model_zoo.discriminator import PatchDiscriminator
@@ -285,6 +287,24 @@ def test_places_that_are_taken_are_refused(run, tmp_path):
     assert "already exists" in refusal(TrainerError, export_published, run, tmp_path / "out.ckpt")
     assert "must end in .ckpt" in refusal(TrainerError, export_published, run, tmp_path / "out")
     assert_nothing_left(tmp_path, "run", "empty", "out.ckpt")
+
+
+@pytest.mark.parametrize("name", ["out", "out.ckpt"])
+def test_an_output_has_one_writer(run, tmp_path, monkeypatch, name):
+    """A second export, which begins while the first one writes, is refused and disturbs nothing."""
+    write = partial(export if name == "out" else export_published, run, tmp_path / name)
+    describe, refusals = trainer.jobs.export.describe_model, []
+
+    def describe_and_write_again(model):
+        if not refusals:
+            refusals.append(refusal(DataError, write))
+        return describe(model)
+
+    monkeypatch.setattr(trainer.jobs.export, "describe_model", describe_and_write_again)
+    write()
+    assert refusals[0].startswith(f"{tmp_path / name} is being written by process ")
+    assert_same(load_tokenizer(tmp_path / name), tokenizer(2))
+    assert_nothing_left(tmp_path, "run", name)
 
 
 def test_a_failure_leaves_nothing(run, tmp_path, monkeypatch):
