@@ -30,6 +30,7 @@ from data.file_names import fitted
 
 INDEX_NAME = "index.safetensors"
 DTYPES = {"U8": np.uint8, "I64": np.int64, "U64": np.uint64}
+MOST_HEADER_BYTES = 1 << 16
 TENSORS = ("names", "root", "bytes", "samples", "sha256", "starts", "stops", "keys")
 
 
@@ -99,6 +100,16 @@ def write_index(path: str | Path, urls: list[str], tables: list[SampleTable], di
         raise DataError(f"cannot write the index {path}: {error.strerror}; choose another file") from error
     finally:
         unfinished.unlink(missing_ok=True)
+
+
+def is_index(path: Path) -> bool:
+    """Whether a file has the header of an index; its content may be damaged. Raises OSError."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            return set(TENSORS) <= json.loads(file.read(min(length, MOST_HEADER_BYTES))).keys()
+        except (ValueError, AttributeError):
+            return False
 
 
 class Index:

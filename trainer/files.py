@@ -5,8 +5,9 @@ import contextlib
 import json
 import os
 import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
 from data.file_names import fitted
 from trainer import TrainerError
@@ -70,6 +71,49 @@ def write_files(contents: Mapping[Path, str | Callable[[Path], object]], option:
                 temporary.write_text(content, encoding="utf-8")
             else:
                 content(temporary)
+
+
+class ReportFiles(NamedTuple):
+    """The files of one report, which a later one may replace.
+
+    is_earlier: whether the content of FILE.json is that of an earlier report. mark: a text that FILE.md of every report
+    has. others: further files.
+    """
+
+    json: Path
+    is_earlier: Callable[[object], bool]
+    markdown: Path
+    mark: str
+    others: Collection[Path] = ()
+
+    def check(self, option: str = "--out") -> None:
+        """Raises TrainerError if they would replace files that no earlier report wrote. FILE.json tells it; where users
+        have removed that one to make a report again, FILE.md does."""
+        with writing(self.json, option):
+            if self.json.exists():
+                in_use = None if self.is_earlier(_read_json(self.json)) else self.json
+            elif self.markdown.exists():
+                text = self.markdown.read_text(encoding="utf-8", errors="replace")
+                in_use = None if self.mark in text else self.markdown
+            else:
+                in_use = next((path for path in self.others if path.exists()), None)
+        if in_use is not None:
+            raise TrainerError(
+                f"{in_use} already exists and is of no earlier report: choose another {option}, or remove it"
+            )
+
+
+def _read_json(path: Path) -> object:
+    """The content, or None if it is no JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError:
+        return None
+
+
+def has_keys(*keys: str) -> Callable[[object], bool]:
+    """Whether JSON content is an object with these keys."""
+    return lambda content: isinstance(content, dict) and content.keys() >= set(keys)
 
 
 class LineFile:

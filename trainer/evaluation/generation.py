@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from data.cache import cache_folder
 from data.errors import DataError
 from data.file_names import fitted
+from data.locks import file_lock
 from data.npz import FORM, IMAGES, Npz
 from model_zoo.eval_nets.inception import FEATURES, InceptionFeatures
 from trainer import TrainerError
@@ -22,12 +24,13 @@ from trainer.evaluation.generation_report import (
     EvaluatedGeneration,
     GenerationReport,
     comparison_table,
+    report_files,
     write_evaluated_generation,
 )
 from trainer.evaluation.provenance import StageTimer, environment, weights_files
-from trainer.evaluation.reconstruction_report import check_report_path
+from trainer.evaluation.reconstruction_report import check_report
 from trainer.jobs.sample_output import RECORD, is_as_recorded
-from trainer.jobs.setup import choose_device, job_world, read_record
+from trainer.jobs.setup import choose_device, job_world, one_writer, read_record
 from trainer.parallel import World, run_on_all_ranks, run_on_main
 
 METRICS = {"fid": ("gfid",), "is": ("inception_score",), "pr": ("precision", "recall")}
@@ -96,10 +99,11 @@ def evaluate_generation(
     called with the finished number, the total, and what is counted. Raises TrainerError, one line.
     """
     _check_options(metrics, seed, batch_size, device)
-    with job_world(device) as world:
+    with job_world(device) as world, ExitStack() as held:
         timer = StageTimer(world.device)
         json_path = Path(report_path) if report_path is not None else _default_report(Path(samples))
-        run_on_main(world, lambda: check_report_path(json_path))
+        run_on_main(world, lambda: check_report(report_files(json_path)))
+        held.enter_context(one_writer(world, file_lock(json_path), json_path, "--report"))
         weights = run_on_main(world, lambda: weights_files(["inception"]))
         inputs = run_on_all_ranks(lambda: _open(Path(samples), Path(reference), metrics))
         extractor = FeatureExtractor(world, batch_size, _cache(cache))

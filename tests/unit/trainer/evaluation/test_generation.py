@@ -15,6 +15,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from data.errors import DataError
+from data.locks import WriterLock, file_lock
 from data.npz import Npz
 from model_zoo.eval_nets.inception import Inception
 from model_zoo.eval_nets.weights import WEIGHTS_FILES
@@ -291,6 +292,22 @@ def test_mistakes_of_the_user_are_one_line(samples, reference, tmp_path, refused
     }.items():
         assert said in refused_by_ibq("evaluate", "generation", "--samples", first, "--reference", second, *more)
     assert not list(tmp_path.glob("*_generation.*"))
+
+
+def test_a_report_replaces_only_reports_of_its_kind_and_has_one_writer(samples, reference, tmp_path):
+    report = tmp_path / "r.json"
+    for name, content in {"r.json": '{"psnr": 1, "manifest": {}}', "r.md": "# Reconstruction of 3 images"}.items():
+        (tmp_path / name).write_text(content)
+        said = refusal(TrainerError, evaluate, samples, reference, metrics="is", report_path=report)
+        assert f"{tmp_path / name} already exists and is of no earlier report" in said
+        assert (tmp_path / name).read_text() == content
+        (tmp_path / name).unlink()
+    with WriterLock(file_lock(report), "r.json") as other:
+        other.take()
+        said = refusal(TrainerError, evaluate, samples, reference, metrics="is", report_path=report)
+        assert said.startswith(f"{report} is being written by process ")
+    for _ in range(2):
+        evaluate(samples, reference, metrics="is", report_path=report)
 
 
 def test_a_report_of_sampling_is_believed_of_the_very_samples_only(samples, tmp_path):
