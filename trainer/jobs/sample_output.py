@@ -63,7 +63,7 @@ class SampleOutput:
         self.is_folder = self.kind == "folder"
         self.parts = out if self.is_folder else out.with_name(fitted("", out.name, ".parts"))
         self.record = out / RECORD if self.is_folder else out.with_name(fitted("", out.name, ".json"))
-        self.lock = file_lock(out)
+        self.lock = file_lock(out.resolve())
         self.chunks = math.ceil(count / batch_size)
 
     def images(self, chunk: int) -> list[ImageToSample]:
