@@ -1,14 +1,12 @@
 """Local copies of remote shards, in a folder that many processes share."""
 
-import contextlib
 import errno
-import fcntl
 import hashlib
 import itertools
 import logging
 import os
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO, NamedTuple, TypeVar
@@ -18,6 +16,7 @@ from data.errors import DataError, ReplacedError
 from data.object_store import Answer, Version, download_whole
 from data.storage import DEFAULT_TIMEOUTS, Timeouts, probe, read, retry
 from data.text import printable
+from data.unfinished import locked_file, remove_abandoned
 
 DOWNLOAD_BYTES = 16 * 2**20  # in one request of a download
 EVICTION_RETRIES = 5  # how often a copy may be evicted before it is read
@@ -113,7 +112,7 @@ class Cache:
                 return kept
             kept.parent.mkdir(parents=True, exist_ok=True)
             part = kept.with_name(f".{kept.name}.part")
-            with _locked(part) as file:
+            with locked_file(part) as file:
                 if not _touched(kept):  # otherwise another process was faster
                     try:
                         answer = answer or probe(url, self.timeouts)
@@ -181,12 +180,8 @@ class Cache:
 
     def _keep(self, part: Path, kept: Path, file: BinaryIO) -> None:
         """Give a downloaded file its final name, after evicting the least recently used files if necessary."""
-        with _locked(kept.with_name(".lock")):
-            for other in kept.parent.glob(".*.part"):
-                if other != part:
-                    with _locked(other, wait=False) as abandoned:
-                        if abandoned is not None:
-                            other.unlink()
+        with locked_file(kept.with_name(".lock")):
+            remove_abandoned(other for other in kept.parent.glob(".*.part") if other != part)
             # Match the cache's own names only: other files in the folder are neither counted nor removed.
             files = [entry for entry in os.scandir(kept.parent) if re.match(r"[0-9a-f]{64}-", entry.name)]
             files = sorted((entry.stat().st_mtime_ns, entry.stat().st_size, entry.path) for entry in files)
@@ -257,29 +252,3 @@ def _touched(path: Path) -> bool:
     except FileNotFoundError:
         return False
     return True
-
-
-@contextlib.contextmanager
-def _locked(path: Path, wait: bool = True) -> Iterator[BinaryIO | None]:
-    """The file, created if missing and locked for this process until the block or the process ends.
-
-    With wait=False: None if another process holds the lock.
-    """
-    while True:
-        with os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT, 0o666), "r+b") as file:
-            try:
-                fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-                acquired = True
-            except BlockingIOError:
-                acquired = False
-            # The previous holder may have renamed or removed the file, and another process may have created a new one.
-            if not acquired or _is_at(file, path):
-                yield file if acquired else None
-                return
-
-
-def _is_at(file: BinaryIO, path: Path) -> bool:
-    try:
-        return os.path.samestat(os.fstat(file.fileno()), os.stat(path))
-    except FileNotFoundError:
-        return False

@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -18,6 +17,7 @@ from data.errors import DataError
 from data.evaluation import evaluation_images
 from data.folder_reader import find_images
 from data.npz import Npz
+from data.unfinished import complete_file, remove_dead
 from model_zoo.eval_nets.inception import FEATURES, Inception, InceptionFeatures
 from model_zoo.eval_nets.weights import WEIGHTS_FILES
 from model_zoo.io.hashing import sha256_of
@@ -189,15 +189,9 @@ def _read(path: Path, key: dict[str, str], count: int) -> InceptionFeatures | No
 
 
 def _write(path: Path, key: dict[str, str], features: InceptionFeatures) -> None:
-    """Renames a complete temporary file, so concurrent writers are harmless."""
+    """Concurrent writers are harmless. What killed ones left of any features is removed: it may be large."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_dead(path.parent, "features_*")
     arrays = {name: rows.numpy() for name, rows in features._asdict().items()}
-    with tempfile.NamedTemporaryFile(prefix=".unfinished_", dir=path.parent, delete=False) as file:
-        unfinished = Path(file.name)
-        try:
-            np.savez(file, **arrays, **key)
-            file.close()
-            unfinished.replace(path)
-        except BaseException:
-            unfinished.unlink(missing_ok=True)
-            raise
+    with complete_file(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays, **key)

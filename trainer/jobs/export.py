@@ -1,6 +1,7 @@
 """`ibq checkpoint`: exports models of runs, published checkpoints and exports, as folders of safetensors or in the
 published layout, and describes what such a source holds."""
 
+import glob
 import itertools
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError
 
 from data.classes import CLASSES_NAME, read_classes
+from data.unfinished import complete_file, remove_dead
 from model_zoo.conditions import NONE, describe_classes
 from model_zoo.config import TokenizerConfig, TransformerConfig
 from model_zoo.errors import ModelError
@@ -44,7 +46,7 @@ from model_zoo.tokenizer import Tokenizer
 from model_zoo.transformer import Transformer
 from trainer import TrainerError
 from trainer.checkpoint import damage
-from trainer.files import json_text, unfinished, writing
+from trainer.files import json_text, writing
 from trainer.jobs.model_card import count_parameters, describe_model, model_card
 from trainer.parallel import start_world, stop_world
 
@@ -193,14 +195,12 @@ def _export_published(checkpoint: Path, out: Path, weights: str) -> Exported:
         step = step if first_stage else raw.step
         summary.append(f"{model.kind}: {describe_model(built)}; weights: {' and '.join(sets)}")
     steps = {} if step is None else {"global_step": step}
-    temporary = unfinished(out.resolve())
     with _writing(out, RuntimeError):  # torch.save raises RuntimeError for an OSError
-        try:
-            temporary.parent.mkdir(parents=True, exist_ok=True)
+        place = out.resolve()
+        place.parent.mkdir(parents=True, exist_ok=True)
+        remove_dead(place.parent, glob.escape(place.name))
+        with complete_file(place) as temporary:
             torch.save({"state_dict": state, OUR_ENTRY: configs, **steps}, temporary)
-            temporary.replace(out)
-        finally:
-            temporary.unlink(missing_ok=True)
     keys = f"keys: {len(state):,}; without the LPIPS network, which is not part of the model"
     return Exported(out, [*summary, keys, *notes])
 

@@ -24,6 +24,7 @@ from data import DataError, object_store, storage
 from data.addresses import is_remote, redacted
 from data.cache import Cache
 from data.storage import DEFAULT_TIMEOUTS, Timeouts, bytes_read, list_tars, read, version
+from data.unfinished import locked_file
 
 pytestmark = pytest.mark.usefixtures("clock")  # waits between tries take no time
 CONTENT = bytes(range(256)) * 2000  # 512,000 bytes
@@ -871,7 +872,7 @@ cache.Cache(Path({str(tmp_path)!r}), 10**6).path({url!r})
 def test_leftovers_of_dead_processes_are_removed_and_those_of_others_stay(server, tmp_path):
     dead, live = (tmp_path / f".{letter * 64}-x.tar.part" for letter in "01")
     dead.write_bytes(b"half")
-    with caching._locked(live):
+    with locked_file(live):
         Cache(tmp_path, 10**6).path(server.url("/a.tar"))
         assert not dead.exists()
         assert live.exists()

@@ -2,7 +2,8 @@
 
 from field.disks import WHOLE, cut_off_log, full_disk
 
-from trainer.files import LineFile, unfinished
+from data.unfinished import unfinished
+from trainer.files import LineFile
 
 
 def test_lines_that_do_not_fit_wait_and_the_file_ends_with_a_whole_one(tmp_path):

@@ -218,6 +218,16 @@ def test_a_damaged_cache_is_made_anew(few, tmp_path, world, damage):
     assert extract(own, cache, world)[1]
 
 
+def test_features_that_killed_processes_left_are_removed(few, tmp_path, world):
+    folder = tmp_path / "features"
+    folder.mkdir()
+    for name in (".features_adm_0.npz.node-7.unfinished", "mine.txt"):
+        (folder / name).write_text("half")
+    extract(NpzImages(Npz(few)), folder, world)
+    (features,) = folder.glob("features_*.npz")
+    assert sorted(path.name for path in folder.iterdir()) == [features.name, "mine.txt"]
+
+
 def test_a_cache_that_cannot_be_written_is_a_warning(samples, reference, tmp_path):
     (tmp_path / "file").touch()
     report = evaluate(samples, reference, metrics="is", cache=tmp_path / "file" / "kept")
