@@ -21,7 +21,7 @@ from data.folder_reader import is_hidden, list_folder, mixed_kinds, tars_in
 from data.locks import WriterLock
 from data.prep.pack import pack
 from data.samples import is_image
-from data.storage import DEFAULT_TIMEOUTS, Timeouts, list_tars, unavailable
+from data.storage import DEFAULT_TIMEOUTS, Timeouts, list_tars
 from data.tar_reader import PIPE
 
 LIST_SUFFIX = ".txt"
@@ -84,19 +84,6 @@ def check_different(urls: list[str]) -> None:
     places = Counter(url if is_remote(url) or url.startswith(PIPE) else os.path.realpath(url) for url in urls)
     if twice := next((place for place, count in places.items() if count > 1), None):
         raise DataError(f"{redacted(twice)} is named twice, and would be read twice in each epoch: name it once")
-
-
-def check_available(urls: list[str], timeouts: Timeouts) -> None:
-    """Raises DataError that names all of the remote tars that are missing or denied."""
-    failed = unavailable(urls, timeouts)
-    if not failed:
-        return
-    reason = str(next(iter(failed.values())))
-    if len(failed) > 1:
-        others = [redacted(url) for url in urls if url not in failed]
-        reason += f"; {len(failed):,} of {len(urls):,} tars cannot be read: {joined_names([*map(redacted, failed)])}"
-        reason += f"; these can be: '{joined_names(others)}'" if others else ""
-    raise DataError(reason)
 
 
 def joined_names(names: list[str]) -> str:

@@ -14,15 +14,13 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar
 
 from data.addresses import is_http, is_remote, redacted, scheme_of
-from data.errors import DataError, DeniedError, MissingError, ReplacedError
+from data.errors import DataError, ReplacedError
 from data.object_store import Answer, TransientError, Version, client, request_listing, request_range
-from data.parallel import in_threads
 from data.text import printable
 
 logger = logging.getLogger(__name__)
 
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 15.0  # between tries
-PROBING_THREADS = 16
 
 T = TypeVar("T")
 
@@ -108,22 +106,6 @@ def probe(url: str, timeouts: Timeouts) -> Answer:
     answer = retry(url, timeouts, lambda seconds_left: request_range(url, 0, 1, seconds_left()))
     _versions[url] = answer.version
     return answer
-
-
-def unavailable(urls: list[str], timeouts: Timeouts = DEFAULT_TIMEOUTS) -> dict[str, DataError]:
-    """Those of the objects that are missing or denied, with the reason; what was found before is not asked for again.
-    Raises DataError for other failures."""
-
-    def reason(url: str) -> DataError | None:
-        try:
-            probe(url, timeouts)
-        except (MissingError, DeniedError) as error:
-            return error
-        return None
-
-    urls = [url for url in urls if url not in _versions]
-    reasons = zip(urls, in_threads(reason, urls, PROBING_THREADS), strict=True)
-    return {url: error for url, error in reasons if error is not None}
 
 
 def retry(url: str, timeouts: Timeouts, attempt: Callable[[Callable[[], float]], T]) -> T:

@@ -161,7 +161,7 @@ def test_listings_of_buckets_take_the_time_limits_of_the_recipe(monkeypatch, tmp
     monkeypatch.setattr(
         "data.shards.list_tars", lambda url, timeouts: given.append((url, timeouts)) or [f"{url}/0.tar"]
     )
-    monkeypatch.setattr("data.sources.check_available", lambda urls, timeouts: given.append((urls, timeouts)))
+    monkeypatch.setattr("data.sources.check_available", lambda urls, timeouts, _: given.append((urls, timeouts)))
     listed = tmp_path / "list.txt"
     listed.write_text("s3://bucket/a\n")
     config = data.DataConfig(train=["s3://bucket/b", str(listed)], request_seconds=3.0, retry_seconds=7.0)
