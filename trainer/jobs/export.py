@@ -14,6 +14,7 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError
 
 from data.classes import CLASSES_NAME, read_classes
+from data.locks import WriterLock, file_lock
 from data.unfinished import complete_file, remove_dead
 from model_zoo.conditions import NONE, describe_classes
 from model_zoo.config import TokenizerConfig, TransformerConfig
@@ -144,20 +145,31 @@ def export(source: str | Path, out: str | Path, weights: str = "all") -> Exporte
     """Exports a source's models as a folder of safetensors; see `model_zoo.io.export_format`.
 
     source: as for `read_weights`. out: a new or empty folder. weights: of CHOICES. A generator's tokenizer, of its run
-    or in its file, goes to ``out/tokenizer``. Raises TrainerError or ModelError.
+    or in its file, goes to ``out/tokenizer``. Raises TrainerError, ModelError, and DataError while another process
+    writes ``out``.
     """
     return read_newest(Path(source), lambda checkpoint: _export(source, checkpoint, Path(out), weights))
 
 
 def _export(source: str | Path, checkpoint: Path, out: Path, weights: str) -> Exported:
     models, notes = _models(checkpoint, weights)
+    place = out.resolve()
+    # Without the lock a second export would take the unfinished folder for one that a killed job left.
+    with _writing(out, SafetensorError), WriterLock(file_lock(place), out) as lock:
+        place.parent.mkdir(parents=True, exist_ok=True)
+        lock.take()
+        summary = _export_into(models, source, out)
+    return Exported(out, summary + notes)
+
+
+def _export_into(models: list[SourceModel], source: str | Path, out: Path) -> list[str]:
     summary = []
-    with _writing(out, SafetensorError), new_folder(out) as folder:
+    with new_folder(out) as folder:
         for i, model in enumerate(models):
             own = folder / model.kind if i else folder
             own.mkdir(exist_ok=True)
             summary.append(_export_one(model, own, out / model.kind if i else out, str(source)))
-    return Exported(out, summary + notes)
+    return summary
 
 
 def export_published(source: str | Path, out: str | Path, weights: str = "all") -> Exported:

@@ -14,6 +14,8 @@ from model_checks import assert_same, tokenizer_of
 from omegaconf import OmegaConf
 from support import generator_of
 
+from data.errors import DataError
+from data.locks import WriterLock, file_lock
 from model_zoo import ModelError, load_generator, load_tokenizer
 from model_zoo.conditions import describe_classes, trained_from
 from model_zoo.discriminator import PatchDiscriminator
@@ -286,6 +288,20 @@ def test_places_that_are_taken_are_refused(run, tmp_path):
     assert "already exists" in refusal(TrainerError, export_published, run, tmp_path / "out.ckpt")
     assert "must end in .ckpt" in refusal(TrainerError, export_published, run, tmp_path / "out")
     assert_nothing_left(tmp_path, "run", "empty", "out.ckpt")
+
+
+def test_a_second_export_does_not_remove_what_the_first_one_writes(run, tmp_path):
+    own, left = tmp_path / ".out.unfinished", tmp_path / ".out.ckpt.node-7.unfinished"
+    own.mkdir()
+    left.write_text("half")
+    with WriterLock(file_lock(tmp_path / "out"), "them") as lock:
+        lock.take()
+        assert "out is being written by process" in refusal(DataError, export, run, tmp_path / "out")
+        assert own.is_dir()
+    export(run, tmp_path / "out")
+    assert not own.exists() and left.exists()
+    export_published(run, tmp_path / "out.ckpt")
+    assert not left.exists()
 
 
 def test_a_failure_leaves_nothing(run, tmp_path, monkeypatch):
