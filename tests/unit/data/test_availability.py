@@ -32,14 +32,14 @@ def server():
 
 @pytest.fixture(scope="module")
 def moto():
-    with s3("bucket", {f"set/{number:03}.tar": b"" for number in range(COUNT) if number not in GONE}) as endpoint:
+    with s3("many", {f"set/{number:03}.tar": b"" for number in range(COUNT) if number not in GONE}) as endpoint:
         yield endpoint
 
 
 @pytest.fixture
 def bucket(moto, monkeypatch):
     use_s3(monkeypatch, moto)
-    return "s3://bucket/set"
+    return "s3://many/set"
 
 
 def asked_for(monkeypatch) -> list[str]:
@@ -77,7 +77,7 @@ def test_tars_in_quarantine_are_not_asked_for(server):
 
 
 def test_a_folder_that_does_not_exist_lacks_all(bucket):
-    urls = [f"s3://bucket/other/{number:03}.tar" for number in range(40)]
+    urls = [f"s3://many/other/{number:03}.tar" for number in range(40)]
     assert "40 of 40 tars cannot be read" in refusal(DataError, check_available, urls, STEADY)
 
 
