@@ -12,6 +12,7 @@ An index is one safetensors file, which is memory-mapped. Its tensors, for S sha
     keys    uint64 (N,)     hash of each sample's key (`key_hash`)
 """
 
+import glob
 import hashlib
 import itertools
 import json
@@ -26,7 +27,7 @@ from safetensors.numpy import save
 
 from data.addresses import is_remote, redacted
 from data.errors import DataError
-from data.file_names import fitted
+from data.unfinished import complete_file, remove_dead
 
 INDEX_NAME = "index.safetensors"
 DTYPES = {"U8": np.uint8, "I64": np.int64, "U64": np.uint64}
@@ -92,14 +93,12 @@ def write_index(path: str | Path, urls: list[str], tables: list[SampleTable], di
         "stops": joined("stops_n", np.int64),
         "keys": joined("keys_n", np.uint64),
     }
-    unfinished = path.with_name(fitted(".", path.name, f".unfinished-{os.getpid()}"))
     try:
-        unfinished.write_bytes(save(tensors))  # `save_file` makes it readable for the owner only
-        os.replace(unfinished, path)
+        remove_dead(path.parent, glob.escape(path.name))
+        with complete_file(path) as unfinished:
+            unfinished.write_bytes(save(tensors))  # `save_file` makes it readable for the owner only
     except OSError as error:
         raise DataError(f"cannot write the index {path}: {error.strerror}; choose another file") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
 
 
 def is_index(path: Path) -> bool:

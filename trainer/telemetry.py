@@ -53,14 +53,14 @@ def metric_lines(path: Path) -> list[tuple[int, str]]:
 
 
 @contextmanager
-def scanning():
-    """Yields a function of (tars scanned, number of tars) that shows progress on the terminal of the first process."""
+def scanning(what: str = "scanning tars"):
+    """Yields a function of (tars done, number of tars) that shows progress on the terminal of the first process."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
     console = Console(stderr=True)
     silent = not console.is_terminal or os.environ.get("RANK", "0") != "0"
-    columns = TextColumn("scanning tars"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
+    columns = TextColumn(what), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn()
     with Progress(*columns, console=console, transient=True, disable=silent) as progress:
         task = progress.add_task("", total=None)
         yield lambda done, total: progress.update(task, completed=done, total=total)

@@ -19,7 +19,7 @@ from trainer.skipped_steps import SkippedSteps
 from trainer.start_plan import StartPlan, open_folder, plan_batch, random_state, restore, seed_everything
 from trainer.tasks import make_task
 from trainer.tasks.base import Step
-from trainer.telemetry import describe, open_telemetry
+from trainer.telemetry import describe, open_telemetry, scanning
 from trainer.throughput import Throughput
 from trainer.watchdog import LossSpikes, Stopped, StopSignal, Watchdog
 
@@ -47,6 +47,8 @@ class Trainer:
         """Builds the models, opens the data and loads the weights. Nothing is written until all of it has succeeded."""
         config, world, plan = self.config, self.world, self.plan
         micro_batch_size, micro_batches = plan_batch(config, world)
+        with scanning("asking for tars") as progress:
+            run_on_main(world, lambda: data.check_remote_data(config.data, plan.state["data"], progress))
         self.task = task = make_task(config, world, micro_batch_size, micro_batches)
         task.check()
         self.init_from = None if plan.checkpoint else task.load_initial_weights()

@@ -7,8 +7,9 @@ from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
+from data.unfinished import unfinished
 from trainer import TrainerError
-from trainer.files import ReportFiles, has_keys, json_text, unfinished, write_files, writing
+from trainer.files import ReportFiles, has_keys, json_text, write_files, writing
 from trainer.reports.image_grid import Example, side_by_side
 from trainer.reports.measures import MEASURES, describe_crop, describe_seconds, markdown_table, plain_markdown
 

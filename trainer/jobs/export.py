@@ -1,6 +1,7 @@
 """`ibq checkpoint`: exports models of runs, published checkpoints and exports, as folders of safetensors or in the
 published layout, and describes what such a source holds."""
 
+import glob
 import itertools
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -14,6 +15,7 @@ from safetensors import SafetensorError
 
 from data.classes import CLASSES_NAME, read_classes
 from data.locks import file_lock
+from data.unfinished import complete_file, remove_dead
 from model_zoo.conditions import NONE, describe_classes
 from model_zoo.config import TokenizerConfig, TransformerConfig
 from model_zoo.errors import ModelError
@@ -45,7 +47,7 @@ from model_zoo.tokenizer import Tokenizer
 from model_zoo.transformer import Transformer
 from trainer import TrainerError
 from trainer.checkpoint import damage
-from trainer.files import json_text, unfinished, writing
+from trainer.files import json_text, writing
 from trainer.jobs.model_card import count_parameters, describe_model, model_card
 from trainer.jobs.setup import sole_writer
 from trainer.parallel import start_world, stop_world
@@ -144,7 +146,8 @@ def export(source: str | Path, out: str | Path, weights: str = "all") -> Exporte
     """Exports a source's models as a folder of safetensors; see `model_zoo.io.export_format`.
 
     source: as for `read_weights`. out: a new or empty folder. weights: of CHOICES. A generator's tokenizer, of its run
-    or in its file, goes to ``out/tokenizer``. Raises TrainerError or ModelError.
+    or in its file, goes to ``out/tokenizer``. Raises TrainerError, ModelError, and DataError while another process
+    writes ``out``.
     """
     return read_newest(Path(source), lambda checkpoint: _export(source, checkpoint, Path(out), weights))
 
@@ -152,6 +155,7 @@ def export(source: str | Path, out: str | Path, weights: str = "all") -> Exporte
 def _export(source: str | Path, checkpoint: Path, out: Path, weights: str) -> Exported:
     models, notes = _models(checkpoint, weights)
     summary = []
+    # Without the lock a second export would take the unfinished folder for one that a killed job left.
     with _sole_writer(out), _writing(out, SafetensorError), new_folder(out) as folder:
         for i, model in enumerate(models):
             own = folder / model.kind if i else folder
@@ -209,13 +213,11 @@ def _export_published(models: list[SourceModel], notes: list[str], out: Path) ->
         step = step if first_stage else raw.step
         summary.append(f"{model.kind}: {describe_model(built)}; weights: {' and '.join(sets)}")
     steps = {} if step is None else {"global_step": step}
-    temporary = unfinished(out.resolve())
     with _writing(out, RuntimeError):  # torch.save raises RuntimeError for an OSError
-        try:
+        place = out.resolve()
+        remove_dead(place.parent, glob.escape(place.name))
+        with complete_file(place) as temporary:
             torch.save({"state_dict": state, OUR_ENTRY: configs, **steps}, temporary)
-            temporary.replace(out)
-        finally:
-            temporary.unlink(missing_ok=True)
     keys = f"keys: {len(state):,}; without the LPIPS network, which is not part of the model"
     return Exported(out, [*summary, keys, *notes])
 

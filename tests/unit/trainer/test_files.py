@@ -4,8 +4,9 @@ import pytest
 from comparing import refusal
 from field.disks import WHOLE, cut_off_log, full_disk
 
+from data.unfinished import unfinished
 from trainer import TrainerError
-from trainer.files import LineFile, ReportFiles, has_keys, unfinished
+from trainer.files import LineFile, ReportFiles, has_keys
 
 
 def test_lines_that_do_not_fit_wait_and_the_file_ends_with_a_whole_one(tmp_path):

@@ -16,6 +16,7 @@ from support import generator_of
 
 import trainer.jobs.export
 from data.errors import DataError
+from data.locks import WriterLock, file_lock
 from model_zoo import ModelError, load_generator, load_tokenizer
 from model_zoo.conditions import describe_classes, trained_from
 from model_zoo.discriminator import PatchDiscriminator
@@ -305,6 +306,20 @@ def test_an_output_has_one_writer(run, tmp_path, monkeypatch, name):
     assert refusals[0].startswith(f"{tmp_path / name} is being written by process ")
     assert_same(load_tokenizer(tmp_path / name), tokenizer(2))
     assert_nothing_left(tmp_path, "run", name)
+
+
+def test_a_second_export_does_not_remove_what_the_first_one_writes(run, tmp_path):
+    own, left = tmp_path / ".out.unfinished", tmp_path / ".out.ckpt.node-7.unfinished"
+    own.mkdir()
+    left.write_text("half")
+    with WriterLock(file_lock(tmp_path / "out"), "them") as lock:
+        lock.take()
+        assert "out is being written by process" in refusal(DataError, export, run, tmp_path / "out")
+        assert own.is_dir()
+    export(run, tmp_path / "out")
+    assert not own.exists() and left.exists()
+    export_published(run, tmp_path / "out.ckpt")
+    assert not left.exists()
 
 
 def test_a_failure_leaves_nothing(run, tmp_path, monkeypatch):
