@@ -23,7 +23,16 @@ _DEFINED_IN = {
         "evaluation_tokens",
     ),
     "data.loader": (
-        *("Batch", "TrainStream", "access_of", "check", "class_numbers", "token_header", "train_batches"),
+        *(
+            "Batch",
+            "TrainStream",
+            "access_of",
+            "check",
+            "check_remote_data",
+            "class_numbers",
+            "token_header",
+            "train_batches",
+        ),
         "validation_options",
     ),
     "data.prep.pack": ("PackReport", "pack"),

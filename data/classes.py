@@ -29,7 +29,8 @@ def read_classes(place: str | Path, timeouts: Timeouts = DEFAULT_TIMEOUTS) -> di
 
 
 def _content(url: str, timeouts: Timeouts) -> bytes:
-    return storage.read(url, 0, storage.size(url, timeouts), timeouts)
+    version = storage.version(url, timeouts)
+    return storage.read(url, 0, version.bytes, timeouts, version)
 
 
 def _parsed(content: bytes, path: str) -> dict[str, int]:

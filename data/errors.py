@@ -9,6 +9,10 @@ class MissingError(DataError):
     """There is no such object."""
 
 
+class ReplacedError(DataError):
+    """An object is another one than before."""
+
+
 class UnreadableError(DataError):
     """A server does not give an object."""
 

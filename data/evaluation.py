@@ -181,8 +181,8 @@ def _shards(
     path: str | list[str], access: Access, class_from_folder: bool, classes: dict[str, int] | None
 ) -> list[Shard]:
     if isinstance(path, (str, os.PathLike)) and os.path.isfile(path) and is_image(str(path)):
-        folder = os.path.dirname(path) or "."
-        return [FileShard(folder, FolderFiles(folder), [Path(os.path.basename(path))])]
+        folder, image = os.path.dirname(path) or ".", Path(os.path.basename(path))
+        return [FileShard(folder, FolderFiles(folder, image), [image])]
     if isinstance(path, (str, os.PathLike)) and os.path.isdir(path) and find_images(Path(path)):
         shard = file_shard(str(path))
         if class_from_folder and shard.has_class_folders:

@@ -60,6 +60,15 @@ def _files_in(folder: Path) -> list[Path]:
     return found
 
 
+def _sample_files(folder: Path, image: PurePath) -> list[PurePath]:
+    """An image directly in a folder, and the files beside it that may belong to it. Raises DataError."""
+    try:
+        names = map(PurePath, os.listdir(folder))
+    except OSError as error:
+        _refuse(error)
+    return [image, *(name for name in names if name.stem == image.stem and name.suffix[1:].lower() in BESIDE)]
+
+
 def is_hidden(path: PurePath) -> bool:
     """Whether a path in a folder or a zip file is left out: it, or a folder of it, begins with a dot, or it lies in the
     folder ``__MACOSX``, in which macOS keeps metadata of the files of a zip file."""
@@ -146,23 +155,24 @@ def is_files(spec) -> bool:
 
 
 class FolderFiles:
-    """The files of a folder, by their paths in it. prefix: before a path in a sample's key."""
+    """The files of a folder, by their paths in it. prefix: before a path in a sample's key.
+
+    only: the one image to look at, directly in the folder; None: all. Raises DataError.
+    """
 
     prefix = ""
 
-    def __init__(self, path: str | Path):
+    def __init__(self, path: str | Path, only: PurePath | None = None):
         self.path = Path(path)
-        self._beside: dict[PurePath, PurePath] = {}
+        self._listing = list_folder(self.path) if only is None else _listing(self.path, _sample_files(self.path, only))
 
     def name(self, path: PurePath) -> str:
         """What messages call a file."""
         return str(self.path / path)
 
     def listing(self) -> Listing:
-        """The pictures, without hidden ones. Call it before `beside`. Raises DataError."""
-        found = list_folder(self.path)
-        self._beside = found.beside
-        return found
+        """The pictures, without hidden ones, as they were when the folder was opened."""
+        return self._listing
 
     def paths(self) -> list[Path]:
         """All files, without hidden ones. Raises DataError."""
@@ -207,7 +217,8 @@ class FolderFiles:
         path = path.with_suffix(f".{suffix}")
         if os.path.lexists(self.path / path):
             return self.read(path)
-        return self.read(self._beside[path]) if path in self._beside else None
+        other_case = self._listing.beside.get(path)
+        return None if other_case is None else self.read(other_case)
 
 
 class ZipFiles:

@@ -14,6 +14,7 @@ An index is one safetensors file, which is memory-mapped. Its tensors, for S sha
                             2026-12 do not have it.
 """
 
+import glob
 import hashlib
 import itertools
 import json
@@ -28,10 +29,11 @@ from safetensors.numpy import save
 
 from data.addresses import is_remote, redacted
 from data.errors import DataError
-from data.file_names import fitted
+from data.unfinished import complete_file, remove_dead
 
 INDEX_NAME = "index.safetensors"
 DTYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64, "U64": np.uint64}
+MOST_HEADER_BYTES = 1 << 16
 TENSORS = ("names", "root", "bytes", "samples", "sha256", "starts", "stops", "keys")
 OPTIONAL = ("sizes",)
 
@@ -98,14 +100,22 @@ def write_index(path: str | Path, urls: list[str], tables: list[SampleTable], di
     }
     if all(table.sizes_n2 is not None for table in tables):
         tensors["sizes"] = joined("sizes_n2", np.int32).reshape(-1, 2)
-    unfinished = path.with_name(fitted(".", path.name, f".unfinished-{os.getpid()}"))
     try:
-        unfinished.write_bytes(save(tensors))  # `save_file` makes it readable for the owner only
-        os.replace(unfinished, path)
+        remove_dead(path.parent, glob.escape(path.name))
+        with complete_file(path) as unfinished:
+            unfinished.write_bytes(save(tensors))  # `save_file` makes it readable for the owner only
     except OSError as error:
         raise DataError(f"cannot write the index {path}: {error.strerror}; choose another file") from error
-    finally:
-        unfinished.unlink(missing_ok=True)
+
+
+def is_index(path: Path) -> bool:
+    """Whether a file has the header of an index; its content may be damaged. Raises OSError."""
+    with path.open("rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        try:
+            return set(TENSORS) <= json.loads(file.read(min(length, MOST_HEADER_BYTES))).keys()
+        except (ValueError, AttributeError):
+            return False
 
 
 class Index:

@@ -21,7 +21,18 @@ from data.folder_reader import file_shard, is_files
 from data.reader import LaneReader, ReadSamples, SampleInfo
 from data.sampler import LaneAssignment, Mixture, seed_of
 from data.samples import Skipped, WindowLimit
-from data.sources import Source, check_weights, classes_of, describe, is_among, layout_of, open_shards, open_source
+from data.shards import expand
+from data.sources import (
+    Source,
+    check_remote,
+    check_weights,
+    classes_of,
+    describe,
+    is_among,
+    layout_of,
+    open_shards,
+    open_source,
+)
 from data.storage import Timeouts
 from data.stream_state import Totals, add_totals, restore, stream_identity
 from data.text import printable
@@ -320,6 +331,19 @@ def check(
         evaluation_tokens(config.val, tokens, access=access_of(config))
     else:
         evaluation_images(config.val, resize=config.resize, **validation_options(config))
+
+
+def check_remote_data(
+    config: DataConfig, state: dict | None, progress: Callable[[int, int], None] = lambda done, total: None
+) -> None:
+    """Raises DataError that names all remote tars to train on that are missing or denied, however many there are, and
+    with an index, too. Only one process of a run calls it, because it may ask for very many. state: of the run that is
+    resumed. progress: called with (tars asked for, tars to ask for)."""
+    access, quarantine = access_of(config), frozenset([*config.quarantine, *(state or {}).get("quarantine", ())])
+    options = {"allow_pipes": config.allow_pipes, "timeouts": access.timeouts}
+    roots = [one.root for one in _configs(config) if not is_files(one.root)]
+    urls = [url for root in roots for url in expand(root, **options) if not is_among(url, quarantine)]
+    check_remote(urls, access, progress)
 
 
 def class_numbers(config: DataConfig, saved: str | None = None) -> dict[str, int] | None:

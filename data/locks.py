@@ -1,6 +1,5 @@
 """One writer for each output: a lock file that names its owner by host, process and time."""
 
-import errno
 import fcntl
 import json
 import logging
@@ -13,11 +12,11 @@ from pathlib import Path
 
 from data.errors import DataError
 from data.file_names import fitted
+from data.unfinished import NO_FLOCK
 
 logger = logging.getLogger(__name__)
 
 LOCK_NAME = ".lock"
-NO_FLOCK = (errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK)  # of file systems without flock
 SETTLE_SECONDS = 0.5  # without flock: until the last of several takers can be seen
 POLL_SECONDS = 0.2
 

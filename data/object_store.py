@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 from data.addresses import SCHEMES, redacted, scheme_of
-from data.errors import DataError, DeniedError, MissingError, UnreadableError
+from data.errors import DataError, DeniedError, MissingError, ReplacedError, UnreadableError
 
 logger = logging.getLogger(__name__)
 
@@ -135,16 +135,45 @@ def _connect(scheme: str, loop: asyncio.AbstractEventLoop) -> Any:
 # --------------------------------------------------------------------------------------------------------- requests
 
 
+class Version(NamedTuple):
+    """What tells one version of an object from another.
+
+    bytes: size of the whole object. tag: its ETag or else Last-Modified; empty if the server sends neither.
+    """
+
+    bytes: int
+    tag: str = ""
+
+    def check(self, url: str, found: "Version") -> None:
+        """Raises ReplacedError if an answer is of another version. Tags of different kinds are not compared: a server
+        may leave out the ETag of some answers."""
+        if found.bytes != self.bytes:
+            change = f"it had {self.bytes:,} bytes and has {found.bytes:,}"
+        elif self.tag and found.tag and _is_etag(self.tag) == _is_etag(found.tag) and _opaque(self) != _opaque(found):
+            change = f"it has the same size, but another {'ETag' if _is_etag(self.tag) else 'date'}"
+        else:
+            return
+        raise ReplacedError(f"{redacted(url)} was replaced while it was read: {change}; start again")
+
+
+def _is_etag(tag: str) -> bool:
+    return tag.endswith('"')
+
+
+def _opaque(version: Version) -> str:
+    """A tag without the mark of a weak one, which servers add where they may compress answers."""
+    return version.tag.removeprefix("W/")
+
+
 class Answer(NamedTuple):
     """The answer to a request for a range of bytes.
 
-    content: the bytes; None if the server sends the whole, larger object instead, which is not downloaded.
-    object_bytes: size of the whole object. tag: its ETag or else Last-Modified; empty if the server sends neither.
+    content: the bytes; None if the server sends the whole, larger object instead, which is not downloaded. version: of
+    the object that they are from.
     """
 
     content: bytes | None
-    object_bytes: int
-    tag: str = ""
+    version: Version
 
 
 def request_range(url: str, start: int, stop: int, seconds: float) -> Answer:
@@ -159,11 +188,14 @@ def request_listing(url: str, seconds: float) -> list[dict]:
     return client().run(url, _list(client().filesystem(scheme_of(url)), url), seconds)
 
 
-def download_whole(url: str, file: BinaryIO, seconds_left: Callable[[], float]) -> None:
-    """Write the whole object into `file`, for a server that ignores ranges. Raises TransientError or DataError."""
+def download_whole(url: str, version: Version, file: BinaryIO, seconds_left: Callable[[], float]) -> None:
+    """Write the whole object into `file`, for a server that ignores ranges. Raises TransientError, DataError, and
+    ReplacedError for another version."""
     ours = client()
     answer = ours.run(url, _open(ours.filesystem(scheme_of(url)), url), seconds_left())
     try:
+        length = answer.headers.get("content-length", "")
+        version.check(url, Version(int(length) if length.isdigit() else version.bytes, _tag(answer.headers)))
         file.seek(0)
         file.truncate()
         while content := ours.run(url, answer.content.readany(), seconds_left()):
@@ -257,6 +289,10 @@ def _unchanged(url: str) -> Any:
     return yarl.URL(url, encoded=is_encoded)
 
 
+def _tag(headers: Mapping[str, str]) -> str:
+    return headers.get("etag") or headers.get("last-modified", "")
+
+
 async def _parse_answer(
     url: str,
     status: int,
@@ -266,17 +302,17 @@ async def _parse_answer(
     stop: int,
 ) -> Answer:
     """The answer to a request for a range; `content` reads its body."""
-    tag = headers.get("etag") or headers.get("last-modified", "")
+    tag = _tag(headers)
     part = re.fullmatch(r"bytes (?:(\d+)-\d+|\*)/(\d+)", headers.get("content-range", ""))
     if status == 206 and part and part[1]:
         if int(part[1]) != start:
             raise TransientError(f"the answer starts at byte {int(part[1]):,} instead of {start:,}")
-        return Answer(await content(), int(part[2]), tag)
+        return Answer(await content(), Version(int(part[2]), tag))
     if status == 200 and headers.get("content-length", "").isdigit():
         whole = int(headers["content-length"])
-        return Answer(await content() if (start, stop) == (0, whole) else None, whole, tag)
+        return Answer(await content() if (start, stop) == (0, whole) else None, Version(whole, tag))
     if status == 416:  # the object ends before `start`
-        return Answer(b"", int(part[2]) if part else start, tag)
+        return Answer(b"", Version(int(part[2]) if part else start, tag))
     if status in (200, 206):
         raise DataError(f"the server of {redacted(url)} does not tell its size: put it on one that does")
     raise _error_from_status(url, status)

@@ -5,7 +5,7 @@ import hashlib
 import itertools
 import os
 import re
-import tempfile
+import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from importlib import resources
@@ -18,9 +18,10 @@ from data.addresses import is_remote, redacted, scheme_of
 from data.cache import cache_folder
 from data.errors import DataError
 from data.folder_reader import is_hidden, list_folder, mixed_kinds, tars_in
+from data.locks import WriterLock
 from data.prep.pack import pack
 from data.samples import is_image
-from data.storage import DEFAULT_TIMEOUTS, Timeouts, list_tars, unavailable
+from data.storage import DEFAULT_TIMEOUTS, Timeouts, list_tars
 from data.tar_reader import PIPE
 
 LIST_SUFFIX = ".txt"
@@ -38,6 +39,7 @@ PHOTOGRAPHS = {
     "val": ("astronaut.png", "camera.png", "chelsea.png", "coins.png"),
 }
 PHOTOGRAPH_SIDE = 256
+PACKING_SECONDS = 300.0  # for another process to pack them
 PHOTOGRAPH_QUALITY = 95  # JPEG decodes about three times as fast as PNG here
 
 
@@ -82,19 +84,6 @@ def check_different(urls: list[str]) -> None:
     places = Counter(url if is_remote(url) or url.startswith(PIPE) else os.path.realpath(url) for url in urls)
     if twice := next((place for place, count in places.items() if count > 1), None):
         raise DataError(f"{redacted(twice)} is named twice, and would be read twice in each epoch: name it once")
-
-
-def check_available(urls: list[str], timeouts: Timeouts) -> None:
-    """Raises DataError that names all of the remote tars that are missing or denied."""
-    failed = unavailable(urls, timeouts)
-    if not failed:
-        return
-    reason = str(next(iter(failed.values())))
-    if len(failed) > 1:
-        others = [redacted(url) for url in urls if url not in failed]
-        reason += f"; {len(failed):,} of {len(urls):,} tars cannot be read: {joined_names([*map(redacted, failed)])}"
-        reason += f"; these can be: '{joined_names(others)}'" if others else ""
-    raise DataError(reason)
 
 
 def joined_names(names: list[str]) -> str:
@@ -251,29 +240,40 @@ def _packed_photographs() -> Path:
     names = list(itertools.chain(*PHOTOGRAPHS.values()))
     if missing := [name for name in names if not (source / name).is_file()]:
         raise DataError(f"this scikit-image lacks {', '.join(missing)}: pip install 'scikit-image>=0.22'")
-    content = hashlib.sha256(f"{PHOTOGRAPHS} {PHOTOGRAPH_SIDE} {PHOTOGRAPH_QUALITY} classes".encode())
-    for name in names:
-        content.update((source / name).read_bytes())
+    contents = {name: (source / name).read_bytes() for name in names}
+    digest = hashlib.sha256(f"{PHOTOGRAPHS} {PHOTOGRAPH_SIDE} {PHOTOGRAPH_QUALITY} classes".encode())
+    for content in contents.values():
+        digest.update(content)
     cache = cache_folder()
-    folder = cache / f"photographs-{content.hexdigest()[:16]}"
+    folder = cache / f"photographs-{digest.hexdigest()[:16]}"
     if folder.is_dir():
         return folder
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(prefix=".photographs-", dir=cache) as scratch:
-            for split, names_of_split in PHOTOGRAPHS.items():
-                images = Path(scratch) / "images" / split
-                images.mkdir(parents=True)
-                for number, name in enumerate(names_of_split):
-                    (images / name).write_bytes((source / name).read_bytes())
-                    (images / name).with_suffix(".cls").write_text(str(number))
-                packed = Path(scratch) / "packed" / split
-                pack(images, packed, prefix=split, shorter_side=PHOTOGRAPH_SIDE, quality=PHOTOGRAPH_QUALITY)
-            try:
-                os.rename(Path(scratch) / "packed", folder)
-            except OSError:
-                if not folder.is_dir():  # otherwise another process was faster
-                    raise
+        with WriterLock(cache / ".photographs.lock", f"the bundled photographs in {cache}") as lock:
+            lock.take(PACKING_SECONDS)
+            for left in cache.glob(".photographs-*"):  # their writers were killed: a live one would have the lock
+                shutil.rmtree(left)
+            if not folder.is_dir():  # otherwise another process was faster
+                _pack_photographs(contents, folder)
     except OSError as error:
         raise DataError(f"cannot write the bundled photographs to {cache}: {error.strerror}; set IBQ_CACHE") from error
     return folder
+
+
+def _pack_photographs(contents: dict[str, bytes], folder: Path) -> None:
+    """One rename shows both splits, and leaves nothing else."""
+    scratch = folder.with_name(f".{folder.name}")
+    try:
+        for split, names in PHOTOGRAPHS.items():
+            images = scratch / "images"
+            images.mkdir(parents=True)
+            for number, name in enumerate(names):
+                (images / name).write_bytes(contents[name])
+                (images / name).with_suffix(".cls").write_text(str(number))
+            pack(images, scratch / split, prefix=split, shorter_side=PHOTOGRAPH_SIDE, quality=PHOTOGRAPH_QUALITY)
+            shutil.rmtree(images)
+        scratch.rename(folder)
+    finally:
+        if scratch.exists():
+            shutil.rmtree(scratch)

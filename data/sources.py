@@ -16,6 +16,7 @@ import numpy as np
 import yaml
 
 from data.addresses import is_remote, redacted
+from data.availability import check_available
 from data.cache import Access
 from data.classes import classes_beside, merged_classes, read_classes
 from data.config import FilterConfig, SourceConfig
@@ -25,7 +26,7 @@ from data.grouping import KNOWN_SUFFIXES
 from data.index import INDEX_NAME, Index, common_root, without_query
 from data.parallel import in_threads
 from data.samples import CODES, NO_CLASS, Sample, Shard, Skipped
-from data.shards import check_available, check_different, expand
+from data.shards import check_different, expand
 from data.storage import DEFAULT_TIMEOUTS, Timeouts
 from data.tar_reader import PIPE, TarShard
 
@@ -263,7 +264,8 @@ def open_source(
         raise DataError(f"source {config.name}: weight={config.weight} must be positive and finite")
     layout = layout_of(config) if content == "images" else TOKENS
     options = {"layout": layout, "classes": classes, "allow_pipes": allow_pipes, "quarantine": quarantine}
-    shards = open_shards(config, access or Access(), **options)
+    access = access or Access()
+    shards = open_shards(config, access, **options)
     if layout.label == "folder":
         layout = layout._replace(label="cls")
     quarantined = frozenset(n for n, shard in enumerate(shards) if is_among(shard.url, quarantine))
@@ -271,8 +273,9 @@ def open_source(
         raise DataError(f"source {config.name}: every shard is in quarantine")
     unknown = [n for n, shard in enumerate(shards) if isinstance(shard, TarShard) and shard.table is None]
     local = [n for n in unknown if not shards[n].is_streamed]
-    if scan_all or len(unknown) <= MOST_SCANNED:
-        _check_remote([shards[n] for n in unknown if n not in quarantined])
+    # A run asks for more, and for indexed ones, in one process: see `data.loader.check_remote_data`.
+    asked = range(len(shards)) if scan_all else unknown if len(unknown) <= MOST_SCANNED else []
+    check_remote([shards[n].url for n in asked if n not in quarantined], access)
     by_shard = before is not None and before["counts"] is None
     if not by_shard and (scan_all or len(local) <= MOST_SCANNED):
         copied = [n for n in unknown if scan_all and shards[n].access.is_copied(shards[n].url)]
@@ -286,14 +289,15 @@ def open_source(
     return Source(config.name, config.weight, shards, layout, filters, counts, quarantined)
 
 
-def _check_remote(shards: list[TarShard]) -> None:
-    """Raises DataError that names all of the tars that would have to be fetched and cannot be."""
-    remote = [shard for shard in shards if is_remote(shard.url)]
-    cache = remote[0].access.cache if remote else None
-    held = cache.held([one.url for one in remote]) if cache else {}
-    fetched = [one.url for one in remote if one.url not in held]
-    if fetched:
-        check_available(fetched, remote[0].access.timeouts)
+def check_remote(
+    urls: list[str], access: Access, progress: Callable[[int, int], None] = lambda done, total: None
+) -> None:
+    """Raises DataError that names all of the tars that would have to be fetched and cannot be. progress: called with
+    (tars asked for, tars to ask for)."""
+    remote = [url for url in urls if is_remote(url)]
+    held = access.cache.held(remote) if access.cache else {}
+    if fetched := [url for url in remote if url not in held]:
+        check_available(fetched, access.timeouts, progress)
 
 
 def _content(shard: Shard) -> str | None:

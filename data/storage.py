@@ -14,15 +14,13 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar
 
 from data.addresses import is_http, is_remote, redacted, scheme_of
-from data.errors import DataError, DeniedError, MissingError
-from data.object_store import Answer, TransientError, client, request_listing, request_range
-from data.parallel import in_threads
+from data.errors import DataError, ReplacedError
+from data.object_store import Answer, TransientError, Version, client, request_listing, request_range
 from data.text import printable
 
 logger = logging.getLogger(__name__)
 
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 15.0  # between tries
-PROBING_THREADS = 16
 
 T = TypeVar("T")
 
@@ -36,31 +34,35 @@ class Timeouts(NamedTuple):
 
 DEFAULT_TIMEOUTS = Timeouts()
 
-# The sizes that `size` or the first `read` found, to notice an object that is replaced during a run. Workers inherit
-# them when they are forked.
-_sizes: dict[str, int] = {}
+# The versions that `version` or the first `read` found, to notice an object that is replaced during a run. Workers
+# inherit them when they are forked.
+_versions: dict[str, Version] = {}
 
 
-def size(url: str, timeouts: Timeouts = DEFAULT_TIMEOUTS) -> int:
-    """Size in bytes of a local file or an object. Raises DataError."""
+def version(url: str, timeouts: Timeouts = DEFAULT_TIMEOUTS) -> Version:
+    """The version of an object as it is now; of a local file only the size. Raises DataError."""
     if not is_remote(url):
         with _local_errors(url):
-            return os.path.getsize(url)
-    return probe(url, timeouts).object_bytes
+            return Version(os.path.getsize(url))
+    return probe(url, timeouts).version
 
 
-def read(url: str, start: int, stop: int, timeouts: Timeouts = DEFAULT_TIMEOUTS) -> bytes:
+def read(
+    url: str, start: int, stop: int, timeouts: Timeouts = DEFAULT_TIMEOUTS, expected: Version | None = None
+) -> bytes:
     """Exactly the bytes start to stop (exclusive) of a local file or an object.
 
     Transient failures (no connection, a stall, an incomplete answer, HTTP 429 and 5xx) are retried with growing waits
     for timeouts.total_seconds. Raises DataError after that, and at once for permanent failures: a missing object, no
-    permission, an object that is shorter than asked or has changed its size, or a server that ignores ranges (unless
-    the range is the whole object).
+    permission, an object that is shorter than asked, or a server that ignores ranges (unless the range is the whole
+    object).
+    expected: the version of the object; None: the one that this process found last. Raises ReplacedError for bytes of
+    another one, so that nothing is put together from two versions.
     """
     if start == stop:
         return b""
     if is_remote(url):
-        content = retry(url, timeouts, lambda seconds_left: _read_once(url, start, stop, seconds_left()))
+        content = retry(url, timeouts, lambda seconds_left: _read_once(url, start, stop, seconds_left(), expected))
     else:
         with _local_errors(url):
             file = os.open(url, os.O_RDONLY)  # unbuffered: a buffer would read whole pages around the range
@@ -102,24 +104,8 @@ def bytes_read() -> int:
 def probe(url: str, timeouts: Timeouts) -> Answer:
     """A store's answer to a request for the first byte: signed addresses allow GET where they refuse HEAD."""
     answer = retry(url, timeouts, lambda seconds_left: request_range(url, 0, 1, seconds_left()))
-    _sizes[url] = answer.object_bytes
+    _versions[url] = answer.version
     return answer
-
-
-def unavailable(urls: list[str], timeouts: Timeouts = DEFAULT_TIMEOUTS) -> dict[str, DataError]:
-    """Those of the objects that are missing or denied, with the reason; what was found before is not asked for again.
-    Raises DataError for other failures."""
-
-    def reason(url: str) -> DataError | None:
-        try:
-            probe(url, timeouts)
-        except (MissingError, DeniedError) as error:
-            return error
-        return None
-
-    urls = [url for url in urls if url not in _sizes]
-    reasons = zip(urls, in_threads(reason, urls, PROBING_THREADS), strict=True)
-    return {url: error for url, error in reasons if error is not None}
 
 
 def retry(url: str, timeouts: Timeouts, attempt: Callable[[Callable[[], float]], T]) -> T:
@@ -159,14 +145,14 @@ def _wait_seconds(url: str, tries: int) -> float:
     return longest * (0.5 + int.from_bytes(digest[:4], "big") / 2**33)
 
 
-def _read_once(url: str, start: int, stop: int, seconds: float) -> bytes:
+def _read_once(url: str, start: int, stop: int, seconds: float, expected: Version | None) -> bytes:
     answer, name = request_range(url, start, stop, seconds), redacted(url)
-    if answer.object_bytes < stop:
+    known = expected or _versions.get(url)
+    if answer.version.bytes < stop:
+        if known and known.bytes >= stop:
+            raise ReplacedError(f"{name} was replaced while it was read: it now ends before byte {stop:,}; start again")
         raise DataError(_too_short(url, stop))
-    before = _sizes.setdefault(url, answer.object_bytes)
-    if before != answer.object_bytes:
-        change = f"it had {before:,} bytes and has {answer.object_bytes:,}"
-        raise DataError(f"{name} was replaced while it was read: {change}; start again")
+    (known or _versions.setdefault(url, answer.version)).check(url, answer.version)
     if answer.content is None:
         raise DataError(f"the server of {name} ignores ranges: set data.cache=FOLDER")
     if len(answer.content) != stop - start:

@@ -21,8 +21,9 @@ from data.errors import DataError, ImageError
 from data.file_kinds import START_BYTES, kind_of
 from data.grouping import KNOWN_SUFFIXES, Group, grouped, key_to_first_dot, split_name
 from data.index import SampleTable, key_hash
+from data.object_store import Version
 from data.samples import IMAGE_SUFFIXES, Sample, Window, WindowLimit, is_content
-from data.storage import Timeouts, read, size
+from data.storage import Timeouts, read, version
 
 PIPE = "pipe:"
 RANGE_BYTES = 8 << 20  # fetched at once from a tar whose sample positions are unknown
@@ -42,7 +43,7 @@ class TarShard:
     table: SampleTable | None = None
     access: Access = field(default_factory=Access)
     suffixes: frozenset[str] = KNOWN_SUFFIXES
-    _size_checked: bool = False
+    _version: Version | None = None  # that its size was checked of
 
     @property
     def name(self) -> str:
@@ -91,14 +92,18 @@ class TarShard:
 
     def check_size(self, table: SampleTable) -> None:
         """Raises DataError unless the tar's size is that of its table; checked once per process."""
-        if self._size_checked or self.url.startswith(PIPE):
+        if self._version is not None or self.url.startswith(PIPE):
             return
-        found = self.access.apply(lambda place: size(place, self.access.timeouts), self.url)
-        if found != table.bytes:
+        found = self.access.apply(lambda place: version(place, self.access.timeouts), self.url)
+        if found.bytes != table.bytes:
             raise DataError(
-                f"the shard {self.name} has {found:,} bytes, but its index says {table.bytes:,}: {HOW_TO_FIX}"
+                f"the shard {self.name} has {found.bytes:,} bytes, but its index says {table.bytes:,}: {HOW_TO_FIX}"
             )
-        self._size_checked = True
+        self._version = found
+
+    def read_range(self, start: int, stop: int) -> bytes:
+        """The bytes start to stop, of the version whose size was checked. Raises DataError."""
+        return self.access.read(self.url, start, stop, self._version)
 
     def _stream(self, limit: WindowLimit) -> Iterator[Window]:
         first, samples, begin = 0, [], 0
@@ -122,8 +127,7 @@ class _TarWindow(Window):
 
     def fetch(self) -> None:
         if self.fetched is None and is_remote(self.shard.url):
-            read_part = functools.partial(self.shard.access.read, self.shard.url)
-            self.fetched = {start: memoryview(read_part(start, stop)) for start, stop in self._stretches()}
+            self.fetched = {start: memoryview(self.shard.read_range(start, stop)) for start, stop in self._stretches()}
 
     def _stretches(self) -> list[tuple[int, int]]:
         """The bytes to download: few long stretches, which may hold samples between the wanted ones."""
@@ -164,11 +168,16 @@ class ForwardFile(io.RawIOBase):
     def __init__(self, path: str, timeouts: Timeouts, name: str):
         self.path, self.timeouts, self.name = path, timeouts, name
         self.begin, self.content, self.position = 0, bytearray(), 0
-        self.process = self.bytes = None
+        self.process = self.version = None
         if path.startswith(PIPE):
             self.process = subprocess.Popen(path.removeprefix(PIPE), shell=True, stdout=subprocess.PIPE)
         else:
-            self.bytes = size(path, timeouts)
+            self.version = version(path, timeouts)
+
+    @property
+    def bytes(self) -> int | None:
+        """Size of the tar; None for the output of a command."""
+        return self.version and self.version.bytes
 
     def readable(self):
         return True
@@ -205,10 +214,14 @@ class ForwardFile(io.RawIOBase):
             if self.process:
                 more = self.process.stdout.read(RANGE_BYTES)
             else:
-                more = read(self.path, min(end, self.bytes), min(end + RANGE_BYTES, self.bytes), self.timeouts)
+                more = self.read_range(min(end, self.bytes), min(end + RANGE_BYTES, self.bytes))
             if not more:
                 return
             self.content += more
+
+    def read_range(self, start: int, stop: int) -> bytes:
+        """The bytes start to stop of the version that was opened. Raises DataError."""
+        return read(self.path, start, stop, self.timeouts, self.version)
 
     def close(self):
         if self.process and not self.closed:

@@ -1,5 +1,6 @@
 """What tests of models share: small models, their checkpoints and runs, and checks of what is loaded or refused."""
 
+import json
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -11,6 +12,8 @@ from omegaconf import OmegaConf
 from torch import Tensor, nn
 
 from model_zoo import ModelError, Tokenizer, TokenizerConfig, Transformer, TransformerConfig
+from model_zoo.io.manifest import MANIFEST, STATE, entry_of
+from model_zoo.io.run_layout import checkpoint_step
 from model_zoo.io.sharded_tensors import save_shards, whole_tensor
 from model_zoo.io.weights import TRAINED
 from model_zoo.quantizers.base import Quantizer
@@ -93,6 +96,13 @@ def write_run(run: Path, config: Any, *, step: int = 3, ranks: int = 1, **models
     (checkpoint.parent / "latest").write_text(checkpoint.name)
     OmegaConf.save(config, run / "config.yaml")
     return run
+
+
+def write_manifest(checkpoint: Path) -> None:
+    """Completes a checkpoint by its state and its manifest."""
+    (checkpoint / STATE).write_text(json.dumps({"step": checkpoint_step(checkpoint)}))
+    files = {file.name: entry_of(file) for file in checkpoint.iterdir()}
+    (checkpoint / MANIFEST).write_text(json.dumps({"files": files}))
 
 
 def assert_same(loaded: nn.Module, expected: nn.Module) -> None:

@@ -27,6 +27,7 @@ class Fault:
     trickle_seconds: between any two bytes of the body
     ignore_ranges: always sends the whole file
     no_length: sends no Content-Length
+    then: after the answer is made, the path has this content
     """
 
     status: int | None = None
@@ -38,6 +39,7 @@ class Fault:
     trickle_seconds: float | None = None
     ignore_ranges: bool = False
     no_length: bool = False
+    then: bytes | None = None
     times: int | None = None
 
 
@@ -140,6 +142,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(fault.status or 404, fault.headers, fault.body, Fault())
             return
         self.tag = hashlib.sha256(content).hexdigest()
+        if fault.then is not None:
+            store.files[path] = fault.then
         given = None if fault.ignore_ranges else re.fullmatch(r"bytes=(\d+)-(\d+)", headers.get("range", ""))
         if given is None:
             self._answer(200, {}, content, fault)

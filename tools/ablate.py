@@ -61,6 +61,7 @@ def ablate(
         for command in itertools.chain(*commands):
             echo(shlex.join(command))
         return
+    jobs.check_table(out)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     for number, (cell, of_cell) in enumerate(zip(cells, commands, strict=True), start=1):

@@ -4,6 +4,7 @@ import functools
 import json
 import os
 from collections import Counter
+from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -127,7 +128,7 @@ def check(
     """
     from data.errors import DataError
     from data.folder_reader import find_images, is_files, is_zip
-    from data.index import INDEX_NAME, Index, write_index
+    from data.index import INDEX_NAME, Index, is_index, write_index
     from data.locks import WriterLock, file_lock, folder_lock
     from data.parallel import cores
     from data.prep.check import check_shards, find_duplicates, missing_shards
@@ -144,8 +145,10 @@ def check(
         raise DataError(f"an index is of tars, and {files[0]} needs none: leave out --write-index and --index")
     tars = list(dict.fromkeys(expand([path for path in paths if path not in files]))) if set(paths) - set(files) else []
     urls, place = files + tars, index or (_index_place(tars, write) if tars else None)
-    _check_writable(json_file, place if write else None)
+    _check_output(json_file, _is_check)
     if write:
+        # A file of the default name beside the tars is an index, even if it is too damaged to be known as one.
+        _check_output(place, is_index if index else lambda file: True)
         # The index beside the tars belongs to their folder, which `ibq tokenize` may be filling.
         of_folder = place.name == INDEX_NAME
         lock = folder_lock(place.parent) if of_folder else file_lock(place)
@@ -208,7 +211,8 @@ def stats(
         raise DataError(f"data/sources.yaml has no {source}: choose one of {', '.join(catalogue())}")
     if picture is not None and picture.suffix != ".png":
         raise typer.BadParameter(f"{picture} does not end in .png", param_hint="--picture")
-    _check_writable(json_file, picture)
+    _check_output(json_file, _is_count)
+    _check_output(picture, shards_text.is_drawn)
     root = paths[0] if len(paths) == 1 else paths
     config = SourceConfig(name=source or "images", root=root, index=str(index) if index else None)
     with progress("looking for samples", lines=False) as on_progress:
@@ -243,16 +247,40 @@ def _index_place(urls: list[str], write: bool) -> Path | None:
     return place if write or place.is_file() else None
 
 
-def _check_writable(*places: str | Path | None) -> None:
-    """Fails before all the work. Raises DataError."""
+def _check_output(place: str | Path | None, is_earlier: Callable[[Path], bool]) -> None:
+    """Fails before all the work if a file cannot be written, or if there is one already that is not empty and that this
+    command did not write. Raises DataError."""
     from data.errors import DataError
 
-    for place in places:
-        if place is None or place == STDOUT:
-            continue
-        folder = Path(place).absolute().parent
-        if Path(place).is_dir() or not os.access(folder, os.W_OK):
-            raise DataError(f"cannot write {place}: choose a file in an existing, writable folder")
+    if place is None or place == STDOUT:
+        return
+    place = Path(place)
+    if place.is_dir() or not os.access(place.absolute().parent, os.W_OK):
+        raise DataError(f"cannot write {place}: choose a file in an existing, writable folder")
+    try:
+        is_free = not place.is_file() or place.stat().st_size == 0 or is_earlier(place)
+    except OSError as error:
+        raise DataError(f"cannot read {place}, which exists: {error.strerror}; choose another file") from error
+    if not is_free:
+        raise DataError(f"{place} already exists and is of no earlier call: choose another file, or remove it")
+
+
+def _is_check(file: Path) -> bool:
+    """Whether the first line of a file is one of `ibq shards check --json`."""
+    with file.open("rb") as lines:
+        return _is_object(lines.readline(), {"shard", "status", "sha256"})
+
+
+def _is_count(file: Path) -> bool:
+    """Whether a file was written by `ibq shards stats --json`."""
+    return _is_object(file.read_bytes(), {"shards", "samples_in_all"})
+
+
+def _is_object(text: bytes, keys: set[str]) -> bool:
+    try:
+        return keys <= json.loads(text).keys()
+    except (ValueError, AttributeError):
+        return False
 
 
 def _write_json(place: str | None, content: str) -> None:

@@ -20,6 +20,7 @@ COLORS = {"ok": typer.colors.GREEN, "flawed": typer.colors.YELLOW, "broken": typ
 EIGHTHS = " ▏▎▍▌▋▊▉█"
 BAR_CHARACTERS = 40
 BAR_COLOR = "#4c72b0"
+DRAWN_BY = "ibq shards stats"
 
 
 def problems(found: list["Checked"]) -> Iterator[str]:
@@ -160,4 +161,10 @@ def draw_histograms(histograms: list["Histogram"], title: str, path: Path) -> No
         axis.spines[["bottom", "left"]].set_visible(False)
         axis.set_title(histogram.title, loc="left", fontsize=10, fontweight="bold")
     figure.suptitle(title, fontsize=11)
-    save(figure, path)
+    save(figure, path, DRAWN_BY)
+
+
+def is_drawn(file: Path) -> bool:
+    """Whether `draw_histograms` wrote a file, by the text before the pixels of the PNG. Raises OSError."""
+    with file.open("rb") as opened:
+        return f"Software\0{DRAWN_BY}".encode() in opened.read(1 << 12)

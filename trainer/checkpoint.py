@@ -11,13 +11,15 @@ import shutil
 import threading
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import NamedTuple
 
 from safetensors import SafetensorError
 
-from model_zoo.io.manifest import MANIFEST, STATE, entry_of, read_manifest, wrong_file
+from model_zoo.io.manifest import MANIFEST, STATE, entry_of, read_manifest, remember, wrong_file
 from model_zoo.io.run_layout import checkpoint_step, run_folder
 from model_zoo.io.sharded_tensors import TensorShard, save_shards
 from trainer import TrainerError
+from trainer.branches import BRANCHES, branch, read_branches, with_checkpoint
 from trainer.parallel import World, gather_objects, max_over_ranks, run_on_main
 
 
@@ -28,7 +30,8 @@ class CheckpointError(TrainerError):
 class Checkpoints:
     """Writes the checkpoints of a run; all ranks call every method together.
 
-    keep_last: the number of newest checkpoints to keep. keep_every_steps: checkpoints at its multiples are always kept.
+    keep_last: the number of newest checkpoints of the branch to keep (see `trainer.branches`). keep_every_steps:
+    checkpoints at its multiples are always kept. continues: the checkpoint that training resumed from.
     asynchronous: a thread writes what `save` copied while training continues; `poll` between steps, or `finish`,
     completes the checkpoint. beat: called repeatedly while waiting for disks, so that the watchdog sees progress.
     """
@@ -40,18 +43,20 @@ class Checkpoints:
         *,
         keep_last: int,
         keep_every_steps: int | None = None,
+        continues: Path | None = None,
         asynchronous: bool = False,
         beat: Callable[[], None] = lambda: None,
     ):
         self.folder = run / "checkpoints"
         self.world = world
         self.keep_last, self.keep_every_steps = keep_last, keep_every_steps
+        self.before = continues.name if continues else None  # of rank 0: the newest checkpoint of the branch
         self.asynchronous, self.beat = asynchronous, beat
         self.writing: _Writing | None = None
 
     def move_to(self, run: Path) -> None:
         """Saves into another run's folder from now on. A checkpoint that is being written is given up."""
-        self.folder, self.writing = run / "checkpoints", None
+        self.folder, self.writing, self.before = run / "checkpoints", None, None
 
     def save(self, step: int, state: dict, shards: Iterable[TensorShard]) -> None:
         """Copies this rank's shards and starts to write ``step_XXXXXXXX``, after completing the previous checkpoint.
@@ -113,16 +118,26 @@ class Checkpoints:
     def _complete(self, unfinished: Path, state: dict, files: dict) -> None:
         folder = unfinished.with_suffix("")
         _write_manifest(unfinished, state, files)
+        names = [path.name for path in checkpoint_folders(self.folder.parent)]
+        record = with_checkpoint(read_branches(self.folder)[0], names, folder.name, self.before)
+        _record(self.folder, record)
         replaced = folder.with_suffix(".replaced.unfinished")
         if folder.exists():  # the run was resumed from an earlier step and has reached this one again
             folder.rename(replaced)
         _rename(unfinished, folder)
         _point(self.folder, folder)
+        self.before = folder.name
         shutil.rmtree(replaced, ignore_errors=True)
-        # Later checkpoints, left from before the run was resumed, must not push out the one just written.
-        past = [path for path in checkpoint_folders(self.folder.parent) if path <= folder]
-        for old in past[: -self.keep_last]:
-            if not self.keep_every_steps or checkpoint_step(old) % self.keep_every_steps:
+        self._remove_old(branch(record, names, folder.name))
+
+    def _remove_old(self, of_branch: list[str]) -> None:
+        """Removes the older checkpoints of the branch. Those of a branch that was left do not count: they must not push
+        out the ones of this branch, and go when they are older than all that are kept."""
+        if len(of_branch) <= self.keep_last:
+            return
+        for old in checkpoint_folders(self.folder.parent):
+            is_kept = self.keep_every_steps and checkpoint_step(old) % self.keep_every_steps == 0
+            if old.name < of_branch[-self.keep_last] and not is_kept:
                 shutil.rmtree(old)
 
 
@@ -182,11 +197,12 @@ def find_checkpoint(source: Path, world: World) -> tuple[Path, list[str]]:
         if wrong := damage(source, world):
             raise TrainerError(f"{source} cannot be resumed from: {wrong}; `ibq resume {run}` uses another")
         return source, []
-    passed_over = []
-    for folder in run_on_main(world, lambda: _candidates(source)):
+    candidates, left, wrong = run_on_main(world, lambda: _candidates(source))
+    passed_over, notes = [], [wrong] if wrong else []
+    for folder in candidates:
         wrong = damage(folder, world)
         if wrong is None:
-            return folder, passed_over
+            return folder, notes + passed_over
         passed_over.append(f"{folder.name} is passed over: {wrong}")
     if not passed_over:
         raise TrainerError(
@@ -194,30 +210,61 @@ def find_checkpoint(source: Path, world: World) -> tuple[Path, list[str]]:
             "the run from step 1"
         )
     more = f"; and {len(passed_over) - 3} more" if len(passed_over) > 3 else ""
-    raise TrainerError(f"{source} has no complete checkpoint: {'; '.join(passed_over[:3])}{more}")
+    other = f"; {left[0]} is of a branch that was left: `ibq resume {left[0]}` continues that" if left else ""
+    raise TrainerError(f"{source} has no complete checkpoint: {'; '.join(passed_over[:3])}{more}{other}")
 
 
-def _candidates(run: Path) -> list[Path]:
-    """Newest first, starting with the one that ``latest`` names, or with the newest if it names none."""
-    folders = checkpoint_folders(run)
-    pointer = run / "checkpoints" / "latest"
+class _Candidates(NamedTuple):
+    """Checkpoints, newest first. left: those of branches that were left. wrong: with the record of the branches."""
+
+    branch: list[Path]
+    left: list[Path]
+    wrong: str | None
+
+
+def _candidates(run: Path) -> _Candidates:
+    """What may be resumed from: the checkpoint that ``latest`` names, or the newest if it names none, and those that it
+    continues."""
+    folder = run / "checkpoints"
+    names = [path.name for path in checkpoint_folders(run)]
+    pointer = folder / "latest"
     named = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
-    if re.fullmatch(r"step_\d+", named):
-        folders = [folder for folder in folders if folder.name <= named]
-        if not folders or folders[-1].name != named:
-            folders.append(pointer.parent / named)  # missing, and reported as such
-    return folders[::-1]
+    if not re.fullmatch(r"step_\d+", named):
+        if not names:
+            return _Candidates([], [], None)
+        named = names[-1]
+    record, wrong = read_branches(folder)
+    found = branch(record, names, named)  # with the named one even if it is missing, to be reported as such
+    left = [folder / name for name in names[::-1] if name not in found]
+    return _Candidates([folder / name for name in found[::-1]], left, wrong)
 
 
 def damage(folder: Path, world: World) -> str | None:
-    """What is wrong with a checkpoint, or None. Compares every file's hash with the manifest; ranks share the files."""
+    """What is wrong with a checkpoint, or None; all ranks call together. Compares every file's hash with the manifest.
+    The ranks share the files, and none of them reads these again when it reads weights (see `manifest.check`)."""
     try:
         files = run_on_main(world, lambda: read_manifest(folder))
     except TrainerError as error:
         return str(error)
-    mine = [wrong_file(folder / name, entry) for name, entry in sorted(files.items())[world.rank :: world.size]]
-    found = [wrong for of_rank in gather_objects([w for w in mine if w]) for wrong in of_rank]
-    return found[0] if found else None
+    # Nodes may have copies of their own: then those of each copy share its files.
+    copies = gather_objects(_copy_of(folder))
+    sharing = [rank for rank, copy in enumerate(copies) if copy == copies[world.rank]]
+    mine = sorted(files.items())[sharing.index(world.rank) :: len(sharing)]
+    wrong = [wrong_file(folder / name, entry) for name, entry in mine]
+    found = [wrong for of_rank in gather_objects([w for w in wrong if w]) for wrong in of_rank]
+    if found:
+        return found[0]
+    remember(folder, files)
+    return None
+
+
+def _copy_of(folder: Path) -> tuple | None:
+    """What is equal on all nodes that see the same files, and differs for copies of them."""
+    try:
+        status = (folder / MANIFEST).stat()
+    except OSError:
+        return None
+    return status.st_ino, status.st_ctime_ns
 
 
 def load_state(folder: Path) -> dict:
@@ -253,11 +300,19 @@ def _rename(unfinished: Path, folder: Path) -> None:
 
 
 def _point(checkpoints: Path, folder: Path) -> None:
-    pointer = checkpoints / "latest.unfinished"
-    pointer.write_text(folder.name)
-    _sync(pointer)
-    pointer.replace(checkpoints / "latest")
-    _sync(checkpoints)
+    _write_whole(checkpoints / "latest", folder.name)
+
+
+def _record(checkpoints: Path, record: dict) -> None:
+    _write_whole(checkpoints / BRANCHES, json.dumps(record, indent=1))
+
+
+def _write_whole(file: Path, text: str) -> None:
+    temporary = file.with_name(f"{file.name}.unfinished")
+    temporary.write_text(text)
+    _sync(temporary)
+    temporary.replace(file)
+    _sync(file.parent)
 
 
 def _on_main(world: World, action) -> None:

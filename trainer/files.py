@@ -1,14 +1,14 @@
-"""Writing files: OSErrors become TrainerErrors, a file appears under its name only when it is complete, and a file that
-grows holds whole lines only."""
+"""Writing files: OSErrors become TrainerErrors, and a file that grows holds whole lines only."""
 
 import contextlib
+import glob
 import json
 import os
-import socket
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
+from typing import NamedTuple
 
-from data.file_names import fitted
+from data.unfinished import complete_file, remove_dead
 from trainer import TrainerError
 
 
@@ -24,26 +24,6 @@ def os_errors(what: str, fix: str) -> Iterator[None]:
 def writing(path: Path, option: str = "--out") -> contextlib.AbstractContextManager[None]:
     """`os_errors` for a path that the user can change with an option."""
     return os_errors(f"cannot write {path}", f"fix that, or choose another path with {option}")
-
-
-def unfinished(path: Path) -> Path:
-    """The temporary file next to ``path`` that holds its content until it is complete. Each process has its own."""
-    return path.with_name(fitted(".", path.name, f".{socket.gethostname()}-{os.getpid()}.unfinished"))
-
-
-def remove_unfinished(folder: Path, *names: str) -> None:
-    """Removes what killed jobs left of files of these names, which may be patterns. Only for their one writer. Raises
-    OSError."""
-    for name in names:
-        for path in folder.glob(f".{name}.*.unfinished"):
-            path.unlink()
-
-
-@contextlib.contextmanager
-def complete_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary path, and renames that file to ``path`` at the end of the context. Raises OSError."""
-    yield unfinished(path)
-    unfinished(path).replace(path)
 
 
 def write_text(path: Path, text: str) -> None:
@@ -65,11 +45,56 @@ def write_json(path: Path, content) -> None:
 def write_files(contents: Mapping[Path, str | Callable[[Path], object]], option: str = "--out") -> None:
     """Writes files in order: a text, or what a function writes to the path that it is given. Raises TrainerError."""
     for path, content in contents.items():
+        with writing(path, option):
+            remove_dead(path.parent, glob.escape(path.name))
         with writing(path, option), complete_file(path) as temporary:
             if isinstance(content, str):
                 temporary.write_text(content, encoding="utf-8")
             else:
                 content(temporary)
+
+
+class ReportFiles(NamedTuple):
+    """The files of one report, which a later one may replace.
+
+    is_earlier: whether the content of FILE.json is that of an earlier report. mark: a text that FILE.md of every report
+    has. others: further files.
+    """
+
+    json: Path
+    is_earlier: Callable[[object], bool]
+    markdown: Path
+    mark: str
+    others: Collection[Path] = ()
+
+    def check(self, option: str = "--out") -> None:
+        """Raises TrainerError if they would replace files that no earlier report wrote. FILE.json tells it; where users
+        have removed that one to make a report again, FILE.md does."""
+        with writing(self.json, option):
+            if self.json.exists():
+                in_use = None if self.is_earlier(_read_json(self.json)) else self.json
+            elif self.markdown.exists():
+                text = self.markdown.read_text(encoding="utf-8", errors="replace")
+                in_use = None if self.mark in text else self.markdown
+            else:
+                in_use = next((path for path in self.others if path.exists()), None)
+        if in_use is not None:
+            raise TrainerError(
+                f"{in_use} already exists and is of no earlier report: choose another {option}, or remove it"
+            )
+
+
+def _read_json(path: Path) -> object:
+    """The content, or None if it is no JSON."""
+    try:
+        return json.loads(path.read_bytes())
+    except ValueError:
+        return None
+
+
+def has_keys(*keys: str) -> Callable[[object], bool]:
+    """Whether JSON content is an object with these keys."""
+    return lambda content: isinstance(content, dict) and content.keys() >= set(keys)
 
 
 class LineFile:

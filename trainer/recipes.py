@@ -16,10 +16,10 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.config import MOST_CODES
+from data.unfinished import complete_file
 from model_zoo.config import WITH_CODEBOOK, TokenizerConfig, broken_rule
 from trainer import TrainerError
 from trainer.config import GeneratorRun, RunConfig, TokenizerRun
-from trainer.files import complete_file
 
 TASKS = {"tokenizer": TokenizerRun, "generator": GeneratorRun}
 EVALUATION = "evaluation"  # the folder of recipes for evaluations

@@ -7,8 +7,9 @@ from pathlib import Path
 
 from data.classes import CLASSES_NAME
 from data.locks import WriterLock, folder_lock
+from data.unfinished import remove_unfinished
 from trainer.config import RunConfig
-from trainer.files import os_errors, remove_unfinished
+from trainer.files import os_errors
 from trainer.init_from import FILE as INIT_RECORD
 from trainer.parallel import World, run_on_main
 from trainer.recipes import save_config

@@ -47,6 +47,8 @@ class Trainer:
         """Builds the models, opens the data and loads the weights. Nothing is written until all of it has succeeded."""
         config, world, plan = self.config, self.world, self.plan
         micro_batch_size, micro_batches = plan_batch(config, world)
+        with scanning("asking for tars") as progress:
+            run_on_main(world, lambda: data.check_remote_data(config.data, plan.state["data"], progress))
         self.task = task = make_task(config, world, micro_batch_size, micro_batches)
         task.check()
         self.init_from = None if plan.checkpoint else task.load_initial_weights()
@@ -85,9 +87,14 @@ class Trainer:
         self.resources.enter_context(self.telemetry)
         self.stop = self.resources.enter_context(StopSignal())
         self.watchdog = self.resources.enter_context(Watchdog(*world[:2], settings.timeout_seconds))
-        keep = {"keep_last": settings.keep_last, "keep_every_steps": settings.keep_every_steps}
         self.checkpoints = Checkpoints(
-            run, world, **keep, asynchronous=settings.async_checkpoints, beat=self.watchdog.beat
+            run,
+            world,
+            keep_last=settings.keep_last,
+            keep_every_steps=settings.keep_every_steps,
+            continues=self.plan.checkpoint,
+            asynchronous=settings.async_checkpoints,
+            beat=self.watchdog.beat,
         )
         self.skipped, self.spikes = SkippedSteps(run, world, settings.max_skipped_steps), LossSpikes()
 

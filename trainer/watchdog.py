@@ -4,6 +4,7 @@ import ctypes
 import faulthandler
 import math
 import os
+import re
 import signal
 import socket
 import statistics
@@ -22,6 +23,8 @@ from trainer import TrainerError
 STOPPED = 75  # exit status after a signal to stop: a checkpoint was written (EX_TEMPFAIL: try again)
 LIBC = ctypes.CDLL(None)
 PR_SET_PDEATHSIG = 1
+PROCESSES = Path("/proc")
+PYTORCH = re.compile(rb"/torch/(lib/lib|_C)[^/\n]*\.so")  # what a process maps that has loaded it
 LAUNCHED = {"TORCHELASTIC_RUN_ID", "CROSS_RANK"}  # set by torchrun and by the deepspeed launcher
 HUNG = 124  # exit status of the watchdog (as of timeout(1))
 
@@ -181,19 +184,28 @@ def end_with_launcher() -> None:
     beside the ranks of the next start. Call it as early as possible. Raises TrainerError if the launcher has ended."""
     if launcher():
         LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
-        if _adopts_orphans(os.getppid()):
-            raise TrainerError("the launcher of this process has ended: start it again")
+        if not _is_launcher(PROCESSES / str(os.getppid())):
+            raise TrainerError(
+                "the launcher of this process has ended: start it again (without a launcher, unset "
+                f"{' and '.join(sorted(LAUNCHED.intersection(os.environ)))})"
+            )
 
 
-def _adopts_orphans(pid: int) -> bool:
-    """Whether a process is no launcher, but one that becomes the parent of processes whose parent ended: systemd, or
-    process 1, unless that is the launcher itself, as in a container that runs only torchrun."""
+def _is_launcher(process: Path) -> bool:
+    """Whether a rank's parent started it, and has not become its parent because the one that did has ended.
+
+    The kernel does not tell: process 1 and any process with PR_SET_CHILD_SUBREAPER (systemd, containerd-shim, tini -s,
+    supervisors) adopt orphans, and their names are not known. Launchers are: they are Python programs that have loaded
+    PyTorch. A script between a launcher and a rank has the environment that launchers give to ranks.
+
+    process: its folder in /proc. A supervisor that has loaded PyTorch itself counts as a launcher.
+    """
     try:
-        if pid != 1:
-            return Path(f"/proc/{pid}/comm").read_text() == "systemd\n"
-        return not Path(os.readlink("/proc/1/exe")).name.startswith("python")
+        variables = {entry.partition(b"=")[0] for entry in (process / "environ").read_bytes().split(b"\0")}
+        is_between = any(name.encode() in variables for name in LAUNCHED)
+        return is_between or PYTORCH.search((process / "maps").read_bytes()) is not None
     except OSError:  # it has just ended, or is another user's, which no launcher is
-        return True
+        return False
 
 
 class LossSpikes:

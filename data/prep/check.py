@@ -24,7 +24,7 @@ from data.index import Index, SampleTable, common_root, key_hash
 from data.parallel import cores, in_processes, in_threads
 from data.samples import CODES, Sample, is_content
 from data.sources import IMAGES, TOKENS, Layout, pick
-from data.storage import DEFAULT_TIMEOUTS, Timeouts, read
+from data.storage import DEFAULT_TIMEOUTS, Timeouts
 from data.tar_reader import MOST_MEMBER_BYTES, RANGE_BYTES, ForwardFile, parse_sample, sample_spans
 from data.tokens import unpack_codes
 from data.transforms import decode, image_header
@@ -264,7 +264,7 @@ def _find_damage(file: _Hashed, at: int) -> Problem | None:
     Reads a few headers only; tarfile itself does not say where it stopped.
     """
     while at < file.bytes:
-        block = read(file.path, at, min(at + BLOCK_BYTES, file.bytes), file.timeouts)
+        block = file.read_range(at, min(at + BLOCK_BYTES, file.bytes))
         if not block.strip(b"\0"):
             return _find_behind_zeros(file, at)
         try:
@@ -293,7 +293,7 @@ def _find_behind_zeros(file: _Hashed, at: int) -> Problem | None:
     """Damage after the blocks of zeros that end a tar."""
     data = None
     for start in range(at, file.bytes, RANGE_BYTES):
-        content = read(file.path, start, min(start + RANGE_BYTES, file.bytes), file.timeouts)
+        content = file.read_range(start, min(start + RANGE_BYTES, file.bytes))
         if data is None and (rest := content.lstrip(b"\0")):
             data = start + (len(content) - len(rest)) // BLOCK_BYTES * BLOCK_BYTES
         for match in re.finditer(b"ustar", content):  # at byte 257 of each header

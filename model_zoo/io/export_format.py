@@ -17,7 +17,7 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from model_zoo.errors import ModelError
-from model_zoo.io.hashing import sha256_of
+from model_zoo.io.hashing import is_known_sha256, remember_sha256, sha256_of
 from model_zoo.io.sharded_tensors import save_tensors
 from model_zoo.io.weights import KINDS, SETS, Average, Weights, read_trained_classes
 
@@ -118,9 +118,13 @@ def damaged_file(folder: Path) -> str | None:
 
 
 def _wrong(file: Path, sha256: str | None) -> str | None:
-    """What is wrong with a file of an export. sha256: None if it is not known."""
-    if sha256 is not None and sha256_of(file) != sha256:
+    """What is wrong with a file of an export. sha256: None if it is not known. Reads a file once per process, unless it
+    changes."""
+    if sha256 is None or is_known_sha256(file, sha256):
+        return None
+    if sha256_of(file) != sha256:
         return f"{file.name} is not what was written (its sha256 differs)"
+    remember_sha256(file, sha256)
     return None
 
 
@@ -140,8 +144,8 @@ def fill_export(
 
 @contextmanager
 def new_folder(out: Path) -> Iterator[Path]:
-    """Yields a temporary folder next to ``out`` and renames it to ``out`` at the end. On failure it is removed. Raises
-    ModelError if ``out`` exists and is not an empty folder."""
+    """Yields a temporary folder next to ``out`` and renames it to ``out`` at the end. On failure it is removed. For one
+    writer of ``out`` at a time. Raises ModelError if ``out`` exists and is not an empty folder."""
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise ModelError(f"{out} already exists: choose another --out, or remove it")
     out = out.resolve()

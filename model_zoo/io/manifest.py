@@ -5,13 +5,11 @@ import re
 from pathlib import Path
 
 from model_zoo.errors import ModelError
-from model_zoo.io.hashing import sha256_of
+from model_zoo.io.hashing import is_known_sha256, remember_sha256, sha256_of
 
 STATE, MANIFEST = "state.json", "manifest.json"
 
 COPY_AGAIN = "copy it again, or name another checkpoint of the run"
-
-_checked: set[tuple] = set()  # files that this process has found to be right: path, size, time of the last change
 
 
 def read_manifest(folder: Path) -> dict[str, dict]:
@@ -56,7 +54,7 @@ def wrong_file(file: Path, entry: dict) -> str | None:
 
 def check(folder: Path) -> None:
     """Raises ModelError if a file of a checkpoint is not what was written. A checkpoint without a manifest is accepted.
-    Reads each file once per process, unless it changes."""
+    Reads each file once per process, unless it changes, and none that `remember` recorded."""
     if not (folder / MANIFEST).exists():
         return
     try:
@@ -64,12 +62,13 @@ def check(folder: Path) -> None:
     except ModelError as error:
         raise ModelError(f"{folder} is damaged: {error}; {COPY_AGAIN}") from error
     for name, entry in files.items():
-        if (key := _key(folder / name)) not in _checked:
+        if not is_known_sha256(folder / name, entry["sha256"]):
             if said := wrong_file(folder / name, entry):
                 raise ModelError(f"{folder} is damaged: {said}; {COPY_AGAIN}")
-            _checked.add(key)
+            remember_sha256(folder / name, entry["sha256"])
 
 
-def _key(file: Path) -> tuple:
-    status = file.stat() if file.exists() else None
-    return file.absolute(), status and (status.st_size, status.st_mtime_ns, status.st_ino)
+def remember(folder: Path, files: dict[str, dict]) -> None:
+    """Records that the files of a checkpoint match their entries, as this or another process has found."""
+    for name, entry in files.items():
+        remember_sha256(folder / name, entry["sha256"])

@@ -55,6 +55,18 @@ def test_the_newest_whole_checkpoint_is_resumed_from(two_ranks, unbroken, copy_o
     assert loss_lines(run) == loss_lines(unbroken)[:8]
 
 
+def test_none_of_a_branch_that_was_left_stands_in(two_ranks, unbroken, copy_of_unbroken):
+    """The run goes back to step 2, whose branch has a checkpoint of step 5. That of step 4 is of the former branch."""
+    run = copy_of_unbroken
+    changes = "trainer.max_steps=5", "trainer.checkpoint_every_steps=5"
+    two_ranks.resume(run / "checkpoints/step_00000002", *changes).succeeded()
+    cut(run / "checkpoints/step_00000005" / PART)
+    assert (run / "checkpoints/step_00000004").is_dir()
+    resumed = two_ranks.resume(run, "trainer.max_steps=8")
+    assert_resumed(resumed, run, after=2, last=8)
+    assert loss_lines(run) == loss_lines(unbroken)[:8]
+
+
 def test_where_none_is_whole_each_is_named_in_one_line(two_ranks, copy_of_unbroken):
     run = copy_of_unbroken
     folders = sorted((run / "checkpoints").glob("step_*"))

@@ -44,7 +44,7 @@ def test_a_checkpoint_that_does_not_fit_is_left_out_and_the_last_one_is_an_error
     # What was there is whole, what was not finished is gone.
     assert newest_step(run) == 2
     assert_whole(latest(run))
-    assert {path.name for path in (run / "checkpoints").iterdir()} == {"latest", "step_00000002"}
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {"branches.json", "latest", "step_00000002"}
 
     assert mount(small_disk, LARGE, MS_REMOUNT) == 0
     assert_resumed(two_ranks.resume(run), run, after=2, last=6)

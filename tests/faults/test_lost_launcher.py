@@ -50,3 +50,29 @@ def test_a_rank_ends_when_its_launcher_is_killed(ranks, tmp_path, kind):
         assert marker.read_text() == "SIGTERM"
     else:
         assert "has lost its launcher and ends" in ended.err and "made no progress for 1 s" in ended.err
+
+
+RANK = """
+import os, sys, time
+from trainer import TrainerError
+from trainer.watchdog import end_with_launcher
+while os.getppid() != int(sys.argv[1]):
+    time.sleep(0.01)
+try:
+    end_with_launcher()
+except TrainerError as error:
+    print(error)
+"""
+SUPERVISOR = """
+import ctypes, os, subprocess, sys
+assert ctypes.CDLL(None).prctl(36, 1) == 0  # PR_SET_CHILD_SUBREAPER
+launcher = f'TORCHELASTIC_RUN_ID=1 "$0" -c "$1" {os.getpid()} &'
+subprocess.run(["sh", "-c", launcher, sys.executable, sys.argv[1]], check=True)
+os.wait()
+"""
+
+
+def test_a_rank_that_a_supervisor_has_adopted_does_not_begin(launch):
+    """Its launcher has ended before it asked the kernel to be told. No name tells what its parent is."""
+    ended = launch.python("-c", SUPERVISOR, RANK).succeeded()
+    assert ended.out.startswith("the launcher of this process has ended: start it again")

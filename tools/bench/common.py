@@ -289,10 +289,11 @@ def pyplot():
     return pyplot
 
 
-def save(figure, path: Path) -> None:
+def save(figure, path: Path, software: str | None = None) -> None:
+    """Writes a PNG and closes the figure. software: the program that the file names, default matplotlib."""
     for axis in figure.axes:
         axis.spines[["top", "right"]].set_visible(False)
-    figure.savefig(path, dpi=110)
+    figure.savefig(path, dpi=110, metadata={"Software": software} if software else None)
     pyplot().close(figure)
 
 

@@ -3,6 +3,7 @@
 `model_zoo.eval_nets.inception` computes the features and so defines the protocol.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -15,6 +16,9 @@ from trainer import TrainerError
 # Relative rounding error of squared distances, computed as |a|^2 + |b|^2 - 2ab over 2,048 dimensions in float64, with a
 # margin.
 ROUNDING = 1e-12
+# Of a covariance that was computed or stored in float32, relative to its largest value: sqrt(2,048) times float32's
+# rounding error, with a margin. Statistics do not tell in which precision they were computed.
+COVARIANCE_ROUNDING = 1e-5
 
 
 class GaussianMoments:
@@ -76,20 +80,61 @@ def frechet_distance(mean_d: Tensor, covariance_dd: Tensor, other_mean_d: Tensor
 
     With S = A A^T and T = B B^T, the nonzero eigenvalues of S T are those of the symmetric A^T T A, and their roots are
     the singular values of A^T B. Computing these avoids roots of rounding errors if a covariance is singular, as it is
-    with fewer images than dimensions. Raises TrainerError if a value is not finite.
+    with fewer images than dimensions. The traces are those of A A^T and B B^T, so that negative eigenvalues, which are
+    rounding errors, do not make the distance smaller. Raises TrainerError if the given values are no mean and
+    covariance (see `fault_of_moments`), and if the result is not finite or negative beyond rounding.
     """
-    given = [values.double() for values in (mean_d, covariance_dd, other_mean_d, other_covariance_dd)]
-    if not all(values.isfinite().all() for values in given):
-        raise TrainerError("the features' mean or covariance is not finite: the images or statistics are damaged")
-    mean_d, covariance_dd, other_mean_d, other_covariance_dd = given
-    roots_r = torch.linalg.svdvals(_factor(covariance_dd).T @ _factor(other_covariance_dd))
-    trace = covariance_dd.trace() + other_covariance_dd.trace() - 2 * roots_r.sum()
-    return max(0.0, float((mean_d - other_mean_d).square().sum() + trace))  # negative values are rounding errors
+    mean_d, covariance_dd, other_mean_d, other_covariance_dd = (
+        values.double() for values in (mean_d, covariance_dd, other_mean_d, other_covariance_dd)
+    )
+    if len(mean_d) != len(other_mean_d):
+        raise TrainerError(f"features of {len(mean_d)} and of {len(other_mean_d)} dimensions cannot be compared")
+    first_dr, second_dr = _factor(mean_d, covariance_dd), _factor(other_mean_d, other_covariance_dd)
+    traces = first_dr.square().sum() + second_dr.square().sum()
+    rest = float(traces - 2 * torch.linalg.svdvals(first_dr.T @ second_dr).sum())
+    rounding = 10 * len(mean_d) * torch.finfo(torch.float64).eps * float(traces)
+    distance = float((mean_d - other_mean_d).square().sum()) + max(rest, 0.0)
+    if not (rest >= -rounding and math.isfinite(distance)):
+        raise TrainerError(
+            f"the Fréchet distance came out as {distance:.3g}, with {rest:.3g} for the covariances, which it cannot "
+            "be: the images or statistics are damaged"
+        )
+    return distance
 
 
-def _factor(covariance_dd: Tensor) -> Tensor:
-    """A (d, r) with A A^T the covariance, r its rank."""
-    eigenvalues_d, vectors_dd = torch.linalg.eigh(covariance_dd)
+def fault_of_moments(mean_d: Tensor, covariance_dd: Tensor) -> str | None:
+    """Why these cannot be the mean and the covariance of features, or None. Rounding errors of float32 are no fault."""
+    return _plain_fault(mean_d, covariance_dd) or _negative_fault(torch.linalg.eigvalsh(covariance_dd.double()))
+
+
+def _plain_fault(mean_d: Tensor, covariance_dd: Tensor) -> str | None:
+    """A fault that is seen without eigenvalues, which exist of finite symmetric matrices only."""
+    if covariance_dd.shape != (len(mean_d), len(mean_d)):
+        return f"a mean of {len(mean_d)} values and a covariance of shape {tuple(covariance_dd.shape)}"
+    for name, values in (("mean", mean_d), ("covariance", covariance_dd)):
+        if not values.isfinite().all():
+            return f"the {name} is not finite"
+    uneven = float((covariance_dd - covariance_dd.T).abs().max())
+    if uneven > COVARIANCE_ROUNDING * float(covariance_dd.abs().max()):
+        return f"the covariance is not symmetric: mirrored values differ by up to {uneven:.3g}"
+    return None
+
+
+def _negative_fault(eigenvalues_d: Tensor) -> str | None:
+    smallest, largest = float(eigenvalues_d[0]), float(eigenvalues_d[-1])
+    if smallest >= -COVARIANCE_ROUNDING * max(largest, 0.0):
+        return None
+    return f"the covariance has the negative eigenvalue {smallest:.3g} (the largest is {largest:.3g})"
+
+
+def _factor(mean_d: Tensor, covariance_dd: Tensor) -> Tensor:
+    """A (d, r) with A A^T the covariance, r its rank. Raises TrainerError for what is none."""
+    fault = _plain_fault(mean_d, covariance_dd)
+    if fault is None:
+        eigenvalues_d, vectors_dd = torch.linalg.eigh(covariance_dd)
+        fault = _negative_fault(eigenvalues_d)
+    if fault is not None:
+        raise TrainerError(f"no Fréchet distance: {fault}; the images or statistics are damaged")
     rounding = len(eigenvalues_d) * torch.finfo(torch.float64).eps * eigenvalues_d[-1]
     real_d = eigenvalues_d > rounding
     return vectors_dd[:, real_d] * eigenvalues_d[real_d].sqrt()

@@ -3,6 +3,7 @@
 import math
 import re
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,6 +11,7 @@ from data.buckets import parse_size
 from data.evaluation import EvaluationImages, evaluation_images
 from data.file_names import fitted
 from data.loader import validation_sizes
+from data.locks import LOCK_NAME, file_lock, folder_lock
 from data.transforms import RESIZES
 from model_zoo.config import TokenizerConfig
 from model_zoo.io.hashing import fingerprint_of
@@ -30,7 +32,8 @@ from trainer.evaluation.reconstruction import (
 from trainer.evaluation.reconstruction_report import (
     EvaluatedRun,
     ReconstructionReport,
-    check_report_path,
+    check_report,
+    report_files,
     write_evaluated_run,
 )
 from trainer.evaluation.reference_results import (
@@ -45,13 +48,14 @@ from trainer.files import write_json, writing
 from trainer.init_from import read_init_record
 from trainer.jobs.setup import (
     choose_device,
-    common_checkpoint,
     data_config,
     decode_threads,
     job_world,
-    load_newest,
+    one_writer,
     read_record,
+    sole_writer,
 )
+from trainer.loading import common_checkpoint, load_newest
 from trainer.metrics.image import SSIM_WINDOW, psnr, to_levels
 from trainer.parallel import World, run_on_main
 from trainer.reports.image_grid import EXAMPLE_COUNT, ORDERS, Example, pair, side_by_side
@@ -169,10 +173,11 @@ def evaluate_run(
         image_size = conditions.size if image_size is None else image_size
         resize = resize or conditions.resize
         measures = measures or conditions.metrics
-    with job_world(device) as world:
+    with job_world(device) as world, ExitStack() as held:
         checkpoint = common_checkpoint(world, source)
         json_path = Path(report_path) if report_path is not None else _default_report(Path(source), checkpoint)
-        run_on_main(world, lambda: check_report_path(json_path))
+        run_on_main(world, lambda: check_report(report_files(json_path, _grid_paths(json_path).values())))
+        held.enter_context(one_writer(world, file_lock(json_path), json_path, "--report"))
 
         def prepare(checkpoint: Path) -> _Inputs:
             opened = open_images(checkpoint, images, image_size, resize, world, batch_size)
@@ -308,27 +313,30 @@ def write_reconstructions(
     opened = open_images(checkpoint, images, image_size, resize, World(0, 1, device), batch_size)
     examples: list[Example] = []
     image_count = 0
-    for batch in reconstruct_images(tokenizer, opened.images, batch_size=opened.batch_size, device=device):
-        decibels = psnr(batch.images_bchw, batch.reconstruction_bchw).tolist()
-        original_bchw = to_levels(batch.images_bchw).cpu()
-        reconstruction_bchw = to_levels(batch.reconstruction_bchw).cpu()
-        for example in map(Example, batch.keys, decibels, original_bchw, reconstruction_bchw):
-            with writing(out):  # the number separates images of the same name in different folders
-                if not image_count:
-                    _begin_reconstructions(out, {"source": str(source), "images": str(images), "weights": weights})
-                pair(example).save(out / fitted(f"{image_count:05d}_", Path(example.key).stem, ".png"))
-            image_count += 1
-            if len(examples) < EXAMPLE_COUNT:
-                examples.append(example)
-        on_progress(image_count, len(opened.images))
-    skipped = describe_skipped(opened.images)
-    if not examples:
-        raise TrainerError(
-            f"no readable image in {images}{first_reason(skipped)}: give a folder, a tar or an image file with "
-            "readable images"
-        )
-    with writing(out):
-        side_by_side(examples).save(out / "overview.png")
+    record = {"source": str(source), "images": str(images), "weights": weights}
+    with ExitStack() as held:
+        for batch in reconstruct_images(tokenizer, opened.images, batch_size=opened.batch_size, device=device):
+            decibels = psnr(batch.images_bchw, batch.reconstruction_bchw).tolist()
+            original_bchw = to_levels(batch.images_bchw).cpu()
+            reconstruction_bchw = to_levels(batch.reconstruction_bchw).cpu()
+            if not image_count:  # not before there is something to write
+                held.enter_context(sole_writer(folder_lock(out), out))
+                _begin_reconstructions(out, record)
+            for example in map(Example, batch.keys, decibels, original_bchw, reconstruction_bchw):
+                with writing(out):  # the number separates images of the same name in different folders
+                    pair(example).save(out / fitted(f"{image_count:05d}_", Path(example.key).stem, ".png"))
+                image_count += 1
+                if len(examples) < EXAMPLE_COUNT:
+                    examples.append(example)
+            on_progress(image_count, len(opened.images))
+        skipped = describe_skipped(opened.images)
+        if not examples:
+            raise TrainerError(
+                f"no readable image in {images}{first_reason(skipped)}: give a folder, a tar or an image file with "
+                "readable images"
+            )
+        with writing(out):
+            side_by_side(examples).save(out / "overview.png")
     return WrittenReconstructions(image_count, out / "overview.png", skipped)
 
 
@@ -339,15 +347,16 @@ def _check_reconstructions_folder(out: Path) -> None:
         if (
             read_record(out / RECONSTRUCTIONS, {"source", "images"}, error) is None
             and out.exists()
-            and any(out.iterdir())
+            and any(path.name != LOCK_NAME for path in out.iterdir())
         ):
             raise error
 
 
 def _begin_reconstructions(out: Path, record: dict) -> None:
-    """Writes the record, and removes the pictures of an earlier call. Raises OSError."""
-    out.mkdir(parents=True, exist_ok=True)
-    write_json(out / RECONSTRUCTIONS, record)
-    for path in out.iterdir():
-        if re.fullmatch(r"\d{5,}_.*\.png|overview\.png", path.name):
-            path.unlink()
+    """Writes the record, and removes the pictures of an earlier call. For one writer. Raises TrainerError."""
+    _check_reconstructions_folder(out)  # again: another process may have written there meanwhile
+    with writing(out):
+        write_json(out / RECONSTRUCTIONS, record)
+        for path in out.iterdir():
+            if re.fullmatch(r"\d{5,}_.*\.png|overview\.png", path.name):
+                path.unlink()

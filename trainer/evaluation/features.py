@@ -2,7 +2,6 @@
 
 import hashlib
 import itertools
-import tempfile
 import zipfile
 import zlib
 from collections.abc import Callable, Iterator
@@ -18,9 +17,11 @@ from data.errors import DataError
 from data.evaluation import evaluation_images
 from data.folder_reader import find_images
 from data.npz import Npz
+from data.unfinished import complete_file, remove_dead
 from model_zoo.eval_nets.inception import FEATURES, Inception, InceptionFeatures
 from model_zoo.eval_nets.weights import WEIGHTS_FILES
 from model_zoo.io.hashing import sha256_of
+from trainer import TrainerError
 from trainer.jobs.setup import decode_threads
 from trainer.parallel import World, gather_objects, run_on_all_ranks, run_on_main
 from trainer.precision import full_precision
@@ -145,6 +146,11 @@ class FeatureExtractor:
             with full_precision(self.world.device.type):
                 features = self._inception.adm(batch.levels_bchw.to(self.world.device))
             rows.append(torch.cat(features, dim=1))
+            if not rows[-1].isfinite().all():  # they would have the precision 0
+                raise TrainerError(
+                    f"Inception's features of the {len(rows[-1]):,} images from number {batch.first:,} on in "
+                    f"{images.path} are not finite: get its weights file again, or try --device cpu"
+                )
             positions += range(batch.first, batch.first + len(batch.levels_bchw))
             if self.world.is_main:
                 on_progress(min(len(positions) * self.world.size, images.count), images.count)
@@ -178,19 +184,14 @@ def _read(path: Path, key: dict[str, str], count: int) -> InceptionFeatures | No
             features = InceptionFeatures(*(torch.from_numpy(arrays[name]) for name in InceptionFeatures._fields))
     except (OSError, EOFError, KeyError, TypeError, ValueError, zipfile.BadZipFile, zlib.error):
         return None
-    return features if found == key and all(len(rows) == count for rows in features) else None
+    is_whole = all(len(rows) == count and rows.isfinite().all() for rows in features)
+    return features if found == key and is_whole else None
 
 
 def _write(path: Path, key: dict[str, str], features: InceptionFeatures) -> None:
-    """Renames a complete temporary file, so concurrent writers are harmless."""
+    """Concurrent writers are harmless. What killed ones left of any features is removed: it may be large."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    remove_dead(path.parent, "features_*")
     arrays = {name: rows.numpy() for name, rows in features._asdict().items()}
-    with tempfile.NamedTemporaryFile(prefix=".unfinished_", dir=path.parent, delete=False) as file:
-        unfinished = Path(file.name)
-        try:
-            np.savez(file, **arrays, **key)
-            file.close()
-            unfinished.replace(path)
-        except BaseException:
-            unfinished.unlink(missing_ok=True)
-            raise
+    with complete_file(path) as temporary, temporary.open("wb") as file:
+        np.savez(file, **arrays, **key)

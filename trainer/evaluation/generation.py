@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,22 +13,30 @@ from torch import Tensor
 from data.cache import cache_folder
 from data.errors import DataError
 from data.file_names import fitted
+from data.locks import file_lock
 from data.npz import FORM, IMAGES, Npz
 from model_zoo.eval_nets.inception import FEATURES, InceptionFeatures
 from trainer import TrainerError
-from trainer.evaluation.distribution import GaussianMoments, frechet_distance, inception_score, precision_recall
+from trainer.evaluation.distribution import (
+    GaussianMoments,
+    fault_of_moments,
+    frechet_distance,
+    inception_score,
+    precision_recall,
+)
 from trainer.evaluation.features import PROTOCOL, FeatureExtractor, FolderImages, ImageSet, NpzImages, SetFeatures
 from trainer.evaluation.generation_report import (
     SPLITS,
     EvaluatedGeneration,
     GenerationReport,
     comparison_table,
+    report_files,
     write_evaluated_generation,
 )
 from trainer.evaluation.provenance import StageTimer, environment, weights_files
-from trainer.evaluation.reconstruction_report import check_report_path
+from trainer.evaluation.reconstruction_report import check_report
 from trainer.jobs.sample_output import RECORD, is_as_recorded
-from trainer.jobs.setup import choose_device, job_world, read_record
+from trainer.jobs.setup import choose_device, job_world, one_writer, read_record
 from trainer.parallel import World, run_on_all_ranks, run_on_main
 
 METRICS = {"fid": ("gfid",), "is": ("inception_score",), "pr": ("precision", "recall")}
@@ -96,10 +105,11 @@ def evaluate_generation(
     called with the finished number, the total, and what is counted. Raises TrainerError, one line.
     """
     _check_options(metrics, seed, batch_size, device)
-    with job_world(device) as world:
+    with job_world(device) as world, ExitStack() as held:
         timer = StageTimer(world.device)
         json_path = Path(report_path) if report_path is not None else _default_report(Path(samples))
-        run_on_main(world, lambda: check_report_path(json_path))
+        run_on_main(world, lambda: check_report(report_files(json_path)))
+        held.enter_context(one_writer(world, file_lock(json_path), json_path, "--report"))
         weights = run_on_main(world, lambda: weights_files(["inception"]))
         inputs = run_on_all_ranks(lambda: _open(Path(samples), Path(reference), metrics))
         extractor = FeatureExtractor(world, batch_size, _cache(cache))
@@ -310,15 +320,12 @@ def open_samples(path: Path) -> ImageSet:
 
 
 def open_reference(path: Path) -> Reference:
-    """Raises DataError if there are neither statistics nor at least two images."""
+    """Raises DataError if there are neither statistics nor at least two images, and for statistics that are damaged."""
     opened = _open_images(path)
     if isinstance(opened, FolderImages):
         reference = Reference(path, opened, None)
     else:
-        statistics = None
-        if {"mu", "sigma"} <= {*opened.names}:
-            statistics = Statistics(*(torch.from_numpy(_stored(opened, name)).double() for name in ("mu", "sigma")))
-        reference = Reference(path, NpzImages(opened) if opened.count else None, statistics)
+        reference = Reference(path, NpzImages(opened) if opened.count else None, _stored_statistics(opened))
     if reference.images is None and reference.statistics is None:
         raise DataError(f"{path} is not a reference: it has neither {IMAGES}, images that are {FORM}, nor mu and sigma")
     if reference.statistics is None and reference.images.count < 2:
@@ -341,11 +348,31 @@ def _open_images(path: Path) -> Npz | FolderImages:
     return images
 
 
-def _stored(npz: Npz, name: str) -> np.ndarray:
-    values, shape = npz.array(name), {"mu": (FEATURES,), "sigma": (FEATURES, FEATURES)}[name]
-    if values.shape != shape or values.dtype.kind != "f":
-        raise DataError(f"{npz.path}: {name} is {values.dtype} of shape {values.shape}, but must be {shape} floats")
-    return values
+STATISTICS = {"mu": (FEATURES,), "sigma": (FEATURES, FEATURES)}  # arrays of an .npz
+
+
+def _stored_statistics(npz: Npz) -> Statistics | None:
+    """Of ADM's layout; None if there are none. Raises DataError for those that are no mean and covariance."""
+    stored = STATISTICS.keys() & {*npz.names}
+    if not stored:
+        return None
+    if missing := STATISTICS.keys() - stored:
+        raise DataError(f"{npz.path} holds {stored.pop()} without {missing.pop()}: download or compute both again")
+    statistics = Statistics(*(_stored(npz, name) for name in STATISTICS))
+    if fault := fault_of_moments(*statistics):
+        raise DataError(
+            f"{npz.path}: mu and sigma are no mean and covariance of features: {fault}; download or compute them again"
+        )
+    return statistics
+
+
+def _stored(npz: Npz, name: str) -> Tensor:
+    values, shape = npz.array(name), STATISTICS[name]
+    if values.shape != shape or values.dtype.kind != "f" or values.dtype.itemsize < 4:
+        raise DataError(
+            f"{npz.path}: {name} is {values.dtype} of shape {values.shape}, but must be {shape} floats of 32 or 64 bits"
+        )
+    return torch.from_numpy(values.astype(np.float64))  # also of the other byte order
 
 
 def sampling_record(samples: Path, sha256: str) -> dict | None:

@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 from trainer.evaluation import reference_results
-from trainer.files import json_text, write_files
+from trainer.files import ReportFiles, has_keys, json_text, write_files
 from trainer.reports.measures import Measure, describe_seconds, markdown_table, plain_markdown
 
 SPLITS = 10  # of the Inception score
@@ -61,6 +61,14 @@ def comparison_table(report: GenerationReport) -> list[list[str]]:
     return reference_results.comparison_table(vars(report), rows, MEASURES, "**measured here**")
 
 
+MARK = "# Generation: "  # of FILE.md
+
+
+def report_files(json_path: Path) -> ReportFiles:
+    """The files of a report of generation."""
+    return ReportFiles(json_path, has_keys("gfid", "manifest"), json_path.with_suffix(".md"), MARK)
+
+
 def write_evaluated_generation(evaluated: EvaluatedGeneration) -> None:
     """Writes FILE.md and, last, FILE.json."""
     contents = {
@@ -94,7 +102,7 @@ def to_markdown(evaluated: EvaluatedGeneration) -> str:
     if samples["sampling"]:
         facts["sampling"] = ", ".join(f"{name} {value}" for name, value in samples["sampling"].items())
     parts = [
-        f"# Generation: {report.sample_count:,} samples",
+        f"{MARK}{report.sample_count:,} samples",
         markdown_table(evaluated.comparison),
         "\n".join(f"- {plain_markdown(note)}" for note in notes),
         "## Provenance",

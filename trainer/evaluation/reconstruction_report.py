@@ -1,13 +1,15 @@
 """The results of a reconstruction evaluation, and the files that hold them."""
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import NamedTuple
 from urllib.parse import quote
 
+from data.unfinished import unfinished
 from trainer import TrainerError
-from trainer.files import json_text, unfinished, write_files, writing
+from trainer.files import ReportFiles, has_keys, json_text, write_files, writing
 from trainer.reports.image_grid import Example, side_by_side
 from trainer.reports.measures import MEASURES, describe_crop, describe_seconds, markdown_table, plain_markdown
 
@@ -90,15 +92,25 @@ class EvaluatedRun(NamedTuple):
     grids: dict[str, Path]
 
 
-def check_report_path(json_path: Path) -> None:
-    """Creates the report's folder and checks that it is writable. Raises TrainerError."""
+MARK = "# Reconstruction of "  # of FILE.md
+
+
+def report_files(json_path: Path, grids: Collection[Path]) -> ReportFiles:
+    """The files of a report of reconstruction."""
+    return ReportFiles(json_path, has_keys("psnr", "manifest"), json_path.with_suffix(".md"), MARK, grids)
+
+
+def check_report(files: ReportFiles) -> None:
+    """Creates the report's folder and checks that the report can be written there. Raises TrainerError."""
+    json_path = files.json
     if json_path.suffix != ".json" or json_path.is_dir():
         raise TrainerError(f"--report {json_path}: name a file that ends in .json")
     with writing(json_path, "--report"):
         json_path.parent.mkdir(parents=True, exist_ok=True)
         trial = unfinished(json_path)
         trial.touch()
-        trial.unlink(missing_ok=True)  # another process may evaluate to the same path
+        trial.unlink()
+    files.check("--report")
 
 
 def write_evaluated_run(evaluated: EvaluatedRun) -> None:
@@ -129,7 +141,7 @@ def to_markdown(evaluated: EvaluatedRun) -> str:
     """The report: measured values, baselines, published results, and how it was measured."""
     report, provenance = evaluated.report, evaluated.provenance
     parts = [
-        f"# Reconstruction of {report.image_count:,} images, {describe_crop(provenance)}",
+        f"{MARK}{report.image_count:,} images, {describe_crop(provenance)}",
         markdown_table(figure_rows(report)),
     ]
     notes = [f"Warning: {warning}." for warning in evaluated.warnings]

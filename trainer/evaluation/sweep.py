@@ -2,21 +2,26 @@
 
 import itertools
 from collections.abc import Callable
+from contextlib import ExitStack
 from dataclasses import fields
 from pathlib import Path
 from typing import NamedTuple
 
+from data.locks import folder_lock
 from model_zoo.config import Sampling
 from model_zoo.errors import ModelError
 from trainer import TrainerError
 from trainer.evaluation.generation import check_generation, evaluate_generation
 from trainer.evaluation.generation_report import MEASURES, GenerationReport
-from trainer.files import json_text, write_files
+from trainer.files import ReportFiles, has_keys, json_text, write_files
 from trainer.jobs.sample import sample
 from trainer.jobs.sample_output import NOT_FOLDERS
+from trainer.jobs.setup import job_world, one_writer
+from trainer.parallel import run_on_main
 from trainer.reports.measures import markdown_table, plain_markdown
 
 X_AXIS = "guidance"  # of the chart, if it is swept
+MARK = "# Sampling settings: "  # of sweep.md
 FILES = (*NOT_FOLDERS, ".npz", ".png", ".json", ".md")  # suffixes of files
 
 
@@ -59,6 +64,33 @@ def sweep(
     if out.is_file() or out.suffix.lower() in FILES:
         raise TrainerError(f"--out {out}: name a folder, not a file")
     check_generation(reference, count, **{name: value for name, value in scoring.items() if name != "cache"})
+    with ExitStack() as held:
+        with job_world(scoring.get("device", "auto")) as world:
+            run_on_main(world, _files(out).check)
+            held.enter_context(one_writer(world, folder_lock(out), out))
+        return _evaluate(run, reference, grid, count, out, sampling, scoring, on_progress)
+
+
+def _files(out: Path) -> ReportFiles:
+    """The files of a sweep beside those of its settings."""
+    return ReportFiles(out / "sweep.json", _is_sweep, out / "sweep.md", MARK, [out / "sweep.png"])
+
+
+def _is_sweep(content: object) -> bool:
+    return isinstance(content, list) and all(map(has_keys("settings", "gfid"), content))
+
+
+def _evaluate(
+    run: str | Path,
+    reference: str | Path,
+    grid: list[dict],
+    count: int,
+    out: Path,
+    sampling: dict,
+    scoring: dict,
+    on_progress: Callable[[int, int, str], None],
+) -> Sweep | None:
+    """`sweep` of the settings of a grid."""
     evaluated: list[EvaluatedSetting] = []
     swept = None
     for number, settings in enumerate(grid, 1):
@@ -124,7 +156,7 @@ def _write(evaluated: list[EvaluatedSetting], out: Path) -> Sweep:
     warnings = dict.fromkeys(
         f"- Warning: {plain_markdown(warning)}." for one in evaluated for warning in one.report.warnings
     )
-    title = f"# Sampling settings: {evaluated[0].report.sample_count:,} samples each"
+    title = f"{MARK}{evaluated[0].report.sample_count:,} samples each"
     text = "\n\n".join([title, markdown_table(table), *["\n".join(warnings)] * bool(warnings), "![sweep](sweep.png)"])
     contents = {
         swept.chart_path: lambda path: draw(evaluated, path),

@@ -14,7 +14,7 @@ from model_zoo.io.load import find_checkpoint
 from model_zoo.io.run_layout import checkpoint_step
 from trainer import TrainerError
 from trainer.changes import settings_of
-from trainer.files import json_text, write_files, write_text
+from trainer.files import ReportFiles, has_keys, json_text, write_files, write_text
 from trainer.jobs.setup import check_same_settings
 from trainer.recipes import ABLATIONS, find_recipe, load_recipe, load_run_config, read_as, renamed
 from trainer.reports.measures import plain_markdown
@@ -199,6 +199,14 @@ def check_same_protocol(cells: list[Cell]) -> None:
             )
 
 
+MARK = "Mean ± standard deviation over "  # of table.md
+
+
+def check_table(out: Path) -> None:
+    """Raises TrainerError if the folder holds files of these names that are of no table."""
+    ReportFiles(out / "table.json", has_keys("title", "rows"), out / "table.md", MARK, [out / "curves.png"]).check()
+
+
 def write_table(ablation: Ablation, cells: list[Cell], out: Path) -> list[Path]:
     """Writes table.json, table.md and curves.png of evaluated cells; returns their paths. Raises TrainerError, also if
     the cells were not evaluated alike."""
@@ -226,7 +234,7 @@ def markdown(ablation: Ablation, measured: dict[str, dict[str, Figure]]) -> str:
         values += [_number(name, ablation.rows[row].published.get(name)) for name in also]
         lines.append(f"| {plain_markdown(row)} | {' | '.join(values)} |")
     seeds = sorted({figure.count for named in measured.values() for figure in named.values()})
-    lines += ["", f"Mean ± standard deviation over {' or '.join(map(str, seeds)) or 'no'} seeds."]
+    lines += ["", f"{MARK}{' or '.join(map(str, seeds)) or 'no'} seeds."]
     return "\n".join(lines) + "\n"
 
 

@@ -1,9 +1,10 @@
 """`ibq checkpoint`: exports models of runs, published checkpoints and exports, as folders of safetensors or in the
 published layout, and describes what such a source holds."""
 
+import glob
 import itertools
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -13,6 +14,8 @@ from omegaconf import OmegaConf
 from safetensors import SafetensorError
 
 from data.classes import CLASSES_NAME, read_classes
+from data.locks import file_lock
+from data.unfinished import complete_file, remove_dead
 from model_zoo.conditions import NONE, describe_classes
 from model_zoo.config import TokenizerConfig, TransformerConfig
 from model_zoo.errors import ModelError
@@ -44,8 +47,9 @@ from model_zoo.tokenizer import Tokenizer
 from model_zoo.transformer import Transformer
 from trainer import TrainerError
 from trainer.checkpoint import damage
-from trainer.files import json_text, unfinished, writing
+from trainer.files import json_text, writing
 from trainer.jobs.model_card import count_parameters, describe_model, model_card
+from trainer.jobs.setup import sole_writer
 from trainer.parallel import start_world, stop_world
 
 MODELS = {"generator": (TransformerConfig, Transformer), "tokenizer": (TokenizerConfig, Tokenizer)}
@@ -142,7 +146,8 @@ def export(source: str | Path, out: str | Path, weights: str = "all") -> Exporte
     """Exports a source's models as a folder of safetensors; see `model_zoo.io.export_format`.
 
     source: as for `read_weights`. out: a new or empty folder. weights: of CHOICES. A generator's tokenizer, of its run
-    or in its file, goes to ``out/tokenizer``. Raises TrainerError or ModelError.
+    or in its file, goes to ``out/tokenizer``. Raises TrainerError, ModelError, and DataError while another process
+    writes ``out``.
     """
     return read_newest(Path(source), lambda checkpoint: _export(source, checkpoint, Path(out), weights))
 
@@ -150,7 +155,8 @@ def export(source: str | Path, out: str | Path, weights: str = "all") -> Exporte
 def _export(source: str | Path, checkpoint: Path, out: Path, weights: str) -> Exported:
     models, notes = _models(checkpoint, weights)
     summary = []
-    with _writing(out, SafetensorError), new_folder(out) as folder:
+    # Without the lock a second export would take the unfinished folder for one that a killed job left.
+    with _sole_writer(out), _writing(out, SafetensorError), new_folder(out) as folder:
         for i, model in enumerate(models):
             own = folder / model.kind if i else folder
             own.mkdir(exist_ok=True)
@@ -167,13 +173,27 @@ def export_published(source: str | Path, out: str | Path, weights: str = "all") 
     out = Path(out)
     if out.suffix != ".ckpt":
         raise TrainerError(f"--out {out} must end in .ckpt: published checkpoints are files")
+    _check_is_new(out)
+
+    def write(checkpoint: Path) -> Exported:
+        models, notes = _models(checkpoint, weights)
+        with _sole_writer(out):
+            _check_is_new(out)  # again: another process may have written it meanwhile
+            return _export_published(models, notes, out)
+
+    return read_newest(Path(source), write)
+
+
+def _check_is_new(out: Path) -> None:
     if out.exists():
         raise TrainerError(f"{out} already exists: name another path with --out, or remove it")
-    return read_newest(Path(source), lambda checkpoint: _export_published(checkpoint, out, weights))
 
 
-def _export_published(checkpoint: Path, out: Path, weights: str) -> Exported:
-    models, notes = _models(checkpoint, weights)
+def _sole_writer(out: Path) -> AbstractContextManager[None]:
+    return sole_writer(file_lock(out.resolve()), out)
+
+
+def _export_published(models: list[SourceModel], notes: list[str], out: Path) -> Exported:
     state, configs, step, summary = {}, {}, None, []
     for model in models:
         first_stage = model is not models[0]  # the frozen tokenizer in a generator's file
@@ -193,14 +213,11 @@ def _export_published(checkpoint: Path, out: Path, weights: str) -> Exported:
         step = step if first_stage else raw.step
         summary.append(f"{model.kind}: {describe_model(built)}; weights: {' and '.join(sets)}")
     steps = {} if step is None else {"global_step": step}
-    temporary = unfinished(out.resolve())
     with _writing(out, RuntimeError):  # torch.save raises RuntimeError for an OSError
-        try:
-            temporary.parent.mkdir(parents=True, exist_ok=True)
+        place = out.resolve()
+        remove_dead(place.parent, glob.escape(place.name))
+        with complete_file(place) as temporary:
             torch.save({"state_dict": state, OUR_ENTRY: configs, **steps}, temporary)
-            temporary.replace(out)
-        finally:
-            temporary.unlink(missing_ok=True)
     keys = f"keys: {len(state):,}; without the LPIPS network, which is not part of the model"
     return Exported(out, [*summary, keys, *notes])
 
@@ -220,7 +237,7 @@ def _info(source: str | Path, checkpoint: Path) -> SourceInfo:
     else:
         layout, verified = "run", "every file's sha256, by manifest.json"
         try:
-            wrong = damage(checkpoint, start_world("cpu"))
+            wrong = damage(checkpoint, start_world("cpu"))  # reading weights does not read the files again for it
         finally:
             stop_world()
     if wrong:

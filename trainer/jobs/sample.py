@@ -24,7 +24,8 @@ from trainer.compiler import check_compiler
 from trainer.config import GeneratorRun
 from trainer.evaluation.provenance import environment
 from trainer.jobs.sample_output import SEEDS, SampleOutput
-from trainer.jobs.setup import job_world, load_newest, one_writer
+from trainer.jobs.setup import job_world, one_writer
+from trainer.loading import load_newest
 from trainer.parallel import World, gather_objects, run_on_all_ranks, run_on_main
 from trainer.precision import autocast_dtype
 from trainer.recipes import load_run_config
@@ -86,7 +87,12 @@ def sample(
     with job_world(device) as world:
         if compile:
             run_on_all_ranks(lambda: check_compiler(world.device, "--compile"))
-        models = load_newest(world, source, lambda checkpoint: _load_models(checkpoint, weights, tokenizer))
+        models = load_newest(
+            world,
+            source,
+            lambda checkpoint: _load_models(checkpoint, weights, tokenizer),
+            beside=lambda checkpoint: _tokenizer_source(checkpoint, _recipe(checkpoint), tokenizer),
+        )
         generator, recipe = models.generator, models.recipe
         settings = Sampling(**{**(asdict(recipe.sampling) if recipe else {}), **(sampling or {})})
         labels = _labels(classes, generator)
@@ -141,13 +147,25 @@ def _make_sampler(generator: Transformer, batch_size: int, precision: str, compi
     return Sampler(generator, batch_size, dtype, compile)
 
 
+def _recipe(checkpoint: Path) -> GeneratorRun | None:
+    """The recipe of the checkpoint's run; None if it belongs to no run."""
+    if is_standalone(checkpoint):
+        return None
+    recipe = load_run_config(run := run_folder(checkpoint), [])
+    if not isinstance(recipe, GeneratorRun):
+        raise TrainerError(f"{run} is a {recipe.task} run: `ibq sample` needs a generator run")
+    return recipe
+
+
+def _tokenizer_source(checkpoint: Path, recipe: GeneratorRun | None, option: str | Path | None) -> str | Path:
+    source = option or (recipe.tokenizer.source if recipe else checkpoint)
+    if source is None:
+        raise TrainerError(f"{run_folder(checkpoint)} names no tokenizer: give its run or checkpoint with --tokenizer")
+    return source
+
+
 def _load_models(checkpoint: Path, weights: str | None, tokenizer: str | Path | None) -> _Models:
-    recipe = None
-    if not is_standalone(checkpoint):
-        run = run_folder(checkpoint)
-        recipe = load_run_config(run, [])
-        if not isinstance(recipe, GeneratorRun):
-            raise TrainerError(f"{run} is a {recipe.task} run: `ibq sample` needs a generator run")
+    recipe = _recipe(checkpoint)
     if weights is None:
         weights = "raw" if recipe and not recipe.ema.decay else "ema"
     generator = load_generator(checkpoint, weights)
@@ -161,9 +179,7 @@ def _load_models(checkpoint: Path, weights: str | None, tokenizer: str | Path | 
 
 
 def _load_tokenizer(checkpoint: Path, recipe: GeneratorRun | None, option: str | Path | None) -> Tokenizer:
-    source = option or (recipe.tokenizer.source if recipe else checkpoint)
-    if source is None:
-        raise TrainerError(f"{run_folder(checkpoint)} names no tokenizer: give its run or checkpoint with --tokenizer")
+    source = _tokenizer_source(checkpoint, recipe, option)
     try:
         tokenizer = load_tokenizer(source)
     except ModelError as error:

@@ -16,9 +16,10 @@ from PIL import Image
 from data.file_names import fitted
 from data.folder_reader import find_images
 from data.locks import file_lock
+from data.unfinished import complete_file, remove_unfinished
 from model_zoo.io.hashing import sha256_of
 from trainer import TrainerError
-from trainer.files import complete_file, remove_unfinished, write_json, writing
+from trainer.files import write_json, writing
 from trainer.jobs.setup import check_same_settings, read_record
 
 SEEDS = "the first 63 bits of SHA-256 of 'SEED CLASS NTH', NTH the image's number among those of its class, from 0"
@@ -63,7 +64,7 @@ class SampleOutput:
         self.is_folder = self.kind == "folder"
         self.parts = out if self.is_folder else out.with_name(fitted("", out.name, ".parts"))
         self.record = out / RECORD if self.is_folder else out.with_name(fitted("", out.name, ".json"))
-        self.lock = file_lock(out)
+        self.lock = file_lock(out.resolve())
         self.chunks = math.ceil(count / batch_size)
 
     def images(self, chunk: int) -> list[ImageToSample]:

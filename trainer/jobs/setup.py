@@ -6,7 +6,6 @@ import json
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from omegaconf import OmegaConf
@@ -15,13 +14,11 @@ from omegaconf.errors import OmegaConfBaseException
 from data.config import DataConfig
 from data.locks import WriterLock
 from data.parallel import cores
-from model_zoo.io.load import find_checkpoint, is_standalone
+from model_zoo.io.load import is_standalone
 from model_zoo.io.run_layout import run_folder
 from trainer import TrainerError
 from trainer.files import writing
-from trainer.parallel import World, run_on_all_ranks, run_on_main, start_world, stop_world
-
-Loaded = TypeVar("Loaded")
+from trainer.parallel import World, run_on_main, start_world, stop_world
 
 TIMEOUT_SECONDS = 7 * 86400.0  # until a process stops waiting for the slowest one
 SHOWN = 60  # characters: longer settings are not shown in an error message
@@ -49,35 +46,22 @@ def job_world(device: str) -> Iterator[World]:
 
 
 @contextlib.contextmanager
-def one_writer(world: World, lock: Path, what: Path) -> Iterator[None]:
-    """Rank 0 holds the lock of an output; all ranks call together. Creates the lock's folder. Raises TrainerError where
-    another job writes the output."""
-
-    def take() -> None:
-        with writing(what):
+def sole_writer(lock: Path, what: Path, option: str = "--out") -> Iterator[None]:
+    """Holds the lock of an output, which an option of the command names. Creates the lock's folder. Raises DataError
+    where another process writes the output, and TrainerError where it cannot be written."""
+    with WriterLock(lock, what) as held:
+        with writing(what, option):
             lock.parent.mkdir(parents=True, exist_ok=True)
-            resources.enter_context(WriterLock(lock, what)).take()
-
-    with contextlib.ExitStack() as resources:
-        run_on_main(world, take)
+            held.take()
         yield
 
 
-def common_checkpoint(world: World, source: str | Path) -> Path:
-    """The checkpoint that rank 0 finds, on all ranks: of one step, even while training writes new ones."""
-    return run_on_main(world, lambda: find_checkpoint(Path(source)))
-
-
-def load_newest(world: World, source: str | Path, load: Callable[[Path], Loaded]) -> Loaded:
-    """``load(common_checkpoint(world, source))`` on every rank; again for a newer checkpoint if training has removed
-    that one meanwhile. Raises TrainerError."""
-    while True:
-        checkpoint = common_checkpoint(world, source)
-        try:
-            return run_on_all_ranks(lambda checkpoint=checkpoint: load(checkpoint))
-        except TrainerError:
-            if common_checkpoint(world, source) == checkpoint:
-                raise
+@contextlib.contextmanager
+def one_writer(world: World, lock: Path, what: Path, option: str = "--out") -> Iterator[None]:
+    """`sole_writer` on rank 0; all ranks call together. Raises TrainerError."""
+    with contextlib.ExitStack() as resources:
+        run_on_main(world, lambda: resources.enter_context(sole_writer(lock, what, option)))
+        yield
 
 
 def data_config(checkpoint: Path) -> DataConfig | None:

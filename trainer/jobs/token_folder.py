@@ -9,8 +9,9 @@ from data.folder_reader import find_images
 from data.index import INDEX_NAME, Index, write_index
 from data.parallel import cores
 from data.prep.check import check_shards
+from data.unfinished import remove_unfinished
 from trainer import TrainerError
-from trainer.files import remove_unfinished, write_json, write_text, writing
+from trainer.files import write_json, write_text, writing
 from trainer.jobs.setup import check_same_settings, read_record
 
 RECORD = "tokens.json"

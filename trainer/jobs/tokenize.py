@@ -24,12 +24,14 @@ from data.sources import Source, catalogue, classes_of, digest, open_source
 from data.tar_reader import TarShard
 from data.tokens import pack_codes
 from data.transforms import decode, pixels_chw, resize_and_center_crop, resize_named
+from data.unfinished import unfinished
 from model_zoo.io.load import load_tokenizer
 from model_zoo.tokenizer import Tokenizer
 from trainer import TrainerError
-from trainer.files import unfinished, writing
-from trainer.jobs.setup import data_config, job_world, load_newest, one_writer, threads_per_process
+from trainer.files import writing
+from trainer.jobs.setup import data_config, job_world, one_writer, threads_per_process
 from trainer.jobs.token_folder import begin_folder, check_is_folder, finish_folder, shard_path, write_skipped
+from trainer.loading import load_newest
 from trainer.parallel import World, gather_objects, run_on_all_ranks, run_on_main
 from trainer.precision import full_precision
 

@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from data.unfinished import remove_dead
 from model_zoo.io.load import read_newest
 from model_zoo.io.sharded_tensors import ShardedTensors
 from trainer import TrainerError
@@ -60,6 +61,7 @@ def write_report(run_folder: str | Path) -> Path:
         ]
     path = run / "report.html"
     try:
+        remove_dead(run, path.name)
         write_text(path, page(run.resolve().name, content))
     except OSError as error:
         raise TrainerError(f"cannot write {path}: {error.strerror}") from error

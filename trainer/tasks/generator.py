@@ -19,6 +19,7 @@ from model_zoo.transformer import Transformer, checkpoint_blocks, flops_per_toke
 from trainer import TrainerError
 from trainer.config import GeneratorRun
 from trainer.engines.row_sharded import RowSharded
+from trainer.loading import check_together
 from trainer.metrics.codebook import CodebookUsage
 from trainer.model_state import ModelState, Network
 from trainer.parallel import World, row_groups, run_on_all_ranks, sum_over_ranks
@@ -48,6 +49,7 @@ class GeneratorTask(Task):
         self.transformer.trained_c = torch.zeros(config.model.classes + 1, dtype=torch.bool, device=world.device)
         self.tokenizer = None
         if config.tokenizer.source is not None:
+            check_together(world, config.tokenizer.source)
             self.tokenizer = load_tokenizer(config.tokenizer.source).to(world.device).requires_grad_(False)
             config.tokenizer.fingerprint = config.tokenizer.fingerprint or self.tokenizer.fingerprint()
             if config.model.embedding == "codebook" and self._fits():

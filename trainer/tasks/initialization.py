@@ -14,14 +14,18 @@ from model_zoo.quantizers.vqgan_lc import LargeCodebookQuantizer
 from trainer import TrainerError
 from trainer.config import TokenizerRun
 from trainer.init_from import InitRecord, read_initial_weights
+from trainer.loading import check_together
 from trainer.model_state import ModelState
 from trainer.parallel import World, run_on_all_ranks, run_on_main, sum_over_ranks
 
 ROUNDING = 1e-12  # features whose variance is below this share of their squared mean are constant up to fp32 rounding
 
 
-def load_initial_weights(config: TokenizerRun, state: ModelState, discriminator: nn.Module | None) -> InitRecord:
+def load_initial_weights(
+    config: TokenizerRun, world: World, state: ModelState, discriminator: nn.Module | None
+) -> InitRecord:
     """Loads the weights that ``init_from.source`` names; all ranks call together. Raises TrainerError."""
+    check_together(world, config.init_from.source)
     weights, fingerprint = run_on_all_ranks(lambda: read_initial_weights(config))
     state.write("tokenizer", weights.tensors)
     return InitRecord(

@@ -374,7 +374,7 @@ class TokenizerTask(Task):
             read_codes(self.tokenizer.quantize, self.world)
             return None
         discriminator = self.adversary.engine.module if self.adversary.engine else None
-        return load_initial_weights(self.config, self.state, discriminator)
+        return load_initial_weights(self.config, self.world, self.state, discriminator)
 
     def init_from_data(self, micro_batches: Iterable[Tensor]) -> None:
         quantizer, replicas = self.tokenizer.quantize, self.groups.replicas

@@ -1,5 +1,6 @@
 import os
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -89,6 +90,19 @@ def test_one_rule_says_which_files_are_hidden(tmp_path):
     for source in ("images", "images.zip"):
         assert [path.as_posix() for path in open_files(tmp_path / source).listing().images] == shown
         assert pack(tmp_path / source, tmp_path / f"{source} packed").samples == 3
+
+
+def test_files_beside_an_image_are_found_whatever_was_asked_before(tmp_path):
+    """Also those in capitals, which need a listing; and a single image has the class that its folder gives it."""
+    for name, content in (("a.png", encoded(picture(0))), ("a.CLS", b"5"), ("a.tar", b"no tar"), ("b.CLS", b"6")):
+        (tmp_path / "one" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "one" / name).write_bytes(content)
+    (image,) = evaluation_images(str(tmp_path / "one" / "a.png"), image_size=8)
+    assert (image.key, image.label) == ("a.png", 5)
+    (tmp_path / "one" / "a.tar").unlink()
+    assert open_files(tmp_path / "one").beside(Path("a.png"), "cls") == b"5"
+    (image,) = evaluation_images(str(tmp_path / "one"), image_size=8)
+    assert (image.key, image.label) == ("a.png", 5)
 
 
 def test_tars_give_the_same_images_over_all_shards(tars):

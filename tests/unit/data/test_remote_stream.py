@@ -18,7 +18,10 @@ from serving import Server, s3, use_s3
 import data.cache as caching
 from data import DataConfig, DataError, SourceConfig, check, evaluation_images, scan, storage
 from data.cache import Access, Cache
+from data.prep.check import check_shard
+from data.samples import WindowLimit
 from data.storage import Timeouts, bytes_read
+from data.tar_reader import TarShard
 
 pytestmark = pytest.mark.usefixtures("clock")  # waits between tries take no time
 NAMES = [f"train-{n:06d}.tar" for n in range(8)]
@@ -182,9 +185,40 @@ def test_copies_are_read_where_their_server_is_gone(server, root, tmp_path):
     access = Access(BRIEF, Cache(tmp_path / "cache", 10**9, BRIEF))
     assert len(evaluation_images(root, image_size=8, access=access)) == 40
     server.fault("/train-000003.tar", status=404)
-    storage._sizes.clear()
-    caching._chosen.clear()
+    for known in (storage._versions, caching._chosen, caching._given, caching._listed):
+        known.clear()
     assert len(evaluation_images(root, image_size=8, access=access)) == 40
+
+
+def other_tar(folder, number: int) -> bytes:
+    """A tar with as many bytes and samples as one of the folder's."""
+    content = bytearray((folder / NAMES[number]).read_bytes())
+    content[700] ^= 1  # behind the header of the first member
+    return bytes(content)
+
+
+def test_a_tar_without_an_index_is_read_of_one_version(folder, server, monkeypatch):
+    """A second window, and a second pass over the same address, do not hide that the first one's tar is gone."""
+    monkeypatch.setattr("data.tar_reader.RANGE_BYTES", 1024)
+    url = server.url("/" + NAMES[3])
+    first = TarShard(url).windows(0, None, WindowLimit(1, 10**9))
+    next(first)
+    server.files["/" + NAMES[3]] = other_tar(folder, 3)
+    next(TarShard(url).windows(0, None, WindowLimit(1, 10**9)))  # a new pass reads what is there now
+    assert "was replaced while it was read: it has the same size" in refusal(DataError, list, first)
+    server.fault("/" + NAMES[4], times=2)
+    server.fault("/" + NAMES[4], then=other_tar(folder, 4), times=1)
+    (problem,) = check_shard(server.url("/" + NAMES[4])).problems
+    assert problem.kind == "unreadable" and "was replaced" in problem.message
+
+
+def test_windows_of_an_index_are_of_the_version_whose_size_was_checked(folder, server):
+    url, tables = server.url("/" + NAMES[3]), scan(str(folder / NAMES[3]))
+    first, second = (TarShard(url, tables).windows(0, None, WindowLimit(1, 10**9)) for _ in range(2))
+    next(first).fetch()
+    server.files["/" + NAMES[3]] = other_tar(folder, 3)
+    next(second).fetch()
+    assert "was replaced" in refusal(DataError, next(first).fetch)
 
 
 def test_passing_faults_are_not_seen(folder, index, server, root):

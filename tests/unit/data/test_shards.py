@@ -2,6 +2,8 @@ import hashlib
 import json
 import multiprocessing
 import os
+import signal
+from pathlib import Path
 
 import pytest
 from comparing import refusal
@@ -10,6 +12,7 @@ from samples import encoded, members, picture, write_tar
 import data
 from data import DataError, expand, scan
 from data.loader import open_sources
+from data.locks import WriterLock
 from data.shards import PHOTOGRAPHS
 from data.storage import Timeouts
 from data.tar_reader import TarShard
@@ -112,6 +115,37 @@ def test_photographs_are_packed_once(tmp_path, monkeypatch, few_photographs):
 
 
 @pytest.mark.process
+def test_what_a_killed_process_left_of_the_photographs_is_removed(tmp_path, monkeypatch, few_photographs):
+    monkeypatch.setenv("IBQ_CACHE", str(tmp_path / "cache"))
+
+    def killed() -> None:
+        monkeypatch.setattr("data.shards.pack", lambda *_, **__: os.kill(os.getpid(), signal.SIGKILL))
+        expand("bundled:val")
+
+    process = multiprocessing.get_context("fork").Process(target=killed)
+    process.start()
+    process.join(60)
+    assert process.exitcode == -signal.SIGKILL
+    (left,) = (tmp_path / "cache").glob(".photographs-*")
+    assert any(left.rglob("*.png")) or any(left.rglob("*.jpg"))
+    (path,) = expand("bundled:val")
+    assert [entry.name for entry in (tmp_path / "cache").iterdir()] == [Path(path).parents[1].name]
+
+
+def test_photographs_that_a_live_process_packs_are_left_alone(tmp_path, monkeypatch, few_photographs):
+    monkeypatch.setenv("IBQ_CACHE", str(tmp_path))
+    monkeypatch.setattr("data.shards.PACKING_SECONDS", 0.0)
+    (tmp_path / ".photographs-other").mkdir()
+    with WriterLock(tmp_path / ".photographs.lock", "them") as lock:
+        lock.take()
+        said = refusal(DataError, expand, "bundled:val")
+        assert f"the bundled photographs in {tmp_path} is being written" in said and "wait until it ends" in said
+        assert (tmp_path / ".photographs-other").is_dir()
+    expand("bundled:val")
+    assert not (tmp_path / ".photographs-other").exists()
+
+
+@pytest.mark.process
 def test_many_processes_may_start_together(tmp_path, monkeypatch, few_photographs):
     monkeypatch.setenv("IBQ_CACHE", str(tmp_path / "cache"))
     with multiprocessing.get_context("fork").Pool(4) as pool:
@@ -127,7 +161,7 @@ def test_listings_of_buckets_take_the_time_limits_of_the_recipe(monkeypatch, tmp
     monkeypatch.setattr(
         "data.shards.list_tars", lambda url, timeouts: given.append((url, timeouts)) or [f"{url}/0.tar"]
     )
-    monkeypatch.setattr("data.sources.check_available", lambda urls, timeouts: given.append((urls, timeouts)))
+    monkeypatch.setattr("data.sources.check_available", lambda urls, timeouts, _: given.append((urls, timeouts)))
     listed = tmp_path / "list.txt"
     listed.write_text("s3://bucket/a\n")
     config = data.DataConfig(train=["s3://bucket/b", str(listed)], request_seconds=3.0, retry_seconds=7.0)

@@ -23,7 +23,8 @@ import data.cache as caching
 from data import DataError, object_store, storage
 from data.addresses import is_remote, redacted
 from data.cache import Cache
-from data.storage import Timeouts, bytes_read, list_tars, read, size
+from data.storage import DEFAULT_TIMEOUTS, Timeouts, bytes_read, list_tars, read, version
+from data.unfinished import locked_file
 
 pytestmark = pytest.mark.usefixtures("clock")  # waits between tries take no time
 CONTENT = bytes(range(256)) * 2000  # 512,000 bytes
@@ -38,6 +39,10 @@ BUCKET = "images"
 error_of = partial(refusal, DataError)
 
 
+def size(url: str, timeouts: Timeouts = DEFAULT_TIMEOUTS) -> int:
+    return version(url, timeouts).bytes
+
+
 @pytest.fixture
 def server():
     with Server({"/a.tar": CONTENT, "/empty.tar": b""}) as server:
@@ -48,8 +53,10 @@ def server():
 def fresh(monkeypatch):
     """Clients that know the environment of now."""
     monkeypatch.setattr(object_store, "_clients", {})
-    monkeypatch.setattr(storage, "_sizes", {})
+    monkeypatch.setattr(storage, "_versions", {})
     monkeypatch.setattr(caching, "_chosen", {})
+    monkeypatch.setattr(caching, "_given", set())
+    monkeypatch.setattr(caching, "_listed", {})
     monkeypatch.setattr(caching, "_warned", set())
 
 
@@ -594,7 +601,7 @@ def test_an_object_is_downloaded_once_and_in_pieces(server, tmp_path, pieces):
 
 
 def new_process() -> None:
-    for known in (storage._sizes, caching._chosen, caching._warned):
+    for known in (storage._versions, caching._chosen, caching._given, caching._listed, caching._warned):
         known.clear()
 
 
@@ -723,14 +730,85 @@ def test_a_failed_download_leaves_nothing(server, tmp_path, pieces):
     assert os.listdir(tmp_path) == []
 
 
-def test_an_object_replaced_while_it_is_downloaded_is_named(server, tmp_path, pieces, monkeypatch):
-    def read_and_replace(*arguments):
-        server.files["/a.tar"] = CONTENT[:-1]
-        return read(*arguments)
+OTHER = CONTENT[::-1]  # of the same size
 
-    monkeypatch.setattr(caching, "read", read_and_replace)
-    assert "was replaced" in error_of(Cache(tmp_path, 10**6).path, server.url("/a.tar"))
-    assert os.listdir(tmp_path) == []
+
+@pytest.mark.parametrize("scheme", ["http", "s3"])
+@pytest.mark.parametrize("other", [OTHER, CONTENT[:-1], CONTENT[:250_000]], ids=len)
+@pytest.mark.parametrize("broken", [False, True])
+def test_a_download_starts_again_where_the_object_is_replaced(
+    stores, server, tmp_path, pieces, caplog, scheme, other, broken
+):
+    """Between two pieces, or while a piece that broke off is tried again: a copy is never of two versions."""
+    path, url = stores[scheme]
+    server.fault(path, times=3)
+    server.fault(path, then=other, times=1, cut_after_bytes=10 if broken else None)
+    assert Cache(tmp_path, 10**6, STEADY).path(url).read_bytes() == other
+    assert len([name for name in os.listdir(tmp_path) if name != ".lock"]) == 1
+    assert sum("starts again from byte 0 (1 of 3)" in record.getMessage() for record in caplog.records) == 1
+    assert "hunter2" not in caplog.text
+
+
+def test_the_one_answer_of_a_server_without_ranges_is_of_the_version_that_was_found(server, tmp_path, pieces):
+    server.fault("/a.tar", ignore_ranges=True, then=OTHER, times=1)
+    server.fault("/a.tar", ignore_ranges=True)
+    path = Cache(tmp_path, 10**6, STEADY).path(server.url("/a.tar"))
+    new_process()
+    assert path.read_bytes() == OTHER and Cache(tmp_path, 10**6, STEADY).path(server.url("/a.tar")) == path
+
+
+def test_an_object_that_is_replaced_in_every_download_is_named(server, tmp_path, pieces):
+    contents = [bytes([number]) * 300_000 for number in range(8)]
+    for content in contents:  # of two answers, the size and a piece, the second one replaces it
+        server.fault("/a.tar", times=1)
+        server.fault("/a.tar", then=content, times=1)
+    message = error_of(Cache(tmp_path, 10**6, STEADY).path, server.url("/a.tar"))
+    assert message == (
+        f"{server.url('/a.tar')} was replaced during each of 4 downloads: start again when nothing writes it any more"
+    )
+    assert not [name for name in os.listdir(tmp_path) if name != ".lock"]
+
+
+@pytest.mark.parametrize("scheme", ["http", "s3"])
+def test_ranges_of_two_versions_of_the_same_size_are_never_mixed(stores, server, scheme):
+    path, url = stores[scheme]
+    assert read(url, 0, 4, STEADY) == CONTENT[:4]
+    server.files[path] = OTHER
+    said = error_of(read, url, 4, 8, STEADY)
+    assert "a.tar was replaced while it was read: it has the same size, but another ETag; start again" in said
+
+
+def test_marks_of_weak_tags_and_missing_ones_tell_no_versions_apart():
+    strong = object_store.Version(9, '"a"')
+    for same in ('W/"a"', "", "Mon, 30 Nov 2026 15:00:00 GMT"):
+        strong.check("http://h/a.tar", object_store.Version(9, same))
+    assert "another ETag" in error_of(strong.check, "http://h/a.tar", object_store.Version(9, '"b"'))
+    dated = object_store.Version(9, "Mon, 30 Nov 2026 15:00:00 GMT")
+    assert "another date" in error_of(dated.check, "http://h/a.tar", object_store.Version(9, "Tue"))
+
+
+def test_the_cache_is_listed_once_for_all_addresses(server, tmp_path, fresh, monkeypatch):
+    server.files |= {f"/{number}.tar": b"x" for number in range(5)}
+    cache, listed = Cache(tmp_path, 10**6, STEADY), []
+    scandir = os.scandir
+    monkeypatch.setattr("data.cache.os.scandir", lambda path: listed.append(path) or scandir(path))
+    urls = [server.url(f"/{number}.tar") for number in range(5)]
+    assert cache.held(urls) == {}
+    monkeypatch.setattr(Cache, "_keep", lambda self, part, kept, file: os.replace(part, kept))  # it lists, too
+    for url in urls:
+        cache.path(url)
+    assert listed == [tmp_path]
+
+
+def test_a_copy_that_another_process_made_meanwhile_is_found_where_the_server_is_gone(server, tmp_path, fresh):
+    cache, url = Cache(tmp_path, 10**6, BRIEF), server.url("/a.tar")
+    assert cache.held([url]) == {}
+    known = dict(caching._listed)
+    made = cache.path(url)
+    new_process()
+    caching._listed.update(known)
+    server.fault("/a.tar", status=503)
+    assert cache.path(url) == made
 
 
 @pytest.mark.process
@@ -794,7 +872,7 @@ cache.Cache(Path({str(tmp_path)!r}), 10**6).path({url!r})
 def test_leftovers_of_dead_processes_are_removed_and_those_of_others_stay(server, tmp_path):
     dead, live = (tmp_path / f".{letter * 64}-x.tar.part" for letter in "01")
     dead.write_bytes(b"half")
-    with caching._locked(live):
+    with locked_file(live):
         Cache(tmp_path, 10**6).path(server.url("/a.tar"))
         assert not dead.exists()
         assert live.exists()

@@ -9,8 +9,10 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from comparing import assert_refused
 from PIL import Image
+from safetensors.torch import save_file
 from samples import encoded, picture, write_tar
 from serving import Server
 from tokens import FINGERPRINT, write_tokens
@@ -212,6 +214,40 @@ def test_mistakes_are_one_line_and_status_2(refused_by_ibq, folder, monkeypatch,
     monkeypatch.chdir(folder.parent)
     assert said in refused_by_ibq("shards", *(argument.format(tars=folder) for argument in arguments))
     assert sorted(path.name for path in folder.parent.iterdir()) == ["tars"]
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["check", "--json", "{file}"],
+        ["check", "--write-index", "--index", "{file}"],
+        ["stats", "--json", "{file}"],
+        ["stats", "--picture", "{file}"],
+    ],
+    ids=["check-json", "check-index", "stats-json", "stats-picture"],
+)
+def test_files_of_others_are_not_replaced(shards, refused_by_ibq, folder, tmp_path, arguments):
+    """Only files of earlier calls of the same command are, and empty ones."""
+    file = tmp_path / ("x.png" if "--picture" in arguments else "x.json")
+    command = [argument.format(file=file) for argument in arguments]
+    file.touch()
+    for _ in range(2):
+        shards(command[0], folder, *command[1:]).succeeded()
+        assert file.stat().st_size
+    model, picture = tmp_path / "model.safetensors", tmp_path / "other.png"
+    save_file({"weight": torch.zeros(3)}, model)
+    Image.new("RGB", (8, 8)).save(picture)
+    for content in (b"[1, 2]\n", b'{"shard": 1}\n', b"\xff\0", model.read_bytes(), picture.read_bytes()):
+        file.write_bytes(content)
+        said = refused_by_ibq("shards", command[0], folder, *command[1:])
+        assert f"{file} already exists and is of no earlier call: choose another file, or remove it" in said
+        assert file.read_bytes() == content
+
+
+def test_an_index_beside_the_tars_is_written_anew_whatever_it_holds(shards, folder):
+    (folder / "index.safetensors").write_bytes(b"damaged")
+    shards("check", folder, "--write-index").succeeded()
+    shards("check", folder).succeeded()
 
 
 def test_a_bar_is_drawn_on_a_terminal(shards, monkeypatch, damaged):

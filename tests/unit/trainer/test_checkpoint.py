@@ -1,6 +1,7 @@
 import json
 import os
 import re
+import shutil
 import threading
 from functools import partial
 from pathlib import Path
@@ -36,11 +37,15 @@ def save_and_finish(checkpoints: Checkpoints, *steps: int) -> None:
 
 
 def save(run, world, *steps: int, keep_last=3, **options) -> None:
+    """Saves as a run does that resumes from the checkpoint that ``latest`` names."""
+    latest = run / "checkpoints" / "latest"
+    options.setdefault("continues", latest.with_name(latest.read_text()) if latest.exists() else None)
     save_and_finish(Checkpoints(run, world, keep_last=keep_last, **options), *steps)
 
 
 def names(run) -> list[str]:
-    return sorted(path.name for path in (run / "checkpoints").iterdir())
+    """All files but the record of branches, which may name a checkpoint that could not be written."""
+    return sorted(path.name for path in (run / "checkpoints").iterdir() if path.name != "branches.json")
 
 
 def folder_of(run, step: int):
@@ -204,6 +209,9 @@ def test_everything_is_on_the_disk_before_it_is_renamed(world, tmp_path, monkeyp
         "sync state.json",
         "sync manifest.json",
         "sync step_00000010.unfinished",
+        "sync branches.json.unfinished",
+        "rename branches.json.unfinished to branches.json",
+        "sync checkpoints",
         "rename step_00000010.unfinished to step_00000010",
         "sync checkpoints",
         "sync latest.unfinished",
@@ -397,6 +405,110 @@ def test_going_on_from_an_earlier_checkpoint_keeps_what_is_written_then(world, t
     save(tmp_path, world, 12, keep_last=1)
     assert_in_force(tmp_path, world, 12)
     assert "step_00000010" not in names(tmp_path)
+
+
+def steps_of(run) -> list[int]:
+    return [checkpoint_step(folder) for folder in checkpoint_folders(run)]
+
+
+def branch_off(run, world, origin: int, *steps: int, **options) -> None:
+    """Saves as a run does that resumes from a checkpoint that the user named."""
+    save(run, world, *steps, continues=folder_of(run, origin), **options)
+
+
+def falls_back_to(run, world) -> list[int]:
+    """The checkpoints that stand in for each other, found by damaging one after the other."""
+    found = []
+    with pytest.raises(TrainerError, match="has no complete checkpoint"):
+        while True:
+            folder, notes = find_checkpoint(run, world)
+            assert len(notes) == len(found)
+            found.append(checkpoint_step(folder))
+            lose(folder)
+    return found
+
+
+@pytest.mark.parametrize("break_it", [flip_a_bit, partial(lose, name="state.json"), shutil.rmtree])
+def test_none_of_a_branch_that_was_left_stands_in(world, tmp_path, break_it):
+    """Not even if the newest one of the branch, which knows best what it continued, is gone."""
+    save(tmp_path, world, 10, 15, 20, 30, keep_last=9)
+    branch_off(tmp_path, world, 10, 20, keep_last=9)
+    assert steps_of(tmp_path) == [10, 15, 20, 30]
+    break_it(folder_of(tmp_path, 20))
+    found, (note,) = find_checkpoint(tmp_path, world)
+    assert found == folder_of(tmp_path, 10) and note.startswith("step_00000020 is passed over: ")
+
+
+def test_where_the_whole_branch_is_damaged_another_one_is_named(world, tmp_path):
+    save(tmp_path, world, 10, 20, 30)
+    branch_off(tmp_path, world, 10, 25)
+    lose(folder_of(tmp_path, 25))
+    lose(folder_of(tmp_path, 10))
+    message = refused(tmp_path, world)
+    left = folder_of(tmp_path, 30)
+    assert message.endswith(f"; {left} is of a branch that was left: `ibq resume {left}` continues that")
+    assert find_checkpoint(left, world) == (left, [])
+
+
+def test_a_run_that_branches_twice(world, tmp_path):
+    save(tmp_path, world, 10, 20, 30, 40, keep_last=9)
+    branch_off(tmp_path, world, 20, 25, 35, keep_last=9)
+    branch_off(tmp_path, world, 25, 28, keep_last=9)
+    save(tmp_path, world, 38, keep_last=9)  # resumes without a name, from step 28
+    assert steps_of(tmp_path) == [10, 20, 25, 28, 30, 35, 38, 40]
+    assert falls_back_to(tmp_path, world) == [38, 28, 25, 20, 10]
+
+
+def test_a_branch_that_was_left_can_be_gone_back_to(world, tmp_path):
+    save(tmp_path, world, 10, 20, 30, keep_last=9)
+    branch_off(tmp_path, world, 10, 15, 25, keep_last=9)
+    branch_off(tmp_path, world, 30, 40, keep_last=9)
+    assert falls_back_to(tmp_path, world) == [40, 30, 20, 10]
+
+
+def test_a_checkpoint_that_is_written_over_leaves_its_former_branch(world, tmp_path):
+    save(tmp_path, world, 10, 20, 30, 40, keep_last=9)
+    branch_off(tmp_path, world, 10, 20, 30, keep_last=9)
+    branch_off(tmp_path, world, 40, 50, keep_last=9)
+    assert falls_back_to(tmp_path, world) == [50, 40, 10]
+
+
+def test_retention_counts_the_checkpoints_of_the_branch(world, tmp_path):
+    save(tmp_path, world, 10, 12, 14, 16, 50, keep_last=9)
+    branch_off(tmp_path, world, 10, 15, keep_last=2)
+    assert steps_of(tmp_path) == [10, 12, 14, 15, 16, 50]  # 12 and 14 do not push out 10
+    save(tmp_path, world, 17, keep_last=2)
+    assert steps_of(tmp_path) == [15, 16, 17, 50]  # what was left goes where it is passed
+    save(tmp_path, world, 60, 70, keep_last=2)
+    assert steps_of(tmp_path) == [60, 70]
+
+
+def test_a_branch_is_known_after_its_beginning_was_removed(world, tmp_path):
+    save(tmp_path, world, 10, 20, 30, 40, 90, keep_last=9)
+    branch_off(tmp_path, world, 20, 25, 35, 45, 55, keep_last=2, keep_every_steps=10)
+    assert steps_of(tmp_path) == [10, 20, 30, 40, 45, 55, 90]
+    assert falls_back_to(tmp_path, world) == [55, 45, 20, 10]
+
+
+def test_checkpoints_of_earlier_versions_are_taken_for_one_branch(world, tmp_path):
+    save(tmp_path, world, 10, 20, 30, 40, keep_last=9)
+    (tmp_path / "checkpoints" / "branches.json").unlink()
+    assert find_checkpoint(tmp_path, world) == (folder_of(tmp_path, 40), [])
+    branch_off(tmp_path, world, 20, 25, keep_last=9)
+    branch_off(tmp_path, world, 40, 50, keep_last=9)
+    assert falls_back_to(tmp_path, world) == [50, 40, 30, 20, 10]
+
+
+@pytest.mark.parametrize("content", ["", "[]", '{"step_00000010": 7}', '{"step_00000010": "step_00000010"}', "\xff"])
+def test_a_damaged_record_of_branches_is_told_and_written_anew(world, tmp_path, content):
+    save(tmp_path, world, 10, 20)
+    (tmp_path / "checkpoints" / "branches.json").write_text(content, encoding="latin-1")
+    found, (note,) = find_checkpoint(tmp_path, world)
+    assert found == folder_of(tmp_path, 20)
+    assert note.endswith("branches.json cannot be read (it is damaged): all checkpoints are taken for one branch")
+    save(tmp_path, world, 30)
+    assert find_checkpoint(tmp_path, world) == (folder_of(tmp_path, 30), [])
+    assert falls_back_to(tmp_path, world) == [30, 20, 10]
 
 
 @pytest.mark.parametrize("content", ["", "{", "7", "[1]"])

@@ -1,8 +1,12 @@
 """Files that grow, on disks that are full for a while."""
 
+import pytest
+from comparing import refusal
 from field.disks import WHOLE, cut_off_log, full_disk
 
-from trainer.files import LineFile, unfinished
+from data.unfinished import unfinished
+from trainer import TrainerError
+from trainer.files import LineFile, ReportFiles, has_keys
 
 
 def test_lines_that_do_not_fit_wait_and_the_file_ends_with_a_whole_one(tmp_path):
@@ -53,3 +57,33 @@ def test_each_job_has_its_own_unfinished_file(tmp_path, monkeypatch):
     assert first.name.startswith(".a.tar.") and first.name.endswith(".unfinished")
     monkeypatch.setattr("os.getpid", lambda: -1)
     assert unfinished(tmp_path / "a.tar") != first
+
+
+OURS = {"r.json": '{"psnr": 1, "more": 2}', "r.md": "# Report of 3 images", "r.png": "any"}
+
+
+@pytest.mark.parametrize(
+    ("files", "in_use"),
+    [
+        ({}, None),
+        (OURS, None),
+        ({"r.md": OURS["r.md"], "r.png": "any"}, None),  # the user has removed r.json
+        ({"r.json": OURS["r.json"], "r.md": "edited"}, None),
+        ({**OURS, "r.json": '{"more": 2}'}, "r.json"),
+        ({**OURS, "r.json": "[1]"}, "r.json"),
+        ({**OURS, "r.json": "no JSON"}, "r.json"),
+        ({**OURS, "r.json": ""}, "r.json"),
+        ({"r.md": "# Notes", "r.png": "any"}, "r.md"),
+        ({"r.md": "\xff"}, "r.md"),
+        ({"r.png": "any"}, "r.png"),
+    ],
+)
+def test_a_report_replaces_files_of_earlier_reports_only(tmp_path, files, in_use):
+    for name, content in files.items():
+        (tmp_path / name).write_text(content, encoding="latin-1")
+    report = ReportFiles(tmp_path / "r.json", has_keys("psnr"), tmp_path / "r.md", "# Report of ", [tmp_path / "r.png"])
+    if in_use is None:
+        return report.check("--report")
+    said = refusal(TrainerError, report.check, "--report")
+    fix = "choose another --report, or remove it"
+    assert said == f"{tmp_path / in_use} already exists and is of no earlier report: {fix}"

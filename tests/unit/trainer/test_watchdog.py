@@ -208,33 +208,48 @@ def test_where_the_median_is_near_zero_a_wandering_loss_is_no_jump():
     assert told(spikes, 0.9)
 
 
+LIBRARIES = "/usr/lib/x86_64-linux-gnu/libc.so.6", "/opt/conda/envs/torch/bin/python3.11"
+TORCH = "/opt/conda/lib/python3.11/site-packages/torch/lib/libtorch_cpu.so"
+
+
+def write_process(folder: Path, libraries: tuple[str, ...], environment: str) -> None:
+    folder.mkdir()
+    (folder / "maps").write_text("".join(f"7f00-7f01 r-xp 0000 08:01 77    {library}\n" for library in libraries))
+    (folder / "environ").write_text(environment)
+
+
 @pytest.mark.parametrize(
-    ("program", "ended"),
-    [("/usr/bin/python3.11", False), ("/sbin/init", True), (PermissionError("of root"), True)],
-    ids=["torchrun in a container", "init", "another user's"],
+    ("parent", "libraries", "environment", "begins"),
+    [
+        (700, (*LIBRARIES, TORCH), "PATH=/bin\0", True),  # torchrun
+        (1, (*LIBRARIES, TORCH), "PATH=/bin\0", True),  # torchrun in a container
+        (700, LIBRARIES, "PATH=/bin\0TORCHELASTIC_RUN_ID=none\0", True),  # torchrun --no-python script.sh
+        (700, LIBRARIES, "CROSS_RANK=0\0PATH=/bin\0", True),  # deepspeed --no_python script.sh
+        (1, LIBRARIES[:1], "PATH=/bin\0", False),  # init
+        (700, LIBRARIES[:1], "PATH=/bin\0", False),  # systemd --user, containerd-shim, tini -s, dumb-init, conmon
+        (700, LIBRARIES, "PATH=/torch/lib\0NOT_TORCHELASTIC_RUN_ID=1\0", False),  # a supervisor written in Python
+        (700, (), "", False),  # it is just ending: its memory is gone
+        (None, (), "", False),  # it has just ended
+    ],
 )
-def test_a_rank_whose_launcher_ended_while_it_started_does_not_begin(monkeypatch, program, ended):
-    """The kernel has made process 1 its parent."""
-
-    def readlink(path):
-        assert path == "/proc/1/exe"
-        if isinstance(program, OSError):
-            raise program
-        return program
-
+def test_a_rank_whose_launcher_ended_while_it_started_does_not_begin(
+    monkeypatch, tmp_path, parent, libraries, environment, begins
+):
+    """The kernel has then made another process its parent."""
     monkeypatch.setattr(watchdog.LIBC, "prctl", lambda *_: 0, raising=False)
-    monkeypatch.setattr(os, "getppid", lambda: 1)
-    monkeypatch.setattr(os, "readlink", readlink)
+    monkeypatch.setattr(watchdog, "PROCESSES", tmp_path)
+    monkeypatch.setattr(os, "getppid", lambda: parent or 701)
+    if parent:
+        write_process(tmp_path / str(parent), libraries, environment)
     end_with_launcher()  # not started by a launcher
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
-    with pytest.raises(TrainerError, match="has ended: start it again") if ended else nullcontext():
+    said = r"has ended: start it again \(without a launcher, unset TORCHELASTIC_RUN_ID\)"
+    with nullcontext() if begins else pytest.raises(TrainerError, match=said):
         end_with_launcher()
 
 
-def test_a_rank_with_a_launcher_begins(monkeypatch):
+def test_a_process_that_has_loaded_pytorch_may_be_a_launcher(monkeypatch):
     monkeypatch.setattr(watchdog.LIBC, "prctl", lambda *_: 0, raising=False)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "1")
+    monkeypatch.setattr(os, "getppid", os.getpid)  # torch is loaded here
     end_with_launcher()
-    monkeypatch.setattr(os, "getppid", lambda: 2**22 + 1)  # there is no such process: it ended just now
-    with pytest.raises(TrainerError, match="has ended"):
-        end_with_launcher()

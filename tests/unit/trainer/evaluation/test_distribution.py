@@ -10,7 +10,13 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from trainer import TrainerError
-from trainer.evaluation.distribution import GaussianMoments, frechet_distance, inception_score, precision_recall
+from trainer.evaluation.distribution import (
+    GaussianMoments,
+    fault_of_moments,
+    frechet_distance,
+    inception_score,
+    precision_recall,
+)
 
 
 def features(count: int, dimensions: int = 6, seed: int = 0, mean: float = 0.0) -> torch.Tensor:
@@ -103,8 +109,39 @@ def test_frechet_distance_of_a_set_to_itself_is_zero_even_where_it_is_singular()
 
 def test_frechet_distance_of_damaged_statistics_is_refused():
     mean_d, covariance_dd = torch.zeros(2), torch.eye(2)
-    with pytest.raises(TrainerError, match="not finite"):
-        frechet_distance(mean_d, covariance_dd, mean_d, covariance_dd * math.nan)
+    for mean, covariance, said in (
+        (mean_d, covariance_dd * math.nan, "the covariance is not finite"),
+        (mean_d * math.inf, covariance_dd, "the mean is not finite"),
+        (mean_d, -covariance_dd, r"the negative eigenvalue -1 \(the largest is -1\)"),
+        (mean_d, torch.tensor([[1.0, 2.0], [2.0, 1.0]]), r"the negative eigenvalue -1 \(the largest is 3\)"),
+        (mean_d, torch.tensor([[1.0, 0.5], [-0.5, 1.0]]), "not symmetric: mirrored values differ by up to 1"),
+        (mean_d, torch.eye(3), r"a mean of 2 values and a covariance of shape \(3, 3\)"),
+        (torch.zeros(3), torch.eye(3), "features of [23] and of [23] dimensions cannot be compared"),
+        (mean_d.double() + 1e200, covariance_dd, "came out as inf"),
+    ):
+        for order in (1, -1):
+            one, other = ((mean_d, covariance_dd), (mean.double(), covariance))[::order]
+            with pytest.raises(TrainerError, match=said):
+                frechet_distance(*one, *other)
+
+
+def test_frechet_distance_that_is_not_finite_is_no_zero(monkeypatch):
+    """Python's max(0.0, nan) is 0.0, the best possible result."""
+    mean_d, covariance_dd = torch.zeros(2), torch.eye(2)
+    for roots, said in ((math.nan, "nan"), (5.0, "-6")):
+        monkeypatch.setattr("torch.linalg.svdvals", lambda matrix, roots=roots: matrix.new_tensor([roots]))
+        with pytest.raises(TrainerError, match=f"with {said} for the covariances, which it cannot be"):
+            frechet_distance(mean_d, covariance_dd, mean_d, covariance_dd)
+
+
+def test_negative_eigenvalues_of_rounding_are_no_fault():
+    """A covariance of fewer images than dimensions, rounded to float32, has some."""
+    moments = moments_of(features(20, dimensions=64))
+    rounded_dd = moments.covariance().float()
+    assert float(torch.linalg.eigvalsh(rounded_dd.double())[0]) < 0
+    assert fault_of_moments(moments.mean(), rounded_dd) is None
+    distance = frechet_distance(moments.mean(), rounded_dd, moments.mean(), moments.covariance())
+    assert 0 <= distance < 1e-5 * float(moments.covariance().trace())
 
 
 def logits(count: int, classes: int = 12) -> torch.Tensor:

@@ -10,6 +10,7 @@ from omegaconf import OmegaConf
 from PIL import Image
 
 from data import DataError
+from data.locks import WriterLock, file_lock
 from model_zoo import ModelError
 from trainer import TrainerError
 from trainer.evaluation.evaluate_run import evaluate_run, write_reconstructions
@@ -105,6 +106,33 @@ def test_a_report_that_cannot_be_written_is_found_before_any_work(run, tmp_path,
     assert "name a file that ends in" in said
 
 
+@pytest.mark.parametrize("name", ["r.json", "r.md", "r_worst.png"])
+def test_a_report_replaces_no_file_of_others(run, tmp_path, monkeypatch, name):
+    monkeypatch.setattr("trainer.evaluation.evaluate_run.read_weights", lambda *_: pytest.fail("the work began"))
+    (tmp_path / name).write_text('{"psnr": "mine"}')
+    said = refusal(TrainerError, evaluate_run, run, report_path=tmp_path / "r.json", device="cpu")
+    assert f"{tmp_path / name} already exists and is of no earlier report: choose another --report" in said
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [(name, '{"psnr": "mine"}')]
+
+
+def test_a_report_is_made_again(run, tmp_path):
+    options = {"report_path": tmp_path / "r.json", "device": "cpu"}
+    evaluate_run(run, **options)
+    raw = evaluate_run(run, weights="raw", **options)
+    assert json.loads((tmp_path / "r.json").read_text())["psnr"] == raw.report.psnr
+    (tmp_path / "r.json").unlink()
+    evaluate_run(run, **options)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["r.json", "r.md", "r.png", "r_best.png", "r_worst.png"]
+
+
+def test_a_report_has_one_writer(run, tmp_path):
+    with WriterLock(file_lock(tmp_path / "r.json"), "r.json") as other:
+        other.take()
+        said = refusal(TrainerError, evaluate_run, run, report_path=tmp_path / "r.json", device="cpu")
+    assert said.startswith(f"{tmp_path / 'r.json'} is being written by process ")
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_run_without_validation_data_asks_for_images(run, tmp_path):
     config = OmegaConf.load(run / "config.yaml")
     config.data.val = None
@@ -138,6 +166,20 @@ def test_reconstruct_writes_each_picture_and_an_overview(run, tmp_path):
     with pytest.raises(TrainerError, match=r"no readable image in .* \(1 skipped, the first: .*broken\.png: no JPEG"):
         write_reconstructions(run, images=f"{photos}/broken.png", out=tmp_path / "none", device="cpu")
     assert not (tmp_path / "none").exists()
+
+
+def test_a_folder_of_reconstructions_has_one_writer(run, tmp_path):
+    """A second call, which begins while the first one writes, is refused and disturbs nothing."""
+    photos, out, refusals = OmegaConf.load(run / "config.yaml").data.val, tmp_path / "out", []
+
+    def write_again(done, total):
+        if done == 1:
+            refusals.append(refusal(DataError, write_reconstructions, run, images=photos, out=out, device="cpu"))
+
+    options = {"image_size": "original", "device": "cpu", "on_progress": write_again}
+    assert write_reconstructions(run, images=photos, out=out, **options).image_count == 3
+    assert len(refusals) == 1 and refusals[0].startswith(f"{out} is being written by process ")
+    assert len(list(out.iterdir())) == 5
 
 
 def test_reconstruct_replaces_its_own_pictures_and_no_others(run, tmp_path):

@@ -15,6 +15,7 @@ from torch_fidelity.metric_isc import isc_features_to_metric
 from torch_fidelity.metric_prc import prc_features_to_metric
 
 from data.errors import DataError
+from data.locks import WriterLock, file_lock
 from data.npz import Npz
 from model_zoo.eval_nets.inception import Inception
 from model_zoo.eval_nets.weights import WEIGHTS_FILES
@@ -218,6 +219,16 @@ def test_a_damaged_cache_is_made_anew(few, tmp_path, world, damage):
     assert extract(own, cache, world)[1]
 
 
+def test_features_that_killed_processes_left_are_removed(few, tmp_path, world):
+    folder = tmp_path / "features"
+    folder.mkdir()
+    for name in (".features_adm_0.npz.node-7.unfinished", "mine.txt"):
+        (folder / name).write_text("half")
+    extract(NpzImages(Npz(few)), folder, world)
+    (features,) = folder.glob("features_*.npz")
+    assert sorted(path.name for path in folder.iterdir()) == [features.name, "mine.txt"]
+
+
 def test_a_cache_that_cannot_be_written_is_a_warning(samples, reference, tmp_path):
     (tmp_path / "file").touch()
     report = evaluate(samples, reference, metrics="is", cache=tmp_path / "file" / "kept")
@@ -291,6 +302,70 @@ def test_mistakes_of_the_user_are_one_line(samples, reference, tmp_path, refused
     }.items():
         assert said in refused_by_ibq("evaluate", "generation", "--samples", first, "--reference", second, *more)
     assert not list(tmp_path.glob("*_generation.*"))
+
+
+def test_a_report_replaces_only_reports_of_its_kind_and_has_one_writer(samples, reference, tmp_path):
+    report = tmp_path / "r.json"
+    for name, content in {"r.json": '{"psnr": 1, "manifest": {}}', "r.md": "# Reconstruction of 3 images"}.items():
+        (tmp_path / name).write_text(content)
+        said = refusal(TrainerError, evaluate, samples, reference, metrics="is", report_path=report)
+        assert f"{tmp_path / name} already exists and is of no earlier report" in said
+        assert (tmp_path / name).read_text() == content
+        (tmp_path / name).unlink()
+    with WriterLock(file_lock(report), "r.json") as other:
+        other.take()
+        said = refusal(TrainerError, evaluate, samples, reference, metrics="is", report_path=report)
+        assert said.startswith(f"{report} is being written by process ")
+    for _ in range(2):
+        evaluate(samples, reference, metrics="is", report_path=report)
+
+
+def damaged_statistics() -> dict[str, dict[str, np.ndarray]]:
+    """What is wrong -> arrays of an .npz."""
+    mean_d, covariance_dd = np.zeros(2048), np.eye(2048)
+    spoilt = {name: covariance_dd.copy() for name in ("nan", "skewed", "one")}
+    spoilt["nan"][3, 4] = np.nan
+    spoilt["skewed"][3, 4] = 0.5
+    spoilt["one"][7, 7] = -1e-3
+    return {
+        "the negative eigenvalue -1 (": {"mu": mean_d, "sigma": -covariance_dd},
+        "the negative eigenvalue -0.001 (the largest is 1)": {"mu": mean_d, "sigma": spoilt["one"]},
+        "not symmetric": {"mu": mean_d, "sigma": spoilt["skewed"]},
+        "the covariance is not finite": {"mu": mean_d, "sigma": spoilt["nan"]},
+        "the mean is not finite": {"mu": mean_d + np.inf, "sigma": covariance_dd},
+        "sigma is float64 of shape (2048,), but must be": {"mu": mean_d, "sigma": np.ones(2048)},
+        "mu is float64 of shape (2047,), but must be": {"mu": mean_d[1:], "sigma": covariance_dd},
+        "mu is float16 of shape": {"mu": mean_d.astype(np.float16), "sigma": covariance_dd},
+        "mu is int64": {"mu": mean_d.astype(int), "sigma": covariance_dd},
+        "holds mu without sigma": {"mu": mean_d},
+        "holds sigma without mu": {"sigma": covariance_dd},
+    }
+
+
+@pytest.mark.parametrize("said", damaged_statistics())
+def test_damaged_statistics_of_a_reference_are_refused(tmp_path, said):
+    """A covariance of negative eigenvalues had gFID 0, the best possible one."""
+    path = write_npz(tmp_path / "reference.npz", pictures(10), **damaged_statistics()[said])
+    message = refusal(DataError, open_reference, path)
+    assert said in message and str(path) in message and ("again" in message or "must be" in message)
+
+
+def test_statistics_of_any_byte_order_and_rounding_are_read(tmp_path):
+    root_nd = np.random.default_rng(0).normal(size=(100, 2048))
+    covariance_dd = np.cov(root_nd, rowvar=False).astype(">f4")  # 1,949 eigenvalues are 0, but for rounding
+    np.savez(tmp_path / "statistics.npz", mu=root_nd.mean(0).astype(">f4"), sigma=covariance_dd)
+    statistics = open_reference(tmp_path / "statistics.npz").statistics
+    np.testing.assert_array_equal(statistics.covariance_dd, covariance_dd)
+
+
+def test_features_that_are_not_finite_are_refused(samples, tmp_path, world, monkeypatch):
+    extractor = FeatureExtractor(world, 8, tmp_path / "features")
+    assert extractor.extract(open_samples(samples), lambda *_: None).features is not None
+    monkeypatch.setattr(extractor._inception, "adm", lambda batch: (torch.full((len(batch), 2048), torch.nan),))
+    for path in (tmp_path / "features").iterdir():
+        path.unlink()
+    said = refusal(TrainerError, extractor.extract, open_samples(samples), lambda *_: None)
+    assert f"Inception's features of the 8 images from number 0 on in {samples} are not finite" in said
 
 
 def test_a_report_of_sampling_is_believed_of_the_very_samples_only(samples, tmp_path):

@@ -3,6 +3,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from comparing import refusal
 from model_checks import tokenizer_of
 from PIL import Image
 from random_networks import main_with_small_inception, one_thread
@@ -11,6 +12,7 @@ from support import generator_of, write_generator_run, write_tokenizer_run
 import trainer.evaluation.features
 import trainer.jobs.sample_output
 from data import DataError
+from data.locks import WriterLock, folder_lock
 from model_zoo import ModelError
 from trainer import TrainerError
 from trainer.evaluation.sweep import settings_grid, sweep
@@ -146,6 +148,25 @@ def test_what_cannot_be_judged_is_refused_before_anything_is_sampled(run, refere
     monkeypatch.setenv("IBQ_WEIGHTS", str(tmp_path))
     refused("weights-inception")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("name", ["sweep.json", "sweep.md", "sweep.png"])
+def test_a_sweep_replaces_no_file_of_others(run, reference, tmp_path, monkeypatch, name):
+    monkeypatch.setattr("trainer.evaluation.sweep.sample", lambda *_, **__: pytest.fail("it sampled"))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("[1]")
+    said = refusal(TrainerError, swept, run, reference, tmp_path / "out")
+    assert f"{name} already exists and is of no earlier report: choose another --out" in said
+    assert (tmp_path / "out" / name).read_text() == "[1]"
+
+
+def test_a_sweep_has_one_writer(run, reference, tmp_path, monkeypatch):
+    monkeypatch.setattr("trainer.evaluation.sweep.sample", lambda *_, **__: pytest.fail("it sampled"))
+    (tmp_path / "out").mkdir()
+    with WriterLock(folder_lock(tmp_path / "out"), "out") as other:
+        other.take()
+        said = refusal(TrainerError, swept, run, reference, tmp_path / "out")
+    assert said.startswith(f"{tmp_path / 'out'} is being written by process ")
 
 
 def test_a_folder_may_have_a_dot_and_precision_alone_a_chart(run, reference, tmp_path):

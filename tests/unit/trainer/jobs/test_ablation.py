@@ -213,6 +213,16 @@ def test_mistakes_in_options_are_one_line_and_leave_nothing(refused_by_ibq, tmp_
     assert not out.exists()
 
 
+@pytest.mark.parametrize("name", ["table.json", "table.md", "curves.png"])
+def test_a_table_replaces_no_file_of_others(refused_by_ibq, tmp_path, name):
+    """Found before training starts."""
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / name).write_text("[1]")
+    said = refused_by_ibq("ablate", table(tmp_path, TWO_ROWS), *DATA, "--out", tmp_path / "out")
+    assert f"{name} already exists and is of no earlier report: choose another --out" in said
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+
+
 def run_in_this_process(command):
     """Runs `python -m MODULE ARGUMENTS` or `python -c CODE` without starting a process; returns the exit status."""
     python, option, what, *arguments = command

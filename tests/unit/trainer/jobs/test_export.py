@@ -14,6 +14,9 @@ from model_checks import assert_same, tokenizer_of
 from omegaconf import OmegaConf
 from support import generator_of
 
+import trainer.jobs.export
+from data.errors import DataError
+from data.locks import WriterLock, file_lock
 from model_zoo import ModelError, load_generator, load_tokenizer
 from model_zoo.conditions import describe_classes, trained_from
 from model_zoo.discriminator import PatchDiscriminator
@@ -37,10 +40,9 @@ def discriminator(norm="batch") -> PatchDiscriminator:
 def write_run(run, config, **models):
     """A run's folder with a checkpoint by two ranks, its state and its manifest."""
     config = {**config, "model": next(iter(models.values())).config}
-    folder = model_checks.write_run(run, config, step=10, ranks=2, **models) / "checkpoints" / "step_00000010"
-    (folder / "state.json").write_text('{"step": 10}')
-    files = {path.name: {"bytes": path.stat().st_size, "sha256": sha256_of(path)} for path in folder.iterdir()}
-    (folder / "manifest.json").write_text(json.dumps({"files": files}))
+    model_checks.write_manifest(
+        model_checks.write_run(run, config, step=10, ranks=2, **models) / "checkpoints/step_00000010"
+    )
     return run
 
 
@@ -288,6 +290,38 @@ def test_places_that_are_taken_are_refused(run, tmp_path):
     assert_nothing_left(tmp_path, "run", "empty", "out.ckpt")
 
 
+@pytest.mark.parametrize("name", ["out", "out.ckpt"])
+def test_an_output_has_one_writer(run, tmp_path, monkeypatch, name):
+    """A second export, which begins while the first one writes, is refused and disturbs nothing."""
+    write = partial(export if name == "out" else export_published, run, tmp_path / name)
+    describe, refusals = trainer.jobs.export.describe_model, []
+
+    def describe_and_write_again(model):
+        if not refusals:
+            refusals.append(refusal(DataError, write))
+        return describe(model)
+
+    monkeypatch.setattr(trainer.jobs.export, "describe_model", describe_and_write_again)
+    write()
+    assert refusals[0].startswith(f"{tmp_path / name} is being written by process ")
+    assert_same(load_tokenizer(tmp_path / name), tokenizer(2))
+    assert_nothing_left(tmp_path, "run", name)
+
+
+def test_a_second_export_does_not_remove_what_the_first_one_writes(run, tmp_path):
+    own, left = tmp_path / ".out.unfinished", tmp_path / ".out.ckpt.node-7.unfinished"
+    own.mkdir()
+    left.write_text("half")
+    with WriterLock(file_lock(tmp_path / "out"), "them") as lock:
+        lock.take()
+        assert "out is being written by process" in refusal(DataError, export, run, tmp_path / "out")
+        assert own.is_dir()
+    export(run, tmp_path / "out")
+    assert not own.exists() and left.exists()
+    export_published(run, tmp_path / "out.ckpt")
+    assert not left.exists()
+
+
 def test_a_failure_leaves_nothing(run, tmp_path, monkeypatch):
     full = Mock(side_effect=OSError(28, "No space left on device"))
     monkeypatch.setattr("model_zoo.io.export_format.sha256_of", full)
@@ -372,6 +406,22 @@ def test_info_of_a_run_is_verified(run):
     content[-1] ^= 1
     part.write_bytes(content)
     assert "is damaged: rank_00001.safetensors is not what was written" in refusal(TrainerError, info, run)
+
+
+@pytest.mark.parametrize("source", ["run", "exported"])
+def test_info_reads_each_file_once_for_its_hash(run, exported, monkeypatch, source):
+    hashed = []
+
+    def recording(file):
+        hashed.append(file.name)
+        return sha256_of(file)
+
+    monkeypatch.setattr("model_zoo.io.manifest.sha256_of", recording)
+    monkeypatch.setattr("model_zoo.io.export_format.sha256_of", recording)
+    info(run if source == "run" else exported)
+    of_run = ["rank_00000.safetensors", "rank_00001.safetensors", "state.json"]
+    of_export = ["discriminator.safetensors", "model.safetensors", "raw.safetensors"]
+    assert sorted(hashed) == (of_run if source == "run" else of_export)
 
 
 @pytest.mark.parametrize("weights", ["raw", "ema"])

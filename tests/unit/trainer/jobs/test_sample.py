@@ -218,6 +218,18 @@ def test_an_output_has_one_writer(run, tmp_path, out):
     assert not [path for path in tmp_path.iterdir() if path.name.endswith(".lock")]
 
 
+def test_the_current_folder_can_be_the_output(run, tmp_path, monkeypatch):
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")
+    assert sample(run, count=2, out=".").made == 2
+    assert sorted(path.name for path in tmp_path.rglob("*")) == [
+        "000000_class_0000.png",
+        "000001_class_0001.png",
+        "here",
+        "sample.json",
+    ]
+
+
 @pytest.mark.parametrize("out", ["x.npz", "x.png", "folder"])
 def test_a_job_goes_on_where_it_ended(run, tmp_path, out):
     options = {"count": 7, "batch_size": 2}
