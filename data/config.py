@@ -38,9 +38,9 @@ class SourceConfig:
     """One source of a mixture.
 
     name: an entry of the catalogue (`data/sources.yaml`), which says where images, captions and scores are in a sample,
-        or a new name. root: tars, a folder or a zip file, as in `data.train`. weight: its share of the samples,
-        relative to the other sources. index: a file that `ibq shards check --write-index` wrote; None:
-        index.safetensors beside the tars, if it exists.
+        or a new name. root: tars, a folder or a zip file, as in `data.train`; None: the folder of that name in
+        `data.root`. weight: its share of the samples, relative to the other sources. index: a file that `ibq shards
+        check --write-index` wrote; None: index.safetensors beside the tars, if it exists.
     image, caption, class_from: suffixes of a sample's members (image: in order of preference), where the catalogue has
         none or another layout; class_from may be `folder`. caption_field: the caption is this field of the member
         `json`. fields: a filter's number (aesthetic, nsfw, watermark, similarity) -> the field of the member `json`.
@@ -68,6 +68,10 @@ class DataConfig:
     val: Any = None
     # A mixture in place of `train`: a list of sources, see `SourceConfig`.
     sources: list[SourceConfig] = field(default_factory=list)
+    # A folder or bucket that holds a folder for each source without a root, called as the source.
+    root: str | None = None
+    # What to do about sources that are not in `root`: `refuse` to start, or `skip` them.
+    missing: str = "refuse"
     # A classes.json, as packing writes it: the numbers of class folders, which tars must agree with. None: the folders
     # are numbered in sorted order.
     classes: str | None = None

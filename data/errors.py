@@ -21,6 +21,10 @@ class DeniedError(UnreadableError):
     """An object may not be read. Some stores say so of a missing one, too."""
 
 
+class NoTarsError(DataError):
+    """A folder of a bucket that holds no tars, or does not exist; buckets do not tell these apart."""
+
+
 class ImageError(Exception):
     """A sample that cannot be used: unreadable, truncated or too large. The message is the reason in one line.
 

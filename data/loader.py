@@ -22,10 +22,10 @@ from data.reader import LaneReader, ReadSamples, SampleInfo
 from data.sampler import LaneAssignment, Mixture, seed_of
 from data.samples import Skipped, WindowLimit
 from data.shards import expand
+from data.source_configs import source_configs
 from data.sources import (
     Source,
     check_remote,
-    check_weights,
     classes_of,
     describe,
     is_among,
@@ -341,7 +341,7 @@ def check_remote_data(
     resumed. progress: called with (tars asked for, tars to ask for)."""
     access, quarantine = access_of(config), frozenset([*config.quarantine, *(state or {}).get("quarantine", ())])
     options = {"allow_pipes": config.allow_pipes, "timeouts": access.timeouts}
-    roots = [one.root for one in _configs(config) if not is_files(one.root)]
+    roots = [one.root for one in source_configs(config).found if not is_files(one.root)]
     urls = [url for root in roots for url in expand(root, **options) if not is_among(url, quarantine)]
     check_remote(urls, access, progress)
 
@@ -349,7 +349,7 @@ def check_remote_data(
 def class_numbers(config: DataConfig, saved: str | None = None) -> dict[str, int] | None:
     """The number of each class in the sources and `data.val`; None if nothing tells it. saved: a classes.json that they
     must agree with, too. Raises DataError if they disagree."""
-    configs = [*_configs(config)]
+    configs = [*source_configs(config).found]
     if config.val is not None:
         has_classes = class_from_folder(config) and is_files(config.val) and file_shard(config.val).has_class_folders
         class_from = "folder" if has_classes else None
@@ -362,7 +362,7 @@ def class_numbers(config: DataConfig, saved: str | None = None) -> dict[str, int
 
 def token_header(config: DataConfig) -> TokenHeader:
     """What the first token sample of the first source tells; nothing more is read. Raises DataError."""
-    (one, *_), access = _configs(config), access_of(config)
+    (one, *_), access = source_configs(config).found, access_of(config)
     shards = open_shards(one, access, allow_pipes=config.allow_pipes, quarantine=frozenset(config.quarantine))
     kept = [shard for shard in shards if not is_among(shard.url, frozenset(config.quarantine))]
     return first_header(kept, f"source {one.name}")
@@ -370,7 +370,7 @@ def token_header(config: DataConfig) -> TokenHeader:
 
 def class_from_folder(config: DataConfig) -> bool:
     """Whether a source of a `data` section takes the class of an image from its folder; ``data.val`` then does, too."""
-    return any(layout_of(one).label == "folder" for one in _configs(config))
+    return any(layout_of(one).label == "folder" for one in source_configs(config).found)
 
 
 def validation_options(config: DataConfig) -> dict:
@@ -403,7 +403,9 @@ def open_sources(
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> list[Source]:
     """The sources of a `data` section, opened. before: source -> its identity when the run began. Raises DataError."""
-    configs, access, before = _configs(config), access_of(config), before or {}
+    (configs, missing), access, before = source_configs(config), access_of(config), before or {}
+    if missing:
+        logger.warning("data.missing=skip: without %s, not in %s", ", ".join(missing), printable(redacted(config.root)))
     options = {"content": config.content, "allow_pipes": config.allow_pipes, "quarantine": quarantine}
     options["classes"] = None if config.classes is None else read_classes(config.classes, access.timeouts)
     sources = [open_source(one, access, before=before.get(one.name), progress=progress, **options) for one in configs]
@@ -418,14 +420,6 @@ def open_sources(
                 f"{redacted(named[1])}: give more of the path"
             )
     return sources
-
-
-def _configs(config: DataConfig) -> list[SourceConfig]:
-    if config.train is not None and config.sources:
-        raise DataError("data.train and data.sources are both given: leave one out")
-    configs = config.sources or [SourceConfig(root=config.train)]
-    check_weights(configs)
-    return configs
 
 
 def transform_of(config: DataConfig, tokens: TokenSpec | None = None) -> TrainingTransform | TokenTransform:

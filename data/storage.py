@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 from typing import NamedTuple, TypeVar
 
 from data.addresses import is_http, is_remote, redacted, scheme_of
-from data.errors import DataError, ReplacedError
+from data.errors import DataError, NoTarsError, ReplacedError
 from data.object_store import Answer, TransientError, Version, client, request_listing, request_range
 from data.text import printable
 
@@ -79,8 +79,8 @@ def read(
 def list_tars(url: str, timeouts: Timeouts = DEFAULT_TIMEOUTS) -> list[str]:
     """The URLs of the *.tar directly in a folder of a bucket (s3://bucket/folder) or of a data set on the hub, sorted.
 
-    The whole listing counts as one request. Raises DataError, also if there are none, and for http, which has no
-    listings.
+    The whole listing counts as one request. Raises NoTarsError if there are none; DataError, also for http, which has
+    no listings.
     """
     scheme, name = scheme_of(url), redacted(url)
     if is_http(scheme):
@@ -92,7 +92,7 @@ def list_tars(url: str, timeouts: Timeouts = DEFAULT_TIMEOUTS) -> list[str]:
     names = (entry["name"] for entry in entries if entry["type"] == "file")
     tars = sorted(f"{scheme}://{name}" for name in names if name.endswith(".tar"))
     if not tars:
-        raise DataError(f"no *.tar in the folder {name}: check its path")
+        raise NoTarsError(f"no *.tar in the folder {name}: check its path")
     return tars
 
 

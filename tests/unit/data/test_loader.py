@@ -72,7 +72,7 @@ def test_images_of_a_folder_have_the_classes_that_training_gives_them(tmp_path):
     (tmp_path / "classes.json").write_text('{"ant": 0, "cat": 1}')
     config.classes = str(tmp_path / "classes.json")
     assert class_numbers(config) == {"ant": 0, "cat": 1}
-    (image,) = evaluation_images(config.val, image_size=8, **validation_options(config))
+    (image,) = evaluation_images(config.val, **validation_options(config))
     assert image.label == 1
     picture(9).save(folder / "loose.png")  # as in ImageNet's validation set, which has no folders
     assert labels(class_from_folder=True)["cat/a.png"] is None
