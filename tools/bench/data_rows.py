@@ -271,7 +271,7 @@ def watch_memory(root: str, workers: int, batches: int) -> Memory:
     for number in range(1, batches + 1):
         next(stream)
         if number in marks:
-            sizes = [_mebibytes(pid) for pid in _workers()]
+            sizes = [_mebibytes(process.pid) for process in stream.reads.processes]
             memory.batches_n.append(number)
             memory.resident_mib_nw.append([size["Rss"] for size in sizes])
             memory.proportional_mib_nw.append([size["Pss"] for size in sizes])
