@@ -488,7 +488,8 @@ def test_validation_images_of_a_folder_have_the_classes_of_training(build, tmp_p
         (tmp_path / name).mkdir()
         Image.fromarray(images()[0].movedim(0, -1).numpy()).save(tmp_path / name / "x.png")
     for source, labels in (("imagenet", [0, 1]), ("mine", [None, None])):  # imagenet has a folder for each class
-        task = build(data__val=str(tmp_path), data__image_size=16, data__sources=[{"name": source, "root": str(tmp_path)}])
+        sources = [{"name": source, "root": str(tmp_path)}]
+        task = build(data__val=str(tmp_path), data__image_size=16, data__sources=sources)
         assert [image.label for image in task.validation_images()] == labels
 
 
