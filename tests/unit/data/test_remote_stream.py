@@ -12,7 +12,7 @@ from collections import Counter
 import pytest
 from comparing import refusal
 from ranks import wait_for
-from samples import Steps, index_of, pictured, write_tar, write_tars
+from samples import Steps, encoded, index_of, picture, pictured, write_tar, write_tars
 from serving import Server, s3, use_s3
 
 import data.cache as caching
@@ -72,6 +72,42 @@ def test_resumes_on_a_server_what_began_on_a_disk(folder, index, root):
     expected, _ = infos(str(folder), 12)
     _, state = infos(str(folder), 5)
     assert infos(root, 7, index, state=state)[0] == expected[20:]
+
+
+SHAPES = [(48, 40), (40, 80), (80, 40)]  # width, height
+
+
+@pytest.fixture
+def shapes(tmp_path):
+    """Two tars of 24 pictures of three shapes in turn."""
+    (tmp_path / "shapes").mkdir()
+    for tar in range(2):
+        keys = [f"{tar}-{n}" for n in range(24)]
+        samples = [{"__key__": key, "png": encoded(picture(n, SHAPES[n % 3]), "PNG")} for n, key in enumerate(keys)]
+        write_tar(tmp_path / "shapes" / f"train-{tar:06d}.tar", samples)
+    return tmp_path / "shapes"
+
+
+@pytest.mark.parametrize("unused", [0, 1 << 18])
+def test_buckets_on_a_server_give_what_local_tars_give(shapes, tmp_path, monkeypatch, unused):
+    """Wanted samples lie apart: with the bytes between them in one request, or in a request each."""
+    monkeypatch.setattr("data.tar_reader.MOST_UNUSED_BYTES", unused)
+    buckets = {"buckets": ["32x32", "40x20", "20x40"], "shuffle_block": 8}
+    expected, _ = infos(str(shapes), 12, **buckets)
+    index = index_of(shapes, tmp_path / "index.safetensors")
+    with Server(folder=shapes) as server:
+        root = server.url("/train-{000000..000001}.tar")
+        before = bytes_read()
+        assert infos(root, 12, index, **buckets)[0] == expected
+        join_prefetches()
+        read, requests = bytes_read() - before, len(server.requests)
+        said = refusal(DataError, infos, root, 1, **buckets, lanes=2)
+    needed = sum(path.stat().st_size for path in shapes.glob("*.tar"))  # 12 steps are about one epoch
+    assert "source train: buckets need the size of every image: write an index with `ibq shards check" in said
+    if unused:
+        assert requests < 48  # of two tars, with versions: fewer than there are samples
+    else:
+        assert requests > 48 and read < 1.5 * needed
 
 
 def join_prefetches():
