@@ -107,7 +107,7 @@ def test_buckets_on_a_server_give_what_local_tars_give(shapes, tmp_path, monkeyp
     if unused:
         assert requests < 48  # of two tars, with versions: fewer than there are samples
     else:
-        assert requests > 48 and read < 1.5 * needed
+        assert requests > 48 and read < 2 * needed  # one window ahead for each bucket and lane
 
 
 def join_prefetches():
