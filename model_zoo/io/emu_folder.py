@@ -119,9 +119,14 @@ def _list(keys: dict, key: str) -> list[int]:
 def _check_only(keys: dict, only: dict[str, tuple[Any, Any]], prefix: str) -> None:
     for key, (supported, default) in only.items():
         value = keys.get(key, default)
-        if value != supported or type(value) is not type(supported):
-            said = "" if key in keys else ", which the published code takes where the key is missing"
-            raise ValueError(f"{prefix}{key}={_yaml(value)}{said}, is not supported, but only {_yaml(supported)}")
+        if value == supported and type(value) is type(supported):
+            continue
+        fix = "" if prefix else ", and so the published loader computes, which ignores the key: write that"
+        if key not in keys:
+            raise ValueError(
+                f"it lacks {prefix}{key}, and only {_yaml(supported)} is supported, which is not the default"
+            )
+        raise ValueError(f"{prefix}{key}={_yaml(value)} is not supported, only {_yaml(supported)}{fix}")
 
 
 def _yaml(value: Any) -> str:
