@@ -124,7 +124,7 @@ def find_checkpoint(source: Path) -> Path:
         source = _download(source)
     if is_standalone(source):
         return source
-    if (source / CHECKPOINT).is_file():
+    if (source / CHECKPOINT).is_file() and not (source / "checkpoints").exists():
         raise ModelError(
             f"{source} holds {CHECKPOINT}, but no {CONFIG} with ddconfig: copy the {CONFIG} of Emu3.5's tokenizer into "
             f"it, or give the file {source / CHECKPOINT}"

@@ -225,6 +225,13 @@ def test_half_of_a_folder(tmp_path):
     assert "holds no generator" in model_checks.refused(load_generator, write_emu(tmp_path / "whole"))
 
 
+def test_a_run_may_hold_a_file_of_that_name(tmp_path):
+    tokenizer = model_checks.tokenizer_of(1)
+    run = model_checks.write_run(tmp_path / "run", {"model": tokenizer.config}, tokenizer=tokenizer)
+    torch.save(state_of(SMALL), run / "model.ckpt")
+    model_checks.assert_same(load_tokenizer(run, "raw"), tokenizer)
+
+
 def test_a_repository_on_the_hub_may_hold_other_forms_beside_it(tmp_path):
     folder = write_emu(tmp_path / "emu")
     (folder / "model.safetensors").touch()
