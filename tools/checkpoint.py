@@ -11,7 +11,10 @@ app = typer.Typer(
     help="Import published checkpoints, export models, and describe both.\n\nExample: ibq checkpoint info runs/mine",
     no_args_is_help=True,
 )
-SOURCE = "A run's folder or one of its checkpoints, a file of weights (.ckpt, .pt), an export, or a name on the hub."
+SOURCE = (
+    "A run's folder or one of its checkpoints, a file of weights (.ckpt, .pt), Emu3.5's folder, an export, or a name "
+    "on the hub."
+)
 
 
 Wanted = Annotated[str, typer.Option(help="all, ema (averages) or raw (as trained).")]
@@ -19,7 +22,10 @@ Wanted = Annotated[str, typer.Option(help="all, ema (averages) or raw (as traine
 
 @app.command("import")
 def import_command(
-    file: Annotated[str, typer.Argument(metavar="FILE.ckpt", help="A published checkpoint, or its name on the hub.")],
+    file: Annotated[
+        str,
+        typer.Argument(metavar="FILE.ckpt", help="A published checkpoint, Emu3.5's folder, or a name on the hub."),
+    ],
     out: Annotated[Path, typer.Option(help="A new or empty folder.")],
     weights: Wanted = "all",
 ) -> None:
@@ -39,19 +45,23 @@ def export_command(
     source: Annotated[str, typer.Argument(help=SOURCE)],
     out: Annotated[Path, typer.Option(help="A new or empty folder; with --layout published a new FILE.ckpt.")],
     layout: Annotated[
-        Literal["safetensors", "published"], typer.Option(help="published: one .ckpt for the published code.")
+        Literal["safetensors", "published", "emu"],
+        typer.Option(
+            help="published: one .ckpt for IBQ's published code. emu: a tokenizer's folder for Emu3.5's code."
+        ),
     ] = "safetensors",
     weights: Wanted = "all",
 ) -> None:
-    """Write a model as a folder of safetensors with its configuration, or in the published layout.
+    """Write a model as a folder of safetensors with its configuration, or in a published layout.
 
     Example: ibq checkpoint export runs/mine --out models/mine
 
     For the published code: ibq checkpoint export runs/mine --layout published --out mine.ckpt
     """
-    from trainer.jobs.export import export, export_published
+    from trainer.jobs.export import export, export_emu, export_published
 
-    _print((export if layout == "safetensors" else export_published)(source, out, weights))
+    write = {"safetensors": export, "published": export_published, "emu": export_emu}[layout]
+    _print(write(source, out, weights))
 
 
 @app.command("info")

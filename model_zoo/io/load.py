@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from model_zoo.conditions import assumed_trained
 from model_zoo.config import TokenizerConfig, TransformerConfig
 from model_zoo.errors import ModelError
+from model_zoo.io.emu_folder import CHECKPOINT, is_emu_folder
 from model_zoo.io.export_format import CONFIG, MODEL, is_export, read_export, weights_in_export
 from model_zoo.io.manifest import check
 from model_zoo.io.published_ckpt import SUFFIXES, is_published, open_published, read_published
@@ -31,7 +32,7 @@ def load_tokenizer(source: str | Path, weights: str = "ema") -> Tokenizer:
     """A trained or published tokenizer, in eval mode on the CPU.
 
     source, weights: as in `read_weights`: a run, a published file or an export (of a tokenizer, or of a generator that
-    contains its tokenizer), or a name on the Hugging Face hub.
+    contains its tokenizer), the folder of Emu3.5's tokenizer, or a name on the Hugging Face hub.
     Raises ModelError if the source, its checkpoint, or the requested weights do not exist.
     """
     return build_model(read_weights(source, "tokenizer", weights), "tokenizer", TokenizerConfig, Tokenizer)
@@ -79,7 +80,7 @@ def read_weights(source: str | Path, kind: str, weights: str = "ema") -> Weights
     """Reads a model's configuration and weights, without building the model.
 
     source: a run's folder (its newest complete checkpoint is read); a checkpoint's folder in a run; a published
-    file (see `published_ckpt`); the folder of an export; or, if no such path exists, a name ``owner/name`` or
+    file or folder (see `published_ckpt`); the folder of an export; or, if no such path exists, a name ``owner/name`` or
     ``owner/name@revision`` on the Hugging Face hub.
     kind: of KINDS.
     weights: ``ema`` or ``raw``. A published checkpoint or an export without EMA has one set, which ``ema`` returns.
@@ -123,6 +124,11 @@ def find_checkpoint(source: Path) -> Path:
         source = _download(source)
     if is_standalone(source):
         return source
+    if (source / CHECKPOINT).is_file() and not (source / "checkpoints").exists():
+        raise ModelError(
+            f"{source} holds {CHECKPOINT}, but no {CONFIG} with ddconfig: copy the {CONFIG} of Emu3.5's tokenizer into "
+            f"it, or give the file {source / CHECKPOINT}"
+        )
     run = run_folder(source)
     if not (run / "config.yaml").is_file():
         raise ModelError(f"{run} is not a run folder (it has no config.yaml): give the folder that `ibq train` wrote")
@@ -147,8 +153,9 @@ def is_hub_name(source: Path) -> bool:
 
 
 def _download(name: Path) -> Path:
-    """Downloads a model and returns its path in the Hugging Face cache: the repository's first ``.ckpt``, or the folder
-    of an export. Cached files are not downloaded again and work offline. Raises ModelError."""
+    """Downloads a model and returns its path in the Hugging Face cache: the folder of Emu3.5's tokenizer, the
+    repository's first ``.ckpt``, or the folder of an export. Cached files are not downloaded again and work offline.
+    Raises ModelError."""
     repository, _, revision = str(name).partition("@")
     try:
         import huggingface_hub
@@ -159,8 +166,10 @@ def _download(name: Path) -> Path:
     where = {"repo_id": repository, "revision": revision or None}
     # The classes of exceptions depend on the HTTP library that a version of the package uses, so catch all.
     try:
-        checkpoints = sorted(file for file in huggingface_hub.list_repo_files(**where) if file.endswith(".ckpt"))
-        wanted = checkpoints[:1] or ["*.safetensors", "*.json", f"*{CONFIG}"]
+        files = huggingface_hub.list_repo_files(**where)
+        checkpoints = sorted(file for file in files if file.endswith(".ckpt"))
+        beside = [CONFIG] if checkpoints[:1] == [CHECKPOINT] and CONFIG in files else []
+        wanted = checkpoints[:1] + beside or ["*.safetensors", "*.json", f"*{CONFIG}"]
         folder = Path(huggingface_hub.snapshot_download(**where, allow_patterns=wanted))
     except Exception as error:
         try:
@@ -170,6 +179,8 @@ def _download(name: Path) -> Path:
             raise ModelError(
                 f"{name} is neither a path nor available on the model hub ({detail}): give the path of a file"
             ) from error
+    if is_emu_folder(folder):
+        return folder
     checkpoints = sorted(folder.rglob("*.ckpt"))
     if not checkpoints and not is_export(folder):
         raise ModelError(f"{name} on the model hub holds neither a .ckpt nor {MODEL} with {CONFIG}: choose another")

@@ -4,7 +4,8 @@
 Keys of a generator start with ``transformer.``, or are our parameter names. Keys of a tokenizer are our parameter
 names; in a generator's file they start with ``first_stage_model.``. The discriminator is stored under ``loss.``. EMA
 weights are stored under ``model_ema.``, with parameter names without dots. The configuration is inferred from shapes.
-Every key is accounted for: read, skipped for a stated reason, or rejected.
+Every key is accounted for: read, skipped for a stated reason, or rejected. A folder of Emu3.5's tokenizer holds such a
+file, with one set of a tokenizer's weights and nothing else, beside a configuration (see `emu_folder`).
 """
 
 import logging
@@ -23,7 +24,8 @@ from torch import Tensor
 from model_zoo.config import TokenizerConfig, TransformerConfig
 from model_zoo.discriminator import PatchDiscriminator
 from model_zoo.errors import ModelError
-from model_zoo.io.export_format import read_tensors
+from model_zoo.io.emu_folder import CHECKPOINT, is_emu_folder, read_emu_config, unsupported
+from model_zoo.io.export_format import CONFIG, MODEL, read_tensors
 from model_zoo.io.weights import COUNTERS, DTYPES, Average, Weights, check_weights, no_weight, read_trained_classes
 from model_zoo.tokenizer import Tokenizer
 from model_zoo.transformer import Transformer
@@ -57,6 +59,8 @@ OUR_ENTRY = "ibq"  # entry beside state_dict in files written by this project: c
 STATISTICS = (".running_mean", ".running_var", ".num_batches_tracked")  # buffers of a discriminator
 DEFAULT_AVERAGE = Average(0.999)  # as in the published training
 MAX_LEVELS, MAX_DEPTH = 16, 1000  # a code would stand for 65,536 x 65,536 pixels; published generators have 30 blocks
+PLAIN_AUTOENCODER = {"patch_size": (1,), "local": (False,)}  # settings that published code has, by key
+EMU_ONLY = {"quantizer": ("ibq",), "logit_scale": (1.0,), "learn_logit_scale": (False,), **PLAIN_AUTOENCODER}
 HEAD_DIM, GRID = 64, (16, 16)  # of all published generators; not visible in any shape
 
 
@@ -73,8 +77,8 @@ class Part(NamedTuple):
 class Published(NamedTuple):
     """Content of a published file.
 
-    keys: number of keys of the state dict. parts: models by kind. left_out: skipped keys by reason. described:
-    configurations by kind, in files written by this project.
+    path: of the file, or of Emu3.5's folder. keys: number of keys of the state dict. parts: models by kind. left_out:
+    skipped keys by reason. described: configurations by kind, in files written by this project and in Emu3.5's folder.
     """
 
     path: Path
@@ -87,12 +91,17 @@ class Published(NamedTuple):
 
 
 def is_published(source: Path) -> bool:
-    """Whether the path is a file for `read_published`."""
-    return source.suffix in SUFFIXES and not source.is_dir()
+    """Whether the path is a file or folder for `read_published`."""
+    return is_emu_folder(source) if source.is_dir() else source.suffix in SUFFIXES
+
+
+def weights_file(source: Path) -> Path:
+    """The file that holds the weights of a published checkpoint: in Emu3.5's folder, or the source itself."""
+    return source / CHECKPOINT if source.is_dir() else source
 
 
 def read_published(path: Path, kind: str, weights: str) -> Weights:
-    """Reads one model of a published file, memory-mapped.
+    """Reads one model of a published file or folder, memory-mapped.
 
     kind: ``tokenizer`` or ``generator``. weights: ``raw``, or ``ema``: the EMA weights if the file holds any, otherwise
     its only weights. Raises ModelError.
@@ -118,7 +127,7 @@ def read_published(path: Path, kind: str, weights: str) -> Weights:
         tensors,
         part.discriminator or None,
         f"{path} ({found} weights)",
-        f"a published {kind}",
+        str(path / CONFIG) if path.is_dir() else f"a published {kind}",
         found,
         part.discriminator_ema or None,
         published.average,
@@ -129,8 +138,12 @@ def read_published(path: Path, kind: str, weights: str) -> Weights:
 
 def open_published(path: Path) -> Published:
     """Assigns every key without reading values. Raises ModelError for a damaged file and for unknown keys."""
-    checkpoint = _load(path)
-    state = _without_wrappers(path, checkpoint["state_dict"])
+    file, folder = weights_file(path), path if path.is_dir() else None
+    if not folder and path.name in (CHECKPOINT, MODEL) and is_emu_folder(path.parent):
+        raise ModelError(f"{path} is a part of Emu3.5's tokenizer: give its folder {path.parent}, with the {CONFIG}")
+    checkpoint = _load(file)
+    state = _without_wrappers(file, checkpoint["state_dict"])
+    described = _emu_described(folder, state) if folder else checkpoint.get(OUR_ENTRY)
     others = [str(entry) for entry in checkpoint if entry not in ("state_dict", OUR_ENTRY)]
     left_out = {OTHER_ENTRIES: others} if others else {}
     first_stage = FIRST_STAGE if any(key.startswith(FIRST_STAGE) for key in state) else ""
@@ -165,9 +178,25 @@ def open_published(path: Path) -> Published:
             "state_dict if it is not part of the model"
         )
     average = Average(**averaging) if "decay" in averaging else None
-    step, described = checkpoint.get("global_step"), checkpoint.get(OUR_ENTRY)
+    step = checkpoint.get("global_step")
     step, described = step if type(step) is int else None, described if isinstance(described, dict) else {}
     return Published(path, len(state), parts, left_out, average, step, described)
+
+
+def _emu_described(folder: Path, state: dict[str, Tensor]) -> dict[str, dict]:
+    """The configuration of Emu3.5's folder, by kind. Raises ModelError, also for a key that its tokenizer cannot have:
+    the published code loads strictly, and has no averages and no discriminator."""
+    config, notes = read_emu_config(folder)
+    strange = [key for key in state if (_place(key, "") or ())[:2] != ("tokenizer", "model")]
+    if strange:
+        more = f" (and {len(strange) - 1} more such)" if len(strange) > 1 else ""
+        raise ModelError(
+            f"{folder / CHECKPOINT} holds {strange[0]}{more}, which Emu3.5's tokenizer does not have: remove it from "
+            "the state_dict"
+        )
+    for note in notes:
+        _say_once(f"{folder / CONFIG}: {note}")
+    return {"tokenizer": config}
 
 
 def _load(path: Path) -> dict:
@@ -408,6 +437,14 @@ def published_state(kind: str, raw: Weights, ema: Weights | None = None) -> dict
     return state
 
 
+def emu_state(found: Weights) -> dict[str, Tensor]:
+    """State dict of Emu3.5's folder: one set of a tokenizer's weights. Raises ModelError for a model that the published
+    code cannot build."""
+    if wrong := unsupported(found.config, EMU_ONLY):
+        raise ModelError(f"{found.origin}: Emu3.5's layout does not support {wrong}: export to safetensors instead")
+    return dict(found.tensors)
+
+
 def is_publishable(discriminator: dict[str, Tensor]) -> bool:
     """Whether the published code can build this discriminator, which must have BatchNorm."""
     return any(name.endswith(STATISTICS) for name in discriminator)
@@ -420,11 +457,4 @@ def _unsupported(kind: str, config: dict) -> str | None:
         if rows != columns:
             return f"model.grid=[{rows},{columns}], which is not square"
         return None if embedding == "learned" else f"model.embedding={embedding}"
-    only = {"quantizer": ("ibq", "vq"), "normalize": (False,), "patch_size": (1,), "local": (False,)}
-    for key, published in only.items():
-        if (value := config.get(key, published[0])) not in published:
-            return f"model.{key}={str(value).lower()}"
-    for multiplier in (1, *config["channel_multipliers"]):
-        if (width := config["channels"] * multiplier) % 32:
-            return f"{width} channels, not a multiple of the 32 groups of its norms"
-    return None
+    return unsupported(config, {"quantizer": ("ibq", "vq"), "normalize": (False,), **PLAIN_AUTOENCODER})

@@ -16,7 +16,6 @@ from data.transforms import RESIZES
 from model_zoo.config import TokenizerConfig
 from model_zoo.io.hashing import fingerprint_of
 from model_zoo.io.load import build_model, find_checkpoint, is_standalone, load_tokenizer, read_weights
-from model_zoo.io.published_ckpt import is_published
 from model_zoo.io.run_layout import checkpoint_step, run_folder
 from model_zoo.tokenizer import Tokenizer
 from trainer import TrainerError
@@ -256,7 +255,7 @@ def _compare(
 def _default_report(source: Path, checkpoint: Path) -> Path:
     """report.json in a run folder; for one checkpoint, or a source that is no run, a file in the working directory."""
     if is_standalone(checkpoint):
-        name = source.stem if is_published(source) else source.name
+        name = source.stem if source.is_file() else source.name
         return Path(fitted("", name, "_reconstruction.json"))
     run = run_folder(checkpoint)
     return run / RUN_REPORT if source == run else Path(fitted("", run.name, f"_{checkpoint.name}_reconstruction.json"))

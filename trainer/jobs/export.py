@@ -1,4 +1,4 @@
-"""`ibq checkpoint`: exports models of runs, published checkpoints and exports, as folders of safetensors or in the
+"""`ibq checkpoint`: exports models of runs, published checkpoints and exports, as folders of safetensors or in a
 published layout, and describes what such a source holds."""
 
 import glob
@@ -19,7 +19,9 @@ from data.unfinished import complete_file, remove_dead
 from model_zoo.conditions import NONE, describe_classes
 from model_zoo.config import TokenizerConfig, TransformerConfig
 from model_zoo.errors import ModelError
+from model_zoo.io.emu_folder import CHECKPOINT, write_emu_config
 from model_zoo.io.export_format import (
+    CONFIG,
     DISCRIMINATOR,
     DISCRIMINATOR_EMA,
     MODEL,
@@ -36,10 +38,12 @@ from model_zoo.io.published_ckpt import (
     FIRST_STAGE,
     OTHER_ENTRIES,
     OUR_ENTRY,
+    emu_state,
     is_publishable,
     is_published,
     open_published,
     published_state,
+    weights_file,
 )
 from model_zoo.io.run_layout import run_folder
 from model_zoo.io.weights import TRAINED_CLASSES, Weights
@@ -123,11 +127,14 @@ class SourceInfo(NamedTuple):
 def import_published(source: str | Path, out: str | Path, weights: str = "all") -> Exported:
     """Exports a published checkpoint; a tokenizer in a generator's file goes to ``out/tokenizer``.
 
-    source: a ``.ckpt`` or a name on the model hub. weights: of CHOICES. Raises TrainerError or ModelError.
+    source: a ``.ckpt``, the folder of Emu3.5's tokenizer or a name on the model hub. weights: of CHOICES. Raises
+    TrainerError or ModelError.
     """
     checkpoint = find_checkpoint(Path(source))
     if not is_published(checkpoint):
-        raise TrainerError(f"{source} is not a published .ckpt: use `ibq checkpoint export` for runs")
+        raise TrainerError(
+            f"{source} is neither a published .ckpt nor Emu3.5's folder: use `ibq checkpoint export` for runs"
+        )
     exported = export(source, out, weights)
     published = open_published(checkpoint)
     read = {
@@ -222,6 +229,36 @@ def _export_published(models: list[SourceModel], notes: list[str], out: Path) ->
     return Exported(out, [*summary, keys, *notes])
 
 
+def export_emu(source: str | Path, out: str | Path, weights: str = "all") -> Exported:
+    """Exports a tokenizer as a folder for Emu3.5's published code.
+
+    out: a new or empty folder. weights: of CHOICES; the folder has room for one set, and ``all`` writes the EMA if
+    there is one. Raises TrainerError or ModelError.
+    """
+    return read_newest(Path(source), lambda checkpoint: _export_emu(checkpoint, Path(out), weights))
+
+
+def _export_emu(checkpoint: Path, out: Path, weights: str) -> Exported:
+    (model, *_), notes = _models(checkpoint, weights)
+    if model.kind != "tokenizer":
+        raise TrainerError(f"{checkpoint} holds a {model.kind}, but Emu3.5's layout is a tokenizer's: choose another")
+    found = read_weights(model.checkpoint, model.kind, model.weights[0])
+    built = _build(found, model.kind)
+    found = found._replace(config=asdict(built.config))
+    entries = {"state_dict": emu_state(found)} | ({} if found.step is None else {"global_step": found.step})
+    with _writing(out, RuntimeError), new_folder(out) as folder:  # torch.save raises RuntimeError for an OSError
+        torch.save(entries, folder / CHECKPOINT)
+        write_emu_config(folder / CONFIG, found.config)
+    if len(model.weights) > 1:
+        notes.append("without its raw weights: the layout has one set")
+    if found.discriminator:
+        notes.append("without its discriminator: the layout has none")
+    if built.config.normalize:
+        notes.append("with l2_normalize: true, which the published loader does not pass to its quantizer: do so there")
+    summary = f"{model.kind}: {describe_model(built)}; weights: {model.weights[0]}; keys: {len(found.tensors):,}"
+    return Exported(out, [summary, *notes])
+
+
 def info(source: str | Path) -> SourceInfo:
     """Describes a source after comparing its hashes. Raises TrainerError or ModelError, also for damage."""
     return read_newest(Path(source), lambda checkpoint: _info(source, checkpoint))
@@ -257,7 +294,7 @@ def _info(source: str | Path, checkpoint: Path) -> SourceInfo:
         )
     if not models:
         raise TrainerError(f"{checkpoint} holds neither a tokenizer nor a generator")
-    sha256 = sha256_of(checkpoint) if layout == "published" else None  # once it is known to be complete
+    sha256 = sha256_of(weights_file(checkpoint)) if layout == "published" else None  # once it is known to be complete
     return SourceInfo(str(source), str(checkpoint), layout, models, verified, sha256, made_of)
 
 

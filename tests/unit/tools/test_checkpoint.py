@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from emu_layout import SMALL, changed, state_of, write_emu
 from model_checks import tokenizer_of
 
 from model_zoo import load_tokenizer
@@ -52,6 +53,32 @@ def test_mistakes_are_one_line(published, tmp_path, refused_by_ibq, arguments, m
     filled = [argument.format(published=published, folder=tmp_path) for argument in arguments]
     assert message in refused_by_ibq("checkpoint", *filled)
     assert [path.name for path in tmp_path.iterdir()] == ["tiny.ckpt"]
+
+
+def test_emus_folder_in_and_out(tmp_path, ibq):
+    folder = write_emu(tmp_path / "emu")
+    out = ibq("checkpoint", "import", folder, "--out", tmp_path / "in").succeeded().out
+    assert f"keys: {len(state_of(SMALL))}: tokenizer {len(state_of(SMALL))}" in out
+    out = ibq("checkpoint", "export", tmp_path / "in", "--layout", "emu", "--out", tmp_path / "back").succeeded().out
+    assert f"written: {tmp_path / 'back'}" in out
+    found = json.loads(ibq("checkpoint", "info", tmp_path / "back", "--json").succeeded().out)
+    assert found["models"][0]["fingerprint"] == load_tokenizer(folder).fingerprint()
+    assert found["models"][0]["parameters"] == sum(tensor.numel() for tensor in state_of(SMALL).values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"cosine_similarity": True}, "cosine_similarity=true is not supported, only false"),
+        ({"n_embed": 32}, "holds quantize.embedding.weight of shape [64, 8], expected [32, 8]"),
+    ],
+)
+@pytest.mark.parametrize("command", ["import", "export", "info"])
+def test_mistakes_in_emus_folder_are_one_line(tmp_path, refused_by_ibq, command, changes, message):
+    folder = write_emu(tmp_path / "emu", changed(SMALL, **changes), state_of(SMALL))
+    out = [] if command == "info" else ["--out", tmp_path / "new"]
+    assert message in refused_by_ibq("checkpoint", command, folder, *out)
+    assert [path.name for path in tmp_path.iterdir()] == ["emu"]
 
 
 @pytest.mark.parametrize("command", ["import", "export", "info"])

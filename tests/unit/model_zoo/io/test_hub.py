@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from emu_layout import SMALL, changed, write_emu
 from model_checks import refused, tokenizer_of
 
 from model_zoo import ModelError, load_tokenizer
@@ -60,6 +61,17 @@ def hub(tmp_path, monkeypatch):
 def test_a_name_gives_the_checkpoint_of_that_revision(hub, name, seed):
     assert load_tokenizer(name).fingerprint() == tiny(seed).fingerprint()
     assert hub.fetched == [["model.ckpt"]]
+
+
+def test_a_name_of_emus_tokenizer_gives_its_weights_and_its_configuration(hub, tmp_path):
+    folder = write_emu(tmp_path / "emu", changed(SMALL, l2_normalize=True))
+    for other in ("model.safetensors", "config.json", "modeling.py"):
+        (folder / other).touch()
+    hub.repositories["owner/emu", None] = folder
+    tokenizer = load_tokenizer("owner/emu")
+    assert tokenizer.config.normalize and hub.fetched == [["model.ckpt", "config.yaml"]]
+    hub.network = False
+    assert load_tokenizer("owner/emu").fingerprint() == tokenizer.fingerprint()
 
 
 def test_without_a_network_the_cache_serves(hub):

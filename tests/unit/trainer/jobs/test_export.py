@@ -337,7 +337,9 @@ def test_weights_that_are_not_there_are_refused(generator_run, tmp_path):
     assert "holds no ema weights of a generator" in refusal(ModelError, export, generator_run, tmp_path / "out", "ema")
     with pytest.raises(TrainerError, match="--weights best is unknown: choose one of all, ema, raw"):
         export(generator_run, tmp_path / "out", "best")
-    with pytest.raises(TrainerError, match=r"is not a published \.ckpt: use `ibq checkpoint export` for runs"):
+    with pytest.raises(
+        TrainerError, match=r"is neither a published \.ckpt nor Emu3.5's folder: use `ibq checkpoint export`"
+    ):
         import_published(generator_run, tmp_path / "out")
 
 
