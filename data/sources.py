@@ -2,7 +2,6 @@
 
 import functools
 import hashlib
-import json
 import math
 import os
 from collections.abc import Callable, Mapping
@@ -23,9 +22,9 @@ from data.folder_reader import FileShard, file_shard, is_files
 from data.grouping import KNOWN_SUFFIXES
 from data.index import INDEX_NAME, Index, common_root, without_query
 from data.parallel import in_threads
-from data.samples import CODES, NO_CLASS, Sample, Shard, Skipped
+from data.samples import CODES, NO_CLASS, Sample, Shard, Skipped, fields_of, text_of
 from data.shards import check_available, check_different, expand
-from data.storage import DEFAULT_TIMEOUTS, Timeouts
+from data.storage import DEFAULT_TIMEOUTS, PROBING_THREADS, Timeouts, version
 from data.tar_reader import PIPE, TarShard
 
 SMALLEST_SHARE = 1e-12  # of the weights
@@ -55,11 +54,19 @@ TOKENS = Layout(image=(CODES,))  # written by `ibq tokenize`
 
 
 class Picked(NamedTuple):
-    """The parts of a raw sample that are used. content: the image, or its tokens; label: the class, or None."""
+    """The parts of a raw sample that are used. content: the image, or its tokens; label: the class, or None. unread:
+    why its caption cannot be read, which is then None."""
 
     content: bytes
     caption: str | None
     label: int | None
+    unread: ImageError | None = None
+
+    def whole(self) -> "Picked":
+        """The same, for those who use the caption. Raises ImageError if it cannot be read."""
+        if self.unread is not None:
+            raise self.unread
+        return self
 
 
 @functools.cache
@@ -177,6 +184,15 @@ class Source:
         identity = {"shards": len(names), "names": digest(names), "samples": self.samples, "counts": counts}
         return {**identity, "contents": contents}
 
+    def state(self) -> str:
+        """A hash that changes with the content of its files or tars; the output of commands is not looked at. Raises
+        DataError."""
+        if isinstance(self.shards[0], FileShard):
+            return digest(self.shards[0].states())
+        tars = [shard for shard in self.shards if not shard.url.startswith(PIPE)]
+        versions = in_threads(lambda tar: version(tar.url, tar.access.timeouts), tars, PROBING_THREADS)
+        return digest(list(versions))
+
     def pick(self, sample: Sample) -> Picked:
         """Raises ImageError if the image is missing or a member is damaged, Filtered if a filter rejects the sample."""
         self._filter(sample)
@@ -199,21 +215,25 @@ class Source:
 
 
 def pick(sample: Sample, layout: Layout) -> Picked:
-    """The parts of a sample that are used. Raises ImageError if the image is missing or a member is damaged."""
-    members, caption = sample.members, None
+    """The parts of a sample that are used. Raises ImageError if the image is missing or a member is damaged, except the
+    caption, without which pictures can be trained on and evaluated: see `Picked.whole`."""
+    members, text, caption, unread = sample.members, None, None, None
     if layout.caption_field and "json" in members:
-        caption = metadata_of(sample).get(layout.caption_field)
-        caption = caption[0] if isinstance(caption, list) and caption else caption
-        caption = caption if isinstance(caption, str) else None
-    if caption is None and layout.caption in members:
-        caption = members[layout.caption].decode("utf-8", "replace")
-    return Picked(sample.image(layout.image), caption, label_of(members, layout))
+        field = metadata_of(sample).get(layout.caption_field)
+        field = field[0] if isinstance(field, list) and field else field
+        text = field.encode("utf-8", "surrogatepass") if isinstance(field, str) else None
+    text = members.get(layout.caption) if text is None else text
+    try:
+        caption = None if text is None else text_of(text)
+    except ImageError as error:
+        unread = error
+    return Picked(sample.image(layout.image), caption, label_of(members, layout), unread)
 
 
 def label_of(members: dict[str, bytes], layout: Layout) -> int | None:
     """A sample's class; None if there is none, or if it is empty or -1, as data sets mark pictures without a class.
     Raises ImageError if it is not a number."""
-    text = members.get(layout.label, b"").decode("utf-8", "replace").strip()
+    text = text_of(members.get(layout.label, b""), errors="replace").strip()
     if text in NO_CLASS:
         return None
     if not text.isdecimal() or len(text) > 18:
@@ -223,13 +243,7 @@ def label_of(members: dict[str, bytes], layout: Layout) -> int | None:
 
 def metadata_of(sample: Sample) -> dict:
     """The member `json`, or an empty dict. Raises ImageError if it is damaged."""
-    try:
-        metadata = json.loads(sample.members.get("json", b"{}"))
-    except (ValueError, RecursionError) as error:
-        raise ImageError(f"its json is damaged: {error}", "bad json") from error
-    if not isinstance(metadata, dict):
-        raise ImageError("its json is no mapping", "bad json")
-    return metadata
+    return fields_of(sample.members.get("json", b"{}"))
 
 
 # ---------------------------------------------------------------------------------------------------------- opening

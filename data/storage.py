@@ -22,7 +22,7 @@ from data.text import printable
 logger = logging.getLogger(__name__)
 
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 15.0  # between tries
-PROBING_THREADS = 16
+PROBING_THREADS = 16  # that ask servers about many objects
 
 T = TypeVar("T")
 
@@ -47,6 +47,17 @@ def size(url: str, timeouts: Timeouts = DEFAULT_TIMEOUTS) -> int:
         with _local_errors(url):
             return os.path.getsize(url)
     return probe(url, timeouts).object_bytes
+
+
+def version(url: str, timeouts: Timeouts = DEFAULT_TIMEOUTS) -> tuple:
+    """What changes with the content: the size, and the whole second of the last change of a local file, which a copy
+    with times keeps, or an object's ETag or else Last-Modified, if its server sends them. Raises DataError."""
+    if is_remote(url):
+        answer = probe(url, timeouts)
+        return answer.object_bytes, answer.tag
+    with _local_errors(url):
+        status = os.stat(url)
+    return status.st_size, int(status.st_mtime)
 
 
 def read(url: str, start: int, stop: int, timeouts: Timeouts = DEFAULT_TIMEOUTS) -> bytes:

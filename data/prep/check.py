@@ -235,11 +235,11 @@ def _check_files(path: str, decode_images: bool, layout: Layout) -> Checked:
 
 
 def _check_sample(sample: Sample, decode_images: bool, layout: Layout) -> None:
-    """Raises ImageError, as training does, for a sample that it would skip; pixels are looked at on request."""
+    """Raises ImageError, as `ibq tokenize` does, for a sample that it would skip; pixels are looked at on request."""
     if CODES in sample.members:
-        unpack_codes(pick(sample, TOKENS).content)
+        unpack_codes(pick(sample, TOKENS).whole().content)
         return
-    picked = pick(sample, layout)
+    picked = pick(sample, layout).whole()
     if decode_images:
         decode(picked.content)
 

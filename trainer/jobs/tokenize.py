@@ -29,7 +29,14 @@ from model_zoo.tokenizer import Tokenizer
 from trainer import TrainerError
 from trainer.files import unfinished, writing
 from trainer.jobs.setup import data_config, job_world, load_newest, one_writer, threads_per_process
-from trainer.jobs.token_folder import begin_folder, check_is_folder, finish_folder, shard_path, write_skipped
+from trainer.jobs.token_folder import (
+    begin_folder,
+    check_is_folder,
+    check_unchanged,
+    finish_folder,
+    shard_path,
+    write_skipped,
+)
 from trainer.parallel import World, gather_objects, run_on_all_ranks, run_on_main
 from trainer.precision import full_precision
 
@@ -93,11 +100,11 @@ def tokenize(
         job = _Job(world, inputs, Path(out), settings, _units(inputs.source, samples_per_shard), batch_size)
         run_on_main(world, lambda: check_is_folder(job.out))
         with one_writer(world, folder_lock(job.out), job.out):
-            missing = run_on_main(
-                world,
-                lambda: begin_folder(job.out, settings, _state(inputs.source), len(job.units), inputs.classes),
-            )
+            state = run_on_main(world, inputs.source.state)
+            missing = run_on_main(world, lambda: begin_folder(job.out, settings, state, len(job.units), inputs.classes))
             made = _tokenize_units(job, missing, workers, on_progress)
+            if missing:
+                run_on_main(world, lambda: check_unchanged(job.out, state, inputs.source.state()))
             finished = run_on_main(world, lambda: finish_folder(job.out, str(images)))
         if not world.is_main:
             return None
@@ -194,12 +201,6 @@ def _order_files(shard: Shard) -> dict[str, str]:
     paths = {PurePosixPath(shard.key(path)): path for path in shard.images}
     shard.images = [paths[name] for name in mixed(list(paths))]
     return {shard.key(paths[name]): key for name, key in unique_keys(list(paths)).items()}
-
-
-def _state(source: Source) -> str | None:
-    """A hash that changes with the content of a folder or a zip file; None for tars."""
-    shard = source.shards[0]
-    return None if isinstance(shard, TarShard) else digest(shard.states())
 
 
 def _units(source: Source, samples_per_shard: int) -> list[_Unit]:
@@ -345,13 +346,13 @@ def _prepare(inputs: _Inputs, name: str, window: Window, n: int) -> _Prepared | 
     try:
         sample = window.read(n)
         key = sample.key
-        picked = inputs.source.pick(sample)
+        picked = inputs.source.pick(sample).whole()
         views_vchw = inputs.views_of(picked.content)
     except ImageError as error:
         return Skipped(name, error.key or key, str(error), inputs.source.name)
     members = {} if picked.label is None else {"cls": str(picked.label).encode()}
     if picked.caption is not None:
-        members["txt"] = picked.caption.encode("utf-8", "replace")
+        members["txt"] = picked.caption.encode()
     return _Prepared(inputs.keys.get(key, key), views_vchw, members)
 
 
