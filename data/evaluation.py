@@ -13,7 +13,7 @@ from data.errors import DataError, ImageError
 from data.folder_reader import FileShard, FolderFiles, class_numbers, file_shard, find_images
 from data.parallel import in_threads
 from data.samples import Sample, Shard, Skipped, is_image
-from data.sources import TOKENS, label_of, open_source
+from data.sources import TOKENS, content_of, digest, label_of, open_source
 from data.tokens import TokenSpec, check_tokens, first_header, unpack_codes
 from data.transforms import decode, pixels_chw, resize_and_center_crop, resize_named
 
@@ -68,6 +68,12 @@ class _OrderedSamples:
 
     def __len__(self):
         return len(self.entries)
+
+    def identity(self) -> str:
+        """The number of samples of the whole set, and a hash of their keys and, in tars, of their places."""
+        contents = [(shard.name.rsplit("/", 1)[-1], content_of(shard)) for shard in self.shards]
+        count = sum(map(len, self.shards))
+        return f"{count:,} {'sample' if count == 1 else 'samples'} ({digest(contents)})"
 
     def __iter__(self) -> Iterator:
         self.skipped = list(self.unread)

@@ -316,13 +316,16 @@ class FileShard:
     def key(self, path: PurePath) -> str:
         return self.files.prefix + path.as_posix()
 
-    def states(self) -> list[tuple]:
-        """The images and the files beside them, sorted: the path of each, and what changes with its content."""
+    def own_files(self) -> list[PurePath]:
+        """The images and the files beside them, sorted."""
         stems = {image.with_suffix("") for image in self.images}
         suffixes = (*IMAGE_SUFFIXES, *BESIDE)
         own = [path for path in self.files.paths() if path.with_suffix("") in stems]
-        own = sorted((path for path in own if path.suffix[1:].lower() in suffixes), key=PurePath.as_posix)
-        return [(path.as_posix(), *self.files.state(path)) for path in own]
+        return sorted((path for path in own if path.suffix[1:].lower() in suffixes), key=PurePath.as_posix)
+
+    def states(self) -> list[tuple]:
+        """Of `own_files`: the path of each, and what changes with its content."""
+        return [(path.as_posix(), *self.files.state(path)) for path in self.own_files()]
 
     def skipped_unread(self, dataset: str = "") -> list[Skipped]:
         """The account of `unread`, as of samples that cannot be used."""

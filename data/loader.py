@@ -19,7 +19,17 @@ from data.folder_reader import file_shard, is_files
 from data.reader import LaneReader, ReadSamples, SampleInfo
 from data.sampler import LaneAssignment, default_lanes, divides
 from data.samples import Skipped, WindowLimit
-from data.sources import Source, check_weights, classes_of, describe, is_among, layout_of, open_shards, open_source
+from data.sources import (
+    Source,
+    check_weights,
+    classes_of,
+    describe,
+    digest,
+    is_among,
+    layout_of,
+    open_shards,
+    open_source,
+)
 from data.storage import Timeouts
 from data.stream_state import Totals, add_totals, restore, stream_identity
 from data.text import printable
@@ -160,6 +170,10 @@ class TrainStream:
         if isinstance(self.reads, WorkerLoader):
             self.reads.close()
 
+    def seen(self) -> str:
+        """What the sources hold, in a line, and a hash of all that every rank must have alike."""
+        return f"{'; '.join(map(describe, self.sources))} ({digest([self.identity])})"
+
     def describe(self, steps: int) -> str:
         """Lines that say what that many steps will read."""
         images = steps * self.assignment.global_batch_size
@@ -243,10 +257,11 @@ def check(
     progress: Callable[[int, int], None] = lambda done, total: None,
     *,
     tokens: TokenSpec | None = None,
-) -> None:
-    """Raises DataError for settings or shards that training could not start with. train: whether the shards to train
-    on are looked at, too. progress: called with (tars scanned, tars in all). tokens: what is expected of token shards,
-    with data.content=tokens; the first sample of each source is compared with it."""
+) -> str | None:
+    """Raises DataError for settings or shards that training could not start with; returns what `data.val` holds, as
+    `EvaluationImages.identity` says it, or None without it. train: whether the shards to train on are looked at, too.
+    progress: called with (tars scanned, tars in all). tokens: what is expected of token shards, with
+    data.content=tokens; the first sample of each source is compared with it."""
     check_numbers(config)
     transform_of(config, tokens)
     if train:
@@ -255,12 +270,12 @@ def check(
             shards = [shard for n, shard in enumerate(source.shards) if n not in source.quarantined]
             check_tokens(first_header(shards, f"source {source.name}"), tokens, f"source {source.name}")
     if config.val is None:
-        return
+        return None
     if config.content == "tokens":
-        evaluation_tokens(config.val, tokens, access=access_of(config))
-    else:
-        side = config.val_image_size or config.image_size
-        evaluation_images(config.val, image_size=side, resize=config.resize, **validation_options(config))
+        return evaluation_tokens(config.val, tokens, access=access_of(config)).identity()
+    side = config.val_image_size or config.image_size
+    options = validation_options(config)
+    return evaluation_images(config.val, image_size=side, resize=config.resize, **options).identity()
 
 
 def class_numbers(config: DataConfig, saved: str | None = None) -> dict[str, int] | None:

@@ -178,7 +178,7 @@ class Source:
         """What must be unchanged for a position in the source to mean the same sample."""
         names = [shard.name.rsplit("/", 1)[-1] for shard in self.shards]
         counts = self.counts if self.counts is None or len(names) <= MOST_SCANNED else digest(self.counts)
-        contents: list | str | None = list(map(_content, self.shards))
+        contents: list | str | None = list(map(content_of, self.shards))
         if len(names) > MOST_SCANNED:
             contents = None if None in contents else digest(contents)
         identity = {"shards": len(names), "names": digest(names), "samples": self.samples, "counts": counts}
@@ -307,7 +307,7 @@ def _check_remote(shards: list[TarShard]) -> None:
         check_available(fetched, remote[0].access.timeouts)
 
 
-def _content(shard: Shard) -> str | None:
+def content_of(shard: Shard) -> str | None:
     """A hash of what is known of a shard's samples: their keys, and in a tar their places; None if nothing is known."""
     if not isinstance(shard, TarShard):
         return digest([str(path) for path in getattr(shard, "images", None) or shard.names])

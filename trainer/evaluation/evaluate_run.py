@@ -50,7 +50,7 @@ from trainer.jobs.setup import (
     read_record,
 )
 from trainer.metrics.image import SSIM_WINDOW, psnr, to_levels
-from trainer.parallel import World, run_on_main
+from trainer.parallel import World, check_same_on_all_ranks, run_on_main
 from trainer.reports.image_grid import EXAMPLE_COUNT, ORDERS, Example, pair, side_by_side
 
 RUN_REPORT = "report.json"
@@ -157,6 +157,7 @@ def evaluate_run(
             return _load(checkpoint, weights, opened, measures or "auto", world)
 
         inputs = load_newest(world, source, prepare)
+        check_same_on_all_ranks(f"--images {inputs.source.path}", inputs.source.images.identity())
         timer = StageTimer(world.device)
         report = evaluate_reconstruction(
             inputs.tokenizer.to(world.device),

@@ -20,7 +20,7 @@ from data.errors import ImageError
 from data.locks import folder_lock
 from data.prep.pack import mixed, unique_keys
 from data.samples import CODES, Shard, Skipped, Window, WindowLimit, is_image
-from data.sources import Source, catalogue, classes_of, digest, open_source
+from data.sources import Source, catalogue, classes_of, describe, digest, open_source
 from data.tar_reader import TarShard
 from data.tokens import pack_codes
 from data.transforms import decode, pixels_chw, resize_and_center_crop, resize_named
@@ -37,7 +37,7 @@ from trainer.jobs.token_folder import (
     shard_path,
     write_skipped,
 )
-from trainer.parallel import World, gather_objects, run_on_all_ranks, run_on_main
+from trainer.parallel import World, check_same_on_all_ranks, gather_objects, run_on_all_ranks, run_on_main
 from trainer.precision import full_precision
 
 VIEWS = {"original": 1, "flip": 2, "ten-crop": 10}  # kind -> views per image
@@ -96,6 +96,8 @@ def tokenize(
         inputs = load_newest(
             world, run, lambda found: _open(found, images, views, image_size, weights, source, classes)
         )
+        check_same_on_all_ranks(f"the tokenizer of {run}", inputs.settings["tokenizer"])
+        check_same_on_all_ranks(f"--images {images}", run_on_all_ranks(lambda: _seen(inputs)))
         settings = {**inputs.settings, "samples_per_shard": samples_per_shard}
         job = _Job(world, inputs, Path(out), settings, _units(inputs.source, samples_per_shard), batch_size)
         run_on_main(world, lambda: check_is_folder(job.out))
@@ -201,6 +203,14 @@ def _order_files(shard: Shard) -> dict[str, str]:
     paths = {PurePosixPath(shard.key(path)): path for path in shard.images}
     shard.images = [paths[name] for name in mixed(list(paths))]
     return {shard.key(paths[name]): key for name, key in unique_keys(list(paths)).items()}
+
+
+def _seen(inputs: _Inputs) -> str:
+    """What this rank finds, in a line, with a hash. A rank whose copy of a folder lacks captions or classes would write
+    samples without them."""
+    shard = inputs.source.shards[0]
+    files = [] if isinstance(shard, TarShard) else [path.as_posix() for path in shard.own_files()]
+    return f"{describe(inputs.source)} ({digest([inputs.settings, inputs.classes, files])})"
 
 
 def _units(source: Source, samples_per_shard: int) -> list[_Unit]:
