@@ -14,11 +14,12 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
+from model_zoo.io.hashing import sha256_of
 from model_zoo.io.manifest import MANIFEST, STATE, entry_of, read_manifest, wrong_file
 from model_zoo.io.run_layout import checkpoint_step, run_folder
 from model_zoo.io.sharded_tensors import TensorShard, save_shards
 from trainer import TrainerError
-from trainer.parallel import World, gather_objects, max_over_ranks, run_on_main
+from trainer.parallel import World, check_same_on_all_ranks, gather_objects, max_over_ranks, run_on_main
 
 
 class CheckpointError(TrainerError):
@@ -210,11 +211,15 @@ def _candidates(run: Path) -> list[Path]:
 
 
 def damage(folder: Path, world: World) -> str | None:
-    """What is wrong with a checkpoint, or None. Compares every file's hash with the manifest; ranks share the files."""
+    """What is wrong with a checkpoint, or None. Compares every file's hash with the manifest; ranks share the files.
+    Raises TrainerError where nodes have different checkpoints at this path: no rank alone could tell."""
     try:
         files = run_on_main(world, lambda: read_manifest(folder))
     except TrainerError as error:
         return str(error)
+    manifest = folder / MANIFEST
+    found = f"manifest {sha256_of(manifest)[:16]}" if manifest.is_file() else "no manifest"
+    check_same_on_all_ranks(f"the checkpoint {folder}", found)
     mine = [wrong_file(folder / name, entry) for name, entry in sorted(files.items())[world.rank :: world.size]]
     found = [wrong for of_rank in gather_objects([w for w in mine if w]) for wrong in of_rank]
     return found[0] if found else None

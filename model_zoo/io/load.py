@@ -44,6 +44,11 @@ def load_generator(source: str | Path, weights: str = "ema") -> Transformer:
     export, or a name on the Hugging Face hub.
     Raises ModelError if the source, its checkpoint, or the requested weights do not exist.
     """
+    return build_generator(read_weights(source, "generator", weights))
+
+
+def build_generator(found: Weights) -> Transformer:
+    """A generator of weights that were read, in eval mode on the CPU, in fp32. Raises ModelError."""
 
     def build(config: TransformerConfig) -> Transformer:
         with torch.device("meta"):  # large models take long to initialise, and every weight is replaced
@@ -51,7 +56,6 @@ def load_generator(source: str | Path, weights: str = "ema") -> Transformer:
         transformer.rope_tp2 = rope_table(*config.grid, config.head_dim)  # not stored in checkpoints
         return transformer
 
-    found = read_weights(source, "generator", weights)
     return build_model(found, "generator", TransformerConfig, build, assign=True).float()
 
 

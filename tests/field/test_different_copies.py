@@ -10,7 +10,7 @@ import torch
 from model_checks import tokenizer_of
 from ranks import settings
 from samples import index_of, picture, write_tars
-from support import write_tokenizer_run
+from support import generator_of, write_generator_run, write_tokenizer_run
 
 from tools import cli
 from trainer import TrainerError
@@ -103,6 +103,48 @@ def test_training_on_other_tars(ranks, tmp_path):
         index_of(write_tars(tmp_path / f"node{node}" / "tars", counts), tmp_path / f"node{node}" / "tars.index")
     said = refused(ranks, tmp_path, "train", "debug", f"run={tmp_path}/run", *settings(), "data.train=tars")
     assert "the training data is not the same" in said and said.count("2 shards, 8 samples (") == 2
+
+
+def stale_runs(place: Path, write) -> Path:
+    """node0/run and node1/run, of the same step with other weights."""
+    for node in range(2):
+        write(place / f"node{node}" / "run", node)
+    return place
+
+
+def test_tokenizers_of_stale_copies_of_a_run(ranks, tmp_path):
+    images = write_tars(tmp_path / "tars", [4])
+    stale_runs(tmp_path, lambda run, seed: write_tokenizer_run(run, tokenizer_of(seed)))
+    report = "--report", tmp_path / "report.json", "--size", "16", "--device", "cpu"
+    for command in (
+        ("tokenize", "run", "--images", images, "--out", tmp_path / "out", *TOKENIZE),
+        ("evaluate", "reconstruction", "run", "--images", images, *report),
+    ):
+        said = refused(ranks, tmp_path, *command)
+        assert "the tokenizer is not the same for all processes: fingerprint " in said and said.endswith(FIX)
+    assert not (tmp_path / "out").exists() and not (tmp_path / "report.json").exists()
+
+
+def test_generators_of_stale_copies_of_a_run(ranks, run, tmp_path):
+    stale_runs(tmp_path, lambda place, seed: write_generator_run(place, generator_of(seed), run))
+    said = refused(ranks, tmp_path, "sample", "run", "--count", "4", "--out", tmp_path / "out", "--device", "cpu")
+    assert "the generator is not the same for all processes: fingerprint " in said and said.endswith(FIX)
+    assert not (tmp_path / "out").exists()
+
+
+def test_training_from_stale_copies_of_a_run(ranks, tmp_path):
+    data = {"data.train": "bundled:val", "data.workers": 0, "data.image_size": 16}
+    for node in range(2):
+        run = tmp_path / f"node{node}" / "run"
+        arguments = settings({**data, "trainer.max_steps": 1, "trainer.global_batch_size": 4, "seed": node})
+        ranks.start(1, "debug", f"run={run}", *arguments).wait().succeeded()
+    said = refused(ranks, tmp_path, "train", "--resume", "run", "trainer.max_steps=2")
+    assert "the checkpoint run/checkpoints/step_00000001 is not the same for all processes: manifest " in said
+    start = f"run={tmp_path}/new", "init_from.source=run", *settings({**data, "data.image_size": 16})
+    said = refused(ranks, tmp_path, "train", "debug", *start)
+    assert "init_from.source=run is not the same for all processes: fingerprint " in said
+    shutil.rmtree(tmp_path / "node1" / "run" / "checkpoints" / "step_00000001")
+    assert "no manifest on rank 1" in refused(ranks, tmp_path, "train", "--resume", "run", "trainer.max_steps=2")
 
 
 def extracted(folder: str) -> str:

@@ -154,9 +154,10 @@ def evaluate_run(
 
         def prepare(checkpoint: Path) -> _Inputs:
             opened = open_images(checkpoint, images, image_size, resize, world, batch_size)
-            return _load(checkpoint, weights, opened, measures or "auto", world)
+            return _load(checkpoint, weights, opened, measures or "auto")
 
         inputs = load_newest(world, source, prepare)
+        check_same_on_all_ranks("the tokenizer", f"fingerprint {inputs.fingerprint}")
         check_same_on_all_ranks(f"--images {inputs.source.path}", inputs.source.images.identity())
         timer = StageTimer(world.device)
         report = evaluate_reconstruction(
@@ -178,10 +179,10 @@ def evaluate_run(
         return evaluated
 
 
-def _load(checkpoint: Path, weights: str, source: ImageSource, measures: str, world: World) -> _Inputs:
+def _load(checkpoint: Path, weights: str, source: ImageSource, measures: str) -> _Inputs:
     found = read_weights(checkpoint, "tokenizer", weights)
     tokenizer = build_model(found, "tokenizer", TokenizerConfig, Tokenizer)
-    fingerprint = fingerprint_of(tokenizer.state_dict()) if world.is_main else ""
+    fingerprint = fingerprint_of(tokenizer.state_dict())
     image_count = sum(len(shard) for shard in source.images.shards)
     networks = load_networks(measures, source.image_size, image_count)
     return _Inputs(checkpoint, tokenizer, found.weights, fingerprint, source, networks)

@@ -14,7 +14,7 @@ from model_zoo.conditions import parse_classes
 from model_zoo.config import Sampling
 from model_zoo.errors import ModelError
 from model_zoo.io.hashing import fingerprint_of
-from model_zoo.io.load import is_hub_name, is_standalone, load_generator, load_tokenizer
+from model_zoo.io.load import build_generator, is_hub_name, is_standalone, load_tokenizer, read_weights
 from model_zoo.io.run_layout import run_folder
 from model_zoo.sampler import Sampler, check_conditions, keep_products_in
 from model_zoo.tokenizer import Tokenizer
@@ -25,7 +25,7 @@ from trainer.config import GeneratorRun
 from trainer.evaluation.provenance import environment
 from trainer.jobs.sample_output import SEEDS, SampleOutput
 from trainer.jobs.setup import job_world, load_newest, one_writer
-from trainer.parallel import World, gather_objects, run_on_all_ranks, run_on_main
+from trainer.parallel import World, check_same_on_all_ranks, gather_objects, run_on_all_ranks, run_on_main
 from trainer.precision import autocast_dtype
 from trainer.recipes import load_run_config
 
@@ -47,11 +47,12 @@ class Sampled(NamedTuple):
 
 
 class _Models(NamedTuple):
-    """recipe: None if the checkpoint belongs to no run."""
+    """recipe: None if the checkpoint belongs to no run. held_weights: ``ema`` or ``raw``, as found; an export or a file
+    without EMA weights has only ``raw``."""
 
     checkpoint: Path
     recipe: GeneratorRun | None
-    weights: str
+    held_weights: str
     generator: Transformer
     tokenizer: Tokenizer
 
@@ -93,7 +94,7 @@ def sample(
         check_conditions(generator, torch.tensor(labels), settings)
         chosen = dict(count=count, seed=seed, **asdict(settings), batch_size=batch_size, precision=precision)
         record = {
-            "settings": {**_fingerprints(world, models), "classes": labels, **chosen},
+            "settings": {**_fingerprints(models), "classes": labels, **chosen},
             "source": str(source),
             "checkpoint": models.checkpoint.name,
             "seeds": SEEDS,
@@ -111,14 +112,18 @@ def sample(
         return Sampled(output.out, output.record, count, made, made / seconds) if world.is_main else None
 
 
-def _fingerprints(world: World, models: _Models) -> dict[str, str]:
-    """What tells the models' weights, in the order of the record."""
-    return {
-        "generator": run_on_main(world, lambda: fingerprint_of(models.generator.state_dict())),
-        "weights": models.weights,
+def _fingerprints(models: _Models) -> dict[str, str]:
+    """What tells the models' weights, in the order of the record; all ranks call together. Raises TrainerError where
+    nodes have different copies."""
+    found = {
+        "generator": fingerprint_of(models.generator.state_dict()),
+        "weights": models.held_weights,
         # Includes the decoder, unlike `Tokenizer.fingerprint`.
-        "tokenizer": run_on_main(world, lambda: fingerprint_of(models.tokenizer.state_dict())),
+        "tokenizer": fingerprint_of(models.tokenizer.state_dict()),
     }
+    for name in ("generator", "tokenizer"):
+        check_same_on_all_ranks(f"the {name}", f"fingerprint {found[name]}")
+    return found
 
 
 def _check_options(count: int, batch_size: int, seed: int, precision: str) -> None:
@@ -150,14 +155,15 @@ def _load_models(checkpoint: Path, weights: str | None, tokenizer: str | Path | 
             raise TrainerError(f"{run} is a {recipe.task} run: `ibq sample` needs a generator run")
     if weights is None:
         weights = "raw" if recipe and not recipe.ema.decay else "ema"
-    generator = load_generator(checkpoint, weights)
+    found = read_weights(checkpoint, "generator", weights)
+    generator = build_generator(found)
     decoder, vocabulary = _load_tokenizer(checkpoint, recipe, tokenizer), generator.config.vocabulary
     if decoder.config.codebook_size != vocabulary:
         raise TrainerError(
             f"the tokenizer has {decoder.config.codebook_size} codes, the generator {vocabulary}: name the tokenizer "
             "that it was trained with, by --tokenizer"
         )
-    return _Models(checkpoint, recipe, weights, generator, decoder)
+    return _Models(checkpoint, recipe, found.weights, generator, decoder)
 
 
 def _load_tokenizer(checkpoint: Path, recipe: GeneratorRun | None, option: str | Path | None) -> Tokenizer:

@@ -43,12 +43,16 @@ def output_bytes(out: Path) -> int:
     return sum((out / image).stat().st_size for image in find_images(out)) if out.is_dir() else out.stat().st_size
 
 
-def is_as_recorded(out: Path, finished: dict, sha256: str | None = None) -> bool:
-    """Whether the files have the bytes of a finished record, and an .npz its sha256 (of the file unless it is given).
-    Raises OSError."""
+def not_as_recorded(out: Path, record: Path) -> str:
+    """What to say of files that `is_as_recorded` denies, up to the fix."""
+    return f"{out} is not what {record} says it wrote: it was damaged or changed"
+
+
+def is_as_recorded(out: Path, finished: dict) -> bool:
+    """Whether the files have the bytes of a finished record, and an .npz its sha256. Raises OSError."""
     if finished.get("bytes") != output_bytes(out):
         return False
-    return out.suffix.lower() != ".npz" or finished.get("sha256") == (sha256 or sha256_of(out))
+    return out.suffix.lower() != ".npz" or finished.get("sha256") == sha256_of(out)
 
 
 class SampleOutput:
@@ -65,6 +69,7 @@ class SampleOutput:
         self.record = out / RECORD if self.is_folder else out.with_name(fitted("", out.name, ".json"))
         self.lock = file_lock(out)
         self.chunks = math.ceil(count / batch_size)
+        self.whole_bytes: int | None = None  # of a folder that was finished before it lost images, see `finish`
 
     def images(self, chunk: int) -> list[ImageToSample]:
         """The images of a chunk, in order."""
@@ -111,10 +116,7 @@ class SampleOutput:
                 check_same_settings(self.out, "samples", former["settings"], record["settings"], _how_to_repeat)
                 if former["finished"] and self.out.exists() and not (self.is_folder and self.missing()):
                     if "bytes" in former["finished"] and not is_as_recorded(self.out, former["finished"]):
-                        raise TrainerError(
-                            f"{self.out} is not what {self.record} says it wrote: it was damaged or changed; remove it "
-                            "to sample it again, or choose another --out"
-                        )
+                        raise self._was_changed()
                     self._remove_parts()
                     return True
             self.parts.mkdir(parents=True, exist_ok=True)
@@ -122,8 +124,14 @@ class SampleOutput:
             remove_unfinished(self.out.parent, glob.escape(self.out.name))
             if begun is None and not self.is_folder and any(self.parts.iterdir()):
                 raise _not_ours(self.parts)
-            write_json(self.parts / RECORD, {**record, "finished": None})
+            if self.is_folder and former is not None:
+                self.whole_bytes = (former["finished"] or {}).get("bytes", former.get("whole_bytes"))
+            write_json(self.parts / RECORD, {**record, "finished": None, "whole_bytes": self.whole_bytes})
         return False
+
+    def _was_changed(self) -> TrainerError:
+        fix = "remove it to sample it again, or choose another --out"
+        return TrainerError(f"{not_as_recorded(self.out, self.record)}; {fix}")
 
     def write(self, chunk: int, images_bhwc: np.ndarray) -> None:
         """Raises TrainerError."""
@@ -135,9 +143,12 @@ class SampleOutput:
                         Image.fromarray(array).save(file, "PNG")
                     else:
                         np.save(file, array)
+                    file.flush()
+                    os.fsync(file.fileno())  # a crash of the machine could leave a part of it under its name
 
     def finish(self, record: dict) -> None:
-        """Merges the chunks into the file, writes the record, and removes the chunks. Raises TrainerError."""
+        """Merges the chunks into the file, writes the record, and removes the chunks. Raises TrainerError, also where a
+        folder that lost images is not the former one again: then others of its images were changed."""
         counts = np.bincount(np.arange(self.count) % len(self.classes))
         record["images_per_class"] = dict(zip(map(str, self.classes), counts.tolist(), strict=False))
         with writing(self.out):
@@ -146,6 +157,8 @@ class SampleOutput:
                     self._write_npz(file) if self.kind == ".npz" else self._grid().save(file, "PNG")
             # See `is_as_recorded`.
             record["finished"]["bytes"] = output_bytes(self.out)
+            if self.whole_bytes not in (None, record["finished"]["bytes"]):
+                raise self._was_changed()
             if self.kind == ".npz":
                 record["finished"]["sha256"] = sha256_of(self.out)
             write_json(self.record, record)

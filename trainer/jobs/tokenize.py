@@ -96,7 +96,7 @@ def tokenize(
         inputs = load_newest(
             world, run, lambda found: _open(found, images, views, image_size, weights, source, classes)
         )
-        check_same_on_all_ranks(f"the tokenizer of {run}", inputs.settings["tokenizer"])
+        check_same_on_all_ranks("the tokenizer", f"fingerprint {inputs.settings['tokenizer']}")
         check_same_on_all_ranks(f"--images {images}", run_on_all_ranks(lambda: _seen(inputs)))
         settings = {**inputs.settings, "samples_per_shard": samples_per_shard}
         job = _Job(world, inputs, Path(out), settings, _units(inputs.source, samples_per_shard), batch_size)

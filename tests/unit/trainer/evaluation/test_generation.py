@@ -301,14 +301,21 @@ def test_a_report_of_sampling_is_believed_of_the_very_samples_only(samples, tmp_
         return sampling_record(path, content)
 
     size, sha256 = samples.stat().st_size, hashlib.sha256(samples.read_bytes()).hexdigest()
-    believed = {"source": "run", "checkpoint": "step_1", "seed": 3}
-    assert told(samples, sha256, bytes=size, sha256=sha256) == believed
-    assert told(samples, "0" * 64, bytes=size, sha256=sha256) is None  # overwritten since
-    assert told(samples, sha256, bytes=size + 1, sha256=sha256) is None
+    believed = told(samples, sha256, bytes=size, sha256=sha256)
+    assert believed.pop("classes").startswith("1 (")
+    assert believed == {"source": "run", "checkpoint": "step_1", "seed": 3}
+    changed = (
+        f"{samples} is not what {samples}.json says it wrote: it was damaged or changed; sample it again, or remove"
+    )
+    assert changed in refusal(DataError, told, samples, "0" * 64, bytes=size, sha256=sha256)  # overwritten since
+    assert changed in refusal(DataError, told, samples, sha256, bytes=size + 1, sha256=sha256)
+    assert changed in refusal(DataError, open_samples, samples)  # before hours of features
     assert told(samples, sha256, images_made=12) is None  # of an older version
+    assert told(samples, sha256, bytes=size) is None
     folder = write_folder(tmp_path / "folder", pictures(3))
     size = sum(path.stat().st_size for path in folder.rglob("*.png"))
-    assert told(folder, bytes=size) == believed and told(folder, bytes=size - 1) is None
+    assert told(folder, bytes=size).items() > believed.items()
+    assert "damaged or changed" in refusal(DataError, told, folder, bytes=size - 1)
 
 
 def test_samples_that_are_still_being_made_are_refused(tmp_path):
@@ -317,8 +324,13 @@ def test_samples_that_are_still_being_made_are_refused(tmp_path):
     (folder / "sample.json").write_text(json.dumps(record))
     for opened in (open_samples, open_reference):
         assert f"{folder} is not finished: wait for" in refusal(DataError, opened, folder)
-    (folder / "sample.json").write_text(json.dumps({**record, "finished": {"bytes": 1}}))
+    size = sum(path.stat().st_size for path in folder.rglob("*.png"))
+    (folder / "sample.json").write_text(json.dumps({**record, "finished": {"bytes": size}}))
     assert open_samples(folder).count == open_reference(folder).images.count == 3
+    for change in ((folder / "part_0" / "000.png").unlink, lambda: write_folder(folder, pictures(4))):
+        change()
+        for opened in (open_samples, open_reference):
+            assert "it was damaged or changed; sample it again, or remove" in refusal(DataError, opened, folder)
     (folder / "sample.json").write_text("{")
     assert "sample.json is damaged" in refusal(DataError, open_samples, folder)
 
