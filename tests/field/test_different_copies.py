@@ -105,6 +105,20 @@ def test_training_on_other_tars(ranks, tmp_path):
     assert "the training data is not the same" in said and said.count("2 shards, 8 samples (") == 2
 
 
+def test_an_output_folder_on_another_disk_of_each_node(ranks, run, tmp_path):
+    images = write_tars(tmp_path / "tars", [4, 4])
+    generator = write_generator_run(tmp_path / "generator", generator_of(), run)
+    for node in range(2):
+        for name in ("tokens", "samples"):
+            (tmp_path / f"node{node}" / name).mkdir(parents=True)
+    fix = "put --out on a disk that all nodes share and that nothing else removes files from, and run the command again"
+    said = refused(ranks, tmp_path, "tokenize", run, "--images", images, "--out", "tokens", *TOKENIZE)
+    assert f"1 of 2 shards that were written are not there, first tokens/tokens-000001.tar: {fix}" in said
+    options = "--count", 4, "--batch-size", 1, "--device", "cpu"
+    said = refused(ranks, tmp_path, "sample", generator, *options, "--out", "samples")
+    assert f"2 of 4 images are in samples, though all were written: {fix}" in said
+
+
 def stale_runs(place: Path, write) -> Path:
     """node0/run and node1/run, of the same step with other weights."""
     for node in range(2):

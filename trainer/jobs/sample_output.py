@@ -19,7 +19,7 @@ from data.locks import file_lock
 from model_zoo.io.hashing import sha256_of
 from trainer import TrainerError
 from trainer.files import complete_file, remove_unfinished, write_json, writing
-from trainer.jobs.setup import check_same_settings, read_record
+from trainer.jobs.setup import SHARED_DISK, check_same_settings, read_record
 
 SEEDS = "the first 63 bits of SHA-256 of 'SEED CLASS NTH', NTH the image's number among those of its class, from 0"
 MAX_GRID_IMAGES = 1024  # a grid is built in memory
@@ -149,6 +149,11 @@ class SampleOutput:
     def finish(self, record: dict) -> None:
         """Merges the chunks into the file, writes the record, and removes the chunks. Raises TrainerError, also where a
         folder that lost images is not the former one again: then others of its images were changed."""
+        if gone := self.missing():
+            raise TrainerError(
+                f"{self.count - self.finished_images(gone):,} of {self.count:,} images are in {self.parts}, though all "
+                f"were written: {SHARED_DISK}"
+            )
         counts = np.bincount(np.arange(self.count) % len(self.classes))
         record["images_per_class"] = dict(zip(map(str, self.classes), counts.tolist(), strict=False))
         with writing(self.out):

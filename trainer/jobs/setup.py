@@ -24,6 +24,10 @@ from trainer.parallel import World, run_on_all_ranks, run_on_main, start_world, 
 Loaded = TypeVar("Loaded")
 
 TIMEOUT_SECONDS = 7 * 86400.0  # until a process stops waiting for the slowest one
+# What to do where a file that a rank has written is not there at the end.
+SHARED_DISK = (
+    "put --out on a disk that all nodes share and that nothing else removes files from, and run the command again"
+)
 SHOWN = 60  # characters: longer settings are not shown in an error message
 
 

@@ -11,7 +11,7 @@ from data.parallel import cores
 from data.prep.check import check_shards
 from trainer import TrainerError
 from trainer.files import remove_unfinished, write_json, write_text, writing
-from trainer.jobs.setup import check_same_settings, read_record
+from trainer.jobs.setup import SHARED_DISK, check_same_settings, read_record
 
 RECORD = "tokens.json"
 SKIPPED = "skipped.jsonl"
@@ -122,9 +122,14 @@ class FinishedFolder(NamedTuple):
     skipped: list[str]
 
 
-def finish_folder(out: Path, images: str) -> FinishedFolder:
-    """Merges the lists of skipped images, checks the shards, against their index if there is one, or writes it. Raises
-    TrainerError or DataError."""
+def finish_folder(out: Path, images: str, expected: set[int]) -> FinishedFolder:
+    """Merges the lists of skipped images, checks the shards, against their index if there is one, or writes it.
+    expected: numbers of the shards that were there or were written. Raises TrainerError or DataError."""
+    if gone := sorted(number for number in expected if not shard_path(out, number).exists()):
+        raise TrainerError(
+            f"{len(gone):,} of {len(expected):,} shards that were written are not there, first "
+            f"{shard_path(out, gone[0])}: {SHARED_DISK}"
+        )
     with writing(out):
         skipped = _merge_skipped(out)
     urls = sorted(str(path) for path in out.glob("tokens-*.tar"))

@@ -107,10 +107,13 @@ def tokenize(
             made = _tokenize_units(job, missing, workers, on_progress)
             if missing:
                 run_on_main(world, lambda: check_unchanged(job.out, state, inputs.source.state()))
-            finished = run_on_main(world, lambda: finish_folder(job.out, str(images)))
+            expected = {*range(len(job.units))}.difference(missing) | made.shards
+            finished = run_on_main(world, lambda: finish_folder(job.out, str(images), expected))
         if not world.is_main:
             return None
-        return Tokenized(job.out, finished.shards, finished.samples, made, settings["tokenizer"], finished.skipped)
+        return Tokenized(
+            job.out, finished.shards, finished.samples, made.samples, settings["tokenizer"], finished.skipped
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------- inputs
@@ -250,17 +253,23 @@ def _five_crops(image: Image.Image, side: int, margin: int) -> list[Image.Image]
 # ----------------------------------------------------------------------------------------------------------- tokenizing
 
 
+class _Made(NamedTuple):
+    """What all ranks wrote: numbers of shards, and how many samples."""
+
+    shards: set[int]
+    samples: int
+
+
 def _tokenize_units(
     job: _Job, missing: list[int], workers: int | None, on_progress: Callable[[int, int | None], None]
-) -> int:
-    """Writes the missing shards, one on each rank per turn, so that an error on one rank ends all. Returns the number
-    of samples that all ranks wrote."""
+) -> _Made:
+    """Writes the missing shards, one on each rank per turn, so that an error on one rank ends all."""
     world = job.world
     job.inputs.tokenizer.to(world.device)
     sizes = [None if unit.stop is None else unit.stop - unit.first for unit in job.units]
     total = None if None in sizes else sum(sizes)
     done = sum(size or 0 for size in sizes) - sum(sizes[number] or 0 for number in missing)  # processed samples
-    made = 0
+    made = _Made(set(), 0)
     pool = ThreadPoolExecutor(workers or threads_per_process())
     try:
         for turn in range(0, len(missing), world.size):
@@ -271,10 +280,11 @@ def _tokenize_units(
 
             own = missing[turn + world.rank : turn + world.rank + 1]  # one; in the last turn possibly none
             work = functools.partial(_tokenize_unit, job, pool, report)
-            counts = run_on_all_ranks(lambda work=work, own=own: [work(number) for number in own])
+            counts = run_on_all_ranks(lambda work=work, own=own: [(number, *work(number)) for number in own])
             of_ranks = [count for of_rank in gather_objects(counts) for count in of_rank]
-            done += sum(processed for processed, _ in of_ranks)
-            made += sum(written for _, written in of_ranks)
+            done += sum(processed for _, processed, _ in of_ranks)
+            shards = {number for number, _, written in of_ranks if written}
+            made = _Made(made.shards | shards, made.samples + sum(written for *_, written in of_ranks))
             if world.is_main:
                 on_progress(done, total)
     finally:
