@@ -341,8 +341,11 @@ class FileShard:
         except ImageError as error:
             error.key = self.key(path)
             raise
-        except OSError as error:
-            raise DataError(f"cannot read {self.files.name(path)}: {error.strerror or error}") from error
+        except (
+            OSError
+        ) as error:  # of the file beside the image where that cannot be read; a zip file's error names none
+            name = error.filename or self.files.name(path)
+            raise DataError(f"cannot read {name}: {error.strerror or error}") from error
         if self.classes is not None:
             members["cls"] = str(self.classes[path.parts[0]]).encode()
         return Sample(self.key(path), members)

@@ -299,7 +299,7 @@ class _Samples(NamedTuple):
         except ImageError as error:
             reason = str(error)
         except OSError as error:
-            reason = error.strerror or str(error)
+            reason = f"{Path(error.filename).name}: {error.strerror}" if error.filename else str(error)
         return Skipped(self.files.name(path), self.keys[path], reason)
 
     def _sample(self, path: PurePosixPath) -> dict:

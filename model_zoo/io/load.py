@@ -133,12 +133,16 @@ def find_checkpoint(source: Path) -> Path:
     if source != run:
         return source
     latest = run / "checkpoints" / "latest"
-    if not latest.is_file():
-        raise ModelError(f"{run} has no finished checkpoint yet: train on, or lower trainer.checkpoint_every_steps")
     checkpoint = None
-    while checkpoint != (checkpoint := latest.parent / latest.read_text(errors="replace").strip()):
-        if checkpoint.is_dir():
-            return checkpoint
+    try:
+        while checkpoint != (checkpoint := latest.parent / latest.read_text(errors="replace").strip()):
+            if checkpoint.is_dir():
+                return checkpoint
+    except (FileNotFoundError, NotADirectoryError):
+        message = f"{run} has no finished checkpoint yet: train on, or lower trainer.checkpoint_every_steps"
+        raise ModelError(message) from None
+    except OSError as error:
+        raise ModelError(f"cannot read {latest}: {error.strerror}; let this user read the run's folder") from error
     raise ModelError(f"{latest} names {checkpoint.name}, which does not exist; write another checkpoint's name there")
 
 

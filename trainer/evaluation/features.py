@@ -141,6 +141,7 @@ class FeatureExtractor:
         if self._inception is None:
             self._inception = run_on_all_ranks(Inception).to(self.world.device)
         features = _gathered(self.world, *run_on_all_ranks(lambda: self._own_features(images, on_progress)))
+        run_on_main(self.world, lambda: _check_unchanged(images, sha256))  # or the cache has features of other pixels
         if path and features:
             try:
                 _write(path, key, features)
@@ -178,6 +179,12 @@ def _gathered(world: World, positions: list[int], rows_nd: Tensor) -> InceptionF
         if own:
             whole_nd[own] = rows_nd.cpu()
     return InceptionFeatures(*whole_nd.split([FEATURES, whole_nd.shape[1] - FEATURES], dim=1))
+
+
+def _check_unchanged(images: ImageSet, sha256: str) -> None:
+    """Raises DataError where the images are not those whose hash was taken before they were read."""
+    if images.sha256() != sha256:
+        raise DataError(f"{images.path} was changed while it was evaluated: start again when nothing writes there")
 
 
 def _read(path: Path, key: dict[str, str], count: int) -> InceptionFeatures | None:

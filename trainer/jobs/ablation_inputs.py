@@ -49,8 +49,8 @@ def check_same_inputs(cells: list[Cell]) -> None:
         if what := before.differs(found):
             raise TrainerError(
                 f"{other.row} (seed {other.seed}) and {cell.row} (seed {cell.seed}) were trained with different "
-                f"{what}: files were changed in between; remove {other.run} or {cell.run} to train it again, and repeat the "
-                "command"
+                f"{what}: files were changed in between; remove {other.run} or {cell.run} to train it again, and "
+                "repeat the command"
             )
 
 

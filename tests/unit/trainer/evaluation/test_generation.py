@@ -343,6 +343,21 @@ def test_a_folder_that_changes_while_it_is_evaluated_is_refused(tmp_path):
     assert "got or lost images" in refusal(DataError, lambda: list(images.batches(2, (0, 1))))
 
 
+def test_features_of_images_that_changed_after_they_were_hashed_are_not_cached(reference, tmp_path, monkeypatch):
+    folder = write_folder(tmp_path / "folder", pictures(4))
+    real = FolderImages.sha256
+
+    def changed(images):
+        found = real(images)
+        if images.path == folder:
+            write_folder(folder, pictures(4, seed=9))
+        return found
+
+    monkeypatch.setattr(FolderImages, "sha256", changed)
+    said = refusal((TrainerError, DataError), evaluate, folder, reference)
+    assert f"{folder} was changed while it was evaluated: start again when nothing writes there" in said
+
+
 def test_what_few_pictures_do_not_allow_is_left_out_with_the_reason(reference, tmp_path, monkeypatch):
     monkeypatch.setattr("trainer.evaluation.generation.frechet_distance", lambda *moments: 1.5)
     report = evaluate(write_npz(tmp_path / "three.npz", pictures(3, side=32)), reference)
