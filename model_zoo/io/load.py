@@ -1,5 +1,6 @@
 """Loads models from any source: runs, published checkpoints, exports, and names on the Hugging Face hub."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,7 @@ from model_zoo.conditions import assumed_trained
 from model_zoo.config import TokenizerConfig, TransformerConfig
 from model_zoo.errors import ModelError
 from model_zoo.io.export_format import CONFIG, MODEL, is_export, read_export, weights_in_export
-from model_zoo.io.manifest import check
+from model_zoo.io.manifest import STATE, check
 from model_zoo.io.published_ckpt import SUFFIXES, is_published, open_published, read_published
 from model_zoo.io.run_layout import checkpoint_step, run_folder
 from model_zoo.io.sharded_tensors import ShardedTensors
@@ -209,7 +210,7 @@ def _read_run(checkpoint: Path, kind: str, weights: str) -> Weights:
         raise _missing(files, kind, weights)
     try:
         recipe = OmegaConf.to_container(OmegaConf.load(path))
-        config, decay = dict(recipe["model"]), (recipe.get("ema") or {}).get("decay")
+        config, decay = dict(recipe["model"]), _decay(checkpoint, recipe)
         trained_c = _trained_classes(files, recipe) if kind == "generator" else None
     except (OmegaConfBaseException, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
         raise _no_config(str(path), kind, error) from error
@@ -224,6 +225,12 @@ def _read_run(checkpoint: Path, kind: str, weights: str) -> Weights:
         step=checkpoint_step(checkpoint),
         trained_c=trained_c,
     )
+
+
+def _decay(checkpoint: Path, recipe: dict) -> float | None:
+    """That of the checkpoint's EMA; config.yaml may already have that of a later resume."""
+    state = json.loads((checkpoint / STATE).read_bytes()) if (checkpoint / STATE).exists() else {}
+    return (state.get("settings") or {}).get("ema.decay", (recipe.get("ema") or {}).get("decay"))
 
 
 def _trained_classes(files: ShardedTensors, recipe: dict) -> Tensor:

@@ -24,10 +24,9 @@ from trainer.compiler import check_compiler
 from trainer.config import GeneratorRun
 from trainer.evaluation.provenance import environment
 from trainer.jobs.sample_output import SEEDS, SampleOutput
-from trainer.jobs.setup import job_world, load_newest, one_writer
+from trainer.jobs.setup import job_world, load_newest, one_writer, run_config
 from trainer.parallel import World, check_same_on_all_ranks, gather_objects, run_on_all_ranks, run_on_main
 from trainer.precision import autocast_dtype
-from trainer.recipes import load_run_config
 
 MAX_IMAGES = 10_000_000  # of one job
 COUNT_SECONDS = 5.0  # at least, between two counts of what all processes have finished
@@ -150,7 +149,7 @@ def _load_models(checkpoint: Path, weights: str | None, tokenizer: str | Path | 
     recipe = None
     if not is_standalone(checkpoint):
         run = run_folder(checkpoint)
-        recipe = load_run_config(run, [])
+        recipe = run_config(checkpoint)
         if not isinstance(recipe, GeneratorRun):
             raise TrainerError(f"{run} is a {recipe.task} run: `ibq sample` needs a generator run")
     if weights is None:
