@@ -37,7 +37,7 @@ def ablate(
     from trainer import TrainerError
     from trainer.files import writing
     from trainer.jobs import ablation as jobs
-    from trainer.jobs.ablation_inputs import check_data_of_new
+    from trainer.jobs.ablation_inputs import check_inputs_of_new
 
     ablation = jobs.load_ablation(table)
     out = out or Path("runs") / Path(table).stem
@@ -65,7 +65,7 @@ def ablate(
     for number, (cell, of_cell) in enumerate(zip(cells, commands, strict=True), start=1):
         if of_cell:
             if not jobs.is_begun(cell):
-                check_data_of_new(cell, [other for other in table_cells if jobs.is_begun(other)])
+                check_inputs_of_new(cell, [other for other in table_cells if jobs.is_begun(other)])
             with writing(out):
                 jobs.unmark_evaluated(cell)
         for command in of_cell:

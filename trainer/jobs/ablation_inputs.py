@@ -8,8 +8,8 @@ from data.stream_state import differ
 from trainer import TrainerError
 from trainer.changes import settings_of
 from trainer.checkpoint import load_state
-from trainer.config import RunConfig
-from trainer.init_from import read_init_record
+from trainer.config import RunConfig, TokenizerRun
+from trainer.init_from import read_init_record, read_initial_weights
 from trainer.jobs.ablation import Cell, newest
 from trainer.recipes import load_recipe, load_run_config
 
@@ -54,18 +54,23 @@ def check_same_inputs(cells: list[Cell]) -> None:
             )
 
 
-def check_data_of_new(cell: Cell, others: list[Cell]) -> None:
-    """Raises TrainerError where a run that has not begun would read other training data than one of the others with the
-    same settings, before it is trained."""
+def check_inputs_of_new(cell: Cell, others: list[Cell]) -> None:
+    """Raises TrainerError where a run that has not begun would read other training data or initial weights than one of
+    the others with the same settings, before it is trained."""
     config = load_recipe(cell.recipe, cell.overrides)
     for other in others:
         found = _inputs(other)
         if found is None or _named(load_run_config(other.run, [])) != _named(config):
             continue
-        if Inputs({source.name: source.identity() for source in open_sources(config.data)}).differs(found):
+        init = None
+        if isinstance(config, TokenizerRun) and config.init_from.source is not None:
+            _, init = read_initial_weights(config)
+        if what := Inputs({source.name: source.identity() for source in open_sources(config.data)}, init).differs(
+            found
+        ):
             raise TrainerError(
-                f"the training data are no longer those of {other.row} (seed {other.seed}): put them back, or name "
-                "another folder with --out"
+                f"the {what} are no longer those of {other.row} (seed {other.seed}): put them back, or name another "
+                "folder with --out"
             )
         return
 

@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import itertools
 import math
 import os
 import re
@@ -25,6 +26,7 @@ SEEDS = "the first 63 bits of SHA-256 of 'SEED CLASS NTH', NTH the image's numbe
 MAX_GRID_IMAGES = 1024  # a grid is built in memory
 RECORD = "sample.json"
 PARTS = "chunk_*.npy", "*_class_*.png"
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk of every PNG
 NOT_FOLDERS = (".jpg", ".jpeg", ".webp", ".gif", ".tar", ".zip")  # suffixes that no folder is meant to have
 
 
@@ -122,6 +124,8 @@ class SampleOutput:
             self.parts.mkdir(parents=True, exist_ok=True)
             remove_unfinished(self.parts, RECORD, *PARTS)
             remove_unfinished(self.out.parent, glob.escape(self.out.name))
+            if former is not None:
+                self._remove_cut_off()
             if begun is None and not self.is_folder and any(self.parts.iterdir()):
                 raise _not_ours(self.parts)
             if self.is_folder and former is not None:
@@ -179,6 +183,13 @@ class SampleOutput:
         elif self.out.is_dir():
             raise TrainerError(f"{self.out} is a folder: name a file, or a folder without {self.kind}, with --out")
 
+    def _remove_cut_off(self) -> None:
+        """Removes chunks that a crash of the machine cut off, which are then sampled again."""
+        for name in itertools.chain(*map(self._names, range(self.chunks))):
+            path = self.parts / name
+            if path.exists() and not (_is_whole_png(path) if self.is_folder else _is_whole_array(path)):
+                path.unlink()
+
     def _remove_parts(self) -> None:
         """Removes the chunks of a file, the record last, and leaves files that are not ours."""
         if self.is_folder or _read_record(self.parts / RECORD) is None:
@@ -223,6 +234,20 @@ class SampleOutput:
             row, column = (number % classes, number // classes) if by_class else divmod(number, columns)
             grid_hwc[row * height :, column * width :][:height, :width] = image_hwc
         return Image.fromarray(grid_hwc)
+
+
+def _is_whole_png(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-min(len(PNG_END), path.stat().st_size), os.SEEK_END)
+        return file.read() == PNG_END
+
+
+def _is_whole_array(path: Path) -> bool:
+    try:
+        np.load(path, mmap_mode="r")  # compares the size with the header
+    except (ValueError, EOFError):
+        return False
+    return True
 
 
 def _read_record(path: Path) -> dict | None:

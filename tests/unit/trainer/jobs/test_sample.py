@@ -268,6 +268,28 @@ def test_a_job_goes_on_where_it_ended(run, tmp_path, out):
     assert not list(tmp_path.glob("*.parts"))
 
 
+@pytest.mark.parametrize("out", ["x.npz", "x.png", "folder"])
+@pytest.mark.parametrize("left", [0, 5, 150])
+def test_a_chunk_that_a_crash_cut_off_is_made_again(run, tmp_path, out, left):
+    options = {"count": 6, "batch_size": 2}
+    sample(run, **options, out=tmp_path / "whole" / out)
+
+    def stop(done, count, per_second):
+        if done >= 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample(run, **options, out=tmp_path / out, on_progress=stop)
+    parts = tmp_path / out if out == "folder" else tmp_path / f"{out}.parts"
+    cut = sorted(path for path in parts.iterdir() if path.suffix in (".png", ".npy"))[1]
+    assert cut.stat().st_size > left
+    cut.write_bytes(cut.read_bytes()[:left])
+    assert sample(run, **options, out=tmp_path / out).made == 4
+    for path in (tmp_path / "whole").rglob("*"):
+        if path.suffix in (".npz", ".png") and path.is_file():
+            assert path.read_bytes() == (tmp_path / path.relative_to(tmp_path / "whole")).read_bytes()
+
+
 def test_kill_between_merging_and_the_report_loses_nothing(run, tmp_path, monkeypatch):
     write_json = trainer.jobs.sample_output.write_json
 
