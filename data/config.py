@@ -74,6 +74,8 @@ class DataConfig:
     # What a sample holds: `images`, or `tokens` as written by `ibq tokenize`.
     content: str = "images"
     image_size: int = field(default=256, metadata={"at_least": 1})
+    # Suffixes of the pictures in tars of `val`, as of a source's `image`. None: those of the source with the same root.
+    val_image: list[str] | None = None
     # Side of validation crops; None: that of training. Convolutional models also accept other sizes.
     val_image_size: int | None = field(default=None, metadata={"at_least": 1})
     workers: int = field(default=4, metadata={"at_least": 0})

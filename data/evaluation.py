@@ -14,6 +14,7 @@ from data.folder_reader import FileShard, FolderFiles, class_numbers, file_shard
 from data.parallel import in_threads
 from data.samples import Sample, Shard, Skipped, is_image
 from data.sources import TOKENS, content_of, digest, label_of, open_source
+from data.tar_reader import TarShard
 from data.tokens import TokenSpec, check_tokens, first_header, unpack_codes
 from data.transforms import decode, pixels_chw, resize_and_center_crop, resize_named
 
@@ -57,8 +58,10 @@ class _OrderedSamples:
         threads: int = 0,
         class_from_folder: bool = False,
         classes: dict[str, int] | None = None,
+        image: list[str] | None = None,
     ):
-        self.shards = _shards(path, access or Access(), class_from_folder, classes)
+        self.shards = _shards(path, access or Access(), class_from_folder, classes, image)
+        self.image = image if isinstance(self.shards[0], TarShard) else None
         entries = [(one, index) for one in self.shards for index in range(len(one))]
         first, count = shard
         self.entries = [(index, *entry) for index, entry in enumerate(entries) if index // block % count == first]
@@ -109,7 +112,8 @@ class EvaluationImages(_OrderedSamples):
     shard: (index, count): only this part of the set, `block` images in turn. access: how remote tars are read; without
     a cache they are copied to `cache_folder()`. threads: threads that decode ahead; 0: decode on request.
     class_from_folder: the class of an image is its top sub-folder, as for training (`file_shard`), in a folder where
-    every image has one. classes: the numbers of these folders; None: in sorted order.
+    every image has one. classes: the numbers of these folders; None: in sorted order. image: suffixes of the images in
+    tars, as of a source.
     """
 
     def __init__(
@@ -124,14 +128,15 @@ class EvaluationImages(_OrderedSamples):
         threads: int = 0,
         class_from_folder: bool = False,
         classes: dict[str, int] | None = None,
+        image: list[str] | None = None,
     ):
         if image_size is not None and image_size < 1:
             raise DataError(f"image size {image_size} must be at least 1 pixel")
         self.image_size, self.resize = image_size, resize_named(resize)
-        super().__init__(path, shard, access, block, threads, class_from_folder, classes)
+        super().__init__(path, shard, access, block, threads, class_from_folder, classes, image)
 
     def _value(self, sample: Sample, index: int) -> EvaluationImage:
-        image = decode(sample.image())
+        image = decode(sample.image(self.image or ()))
         if self.image_size is not None:
             image = resize_and_center_crop(image, self.image_size, self.resize)
         return EvaluationImage(sample.key, torch.from_numpy(pixels_chw(image)), index, label_of(sample.members, TOKENS))
@@ -165,7 +170,11 @@ def _unread(shard: Shard) -> list[Skipped]:
 
 
 def _shards(
-    path: str | list[str], access: Access, class_from_folder: bool, classes: dict[str, int] | None
+    path: str | list[str],
+    access: Access,
+    class_from_folder: bool,
+    classes: dict[str, int] | None,
+    image: list[str] | None,
 ) -> list[Shard]:
     if isinstance(path, (str, os.PathLike)) and os.path.isfile(path) and is_image(str(path)):
         folder = os.path.dirname(path) or "."
@@ -177,7 +186,7 @@ def _shards(
         return [shard]
     if access.cache is None:  # samples are read by their position, so remote tars need copies or an index
         access = access._replace(cache=Cache(cache_folder() / "shards", CACHE_BYTES, access.timeouts))
-    source = open_source(SourceConfig(name="evaluation", root=path), access, scan_all=True)
+    source = open_source(SourceConfig(name="evaluation", root=path, image=image), access, scan_all=True)
     for shard in source.shards if source.counts is None else []:
         shard.scan()  # raises the reason
     return source.shards

@@ -1,5 +1,6 @@
 """What training reads from: `train_batches`."""
 
+import itertools
 import logging
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
@@ -13,12 +14,12 @@ from data.addresses import redacted
 from data.cache import Access, Cache
 from data.classes import merged_classes, read_classes
 from data.config import DataConfig, SourceConfig, check_numbers
-from data.errors import DataError
+from data.errors import DataError, ImageError
 from data.evaluation import evaluation_images, evaluation_tokens
 from data.folder_reader import file_shard, is_files
 from data.reader import LaneReader, ReadSamples, SampleInfo
 from data.sampler import LaneAssignment, default_lanes, divides
-from data.samples import Skipped, WindowLimit
+from data.samples import Skipped, WindowLimit, is_image
 from data.sources import (
     Source,
     check_weights,
@@ -42,6 +43,7 @@ logger = logging.getLogger(__name__)
 CONTENTS = ("images", "tokens")
 WARNED_SKIPS = 10  # skipped samples that each process logs; all of them are in `Batch.skipped`
 BUDGET_SAMPLES = 2000  # latest samples of a source that `max_bad_fraction` refers to
+PROBED = WindowLimit(64, 16 << 20)  # samples and bytes at the start of tars
 BUDGET_LEAST = 20  # this many bad samples are always accepted
 
 
@@ -308,7 +310,44 @@ def class_from_folder(config: DataConfig) -> bool:
 def validation_options(config: DataConfig) -> dict:
     """How the images of ``data.val`` are opened and numbered: options of `evaluation_images`. Raises DataError."""
     classes = None if config.classes is None else read_classes(config.classes)
-    return {"access": access_of(config), "class_from_folder": class_from_folder(config), "classes": classes}
+    image = image_suffixes(config, config.val, config.val_image, "data.val", "data.val_image=[SUFFIX]")
+    options = {"access": access_of(config), "class_from_folder": class_from_folder(config)}
+    return {**options, "classes": classes, "image": image}
+
+
+def image_suffixes(config: DataConfig, root, given: list[str] | None, name: str, option: str) -> list[str] | None:
+    """The suffixes of the pictures in tars that are read beside the training data: those that are given, or those of
+    the source with the same root; None: every image is one. name: what names the root; option: what gives the suffixes.
+
+    Raises DataError where the sources name their pictures, and these tars hold several under one key: masks, which are
+    no pictures of training, would be among them."""
+    if given or config.content == "tokens" or not (config.train or config.sources):
+        return given
+    layouts = {str(one.root): layout_of(one).image for one in _configs(config)}
+    if str(root) in layouts:
+        return [*layouts[str(root)]] or None
+    named = next((image for image in layouts.values() if image), None)
+    if named and not is_files(root) and (keys := _key_within_key(root, access_of(config))):
+        raise DataError(
+            f"{name} {redacted(str(root))} holds {keys[0]} and {keys[1]} as two pictures, and training takes only "
+            f"{', '.join(named)} of a key: name the suffix of pictures with {option}"
+        )
+    return None
+
+
+def _key_within_key(root, access: Access) -> tuple[str, str] | None:
+    """KEY and KEY.part, if both are samples among the first of the tars."""
+    if isinstance(root, (str, Path)) and is_image(str(root)):
+        return None
+    shard, keys = open_shards(SourceConfig(root=root), access)[0], []
+    for window in itertools.islice(shard.windows(0, None, PROBED), 1):
+        for n in range(len(window)):
+            try:
+                keys.append(window.read(n).key)
+            except ImageError as error:
+                keys += [error.key] if error.key else []
+    ordered = sorted(keys)
+    return next((pair for pair in itertools.pairwise(ordered) if pair[1].startswith(f"{pair[0]}.")), None)
 
 
 def access_of(config: DataConfig) -> Access:

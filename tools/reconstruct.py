@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tools.console import BatchSize, Device, Tokenizer, Weights, counted, echo, progress
+from tools.console import BatchSize, Device, ImageSuffixes, Tokenizer, Weights, counted, echo, progress
 
 
 def reconstruct(
@@ -28,6 +28,7 @@ def reconstruct(
     weights: Weights = "ema",
     batch_size: BatchSize = 16,
     device: Device = "auto",
+    image: ImageSuffixes = None,
 ) -> None:
     """Write each image beside its reconstruction, and one overview.
 
@@ -45,6 +46,7 @@ def reconstruct(
             weights=weights,
             batch_size=batch_size,
             device=device,
+            image=image,
             on_progress=on_progress,
         )
     if written.skipped:

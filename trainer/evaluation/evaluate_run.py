@@ -5,8 +5,10 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
+from data.config import DataConfig
 from data.evaluation import EvaluationImages, evaluation_images
 from data.file_names import fitted
+from data.loader import image_suffixes
 from data.transforms import RESIZES
 from model_zoo.config import TokenizerConfig
 from model_zoo.io.hashing import fingerprint_of
@@ -76,9 +78,11 @@ def open_images(
     resize: str | None,
     world: World,
     batch_size: int,
+    image: list[str] | None = None,
 ) -> ImageSource:
     """Opens the images. What is None comes from the run's ``data`` section (``val``, ``val_image_size``, ``resize``);
-    without a run, size and resize are those of the published ImageNet results. Raises TrainerError or DataError."""
+    without a run, size and resize are those of the published ImageNet results. image: suffixes of the images in tars.
+    Raises TrainerError or DataError."""
     config = data_config(checkpoint)
     path = images if images is not None or config is None else config.val
     if path is None and config is None:
@@ -102,8 +106,18 @@ def open_images(
         shard=(world.rank, world.size),
         block=batch_size,
         threads=decode_threads(),
+        image=_image_suffixes(config, path, images is None, image),
     )
     return ImageSource(opened, path, size, resize, batch_size)
+
+
+def _image_suffixes(
+    config: DataConfig | None, path: str | list[str], is_val: bool, given: list[str] | None
+) -> list[str] | None:
+    if config is None:
+        return given
+    given = given or (config.val_image if is_val or path == config.val else None)
+    return image_suffixes(config, path, given, "data.val" if is_val else "--images", "--image SUFFIX")
 
 
 class _Inputs(NamedTuple):
@@ -129,6 +143,7 @@ def evaluate_run(
     report_path: str | Path | None = None,
     batch_size: int = 16,
     device: str = "auto",
+    image: list[str] | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> EvaluatedRun | None:
     """Evaluates a tokenizer and writes FILE.json, FILE.md and grids of example images next to them. All processes of
@@ -136,8 +151,9 @@ def evaluate_run(
 
     source: as for `model_zoo.load_tokenizer`. images: default the run's ``data.val``. image_size: pixels, or
     "original" (one image at a time); resize: a protocol of `data.transforms`; measures: as for `load_networks`; the
-    default of these three is the recipe's, else the run's (measures: auto). recipe: a name in recipes/evaluation, or a
-    file. report_path: default RUN/report.json, or NAME_reconstruction.json in the working directory if the source is
+    default of these three is the recipe's, else the run's (measures: auto). image: suffixes of the images in tars,
+    default those of ``data.val_image`` or of the run's source with the same root. recipe: a name in
+    recipes/evaluation, or a file. report_path: default RUN/report.json, or NAME_reconstruction.json in the working directory if the source is
     not a run folder. Raises TrainerError, ModelError or DataError, each with one line.
     """
     if batch_size < 1:
@@ -153,7 +169,7 @@ def evaluate_run(
         run_on_main(world, lambda: check_report_path(json_path))
 
         def prepare(checkpoint: Path) -> _Inputs:
-            opened = open_images(checkpoint, images, image_size, resize, world, batch_size)
+            opened = open_images(checkpoint, images, image_size, resize, world, batch_size, image)
             return _load(checkpoint, weights, opened, measures or "auto")
 
         inputs = load_newest(world, source, prepare)
@@ -271,6 +287,7 @@ def write_reconstructions(
     weights: str = "ema",
     batch_size: int = 16,
     device: str = "auto",
+    image: list[str] | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> WrittenReconstructions:
     """Writes OUT/<number>_<name>.png, each image next to its reconstruction, OUT/overview.png of the first ones, and a
@@ -285,7 +302,7 @@ def write_reconstructions(
     device = choose_device(device)
     checkpoint = find_checkpoint(Path(source))
     tokenizer = load_tokenizer(source, weights=weights).to(device)
-    opened = open_images(checkpoint, images, image_size, resize, World(0, 1, device), batch_size)
+    opened = open_images(checkpoint, images, image_size, resize, World(0, 1, device), batch_size, image)
     examples: list[Example] = []
     image_count = 0
     for batch in reconstruct_images(tokenizer, opened.images, batch_size=opened.batch_size, device=device):

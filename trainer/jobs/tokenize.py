@@ -17,6 +17,7 @@ from webdataset.writer import TarWriter
 
 from data.config import MOST_CODES, DataConfig, SourceConfig
 from data.errors import ImageError
+from data.loader import image_suffixes
 from data.locks import folder_lock
 from data.prep.pack import mixed, unique_keys
 from data.samples import CODES, Shard, Skipped, Window, WindowLimit, is_image
@@ -66,6 +67,7 @@ def tokenize(
     weights: str = "ema",
     source: str = "images",
     classes: str | Path | None = None,
+    image: list[str] | None = None,
     samples_per_shard: int = 10_000,
     batch_size: int = 64,
     device: str = "auto",
@@ -78,7 +80,8 @@ def tokenize(
     run: a run folder, a checkpoint folder in it, or a published .ckpt. images: as ``data.train``. views: of VIEWS.
     image_size: pixels; default the run's ``data.image_size``. source: the entry of the catalogue that says where
     captions and classes are. classes: a classes.json that numbers class folders; its numbers, or those that the input
-    has, are written to OUT/classes.json. samples_per_shard: at most; a remote tar without an index becomes one shard.
+    has, are written to OUT/classes.json. image: suffixes of the images in tars, default those of the source, or of the
+    run's source with the same root. samples_per_shard: at most; a remote tar without an index becomes one shard.
     batch_size: views at a time. workers: decoding threads. on_progress: called with the number of processed samples and
     the total (None: unknown). Raises TrainerError or DataError, one line.
     """
@@ -94,7 +97,7 @@ def tokenize(
         raise TrainerError(f"--views {views} is unknown: choose one of {', '.join(VIEWS)}")
     with job_world(device) as world:
         inputs = load_newest(
-            world, run, lambda found: _open(found, images, views, image_size, weights, source, classes)
+            world, run, lambda found: _open(found, images, views, image_size, weights, source, classes, image)
         )
         check_same_on_all_ranks("the tokenizer", f"fingerprint {inputs.settings['tokenizer']}")
         check_same_on_all_ranks(f"--images {images}", run_on_all_ranks(lambda: _seen(inputs)))
@@ -151,7 +154,14 @@ class _Job(NamedTuple):
 
 
 def _open(
-    checkpoint: Path, images, views: str, image_size: int | None, weights: str, source: str, classes: str | Path | None
+    checkpoint: Path,
+    images,
+    views: str,
+    image_size: int | None,
+    weights: str,
+    source: str,
+    classes: str | Path | None,
+    image: list[str] | None,
 ) -> _Inputs:
     tokenizer = load_tokenizer(checkpoint, weights)
     if (codes := tokenizer.config.codebook_size) > MOST_CODES:
@@ -166,7 +176,9 @@ def _open(
         raise TrainerError(f"--size {side} is not a multiple of the tokenizer's factor {factor}: take {better}")
     if source != "images" and source not in catalogue():
         raise TrainerError(f"--source {source} is unknown: choose one of {', '.join(catalogue())}")
-    described = SourceConfig(name=source, root=images)
+    if not catalogue().get(source, {}).get("layout", {}).get("image"):
+        image = image_suffixes(config, images, image, "--images", "--image SUFFIX")
+    described = SourceConfig(name=source, root=images, image=image)
     numbers = classes_of([described], None if classes is None else str(classes))
     opened = open_source(described, scan_all=True, classes=numbers)
     if _holds_tokens(opened.shards[0]):
