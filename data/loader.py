@@ -2,6 +2,7 @@
 
 import itertools
 import logging
+import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -333,6 +334,18 @@ def image_suffixes(config: DataConfig, root, given: list[str] | None, name: str,
             f"{', '.join(named)} of a key: name the suffix of pictures with {option}"
         )
     return None
+
+
+def is_trained_on(config: DataConfig) -> bool:
+    """Whether `data.val` is, or lies in, the root of a source: then its images are not held out."""
+    roots = {_place(one.root) for one in _configs(config)} if config.train or config.sources else set()
+    val = _place(config.val)
+    return any(val == root or val.startswith(f"{root}/") for root in roots)
+
+
+def _place(root) -> str:
+    is_path = isinstance(root, (str, Path)) and os.path.exists(root)
+    return os.path.realpath(root) if is_path else str(root)
 
 
 def _key_within_key(root, access: Access) -> tuple[str, str] | None:

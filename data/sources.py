@@ -7,10 +7,11 @@ import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import NamedTuple
 
+import numpy as np
 import yaml
 
 from data.addresses import is_remote, redacted
@@ -20,7 +21,7 @@ from data.config import FilterConfig, SourceConfig
 from data.errors import DataError, Filtered, ImageError
 from data.folder_reader import FileShard, file_shard, is_files
 from data.grouping import KNOWN_SUFFIXES
-from data.index import INDEX_NAME, Index, common_root, without_query
+from data.index import INDEX_NAME, Index, common_root, key_hash, without_query
 from data.parallel import in_threads
 from data.samples import CODES, NO_CLASS, Sample, Shard, Skipped, fields_of, text_of
 from data.shards import check_available, check_different, expand
@@ -30,6 +31,7 @@ from data.tar_reader import PIPE, TarShard
 SMALLEST_SHARE = 1e-12  # of the weights
 # A source with more tars without an index is looked at one tar at a time during the run.
 MOST_SCANNED = 256
+MOST_COMPARED_KEYS = 20_000_000  # with a list of keys, at the start
 
 
 class Layout(NamedTuple):
@@ -294,7 +296,39 @@ def open_source(
             progress(done, len(to_scan))
     counts = None if by_shard else _counts(shards, quarantined, before)
     filters = open_filters(config.filters, layout, config.name)
+    _check_not_keys(config, filters, shards)
     return Source(config.name, config.weight, shards, layout, filters, counts, quarantined)
+
+
+def _check_not_keys(config: SourceConfig, filters: Filters, shards: list[Shard]) -> None:
+    """Raises DataError where none of the keys that are to be left out occurs, but some do with or without a suffix: the
+    samples would be used. A list of other keys may be shared by several sources."""
+    indexed = [shard for shard in shards if not isinstance(shard, TarShard) or shard.table is not None]
+    if not filters.not_keys or len(indexed) < len(shards) or sum(map(len, indexed)) > MOST_COMPARED_KEYS:
+        return
+    stems = {key: PurePosixPath(key).with_suffix("").as_posix() for key in filters.not_keys}
+    found = None
+    for shard in indexed:
+        if isinstance(shard, FileShard):
+            keys = {PurePosixPath(key).with_suffix("").as_posix(): key for key in map(shard.key, shard.images)}
+            if not filters.not_keys.isdisjoint(keys.values()):
+                return
+            found = found or next(((key, keys[key]) for key in stems if key in keys), None)
+        else:
+            hashes = set(shard.table.keys_n[np.isin(shard.table.keys_n, _hashes([*stems, *stems.values()]))].tolist())
+            if any(key_hash(key) in hashes for key in stems):
+                return
+            found = found or next(((key, stem) for key, stem in stems.items() if key_hash(stem) in hashes), None)
+    if found:
+        raise DataError(
+            f"source {config.name}: none of the keys in {config.filters.not_keys} is there, but {found[1]} is where "
+            f"the list says {found[0]}: keys of folders and zip files are paths with suffixes, those of tars have "
+            "none; write the list so"
+        )
+
+
+def _hashes(keys: list[str]) -> np.ndarray:
+    return np.array(list(map(key_hash, keys)), np.uint64)
 
 
 def _check_remote(shards: list[TarShard]) -> None:

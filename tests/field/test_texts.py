@@ -69,6 +69,21 @@ def test_a_caption_in_json_that_has_no_utf8_is_named(run, tmp_path):
     assert "half: its caption is not in UTF-8" in done.skipped[0]
 
 
+def test_a_list_of_keys_to_leave_out_that_is_written_otherwise_is_refused(tmp_path):
+    """Keys of a folder are paths, and those of the tars made of it have no suffix."""
+    images = write_captions(tmp_path / "images", READABLE)
+    pack(images, tmp_path / "packed")
+    listed = tmp_path / "listed.txt"
+    for root, right, wrong in ((images, "bom.png", "bom"), (tmp_path / "packed", "bom", "bom.png")):
+        source = SourceConfig(root=str(root), filters=FilterConfig(not_keys=str(listed)))
+        listed.write_text(f"{wrong}\nelsewhere\n")
+        said = refusal(DataError, open_source, source)
+        assert f"none of the keys in {listed} is there, but {right} is where the list says {wrong}: keys of" in said
+        for content in (f"{right}\nelsewhere\n", f"{right}\n{wrong}\n", "elsewhere\n"):  # the last: of another source
+            listed.write_text(content)
+            open_source(source)
+
+
 FIELDS = {
     "high": {"aesthetic": 6.5, "note": "\ud83d", "width": 1},
     "low": {"aesthetic": 3, "tags": ["猫", None]},

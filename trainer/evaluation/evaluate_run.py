@@ -8,7 +8,7 @@ from typing import NamedTuple
 from data.config import DataConfig
 from data.evaluation import EvaluationImages, evaluation_images
 from data.file_names import fitted
-from data.loader import image_suffixes
+from data.loader import image_suffixes, is_trained_on
 from data.transforms import RESIZES
 from model_zoo.config import TokenizerConfig
 from model_zoo.io.hashing import fingerprint_of
@@ -153,8 +153,8 @@ def evaluate_run(
     "original" (one image at a time); resize: a protocol of `data.transforms`; measures: as for `load_networks`; the
     default of these three is the recipe's, else the run's (measures: auto). image: suffixes of the images in tars,
     default those of ``data.val_image`` or of the run's source with the same root. recipe: a name in
-    recipes/evaluation, or a file. report_path: default RUN/report.json, or NAME_reconstruction.json in the working directory if the source is
-    not a run folder. Raises TrainerError, ModelError or DataError, each with one line.
+    recipes/evaluation, or a file. report_path: default RUN/report.json, or NAME_reconstruction.json in the working
+    directory if the source is not a run folder. Raises TrainerError, ModelError or DataError, each with one line.
     """
     if batch_size < 1:
         raise TrainerError(f"the batch size must be at least 1, not {batch_size}")
@@ -188,7 +188,8 @@ def evaluate_run(
         evaluated = None
         if world.is_main:
             provenance = {"run": str(source), "recipe": recipe, **_provenance(inputs, report, world, json_path)}
-            provenance["held_out"] = images is None  # other images than data.val may have been in the training set
+            # Other images than data.val may have been in the training set.
+            provenance["held_out"] = images is None and not is_trained_on(data_config(inputs.checkpoint))
             provenance["seconds"] = timer.seconds()
             evaluated = _compare(report, provenance, conditions, json_path)
         run_on_main(world, lambda: write_evaluated_run(evaluated))

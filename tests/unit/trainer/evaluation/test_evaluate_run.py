@@ -1,4 +1,6 @@
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import skimage.data
@@ -199,6 +201,18 @@ def test_grey_and_transparent_pictures_follow_the_rules_of_decoding(run, tmp_pat
     report = evaluate_run(run, images=str(tmp_path), report_path=tmp_path / "out/r.json", device="cpu").report
     scores = [score[1:] for score in report.images]
     assert scores[0] == scores[1] and scores[2] == scores[3] and scores[0] != scores[2]
+
+
+def test_images_that_were_trained_on_are_not_called_held_out(run, tmp_path):
+    config = OmegaConf.load(run / "config.yaml")
+    val = Path(config.data.val)
+    link = tmp_path / "link"
+    link.symlink_to(val)
+    for train, held_out in ((tmp_path / "elsewhere", True), (val, False), (link, False), (val.parent, False)):
+        config.data.train = str(train)
+        trained = shutil.copytree(run, tmp_path / f"run_{len(list(tmp_path.iterdir()))}")
+        OmegaConf.save(config, trained / "config.yaml")
+        assert evaluate_run(trained, device="cpu").provenance["held_out"] is held_out
 
 
 def test_names_that_are_no_utf8_are_written(run, tmp_path):
