@@ -41,7 +41,9 @@ def remove_unfinished(folder: Path, *names: str) -> None:
 
 @contextlib.contextmanager
 def complete_file(path: Path) -> Iterator[Path]:
-    """Yields a temporary path, and renames that file to ``path`` at the end of the context. Raises OSError."""
+    """Yields a temporary path, and renames that file to ``path`` at the end of the context. Where ``path`` is a link,
+    the file that it names is replaced and the link stays. Raises OSError."""
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     yield unfinished(path)
     unfinished(path).replace(path)
 

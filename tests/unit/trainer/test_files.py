@@ -1,8 +1,11 @@
 """Files that grow, on disks that are full for a while."""
 
+import os
+
+import pytest
 from field.disks import WHOLE, cut_off_log, full_disk
 
-from trainer.files import LineFile, unfinished
+from trainer.files import LineFile, unfinished, write_text
 
 
 def test_lines_that_do_not_fit_wait_and_the_file_ends_with_a_whole_one(tmp_path):
@@ -53,3 +56,14 @@ def test_each_job_has_its_own_unfinished_file(tmp_path, monkeypatch):
     assert first.name.startswith(".a.tar.") and first.name.endswith(".unfinished")
     monkeypatch.setattr("os.getpid", lambda: -1)
     assert unfinished(tmp_path / "a.tar") != first
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_stays_and_the_file_that_it_names_is_written(tmp_path, exists):
+    (tmp_path / "disk").mkdir()
+    target, link = tmp_path / "disk" / "a.txt", tmp_path / "a.txt"
+    if exists:
+        target.write_text("old")
+    link.symlink_to(target)
+    write_text(link, "new")
+    assert link.is_symlink() and target.read_text() == "new" and os.listdir(target.parent) == ["a.txt"]
