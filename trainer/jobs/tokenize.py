@@ -12,7 +12,6 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from webdataset.writer import TarWriter
 
 from data.config import MOST_CODES, DataConfig, SourceConfig
@@ -24,7 +23,6 @@ from data.samples import CODES, Shard, Skipped, Window, WindowLimit, is_image
 from data.sources import Source, catalogue, classes_of, describe, digest, open_source
 from data.tar_reader import TarShard
 from data.tokens import pack_codes
-from data.transforms import decode, pixels_chw, resize_and_center_crop, resize_named
 from model_zoo.io.load import load_tokenizer
 from model_zoo.tokenizer import Tokenizer
 from trainer import TrainerError
@@ -38,10 +36,10 @@ from trainer.jobs.token_folder import (
     shard_path,
     write_skipped,
 )
+from trainer.jobs.views import VIEWS, image_views
 from trainer.parallel import World, check_same_on_all_ranks, gather_objects, run_on_all_ranks, run_on_main
 from trainer.precision import full_precision
 
-VIEWS = {"original": 1, "flip": 2, "ten-crop": 10}  # kind -> views per image
 WINDOW = WindowLimit(256, 16 << 20)  # samples and bytes that are fetched at once of a remote tar
 
 
@@ -238,28 +236,6 @@ def _units(source: Source, samples_per_shard: int) -> list[_Unit]:
             starts = range(0, count, samples_per_shard)
             units += [_Unit(number, first, min(first + samples_per_shard, count)) for first in starts]
     return units
-
-
-def image_views(content: bytes, kind: str, side: int, resize: str) -> np.ndarray:
-    """An image file's bytes -> uint8 (views, 3, side, side); view 0 is the centre crop, not mirrored.
-
-    ten-crop: the centre and four corners of the centre square at 1.1 times the side, then the mirror images of all
-    five. Raises ImageError.
-    """
-    image, protocol = decode(content), resize_named(resize)
-    if kind == "ten-crop":
-        larger = round(1.1 * side)
-        crops = _five_crops(resize_and_center_crop(image, larger, protocol), side, protocol.margin(larger - side))
-    else:
-        crops = [resize_and_center_crop(image, side, protocol)]
-    views_vchw = np.stack([pixels_chw(crop) for crop in crops])
-    return views_vchw if kind == "original" else np.concatenate([views_vchw, views_vchw[..., ::-1]])
-
-
-def _five_crops(image: Image.Image, side: int, margin: int) -> list[Image.Image]:
-    far = image.width - side
-    corners = [(margin, margin), (0, 0), (far, 0), (0, far), (far, far)]
-    return [image.crop((left, top, left + side, top + side)) for left, top in corners]
 
 
 # ----------------------------------------------------------------------------------------------------------- tokenizing

@@ -30,7 +30,8 @@ from data.transforms import pixels_chw, resize_and_center_crop, resize_named
 from tools import cli
 from trainer import TrainerError
 from trainer.jobs import tokenize as module
-from trainer.jobs.tokenize import image_views, tokenize
+from trainer.jobs.tokenize import tokenize
+from trainer.jobs.views import image_views
 
 pytestmark = pytest.mark.usefixtures("alone")
 
