@@ -85,6 +85,8 @@ class DataConfig:
     max_aspect: float = field(default=2.0, metadata={"at_least": 1})
     # How far a picture may be enlarged to cover its bucket. Smaller ones are left out.
     max_enlargement: float = field(default=1.0, metadata={"at_least": 1})
+    # Suffixes of the pictures in tars of `val`, as of a source's `image`. None: those of the source with the same root.
+    val_image: list[str] | None = None
     # Side of validation crops; None: that of training. Convolutional models also accept other sizes.
     val_image_size: int | None = field(default=None, metadata={"at_least": 1})
     workers: int = field(default=4, metadata={"at_least": 0})

@@ -17,7 +17,8 @@ from data.errors import DataError, ImageError
 from data.folder_reader import FileShard, FolderFiles, class_numbers, file_shard, find_images
 from data.parallel import in_threads
 from data.samples import Sample, Shard, Skipped, is_image
-from data.sources import TOKENS, label_of, open_source
+from data.sources import TOKENS, content_of, digest, label_of, open_source
+from data.tar_reader import TarShard
 from data.tokens import TokenSpec, check_tokens, first_header, unpack_codes
 from data.transforms import Size, decode, pixels_chw, resize_and_center_crop, resize_named
 
@@ -61,8 +62,10 @@ class _OrderedSamples:
         threads: int = 0,
         class_from_folder: bool = False,
         classes: dict[str, int] | None = None,
+        image: list[str] | None = None,
     ):
-        self.shards = _shards(path, access or Access(), class_from_folder, classes)
+        self.shards = _shards(path, access or Access(), class_from_folder, classes, image)
+        self.image = image if isinstance(self.shards[0], TarShard) else None
         entries = [(one, index) for one in self.shards for index in range(len(one))]
         first, count = shard
         self.entries = [(index, *entry) for index, entry in enumerate(entries) if index // block % count == first]
@@ -72,6 +75,12 @@ class _OrderedSamples:
 
     def __len__(self):
         return len(self.entries)
+
+    def identity(self) -> str:
+        """The number of samples of the whole set, and a hash of their keys and, in tars, of their places."""
+        contents = [(shard.name.rsplit("/", 1)[-1], content_of(shard)) for shard in self.shards]
+        count = sum(map(len, self.shards))
+        return f"{count:,} {'sample' if count == 1 else 'samples'} ({digest(contents)})"
 
     def __iter__(self) -> Iterator:
         self.skipped = list(self.unread)
@@ -109,7 +118,8 @@ class EvaluationImages(_OrderedSamples):
     shard: (index, count): only this part of the set, `block` images in turn. access: how remote tars are read; without
     a cache they are copied to `cache_folder()`. threads: threads that decode ahead; 0: decode on request.
     class_from_folder: the class of an image is its top sub-folder, as for training (`file_shard`), in a folder where
-    every image has one. classes: the numbers of these folders; None: in sorted order.
+    every image has one. classes: the numbers of these folders; None: in sorted order. image: suffixes of the images in
+    tars, as of a source.
     """
 
     def __init__(
@@ -126,15 +136,16 @@ class EvaluationImages(_OrderedSamples):
         threads: int = 0,
         class_from_folder: bool = False,
         classes: dict[str, int] | None = None,
+        image: list[str] | None = None,
     ):
         if image_size is not None and image_size < 1:
             raise DataError(f"image size {image_size} must be at least 1 pixel")
         self.image_size, self.resize = image_size, resize_named(resize)
         self.buckets, self.enlargement = buckets, enlargement
-        super().__init__(path, shard, access, block, threads, class_from_folder, classes)
+        super().__init__(path, shard, access, block, threads, class_from_folder, classes, image)
 
     def _value(self, sample: Sample, index: int) -> EvaluationImage:
-        image = decode(sample.image())
+        image = decode(sample.image(self.image or ()))
         if self.buckets:
             image = resize_and_center_crop(image, self._bucket(image), self.resize)
         elif self.image_size is not None:
@@ -178,7 +189,11 @@ def _unread(shard: Shard) -> list[Skipped]:
 
 
 def _shards(
-    path: str | list[str], access: Access, class_from_folder: bool, classes: dict[str, int] | None
+    path: str | list[str],
+    access: Access,
+    class_from_folder: bool,
+    classes: dict[str, int] | None,
+    image: list[str] | None,
 ) -> list[Shard]:
     if isinstance(path, (str, os.PathLike)) and os.path.isfile(path) and is_image(str(path)):
         folder, image = os.path.dirname(path) or ".", Path(os.path.basename(path))
@@ -190,7 +205,7 @@ def _shards(
         return [shard]
     if access.cache is None:  # samples are read by their position, so remote tars need copies or an index
         access = access._replace(cache=Cache(cache_folder() / "shards", CACHE_BYTES, access.timeouts))
-    source = open_source(SourceConfig(name="evaluation", root=path), access, scan_all=True)
+    source = open_source(SourceConfig(name="evaluation", root=path, image=image), access, scan_all=True)
     for shard in source.shards if source.counts is None else []:
         shard.scan()  # raises the reason
     return source.shards

@@ -345,13 +345,16 @@ class FileShard:
     def key(self, path: PurePath) -> str:
         return self.files.prefix + path.as_posix()
 
-    def states(self) -> list[tuple]:
-        """The images and the files beside them, sorted: the path of each, and what changes with its content."""
+    def own_files(self) -> list[PurePath]:
+        """The images and the files beside them, sorted."""
         stems = {image.with_suffix("") for image in self.images}
         suffixes = (*IMAGE_SUFFIXES, *BESIDE)
         own = [path for path in self.files.paths() if path.with_suffix("") in stems]
-        own = sorted((path for path in own if path.suffix[1:].lower() in suffixes), key=PurePath.as_posix)
-        return [(path.as_posix(), *self.files.state(path)) for path in own]
+        return sorted((path for path in own if path.suffix[1:].lower() in suffixes), key=PurePath.as_posix)
+
+    def states(self) -> list[tuple]:
+        """Of `own_files`: the path of each, and what changes with its content."""
+        return [(path.as_posix(), *self.files.state(path)) for path in self.own_files()]
 
     def skipped_unread(self, dataset: str = "") -> list[Skipped]:
         """The account of `unread`, as of samples that cannot be used."""
@@ -371,8 +374,11 @@ class FileShard:
         except ImageError as error:
             error.key = self.key(path)
             raise
-        except OSError as error:
-            raise DataError(f"cannot read {self.files.name(path)}: {error.strerror or error}") from error
+        except (
+            OSError
+        ) as error:  # of the file beside the image where that cannot be read; a zip file's error names none
+            name = error.filename or self.files.name(path)
+            raise DataError(f"cannot read {name}: {error.strerror or error}") from error
         if self.classes is not None:
             members["cls"] = str(self.classes[path.parts[0]]).encode()
         return Sample(self.key(path), members)

@@ -76,7 +76,7 @@ def without_query(url: str) -> str:
 
 def write_index(path: str | Path, urls: list[str], tables: list[SampleTable], digests: list[str]) -> None:
     """Write the index of these tars. If the process is killed, an old index stays intact. Raises DataError."""
-    path = Path(path)
+    path = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
     root = common_root(urls)
     names = [without_query(url).removeprefix(root) for url in urls]
     if any("\n" in name for name in names):

@@ -1,6 +1,8 @@
 """What training reads from: `train_batches`."""
 
+import itertools
 import logging
+import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -15,12 +17,12 @@ from data.buckets import Division, bucket_sizes, check_batches, divide, with_bat
 from data.cache import Access, Cache
 from data.classes import merged_classes, read_classes
 from data.config import DataConfig, SourceConfig, check_numbers
-from data.errors import DataError
+from data.errors import DataError, ImageError
 from data.evaluation import evaluation_images, evaluation_tokens
 from data.folder_reader import file_shard, is_files
 from data.reader import LaneReader, ReadSamples, SampleInfo
 from data.sampler import LaneAssignment, Mixture, seed_of
-from data.samples import Skipped, WindowLimit
+from data.samples import Skipped, WindowLimit, is_image
 from data.shards import expand
 from data.source_configs import source_configs
 from data.sources import (
@@ -28,6 +30,7 @@ from data.sources import (
     check_remote,
     classes_of,
     describe,
+    digest,
     is_among,
     layout_of,
     open_shards,
@@ -45,6 +48,7 @@ logger = logging.getLogger(__name__)
 CONTENTS = ("images", "tokens")
 WARNED_SKIPS = 10  # skipped samples that each process logs; all of them are in `Batch.skipped`
 BUDGET_SAMPLES = 2000  # latest samples of a source that `max_bad_fraction` refers to
+PROBED = WindowLimit(64, 16 << 20)  # samples and bytes at the start of tars
 BUDGET_LEAST = 20  # this many bad samples are always accepted
 
 
@@ -221,6 +225,10 @@ class TrainStream:
         if isinstance(self.reads, WorkerLoader):
             self.reads.close()
 
+    def seen(self) -> str:
+        """What the sources hold, in a line, and a hash of all that every rank must have alike."""
+        return f"{'; '.join(map(describe, self.sources))} ({digest([self.identity])})"
+
     def describe(self, steps: int) -> str:
         """Lines that say what that many steps will read."""
         batches = [part.assignment.global_batch_size for part in self.parts]
@@ -313,10 +321,11 @@ def check(
     progress: Callable[[int, int], None] = lambda done, total: None,
     *,
     tokens: TokenSpec | None = None,
-) -> None:
-    """Raises DataError for settings or shards that training could not start with. train: whether the shards to train
-    on are looked at, too. progress: called with (tars scanned, tars in all). tokens: what is expected of token shards,
-    with data.content=tokens; the first sample of each source is compared with it."""
+) -> str | None:
+    """Raises DataError for settings or shards that training could not start with; returns what `data.val` holds, as
+    `EvaluationImages.identity` says it, or None without it. train: whether the shards to train on are looked at, too.
+    progress: called with (tars scanned, tars in all). tokens: what is expected of token shards, with
+    data.content=tokens; the first sample of each source is compared with it."""
     check_numbers(config)
     transform_of(config, tokens)
     bucket_sizes(config)
@@ -326,11 +335,10 @@ def check(
             shards = [shard for n, shard in enumerate(source.shards) if n not in source.quarantined]
             check_tokens(first_header(shards, f"source {source.name}"), tokens, f"source {source.name}")
     if config.val is None:
-        return
+        return None
     if config.content == "tokens":
-        evaluation_tokens(config.val, tokens, access=access_of(config))
-    else:
-        evaluation_images(config.val, resize=config.resize, **validation_options(config))
+        return evaluation_tokens(config.val, tokens, access=access_of(config)).identity()
+    return evaluation_images(config.val, resize=config.resize, **validation_options(config)).identity()
 
 
 def check_remote_data(
@@ -376,8 +384,9 @@ def class_from_folder(config: DataConfig) -> bool:
 def validation_options(config: DataConfig) -> dict:
     """How the images of ``data.val`` are opened, cut and numbered: options of `evaluation_images`. Raises DataError."""
     classes = None if config.classes is None else read_classes(config.classes)
-    options = {"access": access_of(config), "class_from_folder": class_from_folder(config), "classes": classes}
-    return options | validation_sizes(config)
+    image = image_suffixes(config, config.val, config.val_image, "data.val", "data.val_image=[SUFFIX]")
+    options = {"access": access_of(config), "class_from_folder": class_from_folder(config)}
+    return {**options, "classes": classes, "image": image, **validation_sizes(config)}
 
 
 def validation_sizes(config: DataConfig) -> dict:
@@ -386,6 +395,53 @@ def validation_sizes(config: DataConfig) -> dict:
     if config.val_image_size is None and (sizes := bucket_sizes(config)):
         return {"image_size": None, "buckets": sizes, "enlargement": config.max_enlargement}
     return {"image_size": config.val_image_size or config.image_size}
+
+
+def image_suffixes(config: DataConfig, root, given: list[str] | None, name: str, option: str) -> list[str] | None:
+    """The suffixes of the pictures in tars that are read beside the training data: those that are given, or those of
+    the source with the same root; None: every image is one. name: what names the root; option: what gives the suffixes.
+
+    Raises DataError where the sources name their pictures, and these tars hold several under one key: masks, which are
+    no pictures of training, would be among them."""
+    if given or config.content == "tokens" or not (config.train or config.sources):
+        return given
+    layouts = {str(one.root): layout_of(one).image for one in source_configs(config).found}
+    if str(root) in layouts:
+        return [*layouts[str(root)]] or None
+    named = next((image for image in layouts.values() if image), None)
+    if named and not is_files(root) and (keys := _key_within_key(root, access_of(config))):
+        raise DataError(
+            f"{name} {redacted(str(root))} holds {keys[0]} and {keys[1]} as two pictures, and training takes only "
+            f"{', '.join(named)} of a key: name the suffix of pictures with {option}"
+        )
+    return None
+
+
+def is_trained_on(config: DataConfig) -> bool:
+    """Whether `data.val` is, or lies in, the root of a source: then its images are not held out."""
+    roots = {_place(one.root) for one in source_configs(config).found} if config.train or config.sources else set()
+    val = _place(config.val)
+    return any(val == root or val.startswith(f"{root}/") for root in roots)
+
+
+def _place(root) -> str:
+    is_path = isinstance(root, (str, Path)) and os.path.exists(root)
+    return os.path.realpath(root) if is_path else str(root)
+
+
+def _key_within_key(root, access: Access) -> tuple[str, str] | None:
+    """KEY and KEY.part, if both are samples among the first of the tars."""
+    if isinstance(root, (str, Path)) and is_image(str(root)):
+        return None
+    shard, keys = open_shards(SourceConfig(root=root), access)[0], []
+    for window in itertools.islice(shard.windows(0, None, PROBED), 1):
+        for n in range(len(window)):
+            try:
+                keys.append(window.read(n).key)
+            except ImageError as error:
+                keys += [error.key] if error.key else []
+    ordered = sorted(keys)
+    return next((pair for pair in itertools.pairwise(ordered) if pair[1].startswith(f"{pair[0]}.")), None)
 
 
 def access_of(config: DataConfig) -> Access:

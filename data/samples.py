@@ -5,6 +5,8 @@ until a sample is requested; for a remote shard, a window is fetched whole, in o
 consecutive.
 """
 
+import codecs
+import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, Protocol
@@ -52,6 +54,27 @@ class Sample(NamedTuple):
         if CODES in self.members:
             raise ImageError(f"it holds tokens, no image{wanted}: data.content=tokens reads them", "no image")
         raise ImageError(f"no image{wanted} among its members: {', '.join(sorted(self.members)) or 'none'}", "no image")
+
+
+def text_of(content: bytes, errors: str = "strict") -> str:
+    """A caption or a class: UTF-8, or UTF-16 if it begins with that byte order mark, as some editors write it. errors:
+    as of `bytes.decode`. Raises ImageError for another encoding, which cannot be known."""
+    is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    try:
+        return content.decode("utf-16" if is_utf16 else "utf-8-sig", errors)
+    except UnicodeDecodeError as error:
+        raise ImageError(f"its caption is not in UTF-8 ({content[:40]!r}): save it as UTF-8", "bad caption") from error
+
+
+def fields_of(content: bytes) -> dict:
+    """The fields of a member ``json``. Raises ImageError if it is damaged or holds something else."""
+    try:
+        fields = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise ImageError(f"its json is damaged: {error}", "bad json") from error
+    if not isinstance(fields, dict):
+        raise ImageError("its json is no mapping", "bad json")
+    return fields
 
 
 def is_image(name: str) -> bool:

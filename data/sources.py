@@ -2,13 +2,12 @@
 
 import functools
 import hashlib
-import json
 import math
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -23,16 +22,17 @@ from data.config import FilterConfig, SourceConfig
 from data.errors import DataError, Filtered, ImageError
 from data.folder_reader import FileShard, file_shard, is_files
 from data.grouping import KNOWN_SUFFIXES
-from data.index import INDEX_NAME, Index, common_root, without_query
+from data.index import INDEX_NAME, Index, common_root, key_hash, without_query
 from data.parallel import in_threads
-from data.samples import CODES, NO_CLASS, Sample, Shard, Skipped
+from data.samples import CODES, NO_CLASS, Sample, Shard, Skipped, fields_of, text_of
 from data.shards import check_different, expand
-from data.storage import DEFAULT_TIMEOUTS, Timeouts
+from data.storage import DEFAULT_TIMEOUTS, PROBING_THREADS, Timeouts, content_state
 from data.tar_reader import PIPE, TarShard
 
 SMALLEST_SHARE = 1e-12  # of the weights
 # A source with more tars without an index is looked at one tar at a time during the run.
 MOST_SCANNED = 256
+MOST_COMPARED_KEYS = 20_000_000  # with a list of keys, at the start
 
 
 class Layout(NamedTuple):
@@ -57,11 +57,19 @@ TOKENS = Layout(image=(CODES,))  # written by `ibq tokenize`
 
 
 class Picked(NamedTuple):
-    """The parts of a raw sample that are used. content: the image, or its tokens; label: the class, or None."""
+    """The parts of a raw sample that are used. content: the image, or its tokens; label: the class, or None. unread:
+    why its caption cannot be read, which is then None."""
 
     content: bytes
     caption: str | None
     label: int | None
+    unread: ImageError | None = None
+
+    def whole(self) -> "Picked":
+        """The same, for those who use the caption. Raises ImageError if it cannot be read."""
+        if self.unread is not None:
+            raise self.unread
+        return self
 
 
 @functools.cache
@@ -175,11 +183,20 @@ class Source:
         """What must be unchanged for a position in the source to mean the same sample."""
         names = [shard.name.rsplit("/", 1)[-1] for shard in self.shards]
         counts = self.counts if self.counts is None or len(names) <= MOST_SCANNED else digest(self.counts)
-        contents: list | str | None = list(map(_content, self.shards))
+        contents: list | str | None = list(map(content_of, self.shards))
         if len(names) > MOST_SCANNED:
             contents = None if None in contents else digest(contents)
         identity = {"shards": len(names), "names": digest(names), "samples": self.samples, "counts": counts}
         return {**identity, "contents": contents}
+
+    def state(self) -> str:
+        """A hash that changes with the content of its files or tars; the output of commands is not looked at. Raises
+        DataError."""
+        if isinstance(self.shards[0], FileShard):
+            return digest(self.shards[0].states())
+        tars = [shard for shard in self.shards if not shard.url.startswith(PIPE)]
+        versions = in_threads(lambda tar: content_state(tar.url, tar.access.timeouts), tars, PROBING_THREADS)
+        return digest(list(versions))
 
     def pick(self, sample: Sample) -> Picked:
         """Raises ImageError if the image is missing or a member is damaged, Filtered if a filter rejects the sample."""
@@ -203,21 +220,25 @@ class Source:
 
 
 def pick(sample: Sample, layout: Layout) -> Picked:
-    """The parts of a sample that are used. Raises ImageError if the image is missing or a member is damaged."""
-    members, caption = sample.members, None
+    """The parts of a sample that are used. Raises ImageError if the image is missing or a member is damaged, except the
+    caption, without which pictures can be trained on and evaluated: see `Picked.whole`."""
+    members, text, caption, unread = sample.members, None, None, None
     if layout.caption_field and "json" in members:
-        caption = metadata_of(sample).get(layout.caption_field)
-        caption = caption[0] if isinstance(caption, list) and caption else caption
-        caption = caption if isinstance(caption, str) else None
-    if caption is None and layout.caption in members:
-        caption = members[layout.caption].decode("utf-8", "replace")
-    return Picked(sample.image(layout.image), caption, label_of(members, layout))
+        field = metadata_of(sample).get(layout.caption_field)
+        field = field[0] if isinstance(field, list) and field else field
+        text = field.encode("utf-8", "surrogatepass") if isinstance(field, str) else None
+    text = members.get(layout.caption) if text is None else text
+    try:
+        caption = None if text is None else text_of(text)
+    except ImageError as error:
+        unread = error
+    return Picked(sample.image(layout.image), caption, label_of(members, layout), unread)
 
 
 def label_of(members: dict[str, bytes], layout: Layout) -> int | None:
     """A sample's class; None if there is none, or if it is empty or -1, as data sets mark pictures without a class.
     Raises ImageError if it is not a number."""
-    text = members.get(layout.label, b"").decode("utf-8", "replace").strip()
+    text = text_of(members.get(layout.label, b""), errors="replace").strip()
     if text in NO_CLASS:
         return None
     if not text.isdecimal() or len(text) > 18:
@@ -227,13 +248,7 @@ def label_of(members: dict[str, bytes], layout: Layout) -> int | None:
 
 def metadata_of(sample: Sample) -> dict:
     """The member `json`, or an empty dict. Raises ImageError if it is damaged."""
-    try:
-        metadata = json.loads(sample.members.get("json", b"{}"))
-    except (ValueError, RecursionError) as error:
-        raise ImageError(f"its json is damaged: {error}", "bad json") from error
-    if not isinstance(metadata, dict):
-        raise ImageError("its json is no mapping", "bad json")
-    return metadata
+    return fields_of(sample.members.get("json", b"{}"))
 
 
 # ---------------------------------------------------------------------------------------------------------- opening
@@ -286,7 +301,39 @@ def open_source(
             progress(done, len(to_scan))
     counts = None if by_shard else _counts(shards, quarantined, before)
     filters = open_filters(config.filters, layout, config.name)
+    _check_not_keys(config, filters, shards)
     return Source(config.name, config.weight, shards, layout, filters, counts, quarantined)
+
+
+def _check_not_keys(config: SourceConfig, filters: Filters, shards: list[Shard]) -> None:
+    """Raises DataError where none of the keys that are to be left out occurs, but some do with or without a suffix: the
+    samples would be used. A list of other keys may be shared by several sources."""
+    indexed = [shard for shard in shards if not isinstance(shard, TarShard) or shard.table is not None]
+    if not filters.not_keys or len(indexed) < len(shards) or sum(map(len, indexed)) > MOST_COMPARED_KEYS:
+        return
+    stems = {key: PurePosixPath(key).with_suffix("").as_posix() for key in filters.not_keys}
+    found = None
+    for shard in indexed:
+        if isinstance(shard, FileShard):
+            keys = {PurePosixPath(key).with_suffix("").as_posix(): key for key in map(shard.key, shard.images)}
+            if not filters.not_keys.isdisjoint(keys.values()):
+                return
+            found = found or next(((key, keys[key]) for key in stems if key in keys), None)
+        else:
+            hashes = set(shard.table.keys_n[np.isin(shard.table.keys_n, _hashes([*stems, *stems.values()]))].tolist())
+            if any(key_hash(key) in hashes for key in stems):
+                return
+            found = found or next(((key, stem) for key, stem in stems.items() if key_hash(stem) in hashes), None)
+    if found:
+        raise DataError(
+            f"source {config.name}: none of the keys in {config.filters.not_keys} is there, but {found[1]} is where "
+            f"the list says {found[0]}: keys of folders and zip files are paths with suffixes, those of tars have "
+            "none; write the list so"
+        )
+
+
+def _hashes(keys: list[str]) -> np.ndarray:
+    return np.array(list(map(key_hash, keys)), np.uint64)
 
 
 def check_remote(
@@ -300,7 +347,7 @@ def check_remote(
         check_available(fetched, access.timeouts, progress)
 
 
-def _content(shard: Shard) -> str | None:
+def content_of(shard: Shard) -> str | None:
     """A hash of what is known of a shard's samples: their keys, and in a tar their places; None if nothing is known."""
     if not isinstance(shard, TarShard):
         return digest([str(path) for path in getattr(shard, "images", None) or shard.names])

@@ -21,6 +21,7 @@ from data.text import printable
 logger = logging.getLogger(__name__)
 
 FIRST_WAIT_SECONDS, LONGEST_WAIT_SECONDS = 0.5, 15.0  # between tries
+PROBING_THREADS = 16  # that ask servers about many objects
 
 T = TypeVar("T")
 
@@ -45,6 +46,16 @@ def version(url: str, timeouts: Timeouts = DEFAULT_TIMEOUTS) -> Version:
         with _local_errors(url):
             return Version(os.path.getsize(url))
     return probe(url, timeouts).version
+
+
+def content_state(url: str, timeouts: Timeouts = DEFAULT_TIMEOUTS) -> tuple:
+    """What changes with the content: the size, and the whole second of the last change of a local file, which a copy
+    with times keeps, or an object's ETag or else Last-Modified, if its server sends them. Raises DataError."""
+    if is_remote(url):
+        return tuple(probe(url, timeouts).version)
+    with _local_errors(url):
+        status = os.stat(url)
+    return status.st_size, int(status.st_mtime)
 
 
 def read(

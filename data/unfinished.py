@@ -27,7 +27,8 @@ def unfinished(path: Path) -> Path:
 @contextlib.contextmanager
 def complete_file(path: Path) -> Iterator[Path]:
     """Yields a temporary path, and renames that file to ``path`` at the end of the context; after an error it is
-    removed. Raises OSError."""
+    removed. Where ``path`` is a link, the file that it names is replaced and the link stays. Raises OSError."""
+    path = Path(os.path.realpath(path)) if path.is_symlink() else path
     temporary = unfinished(path)
     with open(temporary, "ab") as file:
         try:

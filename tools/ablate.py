@@ -37,7 +37,7 @@ def ablate(
     from trainer import TrainerError
     from trainer.files import writing
     from trainer.jobs import ablation as jobs
-    from trainer.recipes import load_recipe
+    from trainer.jobs.ablation_inputs import check_inputs_of_new
 
     ablation = jobs.load_ablation(table)
     out = out or Path("runs") / Path(table).stem
@@ -48,24 +48,24 @@ def ablate(
     launcher, options = _split("--launch", launch), _split("--judge", judge)
     if not launcher or not shutil.which(launcher[0]):
         raise TrainerError(f"--launch {launch!r}: no such command; omit it to use this Python")
+    if any(option.split("=")[0] == "--report" for option in options):
+        raise TrainerError("--judge must not hold --report: each row has its own report, from which the table is made")
     named = [row.strip() for row in rows.split(";")] if rows else None
     cells = jobs.cells_of(ablation, named, numbers, overrides or [], out)
     # The table shows all finished cells, whichever rows are asked for. Checks everything before training starts.
     table_cells = jobs.cells_of(ablation, None, sorted({*numbers, *jobs.existing_seeds(out)}), overrides or [], out)
-    for cell in cells:
-        load_recipe(cell.recipe, cell.overrides)
-    for cell in table_cells:
-        jobs.is_trained(cell)
+    _check(ablation, cells, table_cells, judge, out)
     commands = [list(_commands(cell, launcher, judge, options)) for cell in cells]
     if dry_run:
         for command in itertools.chain(*commands):
             echo(shlex.join(command))
         return
-    jobs.check_table(out)
     with writing(out):
         out.mkdir(parents=True, exist_ok=True)
     for number, (cell, of_cell) in enumerate(zip(cells, commands, strict=True), start=1):
         if of_cell:
+            if not jobs.is_begun(cell):
+                check_inputs_of_new(cell, [other for other in table_cells if jobs.is_begun(other)])
             with writing(out):
                 jobs.unmark_evaluated(cell)
         for command in of_cell:
@@ -75,9 +75,38 @@ def ablate(
         if of_cell:
             with writing(out):
                 jobs.mark_evaluated(cell, judge)
+    _write_table(ablation, table_cells, judge, out)
+
+
+def _check(ablation, cells: list, table_cells: list, judge: str, out: Path) -> None:
+    """Raises TrainerError for all that can be known to be wrong before anything is trained."""
+    from trainer.jobs import ablation as jobs
+    from trainer.jobs.ablation_inputs import check_same_inputs
+    from trainer.recipes import load_recipe
+
+    for cell in cells:
+        load_recipe(cell.recipe, cell.overrides)
+    for cell in table_cells:
+        jobs.is_trained(cell)
+    jobs.check_table(ablation, out)
+    jobs.check_others(cells, table_cells, judge)
+    check_same_inputs([cell for cell in table_cells if jobs.is_begun(cell)])
+
+
+def _write_table(ablation, cells: list, judge: str, out: Path) -> None:
+    """Writes and prints the table of all evaluated cells, and names those that have begun and are not in it."""
+    from trainer.files import writing
+    from trainer.jobs import ablation as jobs
+    from trainer.jobs.ablation_inputs import check_same_inputs
+
+    evaluated = [cell for cell in cells if jobs.is_evaluated(cell, judge)]
+    check_same_inputs(evaluated)
     with writing(out):
-        written = jobs.write_table(ablation, [cell for cell in table_cells if jobs.is_evaluated(cell, judge)], out)
-    echo("\n".join([written[1].read_text(), *map(str, written)]))
+        written = jobs.write_table(ablation, evaluated, out)
+    echo("\n".join([written[1].read_text(encoding="utf-8"), *map(str, written)]))
+    if missing := [cell for cell in cells if cell not in evaluated and jobs.is_begun(cell)]:
+        names = "; ".join(f"{cell.row} (seed {cell.seed})" for cell in missing)
+        echo(f"not in the table, since not yet trained and evaluated: {names}")
 
 
 def _commands(cell, launcher: list[str], judge: str, options: list[str]) -> Iterator[list[str]]:

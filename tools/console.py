@@ -14,6 +14,12 @@ Tokenizer = Annotated[
     Path,
     typer.Argument(help="A run or one of its checkpoints, a file of weights (.ckpt, .pt), or an export's folder."),
 ]
+ImageSuffixes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--image", metavar="SUFFIX", help="Suffix of the images in tars, as in a source's `image`; may be repeated."
+    ),
+]
 Device = Annotated[str, typer.Option(help="auto, cpu or cuda.")]
 Weights = Annotated[str, typer.Option(help="ema or raw.")]
 BatchSize = Annotated[int, typer.Option(help="Images in a batch, in each process.")]

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from tools.console import BatchSize, Device, Tokenizer, Weights, counted, echo, print_table, progress
+from tools.console import BatchSize, Device, ImageSuffixes, Tokenizer, Weights, counted, echo, print_table, progress
 
 if TYPE_CHECKING:
     from trainer.evaluation.generation_report import EvaluatedGeneration
@@ -139,6 +139,7 @@ def reconstruction(
     ] = None,
     batch_size: BatchSize = 16,
     device: Device = "auto",
+    image: ImageSuffixes = None,
 ) -> None:
     """Measure rFID, LPIPS, PSNR, SSIM, L1 and codebook usage, beside published results and two baselines.
 
@@ -161,6 +162,7 @@ def reconstruction(
             report_path=report,
             batch_size=batch_size,
             device=device,
+            image=image,
             on_progress=on_progress,
         )
     if evaluated is None:  # another process prints the result

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tools.console import BatchSize, Device, Tokenizer, Weights, counted, echo, progress
+from tools.console import BatchSize, Device, ImageSuffixes, Tokenizer, Weights, counted, echo, progress
 
 
 def reconstruct(
@@ -29,6 +29,7 @@ def reconstruct(
     weights: Weights = "ema",
     batch_size: BatchSize = 16,
     device: Device = "auto",
+    image: ImageSuffixes = None,
 ) -> None:
     """Write each image beside its reconstruction, and one overview.
 
@@ -46,6 +47,7 @@ def reconstruct(
             weights=weights,
             batch_size=batch_size,
             device=device,
+            image=image,
             on_progress=on_progress,
         )
     if written.skipped:

@@ -63,6 +63,7 @@ def pack(
     """Pack a folder or a zip file of images into WebDataset tars.
 
     In the default layout, captions come from .txt files beside the images and classes from .cls files (numbers).
+    Fields of .json files beside the images, such as scores, are kept in all layouts.
 
     Example: ibq shards pack photos --out shards/photos --shorter-side 256
 

@@ -26,6 +26,7 @@ DRAWN_BY = "ibq shards stats"
 def problems(found: list["Checked"]) -> Iterator[str]:
     """The problems of each tar, and the totals."""
     from data.addresses import redacted
+    from data.folder_reader import is_files
     from data.index import common_root, without_query
     from data.text import printable
 
@@ -53,7 +54,8 @@ def problems(found: list["Checked"]) -> Iterator[str]:
             "would end keys at the first dot; if KEY.part.png belongs to the image KEY.jpg, name the suffix of images "
             "(--image, a source's image)"
         )
-    if broken := [name for checked, name in zip(found, names, strict=True) if checked.status == "broken"]:
+    tars = [(checked, name) for checked, name in zip(found, names, strict=True) if not is_files(checked.url)]
+    if broken := [name for checked, name in tars if checked.status == "broken"]:
         yield f"to train without the broken ones: 'data.quarantine=[{','.join(broken)}]'"
 
 

@@ -5,7 +5,7 @@ from typing import Annotated
 
 import typer
 
-from tools.console import BatchSize, Device, Weights, counted, echo, progress
+from tools.console import BatchSize, Device, ImageSuffixes, Weights, counted, echo, progress
 
 
 def tokenize(
@@ -29,6 +29,7 @@ def tokenize(
     samples_per_shard: Annotated[int, typer.Option(help="Largest number of samples in a tar.")] = 10_000,
     batch_size: BatchSize = 64,
     device: Device = "auto",
+    image: ImageSuffixes = None,
     workers: Annotated[
         int | None, typer.Option(help="Decoding threads in each process.  [default: a share of the cores]")
     ] = None,
@@ -55,6 +56,7 @@ def tokenize(
             batch_size=batch_size,
             device=device,
             workers=workers,
+            image=image,
             on_progress=on_progress,
         )
     if done is None:  # another process prints the result

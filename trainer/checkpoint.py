@@ -15,12 +15,13 @@ from typing import NamedTuple
 
 from safetensors import SafetensorError
 
+from model_zoo.io.hashing import sha256_of
 from model_zoo.io.manifest import MANIFEST, STATE, entry_of, read_manifest, remember, wrong_file
 from model_zoo.io.run_layout import checkpoint_step, run_folder
 from model_zoo.io.sharded_tensors import TensorShard, save_shards
 from trainer import TrainerError
 from trainer.branches import BRANCHES, branch, read_branches, with_checkpoint
-from trainer.parallel import World, gather_objects, max_over_ranks, run_on_main
+from trainer.parallel import World, check_same_on_all_ranks, gather_objects, max_over_ranks, run_on_main
 
 
 class CheckpointError(TrainerError):
@@ -241,11 +242,16 @@ def _candidates(run: Path) -> _Candidates:
 
 def damage(folder: Path, world: World) -> str | None:
     """What is wrong with a checkpoint, or None; all ranks call together. Compares every file's hash with the manifest.
-    The ranks share the files, and none of them reads these again when it reads weights (see `manifest.check`)."""
+    The ranks share the files, and none of them reads these again when it reads weights (see `manifest.check`).
+
+    Raises TrainerError where nodes have different checkpoints at this path: no rank alone could tell."""
     try:
         files = run_on_main(world, lambda: read_manifest(folder))
     except TrainerError as error:
         return str(error)
+    manifest = folder / MANIFEST
+    found = f"manifest {sha256_of(manifest)[:16]}" if manifest.is_file() else "no manifest"
+    check_same_on_all_ranks(f"the checkpoint {folder}", found)
     # Nodes may have copies of their own: then those of each copy share its files.
     copies = gather_objects(_copy_of(folder))
     sharing = [rank for rank, copy in enumerate(copies) if copy == copies[world.rank]]

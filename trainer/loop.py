@@ -7,7 +7,6 @@ import sys
 import traceback
 from datetime import datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
@@ -18,15 +17,20 @@ from model_zoo.io.run_layout import run_folder
 from trainer import TrainerError
 from trainer.compiler import check_compiler
 from trainer.config import RunConfig
-from trainer.parallel import World, leave_hangs_to_watchdog, run_on_all_ranks, run_on_main, start_world, stop_world
+from trainer.parallel import (
+    World,
+    check_same_on_all_ranks,
+    leave_hangs_to_watchdog,
+    run_on_all_ranks,
+    run_on_main,
+    start_world,
+    stop_world,
+)
 from trainer.recipes import load_recipe, load_run_config
 from trainer.run_folder import RESTART_SECONDS, RunFolder
-from trainer.start_plan import Source, check_inputs, plan_start
+from trainer.start_plan import Inputs, Source, check_inputs, plan_start
 from trainer.trainer import Trainer
 from trainer.watchdog import Stopped
-
-if TYPE_CHECKING:
-    from data import TokenSpec
 
 
 def train(recipe: str, overrides: list[str]) -> Path:
@@ -58,11 +62,11 @@ def resume(source: str | Path, overrides: list[str]) -> Path:
 
 
 def _train(config: RunConfig, source: Source) -> Path:
-    tokens = check_inputs(config, source)
+    inputs = check_inputs(config, source)
     world = start_world(config.trainer.device, config.trainer.timeout_seconds)
     torch.set_float32_matmul_precision("high" if config.trainer.tf32 else "highest")
     try:
-        return _train_in(world, config, source, tokens)
+        return _train_in(world, config, source, inputs)
     except (DataError, ModelError, TrainerError, Stopped, KeyboardInterrupt) as error:
         _clear_frames(error)
         raise
@@ -70,20 +74,21 @@ def _train(config: RunConfig, source: Source) -> Path:
         stop_world()
 
 
-def _train_in(world: World, config: RunConfig, source: Source, tokens: TokenSpec | None) -> Path:
+def _train_in(world: World, config: RunConfig, source: Source, inputs: Inputs) -> Path:
     """Trains in the process group. When it returns, no variable refers to the group, so that it can be destroyed."""
     with RunFolder(Path(config.run), world) as folder:
         if source.checkpoint and folder.path.exists():
             wait_seconds = RESTART_SECONDS if source.restart else 0.0
             run_on_main(world, lambda: folder.take(wait_seconds))
-        plan = plan_start(config, source, world)
+        check_same_on_all_ranks(f"data.val={config.data.val}", inputs.validation or "")
+        plan = plan_start(config, source, world, inputs.validation)
         if plan.done:
             if world.is_main:
                 sys.stderr.write(f"{printable(config.run)} is at step {plan.step} already: nothing is left to do\n")
             return Path(config.run)
         if config.trainer.compile:
             run_on_all_ranks(lambda: check_compiler(world.device, "trainer.compile=true"))
-        trainer = Trainer(config, world, plan, tokens, folder)
+        trainer = Trainer(config, world, plan, inputs.tokens, folder)
         try:
             trainer.setup()
             leave_hangs_to_watchdog()

@@ -242,6 +242,22 @@ def raise_on_all_ranks(message: str | None) -> None:
             raise TrainerError(found)
 
 
+def check_same_on_all_ranks(what: str, found: str) -> None:
+    """Raises TrainerError on every rank where the ranks find different things; all ranks call together. what: what the
+    user named. found: what this rank finds, with a number or hash that differs where the things do."""
+    ranks: dict[str, list[int]] = {}
+    for rank, of_rank in enumerate(gather_objects(found)):
+        ranks.setdefault(of_rank, []).append(rank)
+    if len(ranks) > 1:
+        ways = "; ".join(f"{one} on rank {_listed(of_one)}" for one, of_one in ranks.items())
+        raise TrainerError(f"{what} is not the same for all processes: {ways}; give all nodes the same files")
+
+
+def _listed(numbers: list[int]) -> str:
+    shown = ", ".join(map(str, numbers[:8]))
+    return f"{shown} and {len(numbers) - 8} more" if len(numbers) > 8 else shown
+
+
 def _attempt(action: Callable) -> list:
     """[result, None], or [None, message] where the action raises an error that the user can fix."""
     try:

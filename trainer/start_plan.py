@@ -28,7 +28,7 @@ from trainer.telemetry import scanning
 class StartPlan(NamedTuple):
     """step: the last step that is done. checkpoint: what to resume from, with its small ``state``; None: start fresh.
     reuses_folder: the run's folder already contains this run. done: there is nothing left to train. notes: lines to
-    print. changes: of settings, by this resume."""
+    print. changes: of settings, by this resume. validation: what ``data.val`` holds, see `Inputs`."""
 
     step: int
     checkpoint: Path | None
@@ -37,10 +37,12 @@ class StartPlan(NamedTuple):
     done: bool
     notes: list[str]
     changes: Sequence[Change] = ()
+    validation: str | None = None
 
     def record(self, config: RunConfig) -> dict:
-        """What the checkpoints of the run tell of its settings."""
-        return {"settings": settings_of(config), "changes": [*read_changes(self.state), *self.changes]}
+        """What the checkpoints of the run tell of its settings and its validation."""
+        changes = [*read_changes(self.state), *self.changes]
+        return {"settings": settings_of(config), "changes": changes, "validation": self.validation}
 
 
 class Source(NamedTuple):
@@ -49,6 +51,14 @@ class Source(NamedTuple):
 
     checkpoint: Path | None = None
     restart: bool = False
+
+
+class Inputs(NamedTuple):
+    """tokens: what ``data.train`` must hold, for a generator that learns from token shards. validation: what
+    ``data.val`` holds: the number of its samples and a hash; None without it."""
+
+    tokens: data.TokenSpec | None
+    validation: str | None
 
 
 class BatchPlan(NamedTuple):
@@ -73,9 +83,9 @@ def plan_batch(config: RunConfig, world: World) -> BatchPlan:
     return BatchPlan(micro, share // micro)
 
 
-def check_inputs(config: RunConfig, source: Source) -> data.TokenSpec | None:
-    """Finds a folder that is taken, a mistyped path and damaged tars before anything slow starts; returns which tokens
-    ``data.train`` must hold, for a generator that learns from token shards. Raises TrainerError or DataError."""
+def check_inputs(config: RunConfig, source: Source) -> Inputs:
+    """Finds a folder that is taken, a mistyped path and damaged tars before anything slow starts. Raises TrainerError
+    or DataError."""
     if source.checkpoint is None:
         _check_is_no_run(Path(config.run))
     if config.data.train is None and not config.data.sources:
@@ -88,31 +98,32 @@ def check_inputs(config: RunConfig, source: Source) -> data.TokenSpec | None:
         tokens = data.TokenSpec(config.tokenizer.fingerprint, config.model.vocabulary, tuple(config.model.grid))
     with scanning() as progress:
         # A resumed run checks its training data later: its checkpoint says what the data must be (see TrainStream).
-        data.check(config.data, train=source.checkpoint is None, progress=progress, tokens=tokens)
+        validation = data.check(config.data, train=source.checkpoint is None, progress=progress, tokens=tokens)
     _class_numbers(config, resumes=source.checkpoint is not None)
-    return tokens
+    return Inputs(tokens, validation)
 
 
-def plan_start(config: RunConfig, source: Source, world: World) -> StartPlan:
-    """Decides how the run starts; all ranks call together and get the same plan. Raises TrainerError."""
-    fresh = StartPlan(0, None, {"data": None}, False, False, [])
+def plan_start(config: RunConfig, source: Source, world: World, validation: str | None = None) -> StartPlan:
+    """Decides how the run starts; all ranks call together and get the same plan. validation: of `Inputs`. Raises
+    TrainerError."""
+    fresh = StartPlan(0, None, {"data": None}, False, False, [], validation=validation)
     if source.checkpoint is None:
         return fresh
     # Rank 0 alone looks at the folder: another node's view of a shared disk may be older.
     if source.restart and not run_on_main(world, lambda: _holds_run(config)):
         return fresh
     if run_on_main(world, lambda: not is_saved(source.checkpoint)):
-        changes = run_on_main(world, lambda: _changes({"step": 0}, config))
+        changes = run_on_main(world, lambda: _changes({"step": 0}, config, validation))
         notes = [f"{config.run} has no checkpoint yet: it starts from step 1"]
         return fresh._replace(reuses_folder=True, notes=[*notes, *map(str, changes)], changes=changes)
     checkpoint, notes = find_checkpoint(source.checkpoint, world)
     state = run_on_main(world, lambda: _load_state(checkpoint))
     step = state["step"]
-    changes = run_on_main(world, lambda: _changes(state, config))
+    changes = run_on_main(world, lambda: _changes(state, config, validation))
     done = step >= config.trainer.max_steps
     if done and not source.restart:
         raise TrainerError(f"{config.run} is at step {step} already; train longer with trainer.max_steps={2 * step}")
-    return StartPlan(step, checkpoint, state, True, done, [*notes, *map(str, changes)], changes)
+    return StartPlan(step, checkpoint, state, True, done, [*notes, *map(str, changes)], changes, validation)
 
 
 def restore(plan: StartPlan, models: ModelState, world: World) -> None:
@@ -182,9 +193,15 @@ def _holds_run(config: RunConfig) -> bool:
     return False
 
 
-def _changes(state: dict, config: RunConfig) -> list[Change]:
-    """Compares with the settings in the checkpoint or, if an earlier version wrote it, in the run's folder."""
-    return changes_since(state.get("settings") or settings_of(load_run_config(config.run, [])), config, state["step"])
+def _changes(state: dict, config: RunConfig, validation: str | None) -> list[Change]:
+    """Compares with the settings in the checkpoint or, if an earlier version wrote it, in the run's folder. Also
+    compares what ``data.val`` holds: curves of other images would otherwise look like the same curve."""
+    before = state.get("settings") or settings_of(load_run_config(config.run, []))
+    changes = changes_since(before, config, state["step"])
+    former = state.get("validation")
+    if former is not None and validation is not None and former != validation:
+        changes.append(Change(state["step"], "the content of data.val", former, validation))
+    return changes
 
 
 def _load_state(checkpoint: Path) -> dict:

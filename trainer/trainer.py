@@ -12,7 +12,14 @@ import data
 from trainer import TrainerError
 from trainer.checkpoint import CheckpointError, Checkpoints
 from trainer.config import RunConfig
-from trainer.parallel import World, gather_objects, max_over_ranks, mean_over_ranks, run_on_main
+from trainer.parallel import (
+    World,
+    check_same_on_all_ranks,
+    gather_objects,
+    max_over_ranks,
+    mean_over_ranks,
+    run_on_main,
+)
 from trainer.prefetch import Prefetcher, summary
 from trainer.run_folder import RunFolder
 from trainer.skipped_steps import SkippedSteps
@@ -65,6 +72,7 @@ class Trainer:
                 progress=progress,
             )
         self.resources.callback(stream.close)
+        check_same_on_all_ranks("the training data", stream.seen())
         seed_everything(config.seed, plan.step, world)
         if plan.checkpoint:
             restore(plan, task.state, world)

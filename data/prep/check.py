@@ -238,11 +238,11 @@ def _check_files(path: str, decode_images: bool, layout: Layout) -> Checked:
 
 def _check_sample(sample: Sample, decode_images: bool, layout: Layout) -> tuple[int, int]:
     """Height and width of a sample's image or grid of codes; of an image whose header cannot be read, 0. Raises
-    ImageError, as training does, for a sample that it would skip; pixels are looked at on request."""
+    ImageError, as `ibq tokenize` does, for a sample that it would skip; pixels are looked at on request."""
     if CODES in sample.members:
-        header, _ = unpack_codes(pick(sample, TOKENS).content)
+        header, _ = unpack_codes(pick(sample, TOKENS).whole().content)
         return header.grid
-    picked = pick(sample, layout)
+    picked = pick(sample, layout).whole()
     if decode_images:
         decode(picked.content)
     try:

@@ -21,7 +21,7 @@ from data.file_names import fitted
 from data.folder_reader import FolderFiles, ZipFiles, class_numbers, open_files, why_unread
 from data.locks import WriterLock, file_lock
 from data.parallel import in_threads
-from data.samples import IMAGE_SUFFIXES, NO_CLASS, Skipped
+from data.samples import IMAGE_SUFFIXES, NO_CLASS, Skipped, fields_of, text_of
 from data.transforms import decode
 
 LAYOUTS = ("folder", "imagenet", "coco")
@@ -59,10 +59,11 @@ def pack(
 ) -> PackReport:
     """Write every jpg, png and webp of a folder or zip file, except hidden files, to WebDataset tars in `out`.
 
-    A sample is the image (its original bytes unless it is resized), `.txt` and `.cls`, and `.json` with key, width and
-    height in pixels (as displayed) and the source's relative path. Equal images give equal tars, and a zip file that
-    contains one folder gives the same tars as that folder. Images that cannot be decoded completely are left out and
-    reported. `out` must be new or empty; it appears when all tars are complete, and after an error it does not exist.
+    A sample is the image (its original bytes unless it is resized), `.txt` and `.cls`, and `.json`: the fields of the
+    file NAME.json beside the image, and key, width and height in pixels (as displayed) and the source's relative path,
+    which replace fields of the same names. Equal images give equal tars, and a zip file that contains one folder gives
+    the same tars as that folder. Images that cannot be decoded completely are left out and reported. `out` must be new
+    or empty; it appears when all tars are complete, and after an error it does not exist.
 
     layout: `folder`: caption and class are in files NAME.txt and NAME.cls beside the image. `imagenet`: the class is
         the index of the image's top folder in sorted order, and `classes.json` lists the names. `coco`: captions are in
@@ -298,7 +299,7 @@ class _Samples(NamedTuple):
         except ImageError as error:
             reason = str(error)
         except OSError as error:
-            reason = error.strerror or str(error)
+            reason = f"{Path(error.filename).name}: {error.strerror}" if error.filename else str(error)
         return Skipped(self.files.name(path), self.keys[path], reason)
 
     def _sample(self, path: PurePosixPath) -> dict:
@@ -312,28 +313,44 @@ class _Samples(NamedTuple):
             image.save(buffer, "JPEG", quality=self.quality, subsampling=0)
             content, suffix = buffer.getvalue(), "jpg"
         more, members = self._texts(path)
-        if "cls" in members:
-            members["cls"] = members["cls"].strip()
-            if members["cls"].decode(errors="replace") in NO_CLASS:
-                del members["cls"]
-            elif not re.fullmatch(rb"[0-9]+", members["cls"]):
-                text = members["cls"].decode(errors="replace")[:40]
-                raise DataError(
-                    f"{self.files.name(path.with_suffix('.cls'))} holds {text!r}: a class is a number from 0"
-                )
         name = path.as_posix().encode("utf-8", "surrogateescape").decode("utf-8", "replace")
         key = self.keys[path]
-        metadata = {"key": key, "width": image.width, "height": image.height, "source": name, **more}
-        return {"__key__": key, suffix: content, "json": json.dumps(metadata, ensure_ascii=False).encode(), **members}
+        own = {"key": key, "width": image.width, "height": image.height, "source": name, **more}
+        metadata = {**own, **self._json(path), **own}
+        return {"__key__": key, suffix: content, "json": json.dumps(metadata).encode(), **members}
 
-    def _texts(self, path: PurePosixPath) -> tuple[dict, dict[str, bytes]]:
-        """Additional fields of the sample's json, and its txt and cls."""
+    def _texts(self, path: PurePath) -> tuple[dict, dict[str, bytes]]:
+        """Additional fields of the sample's json, and its txt and cls. Raises DataError for files that hold neither."""
         if self.coco is not None:
             if path not in self.coco.captions:
                 return {}, {}
             captions = self.coco.captions[path]
             return {"image_id": self.coco.ids[path], "captions": captions}, {"txt": captions[0].encode()}
-        members = {suffix: text for suffix in ("txt", "cls") if (text := self.files.beside(path, suffix)) is not None}
+        members = {}
+        if (content := self.files.beside(path, "txt")) is not None:
+            try:
+                members["txt"] = text_of(content).encode()
+            except ImageError as error:
+                fix = f"save it as UTF-8 (`ibq shards check {self.files.path}` lists all such files)"
+                raise self._unusable(path, "txt", f"is not in UTF-8: {fix}") from error
         if self.classes is not None:
             members["cls"] = str(self.classes[path.parts[0]]).encode()
+        elif (content := self.files.beside(path, "cls")) is not None:
+            label = text_of(content, errors="replace").strip()
+            if label not in NO_CLASS:
+                if not re.fullmatch("[0-9]+", label):
+                    raise self._unusable(path, "cls", f"holds {label[:40]!r}: a class is a number from 0")
+                members["cls"] = label.encode()
         return {}, members
+
+    def _json(self, path: PurePath) -> dict:
+        """What NAME.json beside the image holds. Raises DataError for a file that holds no fields."""
+        if (content := self.files.beside(path, "json")) is None:
+            return {}
+        try:
+            return fields_of(content)
+        except ImageError as error:
+            raise self._unusable(path, "json", f"cannot be kept ({error}): repair or remove it") from error
+
+    def _unusable(self, path: PurePath, suffix: str, what: str) -> DataError:
+        return DataError(f"{self.files.name(path.with_suffix(f'.{suffix}'))} {what}")

@@ -297,11 +297,11 @@ def _samples(shard: Shard, numbers: np.ndarray | None) -> Iterator[Sample | Imag
 def _count_sample(counted: Counted, source: Source, sample: Sample, decode_images: bool) -> None:
     counted.bytes += sum(map(len, sample.members.values()))
     if CODES in sample.members:
-        picked = replace(source, layout=TOKENS).pick(sample)
+        picked = replace(source, layout=TOKENS).pick(sample).whole()
         header, _ = unpack_codes(picked.content)
         counted.tokens[header] += 1
     else:
-        picked = source.pick(sample)
+        picked = source.pick(sample).whole()
         if decode_images:
             decode(picked.content)
         header = image_header(picked.content)

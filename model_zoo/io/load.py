@@ -1,5 +1,6 @@
 """Loads models from any source: runs, published checkpoints, exports, and names on the Hugging Face hub."""
 
+import json
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -16,7 +17,7 @@ from model_zoo.config import TokenizerConfig, TransformerConfig
 from model_zoo.errors import ModelError
 from model_zoo.io.emu_folder import CHECKPOINT, is_emu_folder
 from model_zoo.io.export_format import CONFIG, MODEL, is_export, read_export, weights_in_export
-from model_zoo.io.manifest import check
+from model_zoo.io.manifest import STATE, check
 from model_zoo.io.published_ckpt import SUFFIXES, is_published, open_published, read_published
 from model_zoo.io.run_layout import checkpoint_step, run_folder
 from model_zoo.io.sharded_tensors import ShardedTensors
@@ -45,6 +46,11 @@ def load_generator(source: str | Path, weights: str = "ema") -> Transformer:
     export, or a name on the Hugging Face hub.
     Raises ModelError if the source, its checkpoint, or the requested weights do not exist.
     """
+    return build_generator(read_weights(source, "generator", weights))
+
+
+def build_generator(found: Weights) -> Transformer:
+    """A generator of weights that were read, in eval mode on the CPU, in fp32. Raises ModelError."""
 
     def build(config: TransformerConfig) -> Transformer:
         with torch.device("meta"):  # large models take long to initialise, and every weight is replaced
@@ -52,7 +58,6 @@ def load_generator(source: str | Path, weights: str = "ema") -> Transformer:
         transformer.rope_tp2 = rope_table(*config.grid, config.head_dim)  # not stored in checkpoints
         return transformer
 
-    found = read_weights(source, "generator", weights)
     return build_model(found, "generator", TransformerConfig, build, assign=True).float()
 
 
@@ -135,12 +140,16 @@ def find_checkpoint(source: Path) -> Path:
     if source != run:
         return source
     latest = run / "checkpoints" / "latest"
-    if not latest.is_file():
-        raise ModelError(f"{run} has no finished checkpoint yet: train on, or lower trainer.checkpoint_every_steps")
     checkpoint = None
-    while checkpoint != (checkpoint := latest.parent / latest.read_text(errors="replace").strip()):
-        if checkpoint.is_dir():
-            return checkpoint
+    try:
+        while checkpoint != (checkpoint := latest.parent / latest.read_text(errors="replace").strip()):
+            if checkpoint.is_dir():
+                return checkpoint
+    except (FileNotFoundError, NotADirectoryError):
+        message = f"{run} has no finished checkpoint yet: train on, or lower trainer.checkpoint_every_steps"
+        raise ModelError(message) from None
+    except OSError as error:
+        raise ModelError(f"cannot read {latest}: {error.strerror}; let this user read the run's folder") from error
     raise ModelError(f"{latest} names {checkpoint.name}, which does not exist; write another checkpoint's name there")
 
 
@@ -212,7 +221,7 @@ def _read_run(checkpoint: Path, kind: str, weights: str) -> Weights:
         raise _missing(files, kind, weights)
     try:
         recipe = OmegaConf.to_container(OmegaConf.load(path))
-        config, decay = dict(recipe["model"]), (recipe.get("ema") or {}).get("decay")
+        config, decay = dict(recipe["model"]), _decay(checkpoint, recipe)
         trained_c = _trained_classes(files, recipe) if kind == "generator" else None
     except (OmegaConfBaseException, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
         raise _no_config(str(path), kind, error) from error
@@ -227,6 +236,12 @@ def _read_run(checkpoint: Path, kind: str, weights: str) -> Weights:
         step=checkpoint_step(checkpoint),
         trained_c=trained_c,
     )
+
+
+def _decay(checkpoint: Path, recipe: dict) -> float | None:
+    """That of the checkpoint's EMA; config.yaml may already have that of a later resume."""
+    state = json.loads((checkpoint / STATE).read_bytes()) if (checkpoint / STATE).exists() else {}
+    return (state.get("settings") or {}).get("ema.decay", (recipe.get("ema") or {}).get("decay"))
 
 
 def _trained_classes(files: ShardedTensors, recipe: dict) -> Tensor:

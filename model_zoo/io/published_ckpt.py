@@ -121,6 +121,11 @@ def read_published(path: Path, kind: str, weights: str) -> Weights:
         raise ModelError(f"{path} is not a published {kind}: it {error}") from error
     if part.discriminator:
         _check_discriminator(path, part.discriminator)
+    if kind == "tokenizer" and kind not in published.described:
+        _say_once(
+            f"{path} does not name its quantizer, and IBQ is assumed: codes of a VQ tokenizer would be wrong; for one, "
+            "set model.quantizer to vq in the config.yaml that `ibq checkpoint import` writes"
+        )
     found = "ema" if tensors is part.model_ema else "raw"
     return Weights(
         config,

@@ -5,6 +5,7 @@ import os
 import shutil
 import tarfile
 import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -165,6 +166,25 @@ def test_a_folder_that_cannot_be_read_is_named(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "scandir", refuse)
     assert f"cannot read the folder {folder}/bird: Permission denied" in refusal(data.DataError, evaluated, folder)
+
+
+def test_a_file_beside_an_image_that_cannot_be_read_is_named(tmp_path, monkeypatch, ibq):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    picture(0).save(folder / "a.png")
+    (folder / "a.cls").write_text("1")
+    read = Path.read_bytes
+
+    def refuse(path):
+        if path.suffix == ".cls":
+            raise PermissionError(13, "Permission denied", str(path))
+        return read(path)
+
+    monkeypatch.setattr(Path, "read_bytes", refuse)
+    assert f"cannot read {folder}/a.cls: Permission denied" in refusal(data.DataError, evaluated, folder)
+    assert "a.cls: Permission denied" in refusal(data.DataError, data.pack, folder, tmp_path / "out")
+    printed = ibq("shards", "check", folder, "--jobs", 1).out
+    assert f"cannot read {folder}/a.cls" in printed and "data.quarantine" not in printed  # which would name all
 
 
 @pytest.mark.parametrize(("kind", "called"), [(tarfile.LNKTYPE, "hard link"), (tarfile.SYMTYPE, "symbolic link")])

@@ -8,9 +8,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 from data.buckets import parse_size
+from data.config import DataConfig
 from data.evaluation import EvaluationImages, evaluation_images
 from data.file_names import fitted
-from data.loader import validation_sizes
+from data.loader import image_suffixes, is_trained_on, validation_sizes
 from data.locks import LOCK_NAME, file_lock, folder_lock
 from data.transforms import RESIZES
 from model_zoo.config import TokenizerConfig
@@ -56,7 +57,7 @@ from trainer.jobs.setup import (
 )
 from trainer.loading import common_checkpoint, load_newest
 from trainer.metrics.image import SSIM_WINDOW, psnr, to_levels
-from trainer.parallel import World, run_on_main
+from trainer.parallel import World, check_same_on_all_ranks, run_on_main
 from trainer.reports.image_grid import EXAMPLE_COUNT, ORDERS, Example, pair, side_by_side
 
 RUN_REPORT = "report.json"
@@ -90,10 +91,11 @@ def open_images(
     resize: str | None,
     world: World,
     batch_size: int,
+    image: list[str] | None = None,
 ) -> ImageSource:
     """Opens the images. What is None comes from the run's ``data`` section (``val``, the sizes of validation images,
-    ``resize``); without a run, size and resize are those of the published ImageNet results. Raises TrainerError or
-    DataError."""
+    ``resize``); without a run, size and resize are those of the published ImageNet results. image: suffixes of the
+    images in tars. Raises TrainerError or DataError."""
     config = data_config(checkpoint)
     path = images if images is not None or config is None else config.val
     if path is None and config is None:
@@ -111,6 +113,7 @@ def open_images(
     if sizes["image_size"] is None and not sizes.get("buckets"):
         batch_size = 1
     options = dict(resize=resize, shard=(world.rank, world.size), block=batch_size, threads=decode_threads())
+    options["image"] = _image_suffixes(config, path, images is None, image)
     opened = evaluation_images(path, **sizes, **options)
     named = sizes["image_size"] or ",".join(map(str, sizes.get("buckets", ()))) or ORIGINAL
     return ImageSource(opened, path, named, resize, batch_size)
@@ -129,6 +132,15 @@ def _sizes(text: str) -> dict:
             f"'{ORIGINAL}'"
         )
     return {"image_size": int(text)}
+
+
+def _image_suffixes(
+    config: DataConfig | None, path: str | list[str], is_val: bool, given: list[str] | None
+) -> list[str] | None:
+    if config is None:
+        return given
+    given = given or (config.val_image if is_val or path == config.val else None)
+    return image_suffixes(config, path, given, "data.val" if is_val else "--images", "--image SUFFIX")
 
 
 class _Inputs(NamedTuple):
@@ -154,6 +166,7 @@ def evaluate_run(
     report_path: str | Path | None = None,
     batch_size: int = 16,
     device: str = "auto",
+    image: list[str] | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> EvaluatedRun | None:
     """Evaluates a tokenizer and writes FILE.json, FILE.md and grids of example images next to them. All processes of
@@ -161,9 +174,10 @@ def evaluate_run(
 
     source: as for `model_zoo.load_tokenizer`. images: default the run's ``data.val``. image_size: pixels, or
     "original" (one image at a time); resize: a protocol of `data.transforms`; measures: as for `load_networks`; the
-    default of these three is the recipe's, else the run's (measures: auto). recipe: a name in recipes/evaluation, or a
-    file. report_path: default RUN/report.json, or NAME_reconstruction.json in the working directory if the source is
-    not a run folder. Raises TrainerError, ModelError or DataError, each with one line.
+    default of these three is the recipe's, else the run's (measures: auto). image: suffixes of the images in tars,
+    default those of ``data.val_image`` or of the run's source with the same root. recipe: a name in
+    recipes/evaluation, or a file. report_path: default RUN/report.json, or NAME_reconstruction.json in the working
+    directory if the source is not a run folder. Raises TrainerError, ModelError or DataError, each with one line.
     """
     if batch_size < 1:
         raise TrainerError(f"the batch size must be at least 1, not {batch_size}")
@@ -179,10 +193,12 @@ def evaluate_run(
         held.enter_context(one_writer(world, file_lock(json_path), json_path, "--report"))
 
         def prepare(checkpoint: Path) -> _Inputs:
-            opened = open_images(checkpoint, images, image_size, resize, world, batch_size)
-            return _load(checkpoint, weights, opened, measures or "auto", world)
+            opened = open_images(checkpoint, images, image_size, resize, world, batch_size, image)
+            return _load(checkpoint, weights, opened, measures or "auto")
 
         inputs = load_newest(world, source, prepare)
+        check_same_on_all_ranks("the tokenizer", f"fingerprint {inputs.fingerprint}")
+        check_same_on_all_ranks(f"--images {inputs.source.path}", inputs.source.images.identity())
         timer = StageTimer(world.device)
         report = evaluate_reconstruction(
             inputs.tokenizer.to(world.device),
@@ -196,17 +212,18 @@ def evaluate_run(
         evaluated = None
         if world.is_main:
             provenance = {"run": str(source), "recipe": recipe, **_provenance(inputs, report, world, json_path)}
-            provenance["held_out"] = images is None  # other images than data.val may have been in the training set
+            # Other images than data.val may have been in the training set.
+            provenance["held_out"] = images is None and not is_trained_on(data_config(inputs.checkpoint))
             provenance["seconds"] = timer.seconds()
             evaluated = _compare(report, provenance, conditions, json_path)
         run_on_main(world, lambda: write_evaluated_run(evaluated))
         return evaluated
 
 
-def _load(checkpoint: Path, weights: str, source: ImageSource, measures: str, world: World) -> _Inputs:
+def _load(checkpoint: Path, weights: str, source: ImageSource, measures: str) -> _Inputs:
     found = read_weights(checkpoint, "tokenizer", weights)
     tokenizer = build_model(found, "tokenizer", TokenizerConfig, Tokenizer)
-    fingerprint = fingerprint_of(tokenizer.state_dict()) if world.is_main else ""
+    fingerprint = fingerprint_of(tokenizer.state_dict())
     image_count = sum(len(shard) for shard in source.images.shards)
     networks = load_networks(measures, source.shortest_side, image_count)
     return _Inputs(checkpoint, tokenizer, found.weights, fingerprint, source, networks)
@@ -295,6 +312,7 @@ def write_reconstructions(
     weights: str = "ema",
     batch_size: int = 16,
     device: str = "auto",
+    image: list[str] | None = None,
     on_progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> WrittenReconstructions:
     """Writes OUT/<number>_<name>.png, each image next to its reconstruction, OUT/overview.png of the first ones, and a
@@ -309,7 +327,7 @@ def write_reconstructions(
     device = choose_device(device)
     checkpoint = find_checkpoint(Path(source))
     tokenizer = load_tokenizer(source, weights=weights).to(device)
-    opened = open_images(checkpoint, images, image_size, resize, World(0, 1, device), batch_size)
+    opened = open_images(checkpoint, images, image_size, resize, World(0, 1, device), batch_size, image)
     examples: list[Example] = []
     image_count = 0
     record = {"source": str(source), "images": str(images), "weights": weights}

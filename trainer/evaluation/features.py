@@ -17,13 +17,14 @@ from data.errors import DataError
 from data.evaluation import evaluation_images
 from data.folder_reader import find_images
 from data.npz import Npz
+from data.sources import digest
 from data.unfinished import complete_file, remove_dead
 from model_zoo.eval_nets.inception import FEATURES, Inception, InceptionFeatures
 from model_zoo.eval_nets.weights import WEIGHTS_FILES
 from model_zoo.io.hashing import sha256_of
 from trainer import TrainerError
 from trainer.jobs.setup import decode_threads
-from trainer.parallel import World, gather_objects, run_on_all_ranks, run_on_main
+from trainer.parallel import World, check_same_on_all_ranks, gather_objects, run_on_all_ranks, run_on_main
 from trainer.precision import full_precision
 
 PROTOCOL = "adm"  # defined by model_zoo.eval_nets.inception and docs/generator.md
@@ -42,6 +43,10 @@ class NpzImages:
     def __init__(self, npz: Npz):
         self.npz, self.path = npz, npz.path
         self.count, self.height, self.width = npz.count, npz.height, npz.width
+
+    def seen(self) -> str:
+        """What a rank finds, without reading the pixels."""
+        return f"{self.count:,} images of {self.width}x{self.height} pixels in {self.path.stat().st_size:,} bytes"
 
     def sha256(self) -> str:
         """Identifies the pixels that the features come from."""
@@ -64,11 +69,15 @@ class FolderImages:
         if self.files:
             self.height, self.width = next(self.batches(1, (0, self.count))).levels_bchw.shape[2:]
 
+    def seen(self) -> str:
+        names = digest([(file.as_posix(), (self.path / file).stat().st_size) for file in self.files])
+        return f"{self.count:,} images of {self.width}x{self.height} pixels ({names})"
+
     def sha256(self) -> str:
-        digest = hashlib.sha256()
+        hashed = hashlib.sha256()
         for file in self.files:
-            digest.update(bytes.fromhex(sha256_of(self.path / file)))
-        return digest.hexdigest()
+            hashed.update(bytes.fromhex(sha256_of(self.path / file)))
+        return hashed.hexdigest()
 
     def batches(self, batch_size: int, shard: tuple[int, int]) -> Iterator[ImageBatch]:
         options = dict(shard=shard, block=batch_size, threads=decode_threads())
@@ -122,6 +131,7 @@ class FeatureExtractor:
     def extract(self, images: ImageSet, on_progress: Callable[[int, int], None]) -> SetFeatures:
         """The features of all images, in order; all processes call it together. on_progress: called with the
         approximate number of finished images and the total."""
+        check_same_on_all_ranks(str(images.path), images.seen())
         sha256 = run_on_main(self.world, images.sha256)
         key = {"pictures": sha256, "weights": WEIGHTS_FILES["inception"].sha256, "protocol": PROTOCOL}
         name = hashlib.sha256("\n".join(key.values()).encode()).hexdigest()
@@ -132,6 +142,7 @@ class FeatureExtractor:
         if self._inception is None:
             self._inception = run_on_all_ranks(Inception).to(self.world.device)
         features = _gathered(self.world, *run_on_all_ranks(lambda: self._own_features(images, on_progress)))
+        run_on_main(self.world, lambda: _check_unchanged(images, sha256))  # or the cache has features of other pixels
         if path and features:
             try:
                 _write(path, key, features)
@@ -174,6 +185,12 @@ def _gathered(world: World, positions: list[int], rows_nd: Tensor) -> InceptionF
         if own:
             whole_nd[own] = rows_nd.cpu()
     return InceptionFeatures(*whole_nd.split([FEATURES, whole_nd.shape[1] - FEATURES], dim=1))
+
+
+def _check_unchanged(images: ImageSet, sha256: str) -> None:
+    """Raises DataError where the images are not those whose hash was taken before they were read."""
+    if images.sha256() != sha256:
+        raise DataError(f"{images.path} was changed while it was evaluated: start again when nothing writes there")
 
 
 def _read(path: Path, key: dict[str, str], count: int) -> InceptionFeatures | None:

@@ -15,6 +15,7 @@ from data.errors import DataError
 from data.file_names import fitted
 from data.locks import file_lock
 from data.npz import FORM, IMAGES, Npz
+from data.sources import digest
 from model_zoo.eval_nets.inception import FEATURES, InceptionFeatures
 from trainer import TrainerError
 from trainer.evaluation.distribution import (
@@ -35,7 +36,7 @@ from trainer.evaluation.generation_report import (
 )
 from trainer.evaluation.provenance import StageTimer, environment, weights_files
 from trainer.evaluation.reconstruction_report import check_report
-from trainer.jobs.sample_output import RECORD, is_as_recorded
+from trainer.jobs.sample_output import RECORD, not_as_recorded, output_bytes
 from trainer.jobs.setup import choose_device, job_world, one_writer, read_record
 from trainer.parallel import World, run_on_all_ranks, run_on_main
 
@@ -335,7 +336,9 @@ def open_reference(path: Path) -> Reference:
 
 def _open_images(path: Path) -> Npz | FolderImages:
     if path.is_file():
-        return Npz(path)
+        opened = Npz(path)
+        _check_as_recorded(path)
+        return opened
     if not path.is_dir():
         raise DataError(f"no such file or folder: {path}")
     damaged = DataError(f"{path / RECORD} is damaged, or not of `ibq sample`: remove it")
@@ -345,6 +348,7 @@ def _open_images(path: Path) -> Npz | FolderImages:
     images = FolderImages(path)
     if not images.count:
         raise DataError(f"no image in the folder {path}")
+    _check_as_recorded(path)
     return images
 
 
@@ -375,16 +379,28 @@ def _stored(npz: Npz, name: str) -> Tensor:
     return torch.from_numpy(values.astype(np.float64))  # also of the other byte order
 
 
-def sampling_record(samples: Path, sha256: str) -> dict | None:
-    """What `ibq sample` recorded of these samples, without the list of classes; None if the record does not exist or
-    describes other files. sha256: of the .npz."""
+def _check_as_recorded(samples: Path, sha256: str | None = None) -> dict | None:
+    """The record that `ibq sample` wrote of these files; None if there is none, or one of an older version. sha256: of
+    the .npz; None: only the size is compared. Raises DataError where the files are no longer those of the record."""
     path = samples / RECORD if samples.is_dir() else samples.with_name(fitted("", samples.name, ".json"))
     try:
         record = json.loads(path.read_bytes())
-        finished = record["finished"]
-        if not is_as_recorded(samples, finished, sha256):
-            return None
-        settings = {name: value for name, value in record["settings"].items() if name != "classes"}
-        return {"source": record["source"], "checkpoint": record["checkpoint"], **settings}
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        size, hashed = record["finished"]["bytes"], record["finished"]["sha256"] if samples.is_file() else None
+    except (OSError, ValueError, KeyError, TypeError):
         return None
+    if size != output_bytes(samples) or (sha256 is not None and sha256 != hashed):
+        raise DataError(
+            f"{not_as_recorded(samples, path)}; sample it again, or remove {path} to evaluate what is there"
+        )
+    return record
+
+
+def sampling_record(samples: Path, sha256: str) -> dict | None:
+    """What `ibq sample` recorded of these samples, with a hash of the list of classes; None if it recorded nothing.
+    sha256: of the .npz. Raises DataError if the record describes other files."""
+    record = _check_as_recorded(samples, sha256 if samples.is_file() else None)
+    if record is None:
+        return None
+    classes = record["settings"]["classes"]
+    settings = {**record["settings"], "classes": f"{len(classes):,} ({digest(classes)})"}
+    return {"source": record["source"], "checkpoint": record["checkpoint"], **settings}

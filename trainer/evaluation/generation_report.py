@@ -1,6 +1,6 @@
 """The results of a generation evaluation, and the files that hold them."""
 
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +40,12 @@ class GenerationReport:
         content = asdict(self)
         content["manifest"] = content.pop("provenance")
         return content
+
+    @classmethod
+    def from_json(cls, content: dict) -> "GenerationReport":
+        """The report that `to_json` gave. Raises KeyError for content of another version."""
+        names = [field.name for field in fields(cls) if field.name != "provenance"]
+        return cls(**{name: content[name] for name in names}, provenance=content["manifest"])
 
     def formatted(self) -> list[str]:
         """The values of MEASURES as text."""

@@ -38,7 +38,7 @@ def image_list_hash(keys: Iterable[str]) -> str:
     """The SHA-256 of the images' keys in order: it identifies which images were used, not their pixels."""
     digest = hashlib.sha256()
     for key in keys:
-        digest.update(key.encode() + b"\n")
+        digest.update(key.encode("utf-8", "surrogateescape") + b"\n")
     return digest.hexdigest()
 
 

@@ -1,6 +1,7 @@
 """Evaluates a generator at several sampling settings; running it again continues where it stopped."""
 
 import itertools
+import json
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import fields
@@ -22,6 +23,7 @@ from trainer.reports.measures import markdown_table, plain_markdown
 
 X_AXIS = "guidance"  # of the chart, if it is swept
 MARK = "# Sampling settings: "  # of sweep.md
+TABLE = "sweep.json"
 FILES = (*NOT_FOLDERS, ".npz", ".png", ".json", ".md")  # suffixes of files
 
 
@@ -33,7 +35,8 @@ class EvaluatedSetting(NamedTuple):
 
 
 class Sweep(NamedTuple):
-    """evaluated: in the order of the grid. table: rows of text, the first one headings."""
+    """evaluated: those of former sweeps in the folder, then those of the grid. table: rows of text, the first one
+    headings."""
 
     evaluated: list[EvaluatedSetting]
     table: list[list[str]]
@@ -54,7 +57,8 @@ def sweep(
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
 ) -> Sweep | None:
     """Samples each setting into OUT/NAME_VALUE....npz and evaluates it; after each, OUT/sweep.json, sweep.md and
-    sweep.png show the results so far. All processes of torchrun call it; returns None on all ranks but 0.
+    sweep.png show the results so far, those of former sweeps into OUT included. All processes of torchrun call it;
+    returns None on all ranks but 0.
 
     options: NAME=VALUE,VALUE ... with names of fields of `Sampling`; every combination is evaluated. sampling, scoring:
     further options of `trainer.jobs.sample.sample` and `evaluate_generation`. on_progress: as for the latter. Raises
@@ -73,7 +77,7 @@ def sweep(
 
 def _files(out: Path) -> ReportFiles:
     """The files of a sweep beside those of its settings."""
-    return ReportFiles(out / "sweep.json", _is_sweep, out / "sweep.md", MARK, [out / "sweep.png"])
+    return ReportFiles(out / TABLE, _is_sweep, out / "sweep.md", MARK, [out / "sweep.png"])
 
 
 def _is_sweep(content: object) -> bool:
@@ -91,7 +95,8 @@ def _evaluate(
     on_progress: Callable[[int, int, str], None],
 ) -> Sweep | None:
     """`sweep` of the settings of a grid."""
-    evaluated: list[EvaluatedSetting] = []
+    former = _read_former(out, grid, count, reference)
+    evaluated = [one for one in former if one.settings not in grid]
     swept = None
     for number, settings in enumerate(grid, 1):
         where = f"{describe_settings(settings)} ({number} of {len(grid)})"
@@ -114,8 +119,60 @@ def _evaluate(
         )
         if result is not None:  # on rank 0
             evaluated.append(EvaluatedSetting(settings, result.report))
+            _check_alike(evaluated, out)
             swept = _write(evaluated, out)
     return swept
+
+
+def _read_former(out: Path, grid: list[dict], count: int, reference: str | Path) -> list[EvaluatedSetting]:
+    """The results in OUT/sweep.json. Raises TrainerError, before anything is sampled, where those of the grid could not
+    stand in one table with them."""
+    path = out / TABLE
+    try:
+        rows = json.loads(path.read_bytes()) if path.exists() else []
+        former = [EvaluatedSetting(row["settings"], GenerationReport.from_json(row)) for row in rows]
+        before = [_asked(one) for one in former]
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise TrainerError(f"{path} is damaged or of another version: name another folder with --out") from error
+    now = {"--sweep": ", ".join(grid[0]), "--count": count, "--reference": str(reference)}
+    for one in before:
+        _compare(one, now, out)
+    return former
+
+
+def _asked(one: EvaluatedSetting) -> dict:
+    """The options that are known before sampling and must be equal in a table."""
+    reference = one.report.provenance["reference"]["path"]
+    return {"--sweep": ", ".join(one.settings), "--count": one.report.sample_count, "--reference": reference}
+
+
+def _check_alike(evaluated: list[EvaluatedSetting], out: Path) -> None:
+    """Raises TrainerError where the latest result was not obtained as the former ones were."""
+    now = _conditions(evaluated[-1])
+    for one in evaluated[:-1]:
+        _compare(_conditions(one), now, out)
+
+
+def _conditions(one: EvaluatedSetting) -> dict:
+    """What must be equal in a table, apart from the swept settings and `_asked`."""
+    provenance = one.report.provenance
+    sampling = provenance["samples"]["sampling"] or {}
+    not_compared = {*one.settings, "source", "checkpoint", "batch_size"}  # the generator's hash says which it is
+    return {
+        **{name: value for name, value in sampling.items() if name not in not_compared},
+        "reference's content": provenance["reference"].get("sha256"),
+        "--seed": provenance["seed"],
+    }
+
+
+def _compare(before: dict, now: dict, out: Path) -> None:
+    """Raises TrainerError for a value that differs; None and what one of them lacks are not known."""
+    for name, value in before.items():
+        if None not in (value, now.get(name)) and value != now[name]:
+            raise TrainerError(
+                f"{out / TABLE} shows results of another {name} ({value}, now {now[name]}), which this sweep would be "
+                "mixed with: name another folder with --out"
+            )
 
 
 def settings_grid(options: list[str]) -> list[dict]:
@@ -151,7 +208,7 @@ def _write(evaluated: list[EvaluatedSetting], out: Path) -> Sweep:
     table = [[*evaluated[0].settings, *(measure.title for measure in MEASURES.values())]]
     for settings, report in evaluated:
         table.append([*map(str, settings.values()), *report.formatted()])
-    swept = Sweep(evaluated, table, out / "sweep.json", out / "sweep.md", out / "sweep.png")
+    swept = Sweep(evaluated, table, out / TABLE, out / "sweep.md", out / "sweep.png")
     rows = [{"settings": settings, **report.to_json()} for settings, report in evaluated]
     warnings = dict.fromkeys(
         f"- Warning: {plain_markdown(warning)}." for one in evaluated for warning in one.report.warnings
@@ -178,14 +235,15 @@ def draw(evaluated: list[EvaluatedSetting], path: Path) -> None:
     for one in evaluated:
         rest = {name: value for name, value in one.settings.items() if name != x_axis}
         lines.setdefault(describe_settings(rest), []).append(one)
-    measured = [name for name in MEASURES if getattr(evaluated[0].report, name) is not None]
+    measured = [name for name in MEASURES if any(getattr(one.report, name) is not None for one in evaluated)]
     shown = [name for name in measured if name in ("gfid", "inception_score")] or measured
     figure = Figure((5.2 * len(shown), 4), layout="constrained")
     axes = figure.subplots(1, len(shown), squeeze=False)[0]
     for axis, name in zip(axes, shown, strict=True):
         for label, ones in lines.items():
-            points = sorted((one.settings[x_axis], getattr(one.report, name)) for one in ones)
-            axis.plot(*zip(*points, strict=True), marker="o", label=label)
+            known = [one for one in ones if getattr(one.report, name) is not None]
+            points = sorted((one.settings[x_axis], getattr(one.report, name)) for one in known)
+            axis.plot([x for x, _ in points], [y for _, y in points], marker="o", label=label)
         axis.set_xlabel(x_axis)
         better = "lower" if name == "gfid" else "higher"
         axis.set_title(f"{MEASURES[name].title} ({better} is better)", loc="left", fontsize=10, fontweight="bold")

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import NamedTuple
 
 from model_zoo.errors import ModelError
+from model_zoo.io.hashing import sha256_of
 from model_zoo.io.load import find_checkpoint
+from model_zoo.io.manifest import MANIFEST
 from model_zoo.io.run_layout import checkpoint_step
 from trainer import TrainerError
 from trainer.changes import settings_of
@@ -27,7 +29,10 @@ CURVES = {
 }
 # In a report's manifest: what must be equal for figures to be comparable.
 PROTOCOL = ("images", "image_list", "image_size", "resize", "weights")
-OPTIONS = "ablation.txt"  # next to a report: the options of its evaluation
+# Next to a report: the options of its evaluation, and in the last line the checkpoint that was evaluated.
+OPTIONS = "ablation.txt"
+MARK = "Mean ± standard deviation over "  # of table.md
+TABLE = "table.json"
 
 
 @dataclass
@@ -129,9 +134,28 @@ def is_begun(cell: Cell) -> bool:
 
 
 def is_evaluated(cell: Cell, options: str) -> bool:
-    """Whether its report exists and was made with these options of `ibq evaluate reconstruction`."""
+    """Whether its report exists and is one of its newest checkpoint, made with these options of `ibq evaluate
+    reconstruction`."""
+    return cell.report.is_file() and _mark(cell) == _evaluated_as(cell, options)
+
+
+def is_outdated(cell: Cell, options: str) -> bool:
+    """Whether its report exists, but was made with other options or of another checkpoint."""
+    return cell.report.is_file() and _mark(cell) not in (None, _evaluated_as(cell, options))
+
+
+def _mark(cell: Cell) -> str | None:
     path = cell.run / OPTIONS
-    return cell.report.is_file() and path.is_file() and path.read_text() == options
+    return path.read_text(encoding="utf-8") if path.is_file() else None
+
+
+def _evaluated_as(cell: Cell, options: str) -> str:
+    """What marks a report of the newest checkpoint. The hash tells checkpoints of one step apart."""
+    checkpoint = newest(cell.run)
+    if checkpoint is None:
+        return options
+    manifest = checkpoint / MANIFEST
+    return f"{options}\n{checkpoint.name} {sha256_of(manifest)[:16] if manifest.is_file() else '-'}"
 
 
 def unmark_evaluated(cell: Cell) -> None:
@@ -140,15 +164,44 @@ def unmark_evaluated(cell: Cell) -> None:
 
 
 def mark_evaluated(cell: Cell, options: str) -> None:
-    """Records the options of the cell's report."""
-    write_text(cell.run / OPTIONS, options)
+    """Records the options and the checkpoint of the cell's report."""
+    write_text(cell.run / OPTIONS, _evaluated_as(cell, options))
+
+
+def newest(run: Path) -> Path | None:
+    """The run's newest checkpoint, or None."""
+    try:
+        return find_checkpoint(run)
+    except ModelError:
+        return None
 
 
 def _last_step(run: Path) -> int:
-    try:
-        return checkpoint_step(find_checkpoint(run))
-    except ModelError:
-        return 0
+    checkpoint = newest(run)
+    return 0 if checkpoint is None else checkpoint_step(checkpoint)
+
+
+def check_table(ablation: Ablation, out: Path) -> None:
+    """Raises TrainerError where the folder holds files of these names that are of no table, or another table."""
+    path = out / TABLE
+    ReportFiles(path, has_keys("title", "rows"), out / "table.md", MARK, [out / "curves.png"]).check()
+    rows = json.loads(path.read_bytes())["rows"] if path.is_file() else []
+    if others := [row for row in rows if row not in ablation.rows]:
+        raise TrainerError(
+            f"{path} has rows that this table has not ({'; '.join(others)}): name another folder with --out, or remove "
+            "the file"
+        )
+
+
+def check_others(cells: list[Cell], table_cells: list[Cell], options: str) -> None:
+    """Raises TrainerError where rows would leave the table because their evaluation is outdated and not asked for."""
+    others = [cell for cell in table_cells if cell not in cells and is_trained(cell) and is_outdated(cell, options)]
+    if others:
+        names = "; ".join(f"{cell.row} (seed {cell.seed})" for cell in others)
+        raise TrainerError(
+            f"{names}: evaluated with another --judge, or trained on since, and would leave the table: give the same "
+            "--judge as before, or add these to --rows and --seeds, which evaluates them again"
+        )
 
 
 class Figure(NamedTuple):
@@ -163,7 +216,7 @@ def figures(ablation: Ablation, cells: list[Cell]) -> dict[str, dict[str, Figure
     """Row -> key of report.json -> figure, over evaluated cells."""
     found: dict[str, dict[str, list[float]]] = {}
     for cell in cells:
-        report = json.loads(cell.report.read_text())
+        report = json.loads(cell.report.read_bytes())
         for name in ablation.figures:
             if isinstance(report.get(name), int | float):
                 found.setdefault(cell.row, {}).setdefault(name, []).append(report[name])
@@ -180,7 +233,7 @@ def check_same_protocol(cells: list[Cell]) -> None:
     """Raises TrainerError if evaluated cells were not evaluated on the same images in the same way."""
     found: dict[str, dict[str, list[Cell]]] = {}  # name of a condition -> its value -> cells
     for cell in cells:
-        report = json.loads(cell.report.read_text())
+        report = json.loads(cell.report.read_bytes())
         conditions = {name: report["manifest"][name] for name in PROTOCOL} | {"image_count": report["image_count"]}
         # This baseline depends on pixels, which image_list does not, and on no weights.
         baseline, factor = report["baseline_mean_color_psnr"], report["downsampling_factor"]
@@ -199,14 +252,6 @@ def check_same_protocol(cells: list[Cell]) -> None:
             )
 
 
-MARK = "Mean ± standard deviation over "  # of table.md
-
-
-def check_table(out: Path) -> None:
-    """Raises TrainerError if the folder holds files of these names that are of no table."""
-    ReportFiles(out / "table.json", has_keys("title", "rows"), out / "table.md", MARK, [out / "curves.png"]).check()
-
-
 def write_table(ablation: Ablation, cells: list[Cell], out: Path) -> list[Path]:
     """Writes table.json, table.md and curves.png of evaluated cells; returns their paths. Raises TrainerError, also if
     the cells were not evaluated alike."""
@@ -214,7 +259,7 @@ def write_table(ablation: Ablation, cells: list[Cell], out: Path) -> list[Path]:
     measured = figures(ablation, cells)
     tree = {row: {name: figure._asdict() for name, figure in named.items()} for row, named in measured.items()}
     files = {
-        out / "table.json": json_text({"title": ablation.title, "rows": tree}),
+        out / TABLE: json_text({"title": ablation.title, "rows": tree}),
         out / "table.md": markdown(ablation, measured),
         out / "curves.png": lambda path: draw_curves(ablation, cells, path),
     }

@@ -14,7 +14,7 @@ from model_zoo.conditions import parse_classes
 from model_zoo.config import Sampling
 from model_zoo.errors import ModelError
 from model_zoo.io.hashing import fingerprint_of
-from model_zoo.io.load import is_hub_name, is_standalone, load_generator, load_tokenizer
+from model_zoo.io.load import build_generator, is_hub_name, is_standalone, load_tokenizer, read_weights
 from model_zoo.io.run_layout import run_folder
 from model_zoo.sampler import Sampler, check_conditions, keep_products_in
 from model_zoo.tokenizer import Tokenizer
@@ -24,11 +24,10 @@ from trainer.compiler import check_compiler
 from trainer.config import GeneratorRun
 from trainer.evaluation.provenance import environment
 from trainer.jobs.sample_output import SEEDS, SampleOutput
-from trainer.jobs.setup import job_world, one_writer
+from trainer.jobs.setup import job_world, one_writer, run_config
 from trainer.loading import load_newest
-from trainer.parallel import World, gather_objects, run_on_all_ranks, run_on_main
+from trainer.parallel import World, check_same_on_all_ranks, gather_objects, run_on_all_ranks, run_on_main
 from trainer.precision import autocast_dtype
-from trainer.recipes import load_run_config
 
 MAX_IMAGES = 10_000_000  # of one job
 COUNT_SECONDS = 5.0  # at least, between two counts of what all processes have finished
@@ -48,11 +47,12 @@ class Sampled(NamedTuple):
 
 
 class _Models(NamedTuple):
-    """recipe: None if the checkpoint belongs to no run."""
+    """recipe: None if the checkpoint belongs to no run. held_weights: ``ema`` or ``raw``, as found; an export or a file
+    without EMA weights has only ``raw``."""
 
     checkpoint: Path
     recipe: GeneratorRun | None
-    weights: str
+    held_weights: str
     generator: Transformer
     tokenizer: Tokenizer
 
@@ -99,7 +99,7 @@ def sample(
         check_conditions(generator, torch.tensor(labels), settings)
         chosen = dict(count=count, seed=seed, **asdict(settings), batch_size=batch_size, precision=precision)
         record = {
-            "settings": {**_fingerprints(world, models), "classes": labels, **chosen},
+            "settings": {**_fingerprints(models), "classes": labels, **chosen},
             "source": str(source),
             "checkpoint": models.checkpoint.name,
             "seeds": SEEDS,
@@ -117,14 +117,18 @@ def sample(
         return Sampled(output.out, output.record, count, made, made / seconds) if world.is_main else None
 
 
-def _fingerprints(world: World, models: _Models) -> dict[str, str]:
-    """What tells the models' weights, in the order of the record."""
-    return {
-        "generator": run_on_main(world, lambda: fingerprint_of(models.generator.state_dict())),
-        "weights": models.weights,
+def _fingerprints(models: _Models) -> dict[str, str]:
+    """What tells the models' weights, in the order of the record; all ranks call together. Raises TrainerError where
+    nodes have different copies."""
+    found = {
+        "generator": fingerprint_of(models.generator.state_dict()),
+        "weights": models.held_weights,
         # Includes the decoder, unlike `Tokenizer.fingerprint`.
-        "tokenizer": run_on_main(world, lambda: fingerprint_of(models.tokenizer.state_dict())),
+        "tokenizer": fingerprint_of(models.tokenizer.state_dict()),
     }
+    for name in ("generator", "tokenizer"):
+        check_same_on_all_ranks(f"the {name}", f"fingerprint {found[name]}")
+    return found
 
 
 def _check_options(count: int, batch_size: int, seed: int, precision: str) -> None:
@@ -151,9 +155,9 @@ def _recipe(checkpoint: Path) -> GeneratorRun | None:
     """The recipe of the checkpoint's run; None if it belongs to no run."""
     if is_standalone(checkpoint):
         return None
-    recipe = load_run_config(run := run_folder(checkpoint), [])
+    recipe = run_config(checkpoint)
     if not isinstance(recipe, GeneratorRun):
-        raise TrainerError(f"{run} is a {recipe.task} run: `ibq sample` needs a generator run")
+        raise TrainerError(f"{run_folder(checkpoint)} is a {recipe.task} run: `ibq sample` needs a generator run")
     return recipe
 
 
@@ -168,14 +172,15 @@ def _load_models(checkpoint: Path, weights: str | None, tokenizer: str | Path | 
     recipe = _recipe(checkpoint)
     if weights is None:
         weights = "raw" if recipe and not recipe.ema.decay else "ema"
-    generator = load_generator(checkpoint, weights)
+    found = read_weights(checkpoint, "generator", weights)
+    generator = build_generator(found)
     decoder, vocabulary = _load_tokenizer(checkpoint, recipe, tokenizer), generator.config.vocabulary
     if decoder.config.codebook_size != vocabulary:
         raise TrainerError(
             f"the tokenizer has {decoder.config.codebook_size} codes, the generator {vocabulary}: name the tokenizer "
             "that it was trained with, by --tokenizer"
         )
-    return _Models(checkpoint, recipe, weights, generator, decoder)
+    return _Models(checkpoint, recipe, found.weights, generator, decoder)
 
 
 def _load_tokenizer(checkpoint: Path, recipe: GeneratorRun | None, option: str | Path | None) -> Tokenizer:

@@ -2,6 +2,7 @@
 
 import glob
 import hashlib
+import itertools
 import math
 import os
 import re
@@ -20,12 +21,13 @@ from data.unfinished import complete_file, remove_unfinished
 from model_zoo.io.hashing import sha256_of
 from trainer import TrainerError
 from trainer.files import write_json, writing
-from trainer.jobs.setup import check_same_settings, read_record
+from trainer.jobs.setup import SHARED_DISK, check_same_settings, read_record
 
 SEEDS = "the first 63 bits of SHA-256 of 'SEED CLASS NTH', NTH the image's number among those of its class, from 0"
 MAX_GRID_IMAGES = 1024  # a grid is built in memory
 RECORD = "sample.json"
 PARTS = "chunk_*.npy", "*_class_*.png"
+PNG_END = b"\0\0\0\0IEND\xaeB`\x82"  # the last chunk of every PNG
 NOT_FOLDERS = (".jpg", ".jpeg", ".webp", ".gif", ".tar", ".zip")  # suffixes that no folder is meant to have
 
 
@@ -44,12 +46,16 @@ def output_bytes(out: Path) -> int:
     return sum((out / image).stat().st_size for image in find_images(out)) if out.is_dir() else out.stat().st_size
 
 
-def is_as_recorded(out: Path, finished: dict, sha256: str | None = None) -> bool:
-    """Whether the files have the bytes of a finished record, and an .npz its sha256 (of the file unless it is given).
-    Raises OSError."""
+def not_as_recorded(out: Path, record: Path) -> str:
+    """What to say of files that `is_as_recorded` denies, up to the fix."""
+    return f"{out} is not what {record} says it wrote: it was damaged or changed"
+
+
+def is_as_recorded(out: Path, finished: dict) -> bool:
+    """Whether the files have the bytes of a finished record, and an .npz its sha256. Raises OSError."""
     if finished.get("bytes") != output_bytes(out):
         return False
-    return out.suffix.lower() != ".npz" or finished.get("sha256") == (sha256 or sha256_of(out))
+    return out.suffix.lower() != ".npz" or finished.get("sha256") == sha256_of(out)
 
 
 class SampleOutput:
@@ -66,6 +72,7 @@ class SampleOutput:
         self.record = out / RECORD if self.is_folder else out.with_name(fitted("", out.name, ".json"))
         self.lock = file_lock(out.resolve())
         self.chunks = math.ceil(count / batch_size)
+        self.whole_bytes: int | None = None  # of a folder that was finished before it lost images, see `finish`
 
     def images(self, chunk: int) -> list[ImageToSample]:
         """The images of a chunk, in order."""
@@ -112,19 +119,24 @@ class SampleOutput:
                 check_same_settings(self.out, "samples", former["settings"], record["settings"], _how_to_repeat)
                 if former["finished"] and self.out.exists() and not (self.is_folder and self.missing()):
                     if "bytes" in former["finished"] and not is_as_recorded(self.out, former["finished"]):
-                        raise TrainerError(
-                            f"{self.out} is not what {self.record} says it wrote: it was damaged or changed; remove it "
-                            "to sample it again, or choose another --out"
-                        )
+                        raise self._was_changed()
                     self._remove_parts()
                     return True
             self.parts.mkdir(parents=True, exist_ok=True)
             remove_unfinished(self.parts, RECORD, *PARTS)
             remove_unfinished(self.out.parent, glob.escape(self.out.name))
+            if former is not None:
+                self._remove_cut_off()
             if begun is None and not self.is_folder and any(self.parts.iterdir()):
                 raise _not_ours(self.parts)
-            write_json(self.parts / RECORD, {**record, "finished": None})
+            if self.is_folder and former is not None:
+                self.whole_bytes = (former["finished"] or {}).get("bytes", former.get("whole_bytes"))
+            write_json(self.parts / RECORD, {**record, "finished": None, "whole_bytes": self.whole_bytes})
         return False
+
+    def _was_changed(self) -> TrainerError:
+        fix = "remove it to sample it again, or choose another --out"
+        return TrainerError(f"{not_as_recorded(self.out, self.record)}; {fix}")
 
     def write(self, chunk: int, images_bhwc: np.ndarray) -> None:
         """Raises TrainerError."""
@@ -136,9 +148,17 @@ class SampleOutput:
                         Image.fromarray(array).save(file, "PNG")
                     else:
                         np.save(file, array)
+                    file.flush()
+                    os.fsync(file.fileno())  # a crash of the machine could leave a part of it under its name
 
     def finish(self, record: dict) -> None:
-        """Merges the chunks into the file, writes the record, and removes the chunks. Raises TrainerError."""
+        """Merges the chunks into the file, writes the record, and removes the chunks. Raises TrainerError, also where a
+        folder that lost images is not the former one again: then others of its images were changed."""
+        if gone := self.missing():
+            raise TrainerError(
+                f"{self.count - self.finished_images(gone):,} of {self.count:,} images are in {self.parts}, though all "
+                f"were written: {SHARED_DISK}"
+            )
         counts = np.bincount(np.arange(self.count) % len(self.classes))
         record["images_per_class"] = dict(zip(map(str, self.classes), counts.tolist(), strict=False))
         with writing(self.out):
@@ -147,6 +167,8 @@ class SampleOutput:
                     self._write_npz(file) if self.kind == ".npz" else self._grid().save(file, "PNG")
             # See `is_as_recorded`.
             record["finished"]["bytes"] = output_bytes(self.out)
+            if self.whole_bytes not in (None, record["finished"]["bytes"]):
+                raise self._was_changed()
             if self.kind == ".npz":
                 record["finished"]["sha256"] = sha256_of(self.out)
             write_json(self.record, record)
@@ -161,6 +183,13 @@ class SampleOutput:
                 raise TrainerError(f"{self.out} is a file: name a folder, FILE.npz or FILE.png with --out")
         elif self.out.is_dir():
             raise TrainerError(f"{self.out} is a folder: name a file, or a folder without {self.kind}, with --out")
+
+    def _remove_cut_off(self) -> None:
+        """Removes chunks that a crash of the machine cut off, which are then sampled again."""
+        for name in itertools.chain(*map(self._names, range(self.chunks))):
+            path = self.parts / name
+            if path.exists() and not (_is_whole_png(path) if self.is_folder else _is_whole_array(path)):
+                path.unlink()
 
     def _remove_parts(self) -> None:
         """Removes the chunks of a file, the record last, and leaves files that are not ours."""
@@ -206,6 +235,20 @@ class SampleOutput:
             row, column = (number % classes, number // classes) if by_class else divmod(number, columns)
             grid_hwc[row * height :, column * width :][:height, :width] = image_hwc
         return Image.fromarray(grid_hwc)
+
+
+def _is_whole_png(path: Path) -> bool:
+    with path.open("rb") as file:
+        file.seek(-min(len(PNG_END), path.stat().st_size), os.SEEK_END)
+        return file.read() == PNG_END
+
+
+def _is_whole_array(path: Path) -> bool:
+    try:
+        np.load(path, mmap_mode="r")  # compares the size with the header
+    except (ValueError, EOFError):
+        return False
+    return True
 
 
 def _read_record(path: Path) -> dict | None:

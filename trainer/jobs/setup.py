@@ -8,19 +8,27 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from data.config import DataConfig
 from data.locks import WriterLock
 from data.parallel import cores
 from model_zoo.io.load import is_standalone
+from model_zoo.io.manifest import STATE
 from model_zoo.io.run_layout import run_folder
 from trainer import TrainerError
+from trainer.checkpoint import load_state
+from trainer.config import RunConfig
 from trainer.files import writing
 from trainer.parallel import World, run_on_main, start_world, stop_world
+from trainer.recipes import leaves, load_run_config
 
 TIMEOUT_SECONDS = 7 * 86400.0  # until a process stops waiting for the slowest one
+# What to do where a file that a rank has written is not there at the end.
+SHARED_DISK = (
+    "put --out on a disk that all nodes share and that nothing else removes files from, and run the command again"
+)
 SHOWN = 60  # characters: longer settings are not shown in an error message
 
 
@@ -65,14 +73,33 @@ def one_writer(world: World, lock: Path, what: Path, option: str = "--out") -> I
 
 
 def data_config(checkpoint: Path) -> DataConfig | None:
-    """The ``data`` section of the checkpoint's run; None if it belongs to no run. Raises TrainerError."""
+    """The ``data`` section that the checkpoint was trained with; None if it belongs to no run. Raises TrainerError."""
     if is_standalone(checkpoint):
         return None
     path = run_folder(checkpoint) / "config.yaml"
     try:
-        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(DataConfig), OmegaConf.load(path).data))
+        section = OmegaConf.merge(OmegaConf.structured(DataConfig), OmegaConf.load(path).data)
+        return OmegaConf.to_object(_as_recorded(section, checkpoint, "data."))
     except OmegaConfBaseException as error:
         raise TrainerError(f"the data section of {path}: {str(error).splitlines()[0]}") from error
+
+
+def run_config(checkpoint: Path) -> RunConfig:
+    """All settings that the checkpoint of a run was trained with. Raises TrainerError."""
+    config = load_run_config(run_folder(checkpoint), [])
+    return OmegaConf.to_object(_as_recorded(OmegaConf.structured(config), checkpoint))
+
+
+def _as_recorded(node: DictConfig, checkpoint: Path, section: str = "") -> DictConfig:
+    """Settings of the run's config.yaml, replaced by those in the checkpoint: a resume writes config.yaml before it
+    writes a checkpoint, if it ever does. Checkpoints of earlier versions have none. section: prefix of the node's keys.
+    """
+    settings = load_state(checkpoint).get("settings") or {} if (checkpoint / STATE).exists() else {}
+    recorded = OmegaConf.create()
+    for key in leaves(node):
+        if section + key in settings:
+            OmegaConf.update(recorded, key, settings[section + key])
+    return OmegaConf.merge(node, recorded)
 
 
 def threads_per_process() -> int:

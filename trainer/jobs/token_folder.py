@@ -12,7 +12,7 @@ from data.prep.check import check_shards
 from data.unfinished import remove_unfinished
 from trainer import TrainerError
 from trainer.files import write_json, write_text, writing
-from trainer.jobs.setup import check_same_settings, read_record
+from trainer.jobs.setup import SHARED_DISK, check_same_settings, read_record
 
 RECORD = "tokens.json"
 SKIPPED = "skipped.jsonl"
@@ -35,11 +35,11 @@ def check_is_folder(out: Path) -> None:
 
 
 def begin_folder(
-    out: Path, settings: dict, state: str | None, shard_count: int, classes: dict[str, int] | None = None
+    out: Path, settings: dict, state: str, shard_count: int, classes: dict[str, int] | None = None
 ) -> list[int]:
     """Begins the folder, which exists and is locked, or continues that of a job with the same settings; returns the
-    numbers of the missing shards. state: a hash of the input's content, or None. classes: the number of each class,
-    written to classes.json.
+    numbers of the missing shards. state: a hash that changes with the input's content. classes: the number of each
+    class, written to classes.json.
 
     Raises TrainerError, and DataError if the shards there number the classes otherwise."""
     with writing(out):
@@ -88,13 +88,22 @@ def _check_same_classes(out: Path, former: dict, current: dict) -> None:
     raise TrainerError(f"{out} holds tokens {what} to continue, or name another path with --out")
 
 
-def _check_same_state(out: Path, before: str | None, now: str | None) -> None:
+def _check_same_state(out: Path, before: str | None, now: str) -> None:
     """Folders of earlier versions have no record of it."""
     if before not in (None, now):
         raise TrainerError(
             f"{out} holds tokens of --images before they, or the .cls, .txt or .json files beside them, were changed: "
             f"remove {out}/tokens-*.tar to make all again, or name another path with --out (a copy of the images "
             "counts as unchanged if it has their times, as by cp -p)"
+        )
+
+
+def check_unchanged(out: Path, before: str, now: str) -> None:
+    """Raises TrainerError where the input's state is no longer the one at the start of the job."""
+    if before != now:
+        raise TrainerError(
+            f"the --images were changed while they were read, so that {out} may hold tokens of both: remove "
+            f"{out}/tokens-*.tar and run the command again when nothing writes there"
         )
 
 
@@ -114,9 +123,14 @@ class FinishedFolder(NamedTuple):
     skipped: list[str]
 
 
-def finish_folder(out: Path, images: str) -> FinishedFolder:
-    """Merges the lists of skipped images, checks the shards, against their index if there is one, or writes it. Raises
-    TrainerError or DataError."""
+def finish_folder(out: Path, images: str, expected: set[int]) -> FinishedFolder:
+    """Merges the lists of skipped images, checks the shards, against their index if there is one, or writes it.
+    expected: numbers of the shards that were there or were written. Raises TrainerError or DataError."""
+    if gone := sorted(number for number in expected if not shard_path(out, number).exists()):
+        raise TrainerError(
+            f"{len(gone):,} of {len(expected):,} shards that were written are not there, first "
+            f"{shard_path(out, gone[0])}: {SHARED_DISK}"
+        )
     with writing(out):
         skipped = _merge_skipped(out)
     urls = sorted(str(path) for path in out.glob("tokens-*.tar"))

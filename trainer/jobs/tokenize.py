@@ -12,30 +12,36 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from PIL import Image
 from webdataset.writer import TarWriter
 
 from data.config import MOST_CODES, DataConfig, SourceConfig
 from data.errors import ImageError
+from data.loader import image_suffixes
 from data.locks import folder_lock
 from data.prep.pack import mixed, unique_keys
 from data.samples import CODES, Shard, Skipped, Window, WindowLimit, is_image
-from data.sources import Source, catalogue, classes_of, digest, open_source
+from data.sources import Source, catalogue, classes_of, describe, digest, open_source
 from data.tar_reader import TarShard
 from data.tokens import pack_codes
-from data.transforms import decode, pixels_chw, resize_and_center_crop, resize_named
 from data.unfinished import unfinished
 from model_zoo.io.load import load_tokenizer
 from model_zoo.tokenizer import Tokenizer
 from trainer import TrainerError
 from trainer.files import writing
 from trainer.jobs.setup import data_config, job_world, one_writer, threads_per_process
-from trainer.jobs.token_folder import begin_folder, check_is_folder, finish_folder, shard_path, write_skipped
+from trainer.jobs.token_folder import (
+    begin_folder,
+    check_is_folder,
+    check_unchanged,
+    finish_folder,
+    shard_path,
+    write_skipped,
+)
+from trainer.jobs.views import VIEWS, image_views
 from trainer.loading import load_newest
-from trainer.parallel import World, gather_objects, run_on_all_ranks, run_on_main
+from trainer.parallel import World, check_same_on_all_ranks, gather_objects, run_on_all_ranks, run_on_main
 from trainer.precision import full_precision
 
-VIEWS = {"original": 1, "flip": 2, "ten-crop": 10}  # kind -> views per image
 WINDOW = WindowLimit(256, 16 << 20)  # samples and bytes that are fetched at once of a remote tar
 
 
@@ -61,6 +67,7 @@ def tokenize(
     weights: str = "ema",
     source: str = "images",
     classes: str | Path | None = None,
+    image: list[str] | None = None,
     samples_per_shard: int = 10_000,
     batch_size: int = 64,
     device: str = "auto",
@@ -73,7 +80,8 @@ def tokenize(
     run: a run folder, a checkpoint folder in it, or a published .ckpt. images: as ``data.train``. views: of VIEWS.
     image_size: pixels; default the run's ``data.image_size``. source: the entry of the catalogue that says where
     captions and classes are. classes: a classes.json that numbers class folders; its numbers, or those that the input
-    has, are written to OUT/classes.json. samples_per_shard: at most; a remote tar without an index becomes one shard.
+    has, are written to OUT/classes.json. image: suffixes of the images in tars, default those of the source, or of the
+    run's source with the same root. samples_per_shard: at most; a remote tar without an index becomes one shard.
     batch_size: views at a time. workers: decoding threads. on_progress: called with the number of processed samples and
     the total (None: unknown). Raises TrainerError or DataError, one line.
     """
@@ -89,21 +97,26 @@ def tokenize(
         raise TrainerError(f"--views {views} is unknown: choose one of {', '.join(VIEWS)}")
     with job_world(device) as world:
         inputs = load_newest(
-            world, run, lambda found: _open(found, images, views, image_size, weights, source, classes)
+            world, run, lambda found: _open(found, images, views, image_size, weights, source, classes, image)
         )
+        check_same_on_all_ranks("the tokenizer", f"fingerprint {inputs.settings['tokenizer']}")
+        check_same_on_all_ranks(f"--images {images}", run_on_all_ranks(lambda: _seen(inputs)))
         settings = {**inputs.settings, "samples_per_shard": samples_per_shard}
         job = _Job(world, inputs, Path(out), settings, _units(inputs.source, samples_per_shard), batch_size)
         run_on_main(world, lambda: check_is_folder(job.out))
         with one_writer(world, folder_lock(job.out), job.out):
-            missing = run_on_main(
-                world,
-                lambda: begin_folder(job.out, settings, _state(inputs.source), len(job.units), inputs.classes),
-            )
+            state = run_on_main(world, inputs.source.state)
+            missing = run_on_main(world, lambda: begin_folder(job.out, settings, state, len(job.units), inputs.classes))
             made = _tokenize_units(job, missing, workers, on_progress)
-            finished = run_on_main(world, lambda: finish_folder(job.out, str(images)))
+            if missing:
+                run_on_main(world, lambda: check_unchanged(job.out, state, inputs.source.state()))
+            expected = {*range(len(job.units))}.difference(missing) | made.shards
+            finished = run_on_main(world, lambda: finish_folder(job.out, str(images), expected))
         if not world.is_main:
             return None
-        return Tokenized(job.out, finished.shards, finished.samples, made, settings["tokenizer"], finished.skipped)
+        return Tokenized(
+            job.out, finished.shards, finished.samples, made.samples, settings["tokenizer"], finished.skipped
+        )
 
 
 # --------------------------------------------------------------------------------------------------------------- inputs
@@ -141,7 +154,14 @@ class _Job(NamedTuple):
 
 
 def _open(
-    checkpoint: Path, images, views: str, image_size: int | None, weights: str, source: str, classes: str | Path | None
+    checkpoint: Path,
+    images,
+    views: str,
+    image_size: int | None,
+    weights: str,
+    source: str,
+    classes: str | Path | None,
+    image: list[str] | None,
 ) -> _Inputs:
     tokenizer = load_tokenizer(checkpoint, weights)
     if (codes := tokenizer.config.codebook_size) > MOST_CODES:
@@ -156,7 +176,9 @@ def _open(
         raise TrainerError(f"--size {side} is not a multiple of the tokenizer's factor {factor}: take {better}")
     if source != "images" and source not in catalogue():
         raise TrainerError(f"--source {source} is unknown: choose one of {', '.join(catalogue())}")
-    described = SourceConfig(name=source, root=images)
+    if not catalogue().get(source, {}).get("layout", {}).get("image"):
+        image = image_suffixes(config, images, image, "--images", "--image SUFFIX")
+    described = SourceConfig(name=source, root=images, image=image)
     numbers = classes_of([described], None if classes is None else str(classes))
     opened = open_source(described, scan_all=True, classes=numbers)
     if _holds_tokens(opened.shards[0]):
@@ -198,10 +220,12 @@ def _order_files(shard: Shard) -> dict[str, str]:
     return {shard.key(paths[name]): key for name, key in unique_keys(list(paths)).items()}
 
 
-def _state(source: Source) -> str | None:
-    """A hash that changes with the content of a folder or a zip file; None for tars."""
-    shard = source.shards[0]
-    return None if isinstance(shard, TarShard) else digest(shard.states())
+def _seen(inputs: _Inputs) -> str:
+    """What this rank finds, in a line, with a hash. A rank whose copy of a folder lacks captions or classes would write
+    samples without them."""
+    shard = inputs.source.shards[0]
+    files = [] if isinstance(shard, TarShard) else [path.as_posix() for path in shard.own_files()]
+    return f"{describe(inputs.source)} ({digest([inputs.settings, inputs.classes, files])})"
 
 
 def _units(source: Source, samples_per_shard: int) -> list[_Unit]:
@@ -216,42 +240,26 @@ def _units(source: Source, samples_per_shard: int) -> list[_Unit]:
     return units
 
 
-def image_views(content: bytes, kind: str, side: int, resize: str) -> np.ndarray:
-    """An image file's bytes -> uint8 (views, 3, side, side); view 0 is the centre crop, not mirrored.
-
-    ten-crop: the centre and four corners of the centre square at 1.1 times the side, then the mirror images of all
-    five. Raises ImageError.
-    """
-    image, protocol = decode(content), resize_named(resize)
-    if kind == "ten-crop":
-        larger = round(1.1 * side)
-        crops = _five_crops(resize_and_center_crop(image, larger, protocol), side, protocol.margin(larger - side))
-    else:
-        crops = [resize_and_center_crop(image, side, protocol)]
-    views_vchw = np.stack([pixels_chw(crop) for crop in crops])
-    return views_vchw if kind == "original" else np.concatenate([views_vchw, views_vchw[..., ::-1]])
-
-
-def _five_crops(image: Image.Image, side: int, margin: int) -> list[Image.Image]:
-    far = image.width - side
-    corners = [(margin, margin), (0, 0), (far, 0), (0, far), (far, far)]
-    return [image.crop((left, top, left + side, top + side)) for left, top in corners]
-
-
 # ----------------------------------------------------------------------------------------------------------- tokenizing
+
+
+class _Made(NamedTuple):
+    """What all ranks wrote: numbers of shards, and how many samples."""
+
+    shards: set[int]
+    samples: int
 
 
 def _tokenize_units(
     job: _Job, missing: list[int], workers: int | None, on_progress: Callable[[int, int | None], None]
-) -> int:
-    """Writes the missing shards, one on each rank per turn, so that an error on one rank ends all. Returns the number
-    of samples that all ranks wrote."""
+) -> _Made:
+    """Writes the missing shards, one on each rank per turn, so that an error on one rank ends all."""
     world = job.world
     job.inputs.tokenizer.to(world.device)
     sizes = [None if unit.stop is None else unit.stop - unit.first for unit in job.units]
     total = None if None in sizes else sum(sizes)
     done = sum(size or 0 for size in sizes) - sum(sizes[number] or 0 for number in missing)  # processed samples
-    made = 0
+    made = _Made(set(), 0)
     pool = ThreadPoolExecutor(workers or threads_per_process())
     try:
         for turn in range(0, len(missing), world.size):
@@ -262,10 +270,11 @@ def _tokenize_units(
 
             own = missing[turn + world.rank : turn + world.rank + 1]  # one; in the last turn possibly none
             work = functools.partial(_tokenize_unit, job, pool, report)
-            counts = run_on_all_ranks(lambda work=work, own=own: [work(number) for number in own])
+            counts = run_on_all_ranks(lambda work=work, own=own: [(number, *work(number)) for number in own])
             of_ranks = [count for of_rank in gather_objects(counts) for count in of_rank]
-            done += sum(processed for processed, _ in of_ranks)
-            made += sum(written for _, written in of_ranks)
+            done += sum(processed for _, processed, _ in of_ranks)
+            shards = {number for number, _, written in of_ranks if written}
+            made = _Made(made.shards | shards, made.samples + sum(written for *_, written in of_ranks))
             if world.is_main:
                 on_progress(done, total)
     finally:
@@ -347,13 +356,13 @@ def _prepare(inputs: _Inputs, name: str, window: Window, n: int) -> _Prepared | 
     try:
         sample = window.read(n)
         key = sample.key
-        picked = inputs.source.pick(sample)
+        picked = inputs.source.pick(sample).whole()
         views_vchw = inputs.views_of(picked.content)
     except ImageError as error:
         return Skipped(name, error.key or key, str(error), inputs.source.name)
     members = {} if picked.label is None else {"cls": str(picked.label).encode()}
     if picked.caption is not None:
-        members["txt"] = picked.caption.encode("utf-8", "replace")
+        members["txt"] = picked.caption.encode()
     return _Prepared(inputs.keys.get(key, key), views_vchw, members)
 
 

@@ -255,7 +255,11 @@ def generation(run: Path, config: DictConfig, curves: dict[str, Curve]) -> str:
     losses = [curves[name][-1].value for name in ("val/loss", "val/unigram_entropy") if curves.get(name)]
     shown = ""
     if len(losses) == 2:
-        held_out = OmegaConf.select(config, "data.val") != OmegaConf.select(config, "data.train")
+        roots = [
+            OmegaConf.select(config, "data.train"),
+            *(one.root for one in OmegaConf.select(config, "data.sources") or ()),
+        ]
+        held_out = OmegaConf.select(config, "data.val") not in roots
         labels = (
             f"nats per code, {'in validation' if held_out else 'on the training images'}",
             "nats per code from code frequencies alone",

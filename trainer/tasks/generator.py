@@ -22,7 +22,7 @@ from trainer.engines.row_sharded import RowSharded
 from trainer.loading import check_together
 from trainer.metrics.codebook import CodebookUsage
 from trainer.model_state import ModelState, Network
-from trainer.parallel import World, row_groups, run_on_all_ranks, sum_over_ranks
+from trainer.parallel import World, check_same_on_all_ranks, row_groups, run_on_all_ranks, sum_over_ranks
 from trainer.precision import LossScale, autocast_dtype
 from trainer.tasks.base import PICTURES, Step, StepMetrics, Task, Validation, row_of_pictures
 from trainer.throughput import matmul_rate
@@ -122,6 +122,9 @@ class GeneratorTask(Task):
 
     def check(self) -> None:
         """Also checks the classes of validation images, so that a run does not fail at its first validation."""
+        if self.tokenizer is not None:
+            found = f"fingerprint {self.tokenizer.fingerprint()}"
+            check_same_on_all_ranks(f"tokenizer.source={self.config.tokenizer.source}", found)
         super().check()
 
         def check_labels() -> None:

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from model_zoo import ModelError
+from model_zoo.io.hashing import fingerprint_of
 from model_zoo.io.weights import Weights, check_weights
 from model_zoo.quantizers.base import CodebookQuantizer, Quantizer
 from model_zoo.quantizers.vqgan_lc import LargeCodebookQuantizer
@@ -16,7 +17,7 @@ from trainer.config import TokenizerRun
 from trainer.init_from import InitRecord, read_initial_weights
 from trainer.loading import check_together
 from trainer.model_state import ModelState
-from trainer.parallel import World, run_on_all_ranks, run_on_main, sum_over_ranks
+from trainer.parallel import World, check_same_on_all_ranks, run_on_all_ranks, run_on_main, sum_over_ranks
 
 ROUNDING = 1e-12  # features whose variance is below this share of their squared mean are constant up to fp32 rounding
 
@@ -27,6 +28,8 @@ def load_initial_weights(
     """Loads the weights that ``init_from.source`` names; all ranks call together. Raises TrainerError."""
     check_together(world, config.init_from.source)
     weights, fingerprint = run_on_all_ranks(lambda: read_initial_weights(config))
+    found = f"fingerprint {fingerprint_of(weights.tensors)}"
+    check_same_on_all_ranks(f"init_from.source={config.init_from.source}", found)
     state.write("tokenizer", weights.tensors)
     return InitRecord(
         weights.origin,

@@ -463,7 +463,7 @@ def test_sources_that_do_not_fit_are_errors(tars):
     for sources, message in [
         ([SourceConfig(name="a", root=str(tars)), SourceConfig(name="a", root=str(tars))], "two sources are called a"),
         ([SourceConfig(name="a", root=str(tars), weight=0)], "weight=0 must be positive"),
-        ([SourceConfig(name="a")], "no data named"),
+        ([SourceConfig(name="a")], "the sources a have no root: give data.root=FOLDER"),
         ([SourceConfig(name="a", root="pipe:cat x.tar")], "data.allow_pipes=true"),
         ([SourceConfig(name="a", root="ftp://host/x.tar")], "an address of http, https, s3, gs"),
     ]:

@@ -1,12 +1,14 @@
 """Files that grow, on disks that are full for a while."""
 
+import os
+
 import pytest
 from comparing import refusal
 from field.disks import WHOLE, cut_off_log, full_disk
 
 from data.unfinished import unfinished
 from trainer import TrainerError
-from trainer.files import LineFile, ReportFiles, has_keys
+from trainer.files import LineFile, ReportFiles, has_keys, write_text
 
 
 def test_lines_that_do_not_fit_wait_and_the_file_ends_with_a_whole_one(tmp_path):
@@ -87,3 +89,14 @@ def test_a_report_replaces_files_of_earlier_reports_only(tmp_path, files, in_use
     said = refusal(TrainerError, report.check, "--report")
     fix = "choose another --report, or remove it"
     assert said == f"{tmp_path / in_use} already exists and is of no earlier report: {fix}"
+
+
+@pytest.mark.parametrize("exists", [True, False])
+def test_a_link_stays_and_the_file_that_it_names_is_written(tmp_path, exists):
+    (tmp_path / "disk").mkdir()
+    target, link = tmp_path / "disk" / "a.txt", tmp_path / "a.txt"
+    if exists:
+        target.write_text("old")
+    link.symlink_to(target)
+    write_text(link, "new")
+    assert link.is_symlink() and target.read_text() == "new" and os.listdir(target.parent) == ["a.txt"]

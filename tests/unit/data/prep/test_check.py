@@ -106,7 +106,8 @@ def test_a_whole_tar_is_ok_whatever_else_is_in_it(tmp_path, format):
     if format == tarfile.PAX_FORMAT:
         members.insert(0, tarfile.TarInfo.create_pax_global_header({"comment": "made by hand"}))
     for name in ("README", "a.jpg", "a.txt", "猫.jpg", f"{long}.jpg"):
-        members.append(member(name, encoded(picture(len(name))), format))
+        content = b"a caption" if name == "a.txt" else encoded(picture(len(name)))
+        members.append(member(name, content, format))
     path.write_bytes(tar(*members, end=bytes(512)))
     checked = check_shard(str(path), decode_images=True)
     assert (checked.status, checked.problems) == ("ok", [])

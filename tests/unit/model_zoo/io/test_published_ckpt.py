@@ -257,7 +257,7 @@ def test_plain_state_dicts_are_loaded_by_their_keys(tmp_path, caplog, suffix, pr
         caplog.clear()
         assert_same(load(path), models[kind])
         said = f"{path}: the wrappers' names (module, _orig_mod ...) were removed from {len(state)} keys"
-        assert caplog.messages == [said] * bool(prefix)
+        assert [message for message in caplog.messages if "quantizer" not in message] == [said] * bool(prefix)
 
 
 def test_names_of_wrappers_inside_and_in_averages_are_removed(write):

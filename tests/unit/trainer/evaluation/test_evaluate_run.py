@@ -1,4 +1,6 @@
 import json
+import shutil
+from pathlib import Path
 
 import pytest
 import skimage.data
@@ -8,6 +10,7 @@ from field.long_names import write_long_names
 from model_checks import tokenizer_of, write_run
 from omegaconf import OmegaConf
 from PIL import Image
+from samples import picture
 
 from data import DataError
 from data.locks import WriterLock, file_lock
@@ -240,6 +243,28 @@ def test_grey_and_transparent_pictures_follow_the_rules_of_decoding(run, tmp_pat
     report = evaluate_run(run, images=str(tmp_path), report_path=tmp_path / "out/r.json", device="cpu").report
     scores = [score[1:] for score in report.images]
     assert scores[0] == scores[1] and scores[2] == scores[3] and scores[0] != scores[2]
+
+
+def test_images_that_were_trained_on_are_not_called_held_out(run, tmp_path):
+    config = OmegaConf.load(run / "config.yaml")
+    val = Path(config.data.val)
+    link = tmp_path / "link"
+    link.symlink_to(val)
+    for train, held_out in ((tmp_path / "elsewhere", True), (val, False), (link, False), (val.parent, False)):
+        config.data.train = str(train)
+        trained = shutil.copytree(run, tmp_path / f"run_{len(list(tmp_path.iterdir()))}")
+        OmegaConf.save(config, trained / "config.yaml")
+        assert evaluate_run(trained, device="cpu").provenance["held_out"] is held_out
+
+
+def test_names_that_are_no_utf8_are_written(run, tmp_path):
+    folder = tmp_path / "images"
+    folder.mkdir()
+    for number in range(2):
+        picture(number).save(folder / f"\udcfc{number}.png")
+    evaluated = evaluate_run(run, images=str(folder), report_path=tmp_path / "report.json", device="cpu")
+    keys = [image["key"] for image in json.loads(evaluated.json_path.read_text())["images"]]
+    assert keys == ["\udcfc0.png", "\udcfc1.png"] and evaluated.markdown_path.read_text(encoding="utf-8")
 
 
 def test_names_of_255_bytes_are_written_and_read(run, tmp_path):

@@ -376,14 +376,21 @@ def test_a_report_of_sampling_is_believed_of_the_very_samples_only(samples, tmp_
         return sampling_record(path, content)
 
     size, sha256 = samples.stat().st_size, hashlib.sha256(samples.read_bytes()).hexdigest()
-    believed = {"source": "run", "checkpoint": "step_1", "seed": 3}
-    assert told(samples, sha256, bytes=size, sha256=sha256) == believed
-    assert told(samples, "0" * 64, bytes=size, sha256=sha256) is None  # overwritten since
-    assert told(samples, sha256, bytes=size + 1, sha256=sha256) is None
+    believed = told(samples, sha256, bytes=size, sha256=sha256)
+    assert believed.pop("classes").startswith("1 (")
+    assert believed == {"source": "run", "checkpoint": "step_1", "seed": 3}
+    changed = (
+        f"{samples} is not what {samples}.json says it wrote: it was damaged or changed; sample it again, or remove"
+    )
+    assert changed in refusal(DataError, told, samples, "0" * 64, bytes=size, sha256=sha256)  # overwritten since
+    assert changed in refusal(DataError, told, samples, sha256, bytes=size + 1, sha256=sha256)
+    assert changed in refusal(DataError, open_samples, samples)  # before hours of features
     assert told(samples, sha256, images_made=12) is None  # of an older version
+    assert told(samples, sha256, bytes=size) is None
     folder = write_folder(tmp_path / "folder", pictures(3))
     size = sum(path.stat().st_size for path in folder.rglob("*.png"))
-    assert told(folder, bytes=size) == believed and told(folder, bytes=size - 1) is None
+    assert told(folder, bytes=size).items() > believed.items()
+    assert "damaged or changed" in refusal(DataError, told, folder, bytes=size - 1)
 
 
 def test_samples_that_are_still_being_made_are_refused(tmp_path):
@@ -392,8 +399,13 @@ def test_samples_that_are_still_being_made_are_refused(tmp_path):
     (folder / "sample.json").write_text(json.dumps(record))
     for opened in (open_samples, open_reference):
         assert f"{folder} is not finished: wait for" in refusal(DataError, opened, folder)
-    (folder / "sample.json").write_text(json.dumps({**record, "finished": {"bytes": 1}}))
+    size = sum(path.stat().st_size for path in folder.rglob("*.png"))
+    (folder / "sample.json").write_text(json.dumps({**record, "finished": {"bytes": size}}))
     assert open_samples(folder).count == open_reference(folder).images.count == 3
+    for change in ((folder / "part_0" / "000.png").unlink, lambda: write_folder(folder, pictures(4))):
+        change()
+        for opened in (open_samples, open_reference):
+            assert "it was damaged or changed; sample it again, or remove" in refusal(DataError, opened, folder)
     (folder / "sample.json").write_text("{")
     assert "sample.json is damaged" in refusal(DataError, open_samples, folder)
 
@@ -404,6 +416,21 @@ def test_a_folder_that_changes_while_it_is_evaluated_is_refused(tmp_path):
     assert sum(len(batch.levels_bchw) for batch in images.batches(2, (0, 1))) == 3
     write_folder(folder, pictures(4))
     assert "got or lost images" in refusal(DataError, lambda: list(images.batches(2, (0, 1))))
+
+
+def test_features_of_images_that_changed_after_they_were_hashed_are_not_cached(reference, tmp_path, monkeypatch):
+    folder = write_folder(tmp_path / "folder", pictures(4))
+    real = FolderImages.sha256
+
+    def changed(images):
+        found = real(images)
+        if images.path == folder:
+            write_folder(folder, pictures(4, seed=9))
+        return found
+
+    monkeypatch.setattr(FolderImages, "sha256", changed)
+    said = refusal((TrainerError, DataError), evaluate, folder, reference)
+    assert f"{folder} was changed while it was evaluated: start again when nothing writes there" in said
 
 
 def test_what_few_pictures_do_not_allow_is_left_out_with_the_reason(reference, tmp_path, monkeypatch):

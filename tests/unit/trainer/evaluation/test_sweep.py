@@ -91,6 +91,44 @@ def test_a_sweep_that_was_cut_off_goes_on(run, reference, tmp_path, monkeypatch)
     assert [[row[key] for key in figures] for row in rows] == [[row[key] for key in figures] for row in whole_rows]
 
 
+def test_further_values_join_the_table(run, reference, tmp_path):
+    out, asked = tmp_path / "out", ["guidance=1,2"]
+    first = json.loads(swept(run, reference, out, asked).json_path.read_text())
+    done = swept(run, reference, out, ["guidance=2,3"])
+    rows = json.loads(done.json_path.read_text())
+    assert [row["settings"]["guidance"] for row in rows] == [1.0, 2.0, 3.0] and rows[0] == first[0]
+    assert done.markdown_path.read_text().count("\n| ") == 4 and len(done.table) == 4
+
+
+def test_what_cannot_stand_in_one_table_is_refused(run, reference, tmp_path, monkeypatch):
+    out = tmp_path / "out"
+    swept(run, reference, out, ["guidance=1"])
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    other = tmp_path / "other.npz"
+    np.savez(other, arr_0=np.zeros((12, 8, 12, 3), np.uint8))
+
+    def refused(said, asked="guidance=2", reference=reference, count=10, **sampling):
+        with pytest.raises(TrainerError, match=said):
+            sweep(
+                run, reference, [asked], count=count, out=out,
+                sampling={"batch_size": 5, "device": "cpu", **sampling},
+                scoring={"metrics": "is,pr", "batch_size": 5, "device": "cpu"},
+            )  # fmt: skip
+        assert {name: (out / name).read_bytes() for name in before} == before
+
+    refused("another classes .*: name another folder with --out", classes="1,2")
+    refused(
+        "another tokenizer", tokenizer=write_tokenizer_run(tmp_path / "tokenizer", tokenizer_of(1)), asked="guidance=3"
+    )
+    monkeypatch.setattr("trainer.evaluation.sweep.sample", lambda *_, **__: pytest.fail("it sampled"))
+    refused("another --reference .*reference.npz, now .*other.npz", reference=other)
+    refused("another --count .10, now 12.", count=12)
+    refused("another --sweep .guidance, now temperature.", asked="temperature=1.1")
+    (out / "sweep.json").write_text("[{}]")
+    before.pop("sweep.json")
+    refused("sweep.json is damaged or of another version")
+
+
 def test_two_processes_have_the_results_of_one(run, reference, tmp_path, weights, ranks):
     with one_thread():  # as each of the two
         alone = json.loads(swept(run, reference, tmp_path / "alone", ["guidance=1,2"]).json_path.read_text())

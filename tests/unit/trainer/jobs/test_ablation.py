@@ -11,14 +11,30 @@ from unittest.mock import patch
 
 import pytest
 from comparing import assert_refused, refusal
+from model_checks import tokenizer_of, write_run
 from ranks import wait_for
+from support import tokenizer_run, write_tokenizer_run
 
 from data.stop_signals import ending_as_by_ctrl_c
+from model_zoo.io.load import find_checkpoint
 from model_zoo.quantizers.registry import QUANTIZERS
 from tools import ablate
 from trainer import TrainerError
-from trainer.jobs.ablation import Figure, cells_of, figures, load_ablation, markdown, write_table
-from trainer.recipes import ABLATIONS, load_recipe, recipe_paths
+from trainer.init_from import InitRecord, save_init_record
+from trainer.jobs.ablation import (
+    Figure,
+    cells_of,
+    check_others,
+    check_table,
+    figures,
+    is_evaluated,
+    load_ablation,
+    mark_evaluated,
+    markdown,
+    write_table,
+)
+from trainer.jobs.ablation_inputs import check_same_inputs
+from trainer.recipes import ABLATIONS, load_recipe, recipe_paths, save_config
 
 DATA = ["data.train=bundled:train", "data.val=bundled:val"]
 AUTOENCODER = (
@@ -200,6 +216,8 @@ def test_settings_that_the_command_decides_and_unknown_rows_are_refused(tmp_path
     [
         (["--launch", "'"], "--launch .*quotation"),
         (["--judge", "'"], "--judge .*quotation"),
+        (["--judge", "--size 64 --report x.json"], "--judge must not hold --report: each row has its own report"),
+        (["--judge", "--report=x.json"], "--judge must not hold --report"),
         (["--launch", "no_such_launcher -x"], "no such command"),
         (["--launch", ""], "no such command"),
         (["--seeds", "0,x"], "not a list of integers"),
@@ -221,6 +239,79 @@ def test_a_table_replaces_no_file_of_others(refused_by_ibq, tmp_path, name):
     said = refused_by_ibq("ablate", table(tmp_path, TWO_ROWS), *DATA, "--out", tmp_path / "out")
     assert f"{name} already exists and is of no earlier report: choose another --out" in said
     assert [path.name for path in (tmp_path / "out").iterdir()] == [name]
+
+
+@pytest.fixture
+def trained(tmp_path, monkeypatch):
+    """Both cells of TWO_ROWS, trained and evaluated with --judge ''."""
+    monkeypatch.setattr("trainer.jobs.ablation.is_trained", lambda cell: True)
+    cells = cells_of(load_ablation(table(tmp_path, TWO_ROWS)), None, [0], [], tmp_path / "out")
+    for cell in cells:
+        write_tokenizer_run(cell.run, tokenizer_of())
+        cell.report.write_text("{}")
+        mark_evaluated(cell, "")
+    return cells
+
+
+def test_a_report_of_another_checkpoint_or_judge_is_not_taken(trained):
+    first, second = trained
+    assert is_evaluated(first, "") and not is_evaluated(first, "--size 64")
+    said = refusal(TrainerError, check_others, [first], trained, "--size 64")
+    assert "Slow, 1 (seed 0): evaluated with another --judge" in said
+    check_others([first], trained, "")
+    check_others(trained, trained, "--size 64")  # which evaluates both again
+    manifest = find_checkpoint(second.run) / "manifest.json"
+    manifest.write_text('{"files": {}}')  # of a checkpoint of the same step
+    assert is_evaluated(first, "") and not is_evaluated(second, "")
+    said = refusal(TrainerError, check_others, [first], trained, "")
+    assert "Slow, 1 (seed 0): evaluated with another --judge, or trained on since, and would leave the table" in said
+    mark_evaluated(second, "")
+    write_run(second.run, tokenizer_run(), step=9, tokenizer_ema=tokenizer_of())
+    assert not is_evaluated(second, "")
+
+
+def test_a_folder_with_another_table_is_refused(tmp_path):
+    ablation = load_ablation(table(tmp_path, TWO_ROWS))
+    check_table(ablation, tmp_path)
+    (tmp_path / "table.json").write_text(json.dumps({"title": "x", "rows": {"As it is": {}}}))
+    check_table(ablation, tmp_path)
+    (tmp_path / "table.json").write_text(json.dumps({"title": "x", "rows": {"As it is": {}, "Mine": {}}}))
+    said = refusal(TrainerError, check_table, ablation, tmp_path)
+    assert "table.json has rows that this table has not (Mine): name another folder with --out" in said
+    (tmp_path / "table.json").write_text("[]")
+    assert "is of no earlier report: choose another --out" in refusal(TrainerError, check_table, ablation, tmp_path)
+
+
+SOURCES = {"train": {"shards": 1, "names": "ab", "samples": 24, "counts": [24], "contents": ["cd"]}}
+
+
+@pytest.mark.parametrize(
+    "changes, what",
+    [
+        ({}, None),
+        ({"sources": {"train": {**SOURCES["train"], "contents": ["ef"]}}}, "training data"),
+        ({"sources": {"train": {**SOURCES["train"], "contents": ["ef"]}}, "data": "elsewhere"}, None),
+        ({"fingerprint": "b"}, "initial weights"),
+        ({"validation": "4 samples (c)"}, "images of data.val"),
+        ({"validation": None}, None),  # of an earlier version
+    ],
+)
+def test_rows_that_were_trained_on_other_files_of_the_same_names_are_refused(tmp_path, changes, what):
+    cells = cells_of(load_ablation(table(tmp_path, TWO_ROWS)), None, [0, 1], [], tmp_path / "out")
+    for cell, own in zip(cells[:2], ({}, changes), strict=True):
+        checkpoint = cell.run / "checkpoints" / "step_00000002"
+        checkpoint.mkdir(parents=True)
+        (checkpoint.parent / "latest").write_text(checkpoint.name)
+        save_config(tokenizer_run(data__train=own.get("data", "tars"), run=str(cell.run)), cell.run / "config.yaml")
+        data = {"stream": {"sources": own.get("sources", SOURCES)}}
+        state = {"data": data, "validation": own.get("validation", "10 samples (a)")}
+        (checkpoint / "state.json").write_text(json.dumps(state))
+        save_init_record(cell.run, InitRecord("x", own.get("fingerprint", "a"), None, "none"))
+    if what is None:
+        check_same_inputs(cells)
+    else:
+        said = refusal(TrainerError, check_same_inputs, cells)
+        assert f"As it is (seed 0) and As it is (seed 1) were trained with different {what}: files were changed" in said
 
 
 def run_in_this_process(command):
@@ -277,4 +368,9 @@ def test_a_table_is_trained_evaluated_drawn_and_not_made_again(ibq, tmp_path, mo
     other = [*arguments[:-1], "--size 16", *launch]
     assert_refused(ibq(*other), "ended with status 7")
     assert "[1/1]" in ibq(*arguments).succeeded().out
-    assert_refused(ibq("ablate", mine, *data, "--out", out, "--rows", "Slow, 1", *launch), "ended with status 7")
+    assert_refused(ibq("ablate", mine, *data, "--out", out, "--rows", "Slow, 1", *launch), "give the same --judge")
+    slow = ["ablate", mine, *data, "--out", out, "--rows", "Slow, 1", "--judge", "--size 32"]
+    assert_refused(ibq(*slow, *launch), "ended with status 7")
+    state = next((run / "checkpoints").glob("step_*/state.json"))
+    state.write_text(re.sub(r'"samples": \d+', '"samples": 7', state.read_text()))
+    assert_refused(ibq(*slow), "the training data are no longer those of As it is (seed 0): put them back, or name")

@@ -473,3 +473,17 @@ def test_a_checkpoint_that_was_named_is_not_replaced_by_another(run):
 def test_a_damaged_checkpoint_is_still_damaged(run):
     (run / "checkpoints/step_00000010/rank_00000.safetensors").write_bytes(b"damaged")
     assert "is damaged" in refusal(TrainerError, info, run)
+
+
+def test_the_quantizer_that_is_assumed_of_a_published_file_is_said_and_can_be_set(tmp_path, caplog):
+    vq = tokenizer_of(quantizer="vq", patch_size=1, channel_multipliers=[1, 2])
+    path = tmp_path / "theirs.ckpt"
+    torch.save({"state_dict": vq.state_dict()}, path)
+    assert load_tokenizer(path).config.quantizer == load_tokenizer(path).config.quantizer == "ibq"
+    said = [line for line in caplog.messages if f"{path} does not name its quantizer, and IBQ is assumed" in line]
+    assert len(said) == 1
+    out = import_published(path, tmp_path / "out").out
+    config = OmegaConf.load(out / "config.yaml")
+    config.model.quantizer = "vq"  # as the line says
+    OmegaConf.save(config, out / "config.yaml")
+    assert load_tokenizer(out).fingerprint() == vq.fingerprint() != load_tokenizer(path).fingerprint()

@@ -23,6 +23,7 @@ from model_zoo.conditions import trained_from
 from model_zoo.io.load import find_checkpoint
 from tools import cli
 from trainer import TrainerError
+from trainer.jobs.export import export
 from trainer.jobs.sample import sample
 from trainer.jobs.sample_output import seed_of
 
@@ -208,6 +209,34 @@ def test_a_damaged_output_is_not_taken_for_complete(run, tmp_path, out, change):
     assert file.read_bytes() == whole
 
 
+def test_a_folder_that_lost_one_image_and_has_another_changed_is_not_vouched_for(run, tmp_path):
+    """Also where the job that makes the lost one again is stopped and repeated."""
+    out = tmp_path / "folder"
+    options = {"count": 6, "batch_size": 2, "out": out}
+    sample(run, **options)
+    record = json.loads((out / "sample.json").read_text())
+    lost, other = sorted(out.glob("*.png"))[:4:3]
+    whole = lost.read_bytes(), other.read_bytes()
+    lost.unlink()
+    assert sample(run, **options).made == 2 and lost.read_bytes() == whole[0]  # nothing else was changed
+    assert json.loads((out / "sample.json").read_text())["finished"]["bytes"] == record["finished"]["bytes"]
+    lost.unlink()
+    Image.new("RGB", (12, 8), "red").save(other)
+    for _ in range(2):
+        said = refusal(TrainerError, sample, run, **options)
+        assert "was damaged or changed; remove it to sample it again" in said
+        assert json.loads((out / "sample.json").read_text())["finished"] is None
+    other.write_bytes(whole[1])
+    assert sample(run, **options).made == 0
+
+
+def test_the_record_names_the_weights_that_were_there(run, tmp_path):
+    """An export holds one set, which either name reads."""
+    export(run, tmp_path / "export", weights="raw")
+    sampled = sample(tmp_path / "export", count=1, out=tmp_path / "samples")
+    assert json.loads(sampled.report.read_text())["settings"]["weights"] == "raw"
+
+
 @pytest.mark.parametrize("out", ["x.npz", "x.png", "folder"])
 def test_an_output_has_one_writer(run, tmp_path, out):
     with WriterLock(file_lock(tmp_path / out), out) as other:
@@ -249,6 +278,28 @@ def test_a_job_goes_on_where_it_ended(run, tmp_path, out):
     for path in files:
         assert path.read_bytes() == (tmp_path / path.relative_to(tmp_path / "whole")).read_bytes()
     assert not list(tmp_path.glob("*.parts"))
+
+
+@pytest.mark.parametrize("out", ["x.npz", "x.png", "folder"])
+@pytest.mark.parametrize("left", [0, 5, 150])
+def test_a_chunk_that_a_crash_cut_off_is_made_again(run, tmp_path, out, left):
+    options = {"count": 6, "batch_size": 2}
+    sample(run, **options, out=tmp_path / "whole" / out)
+
+    def stop(done, count, per_second):
+        if done >= 4:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        sample(run, **options, out=tmp_path / out, on_progress=stop)
+    parts = tmp_path / out if out == "folder" else tmp_path / f"{out}.parts"
+    cut = sorted(path for path in parts.iterdir() if path.suffix in (".png", ".npy"))[1]
+    assert cut.stat().st_size > left
+    cut.write_bytes(cut.read_bytes()[:left])
+    assert sample(run, **options, out=tmp_path / out).made == 4
+    for path in (tmp_path / "whole").rglob("*"):
+        if path.suffix in (".npz", ".png") and path.is_file():
+            assert path.read_bytes() == (tmp_path / path.relative_to(tmp_path / "whole")).read_bytes()
 
 
 def test_kill_between_merging_and_the_report_loses_nothing(run, tmp_path, monkeypatch):

@@ -16,7 +16,7 @@ from comparing import refusal
 from model_checks import tokenizer_of, write_run
 from omegaconf import OmegaConf
 from PIL import Image
-from samples import encoded
+from samples import encoded, members
 from serving import Server
 from webdataset.writer import TarWriter
 
@@ -30,7 +30,8 @@ from data.transforms import pixels_chw, resize_and_center_crop, resize_named
 from tools import cli
 from trainer import TrainerError
 from trainer.jobs import tokenize as module
-from trainer.jobs.tokenize import image_views, tokenize
+from trainer.jobs.tokenize import tokenize
+from trainer.jobs.views import image_views
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -344,6 +345,66 @@ def test_a_zip_file_that_was_changed_is_refused(run, tmp_path):
     out = go(run, write(b"1"), tmp_path / "out").out
     assert go(run, write(b"1", (2024, 5, 5, 0, 0, 0)), out).made == 0  # packed again
     assert "were changed" in refusal(TrainerError, go, run, write(b"7"), out)
+
+
+def relabelled(path: Path) -> None:
+    """Adds 5 to all classes of a tar; keys and places stay."""
+    content = members(path)
+    with TarWriter(str(path), encoder=False, mtime=0) as tar:
+        for name, value in content.items():
+            key, suffix = name.rsplit(".", 1)
+            tar.write({"__key__": key, suffix: b"%d" % (int(value) + 5) if suffix == "cls" else value})
+
+
+@pytest.mark.parametrize("is_complete", [True, False])
+def test_tars_whose_content_was_changed_are_refused(run, tars, tmp_path, is_complete):
+    images, out = shutil.copytree(tars, tmp_path / "images"), tmp_path / "out"
+    go(run, images, out)
+    assert go(run, shutil.copytree(images, tmp_path / "copy"), out).made == 0
+    if not is_complete:
+        (out / "tokens-000004.tar").unlink()
+    before, size = files(out), (images / "1.tar").stat().st_size
+    relabelled(images / "1.tar")
+    os.utime(images / "1.tar", (1_700_000_000, 1_700_000_000))
+    assert (images / "1.tar").stat().st_size == size
+    said = refusal(TrainerError, go, run, images, out)
+    assert "before they, or the .cls, .txt or .json files beside them, were changed: remove" in said
+    assert files(out) == before
+    for path in out.glob("tokens-*.tar"):
+        path.unlink()
+    assert go(run, images, out).made == 14
+    assert {sample.key: sample.members["cls"] for sample in samples(out)}["1-2"] == b"7"
+
+
+def test_tars_of_a_server_that_were_changed_are_refused(run, tars, tmp_path):
+    images, out = shutil.copytree(tars, tmp_path / "images"), tmp_path / "out"
+    with Server(folder=images) as server:
+        url = server.url("/{0..2}.tar")
+        go(run, url, out)
+        assert go(run, url, out).made == 0
+        relabelled(images / "1.tar")
+        os.utime(images / "1.tar", (1_700_000_000, 1_700_000_000))
+        assert "were changed: remove" in refusal(TrainerError, go, run, url, out)
+
+
+@pytest.mark.parametrize("kind", ["folder", "tars"])
+def test_images_that_change_while_they_are_read_are_an_error(run, tars, tmp_path, kind, monkeypatch):
+    images = labelled(tmp_path / "images") if kind == "folder" else shutil.copytree(tars, tmp_path / "images")
+    real = module._encode
+
+    def encode(*inputs):
+        path = min(images.iterdir())
+        os.utime(path, (1_600_000_000, 1_600_000_000))
+        return real(*inputs)
+
+    monkeypatch.setattr(module, "_encode", encode)
+    out = tmp_path / "out"
+    said = refusal(TrainerError, go, run, images, out)
+    assert f"--images were changed while they were read, so that {out} may hold tokens of both: remove" in said
+    assert "were changed: remove" in refusal(TrainerError, go, run, images, out)
+    for path in out.glob("tokens-*.tar"):
+        path.unlink()
+    assert go(run, images, out).made == (2 if kind == "folder" else 14)
 
 
 def test_skipped_images_of_a_shard_that_is_made_again_are_listed_anew(run, tmp_path):
