@@ -19,7 +19,7 @@ MAY_IMPORT = {
 # Packages that take long to import. Each is imported where it is first used.
 HEAVY = [
     "IPython", "cv2", "deepspeed", "einops", "fsspec", "huggingface_hub", "lpips", "matplotlib", "pandas", "rich",
-    "scipy", "skimage", "sympy", "tensorboard", "torch._dynamo", "torch._inductor", "torch.distributed.checkpoint",
+    "scipy", "skimage", "sympy", "tensorboard", "timm", "torch._dynamo", "torch._inductor", "torch.distributed.checkpoint",
     "torch.distributed.fsdp", "torch.distributed.tensor", "torch.utils.tensorboard", "torch_fidelity", "torchvision",
     "transformers", "triton", "typer", "webdataset",
 ]  # fmt: skip
