@@ -133,8 +133,8 @@ def cosine_distance(projected_bdhw: Tensor, features_bdhw: Tensor) -> Tensor:
 
     This is the form of REPA and of GigaTok's semantic regularization, plus the constant 1. It has one fixed weight, and
     neither the margins nor the distance matrices nor the adaptive weight of VA-VAE (arXiv 2501.01423). GigaTok applies
-    it to a layer of its decoder. Here it is applied to the code vectors, because a generator learns these; VA-VAE aligns
-    its latents too.
+    it to a layer of its decoder. Here it is applied to the code vectors, because a generator learns these; VA-VAE
+    aligns its latents too.
 
     The encoder's features are interpolated to the grid of the tokens, not the reverse: every token then has one target
     and equal weight, and no gradient passes through an interpolation.

@@ -47,8 +47,8 @@ def changes_since(before: dict, config: RunConfig, step: int) -> list[Change]:
     weights = [of.get("loss.semantic.weight", 0) for of in (before, now)]
     if weights[1] and not weights[0] and step:
         raise TrainerError(
-            f"cannot resume: loss.semantic.weight was 0 and is now {weights[1]}, but the checkpoint has no head for this "
-            "term: set it back, or start a new run with init_from.source=RUN"
+            f"cannot resume: loss.semantic.weight was 0 and is now {weights[1]}, but the checkpoint has no head for "
+            "this term: set it back, or start a new run with init_from.source=RUN"
         )
     fixed = FIXED + (FIXED_HEAD if all(weights) else ())
     for change in changes:

@@ -15,7 +15,7 @@ from model_zoo.errors import ModelError
 from model_zoo.eval_nets.weights import WeightsFile, checked_file, frozen
 from model_zoo.io.weights import check_weights
 
-# What files of weights hold and `patch_encoder_on_meta` has not: classifiers, poolings, DINOv2's token of masked patches.
+# What files hold and `patch_encoder_on_meta` has not: classifiers, poolings, DINOv2's token of masked patches.
 NOT_USED = ("head.", "fc_norm.", "attn_pool.", "mask_token")
 
 
@@ -117,8 +117,8 @@ def checked_encoder(name: str, weights: str | None, sha256: str | None) -> tuple
     path, found = checked_file(encoder_file(name), weights, "loss.semantic.weights=FILE")
     if sha256 is not None and found != sha256.lower():
         raise ModelError(
-            f"{path} is not the encoder of this run: its sha256 is {found}, and loss.semantic.sha256={sha256}: name the "
-            "file that has it with loss.semantic.weights=FILE"
+            f"{path} is not the encoder of this run: its sha256 is {found}, and loss.semantic.sha256={sha256}: name "
+            "the file that has it with loss.semantic.weights=FILE"
         )
     return path, found
 
