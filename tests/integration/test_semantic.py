@@ -87,7 +87,7 @@ def test_the_run_keeps_the_encoder_and_no_checkpoint_has_it(train, file):
 
 
 def test_an_export_has_no_head_and_needs_no_encoder(train, ibq_here, tmp_path):
-    ibq_here("checkpoint", "export", train(), tmp_path / "export").succeeded()
+    ibq_here("checkpoint", "export", train(), "--out", tmp_path / "export").succeeded()
     exported = load_tokenizer(tmp_path / "export")
     ours = load_tokenizer(train())
     assert exported.state_dict().keys() == ours.state_dict().keys()
