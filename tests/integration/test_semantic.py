@@ -1,6 +1,7 @@
 """The semantic term under every engine: ranks, resuming, exports, the dry run, and what is refused."""
 
 import json
+import sys
 from functools import cache
 from pathlib import Path
 
@@ -8,6 +9,7 @@ import pytest
 from comparing import assert_refused, copy_until, differences, loss_lines
 from encoders import ENCODER, write_encoder
 from ranks import settings
+from safetensors.torch import load_file
 
 from model_zoo.io.load import load_tokenizer
 from model_zoo.io.sharded_tensors import ShardedTensors
@@ -86,13 +88,26 @@ def test_the_run_keeps_the_encoder_and_no_checkpoint_has_it(train, file):
     assert not [name for name in names if "patch_embed" in name]
 
 
-def test_an_export_has_no_head_and_needs_no_encoder(train, ibq_here, tmp_path):
+@pytest.fixture
+def without_encoder(train, file, monkeypatch):
+    """Neither timm nor the encoder's file."""
+    train()
+    monkeypatch.setitem(sys.modules, "timm", None)
+    moved = file.rename(file.with_suffix(".moved"))
+    yield
+    moved.rename(file)
+
+
+def test_exports_and_evaluations_need_neither_head_nor_encoder(train, without_encoder, ibq_here, tmp_path):
     ibq_here("checkpoint", "export", train(), "--out", tmp_path / "export").succeeded()
-    exported = load_tokenizer(tmp_path / "export")
-    ours = load_tokenizer(train())
+    exported, ours = load_tokenizer(tmp_path / "export"), load_tokenizer(train())
     assert exported.state_dict().keys() == ours.state_dict().keys()
-    assert not [name for name in exported.state_dict() if "semantic" in name or "layers" in name]
     assert exported.fingerprint() == ours.fingerprint()
+    files = [path for path in (tmp_path / "export").iterdir() if path.suffix == ".safetensors"]
+    assert files and not [name for path in files for name in load_file(path) if "semantic" in name or "layers" in name]
+    report = tmp_path / "report.json"
+    ibq_here("evaluate", "reconstruction", train(), "--metrics", "psnr", "--report", report).succeeded()
+    assert json.loads(report.read_text())["psnr"] > 5
 
 
 def test_another_file_is_refused_when_the_run_is_resumed(train, ibq_here, tmp_path):
