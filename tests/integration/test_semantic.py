@@ -10,6 +10,7 @@ from comparing import assert_refused, copy_until, differences, loss_lines
 from encoders import ENCODER, write_encoder
 from ranks import settings
 from safetensors.torch import load_file
+from samples import picture
 
 from model_zoo.io.load import load_tokenizer
 from model_zoo.io.sharded_tensors import ShardedTensors
@@ -155,3 +156,30 @@ def test_the_dry_run_counts_encoder_and_head(ranks, tmp_path):
     assert "semantic_head a full copy on each of 2" in lines
     head = (16 * 128 + 128 + 128 * 64 + 64) * 4 / 1e6
     assert f"semantic_head {head:.2f} MB {head:.2f} MB {2 * head:.2f} MB 0 {4 * head:.2f} MB" in lines, ended.out
+
+
+def test_pictures_of_any_shape_are_aligned(ranks, file, tmp_path):
+    """On one rank and on two. The encoder has 4 x 6, 5 x 5 and 6 x 4 patches for 6 x 10, 8 x 8 and 10 x 6 tokens."""
+    (tmp_path / "pictures").mkdir()
+    for number, shape in enumerate([(48, 48), (72, 40), (40, 72)] * 8):  # width, height
+        picture(number, shape).save(tmp_path / f"pictures/{number:02d}.png")
+    changes = {
+        **{"data.train": tmp_path / "pictures", "data.val": "null", "data.crop": "center", "trainer.max_steps": 6},
+        **{"data.buckets": "[32x32,24x40,40x24]", "loss.semantic.weights": file, "loss.semantic.size": 80},
+    }
+    for processes in (1, 2):
+        ranks.train(processes, "debug_semantic", tmp_path / f"run_{processes}", changes).succeeded()
+    one, two = (loss_lines(tmp_path / f"run_{processes}") for processes in (1, 2))
+    shapes = {name for line in one for name in line if name.startswith("loss/reconstruction/")}
+    assert len(shapes) == 3
+    for line, other in zip(one, two, strict=True):
+        assert 0 < line["loss/semantic"] < 2
+        assert other["loss/semantic"] == pytest.approx(line["loss/semantic"], rel=1e-4)
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_half_precision_follows_single(train, ranks, file, tmp_path, precision):
+    changes = {"loss.semantic.weights": file, "trainer.precision": precision, "trainer.max_steps": 3}
+    ranks.train(1, "debug_semantic", tmp_path / "run", changes).succeeded()
+    for line, expected in zip(loss_lines(tmp_path / "run"), loss_lines(train())[:3], strict=True):
+        assert line["loss/semantic"] == pytest.approx(expected["loss/semantic"], rel=0.01)
