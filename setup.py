@@ -47,9 +47,11 @@ setup(
         "s3": ["s3fs>=2024.6"],
         "gs": ["gcsfs"],
         "hub": ["huggingface_hub>=0.24"],  # models by their name on the hub, data of hf://
+        "semantic": ["timm>=1.0.16"],  # the frozen encoders of loss.semantic
         "test": [
             *("pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "setuptools>=77", "s3fs>=2024.6", "moto[server]>=5"),
             "huggingface_hub>=0.24",
+            "timm>=1.0.16",
             "liger-kernel>=0.8.5",  # in Triton's interpreter
         ],
         "dev": ["pre-commit>=3.5"],

@@ -14,6 +14,18 @@ from model_zoo.errors import ModelError
 # Quantizers whose code vectors are parameters, which ``codebook_init`` initializes. The codes of the others are given
 # by a formula, or are a function of a table.
 WITH_CODEBOOK = ("ibq", "vq", "vq_ema", "rotation_vq", "soft_vq")
+# Encoders of loss.semantic, by timm's name, and the file that their authors publish. `test_vit` is for tests: 0.3 M
+# parameters.
+DINOV2 = "https://dl.fbaipublicfiles.com/dinov2"
+ENCODERS = {
+    "vit_small_patch14_dinov2.lvd142m": f"{DINOV2}/dinov2_vits14/dinov2_vits14_pretrain.pth",
+    "vit_base_patch14_dinov2.lvd142m": f"{DINOV2}/dinov2_vitb14/dinov2_vitb14_pretrain.pth",
+    "vit_large_patch14_dinov2.lvd142m": f"{DINOV2}/dinov2_vitl14/dinov2_vitl14_pretrain.pth",
+    "vit_base_patch16_siglip_256.v2_webli": None,
+    "vit_large_patch16_siglip_256.v2_webli": None,
+    "vit_so400m_patch14_siglip_224.v2_webli": None,
+    "test_vit.r160_in1k": None,
+}
 COMPARISONS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
 
@@ -223,6 +235,26 @@ class EntropyLoss:
 
 
 @dataclass
+class SemanticLoss:
+    """Cosine distance between the codes and the patch features of a frozen encoder; see
+    `model_zoo.losses.cosine_distance`. weight 0: there is no encoder and no head.
+
+    encoder: of ENCODERS. weights: path of its file; None: the usual folders. sha256: of this file; None: every file
+    that fits is accepted, and the run keeps its hash. size: side in pixels to which pictures are resized for the
+    encoder, at equal area where they are not square; None: the encoder's own. width, depth: of the head's hidden
+    layers, and the number of its layers.
+    """
+
+    weight: float = field(default=0.0, metadata={"at_least": 0})
+    encoder: str = field(default="vit_base_patch14_dinov2.lvd142m", metadata={"choices": tuple(ENCODERS)})
+    weights: str | None = None
+    sha256: str | None = None
+    size: int | None = field(default=None, metadata={"at_least": 1})
+    width: int = field(default=2048, metadata={"at_least": 1})
+    depth: int = field(default=3, metadata={"at_least": 1})
+
+
+@dataclass
 class LossConfig:
     """All losses of tokenizer training. The defaults are the published ones."""
 
@@ -233,3 +265,4 @@ class LossConfig:
     lecam: LecamLoss = field(default_factory=LecamLoss)
     quantizer: QuantizerLoss = field(default_factory=QuantizerLoss)
     entropy: EntropyLoss = field(default_factory=EntropyLoss)
+    semantic: SemanticLoss = field(default_factory=SemanticLoss)

@@ -1,8 +1,10 @@
 """Losses of tokenizer training, each a plain function of tensors; the training task weights and logs them.
 
-Sources: arXiv 2412.02692 (eq. 12 and the entropy penalty), VQGAN (arXiv 2012.09841), LeCAM (arXiv 2104.03310).
+Sources: arXiv 2412.02692 (eq. 12 and the entropy penalty), VQGAN (arXiv 2012.09841), LeCAM (arXiv 2104.03310),
+REPA (arXiv 2410.06940) and GigaTok (arXiv 2504.08736).
 """
 
+from itertools import pairwise
 from typing import NamedTuple
 
 import torch
@@ -105,3 +107,39 @@ def entropy_penalty(quantized: Quantized, global_average_k: Tensor, config: Entr
     average = average_entropy(a_k, quantized.shard) + (pull - pull.detach())
     loss = config.sample_weight * quantized.sample_entropy - config.average_weight * average
     return EntropyPenalty(loss, average.detach())
+
+
+class SemanticHead(nn.Module):
+    """Maps each code vector to the width of an encoder's features.
+
+    It has ``depth`` linear layers with SiLU in between, as REPA's projector (3 layers of 2,048). With ``depth=1`` it is
+    linear, as that of VA-VAE. Each position is mapped alone, so that the head cannot gather the meaning of a picture
+    from other positions.
+    """
+
+    def __init__(self, code_dim: int, dim: int, width: int, depth: int):
+        super().__init__()
+        widths = [code_dim, *[width] * (depth - 1), dim]
+        layers = [nn.Linear(before, after) for before, after in pairwise(widths)]
+        self.layers = nn.Sequential(*[part for layer in layers for part in (layer, nn.SiLU())][:-1])
+
+    def forward(self, codes_bdhw: Tensor) -> Tensor:
+        """Code vectors ``(b, code_dim, h, w)`` -> ``(b, dim, h, w)``."""
+        return self.layers(codes_bdhw.movedim(1, -1)).movedim(-1, 1)
+
+
+def cosine_distance(projected_bdhw: Tensor, features_bdhw: Tensor) -> Tensor:
+    """The semantic term: the mean over tokens of ``1 - cos(h(z_q), f)``, with the head h and the frozen features f.
+
+    This is the form of REPA and of GigaTok's semantic regularization, plus the constant 1. It has one fixed weight, and
+    neither the margins nor the distance matrices nor the adaptive weight of VA-VAE (arXiv 2501.01423). GigaTok applies
+    it to a layer of its decoder. Here it is applied to the code vectors, because a generator learns these; VA-VAE
+    aligns its latents too.
+
+    The encoder's features are interpolated to the grid of the tokens, not the reverse: every token then has one target
+    and equal weight, and no gradient passes through an interpolation.
+    """
+    size = projected_bdhw.shape[2:]
+    if features_bdhw.shape[2:] != size:
+        features_bdhw = F.interpolate(features_bdhw, size, mode="bilinear", antialias=True)
+    return (1 - F.cosine_similarity(projected_bdhw, features_bdhw, dim=1)).mean()

@@ -288,6 +288,14 @@ def check_generator_kernels() -> Iterator[Finding]:
             yield Finding(name, OPTIONAL, "not installed", fix)
 
 
+def check_encoders() -> Iterator[Finding]:
+    """The package that builds the frozen encoders of tokenizer recipes with a semantic term."""
+    if importlib.util.find_spec("timm") is None:
+        yield Finding("timm", OPTIONAL, "not installed", "for loss.semantic: pip install 'ibq[semantic]'")
+    else:
+        yield Finding("timm", OK, _version("timm") or "installed")
+
+
 # --- files ------------------------------------------------------------------------------------------------------------
 
 
@@ -353,6 +361,7 @@ CHECKS: tuple[Callable[[], Iterator[Finding]], ...] = (
     check_deepspeed,
     check_apex,
     check_generator_kernels,
+    check_encoders,
     check_weights_files,
     check_caches,
 )

@@ -13,6 +13,8 @@ from trainer.recipes import leaves
 
 # Sections and keys that say what the weights are. (The training stream refuses another seed and other data.)
 FIXED = ("task", "model", "discriminator", "init_from.freeze", "data.content", "tokenizer.fingerprint")
+# Of a run that has the semantic term: the head belongs to this encoder.
+FIXED_HEAD = tuple(f"loss.semantic.{key}" for key in ("encoder", "sha256", "width", "depth"))
 NOT_COMPARED = ("run",)  # a run may be moved
 
 
@@ -42,9 +44,16 @@ def changes_since(before: dict, config: RunConfig, step: int) -> list[Change]:
     now = settings_of(config)
     keys = [key for key in now if key in before and before[key] != now[key] and key not in NOT_COMPARED]
     changes = [Change(step, key, before[key], now[key]) for key in keys]
+    weights = [of.get("loss.semantic.weight", 0) for of in (before, now)]
+    if weights[1] and not weights[0] and step:
+        raise TrainerError(
+            f"cannot resume: loss.semantic.weight was 0 and is now {weights[1]}, but the checkpoint has no head for "
+            "this term: set it back, or start a new run with init_from.source=RUN"
+        )
+    fixed = FIXED + (FIXED_HEAD if all(weights) else ())
     for change in changes:
         # A fingerprint may not have been known yet.
-        if _is_fixed(change.key) and not (change.key == "tokenizer.fingerprint" and None in change):
+        if _is_fixed(change.key, fixed) and not (change.key == "tokenizer.fingerprint" and None in change):
             raise TrainerError(
                 f"cannot resume: the checkpoint was written with other settings: {change.key} was "
                 f"{json.dumps(change.before)} and is now {json.dumps(change.now)}; set it back"
@@ -52,8 +61,8 @@ def changes_since(before: dict, config: RunConfig, step: int) -> list[Change]:
     return changes
 
 
-def _is_fixed(key: str) -> bool:
-    return any(key == fixed or key.startswith(f"{fixed}.") for fixed in FIXED)
+def _is_fixed(key: str, fixed: tuple[str, ...]) -> bool:
+    return any(key == name or key.startswith(f"{name}.") for name in fixed)
 
 
 def read_changes(state: dict) -> list[Change]:

@@ -25,7 +25,9 @@ from data import redacted
 from data.errors import DataError
 from data.text import printable
 from model_zoo import ModelError
+from model_zoo.config import LossConfig
 from model_zoo.eval_nets.lpips import lpips_on_meta
+from model_zoo.eval_nets.patch_encoder import PatchEncoder
 from model_zoo.ops.codebook_parallel import CodebookShard
 from model_zoo.quantizers import base as quantizer_base
 from trainer import TrainerError
@@ -35,6 +37,7 @@ from trainer.parallel import World
 from trainer.recipes import load_recipe
 from trainer.start_plan import plan_batch
 from trainer.tasks import make_task
+from trainer.tasks import semantic as semantic_task
 from trainer.tasks import tokenizer as tokenizer_task
 from trainer.tasks.base import Task
 
@@ -153,9 +156,8 @@ def _patch(config: RunConfig) -> None:
                 "--dry-run cannot count a tokenizer: remove data.content=images and model.embedding=codebook"
             )
         config.tokenizer.source = None  # used only for pictures, and may not exist yet
-    elif config.loss.perceptual.weight > 0:
-        frozen = lpips_on_meta()
-        tokenizer_task.Perceptual = lambda vgg16_weights: frozen
+    else:
+        _patch_frozen_networks(config.loss)
     if config.engine.kind == "fsdp2":
         from trainer.engines import fsdp2
 
@@ -166,6 +168,16 @@ def _patch(config: RunConfig) -> None:
         from trainer.engines.deepspeed_internals import disable_shared_memory_collectives
 
         disable_shared_memory_collectives()
+
+
+def _patch_frozen_networks(loss: LossConfig) -> None:
+    """Replaces networks that read files by ones without values."""
+    if loss.perceptual.weight > 0:
+        frozen = lpips_on_meta()
+        tokenizer_task.Perceptual = lambda vgg16_weights: frozen
+    if loss.semantic.weight > 0:
+        encoder = PatchEncoder.on_meta(loss.semantic.encoder, loss.semantic.size)
+        semantic_task.PatchEncoder = lambda name, weights, sha256, size: encoder
 
 
 def _with_values(function: Callable) -> Callable:
@@ -263,9 +275,8 @@ def _mesh(config: RunConfig, processes: int, plan: RankMemory) -> list[list[str]
         lines.append(["  replicas", _groups(plan.row_replicas, processes, step=1)])
     elif rows in plan.networks:
         lines.append([rows, f"1 shard x {processes} replicas"])
-    if "discriminator" in plan.networks:
-        lines.append(["discriminator", f"a full copy on each of {processes}"])
-    return lines
+    whole = [name for name in ("semantic_head", "discriminator") if name in plan.networks]
+    return lines + [[name, f"a full copy on each of {processes}"] for name in whole]
 
 
 def _groups(first: list[int], processes: int, step: int) -> str:

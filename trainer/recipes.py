@@ -264,6 +264,11 @@ def _check_tokenizer(config: TokenizerRun) -> None:
             f"init_from.freeze={config.init_from.freeze} would freeze random weights: name trained ones with "
             "init_from.source=SOURCE"
         )
+    if config.init_from.freeze == "encoder" and config.loss.semantic.weight > 0:
+        raise TrainerError(
+            f"loss.semantic.weight={config.loss.semantic.weight} needs codes that are trained, and "
+            "init_from.freeze=encoder freezes them: set loss.semantic.weight=0, or do not freeze the encoder"
+        )
     first = config.loss.generator.start_step
     if first is not None and first < config.loss.discriminator.start_step:
         raise TrainerError(

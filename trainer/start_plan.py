@@ -11,11 +11,12 @@ import torch
 
 import data
 from model_zoo import ModelError
+from model_zoo.eval_nets.patch_encoder import checked_encoder
 from model_zoo.io.sharded_tensors import ShardedTensors, TensorShard, whole_tensor
 from trainer import TrainerError
 from trainer.changes import Change, changes_since, read_changes, settings_of
 from trainer.checkpoint import find_checkpoint, is_saved, load_state
-from trainer.config import GeneratorRun, RunConfig
+from trainer.config import GeneratorRun, RunConfig, TokenizerRun
 from trainer.files import os_errors, write_json
 from trainer.init_from import InitRecord, save_init_record
 from trainer.model_state import ModelState
@@ -84,14 +85,17 @@ def plan_batch(config: RunConfig, world: World) -> BatchPlan:
 
 
 def check_inputs(config: RunConfig, source: Source) -> Inputs:
-    """Finds a folder that is taken, a mistyped path and damaged tars before anything slow starts. Raises TrainerError
-    or DataError."""
+    """Finds a folder that is taken, a mistyped path and damaged tars before anything slow starts. Sets
+    ``loss.semantic.sha256``, so that the run keeps it. Raises TrainerError, ModelError or DataError."""
     if source.checkpoint is None:
         _check_is_no_run(Path(config.run))
     if config.data.train is None and not config.data.sources:
         raise TrainerError(
             "data.train must be given: a folder of tars, a tar, or a pattern such as data.train='tars/{00..99}.tar'"
         )
+    if isinstance(config, TokenizerRun) and config.loss.semantic.weight > 0:
+        semantic = config.loss.semantic
+        semantic.sha256 = checked_encoder(semantic.encoder, semantic.weights, semantic.sha256)[1]
     tokens = None
     if isinstance(config, GeneratorRun) and config.data.content == "tokens":
         config.tokenizer.fingerprint = config.tokenizer.fingerprint or data.token_header(config.data).tokenizer

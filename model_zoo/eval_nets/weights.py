@@ -19,10 +19,11 @@ WEIGHTS_FOLDER = "IBQ_WEIGHTS"  # environment variable
 
 
 class WeightsFile(NamedTuple):
-    """A published file: its name, hash, source, purpose, and other names under which it is published."""
+    """A published file: its name, hash, source, purpose, and other names under which it is published. A hash of None is
+    not known: every file is accepted."""
 
     file: str
-    sha256: str
+    sha256: str | None
     url: str
     purpose: str
     other_names: tuple[str, ...] = ()
@@ -52,34 +53,46 @@ WEIGHTS_FILES = {
 
 
 def weights_path(key: str, path: str | Path | None = None) -> Path:
-    """Location of the file `WEIGHTS_FILES[key]`: `path` if given, else the folder $IBQ_WEIGHTS if set, else torch.hub's
-    download folder. The file need not exist."""
+    """Location of the file `WEIGHTS_FILES[key]`; see `location`."""
+    return location(WEIGHTS_FILES[key], path)
+
+
+def location(wanted: WeightsFile, path: str | Path | None = None) -> Path:
+    """Location of a file: `path` if given, else the folder $IBQ_WEIGHTS if set, else torch.hub's download folder. The
+    file need not exist."""
     if path is not None:
         return Path(path).expanduser()
     folder = os.environ.get(WEIGHTS_FOLDER)
     folder = Path(folder).expanduser() if folder else Path(torch.hub.get_dir(), "checkpoints")
-    names = WEIGHTS_FILES[key].file, *WEIGHTS_FILES[key].other_names
+    names = wanted.file, *wanted.other_names
     return next((folder / name for name in names if (folder / name).is_file()), folder / names[0])
 
 
 def checked_weights(key: str, path: str | Path | None = None) -> Path:
-    """Path of a weights file, after verifying its hash. Raises ModelError if it is missing or has another hash."""
-    wanted, place = WEIGHTS_FILES[key], weights_path(key, path)
+    """Path of the file `WEIGHTS_FILES[key]`; see `checked_file`."""
+    return checked_file(WEIGHTS_FILES[key], path)[0]
+
+
+def checked_file(wanted: WeightsFile, path: str | Path | None = None, setting: str | None = None) -> tuple[Path, str]:
+    """Path and SHA-256 of a weights file, after verifying its hash. setting: the key that names its path, to mention.
+    Raises ModelError if the file is missing or has another hash."""
+    place = location(wanted, path)
     if not place.is_file():
+        named = f" or named with {setting}" if setting else ""
         raise ModelError(
-            f"{place} does not exist: {wanted.file}, for {wanted.purpose}, must be put there ({wanted.url}), or its "
-            f"folder set in {WEIGHTS_FOLDER}"
+            f"{place} does not exist: {wanted.file}, for {wanted.purpose}, must be put there ({wanted.url}){named}, or "
+            f"its folder set in {WEIGHTS_FOLDER}"
         )
     try:
         found = file_sha256(place)
     except OSError as error:
         raise ModelError(f"cannot read {place}: {error.strerror}") from error
-    if found != wanted.sha256:
+    if wanted.sha256 not in (None, found):
         raise ModelError(
             f"{place} is not the published {wanted.file}: its sha256 is {found}, not {wanted.sha256}; download it "
             f"again ({wanted.url}), or set another folder in {WEIGHTS_FOLDER}"
         )
-    return place
+    return place, found
 
 
 def file_sha256(path: Path) -> str:

@@ -19,9 +19,9 @@ MAY_IMPORT = {
 # Packages that take long to import. Each is imported where it is first used.
 HEAVY = [
     "IPython", "cv2", "deepspeed", "einops", "fsspec", "huggingface_hub", "lpips", "matplotlib", "pandas", "rich",
-    "scipy", "skimage", "sympy", "tensorboard", "torch._dynamo", "torch._inductor", "torch.distributed.checkpoint",
-    "torch.distributed.fsdp", "torch.distributed.tensor", "torch.utils.tensorboard", "torch_fidelity", "torchvision",
-    "transformers", "triton", "typer", "webdataset",
+    "scipy", "skimage", "sympy", "tensorboard", "timm", "torch._dynamo", "torch._inductor",
+    "torch.distributed.checkpoint", "torch.distributed.fsdp", "torch.distributed.tensor", "torch.utils.tensorboard",
+    "torch_fidelity", "torchvision", "transformers", "triton", "typer", "webdataset",
 ]  # fmt: skip
 # Beyond these, models need no reader of configurations, which `model_zoo.io.load` alone imports.
 MODELS = [

@@ -26,15 +26,15 @@ class Chart:
 
 # What `trainer.log_gradient_balance` logs: weighted loss terms that depend on the image, and the others.
 IMAGE_TERMS = {"reconstruction": "L1", "perceptual": "LPIPS", "generator": "adversarial"}
-OTHER_TERMS = {"quantizer": "VQ losses", "entropy": "entropy penalty"}
+OTHER_TERMS = {"quantizer": "VQ losses", "entropy": "entropy penalty", "semantic": "semantic"}
 
 
 def gradient_chart(place: str, detail: bool) -> Chart:
     """The norms of the loss terms' gradients at one place: features, codes or encoder."""
     return Chart(
         f"Gradient at the {place}",
-        "Norm, by weighted loss term. Solid: terms of the image. Dashed: the quantizer's terms. The image is drowned "
-        "if all solid curves lie far below a dashed one.",
+        "Norm, by weighted loss term. Solid: terms of the image that comes out. Dashed: the other terms. The image is "
+        "drowned if all solid curves lie far below a dashed one.",
         {f"gradient/{place}/{term}": label for term, label in (IMAGE_TERMS | OTHER_TERMS).items()},
         log=True,
         detail=detail,
@@ -83,6 +83,11 @@ CHARTS = [
         "Entropy",
         "Per token, low means a confident assignment; of the average, high means that all codes are used.",
         {"loss/sample_entropy": "per token", "loss/average_entropy": "of the average"},
+    ),
+    Chart(
+        "Semantic term",
+        "Cosine distance of the codes, by the head, from the encoder's features. Lower is better.",
+        {"loss/semantic": "distance"},
     ),
     gradient_chart("features", detail=False),
     Chart(

@@ -72,10 +72,10 @@ _PAGE = """<!doctype html>
 
 _CSS = """
 :root { color-scheme: light dark; --bg: #f6f7f9; --card: #fff; --text: #1b1e24; --faint: #5d6470; --line: #e1e4ea;
-  --accent: #2563c9; --c0: #2563c9; --c1: #c8551b; --c2: #16825a; --c3: #8a3fb0; --c4: #9a6b00; }
+  --accent: #2563c9; --c0: #2563c9; --c1: #c8551b; --c2: #16825a; --c3: #8a3fb0; --c4: #9a6b00; --c5: #0d7a8c; }
 @media (prefers-color-scheme: dark) { :root { --bg: #121418; --card: #1b1e24; --text: #e8eaee; --faint: #a0a7b4;
   --line: #30353e; --accent: #7fb0ff; --c0: #7fb0ff; --c1: #ff9d66; --c2: #5fd0a0;
-  --c3: #d39bf2; --c4: #e3bd55; } }
+  --c3: #d39bf2; --c4: #e3bd55; --c5: #5cc8d8; } }
 * { box-sizing: border-box; }
 body { margin: 0; background: var(--bg); color: var(--text); font: 16px/1.55 system-ui, sans-serif; }
 main { max-width: 60rem; margin: 0 auto; padding: 2rem 1rem 4rem; }
@@ -110,13 +110,14 @@ svg text { fill: var(--faint); font-size: 12px; font-family: inherit; }
 svg .grid { stroke: var(--line); }
 polyline { fill: none; stroke-width: 2; stroke-linejoin: round; stroke-linecap: round; }
 polyline.c0 { stroke: var(--c0); } polyline.c1 { stroke: var(--c1); } polyline.c2 { stroke: var(--c2); }
-polyline.c3 { stroke: var(--c3); } polyline.c4 { stroke: var(--c4); } polyline.dashed { stroke-dasharray: 6 4; }
+polyline.c3 { stroke: var(--c3); } polyline.c4 { stroke: var(--c4); } polyline.c5 { stroke: var(--c5); }
+polyline.dashed { stroke-dasharray: 6 4; }
 circle.c0 { fill: var(--c0); } circle.c1 { fill: var(--c1); } circle.c2 { fill: var(--c2); }
-circle.c3 { fill: var(--c3); } circle.c4 { fill: var(--c4); }
+circle.c3 { fill: var(--c3); } circle.c4 { fill: var(--c4); } circle.c5 { fill: var(--c5); }
 .legend { display: flex; flex-wrap: wrap; gap: .1rem 1rem; font-size: .875rem; }
 .legend i { display: inline-block; width: .8em; height: .8em; border-radius: 3px; margin-right: .35em; }
 i.c0 { background: var(--c0); } i.c1 { background: var(--c1); } i.c2 { background: var(--c2); }
-i.c3 { background: var(--c3); } i.c4 { background: var(--c4); }
+i.c3 { background: var(--c3); } i.c4 { background: var(--c4); } i.c5 { background: var(--c5); }
 .legend i.dashed { clip-path: polygon(0 0, 40% 0, 40% 100%, 60% 100%, 60% 0, 100% 0, 100% 100%, 0 100%); }
 dl { display: grid; grid-template-columns: minmax(7rem, max-content) 1fr; gap: .25rem 1.2rem; margin: 0; }
 dt { color: var(--faint); } dd { margin: 0; overflow-wrap: anywhere; }

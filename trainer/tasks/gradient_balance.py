@@ -13,7 +13,8 @@ from trainer.tasks.base import StepMetrics
 DROWNED = 0.05  # share of the image in the gradient below which training warns
 SHORT_STEPS = 100  # a run of fewer steps only tests that everything works
 PLACES = ("features", "codes", "encoder")
-# Terms that depend on the image that comes out. The others only depend on features and codes.
+# Terms that depend on the image that comes out. The others only depend on features and codes, except for the semantic
+# term, which also depends on what an encoder sees in the image that goes in.
 IMAGE_TERMS = ("reconstruction", "perceptual", "generator")
 
 
@@ -57,12 +58,8 @@ class GradientBalance:
     def measure(self, terms: dict[str, Tensor], step: int, loss_scale: float, metrics: StepMetrics) -> None:
         """Logs the norms in step ``step`` (from 0) if the recipe asks for them. In a run's first step, checks how much
         of the gradient comes from the image. For the arguments see `norms`."""
-        long = self.settings.max_steps >= SHORT_STEPS
-        if step == 0 and long and self.image_share(terms, loss_scale) < DROWNED:
-            metrics.warning = (
-                "WARNING: the features follow the quantizer's losses and hardly the image: raise "
-                'loss.reconstruction.weight, or train with LPIPS; see docs/training.md, "Balance of the losses"'
-            )
+        if step == 0 and self.settings.max_steps >= SHORT_STEPS:
+            metrics.warning = self._warning(self.image_shares(terms, loss_scale))
         if self.settings.log_gradient_balance and (step + 1) % self.settings.log_every_steps == 0:
             for name, norm in self.norms(terms, PLACES, loss_scale).items():
                 metrics.set(f"gradient/{name}", norm)
@@ -99,12 +96,29 @@ class GradientBalance:
             for place, norm in zip(places, of_term, strict=True)
         }
 
-    def image_share(self, terms: dict[str, Tensor], loss_scale: float) -> float:
-        """The image's part of the gradient at the features, from 0 to 1: the norm of the gradient of all terms that
-        depend on the image, divided by the sum of this norm and that of all other terms."""
+    def image_shares(self, terms: dict[str, Tensor], loss_scale: float) -> dict[str, float]:
+        """The image's part of the gradient at the features, from 0 to 1, beside each other kind of terms.
+
+        It is the norm of the gradient of all terms that depend on the image that comes out, divided by the sum of this
+        norm and that of the other kind. The kinds are ``quantizer``, the terms that depend on features and codes alone,
+        and ``semantic``.
+        """
+        kinds = {name: "image" if name in IMAGE_TERMS else "quantizer" for name in terms} | {"semantic": "semantic"}
         zero = torch.zeros((), device=self.features_bdhw.device)
-        image = sum((term for name, term in terms.items() if name in IMAGE_TERMS), zero)
-        rest = sum((term for name, term in terms.items() if name not in IMAGE_TERMS), zero)
-        norms = self.norms({"image": image, "rest": rest}, ("features",), loss_scale)
-        total = norms["features/image"] + norms["features/rest"]
-        return norms["features/image"] / total if total else 1.0
+        sums = dict.fromkeys(("image", "quantizer", "semantic"), zero)
+        for name, term in terms.items():
+            sums[kinds[name]] = sums[kinds[name]] + term
+        norms = self.norms(sums, ("features",), loss_scale)
+        image = norms["features/image"]
+        totals = {kind: image + norms[f"features/{kind}"] for kind in ("quantizer", "semantic")}
+        return {kind: image / total if total else 1.0 for kind, total in totals.items()}
+
+    def _warning(self, shares: dict[str, float]) -> str | None:
+        """What the features follow instead of the image, and what to do."""
+        if shares["quantizer"] < DROWNED:
+            found = "the quantizer's losses and hardly the image: raise loss.reconstruction.weight, or train with LPIPS"
+        elif shares["semantic"] < DROWNED:
+            found = "the semantic term and hardly the image: lower loss.semantic.weight"
+        else:
+            return None
+        return f'WARNING: the features follow {found}; see docs/training.md, "Balance of the losses"'

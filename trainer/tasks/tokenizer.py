@@ -30,6 +30,7 @@ from trainer.tasks.base import PICTURES, Step, StepMetrics, Task, Validation, ro
 from trainer.tasks.building import build_engines
 from trainer.tasks.gradient_balance import GradientBalance, unmeasurable
 from trainer.tasks.initialization import load_initial_weights, place_codes_among_features, read_codes
+from trainer.tasks.semantic import SemanticTerm
 
 
 class TokenizerTask(Task):
@@ -56,8 +57,13 @@ class TokenizerTask(Task):
         self.codes_frozen = config.init_from.freeze == "encoder"
         trained, frozen, self.codebook = build_engines(self, self.tokenizer)
         self.adversary = Adversary(config, world, self.tokenizer.decoder, self.make_adam, self.autocast, **self.batch)
+        # After the discriminator, whose initial weights it therefore does not change.
+        code_dim, make = config.model.code_dim, self.make_adam
+        self.semantic = SemanticTerm(config.loss.semantic, world, code_dim, make, self.autocast, **self.batch)
+        averaged = list(trained)  # without head and discriminator
+        if self.semantic.engine:
+            trained["semantic_head"] = Network(self.semantic.engine, "semantic_head")
         self.trained = [network.engine for network in trained.values()]  # updated together
-        averaged = list(trained)  # without the discriminator
         if self.adversary.engine:
             trained["discriminator"] = Network(self.adversary.engine, "discriminator")
         fp16 = config.trainer.precision == "fp16"
@@ -261,6 +267,8 @@ class TokenizerTask(Task):
             entropy = entropy_penalty(quantized, average_k, config.entropy)
             metrics.add("loss/average_entropy", entropy.average_entropy)
             terms["entropy"] = config.entropy.weight * entropy.loss
+        if self.semantic.engine:
+            terms["semantic"] = self.semantic.loss(images_bchw, quantized.quantized_bdhw, metrics)
         if adversarial_weight > 0:
             terms["generator"] = self.adversary.generator_loss(
                 reconstruction_bchw, likelihood, adversarial_weight, metrics
@@ -367,7 +375,7 @@ class TokenizerTask(Task):
         rule = model.quantizer + (f" {self.impl()}" if learns else "")
         spread = f", codebook over {self.config.codebook_parallel}" if self.config.codebook_parallel > 1 else ""
         frozen = [f"{init_from.freeze} frozen"] if init_from.freeze else []
-        return [f"{model.codebook_size} codes of {model.code_dim} ({rule}{spread})", *frozen]
+        return [f"{model.codebook_size} codes of {model.code_dim} ({rule}{spread})", *frozen, *self.semantic.describe()]
 
     def load_initial_weights(self) -> InitRecord | None:
         if self.config.init_from.source is None:
@@ -393,6 +401,7 @@ class TokenizerTask(Task):
 
     def frozen_bytes(self) -> dict[str, int]:
         sizes = {"LPIPS, frozen": sum(p.nbytes for p in self.perceptual.parameters())} if self.perceptual else {}
+        sizes |= self.semantic.frozen_bytes()
         for name, network in self.state.frozen.items():
             # The table of some quantizers is never trained by the optimizer, also where the decoder is frozen.
             title = f"{self.config.init_from.freeze}, frozen"

@@ -3,9 +3,19 @@ import pytest
 import torch
 from model_checks import quantizer_of
 from scipy.special import expit
+from torch import Tensor
+from torch.nn import functional as F
 
 from model_zoo.config import EntropyLoss, LossConfig, QuantizerLoss
-from model_zoo.losses import DISCRIMINATOR_LOSSES, GENERATOR_LOSSES, Lecam, entropy_penalty, quantizer_loss
+from model_zoo.losses import (
+    DISCRIMINATOR_LOSSES,
+    GENERATOR_LOSSES,
+    Lecam,
+    SemanticHead,
+    cosine_distance,
+    entropy_penalty,
+    quantizer_loss,
+)
 from model_zoo.ops import index_backprop
 from model_zoo.quantizers.base import Quantized
 
@@ -179,3 +189,48 @@ def test_entropy_penalty_takes_no_gradient_through_the_global_mean():
         for average_k in (quantized.average_probability_k, quantized.average_probability_k.detach())
     ]
     assert torch.equal(*gradients)
+
+
+def by_formula(layers: list[tuple[Tensor, Tensor]], codes_bdhw: Tensor, features_bdhw: Tensor) -> Tensor:
+    """Mean of 1 - cos over tokens, in float64."""
+    x = codes_bdhw.movedim(1, -1).flatten(0, 2)
+    for number, (weight, bias) in enumerate(layers):
+        x = x if number == 0 else x * torch.sigmoid(x)
+        x = x @ weight.T + bias
+    y = features_bdhw.movedim(1, -1).flatten(0, 2)
+    return (1 - (x * y).sum(1) / (x.square().sum(1) * y.square().sum(1)).sqrt()).mean()
+
+
+@pytest.mark.parametrize("depth", [1, 3])
+@pytest.mark.parametrize("grid", [(3, 5), (6, 10), (2, 2)])
+def test_the_semantic_term_equals_its_formula(depth, grid):
+    """Value and gradients; the encoder's grid is that of the tokens, finer or coarser."""
+    torch.manual_seed(0)
+    head, codes_bdhw = SemanticHead(4, 7, 6, depth), torch.randn(2, 4, 3, 5, requires_grad=True)
+    features_bdhw = torch.randn(2, 7, *grid)
+    loss = cosine_distance(head(codes_bdhw), features_bdhw)
+    gradients = torch.autograd.grad(loss, [codes_bdhw, *head.parameters()])
+
+    doubled = [p.detach().double().requires_grad_() for p in head.parameters()]
+    codes = codes_bdhw.detach().double().requires_grad_()
+    targets = features_bdhw.double()
+    if grid == (6, 10):  # the triangle of a bilinear kernel for half the size
+        kernel = torch.tensor([1.0, 3.0, 3.0, 1.0], dtype=torch.float64) / 8
+        for axis in (2, 3):
+            size = targets.shape[axis]
+            inside = targets.narrow(axis, 1, size - 2).unfold(axis, 4, 2) @ kernel
+            first = targets.narrow(axis, 0, 3).movedim(axis, -1) @ (kernel[1:] / kernel[1:].sum())
+            last = targets.narrow(axis, size - 3, 3).movedim(axis, -1) @ (kernel[:3] / kernel[:3].sum())
+            targets = torch.cat([first.unsqueeze(axis), inside, last.unsqueeze(axis)], axis)
+    elif grid == (2, 2):
+        targets = F.interpolate(targets, (3, 5), mode="bilinear")
+    expected = by_formula([*zip(doubled[::2], doubled[1::2], strict=True)], codes, targets)
+    assert loss.item() == pytest.approx(expected.item(), rel=1e-6)
+    for gradient, true in zip(gradients, torch.autograd.grad(expected, [codes, *doubled]), strict=True):
+        torch.testing.assert_close(gradient.double(), true, rtol=1e-5, atol=1e-7)
+
+
+def test_the_semantic_term_is_between_0_and_2():
+    x = torch.randn(2, 5, 3, 3)
+    assert cosine_distance(3 * x, x).item() == pytest.approx(0, abs=1e-6)
+    assert cosine_distance(-x, x).item() == pytest.approx(2)

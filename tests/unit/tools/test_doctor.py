@@ -53,6 +53,14 @@ def test_apex(tmp_path, monkeypatch, files, status, said):
         assert finding.fix == "pip uninstall apex"
 
 
+def test_encoders(monkeypatch):
+    ((_, status, *_),) = doctor.check_encoders()
+    assert status == OK
+    monkeypatch.setattr(doctor.importlib.util, "find_spec", lambda name: None)
+    ((name, status, found, fix),) = doctor.check_encoders()
+    assert (name, status, found) == ("timm", OPTIONAL, "not installed") and "ibq[semantic]" in fix
+
+
 def test_versions_are_held_against_the_ranges_of_the_metadata(monkeypatch):
     installed = {"ibq": "0.1.0", "torch": "2.12.1+cpu", "deepspeed": "0.20.0"}
 

@@ -78,15 +78,18 @@ def test_a_drowned_image_is_a_warning_of_the_first_step(world, weight, drowned):
         assert task.step([images()], 1).warning is None and task.alarm is None
 
 
-def test_the_image_share_counts_all_terms_of_the_image(world):
+def test_the_image_shares_count_all_terms_of_the_image(world):
     task = tokenizer_task(world, loss__reconstruction__weight=3.0)
     out = task._forward(as_float(images()))
     z_bdhw = task.balance.features_bdhw
-    terms = {"reconstruction": 2 * z_bdhw.sum(), "generator": z_bdhw.sum(), "quantizer": 4 * z_bdhw.sum()}
-    assert out.quantized.index_bhw.numel() and task.balance.image_share(terms, 1.0) == pytest.approx(3 / 7)
-    del terms["quantizer"]
-    assert task.balance.image_share(terms, 1.0) == 1
-    assert task.balance.image_share({}, 1.0) == 1
+    factors = {"reconstruction": 2, "generator": 1, "quantizer": 3, "entropy": 1, "semantic": 9}
+    terms = {name: factor * z_bdhw.sum() for name, factor in factors.items()}
+    assert out.quantized.index_bhw.numel()
+    assert task.balance.image_shares(terms, 1.0) == pytest.approx({"quantizer": 3 / 7, "semantic": 3 / 12})
+    for name in ("quantizer", "entropy", "semantic"):
+        del terms[name]
+    assert task.balance.image_shares(terms, 1.0) == {"quantizer": 1, "semantic": 1}
+    assert task.balance.image_shares({}, 1.0) == {"quantizer": 1, "semantic": 1}
 
 
 @pytest.mark.parametrize(
