@@ -47,6 +47,13 @@ def test_losses_and_psnr_are_logged_by_bucket(trained_run):
     assert {name.removeprefix("val/psnr/") for name in validated if name.startswith("val/psnr/")} == SIZES
 
 
+def test_validation_on_squares_is_of_no_bucket(pictures, ranks, tmp_path):
+    changes = changes_on(pictures, **{"trainer.max_steps": 1, "data.val_image_size": 40})
+    ranks.train(1, "debug", tmp_path / "run", changes).succeeded()
+    (validated,) = [line for line in read_metrics(tmp_path / "run") if "val/psnr" in line]
+    assert not any(name.startswith("val/psnr/") for name in validated)
+
+
 def test_two_ranks_train_as_one(trained_run, pictures, ranks, tmp_path):
     """The 64 x 64 bucket has 2 images in a step, one for each rank."""
     ranks.train(2, "debug", tmp_path / "two", changes_on(pictures, **{"trainer.max_steps": 12})).succeeded()

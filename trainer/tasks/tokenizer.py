@@ -335,12 +335,13 @@ class TokenizerTask(Task):
     def validate(self, beat: Callable[[], None]) -> Validation:
         """PSNR, L1 and usage on validation images, each counted once, with buckets also PSNR by bucket; pictures of the
         first few."""
-        world = self.world
+        world, side = self.world, self.config.data.val_image_size
+        sizes = self.sizes if side is None else [data.Size(side, side)]
         # Of each size: PSNR, L1, number of images.
-        sums_s3 = torch.zeros(len(self.sizes), 3, dtype=torch.float64, device=world.device)
+        sums_s3 = torch.zeros(len(sizes), 3, dtype=torch.float64, device=world.device)
         usage = CodebookUsage(self.tokenizer.quantize.counted_codes, world.device)
         pictures = []
-        grey = data.EvaluationImage("", torch.full((3, *self.sizes[0]), 127, dtype=torch.uint8), -1)
+        grey = data.EvaluationImage("", torch.full((3, *sizes[0]), 127, dtype=torch.uint8), -1)
         with self.evaluation():
             for image, counts in self.in_lockstep(self.validation_images(), grey):
                 beat()
@@ -351,8 +352,7 @@ class TokenizerTask(Task):
                 usage.update(self.tokenizer.quantize.counted(index_bhw))
                 error = (reconstruction - original).abs().mean().double()
                 decibels = psnr(reconstruction, original)[0].double().masked_fill(error.isnan(), math.nan)
-                size = data.Size(*original.shape[2:])
-                number = self.sizes.index(size) if size in self.sizes else 0  # of val_image_size there is one
+                number = sizes.index(data.Size(*original.shape[2:]))
                 sums_s3[number] += torch.stack([decibels, error, error.new_ones(())])
                 if len(pictures) < PICTURES:
                     pictures.append(torch.cat([original[0], reconstruction[0]], dim=1).cpu())
@@ -364,8 +364,8 @@ class TokenizerTask(Task):
         drawn = {"reconstructions": row_of_pictures(pictures)} if pictures else {}
         psnr_mean, l1_mean = (total[:2] / total[2]).tolist()
         scalars = {"val/psnr": psnr_mean, "val/l1": l1_mean, f"val/{self.counted_prefix}usage": usage.usage()}
-        if len(self.sizes) > 1:
-            of_size = zip(self.sizes, sums_s3.tolist(), strict=True)
+        if len(sizes) > 1:
+            of_size = zip(sizes, sums_s3.tolist(), strict=True)
             scalars |= {f"val/psnr/{size}": decibels / count for size, (decibels, _, count) in of_size if count}
         return Validation(scalars, drawn, [])
 
