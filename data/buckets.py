@@ -19,15 +19,15 @@ from data.errors import DataError, ImageError
 from data.folder_reader import FileShard
 from data.parallel import cores, in_threads
 from data.samples import Shard
-from data.sources import Source
-from data.tar_reader import TarShard
+from data.sources import MOST_SCANNED, Source, digest, key_hashes
+from data.tar_reader import PIPE, TarShard
 from data.transforms import Size, as_size, image_header
 
 MOST_BUCKETS = 64
 MOST_SIDE = 8192
-PARTS = 8  # of a side
+PARTS = 8  # sides of made sizes are multiples of 1/8 of the given side
 MOST_UNEQUAL = 1.5  # factor between the pixels in a step of a bucket and of the smallest one
-KEEPS_NEARLY = 0.9  # of what the bucket keeps that keeps most
+KEEPS_NEARLY = 0.9  # a bucket competes if it keeps this part of what the best one keeps
 ONE_RESOLUTION = 1.5  # factor between areas that count as equal
 
 
@@ -100,8 +100,7 @@ def _area_error(shape: tuple[int, int]) -> int:
 
 def with_batches(sizes: list[Size], global_batch_size: int) -> list[Bucket]:
     """The buckets and their batches: that of the smallest one is `global_batch_size`; the others have about as many
-    pixels in a step. Each batch divides the global batch size, so that lanes and processes that divide it in a run of
-    one size can divide all of them."""
+    pixels in a step. Each batch is a divisor of the global batch size."""
     divisors = [number for number in range(1, global_batch_size + 1) if global_batch_size % number == 0]
     buckets = []
     for size in sizes:
@@ -111,15 +110,15 @@ def with_batches(sizes: list[Size], global_batch_size: int) -> list[Bucket]:
 
 
 def check_batches(sizes: list[Size], global_batch_size: int, world_size: int, micro_batches: int) -> None:
-    """Raises DataError where the images of a bucket cannot be divided among the processes and micro-batches, or where
-    its steps would have much more or fewer pixels than those of the others."""
+    """Raises DataError where the images of a bucket cannot be divided among the processes and micro-batches, or where a
+    step of it has more than MOST_UNEQUAL times, or less than 1 / MOST_UNEQUAL of, the pixels of the smallest one's."""
     pixels = sizes[0].pixels * global_batch_size
     for bucket in with_batches(sizes, global_batch_size):
         if not 1 / MOST_UNEQUAL <= bucket.batch * bucket.size.pixels / pixels <= MOST_UNEQUAL:
             raise DataError(
                 f"bucket {bucket.name}: no divisor of trainer.global_batch_size={global_batch_size} gives its steps "
-                f"about as many pixels as {global_batch_size} images of {sizes[0]}: set the batch size to a larger "
-                "power of 2, or leave the bucket out"
+                f"about the pixels of {global_batch_size} x {sizes[0]}: set the batch size to a larger power of 2, or "
+                "leave the bucket out"
             )
         if bucket.batch % (world_size * micro_batches):
             raise DataError(
@@ -162,18 +161,19 @@ def bucket_of(sizes: Sequence[Size], sizes_n2: np.ndarray, enlargement: float) -
 
 def sizes_of_source(
     source: Source, progress: Callable[[int, int], None] = lambda done, total: None
-) -> list[np.ndarray]:
-    """Height and width of each sample of each shard, int32 (samples, 2), 0 where its header cannot be read: from the
-    index, else from the headers of the images, of which as many are read at once as there are cores.
+) -> list[np.ndarray | None]:
+    """Height and width of each sample of each shard, int32 (samples, 2), 0 where its header is damaged; None for a
+    shard in quarantine of which nothing is known. They come from the index, else from the headers of the images.
 
     progress: called with (headers read, headers to read). Raises DataError for tars that would have to be downloaded.
     """
     known = [_known_sizes(source, number) for number in range(len(source.shards))]
-    unknown = [number for number, sizes_n2 in enumerate(known) if sizes_n2 is None]
-    if remote := [source.shards[number] for number in unknown if source.shards[number].is_streamed]:
+    unknown = [n for n, sizes_n2 in enumerate(known) if sizes_n2 is None and n not in source.quarantined]
+    if streamed := [source.shards[number] for number in unknown if source.shards[number].is_streamed]:
         raise DataError(
-            f"source {source.name}: buckets need the size of every image, which {len(remote)} of {len(source.shards)} "
-            f"remote shards do not tell, first {remote[0].name}: write an index with `ibq shards check --write-index`"
+            f"source {source.name}: buckets need the size of every image, and {len(streamed)} of {len(source.shards)} "
+            f"remote shards have none in an index, first {streamed[0].name}: write one with `ibq shards check "
+            "--write-index`"
         )
     todo = [(number, sample) for number in unknown for sample in range(len(source.shards[number]))]
     for number in unknown:
@@ -188,10 +188,7 @@ def sizes_of_source(
 
 def _known_sizes(source: Source, number: int) -> np.ndarray | None:
     shard = source.shards[number]
-    if isinstance(shard, TarShard) and shard.table is not None:
-        return shard.table.sizes_n2
-    # In quarantine, so nothing is known of it and nothing is read.
-    return np.zeros((source.counts[number], 2), np.int32) if number in source.quarantined else None
+    return shard.table.sizes_n2 if isinstance(shard, TarShard) and shard.table is not None else None
 
 
 def _size_of(source: Source, number: int, sample: int) -> tuple[int, int]:
@@ -203,13 +200,13 @@ def _size_of(source: Source, number: int, sample: int) -> tuple[int, int]:
             header = image_header(shard.read(sample).image(source.layout.image))
         return header.height, header.width
     except ImageError:
-        return 0, 0  # training will meet it again, and say why it is left out
+        return 0, 0  # training meets this sample again, and says why it is left out
 
 
 @dataclass(frozen=True)
 class Contents:
     """What a bucket holds. sources: the parts of the sources that belong to it; their weights are their shares of all
-    images. pictures: those that pass the filters by size. share: of all images that training reads."""
+    images. pictures: those that can be trained on, as far as is known. share: of all images that training reads."""
 
     bucket: Bucket
     sources: list[Source]
@@ -224,13 +221,16 @@ class Division(NamedTuple):
     contents: list[Contents]
     too_small: dict[str, int]
 
-    @property
-    def names(self) -> list[str]:
-        """The buckets that have pictures."""
-        return [one.bucket.name for one in self.contents if one.pictures]
+    def identity(self) -> dict[str, dict[str, dict]]:
+        """Bucket -> source -> which samples it has, by shard: must be unchanged for positions to mean the same."""
+        return {
+            one.bucket.name: {source.name: _identity(source) for source in one.sources}
+            for one in self.contents
+            if one.pictures
+        }
 
     def describe(self) -> list[str]:
-        """Lines: what is in each bucket, and what is in none."""
+        """One line for each bucket, and one for each source with pictures that are left out."""
         lines = [
             f"bucket {one.bucket.name}: {one.pictures:,} pictures, {one.share:.1%} of all, {one.bucket.batch} in a step"
             + (", fewer than one step takes" if one.pictures < one.bucket.batch else "")
@@ -243,16 +243,29 @@ class Division(NamedTuple):
         ]
 
 
+def _identity(source: Source) -> dict:
+    counts: list | str = list(source.counts)
+    contents = [
+        None if number in source.quarantined and _known_sizes(source, number) is None else digest(numbers_n.tolist())
+        for number, numbers_n in enumerate(source.numbers)
+    ]
+    if len(counts) > MOST_SCANNED:
+        return {"counts": digest(counts), "contents": None if None in contents else digest(contents)}
+    return {"counts": counts, "contents": contents}
+
+
 def divide(
     sources: list[Source],
     buckets: list[Bucket],
     enlargement: float,
+    before: dict[str, dict[str, dict]] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Division:
     """Which samples each bucket has, and how often it comes.
 
-    Over all buckets, each source has the share of its weight, and each of its samples that pass the filters by size
-    comes equally often. Filters by score are not known before a sample is read, and count as passed.
+    Over all buckets, each source has the share of its weight, and each of its samples that pass the filters by size and
+    by key comes equally often. Filters by score are not known before a sample is read, and count as passed.
+    before: `Division.identity` of the run that is resumed: shards in quarantine keep their numbers of samples.
     progress: as of `sizes_of_source`. Raises DataError.
     """
     sizes, total = [bucket.size for bucket in buckets], sum(source.weight for source in sources)
@@ -260,44 +273,81 @@ def divide(
     share_k, pictures_k, too_small = np.zeros(len(buckets)), np.zeros(len(buckets), int), {}
     for source in sources:
         if source.counts is None:
-            raise DataError(
-                f"source {source.name}: buckets need the size of every image: write an index with `ibq shards check "
-                "PATH --write-index --index FILE`"
-            )
-        bucket_n, fits_n, passes_n, unknown_n = _placed(source, sizes, enlargement, progress)
-        passing_k = np.bincount(bucket_n[fits_n & passes_n], minlength=len(buckets))
+            raise DataError(_no_sizes(source))
+        placed = _placed(source, sizes, enlargement, progress)
+        passing_k = np.bincount(placed.bucket_n[placed.passes_n], minlength=len(buckets))
         if not passing_k.any():
             raise DataError(
-                f"source {source.name}: none of its {len(bucket_n):,} pictures covers a bucket ({_named(sizes)}): give "
-                f"smaller ones, or raise data.max_enlargement={enlargement:g}"
+                f"source {source.name}: none of its {len(placed.bucket_n):,} pictures covers any bucket "
+                f"({_named(sizes)}) and passes the filters: give smaller buckets, or raise "
+                f"data.max_enlargement={enlargement:g}"
             )
-        too_small[source.name] = int((~fits_n & ~unknown_n).sum())
-        bucket_n[unknown_n] = passing_k.argmax()  # a bucket that comes, so that they are met and listed
-        borders = np.cumsum(source.counts)[:-1]
+        too_small[source.name] = int((~placed.fits_n & ~placed.unknown_n).sum())
+        # Training reads this bucket, so it meets these samples and reports them as skipped.
+        placed.bucket_n[placed.unknown_n] = passing_k.argmax()
         for k, passing in enumerate(passing_k.tolist()):
             if passing:
-                chosen = np.split((bucket_n == k) & (fits_n | unknown_n), borders)
-                numbers = [np.flatnonzero(some) for some in chosen]
                 weight = source.weight / total * passing / passing_k.sum()
-                counts = [len(some) for some in numbers]
-                parts[k].append(replace(source, weight=weight, counts=counts, numbers=numbers))
+                known = (before or {}).get(buckets[k].name, {}).get(source.name, {}).get("counts")
+                parts[k].append(_part(source, placed, k, weight, known))
                 share_k[k], pictures_k[k] = share_k[k] + weight, pictures_k[k] + passing
     contents = map(Contents, buckets, parts, pictures_k.tolist(), share_k.tolist())
     return Division(list(contents), too_small)
 
 
-def _placed(source: Source, sizes: list[Size], enlargement: float, progress) -> tuple[np.ndarray, ...]:
-    """Of each sample of a source: its bucket, whether it is large enough, whether it passes the filters by size, and
-    whether its size is unknown."""
-    sizes_n2 = np.concatenate(sizes_of_source(source, progress))
+def _no_sizes(source: Source) -> str:
+    need = f"source {source.name}: buckets need the size of every image"
+    if any(shard.url.startswith(PIPE) for shard in source.shards):
+        return f"{need}, and the output of a command has no index: write it to a file"
+    return f"{need}: write an index with `ibq shards check PATH --write-index --index FILE`"
+
+
+class _Placed(NamedTuple):
+    """Of each sample of a source, shard by shard: its bucket, whether it is large enough for it, whether it can be
+    trained on (as far as is known), and whether its size is unknown. counts: samples of each shard; 0 if unknown."""
+
+    bucket_n: np.ndarray
+    fits_n: np.ndarray
+    passes_n: np.ndarray
+    unknown_n: np.ndarray
+    counts: list[int]
+
+
+def _placed(source: Source, sizes: list[Size], enlargement: float, progress) -> _Placed:
+    of_shards = [
+        np.zeros((0, 2), np.int32) if sizes_n2 is None else sizes_n2 for sizes_n2 in sizes_of_source(source, progress)
+    ]
+    counts = list(map(len, of_shards))
+    sizes_n2 = np.concatenate(of_shards)
     bucket_n, fits_n = bucket_of(sizes, sizes_n2, enlargement)
-    shorter_n, longer_n = sizes_n2.min(axis=1), sizes_n2.max(axis=1)
-    limits, passes_n = source.filters.config, np.ones(len(sizes_n2), bool)
-    if limits.min_side is not None:
-        passes_n &= shorter_n >= limits.min_side
-    if limits.max_aspect_ratio is not None:
-        passes_n &= longer_n <= limits.max_aspect_ratio * shorter_n
-    return bucket_n, fits_n, passes_n, shorter_n == 0
+    unknown_n = sizes_n2.min(axis=1) == 0
+    in_quarantine_n = np.repeat([number in source.quarantined for number in range(len(counts))], counts)
+    passes_n = fits_n & ~unknown_n & ~in_quarantine_n & source.filters.pass_sizes(sizes_n2)
+    passes_n &= np.concatenate([_pass_keys(source, number, count) for number, count in enumerate(counts)])
+    return _Placed(bucket_n, fits_n & ~unknown_n, passes_n, unknown_n, counts)
+
+
+def _pass_keys(source: Source, number: int, count: int) -> np.ndarray:
+    """Which samples of a shard pass the filters by key. Only needed to know how often a bucket comes."""
+    filters, shard = source.filters, source.shards[number]
+    if (filters.keys is None and not filters.not_keys) or not count:
+        return np.ones(count, bool)
+    if isinstance(shard, FileShard):
+        return np.array([filters.passes_key(shard.key(path)) for path in shard.images])
+    keys_n = (shard.table if shard.table is not None else shard.scan()).keys_n
+    passes = ~np.isin(keys_n, key_hashes(filters.not_keys))
+    return passes if filters.keys is None else passes & np.isin(keys_n, key_hashes(filters.keys))
+
+
+def _part(source: Source, placed: _Placed, bucket: int, weight: float, counts_before: list[int] | str | None) -> Source:
+    """The samples of a source that belong to a bucket. Those of shards in quarantine are never read, but counted."""
+    chosen = (placed.bucket_n == bucket) & (placed.fits_n | placed.unknown_n)
+    numbers = [np.flatnonzero(some) for some in np.split(chosen, np.cumsum(placed.counts)[:-1])]
+    if isinstance(counts_before, list) and len(counts_before) == len(numbers):
+        for number in source.quarantined:
+            if not placed.counts[number]:
+                numbers[number] = np.arange(counts_before[number])
+    return replace(source, weight=weight, counts=list(map(len, numbers)), numbers=numbers)
 
 
 def _named(sizes: list[Size]) -> str:

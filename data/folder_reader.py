@@ -202,15 +202,19 @@ class FolderFiles:
             raise ImageError(f"a link to nothing: {os.readlink(file)}", "link") from None
 
     def header(self, path: PurePath) -> ImageHeader:
-        """Format and size of an image, of which only the header is read. Raises ImageError."""
+        """Format and size of an image, of which only the header is read. Raises ImageError; DataError for a file that
+        cannot be read now."""
         file = self.path / path
         try:
+            if file.is_symlink() and not file.exists():
+                raise ImageError(f"a link to nothing: {os.readlink(file)}", "link")
             if not stat.S_ISREG(file.stat().st_mode):
                 raise ImageError("a pipe or a device, not a file", "no file")
             with file.open("rb") as content:
+                content.peek(1)  # image_header takes an error of the disk for a damaged image
                 return image_header(content)
         except OSError as error:
-            raise ImageError(f"cannot be read: {error.strerror or error}") from error
+            raise DataError(f"cannot read {self.name(path)}: {error.strerror or error}") from error
 
     def beside(self, path: PurePath, suffix: str) -> bytes | None:
         """What the file of the same name with another suffix, in any case, holds. Raises as `read`."""

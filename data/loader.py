@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from data.addresses import redacted
-from data.buckets import Division, bucket_sizes, check_batches, divide, with_batches
+from data.buckets import Division, bucket_sizes, check_batches, divide, image_sizes, with_batches
 from data.cache import Access, Cache
 from data.classes import merged_classes, read_classes
 from data.config import DataConfig, SourceConfig, check_numbers
@@ -146,14 +146,25 @@ class TrainStream:
         self.sources = open_sources(config, quarantine, sources_before)
         _check_enough_shards(self.sources, lanes)
         limit = WindowLimit(config.shuffle_block, int(config.shuffle_megabytes * 1e6))
-        self.division = _division(config, self.sources, global_batch_size, world_size, self.micro_batches, progress)
-        self.identity = stream_identity(self.sources, seed, lanes, limit, self.division and self.division.names)
+        check_batches(image_sizes(config), global_batch_size, world_size, self.micro_batches)
+        division_before = stream.get("division", {})
+        self.division = _division(config, self.sources, global_batch_size, division_before, progress)
+        buckets = None
+        if self.division is not None:
+            names = [str(size) for size in bucket_sizes(config)]
+            buckets = {"buckets": names, "division": self.division.identity()}
+        self.identity = stream_identity(self.sources, seed, lanes, limit, buckets)
         self.steps, self.totals, lane_states = 0, {}, {}
         if state is not None:
             self.steps, lane_states, totals = restore(state, self.identity)
             self.totals = totals if rank == 0 else {}  # totals are summed over the ranks
             # Keep the sources that are left out now, so that they can continue later from where they were.
             self.identity["sources"] = {**sources_before, **self.identity["sources"]}
+            if buckets is not None:
+                merged = {
+                    bucket: {**division_before.get(bucket, {}), **now} for bucket, now in buckets["division"].items()
+                }
+                self.identity["division"] = {**division_before, **merged}
 
         def part_of(name: str, sources: list[Source], transform, one: LaneAssignment) -> _Part:
             states = {lane: lane_states.get(_lane_key(name, lane), [0, {}]) for lane in one.rank_lanes}
@@ -172,6 +183,10 @@ class TrainStream:
                 )
                 for one in self.division.contents
             ]
+        kept = {_lane_key(part.name, lane) for part in self.parts for lane in range(lanes)}
+        # Of buckets that are empty now and may have pictures later.
+        self.other_lanes = {key: one for key, one in lane_states.items() if key not in kept} if rank == 0 else {}
+        _check_lanes(self.parts, before)
         # Steps of the buckets are as evenly mixed as images of the sources.
         weights = [1.0] if self.division is None else [one.share / one.bucket.batch for one in self.division.contents]
         self.mixture = Mixture(weights, seed_of(seed, "buckets"))
@@ -244,7 +259,11 @@ class TrainStream:
             of_all = f", {share:.1%} of all" if len(self.sources) > 1 else ""
             lines.append(f"reads {describe(source)}: {round(images * share):,} images{passes}{of_all}")
         assignment = self.parts[0].assignment
-        order = "" if assignment.ordered else "; their order depends on the number of processes and workers"
+        order = (
+            ""
+            if all(part.assignment.ordered for part in self.parts)
+            else "; their order depends on the number of processes and workers"
+        )
         lines.append(f"{assignment.lanes} lanes, {self.config.workers} workers a process{order}")
         return "\n".join([*lines, *(self.division.describe() if self.division else [])])
 
@@ -253,9 +272,8 @@ class TrainStream:
         return {
             "stream": self.identity,
             "steps": self.steps,
-            "lanes": {
-                _lane_key(part.name, lane): state for part in self.parts for lane, state in sorted(part.lanes.items())
-            },
+            "lanes": self.other_lanes
+            | {_lane_key(part.name, lane): state for part in self.parts for lane, state in sorted(part.lanes.items())},
             "totals": self.totals,
             "ranks": [self.rank],
             "world_size": self.world_size,
@@ -490,23 +508,32 @@ def transform_of(config: DataConfig, tokens: TokenSpec | None = None) -> Trainin
 
 
 def _division(
-    config: DataConfig, sources: list[Source], global_batch_size: int, world_size: int, micro_batches: int, progress
+    config: DataConfig, sources: list[Source], global_batch_size: int, before: dict, progress
 ) -> Division | None:
     """How samples are divided among buckets; None if there are no buckets. Named buckets must have pictures; of those
-    made from `data.pixels`, empty ones are left out. Raises DataError."""
+    made from `data.pixels`, empty ones are left out. before: of the run that is resumed. Raises DataError."""
     sizes = bucket_sizes(config)
     if not sizes:
         return None
-    check_batches(sizes, global_batch_size, world_size, micro_batches)
-    buckets = with_batches(sizes, global_batch_size)
-    division = divide(sources, buckets, config.max_enlargement, progress)
+    division = divide(sources, with_batches(sizes, global_batch_size), config.max_enlargement, before, progress)
     empty = [one.bucket.name for one in division.contents if not one.pictures]
-    if empty and config.buckets:
+    if empty and config.buckets and not before:
         raise DataError(
-            f"data.buckets: no picture belongs to {', '.join(empty)}: leave {'them' if len(empty) > 1 else 'it'} out; "
-            "`ibq shards stats` proposes buckets"
+            f"data.buckets: no picture belongs to {', '.join(empty)}: leave {'them' if len(empty) > 1 else 'it'} out"
         )
     return division._replace(contents=[one for one in division.contents if one.pictures])
+
+
+def _check_lanes(parts: list[_Part], before: dict) -> None:
+    """Raises DataError where the lanes of a new run do not fit the batch of a bucket: its global batches would depend
+    on the number of processes."""
+    for part in parts:
+        lanes, batch = part.assignment.lanes, part.assignment.global_batch_size
+        if not before and lanes % batch and batch % lanes:
+            raise DataError(
+                f"data.lanes={lanes} must be a multiple of the {batch} images in a step of bucket {part.name}, or "
+                "divide them: leave data.lanes out"
+            )
 
 
 def _check_enough_shards(sources: list[Source], lanes: int) -> None:

@@ -188,6 +188,10 @@ class LaneReader:
         infos = [self._read_sample(lane, value, skipped, filtered) for value, lane in zip(values, lanes, strict=True)]
         return ReadSamples(values, infos, {lane: self._lane_state(lane) for lane in set(lanes)}, skipped, filtered)
 
+    def _or_leave_out(self) -> str:
+        is_bucket = self.sources[0].numbers is not None
+        return f", or leave bucket {self.transform.size} out" if is_bucket else ""
+
     def _cursor(self, lane: int, number: int) -> Cursor:
         if (lane, number) not in self.cursors:
             source = self.sources[number]
@@ -238,5 +242,5 @@ class LaneReader:
             if filtered_in_a_row >= max(LEAST_FILTERED_IN_A_ROW, source.samples or FILTERED_IN_A_ROW_UNKNOWN_SIZE):
                 raise DataError(
                     f"source {source.name}: {filtered_in_a_row:,} samples in a row do not pass its filters, last {key} "
-                    f"in {shard}: loosen them"
+                    f"in {shard}: loosen them{self._or_leave_out()}"
                 )

@@ -15,7 +15,8 @@ MISSING = ("refuse", "skip")
 
 
 class Sources(NamedTuple):
-    """found: each with its root. missing: names of those that are not in `data.root`, with data.missing=skip."""
+    """found: the sources to read; each has its root. missing: the names of sources that `data.root` does not hold;
+    empty unless data.missing=skip."""
 
     found: list[SourceConfig]
     missing: list[str]
@@ -30,21 +31,25 @@ def source_configs(config: DataConfig) -> Sources:
         if config.root is not None or len(unplaced) < len(config.sources):
             other = "data.sources" if config.root is None else "data.root"
             raise DataError(f"data.train and {other} are both given: leave one out")
-        return Sources([SourceConfig(root=config.train)], [])  # in place of sources that nobody has placed
+        return Sources([SourceConfig(root=config.train)], [])  # the recipe's sources have no root: it replaces them
     if config.root is None and unplaced:
         raise DataError(
             f"the sources {', '.join(unplaced)} have no root: give data.root=FOLDER that holds a folder for each of "
             "them, or data.train=TARS in their place"
         )
     if config.root is not None and not unplaced:
-        raise DataError("data.root is for sources without a root of their own, and there are none: leave it out")
+        raise DataError(
+            "data.root has no effect: no source of data.sources is without its own root: leave data.root out"
+        )
     placed = [_placed(config.root, source) for source in config.sources] or [SourceConfig()]
+    check_weights(placed)
+    if config.root is not None and not is_remote(config.root) and not os.path.isdir(os.path.expanduser(config.root)):
+        raise DataError(f"data.root={config.root}: no such folder")
     timeouts = Timeouts(config.request_seconds, config.retry_seconds)
     missing = [one.name for one in placed if one.name in unplaced and not _is_there(one.root, timeouts)]
     found = [one for one in placed if one.name not in missing]
     if missing and (config.missing == "refuse" or not found):
         raise DataError(_what_is_missing(config.root, missing, len(found)))
-    check_weights(found)
     return Sources(found, missing)
 
 
@@ -57,14 +62,17 @@ def _placed(root: str | None, source: SourceConfig) -> SourceConfig:
 
 @lru_cache(maxsize=256)
 def _is_there(place: str, timeouts: Timeouts) -> bool:
-    """Whether a folder exists and holds anything, in a bucket: tars. Raises DataError for a bucket that cannot be
-    listed."""
+    """Whether a local folder holds any entry that is not hidden, or a remote one holds tars. Raises DataError if it
+    cannot be listed."""
     if is_remote(place):
         try:
             return bool(list_tars(place, timeouts))
         except NoTarsError:
             return False
-    return os.path.isdir(place) and any(os.scandir(place))
+    try:
+        return os.path.isdir(place) and any(not name.startswith(".") for name in os.listdir(place))
+    except OSError as error:
+        raise DataError(f"cannot read {place}: {error.strerror}") from error
 
 
 def _what_is_missing(root: str, missing: list[str], found: int) -> str:

@@ -4,7 +4,7 @@ import functools
 import hashlib
 import math
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path, PurePosixPath
@@ -112,6 +112,15 @@ class Filters:
             ("similarity", config.min_similarity, 1),
         ]
         return [(name, bound, sign) for name, bound, sign in named if bound is not None]
+
+    def passes_key(self, key: str) -> bool:
+        return key not in self.not_keys and (self.keys is None or key in self.keys)
+
+    def pass_sizes(self, sizes_n2: np.ndarray) -> np.ndarray:
+        """Which heights and widths `check_size` lets pass."""
+        shorter_n, longer_n = sizes_n2.min(axis=1), sizes_n2.max(axis=1)
+        least, ratio = self.config.min_side or 0, self.config.max_aspect_ratio or math.inf
+        return (shorter_n >= least) & (longer_n <= ratio * np.maximum(shorter_n, 1))
 
     def check_size(self, width: int, height: int) -> None:
         """Raises Filtered by the size of the displayed image, in pixels."""
@@ -320,7 +329,9 @@ def _check_not_keys(config: SourceConfig, filters: Filters, shards: list[Shard])
                 return
             found = found or next(((key, keys[key]) for key in stems if key in keys), None)
         else:
-            hashes = set(shard.table.keys_n[np.isin(shard.table.keys_n, _hashes([*stems, *stems.values()]))].tolist())
+            hashes = set(
+                shard.table.keys_n[np.isin(shard.table.keys_n, key_hashes([*stems, *stems.values()]))].tolist()
+            )
             if any(key_hash(key) in hashes for key in stems):
                 return
             found = found or next(((key, stem) for key, stem in stems.items() if key_hash(stem) in hashes), None)
@@ -332,7 +343,8 @@ def _check_not_keys(config: SourceConfig, filters: Filters, shards: list[Shard])
         )
 
 
-def _hashes(keys: list[str]) -> np.ndarray:
+def key_hashes(keys: Iterable[str]) -> np.ndarray:
+    """Hashes of keys, as in an index."""
     return np.array(list(map(key_hash, keys)), np.uint64)
 
 

@@ -15,12 +15,12 @@ Totals = dict[str, dict[str, int]]  # source -> ``delivered``, ``skipped`` or ``
 
 
 def stream_identity(
-    sources: list[Source], seed: int, lanes: int, limit: WindowLimit, buckets: list[str] | None = None
+    sources: list[Source], seed: int, lanes: int, limit: WindowLimit, buckets: dict | None = None
 ) -> dict:
     """What must be unchanged for a state to mean the same images. Weights may change: lanes keep their positions.
-    buckets: their names, if there are any."""
+    buckets: if there are any, their names as ``buckets``, and as ``division`` their samples."""
     return {
-        **({} if buckets is None else {"buckets": buckets}),
+        **(buckets or {}),
         "seed": seed,
         "lanes": lanes,
         "shuffle_block": limit.samples,
@@ -80,10 +80,18 @@ def restore(state: dict, identity: dict) -> Restored:
             f"the data state holds ranks {state['ranks']} of {state['world_size']}: merge all ranks' states first"
         )
     before = state["stream"]
-    for name in sorted((identity.keys() | before.keys()) - {"sources"}):
+    for name in sorted((identity.keys() | before.keys()) - {"sources", "division"}):
         then, now = before.get(name), identity.get(name)
         if then != now:
-            raise DataError(f"cannot resume: {name} was {then} and is now {now}; set it back")
+            keys = "data.buckets, data.pixels or data.max_aspect" if name == "buckets" else "it"
+            raise DataError(f"cannot resume: {name} was {then} and is now {now}; set {keys} back")
+    for bucket, sources in identity.get("division", {}).items():
+        then = before["division"].get(bucket, {})
+        if changed := [name for name in sources if name in then and differ(then[name], sources[name])]:
+            raise DataError(
+                f"cannot resume: bucket {bucket} had other samples of source {changed[0]}: set "
+                "data.max_enlargement and the filters back, and give the same images"
+            )
     for name, value in identity["sources"].items():
         if differ(then := before["sources"].get(name, value), value):
             was, now = ("{shards} shards with {samples} samples".format(**one) for one in (then, value))

@@ -416,6 +416,8 @@ class TrainingTransform:
         # The smallest crop's sides, as a part of the image's: its area at the most extreme aspect ratio.
         smallest = math.sqrt(config.crop_scale[0] * 3 / 4) if config.crop == "random_resized" else 1
         image = decode(content, draft_side=math.ceil(2 * max(size) / smallest), check_size=check_size)
+        if max(size.height / image.height, size.width / image.width) > self.enlargement:
+            raise Filtered("max_enlargement")
         if config.crop == "random_resized":
             image = random_resized_crop(image, size, resize, rng, config.crop_scale, self.enlargement)
         elif config.crop == "random":

@@ -22,6 +22,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from data import redacted
+from data.buckets import bucket_sizes, with_batches
 from data.errors import DataError
 from data.text import printable
 from model_zoo import ModelError
@@ -255,6 +256,9 @@ def _mesh(config: RunConfig, processes: int, plan: RankMemory) -> list[list[str]
             f"micro-batch{'es, accumulated,' if micro_batches > 1 else ''} x {micro_batch_size} images",
         ],
     ]
+    if config.data.buckets or config.data.pixels:
+        buckets = with_batches(bucket_sizes(config.data), config.trainer.global_batch_size)
+        lines.append(["buckets", ", ".join(f"{bucket.batch} x {bucket.name}" for bucket in buckets) + " in a step"])
     engine = config.engine
     main = next(iter(plan.networks))
     if engine.kind == "deepspeed":

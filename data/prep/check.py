@@ -184,7 +184,8 @@ def _check_samples(file: _Hashed, checked: Checked, decode_images: bool, layout:
             size = 0, 0
             try:
                 sample = parse_sample(content, number, checked.name, layout.suffixes)
-                size = _check_sample(sample, decode_images, layout)
+                size = _size_of(sample, layout)
+                _check_sample(sample, decode_images, layout)
             except ImageError as error:
                 checked.add(error.kind, f"{span.key}: {error}", number, span.key)
             sizes.append(size)
@@ -236,17 +237,22 @@ def _check_files(path: str, decode_images: bool, layout: Layout) -> Checked:
     return checked
 
 
-def _check_sample(sample: Sample, decode_images: bool, layout: Layout) -> tuple[int, int]:
-    """Height and width of a sample's image or grid of codes; of an image whose header cannot be read, 0. Raises
-    ImageError, as `ibq tokenize` does, for a sample that it would skip; pixels are looked at on request."""
+def _check_sample(sample: Sample, decode_images: bool, layout: Layout) -> None:
+    """Raises ImageError, as `ibq tokenize` does, for a sample that it would skip; pixels are looked at on request."""
     if CODES in sample.members:
-        header, _ = unpack_codes(pick(sample, TOKENS).whole().content)
-        return header.grid
+        unpack_codes(pick(sample, TOKENS).whole().content)
+        return
     picked = pick(sample, layout).whole()
     if decode_images:
         decode(picked.content)
+
+
+def _size_of(sample: Sample, layout: Layout) -> tuple[int, int]:
+    """Height and width of a sample's image or grid of codes; 0 where they cannot be read. Captions do not matter."""
     try:
-        header = image_header(picked.content)
+        if CODES in sample.members:
+            return unpack_codes(pick(sample, TOKENS).content)[0].grid
+        header = image_header(sample.image(layout.image))
     except ImageError:
         return 0, 0
     return header.height, header.width

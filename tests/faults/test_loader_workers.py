@@ -68,5 +68,5 @@ def test_memory_that_runs_out_in_a_worker_is_said(stream, monkeypatch):
     def read(*_):
         raise MemoryError
 
-    monkeypatch.setattr(reads.reader, "read", read)
+    monkeypatch.setattr(reads.parts[0].reader, "read", read)
     assert "no memory is left to read" in refusal(data.DataError, next, reads)

@@ -96,7 +96,7 @@ def test_reconstructions_of_a_given_size(trained_run, pictures, ibq_here, tmp_pa
 REFUSED = {
     "bucket no multiple of the patch": (["data.buckets=[30x32]"], ["bucket 30x32 must be a multiple of 4"]),
     "two sizes, one no multiple": (["data.buckets=[32x32,32x46]"], ["bucket 32x46 must be a multiple of 4"]),
-    "buckets that no picture covers": (["data.buckets=[512x512]"], ["none of its 40 pictures covers a bucket"]),
+    "buckets that no picture covers": (["data.buckets=[512x512]"], ["none of its 40 pictures covers any bucket"]),
     "bucket of which no picture is nearest": (["data.buckets=[32x32,16x96]"], ["no picture belongs to 16x96"]),
     "no size": (["data.buckets=[large]"], ["'large' must be HEIGHTxWIDTH"]),
     "both ways": (["data.buckets=[32x32]", "data.pixels=[32]"], ["both given: leave one out"]),

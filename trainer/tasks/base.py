@@ -21,7 +21,7 @@ from trainer.engines.base import Engine, clip_scale
 from trainer.init_from import InitRecord
 from trainer.model_state import ModelState
 from trainer.optim import adam, set_weight_decay
-from trainer.parallel import RowGroups, World, max_over_ranks, mean_over_ranks
+from trainer.parallel import RowGroups, World, gather_objects, max_over_ranks, mean_over_ranks, sum_over_ranks
 from trainer.precision import autocast_dtype
 from trainer.schedules import learning_rate_factor, weight_decay
 
@@ -64,6 +64,7 @@ class Task(ABC):
     state: ModelState
     parameters: int  # of the trained model, before sharding
     batch: dict[str, int]  # micro_batch_size, micro_batches
+    validated: data.EvaluationImages | data.EvaluationTokens  # of this rank, in the latest validation
 
     # ------------------------------------------------------------------------------------------------ each task's own
 
@@ -198,7 +199,15 @@ class Task(ABC):
         else:
             options = dict(shard=shard, resize=config.data.resize, **data.validation_options(config.data))
             images = data.evaluation_images(config.data.val, **(options | sizes))
+        self.validated = images
         return islice(images, len(range(world.rank, config.trainer.validation_images, world.size)))
+
+    def validation_notes(self) -> list[str]:
+        """What to say of the images that the latest validation has skipped; all ranks call together."""
+        gathered = gather_objects(self.validated.skipped[:1])
+        count = sum_over_ranks(torch.tensor(len(self.validated.skipped), device=self.world.device))
+        first = next((skipped[0] for skipped in gathered if skipped), None)
+        return [f"{int(count):,} images of data.val are left out, such as {first.key}: {first.reason}"] if first else []
 
     @contextmanager
     def evaluation(self) -> Iterator[None]:

@@ -88,6 +88,10 @@ class GeneratorTask(Task):
     def check_settings(self) -> None:
         """Raises TrainerError if recipe, tokenizer and images do not fit each other."""
         config, model = self.config, self.config.model
+        if config.data.buckets or config.data.pixels:
+            raise TrainerError(
+                "data.buckets and data.pixels are for tokenizers: a generator has one grid; leave them out"
+            )
         if config.tokenizer.source is None:
             for setting, needs in (
                 ("data.content=images", config.data.content == "images"),
@@ -108,8 +112,6 @@ class GeneratorTask(Task):
                 f"the tokenizer {source} ({found}) did not make these codes ({config.tokenizer.fingerprint} did): give "
                 "the right one with tokenizer.source=RUN"
             )
-        if len(data.image_sizes(config.data)) > 1:
-            raise TrainerError("data.buckets is for tokenizers: a generator has one grid; leave it and data.pixels out")
         side = config.data.image_size
         grid = [side // self.tokenizer.downsampling_factor] * 2
         if config.data.content == "images" and (side % self.tokenizer.downsampling_factor or list(model.grid) != grid):

@@ -131,6 +131,12 @@ class TokenizerTask(Task):
         if self.config.trainer.log_gradient_balance and self.unmeasurable:
             raise TrainerError(f"trainer.log_gradient_balance=true {self.unmeasurable}")
         settings, factor = self.config.data, self.tokenizer.downsampling_factor
+        for side in settings.pixels:
+            if side % (8 * factor):
+                raise TrainerError(
+                    f"data.pixels: {side} must be a multiple of {8 * factor}, 8 times the {factor} pixels of a token's "
+                    "side"
+                )
         has_buckets = bool(settings.buckets or settings.pixels)
         named = {f"bucket {size}" if has_buckets else f"data.image_size={size.height}": size for size in self.sizes}
         validated = {} if settings.val_image_size is None else {"data.val_image_size": settings.val_image_size}
@@ -359,15 +365,16 @@ class TokenizerTask(Task):
         sum_over_ranks(sums_s3)
         usage = usage.merged()
         total = sums_s3.sum(0)
+        notes = self.validation_notes()
         if not total[2] > 0:
-            return Validation({}, {}, [])
+            return Validation({}, {}, notes)
         drawn = {"reconstructions": row_of_pictures(pictures)} if pictures else {}
         psnr_mean, l1_mean = (total[:2] / total[2]).tolist()
         scalars = {"val/psnr": psnr_mean, "val/l1": l1_mean, f"val/{self.counted_prefix}usage": usage.usage()}
         if len(sizes) > 1:
             of_size = zip(sizes, sums_s3.tolist(), strict=True)
             scalars |= {f"val/psnr/{size}": decibels / count for size, (decibels, _, count) in of_size if count}
-        return Validation(scalars, drawn, [])
+        return Validation(scalars, drawn, notes)
 
     def describe(self) -> list[str]:
         model, init_from = self.config.model, self.config.init_from

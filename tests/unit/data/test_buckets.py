@@ -1,7 +1,9 @@
 """Buckets: which picture goes where, and that a stream of buckets keeps every promise of a stream of one size."""
 
+import json
 import logging
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -88,7 +90,7 @@ def test_batches_have_about_equal_pixels_and_divide_the_global_batch():
 @pytest.mark.parametrize(("batch", "sizes"), [(4, [256, 1024]), (7, [256, 512])])
 def test_batches_that_cannot_have_equal_pixels_are_refused(batch, sizes):
     said = refusal(DataError, check_batches, [Size(side, side) for side in sizes], batch, 1, 1)
-    assert f"no divisor of trainer.global_batch_size={batch} gives its steps about as many pixels" in said
+    assert f"no divisor of trainer.global_batch_size={batch} gives its steps about the pixels of" in said
 
 
 @pytest.mark.parametrize(
@@ -317,7 +319,11 @@ def test_filters_by_size_change_how_often_a_bucket_comes(tmp_path):
 @pytest.mark.parametrize(
     ("options", "world_size", "message"),
     [
-        ({"buckets": ["512x512"]}, 1, "none of its 11 pictures covers a bucket (512x512): give smaller ones, or raise"),
+        (
+            {"buckets": ["512x512"]},
+            1,
+            "none of its 11 pictures covers any bucket (512x512) and passes the filters: give smaller buckets",
+        ),
         ({"buckets": ["24x24", "60x8"]}, 1, "no picture belongs to 60x8: leave it out"),
         ({}, 2, "bucket 48x48 has 3 images a step, which 2 processes x 1 micro-batches do not divide"),
     ],
@@ -333,4 +339,116 @@ def test_other_buckets_are_refused_when_resuming(folder):
     said = refusal(DataError, Steps, config(folder, buckets=BUCKETS[:3]), batch=12, state=state)
     assert "cannot resume: buckets was ['16x32'" in said
     said = refusal(DataError, Steps, config(folder, buckets=[]), batch=12, state=state)
-    assert "and is now None; set it back" in said
+    assert "and is now None; set data.buckets, data.pixels or data.max_aspect back" in said
+
+
+# ------------------------------------------------------------------------------- what must not change between resumes
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of 24 pictures, some of which are a little too small for their bucket."""
+    (tmp_path / "pictures").mkdir()
+    for number in range(24):
+        size = [(40, 40), (64, 32), (30, 30)][number % 3]
+        picture(number, size).save(tmp_path / "pictures" / f"{number:02d}.png")
+    return tmp_path / "pictures"
+
+
+def on_pictures(pictures, **options):
+    settings = {"train": str(pictures), "buckets": ["32x32", "32x64"], "workers": 0, "lanes": 4, "shuffle_block": 2}
+    return DataConfig(**{**settings, **options})
+
+
+def test_a_changed_division_is_refused_when_resuming(pictures):
+    """Names of buckets are equal, but the positions of their lanes would mean other samples."""
+    steps = Steps(on_pictures(pictures), batch=4)
+    steps.infos(3)
+    said = refusal(DataError, Steps, on_pictures(pictures, max_enlargement=1.2), batch=4, state=steps.state())
+    assert "bucket 32x32 had other samples of source train: set data.max_enlargement and the filters back" in said
+
+
+def test_ranks_that_divide_otherwise_are_told_apart(pictures):
+    one, other = (Steps(on_pictures(pictures, max_enlargement=most), batch=4).streams[0] for most in (1.0, 1.2))
+    assert one.seen() != other.seen()
+
+
+def test_a_file_that_cannot_be_read_now_ends_the_start(pictures, monkeypatch):
+    """It would change its bucket, and with it the order of all others."""
+    opened = Path.open
+
+    def stale(path, *arguments, **options):
+        if path.name == "05.png":
+            raise OSError(116, "Stale file handle")
+        return opened(path, *arguments, **options)
+
+    monkeypatch.setattr(Path, "open", stale)
+    assert "05.png: Stale file handle" in refusal(DataError, Steps, on_pictures(pictures), batch=4)
+
+
+@pytest.mark.parametrize("indexed", [True, False])
+def test_quarantine_when_resuming_repeats_nothing(folder, tmp_path, indexed):
+    for tar in (folder / "many").glob("*.tar"):
+        (tmp_path / tar.name).symlink_to(tar)
+    if indexed:
+        index_of(tmp_path, tmp_path / "index.safetensors")
+    settings = {"sources": [], "train": str(tmp_path), "buckets": BUCKETS[:3], "lanes": 4}
+    before = Steps(config(folder, **settings), batch=4)
+    first = before.delivered(6)
+    after = Steps(config(folder, **settings, quarantine=["00001.tar"]), batch=4, state=before.state())
+    second = after.delivered(10)
+    assert all(info.key.startswith("many-0-") for info in second)
+    epochs = Counter((info.key, info.position.epoch) for info in first + second)
+    assert max(epochs.values()) == 1
+
+
+def test_a_bucket_whose_pictures_are_all_in_quarantine_is_left_out(folder):
+    """The second tar of `many` holds all of its wider pictures."""
+    one = SourceConfig(name="many", root=str(folder / "many"))
+    settings = config(folder, sources=[one], buckets=[], pixels=[24], quarantine=["00001.tar"], max_aspect=4.0)
+    assert all(info.key.startswith("many-0-") for info in Steps(settings, batch=4).delivered(30))
+
+
+def test_keys_that_are_left_out_change_how_often_a_bucket_comes(pictures, tmp_path):
+    """No wide picture is among them: their bucket never comes, so that no lane searches in vain."""
+    (tmp_path / "keys.txt").write_text("\n".join(f"{number:02d}.png" for number in range(0, 24, 3)))
+    one = SourceConfig(root=str(pictures), filters=FilterConfig(keys=str(tmp_path / "keys.txt")))
+    settings = on_pictures(pictures, train=None, sources=[one], buckets=[], pixels=[32])
+    steps = Steps(settings, batch=4)
+    assert {info.key for info in steps.delivered(12)} == {f"{number:02d}.png" for number in range(0, 24, 3)}
+    said = refusal(DataError, Steps, on_pictures(pictures, train=None, sources=[one]), batch=4)
+    assert "no picture belongs to 32x64" in said
+
+
+def test_sizes_in_an_index_do_not_depend_on_captions(tmp_path):
+    """Training ignores a caption that is no text, and so must the picture's bucket."""
+    samples = [
+        {"__key__": str(n), "png": encoded(picture(n, (64, 32)), "PNG"), "txt": "caf\xe9".encode("latin-1")}
+        for n in range(4)
+    ]
+    write_tar(tmp_path / "a.tar", samples)
+    index_of(tmp_path, tmp_path / "index.safetensors")
+    settings = DataConfig(train=str(tmp_path), buckets=["32x64"], workers=0, lanes=2)
+    steps = Steps(settings, batch=2)
+    assert {len(pixels) for step in steps.infos(4) for _, pixels in step} == {3 * 32 * 64}
+
+
+def test_lanes_that_do_not_fit_the_batch_of_a_bucket_are_refused(folder):
+    said = refusal(DataError, Steps, config(folder, lanes=8, buckets=["24x24", "48x48"]), batch=24)
+    assert "data.lanes=8 must be a multiple of the 6 images in a step of bucket 48x48" in said
+
+
+def test_a_bucket_that_was_empty_may_get_pictures_of_a_later_source(pictures, tmp_path):
+    sources = [SourceConfig(name="flat", root=str(pictures))]
+    (tmp_path / "tall").mkdir()
+    for number in range(8):
+        picture(number, (32, 64)).save(tmp_path / "tall" / f"t{number}.png")
+    settings = {"train": None, "buckets": [], "pixels": [32], "max_aspect": 3.0}
+    before = Steps(on_pictures(pictures, **settings, sources=sources), batch=4)
+    before.delivered(6)
+    later = [*sources, SourceConfig(name="tall", root=str(tmp_path / "tall"))]
+    after = Steps(on_pictures(pictures, **settings, sources=later), batch=4, state=before.state())
+    assert {info.source for info in after.delivered(12)} == {"flat", "tall"}
+    again = Steps(on_pictures(pictures, **settings, sources=sources), batch=4, state=after.state())
+    again.delivered(3)
+    assert any(key.startswith("44x24/") or "tall" in json.dumps(state) for key, state in again.state()["lanes"].items())

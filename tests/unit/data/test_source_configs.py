@@ -109,7 +109,7 @@ def test_a_source_with_a_root_stays_there(web, tmp_path):
     ("settings", "message"),
     [
         ({"sources": [SourceConfig(name="cc3m")]}, "the sources cc3m have no root: give data.root=FOLDER"),
-        ({"root": "/data"}, "data.root is for sources without a root of their own, and there are none"),
+        ({"root": "/data"}, "data.root has no effect: no source of data.sources is without its own root"),
         ({"root": "/data", "train": "tars"}, "data.train and data.root are both given"),
         ({"train": "a", "sources": [SourceConfig(root="b")]}, "data.train and data.sources are both given"),
         ({"train": "a", "missing": "ignore"}, "unknown data.missing 'ignore': choose one of refuse, skip"),

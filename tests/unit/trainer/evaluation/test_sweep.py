@@ -126,7 +126,7 @@ def test_what_cannot_stand_in_one_table_is_refused(run, reference, tmp_path, mon
     refused("another --sweep .guidance, now temperature.", asked="temperature=1.1")
     (out / "sweep.json").write_text("[{}]")
     before.pop("sweep.json")
-    refused("sweep.json is damaged or of another version")
+    refused("sweep.json already exists and is of no earlier report: choose another --out")
 
 
 def test_two_processes_have_the_results_of_one(run, reference, tmp_path, weights, ranks):

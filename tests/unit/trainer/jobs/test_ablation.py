@@ -104,8 +104,10 @@ def test_rows_of_other_recipes_are_trained_on_equal_terms(table):
 def test_every_quantizer_has_a_row_among_the_rivals():
     cells = cells_of(load_ablation("rivals"), None, [0], DATA, Path("out"))
     assert {load_recipe(cell.recipe, cell.overrides).model.quantizer for cell in cells} == set(QUANTIZERS)
-    by_size = {"debug", "quickstart", "ibq_1024", "ibq_8192"}  # smaller ones of a quantizer that has a row
-    other = {name for name in recipe_paths(["tokenizer"]) if name.startswith("finetune") or name.endswith("pretrain")}
+    # Other sizes, data and losses of a quantizer that has a row.
+    by_size = {"debug", "quickstart", "ibq_1024", "ibq_8192", "ibq_131072_emu"}
+    data = ("pretrain", "general", "quality", "semantic")
+    other = {name for name in recipe_paths(["tokenizer"]) if name.startswith("finetune") or name.endswith(data)}
     assert {cell.recipe for cell in cells} == set(recipe_paths(["tokenizer"])) - by_size - other
 
 
