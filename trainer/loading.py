@@ -43,9 +43,11 @@ def load_newest(
 
 
 def check_together(world: World, source: str | Path) -> None:
-    """Compares the hashes of a run's checkpoint, each file on one rank, so that `read_weights`, which refuses a damaged
-    one, need not read all files on every rank; all ranks call together. Reading the source also tells what else is
-    wrong with it. For other sources it does nothing: a rank reads only the files of an export that it needs."""
+    """Compares the hashes of a run's checkpoint; all ranks call together. Each file is read by one rank, and
+    `read_weights` then does not read all files again on every rank.
+
+    Reports no damage: `read_weights` does. For sources other than a run it does nothing, because a rank reads only the
+    files of an export that it needs."""
 
     def find() -> Path | None:
         try:

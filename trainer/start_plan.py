@@ -70,7 +70,8 @@ class BatchPlan(NamedTuple):
 
 
 def plan_batch(config: RunConfig, world: World) -> BatchPlan:
-    """How the global batch is split. Raises TrainerError where it cannot be split evenly."""
+    """How the global batch is split. Raises TrainerError where it cannot be split evenly; DataError for a bucket whose
+    batch cannot be."""
     total, micro = config.trainer.global_batch_size, config.trainer.micro_batch_size
     if total % world.size:
         raise TrainerError(f"trainer.global_batch_size={total} must be a multiple of the {world.size} processes")
@@ -81,6 +82,7 @@ def plan_batch(config: RunConfig, world: World) -> BatchPlan:
             f"trainer.micro_batch_size={micro} must divide the {share} images that each of {world.size} processes "
             f"takes of trainer.global_batch_size={total}"
         )
+    data.check_batches(data.image_sizes(config.data), total, world.size, share // micro)
     return BatchPlan(micro, share // micro)
 
 

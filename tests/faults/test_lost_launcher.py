@@ -73,6 +73,6 @@ os.wait()
 
 
 def test_a_rank_that_a_supervisor_has_adopted_does_not_begin(launch):
-    """Its launcher has ended before it asked the kernel to be told. No name tells what its parent is."""
+    """The launcher ended before the rank asked for a signal at its end. The name of the new parent proves nothing."""
     ended = launch.python("-c", SUPERVISOR, RANK).succeeded()
     assert ended.out.startswith("the launcher of this process has ended: start it again")

@@ -22,7 +22,7 @@ FIX = "; give all nodes the same files"
 
 
 def on_its_node(folder: str, command: list[str]) -> int:
-    """A command on a node where relative paths are those of its own disk."""
+    """A command on a node whose relative paths lead to its own disk."""
     os.chdir(Path(folder) / f"node{os.environ['RANK']}")
     return train(command[1:]) if command[0] == "train" else cli.main(command)
 

@@ -116,7 +116,6 @@ def test_impossible_buckets_are_refused(ibq_here, pictures, tmp_path, mistake):
         assert_refused(ibq_here("train", "debug", *arguments, *changes), *said)
 
 
-@pytest.mark.process
 def test_the_dry_run_refuses_batches_that_do_not_divide(ibq_here):
     said = "bucket 64x64 has 2 images a step, which 4 processes x 1 micro-batches do not divide"
     changes = ["data.buckets=[32x32,64x64]", "data.train=nowhere"]

@@ -177,7 +177,7 @@ def test_pictures_of_any_shape_are_aligned(ranks, file, tmp_path):
         assert other["loss/semantic"] == pytest.approx(line["loss/semantic"], rel=1e-4)
 
 
-@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+@pytest.mark.parametrize("precision", ["bf16", pytest.param("fp16", marks=pytest.mark.full)])
 def test_half_precision_follows_single(train, ranks, file, tmp_path, precision):
     changes = {"loss.semantic.weights": file, "trainer.precision": precision, "trainer.max_steps": 3}
     ranks.train(1, "debug_semantic", tmp_path / "run", changes).succeeded()

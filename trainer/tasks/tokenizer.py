@@ -144,8 +144,6 @@ class TokenizerTask(Task):
         for name, side in (sides | {f"{name}={side}": side for name, side in validated.items()}).items():
             if side % factor:
                 raise TrainerError(f"{name} must be a multiple of {factor}, the pixels of a token's side")
-        micro_batches = self.batch["micro_batches"]
-        data.check_batches(self.sizes, self.config.trainer.global_batch_size, self.world.size, micro_batches)
         model = self.config.model
         mean = self.tokens_per_step / model.codebook_size
         if model.restart_below > mean and not self.codes_frozen:

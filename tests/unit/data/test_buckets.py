@@ -186,7 +186,7 @@ def test_audit_of_buckets(stream):
     done_epochs = 0
     for (name, kind), count in sizes.items():
         lanes = [places for key, (_, places) in state["lanes"].items() if key.startswith(f"{BUCKET_OF[kind]}/")]
-        done = min(places.get(name, (0, 0))[0] for places in lanes)  # epochs that every lane has behind it
+        done = min(places.get(name, (0, 0))[0] for places in lanes)  # epochs that every lane has finished
         assert all(len(epochs[name, kind, epoch]) == count for epoch in range(done)), (name, kind)
         done_epochs += done
     assert done_epochs > 50
@@ -410,7 +410,7 @@ def test_a_bucket_whose_pictures_are_all_in_quarantine_is_left_out(folder):
 
 
 def test_keys_that_are_left_out_change_how_often_a_bucket_comes(pictures, tmp_path):
-    """No wide picture is among them: their bucket never comes, so that no lane searches in vain."""
+    """No wide picture passes the filter. Their bucket never comes, so no lane looks for pictures that do not exist."""
     (tmp_path / "keys.txt").write_text("\n".join(f"{number:02d}.png" for number in range(0, 24, 3)))
     one = SourceConfig(root=str(pictures), filters=FilterConfig(keys=str(tmp_path / "keys.txt")))
     settings = on_pictures(pictures, train=None, sources=[one], buckets=[], pixels=[32])

@@ -251,7 +251,7 @@ def test_chain_that_does_not_divide_loses_and_repeats_nothing(mixture):
     for info in delivered:
         epochs[info.source, info.position.epoch].add(info.key)
     for name, (counts, _) in MIXED.items():
-        done = min(places[name][0] for _, places in state["lanes"].values())  # epochs that every lane has behind it
+        done = min(places[name][0] for _, places in state["lanes"].values())  # epochs that every lane has finished
         assert done >= 2
         for epoch in range(done):
             assert len(epochs[name, epoch]) == sum(counts), (name, epoch)

@@ -259,17 +259,22 @@ def test_the_current_folder_can_be_the_output(run, tmp_path, monkeypatch):
     ]
 
 
-@pytest.mark.parametrize("out", ["x.npz", "x.png", "folder"])
-def test_a_job_goes_on_where_it_ended(run, tmp_path, out):
-    options = {"count": 7, "batch_size": 2}
-    sample(run, **options, out=tmp_path / "whole" / out)
+def sample_four(run, out, **options) -> None:
+    """Starts a job and interrupts it after four images."""
 
     def stop(done, count, per_second):
         if done >= 4:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        sample(run, **options, out=tmp_path / out, on_progress=stop)
+        sample(run, **options, out=out, on_progress=stop)
+
+
+@pytest.mark.parametrize("out", ["x.npz", "x.png", "folder"])
+def test_a_job_continues_where_it_ended(run, tmp_path, out):
+    options = {"count": 7, "batch_size": 2}
+    sample(run, **options, out=tmp_path / "whole" / out)
+    sample_four(run, tmp_path / out, **options)
     assert "seed 0, now 3" in refusal(TrainerError, sample, run, **options, out=tmp_path / out, seed=3)
     went_on = sample(run, **options, out=tmp_path / out)
     assert went_on.made == 3
@@ -285,13 +290,7 @@ def test_a_job_goes_on_where_it_ended(run, tmp_path, out):
 def test_a_chunk_that_a_crash_cut_off_is_made_again(run, tmp_path, out, left):
     options = {"count": 6, "batch_size": 2}
     sample(run, **options, out=tmp_path / "whole" / out)
-
-    def stop(done, count, per_second):
-        if done >= 4:
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        sample(run, **options, out=tmp_path / out, on_progress=stop)
+    sample_four(run, tmp_path / out, **options)
     parts = tmp_path / out if out == "folder" else tmp_path / f"{out}.parts"
     cut = sorted(path for path in parts.iterdir() if path.suffix in (".png", ".npy"))[1]
     assert cut.stat().st_size > left
