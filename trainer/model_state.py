@@ -79,13 +79,16 @@ class ModelState:
 
     @torch.no_grad()
     def load(self, files: ShardedTensors, numbers: dict) -> None:
-        """Restores `tensors` and `numbers` of any number of ranks under any engines; all ranks call together.
+        """Restores `tensors` and `numbers` of any number of ranks under any engines; all ranks call together. If the
+        checkpoint was written without an EMA, the average starts from its weights.
 
         Raises ModelError where the checkpoint's tensors do not fit the models.
         """
+        main = next(iter(self.trained.values()))
+        restarts = self.ema is not None and not files.names(f"{main.model}_ema/")
         for name, network in self.trained.items():
             for kind, shards in self._kinds(network).items():
-                for shard in shards:
+                for shard in shards if not (restarts and kind == "_ema") else ():
                     files.fill(network.named(shard, kind))
             network.engine.updates = self._saved(numbers["updates"], name)
             network.engine.sync_weights()
@@ -97,6 +100,8 @@ class ModelState:
                 files.fill(shard)
             else:
                 shard.values.copy_(self.optional[shard.name])
+        if restarts:
+            self.ema.restart()
         for name, scale in self.loss_scales.items():
             scale.load_state_dict(self._saved(numbers["loss_scales"], name))
 

@@ -285,6 +285,8 @@ def _explain(error: Exception, schema: DictConfig) -> str:
         return f"unknown key {key}{_closest(str(key), leaves(schema))}"
     if "missing mandatory value" in message.lower():
         return f"{key} must be given"
+    if "is not a ListConfig" in message:
+        return f"{key} is a list: write it in brackets, as in {key}=[A,B]"
     return f"{key}: {message}" if key and str(key) not in message else message
 
 

@@ -132,6 +132,12 @@ def test_ill_typed_values_are_refused_by_key(recipe, override):
     assert override in refused(recipe(), override)
 
 
+@pytest.mark.parametrize("override", ["data.pixels=64", "data.buckets=64x64", "optimizer.betas=0.5"])
+def test_a_value_in_place_of_a_list_is_refused_with_the_form_of_a_list(recipe, override):
+    key = override.partition("=")[0]
+    assert f"{key}=[A,B]" in refused(recipe(), override)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

@@ -666,6 +666,15 @@ def test_saved_and_loaded_it_goes_on_bit_for_bit(build, tmp_path, norm):
     assert not unlike(everything(task), everything(resumed))
 
 
+def test_an_ema_that_is_switched_on_starts_from_the_weights_of_the_checkpoint(build, tmp_path):
+    task = build(ema__decay=0.0)
+    task.step([images()], 0)
+    resumed = build(seed=9)
+    load(resumed, *save(task, tmp_path))
+    assert equal(weights(resumed.tokenizer), weights(task.tokenizer))
+    assert equal(averages(resumed), weights(task.tokenizer))
+
+
 def test_a_checkpoint_holds_each_tensor_once_by_the_names_of_the_state_dicts(build, tmp_path):
     task = build(discriminator__norm="batch")
     folder, _ = save(task, tmp_path)
