@@ -80,6 +80,10 @@ def _what_is_missing(root: str, missing: list[str], found: int) -> str:
     download = f"download them (`ibq shards sources {known}` says how)" if known else "copy them there"
     others = ", or continue without them: data.missing=skip" if found else ""
     count = len(missing) + found
+    parent, slash, folder = root.rstrip("/").rpartition("/")
+    if folder in missing and not found:
+        holder = redacted(parent) + ("" if parent else slash or ".")
+        download = f"it is the folder of one source, so give the folder that holds it: data.root={holder}"
     return (
         f"data.root={redacted(root)} lacks {len(missing)} of {count} sources: {', '.join(missing)}: {download}{others}"
     )

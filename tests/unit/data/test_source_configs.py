@@ -93,6 +93,12 @@ def test_nothing_there_is_refused_even_if_missing_ones_are_skipped(tmp_path):
     assert "lacks 8 of 8 sources" in said and "data.missing" not in said
 
 
+def test_the_folder_of_one_source_as_root_is_refused_with_the_folder_that_holds_it(tmp_path):
+    make_web_sources(tmp_path, NAMES[:1])
+    said = refusal(DataError, source_configs, config(tmp_path / NAMES[0]))
+    assert said.endswith(f"data.root={tmp_path}")
+
+
 def test_other_images_replace_sources_that_nobody_has_placed(web):
     settings = config(web)
     settings.root, settings.train = None, str(web / "cc3m")
