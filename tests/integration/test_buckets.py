@@ -3,6 +3,7 @@
 import json
 
 import pytest
+import skimage.data
 from comparing import assert_refused, differences, loss_lines, read_metrics, unchanged
 from PIL import Image
 from ranks import settings
@@ -91,6 +92,34 @@ def test_reconstructions_of_a_given_size(trained_run, pictures, ibq_here, tmp_pa
     ibq_here("reconstruct", trained_run, "--images", pictures, "--out", tmp_path / "out", "--size", "24x40").succeeded()
     pair = Image.open(next((tmp_path / "out").glob("00000_*.png")))  # both at the same whole multiple, with a margin
     assert pair.width > 3 * pair.height * 0.8
+
+
+ASPECTS = [(1, 1), (4, 3), (3, 4), (3, 2), (2, 3), (16, 9), (9, 16)]  # width, height
+
+
+def cut_to(width: int, height: int, photograph: Image.Image) -> Image.Image:
+    """The largest part of this shape from the middle, with a longer side of 128."""
+    scale = min(photograph.width / width, photograph.height / height)
+    left, top = (photograph.width - scale * width) / 2, (photograph.height - scale * height) / 2
+    size = round(128 * width / max(width, height)), round(128 * height / max(width, height))
+    return photograph.resize(size, box=(left, top, left + scale * width, top + scale * height))
+
+
+@pytest.mark.full
+def test_the_loss_of_photographs_falls_in_every_bucket(ranks, tmp_path):
+    (tmp_path / "pictures").mkdir()
+    for name in ("coffee", "rocket", "moon", "astronaut", "chelsea"):
+        photograph = Image.fromarray(getattr(skimage.data, name)())
+        for number, (width, height) in enumerate(ASPECTS):
+            cut_to(width, height, photograph.convert("RGB")).save(tmp_path / f"pictures/{name}_{number}.png")
+    changes = {"data.pixels": "[32]", "data.train": tmp_path / "pictures", "data.val": tmp_path / "pictures"}
+    changes |= {"data.val_image_size": "null", "trainer.max_steps": 120, "trainer.log_every_steps": 1}
+    ranks.train(1, "quickstart", tmp_path / "run", changes).succeeded()
+    lines = loss_lines(tmp_path / "run")
+    for bucket in ("24x44", "28x36", "32x32", "36x28", "44x24"):
+        losses = [line[name] for line in lines if (name := f"loss/reconstruction/{bucket}") in line]
+        assert len(losses) >= 8, bucket
+        assert sum(losses[-4:]) < 0.75 * sum(losses[:4]), bucket
 
 
 REFUSED = {
