@@ -47,7 +47,7 @@ setup(
         "s3": ["s3fs>=2024.6"],
         "gs": ["gcsfs"],
         "hub": ["huggingface_hub>=0.24"],  # models by their name on the hub, data of hf://
-        "semantic": ["timm>=1.0.16"],  # the frozen encoders of loss.semantic
+        "semantic": ["timm>=1.0.16"],  # the frozen encoders of loss.semantic and discriminator.kind=dino
         "test": [
             *("pytest>=8", "pytest-xdist>=3.6", "ruff>=0.12", "setuptools>=77", "s3fs>=2024.6", "moto[server]>=5"),
             "huggingface_hub>=0.24",

@@ -26,6 +26,13 @@ ENCODERS = {
     "vit_so400m_patch14_siglip_224.v2_webli": None,
     "test_vit.r160_in1k": None,
 }
+# The same of discriminator.kind=dino.
+DISCRIMINATOR_ENCODERS = {
+    "vit_small_patch16_224.dino": (
+        "https://dl.fbaipublicfiles.com/dino/dino_deitsmall16_pretrain/dino_deitsmall16_pretrain.pth"
+    ),
+    "test_vit.r160_in1k": None,
+}
 COMPARISONS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
 
@@ -177,10 +184,18 @@ class ReconstructionLoss:
 
 @dataclass
 class PerceptualLoss:
-    """LPIPS with VGG16. vgg16_weights: path of the weights file; None: torch's cache."""
+    """weight x (LPIPS + convnext_factor x distance of ConvNeXt-S logits), or one of the two, by kind.
+
+    kind: ``lpips`` (with VGG16, as published), ``convnext`` or ``lpips+convnext``. The defaults of the two others are
+    those of 1d-tokenizer; see `model_zoo.eval_nets.convnext`. vgg16_weights, convnext_weights: paths of the weights
+    files; None: the usual folders.
+    """
 
     weight: float = field(default=1.0, metadata={"at_least": 0})
+    kind: str = field(default="lpips", metadata={"choices": ("lpips", "convnext", "lpips+convnext")})
+    convnext_factor: float = field(default=0.1, metadata={"above": 0})
     vgg16_weights: str | None = None
+    convnext_weights: str | None = None
 
 
 @dataclass

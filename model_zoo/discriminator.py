@@ -1,7 +1,8 @@
-"""The PatchGAN discriminator (arXiv 1611.07004) in VQGAN's form."""
+"""The PatchGAN discriminator (arXiv 1611.07004) in VQGAN's form, and heads on the tokens of a frozen transformer."""
 
 import torch
-from torch import nn
+from torch import Tensor, nn
+from torch.nn import functional as F
 
 from model_zoo.autoencoder import group_norm
 from model_zoo.errors import ModelError
@@ -66,3 +67,75 @@ class PatchDiscriminator(nn.Module):
                 f" {self.smallest_side} pixels: use larger images or fewer discriminator layers"
             )
         return self.main(images_bchw)
+
+
+class SpectralConv1d(nn.Conv1d):
+    """A convolution whose weight is divided by its largest singular value (arXiv 1802.05957), which power iteration
+    estimates.
+
+    torch's own parametrization iterates in every forward pass. Here `iterate` does it, once per update of the weight.
+    So a step depends neither on the number of forward passes nor on how the batch is split.
+    """
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self.register_buffer("u", F.normalize(torch.randn(self.out_channels), dim=0))  # the left singular vector
+        for _ in range(15):
+            self.iterate()
+
+    @torch.no_grad()
+    def iterate(self) -> None:
+        """One power iteration."""
+        matrix = self.weight.flatten(1)
+        self.u.copy_(F.normalize(matrix @ F.normalize(matrix.mT @ self.u, dim=0), dim=0))
+
+    def forward(self, x_bdn: Tensor) -> Tensor:
+        with torch.autocast(x_bdn.device.type, enabled=False):
+            matrix = self.weight.flatten(1)
+            v = F.normalize(matrix.detach().mT @ self.u, dim=0)
+            weight = self.weight / (self.u @ matrix @ v)
+        return self._conv_forward(x_bdn, weight, self.bias)
+
+
+def _spectral_block(dim: int, kernel: int) -> nn.Sequential:
+    convolution = SpectralConv1d(dim, dim, kernel, padding=kernel // 2, padding_mode="circular")
+    return nn.Sequential(convolution, group_norm(dim, eps=1e-5), nn.LeakyReLU(0.2))
+
+
+class TokenHead(nn.Module):
+    """Tokens ``(b, dim, n)``, in the order of reading -> a logit for each, ``(b, n)``."""
+
+    def __init__(self, dim: int):
+        super().__init__()
+        self.point, self.neighbours = _spectral_block(dim, 1), _spectral_block(dim, 9)
+        self.logit = SpectralConv1d(dim, 1, 1)
+
+    def forward(self, tokens_bdn: Tensor) -> Tensor:
+        x_bdn = self.point(tokens_bdn)
+        x_bdn = (x_bdn + self.neighbours(x_bdn)) / 2**0.5
+        return self.logit(x_bdn).squeeze(1)
+
+
+class TokenDiscriminator(nn.Module):
+    """One head for each of several blocks of a frozen transformer, as in StyleGAN-T (arXiv 2301.09515), without its
+    condition, and in vaex (DinoDisc), the trainer of VAR's tokenizer.
+
+    A head is a convolution over the tokens with a kernel of 1, one with a kernel of 9 and a residual, and one to a
+    logit. They are circular and have spectral norm; the first two are followed by a norm and LeakyReLU. Five heads of
+    384 dimensions have 7.4 M parameters. What differs: the norm is group norm (a choice in vaex), so that images are
+    independent, where StyleGAN-T has batch norm over 8 images. There is no augmentation (DiffAugment) and no crop.
+    """
+
+    def __init__(self, dim: int, heads: int):
+        super().__init__()
+        self.heads = nn.ModuleList(TokenHead(dim) for _ in range(heads))
+
+    def forward(self, tokens: list[Tensor]) -> Tensor:
+        """Tokens ``(b, dim, n)`` of each block -> logits ``(b, heads x n)``, high for real."""
+        return torch.cat([head(tokens_bdn) for head, tokens_bdn in zip(self.heads, tokens, strict=True)], dim=1)
+
+    def after_update(self) -> None:
+        """Call once after each update of the weights."""
+        for module in self.modules():
+            if isinstance(module, SpectralConv1d):
+                module.iterate()

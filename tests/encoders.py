@@ -35,27 +35,36 @@ def write_encoder(path: Path, seed: int = 0, name: str = ENCODER, change: Callab
 
 def features_by_hand(state: dict[str, Tensor], images_bchw: Tensor, grid: tuple[int, int]) -> Tensor:
     """Patch features ``(b, d, rows, columns)`` in float64 of images in [-1, 1]: every layer by its formula."""
-    state = {key: tensor.double() for key, tensor in state.items()}
     rows, columns = grid
     size = rows * PATCH, columns * PATCH
     resized = F.interpolate(images_bchw.double(), size, mode="bicubic", antialias=True).clamp(-1, 1)
+    x = tokens_by_hand(state, resized, grid)[-1]
+    return _norm(x, {key: tensor.double() for key, tensor in state.items()}, "norm")[:, 1:].mT.unflatten(2, grid)
+
+
+def tokens_by_hand(state: dict[str, Tensor], resized: Tensor, grid: tuple[int, int]) -> list[Tensor]:
+    """Tokens ``(b, 1 + rows x columns, d)`` in float64 before the first block and after each, of pictures that are as
+    large as the grid."""
+    state = {key: tensor.double() for key, tensor in state.items()}
     normed = ((resized + 1) / 2 - MEAN) / STD
     pieces_bnp = F.unfold(normed, PATCH, stride=PATCH).mT  # channels, then rows and columns of a patch
     x = pieces_bnp @ state["patch_embed.proj.weight"].flatten(1).T + state["patch_embed.proj.bias"]
     first, rest = state["pos_embed"][:, :1], state["pos_embed"][:, 1:]
     side = round(rest.shape[1] ** 0.5)
-    if (rows, columns) != (side, side):
+    if grid != (side, side):
         # timm interpolates in fp32.
         rest = rest.float().mT.unflatten(2, (side, side))
         rest = F.interpolate(rest, grid, mode="bicubic", antialias=True).flatten(2).mT.double()
     x = torch.cat([(state["cls_token"] + first).expand(len(x), -1, -1), x + rest], dim=1)
+    found = [x]
     for number in range(BLOCKS):
         block = {key.removeprefix(f"blocks.{number}."): value for key, value in state.items()}
         x = x + _attention(_norm(x, block, "norm1"), block)
         hidden = _norm(x, block, "norm2") @ block["mlp.fc1.weight"].T + block["mlp.fc1.bias"]
         hidden = hidden * (1 + torch.erf(hidden / 2**0.5)) / 2
         x = x + hidden @ block["mlp.fc2.weight"].T + block["mlp.fc2.bias"]
-    return _norm(x, state, "norm")[:, 1:].mT.unflatten(2, grid)
+        found.append(x)
+    return found
 
 
 def _norm(x: Tensor, state: dict[str, Tensor], name: str) -> Tensor:

@@ -5,7 +5,7 @@
 
 import hashlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
@@ -16,6 +16,7 @@ import torchvision
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch_fidelity import feature_extractor_inceptionv3
+from torchvision.models.convnext import CNBlockConfig, ConvNeXt
 
 from model_zoo.eval_nets.inception import FEATURES, InceptionFeatures
 from model_zoo.eval_nets.weights import WEIGHTS_FILES, checked_weights, weights_path
@@ -71,6 +72,26 @@ def write_trunk(folder: Path, model: str, seed: int = 0) -> Path:
     state = _filled({f"features.{name}": tensor for name, tensor in trunk.state_dict().items()}, seed)
     path = folder / WEIGHTS_FILES[model].file
     torch.save({**state, "classifier.0.weight": torch.zeros(1)}, path)
+    return path
+
+
+def small_convnext(**kwargs) -> nn.Module:
+    """Takes the place of torchvision's ConvNeXt-S: the same layers, but fewer and narrower."""
+    blocks = [CNBlockConfig(8, 12, 2), CNBlockConfig(12, 16, 1), CNBlockConfig(16, None, 1)]
+    return ConvNeXt(blocks, num_classes=10, **kwargs)
+
+
+def write_convnext(folder: Path, build: Callable[[], nn.Module] = small_convnext, seed: int = 0) -> Path:
+    """Writes a file in torchvision's format, with weights that all matter."""
+    with torch.device("meta"):
+        state = build().state_dict()
+    generator = torch.Generator().manual_seed(seed)
+    for name, tensor in state.items():
+        scale = 1 / max(1, tensor[0].numel()) ** 0.5 if tensor.ndim > 1 else 0.3
+        offset = 1.0 if tensor.ndim == 1 and name.endswith("weight") else 0.0  # of a layer norm
+        state[name] = offset + scale * torch.randn(tensor.shape, generator=generator)
+    path = folder / WEIGHTS_FILES["convnext_small"].file
+    torch.save(state, path)
     return path
 
 

@@ -289,9 +289,10 @@ def check_generator_kernels() -> Iterator[Finding]:
 
 
 def check_encoders() -> Iterator[Finding]:
-    """The package that builds the frozen encoders of tokenizer recipes with a semantic term."""
+    """The package that builds the frozen encoders of tokenizer recipes."""
     if importlib.util.find_spec("timm") is None:
-        yield Finding("timm", OPTIONAL, "not installed", "for loss.semantic: pip install 'ibq[semantic]'")
+        fix = "for loss.semantic and discriminator.kind=dino: pip install 'ibq[semantic]'"
+        yield Finding("timm", OPTIONAL, "not installed", fix)
     else:
         yield Finding("timm", OK, _version("timm") or "installed")
 
@@ -300,8 +301,9 @@ def check_encoders() -> Iterator[Finding]:
 
 
 def check_weights_files() -> Iterator[Finding]:
-    """The weights of the evaluation networks, where `model_zoo.eval_nets.weights` looks for them."""
-    from model_zoo.eval_nets.weights import WEIGHTS_FILES, WEIGHTS_FOLDER, file_sha256, weights_path
+    """The weights of frozen networks, where `model_zoo.eval_nets.weights` looks for them."""
+    from model_zoo.eval_nets.patch_encoder import encoder_file
+    from model_zoo.eval_nets.weights import WEIGHTS_FILES, WEIGHTS_FOLDER, file_sha256, location, weights_path
 
     for key, wanted in WEIGHTS_FILES.items():
         name, path = f"{key} weights", weights_path(key)
@@ -313,6 +315,14 @@ def check_weights_files() -> Iterator[Finding]:
             yield Finding(name, PROBLEM, f"{path} is damaged or the wrong file", fix)
         else:
             yield Finding(name, OK, f"{path}, for {wanted.purpose}")
+    wanted = encoder_file("vit_small_patch16_224.dino", "discriminator")
+    path = location(wanted)
+    if path.is_file():
+        found = f"{path}, for {wanted.purpose}; its published hash is not known here, its sha256 is {file_sha256(path)}"
+        yield Finding("dino weights", OK, found)
+    else:
+        fix = f"for {wanted.purpose}: put {wanted.url} there, or set {WEIGHTS_FOLDER} to its folder"
+        yield Finding("dino weights", OPTIONAL, f"no {path}", fix)
 
 
 def check_caches() -> Iterator[Finding]:

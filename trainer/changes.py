@@ -13,6 +13,7 @@ from trainer.recipes import leaves
 
 # Sections and keys that say what the weights are. (The training stream refuses another seed and other data.)
 FIXED = ("task", "model", "discriminator", "init_from.freeze", "data.content", "tokenizer.fingerprint")
+NOT_FIXED = ("discriminator.weights",)  # a file may be moved; its hash is fixed
 # Of a run that has the semantic term: the head belongs to this encoder.
 FIXED_HEAD = tuple(f"loss.semantic.{key}" for key in ("encoder", "sha256", "width", "depth"))
 NOT_COMPARED = ("run",)  # a run may be moved
@@ -62,7 +63,7 @@ def changes_since(before: dict, config: RunConfig, step: int) -> list[Change]:
 
 
 def _is_fixed(key: str, fixed: tuple[str, ...]) -> bool:
-    return any(key == name or key.startswith(f"{name}.") for name in fixed)
+    return key not in NOT_FIXED and any(key == name or key.startswith(f"{name}.") for name in fixed)
 
 
 def read_changes(state: dict) -> list[Change]:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from data.config import DataConfig
-from model_zoo.config import LossConfig, Sampling, TokenizerConfig, TransformerConfig
+from model_zoo.config import DISCRIMINATOR_ENCODERS, LossConfig, Sampling, TokenizerConfig, TransformerConfig
 
 # OmegaConf's mark of a key without a default, spelled out so that OmegaConf is not imported here.
 MISSING: Any = "???"
@@ -121,11 +121,23 @@ class EmaConfig:
 
 @dataclass
 class DiscriminatorConfig:
-    """PatchGAN. norm: ``batch``, as published, or ``group``, which does not depend on how the batch is split."""
+    """kind: ``patchgan``, as published, or ``dino``: heads on the tokens of a frozen encoder.
 
+    For ``patchgan``: channels, layers, and norm: ``batch``, as published, or ``group``, which does not depend on how
+    the batch is split.
+    For ``dino``: encoder, of DISCRIMINATOR_ENCODERS. weights: path of its file; None: the usual folders. sha256: of
+    this file; None: every file that fits is accepted, and the run keeps its hash. size: side in pixels to which
+    pictures are resized, at equal area where they are not square; None: the encoder's own.
+    """
+
+    kind: str = field(default="patchgan", metadata={"choices": ("patchgan", "dino")})
     channels: int = field(default=64, metadata={"at_least": 1})
     layers: int = field(default=3, metadata={"at_least": 1})
     norm: str = field(default="batch", metadata={"choices": ("batch", "group")})
+    encoder: str = field(default="vit_small_patch16_224.dino", metadata={"choices": tuple(DISCRIMINATOR_ENCODERS)})
+    weights: str | None = None
+    sha256: str | None = None
+    size: int | None = field(default=None, metadata={"at_least": 1})
 
 
 @dataclass

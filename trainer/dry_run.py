@@ -26,20 +26,21 @@ from data.buckets import bucket_sizes, with_batches
 from data.errors import DataError
 from data.text import printable
 from model_zoo import ModelError
-from model_zoo.config import LossConfig
+from model_zoo.eval_nets.convnext import convnext_on_meta
 from model_zoo.eval_nets.lpips import lpips_on_meta
-from model_zoo.eval_nets.patch_encoder import PatchEncoder
+from model_zoo.eval_nets.patch_encoder import BlockEncoder, PatchEncoder
 from model_zoo.ops.codebook_parallel import CodebookShard
 from model_zoo.quantizers import base as quantizer_base
 from trainer import TrainerError
-from trainer.config import GeneratorRun, RunConfig
+from trainer.config import GeneratorRun, RunConfig, TokenizerRun
 from trainer.engines.base import Engine
 from trainer.parallel import World
 from trainer.recipes import load_recipe
 from trainer.start_plan import plan_batch
+from trainer.tasks import adversarial as adversarial_task
 from trainer.tasks import make_task
+from trainer.tasks import perceptual as perceptual_task
 from trainer.tasks import semantic as semantic_task
-from trainer.tasks import tokenizer as tokenizer_task
 from trainer.tasks.base import Task
 
 # Set by launchers for real processes; DeepSpeed would use them.
@@ -158,7 +159,7 @@ def _patch(config: RunConfig) -> None:
             )
         config.tokenizer.source = None  # used only for pictures, and may not exist yet
     else:
-        _patch_frozen_networks(config.loss)
+        _patch_frozen_networks(config)
     if config.engine.kind == "fsdp2":
         from trainer.engines import fsdp2
 
@@ -171,14 +172,21 @@ def _patch(config: RunConfig) -> None:
         disable_shared_memory_collectives()
 
 
-def _patch_frozen_networks(loss: LossConfig) -> None:
-    """Replaces networks that read files by ones without values."""
-    if loss.perceptual.weight > 0:
-        frozen = lpips_on_meta()
-        tokenizer_task.Perceptual = lambda vgg16_weights: frozen
-    if loss.semantic.weight > 0:
-        encoder = PatchEncoder.on_meta(loss.semantic.encoder, loss.semantic.size)
+def _patch_frozen_networks(config: TokenizerRun) -> None:
+    """Replaces networks that read files by ones without values. Only those that the recipe uses are built."""
+    perceptual, semantic, discriminator = config.loss.perceptual, config.loss.semantic, config.discriminator
+    if perceptual.weight > 0 and "lpips" in perceptual.kind:
+        lpips = lpips_on_meta()
+        perceptual_task.Perceptual = lambda vgg16_weights: lpips
+    if perceptual.weight > 0 and "convnext" in perceptual.kind:
+        convnext = convnext_on_meta()
+        perceptual_task.ConvNextDistance = lambda convnext_weights: convnext
+    if semantic.weight > 0:
+        encoder = PatchEncoder.on_meta(semantic.encoder, semantic.size)
         semantic_task.PatchEncoder = lambda name, weights, sha256, size: encoder
+    if config.loss.generator.weight > 0 and discriminator.kind == "dino":
+        blocks = BlockEncoder.on_meta(discriminator.encoder, discriminator.size)
+        adversarial_task.BlockEncoder = lambda name, weights, sha256, size: blocks
 
 
 def _with_values(function: Callable) -> Callable:

@@ -17,9 +17,9 @@ from omegaconf.errors import OmegaConfBaseException
 
 from data.config import MOST_CODES
 from data.unfinished import complete_file
-from model_zoo.config import WITH_CODEBOOK, TokenizerConfig, broken_rule
+from model_zoo.config import WITH_CODEBOOK, PerceptualLoss, TokenizerConfig, broken_rule
 from trainer import TrainerError
-from trainer.config import GeneratorRun, RunConfig, TokenizerRun
+from trainer.config import DiscriminatorConfig, GeneratorRun, RunConfig, TokenizerRun
 
 TASKS = {"tokenizer": TokenizerRun, "generator": GeneratorRun}
 EVALUATION = "evaluation"  # the folder of recipes for evaluations
@@ -269,12 +269,32 @@ def _check_tokenizer(config: TokenizerRun) -> None:
             f"loss.semantic.weight={config.loss.semantic.weight} needs codes that are trained, and "
             "init_from.freeze=encoder freezes them: set loss.semantic.weight=0, or do not freeze the encoder"
         )
+    _check_networks_of_losses(config)
     first = config.loss.generator.start_step
     if first is not None and first < config.loss.discriminator.start_step:
         raise TrainerError(
             f"loss.generator.start_step={first} is before loss.discriminator.start_step="
             f"{config.loss.discriminator.start_step}: the adversarial loss would use an untrained discriminator"
         )
+
+
+def _check_networks_of_losses(config: TokenizerRun) -> None:
+    """Raises TrainerError for settings of a network that the recipe does not use."""
+    if config.discriminator.kind != "dino":
+        for key in ("encoder", "weights", "sha256", "size"):
+            if getattr(config.discriminator, key) != getattr(DiscriminatorConfig(), key):
+                raise TrainerError(
+                    f"discriminator.{key} is for discriminator.kind=dino, not {config.discriminator.kind}: give that "
+                    "too, or leave it out"
+                )
+    perceptual = config.loss.perceptual
+    files = {"vgg16_weights": "lpips", "convnext_weights": "convnext", "convnext_factor": "convnext"}
+    for key, network in files.items():
+        if getattr(perceptual, key) != getattr(PerceptualLoss(), key) and network not in perceptual.kind:
+            raise TrainerError(
+                f"loss.perceptual.{key} is for loss.perceptual.kind={network} or lpips+convnext, not "
+                f"{perceptual.kind}: give one of these, or leave it out"
+            )
 
 
 def _explain(error: Exception, schema: DictConfig) -> str:

@@ -88,16 +88,16 @@ def plan_batch(config: RunConfig, world: World) -> BatchPlan:
 
 def check_inputs(config: RunConfig, source: Source) -> Inputs:
     """Finds a folder that is taken, a mistyped path and damaged tars before anything slow starts. Sets
-    ``loss.semantic.sha256``, so that the run keeps it. Raises TrainerError, ModelError or DataError."""
+    ``loss.semantic.sha256`` and ``discriminator.sha256``, so that the run keeps them. Raises TrainerError, ModelError
+    or DataError."""
     if source.checkpoint is None:
         _check_is_no_run(Path(config.run))
     if config.data.train is None and not config.data.sources:
         raise TrainerError(
             "data.train must be given: a folder of tars, a tar, or a pattern such as data.train='tars/{00..99}.tar'"
         )
-    if isinstance(config, TokenizerRun) and config.loss.semantic.weight > 0:
-        semantic = config.loss.semantic
-        semantic.sha256 = checked_encoder(semantic.encoder, semantic.weights, semantic.sha256)[1]
+    if isinstance(config, TokenizerRun):
+        _check_encoders(config)
     tokens = None
     if isinstance(config, GeneratorRun) and config.data.content == "tokens":
         config.tokenizer.fingerprint = config.tokenizer.fingerprint or data.token_header(config.data).tokenizer
@@ -107,6 +107,16 @@ def check_inputs(config: RunConfig, source: Source) -> Inputs:
         validation = data.check(config.data, train=source.checkpoint is None, progress=progress, tokens=tokens)
     _class_numbers(config, resumes=source.checkpoint is not None)
     return Inputs(tokens, validation)
+
+
+def _check_encoders(config: TokenizerRun) -> None:
+    """Checks the files of the frozen encoders that the run uses, and sets their hashes. Raises ModelError."""
+    semantic, discriminator = config.loss.semantic, config.discriminator
+    if semantic.weight > 0:
+        semantic.sha256 = checked_encoder(semantic.encoder, semantic.weights, semantic.sha256)[1]
+    if discriminator.kind == "dino" and config.loss.generator.weight > 0:
+        file = discriminator.encoder, discriminator.weights, discriminator.sha256
+        discriminator.sha256 = checked_encoder(*file, section="discriminator")[1]
 
 
 def plan_start(config: RunConfig, source: Source, world: World, validation: str | None = None) -> StartPlan:

@@ -29,6 +29,7 @@ SHOWN = {
     "mfu": "MFU {:.0%}",
     "loss/reconstruction": "L1 {:.3f}",
     "loss/perceptual": "LPIPS {:.3f}",
+    "loss/convnext": "ConvNeXt {:.3f}",
     "loss/semantic": "semantic {:.3f}",
     "loss/generator": "G {:.2f}",
     "loss/discriminator": "D {:.2f}",

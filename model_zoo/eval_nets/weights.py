@@ -42,6 +42,13 @@ WEIGHTS_FILES = {
         "https://download.pytorch.org/models/alexnet-owt-7be5be79.pth",
         "LPIPS (AlexNet), as a metric",
     ),
+    # The hash agrees with the digits in the name and with what several public repositories record of this file.
+    "convnext_small": WeightsFile(
+        "convnext_small-0c510722.pth",
+        "0c510722adfd92966a2bd72b92f785ca05966bbac03cafe2f7a90b1f54bfab9a",
+        "https://download.pytorch.org/models/convnext_small-0c510722.pth",
+        "loss.perceptual.kind=convnext and lpips+convnext",
+    ),
     "inception": WeightsFile(
         "weights-inception-2015-12-05-6726825d.pth",
         "6726825d0af5f729cebd5821db510b11b1cfad8faad88a03f1befd49fb9129b2",

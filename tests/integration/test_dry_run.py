@@ -16,7 +16,7 @@ from trainer.start_plan import plan_batch
 from trainer.tasks.tokenizer import TokenizerTask
 
 RANKS = 64
-LPIPS_WEIGHTS = 14_714_688 + 1472  # VGG16's convolutions, LPIPS's heads
+LPIPS_WEIGHTS = 14_714_688 + 1472 + 6  # VGG16's convolutions, LPIPS's heads, mean and deviation of the pixels
 
 # Fewer layers than the recipes have: the theory is the same, and the time to build them is not.
 SHALLOW = {

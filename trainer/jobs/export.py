@@ -211,7 +211,7 @@ def _export_published(models: list[SourceModel], notes: list[str], out: Path) ->
         if first_stage:
             raw = raw._replace(discriminator=None)
         elif raw.discriminator and not is_publishable(raw.discriminator):
-            notes.append("without its discriminator: the published layout does not support group norm")
+            notes.append("without its discriminator: the published layout only has PatchGAN with batch norm")
         of_model = published_state(model.kind, raw, found[0] if len(found) > 1 else None)
         state |= {(FIRST_STAGE if first_stage else "") + name: tensor for name, tensor in of_model.items()}
         configs[model.kind] = raw.config

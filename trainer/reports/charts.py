@@ -25,7 +25,7 @@ class Chart:
 
 
 # What `trainer.log_gradient_balance` logs: weighted loss terms that depend on the image, and the others.
-IMAGE_TERMS = {"reconstruction": "L1", "perceptual": "LPIPS", "generator": "adversarial"}
+IMAGE_TERMS = {"reconstruction": "L1", "perceptual": "LPIPS", "convnext": "ConvNeXt", "generator": "adversarial"}
 OTHER_TERMS = {"quantizer": "VQ losses", "entropy": "entropy penalty", "semantic": "semantic"}
 
 
@@ -46,7 +46,7 @@ CHARTS = [
     Chart(
         "Reconstruction",
         "Distance from the originals. Lower is better.",
-        {"loss/reconstruction": "L1", "loss/perceptual": "LPIPS"},
+        {"loss/reconstruction": "L1", "loss/perceptual": "LPIPS", "loss/convnext": "ConvNeXt"},
         log=True,
     ),
     Chart("Validation", "PSNR in dB. Higher is better.", {"val/psnr": "PSNR"}),

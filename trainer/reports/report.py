@@ -149,7 +149,10 @@ def _facts(run: Path, config: DictConfig, curves: dict[str, Curve], evaluation: 
         "precision": pick("trainer.precision"),
         "engine": f"deepspeed, {pick('engine.config')}" if engine == "deepspeed" else engine,
         "learning rate": pick("optimizer.lr"),
-        "perceptual loss": "off (loss.perceptual.weight=0)" if pick("loss.perceptual.weight") == 0 else None,
+        "perceptual loss": (
+            "off (loss.perceptual.weight=0)" if pick("loss.perceptual.weight") == 0 else pick("loss.perceptual.kind")
+        ),
+        "discriminator": pick("discriminator.kind") if pick("loss.generator.weight") else None,
         "seed": pick("seed"),
         "changes": "; ".join(map(str, _changes(run))) or None,
         "evaluated": _evaluated(evaluation),

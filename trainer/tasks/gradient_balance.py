@@ -15,7 +15,7 @@ SHORT_STEPS = 100  # a run of fewer steps only tests that everything works
 PLACES = ("features", "codes", "encoder")
 # Terms that depend on the image that comes out. The others only depend on features and codes, except for the semantic
 # term, which also depends on what an encoder sees in the image that goes in.
-IMAGE_TERMS = ("reconstruction", "perceptual", "generator")
+IMAGE_TERMS = ("reconstruction", "perceptual", "convnext", "generator")
 
 
 def unmeasurable(config: TokenizerRun, engine: Engine) -> str | None:

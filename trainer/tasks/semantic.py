@@ -43,7 +43,4 @@ class SemanticTerm:
         """Bytes of the encoder, by its name and its number of parameters."""
         if self.engine is None:
             return {}
-        weights = list(self.encoder.vit.buffers())
-        millions = sum(tensor.numel() for tensor in weights) / 1e6
-        title = f"{self.encoder.name.partition('.')[0]}, {millions:.1f} M parameters, frozen"
-        return {title: sum(tensor.nbytes for tensor in weights)}
+        return {self.encoder.title: self.encoder.nbytes}

@@ -6,13 +6,12 @@ import math
 from collections.abc import Callable, Iterable
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
 import data
 from model_zoo import ModelError, Tokenizer
 from model_zoo.autoencoder import checkpoint_activations
-from model_zoo.eval_nets.lpips import SMALLEST_SIDE, Perceptual
 from model_zoo.losses import entropy_penalty, quantizer_loss
 from model_zoo.ops.index_backprop import fastest_impl
 from model_zoo.quantizers.base import CodebookQuantizer, Quantized
@@ -30,6 +29,7 @@ from trainer.tasks.base import PICTURES, Step, StepMetrics, Task, Validation, ro
 from trainer.tasks.building import build_engines
 from trainer.tasks.gradient_balance import GradientBalance, unmeasurable
 from trainer.tasks.initialization import load_initial_weights, place_codes_among_features, read_codes
+from trainer.tasks.perceptual import PerceptualTerms
 from trainer.tasks.semantic import SemanticTerm
 
 
@@ -51,7 +51,7 @@ class TokenizerTask(Task):
         self.parameters = sum(p.numel() for p in self.tokenizer.parameters()) + whole_rows
         if self.tokenizer.quantize.impl is not None:
             self.tokenizer.quantize.impl = config.trainer.quantizer_impl
-        self.perceptual = self._build_perceptual()
+        self.perceptual = PerceptualTerms(config.loss.perceptual, world, self.autocast)
         if config.trainer.activation_checkpointing:
             checkpoint_activations(self.tokenizer)
         self.codes_frozen = config.init_from.freeze == "encoder"
@@ -102,16 +102,6 @@ class TokenizerTask(Task):
         factor = self.tokenizer.downsampling_factor
         return (size.height // factor) * (size.width // factor)
 
-    def _build_perceptual(self) -> nn.Module | None:
-        """LPIPS, if its weight is not 0."""
-        loss = self.config.loss.perceptual
-        if loss.weight == 0:
-            return None
-        try:
-            return Perceptual(loss.vgg16_weights).to(self.world.device)
-        except ModelError as error:
-            raise ModelError(f"{error}; loss.perceptual.weight=0 trains without LPIPS") from error
-
     def check(self) -> None:
         """Raises TrainerError for image sizes that do not fit the networks, and for an implementation of the quantizer
         that is not available."""
@@ -153,10 +143,8 @@ class TokenizerTask(Task):
                 f"nearly every code would restart in each step: give {mean / 4:.4g} or less"
             )
         least = {
-            "the discriminator (fewer discriminator.layers need less)": (
-                self.adversary.engine.module.smallest_side if self.adversary.engine else 0
-            ),
-            "LPIPS (loss.perceptual.weight=0 trains without it)": SMALLEST_SIDE["vgg"] if self.perceptual else 0,
+            f"the discriminator ({self.adversary.how_to_need_less})": self.adversary.smallest_side,
+            "LPIPS (loss.perceptual.weight=0 trains without it)": self.perceptual.smallest_side,
         }
         for network, side in least.items():
             for name, size in named.items():
@@ -227,7 +215,7 @@ class TokenizerTask(Task):
             engines, lr = [self.adversary.engine], self.learning_rate_factor(step) * self.adversary.lr
             updated = self.update("discriminator", engines, "loss/discriminator", lr, step, metrics)
             if updated:
-                self.adversary.lecam.update(*mean_over_ranks(logits_mean))
+                self.adversary.after_update(mean_over_ranks(logits_mean))
         return (output if single else None), average_k, updated
 
     def _train_tokenizer(self, micro_batches: list[Tensor], output, average_k, step: int, metrics: StepMetrics) -> bool:
@@ -255,11 +243,7 @@ class TokenizerTask(Task):
         if len(self.sizes) > 1:
             metrics.add(f"loss/reconstruction/{data.Size(*images_bchw.shape[2:])}", reconstruction)
         terms = {"reconstruction": config.reconstruction.weight * reconstruction}
-        if self.perceptual:
-            with self.autocast():
-                perceptual = self.perceptual(reconstruction_bchw, images_bchw).float().mean()
-            metrics.add("loss/perceptual", perceptual)
-            terms["perceptual"] = config.perceptual.weight * perceptual
+        terms |= self.perceptual.weighted(reconstruction_bchw, images_bchw, metrics)
         likelihood = sum(terms.values())
 
         for name in ("double_quantization", "commitment", "codebook", "sample_entropy"):
@@ -380,7 +364,8 @@ class TokenizerTask(Task):
         rule = model.quantizer + (f" {self.impl()}" if learns else "")
         spread = f", codebook over {self.config.codebook_parallel}" if self.config.codebook_parallel > 1 else ""
         frozen = [f"{init_from.freeze} frozen"] if init_from.freeze else []
-        return [f"{model.codebook_size} codes of {model.code_dim} ({rule}{spread})", *frozen, *self.semantic.describe()]
+        codes = f"{model.codebook_size} codes of {model.code_dim} ({rule}{spread})"
+        return [codes, *frozen, *self.semantic.describe(), *self.adversary.describe()]
 
     def load_initial_weights(self) -> InitRecord | None:
         if self.config.init_from.source is None:
@@ -405,8 +390,7 @@ class TokenizerTask(Task):
         return batch.values.to(self.world.device, non_blocking=True)
 
     def frozen_bytes(self) -> dict[str, int]:
-        sizes = {"LPIPS, frozen": sum(p.nbytes for p in self.perceptual.parameters())} if self.perceptual else {}
-        sizes |= self.semantic.frozen_bytes()
+        sizes = self.perceptual.frozen_bytes() | self.semantic.frozen_bytes() | self.adversary.frozen_bytes()
         for name, network in self.state.frozen.items():
             # The table of some quantizers is never trained by the optimizer, also where the decoder is frozen.
             title = f"{self.config.init_from.freeze}, frozen"
@@ -418,7 +402,7 @@ class TokenizerTask(Task):
         return sizes
 
     def _buffers(self) -> dict[str, Tensor]:
-        """LeCAM's means, the codebook's counts, the quantizer's and BatchNorm's statistics."""
+        """LeCAM's means, the codebook's counts, the quantizer's statistics and the discriminator's buffers."""
         buffers = {f"lecam/{name}": value for name, value in self.adversary.lecam.named_buffers()}
         buffers |= {f"codebook_health/{name}": value for name, value in self.health.state_dict().items()}
         buffers |= {f"quantizer/{name}": value for name, value in self.tokenizer.quantize.statistics().items()}

@@ -112,7 +112,9 @@ def test_cuda_devices(monkeypatch, native, status):
 def test_weights_files(tmp_path, monkeypatch):
     monkeypatch.setenv("IBQ_WEIGHTS", str(tmp_path))
     missing = {finding.name: finding for finding in doctor.check_weights_files()}
-    assert list(missing) == ["vgg16 weights", "alexnet weights", "inception weights"]
+    dino = missing.pop("dino weights")
+    assert dino.status == OPTIONAL and "discriminator.kind=dino" in dino.fix and "dino_deitsmall16" in dino.fix
+    assert list(missing) == ["vgg16 weights", "alexnet weights", "convnext_small weights", "inception weights"]
     for key, finding in zip(WEIGHTS_FILES, missing.values(), strict=True):
         assert finding.status == OPTIONAL
         assert str(tmp_path / WEIGHTS_FILES[key].file) in finding.found
@@ -123,7 +125,10 @@ def test_weights_files(tmp_path, monkeypatch):
         (tmp_path / WEIGHTS_FILES[key].file).write_bytes(b"half a download")
     digest = hashlib.sha256(b"half a download").hexdigest()
     monkeypatch.setitem(WEIGHTS_FILES, "inception", WEIGHTS_FILES["inception"]._replace(sha256=digest))
-    assert [finding.status for finding in doctor.check_weights_files()] == [PROBLEM, OPTIONAL, OK]
+    (tmp_path / "dino_deitsmall16_pretrain.pth").write_bytes(b"half a download")
+    *others, dino = doctor.check_weights_files()
+    assert [finding.status for finding in others] == [PROBLEM, OPTIONAL, OPTIONAL, OK]
+    assert dino.status == OK and digest in dino.found and "not known" in dino.found
 
 
 def test_a_lock_left_by_a_killed_build_is_a_problem(tmp_path):

@@ -216,6 +216,7 @@ def test_bad_choices_list_the_good_ones(recipe, task, key, choices):
     needed += [
         f"model.quantizer={KEYS_OF_QUANTIZERS[name][0]}" for name in KEYS_OF_QUANTIZERS if key == f"model.{name}"
     ]
+    needed += ["discriminator.kind=dino"] if key == "discriminator.encoder" else []
     for word in words:
         load_recipe(path, [f"{key}={word}", *needed])
 

@@ -26,7 +26,7 @@ from model_zoo.ops.types import average_entropy
 from trainer import TrainerError
 from trainer.config import ScheduleConfig
 from trainer.parallel import World
-from trainer.tasks import tokenizer as task_module
+from trainer.tasks import perceptual as perceptual_module
 from trainer.tasks.adversarial import frozen
 from trainer.tasks.tokenizer import TokenizerTask
 
@@ -215,9 +215,9 @@ def test_without_an_adversarial_term_there_is_no_discriminator(build, tmp_path):
 
 
 def test_perceptual_weight_zero_builds_no_vgg(build, monkeypatch):
-    monkeypatch.setattr(task_module, "Perceptual", Mock(side_effect=AssertionError("VGG was built")))
+    monkeypatch.setattr(perceptual_module, "Perceptual", Mock(side_effect=AssertionError("VGG was built")))
     task = build()
-    assert task.perceptual is None
+    assert task.perceptual.lpips is None
     assert "loss/perceptual" not in task.step([images()], 0).scalars
     with pytest.raises(AssertionError, match="VGG was built"):
         build(loss__perceptual__weight=0.5)
@@ -237,7 +237,7 @@ def test_perceptual_term_is_logged_and_weighed(build, monkeypatch):
         def forward(self, x_bchw, y_bchw):
             return (x_bchw - y_bchw).square().mean(dim=(1, 2, 3))
 
-    monkeypatch.setattr(task_module, "Perceptual", Squares)
+    monkeypatch.setattr(perceptual_module, "Perceptual", Squares)
     task = build(loss__perceptual__weight=2.0, loss__perceptual__vgg16_weights="here.pth")
     with torch.no_grad():
         reconstruction_bchw = task.tokenizer(as_float(images())).reconstruction_bchw

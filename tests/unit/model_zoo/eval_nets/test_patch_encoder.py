@@ -5,12 +5,19 @@ import sys
 
 import pytest
 import torch
-from encoders import ENCODER, features_by_hand, random_encoder, write_encoder
+from encoders import ENCODER, features_by_hand, random_encoder, tokens_by_hand, write_encoder
 from model_checks import refused
 from safetensors.torch import save_file
+from torch.nn import functional as F
 
-from model_zoo.config import ENCODERS
-from model_zoo.eval_nets.patch_encoder import PatchEncoder, checked_encoder, encoder_file, patch_encoder_on_meta
+from model_zoo.config import DISCRIMINATOR_ENCODERS, ENCODERS
+from model_zoo.eval_nets.patch_encoder import (
+    BlockEncoder,
+    PatchEncoder,
+    checked_encoder,
+    encoder_file,
+    patch_encoder_on_meta,
+)
 
 OTHER = "vit_tiny_patch16_224.augreg_in21k"
 
@@ -151,3 +158,42 @@ def test_without_timm_the_extra_is_named(file, monkeypatch):
     monkeypatch.setitem(sys.modules, "timm", None)
     assert "pip install 'ibq[semantic]'" in refused(PatchEncoder, ENCODER, str(file))
     assert "loss.semantic.weight=0" in refused(patch_encoder_on_meta, ENCODER)
+
+
+@pytest.mark.parametrize(("shape", "size", "grid"), [((160, 160), None, (10, 10)), ((40, 90), 64, (3, 6))])
+def test_tokens_of_blocks_and_their_gradient_equal_float64_by_hand(file, shape, size, grid):
+    """Before the first of 6 blocks, and after the 2nd, 3rd, 5th and 6th."""
+    encoder = BlockEncoder(ENCODER, str(file), None, size).double()
+    images_bchw = (1.2 * noise(*shape)).requires_grad_()  # not clamped
+    resized = F.interpolate(images_bchw, tuple(16 * side for side in grid), mode="bilinear", antialias=True)
+    of_blocks = tokens_by_hand(random_encoder(), resized, grid)
+    expected = [(of_blocks[block][:, 1:] + of_blocks[block][:, :1]).mT for block in (0, 2, 3, 5, 6)]
+    found = encoder(images_bchw)
+    assert len(found) == encoder.outputs
+    for tokens_bdn, wanted in zip(found, expected, strict=True):
+        assert tokens_bdn.shape == (2, encoder.dim, grid[0] * grid[1])
+        torch.testing.assert_close(tokens_bdn, wanted, rtol=1e-9, atol=1e-9)
+    gradients = [torch.autograd.grad(sum(t.square().mean() for t in of), images_bchw)[0] for of in (found, expected)]
+    torch.testing.assert_close(*gradients, rtol=1e-8, atol=1e-10)
+    assert gradients[0].abs().min() > 0
+    assert not list(encoder.parameters()) and not encoder.state_dict()
+
+
+@pytest.mark.parametrize("name", DISCRIMINATOR_ENCODERS)
+def test_timm_builds_every_encoder_of_the_discriminator(name):
+    encoder = BlockEncoder.on_meta(name)
+    assert len(encoder.last_blocks) == 4 and max(encoder.last_blocks) == len(encoder.vit.blocks)
+    if name.endswith(".dino"):
+        assert encoder.last_blocks == {3, 6, 9, 12} and (encoder.dim, encoder.side) == (384, 14)
+
+
+def test_messages_name_the_section_of_the_discriminator(file, tmp_path, monkeypatch):
+    missing = refused(BlockEncoder, ENCODER, str(tmp_path / "none"))
+    assert "discriminator.weights=FILE" in missing and "discriminator.kind=dino" in missing
+    assert "discriminator.size=100 must be a multiple" in refused(BlockEncoder, ENCODER, str(file), None, 100)
+    assert "discriminator.size=32 must be at least 48" in refused(BlockEncoder, ENCODER, str(file), None, 32)
+    assert "discriminator.sha256=" in refused(BlockEncoder, ENCODER, str(file), "0" * 64)
+    other = refused(BlockEncoder, "vit_small_patch16_224.dino", str(file))
+    assert f"holds the weights of {ENCODER}" in other and f"discriminator.encoder={ENCODER}" in other
+    monkeypatch.setitem(sys.modules, "timm", None)
+    assert "discriminator.kind=patchgan" in refused(BlockEncoder, ENCODER, str(file))

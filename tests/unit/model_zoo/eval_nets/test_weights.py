@@ -72,7 +72,7 @@ def test_a_file_is_hashed_once_until_it_changes(places, monkeypatch):
     assert hashed == [path, path]
 
 
-@pytest.mark.parametrize("key", ["vgg16", "alexnet", "inception"])
+@pytest.mark.parametrize("key", ["vgg16", "alexnet", "convnext_small", "inception"])
 def test_the_published_names_hold_the_first_digits_of_the_hash(key, monkeypatch):
     monkeypatch.undo()
     wanted = WEIGHTS_FILES[key]
