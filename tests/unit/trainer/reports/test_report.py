@@ -148,7 +148,7 @@ def test_logged_gradients_are_drawn_by_place(world, run):
         "entropy": "entropy penalty",
     }
     assert {name.rpartition("/")[2] for name in norms} == set(labels)
-    assert set(labels) | {"perceptual", "semantic"} == {*IMAGE_TERMS, *OTHER_TERMS}
+    assert set(labels) | {"perceptual", "convnext", "semantic"} == {*IMAGE_TERMS, *OTHER_TERMS}
     assert set(IMAGE_TERMS) == set(TERMS_OF_THE_IMAGE)
     for place, spoken in zip(PLACES, charts.values(), strict=True):
         curves = dict(curve.split(" from ") for curve in spoken.split("; "))
