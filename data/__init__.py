@@ -10,7 +10,7 @@ from data.errors import DataError
 _DEFINED_IN = {
     "data.config": ("DataConfig", "FilterConfig", "SourceConfig"),
     "data.addresses": ("redacted",),
-    "data.buckets": ("check_batches", "image_sizes"),
+    "data.buckets": ("check_batches", "grid_sizes", "image_sizes"),
     "data.cache": ("cache_folder",),
     "data.classes": ("CLASSES_NAME",),
     "data.errors": ("ImageError",),

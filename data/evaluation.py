@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from data.buckets import bucket_of
+from data.buckets import bucket_of, check_known_grids
 from data.cache import Access, Cache, cache_folder
 from data.config import SourceConfig
 from data.errors import DataError, ImageError
@@ -38,12 +38,13 @@ class EvaluationImage(NamedTuple):
 
 class EvaluationToken(NamedTuple):
     """key: the sample's key; index_t: int64 (rows * columns,), codes of the first view; label: the class, or None;
-    index: number in the set."""
+    index: number in the set; grid: rows and columns."""
 
     key: str
     index_t: torch.Tensor
     label: int | None
     index: int
+    grid: Size
 
 
 class _OrderedSamples:
@@ -164,8 +165,8 @@ class EvaluationImages(_OrderedSamples):
 class EvaluationTokens(_OrderedSamples):
     """The first view of each token sample of some tars, in fixed order; shard and access as of `EvaluationImages`.
 
-    Raises DataError for images, and for tokens that do not match the spec: the first sample at once, others while
-    iterating."""
+    Raises DataError for images, and for tokens that do not match the spec: the first sample and the grids in an index
+    at once, others while iterating."""
 
     def __init__(
         self, path: str | list[str], spec: TokenSpec, *, shard: tuple[int, int] = (0, 1), access: Access | None = None
@@ -173,12 +174,13 @@ class EvaluationTokens(_OrderedSamples):
         super().__init__(path, shard, access)
         self.spec = spec
         check_tokens(first_header(self.shards, str(path)), spec, str(path))
+        check_known_grids(self.shards, spec.grids, str(path))
 
     def _value(self, sample: Sample, index: int) -> EvaluationToken:
         header, index_vhw = unpack_codes(sample.image(TOKENS.image))
         check_tokens(header, self.spec, sample.key)
         index_t = torch.from_numpy(index_vhw[0]).flatten().long()
-        return EvaluationToken(sample.key, index_t, label_of(sample.members, TOKENS), index)
+        return EvaluationToken(sample.key, index_t, label_of(sample.members, TOKENS), index, Size(*header.grid))
 
 
 def _unread(shard: Shard) -> list[Skipped]:

@@ -101,12 +101,18 @@ def check_inputs(config: RunConfig, source: Source) -> Inputs:
     tokens = None
     if isinstance(config, GeneratorRun) and config.data.content == "tokens":
         config.tokenizer.fingerprint = config.tokenizer.fingerprint or data.token_header(config.data).tokenizer
-        tokens = data.TokenSpec(config.tokenizer.fingerprint, config.model.vocabulary, tuple(config.model.grid))
+        tokens = token_spec(config)
     with scanning() as progress:
         # A resumed run checks its training data later: its checkpoint says what the data must be (see TrainStream).
         validation = data.check(config.data, train=source.checkpoint is None, progress=progress, tokens=tokens)
     _class_numbers(config, resumes=source.checkpoint is not None)
     return Inputs(tokens, validation)
+
+
+def token_spec(config: GeneratorRun) -> data.TokenSpec:
+    """What the token shards of a run must hold."""
+    grids = (tuple(config.model.grid),)
+    return data.TokenSpec(config.tokenizer.fingerprint, config.model.vocabulary, grids)
 
 
 def plan_start(config: RunConfig, source: Source, world: World, validation: str | None = None) -> StartPlan:

@@ -24,6 +24,7 @@ from trainer.metrics.codebook import CodebookUsage
 from trainer.model_state import ModelState, Network
 from trainer.parallel import World, check_same_on_all_ranks, row_groups, run_on_all_ranks, sum_over_ranks
 from trainer.precision import LossScale, autocast_dtype
+from trainer.start_plan import token_spec
 from trainer.tasks.base import PICTURES, Step, StepMetrics, Task, Validation, row_of_pictures
 from trainer.throughput import matmul_rate
 
@@ -232,9 +233,8 @@ class GeneratorTask(Task):
         return Validation(scalars, pictures, notes)
 
     def _validation_images(self) -> Iterator[data.EvaluationToken | data.EvaluationImage]:
-        config, tokens = self.config, None
-        if config.data.content == "tokens":
-            tokens = data.TokenSpec(config.tokenizer.fingerprint, config.model.vocabulary, tuple(config.model.grid))
+        config = self.config
+        tokens = token_spec(config) if config.data.content == "tokens" else None
         return self.validation_images(tokens, image_size=config.data.image_size)
 
     def _validation_batches(self) -> Iterator[Codes]:

@@ -126,7 +126,7 @@ def test_what_it_writes_is_what_training_opens(flipped):
     ]  # fmt: skip
     index = Index(flipped.out / "index.safetensors")
     assert len(index) == 6 and index.first[-1] == 14
-    spec = TokenSpec(flipped.tokenizer, 300, (4, 4))
+    spec = TokenSpec(flipped.tokenizer, 300, ((4, 4),))
     config = DataConfig(train=str(flipped.out), val=str(flipped.out), content="tokens", workers=0)
     assert token_header(config).views == 2
     check(config, tokens=spec)
@@ -220,7 +220,7 @@ def test_doubles_that_only_a_broken_image_parts_stay_two_samples(run, tmp_path):
     done = go(run, tmp_path / "doubles.tar", tmp_path / "out", samples_per_shard=6)
     found = [(sample.key, sample.members["cls"]) for sample in samples(done.out)]
     assert found == [("a", b"0"), ("a-2", b"2"), ("a-2-2", b"3"), ("c", b"4"), ("a", b"5")]
-    spec = TokenSpec(done.tokenizer, 300, (4, 4))
+    spec = TokenSpec(done.tokenizer, 300, ((4, 4),))
     assert len(list(evaluation_tokens(str(done.out), spec))) == done.samples == done.made == 5
 
 
