@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from data.config import DataConfig
 from data.errors import DataError, ImageError
@@ -114,11 +115,11 @@ def _parsed(text: str) -> Size:
     return size
 
 
-def sizes_of(side: int, max_aspect: float) -> list[Size]:
+def sizes_of(side: int, max_aspect: float, name: str = "data.pixels") -> list[Size]:
     """The sizes with about side x side pixels and sides that are multiples of side / 8, from 1:max_aspect to
-    max_aspect:1. All resolutions so have the same shapes. Raises DataError."""
+    max_aspect:1. All resolutions so have the same shapes. name: what messages call the side. Raises DataError."""
     if side % PARTS or not PARTS <= side <= MOST_SIDE:
-        raise DataError(f"data.pixels: {side} must be a multiple of {PARTS} of at most {MOST_SIDE}")
+        raise DataError(f"{name}: {side} must be a multiple of {PARTS} of at most {MOST_SIDE}")
     nearest: dict[int, tuple[int, int]] = {}  # height -> of the widths with that height, the one nearest in area
     for width in range(1, PARTS**2 + 1):
         height = round(PARTS**2 / width)
@@ -189,6 +190,14 @@ def bucket_of(sizes: Sequence[Size], sizes_n2: np.ndarray, enlargement: float) -
     pixels_nk = np.where(allowed_nk, height_k * width_k, 0)
     allowed_nk &= (ONE_RESOLUTION * pixels_nk >= pixels_nk.max(axis=1, keepdims=True)) | ~fits_n[:, None]
     return np.where(allowed_nk, kept_nk, 0).argmax(axis=1), fits_n
+
+
+def bucket_for(sizes: Sequence[Size], image: Image.Image, enlargement: float) -> Size:
+    """The bucket of an image, by `bucket_of`. Raises ImageError for an image that is too small for it."""
+    (number,), (fits,) = bucket_of(sizes, np.array([[image.height, image.width]]), enlargement)
+    if not fits:
+        raise ImageError(f"{image.height} x {image.width} pixels are smaller than its bucket {sizes[number]}")
+    return sizes[number]
 
 
 # -------------------------------------------------------------------------------------------------- sizes of a source

@@ -6,11 +6,9 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from PIL import Image
 
-from data.buckets import bucket_of, check_known_grids
+from data.buckets import bucket_for, check_known_grids
 from data.cache import Access, Cache, cache_folder
 from data.config import SourceConfig
 from data.errors import DataError, ImageError
@@ -148,18 +146,11 @@ class EvaluationImages(_OrderedSamples):
     def _value(self, sample: Sample, index: int) -> EvaluationImage:
         image = decode(sample.image(self.image or ()))
         if self.buckets:
-            image = resize_and_center_crop(image, self._bucket(image), self.resize)
+            size = bucket_for(self.buckets, image, self.enlargement)
+            image = resize_and_center_crop(image, size, self.resize)
         elif self.image_size is not None:
             image = resize_and_center_crop(image, self.image_size, self.resize)
         return EvaluationImage(sample.key, torch.from_numpy(pixels_chw(image)), index, label_of(sample.members, TOKENS))
-
-    def _bucket(self, image: Image.Image) -> Size:
-        (number,), (fits,) = bucket_of(self.buckets, np.array([[image.height, image.width]]), self.enlargement)
-        if not fits:
-            raise ImageError(
-                f"{image.height} x {image.width} pixels are smaller than its bucket {self.buckets[number]}"
-            )
-        return self.buckets[number]
 
 
 class EvaluationTokens(_OrderedSamples):

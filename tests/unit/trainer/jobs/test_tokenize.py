@@ -26,12 +26,12 @@ from data.index import Index, write_index
 from data.locks import WriterLock, folder_lock
 from data.prep.check import check_shards
 from data.tar_reader import TarShard, scan
-from data.transforms import pixels_chw, resize_and_center_crop, resize_named
+from data.transforms import Size, pixels_chw, resize_and_center_crop, resize_named
 from tools import cli
 from trainer import TrainerError
 from trainer.jobs import tokenize as module
 from trainer.jobs.tokenize import tokenize
-from trainer.jobs.views import image_views
+from trainer.jobs.views import Views
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -138,12 +138,13 @@ def test_what_it_writes_is_what_training_opens(flipped):
 def test_views_of_an_image():
     content, resize = png(1, (80, 60)), resize_named("pil_antialias")
     square = np.asarray(resize_and_center_crop(decode(content), 35, resize)).transpose(2, 0, 1)
-    ten = image_views(content, "ten-crop", SIDE, "pil_antialias")
+    ten, original, flip = (
+        Views(kind, [Size(SIDE, SIDE)], "pil_antialias")(content) for kind in ("ten-crop", "original", "flip")
+    )
     assert ten.shape == (10, 3, SIDE, SIDE)
     for view, (left, top) in zip(ten[:5], [(2, 2), (0, 0), (3, 0), (0, 3), (3, 3)], strict=True):
         assert np.array_equal(view, square[:, top : top + SIDE, left : left + SIDE])
     assert np.array_equal(ten[5:], ten[:5, ..., ::-1])
-    original, flip = (image_views(content, kind, SIDE, "pil_antialias") for kind in ("original", "flip"))
     assert len(original) == 1 and np.array_equal(flip[0], original[0])
     assert np.array_equal(flip[1], original[0][..., ::-1])
 
