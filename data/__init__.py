@@ -21,6 +21,7 @@ _DEFINED_IN = {
         "EvaluationTokens",
         "evaluation_images",
         "evaluation_tokens",
+        "in_batches",
     ),
     "data.loader": (
         *(

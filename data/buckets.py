@@ -37,16 +37,15 @@ ONE_RESOLUTION = 1.5  # factor between areas that count as equal
 
 
 class Words(NamedTuple):
-    """What messages call a bucket, its samples, their area, and the key that lists the buckets."""
+    """What messages call a bucket, its samples, and their area."""
 
     one: str
     samples: str
     area: str
-    key: str
 
 
-OF_IMAGES = Words("bucket", "pictures", "pixels", "data.buckets")
-OF_TOKENS = Words("grid", "samples", "codes", "model.grids")
+OF_IMAGES = Words("bucket", "pictures", "pixels")
+OF_TOKENS = Words("grid", "samples", "codes")
 
 
 @dataclass(frozen=True)
@@ -268,11 +267,13 @@ class Contents:
 
 class Division(NamedTuple):
     """How samples are divided. contents: of each bucket. too_small: name of a source -> its pictures that are left out,
-    because they would have to be enlarged by more than `data.max_enlargement`. words: of messages."""
+    because they would have to be enlarged by more than `data.max_enlargement`. words: of messages. empty: names of
+    buckets without samples, which are left out of the contents."""
 
     contents: list[Contents]
     too_small: dict[str, int]
     words: Words
+    empty: Sequence[str] = ()
 
     def identity(self) -> dict[str, dict[str, dict]]:
         """Bucket -> source -> which samples it has, by shard: must be unchanged for positions to mean the same."""
@@ -289,6 +290,8 @@ class Division(NamedTuple):
             f"{one.bucket.batch} in a step" + (", fewer than one step takes" if one.pictures < one.bucket.batch else "")
             for one in self.contents
         ]
+        if self.words is OF_TOKENS:  # sizes made from data.pixels are often empty
+            lines += [f"grid {name}: no samples, so it is not trained" for name in self.empty]
         return lines + [
             f"{name}: {count:,} pictures are smaller than their bucket and left out (data.max_enlargement)"
             for name, count in self.too_small.items()

@@ -2,9 +2,9 @@
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import torch
 
@@ -20,6 +20,7 @@ from data.tar_reader import TarShard
 from data.tokens import TokenSpec, check_tokens, first_header, unpack_codes
 from data.transforms import Size, decode, pixels_chw, resize_and_center_crop, resize_named
 
+T = TypeVar("T")
 CACHE_BYTES = 50 * 10**9
 PREFETCHED_PER_THREAD = 4  # samples that each thread decodes ahead
 
@@ -172,6 +173,18 @@ class EvaluationTokens(_OrderedSamples):
         check_tokens(header, self.spec, sample.key)
         index_t = torch.from_numpy(index_vhw[0]).flatten().long()
         return EvaluationToken(sample.key, index_t, label_of(sample.members, TOKENS), index, Size(*header.grid))
+
+
+def in_batches(samples: Iterable[T], most: int, kind: Callable[[T], Hashable]) -> Iterator[list[T]]:
+    """Batches of samples of one kind, such as one size or grid: each as soon as there are `most` of the kind, and what
+    is left at the end. Of one kind, they are in order."""
+    waiting: dict[Hashable, list[T]] = {}
+    for sample in samples:
+        batch = waiting.setdefault(kind(sample), [])
+        batch.append(sample)
+        if len(batch) == most:
+            yield waiting.pop(kind(sample))
+    yield from waiting.values()
 
 
 def _unread(shard: Shard) -> list[Skipped]:

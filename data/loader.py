@@ -537,17 +537,16 @@ def _divided_sizes(config: DataConfig, tokens: TokenSpec | None) -> list[Size]:
 def _division(
     config: DataConfig, sizes: list[Size], sources: list[Source], global_batch_size: int, before: dict, progress
 ) -> Division:
-    """How samples are divided among buckets or grids. Named ones must have samples; of those made from `data.pixels`,
-    empty ones are left out. before: of the run that is resumed. Raises DataError."""
+    """How samples are divided among buckets or grids. Named buckets must have pictures. Of those made from
+    `data.pixels`, and of the grids of a model, empty ones are left out. before: of the run that is resumed. Raises
+    DataError."""
     division = divide(sources, with_batches(sizes, global_batch_size), config.max_enlargement, before, progress)
     empty = [one.bucket.name for one in division.contents if not one.pictures]
-    if empty and not config.pixels and not before:
-        one = division.words.samples.removesuffix("s")
+    if empty and config.buckets and not before:
         raise DataError(
-            f"{division.words.key}: no {one} belongs to {', '.join(empty)}: leave "
-            f"{'them' if len(empty) > 1 else 'it'} out"
+            f"data.buckets: no picture belongs to {', '.join(empty)}: leave {'them' if len(empty) > 1 else 'it'} out"
         )
-    return division._replace(contents=[one for one in division.contents if one.pictures])
+    return division._replace(contents=[one for one in division.contents if one.pictures], empty=empty)
 
 
 def _check_lanes(parts: list[_Part], before: dict, words: Words) -> None:

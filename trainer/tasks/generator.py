@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -238,11 +237,16 @@ class GeneratorTask(Task):
         return self.validation_images(tokens, image_size=config.data.image_size)
 
     def _validation_batches(self) -> Iterator[Codes]:
-        """Micro-batches of validation images. A sharded head needs equally many tokens on its ranks: one image each."""
-        images, size = self._validation_images(), 1 if self.groups.shard else self.batch["micro_batch_size"]
-        while batch := list(itertools.islice(images, size)):
+        """Micro-batches of validation images, each of one size. A sharded head needs equally many tokens on its ranks:
+        one image each."""
+        most, of_tokens = (
+            1 if self.groups.shard else self.batch["micro_batch_size"],
+            self.config.data.content == "tokens",
+        )
+        images = self._validation_images()
+        for batch in data.in_batches(images, most, lambda one: one.grid if of_tokens else one.image_chw.shape):
             labels = [image.label for image in batch]
-            if self.config.data.content == "tokens":
+            if of_tokens:
                 yield self._codes(torch.stack([image.index_t for image in batch]).to(self.world.device), labels)
             else:
                 yield self._codes(self._tokenized(torch.stack([image.image_chw for image in batch])), labels)

@@ -10,7 +10,7 @@ from comparing import refusal
 from samples import Steps, index_of, members, write_tar, write_tars
 from tokens import FINGERPRINT
 
-from data import DataConfig, DataError, SourceConfig, TokenSpec, check, evaluation_tokens, pack_codes
+from data import DataConfig, DataError, SourceConfig, TokenSpec, check, evaluation_tokens, in_batches, pack_codes
 from data.buckets import OF_TOKENS, check_batches, grid_sizes, with_batches
 from data.config import FilterConfig
 from data.index import Index
@@ -192,6 +192,18 @@ def test_evaluation_tells_the_grid_of_each_sample(folder):
         assert one.grid == GRIDS[one.key.rsplit("-", 1)[1]] and len(one.index_t) == one.grid[0] * one.grid[1]
 
 
+def test_batches_of_evaluation_have_one_grid(folder):
+    found = list(evaluation_tokens(str(folder / "many"), SPEC))
+    batches = list(in_batches(found, 4, lambda one: one.grid))
+    assert all(len({one.grid for one in batch}) == 1 for batch in batches)
+    assert sorted(len(batch) for batch in batches) == [2, 2, 3] + [4] * 10  # of 14, 18 and 15 samples
+    for grid in SPEC.grids:
+        keys = [one.key for batch in batches for one in batch if one.grid == grid]
+        assert keys == [one.key for one in found if one.grid == grid]
+    alone = [one for one in found if one.grid == (2, 4)]
+    assert list(in_batches(alone, 4, lambda one: one.grid)) == [alone[n : n + 4] for n in range(0, 14, 4)]
+
+
 # ------------------------------------------------------------------------------------------------------------- mistakes
 
 ONE_GRID = SPEC._replace(grids=((2, 4),))
@@ -234,10 +246,11 @@ def test_tars_in_quarantine_may_have_any_grid(folder):
     assert all("-0-" in info.key for info in Steps(settings, batch=2, tokens=tokens).delivered(8))
 
 
-def test_grids_that_no_sample_has_are_refused(folder):
-    tokens = SPEC._replace(grids=(*SPEC.grids, (4, 4)))
-    said = refusal(DataError, steps_of, config(folder), tokens=tokens)
-    assert said == "model.grids: no sample belongs to 4x4: leave it out"
+def test_grids_that_no_sample_has_are_named_at_the_start(folder):
+    """A model that is trained further may know more grids than its data have."""
+    steps = steps_of(config(folder), tokens=SPEC._replace(grids=(*SPEC.grids, (4, 4))))
+    assert "grid 4x4: no samples, so it is not trained" in steps.streams[0].describe(10)
+    assert {info.key.rsplit("-", 1)[1] for info in steps.delivered(12)} == {"2x4", "4x2", "4x8"}
 
 
 def test_filters_that_leave_nothing_are_refused(folder, tmp_path):

@@ -25,7 +25,7 @@ from trainer.start_plan import plan_batch
 from trainer.tasks import generator as task_module
 from trainer.tasks.generator import Codes, GeneratorTask
 
-VOCABULARY, TOKENS = 24, 16
+VOCABULARY, TOKENS, GRID = 24, 16, (4, 4)
 TINY = ["model.vocabulary=24", "model.grid=[4,4]", "model.depth=1", "model.classes=3", "trainer.device=cpu"]
 CODEBOOK = ["model.embedding=codebook", "model.code_dim=6", "tokenizer.source=any"]
 
@@ -195,7 +195,7 @@ def test_speed_is_told_in_tokens_and_as_a_share_of_a_plain_product(build):
 def test_validation_weighs_every_image_alike(build, monkeypatch):
     """Eleven images in micro-batches of eight."""
     index_bt, class_b = codes(7, 20)
-    images = [SimpleNamespace(key=str(n), index_t=index_bt[n], label=int(class_b[n])) for n in range(20)]
+    images = [SimpleNamespace(key=str(n), index_t=index_bt[n], label=int(class_b[n]), grid=GRID) for n in range(20)]
     monkeypatch.setattr(task_module.data, "evaluation_tokens", lambda *_, **options: iter(images))
     task = build("data.val=anything", "trainer.validation_images=11", "ema.decay=0")
     randomize(task)
@@ -287,7 +287,7 @@ def test_classes_of_validation_images_are_checked_before_training(build, monkeyp
 
 def test_without_classes_validation_uses_none(build, monkeypatch):
     """Not their rows of the embedding, which were never trained."""
-    images = [SimpleNamespace(key=str(n), index_t=codes().index_bt[n], label=n) for n in range(8)]
+    images = [SimpleNamespace(key=str(n), index_t=codes().index_bt[n], label=n, grid=GRID) for n in range(8)]
     monkeypatch.setattr(task_module.data, "evaluation_tokens", lambda *_, **options: iter(images))
     task = build("data.val=anything", "loss.label_dropout=1")
     loss = Mock(wraps=task.transformer.loss)
