@@ -119,16 +119,15 @@ class StreamSizes(NamedTuple):
 
 
 def stream_sizes(config: RunConfig) -> StreamSizes:
-    """What a step may hold. Raises DataError."""
+    """What a step may hold. Raises DataError or ModelError."""
     if isinstance(config, GeneratorRun) and config.data.content == "tokens":
         return StreamSizes(data.grid_sizes(token_spec(config).grids), OF_TOKENS)
     return StreamSizes(data.image_sizes(config.data), OF_IMAGES)
 
 
 def token_spec(config: GeneratorRun) -> data.TokenSpec:
-    """What the token shards of a run must hold."""
-    grids = (tuple(config.model.grid),)
-    return data.TokenSpec(config.tokenizer.fingerprint, config.model.vocabulary, grids)
+    """What the token shards of a run must hold. Raises ModelError for grids that contradict each other."""
+    return data.TokenSpec(config.tokenizer.fingerprint, config.model.vocabulary, config.model.all_grids)
 
 
 def plan_start(config: RunConfig, source: Source, world: World, validation: str | None = None) -> StartPlan:

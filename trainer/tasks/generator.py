@@ -18,6 +18,7 @@ from model_zoo.transformer import Transformer, checkpoint_blocks, flops_per_toke
 from trainer import TrainerError
 from trainer.config import GeneratorRun
 from trainer.engines.row_sharded import RowSharded
+from trainer.init_from import InitRecord
 from trainer.loading import check_together
 from trainer.metrics.codebook import CodebookUsage
 from trainer.model_state import ModelState, Network
@@ -25,6 +26,7 @@ from trainer.parallel import World, check_same_on_all_ranks, row_groups, run_on_
 from trainer.precision import LossScale, autocast_dtype
 from trainer.start_plan import token_spec
 from trainer.tasks.base import PICTURES, Step, StepMetrics, Task, Validation, row_of_pictures
+from trainer.tasks.initialization import load_initial_generator
 from trainer.throughput import matmul_rate
 
 
@@ -300,3 +302,8 @@ class GeneratorTask(Task):
         buffers = trained | {"generator/tok_emb.codebook_vd": codebook_vd}
         # safetensors refuses two tensors that share memory.
         return buffers | ({"generator_ema/tok_emb.codebook_vd": codebook_vd.clone()} if self.state.ema else {})
+
+    def load_initial_weights(self) -> InitRecord | None:
+        if self.config.init_from.source is None:
+            return None
+        return load_initial_generator(self.config, self.world, self.state, self.transformer)
