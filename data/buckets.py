@@ -25,7 +25,7 @@ from data.parallel import cores, in_threads
 from data.samples import CODES, Shard
 from data.sources import MOST_SCANNED, TOKENS, Source, digest, key_hashes
 from data.tar_reader import PIPE, TarShard
-from data.tokens import check_grids, first_header, grid_number, grid_of_codes
+from data.tokens import TokenSpec, check_grids, check_tokens, first_header, grid_number, grid_of_codes
 from data.transforms import Size, as_size, image_header
 
 MOST_BUCKETS = 64
@@ -234,10 +234,14 @@ def known_sizes(shard: Shard) -> np.ndarray | None:
     return shard.table.sizes_n2 if isinstance(shard, TarShard) and shard.table is not None else None
 
 
-def check_known_grids(shards: Iterable[Shard], grids: Sequence[tuple[int, int]], name: str) -> None:
-    """`check_grids` of all samples whose grids are in an index."""
-    known = [sizes_n2 for sizes_n2 in map(known_sizes, shards) if sizes_n2 is not None]
-    check_grids(np.concatenate([np.zeros((0, 2), np.int32), *known]), grids, name)
+def check_token_shards(shards: Sequence[Shard], spec: TokenSpec, name: str) -> None:
+    """Raises DataError unless the first sample, and the grids of all samples that an index knows, are what the reader
+    expects. name: what messages call the source."""
+    header = first_header(shards, name)
+    if header.vocabulary == spec.vocabulary and spec.tokenizer in (None, header.tokenizer):
+        known = [sizes_n2 for sizes_n2 in map(known_sizes, shards) if sizes_n2 is not None]
+        check_grids(np.concatenate([np.zeros((0, 2), np.int32), *known]), spec.grids, name)
+    check_tokens(header, spec, name)
 
 
 def _size_of(source: Source, number: int, sample: int) -> tuple[int, int]:

@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
-from data.buckets import bucket_for, check_known_grids
+from data.buckets import bucket_for, check_token_shards
 from data.cache import Access, Cache, cache_folder
 from data.config import SourceConfig
 from data.errors import DataError, ImageError
@@ -17,7 +17,7 @@ from data.parallel import in_threads
 from data.samples import Sample, Shard, Skipped, is_image
 from data.sources import TOKENS, content_of, digest, label_of, open_source
 from data.tar_reader import TarShard
-from data.tokens import TokenSpec, check_tokens, first_header, unpack_codes
+from data.tokens import TokenSpec, check_tokens, unpack_codes
 from data.transforms import Size, decode, pixels_chw, resize_and_center_crop, resize_named
 
 T = TypeVar("T")
@@ -165,8 +165,7 @@ class EvaluationTokens(_OrderedSamples):
     ):
         super().__init__(path, shard, access)
         self.spec = spec
-        check_tokens(first_header(self.shards, str(path)), spec, str(path))
-        check_known_grids(self.shards, spec.grids, str(path))
+        check_token_shards(self.shards, spec, str(path))
 
     def _value(self, sample: Sample, index: int) -> EvaluationToken:
         header, index_vhw = unpack_codes(sample.image(TOKENS.image))

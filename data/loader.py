@@ -20,7 +20,7 @@ from data.buckets import (
     Words,
     bucket_sizes,
     check_batches,
-    check_known_grids,
+    check_token_shards,
     divide,
     grid_sizes,
     with_batches,
@@ -50,7 +50,7 @@ from data.sources import (
 from data.storage import Timeouts
 from data.stream_state import Totals, add_totals, restore, stream_identity
 from data.text import printable
-from data.tokens import TokenHeader, TokenSpec, TokenTransform, check_tokens, first_header
+from data.tokens import TokenHeader, TokenSpec, TokenTransform, first_header
 from data.transforms import Size, TrainingTransform
 from data.workers import LaneDataset, Part, WorkerLoader
 
@@ -365,8 +365,7 @@ def check(
         sources = open_sources(config, frozenset(config.quarantine), progress=progress)
         for source in sources if config.content == "tokens" else []:
             shards = [shard for n, shard in enumerate(source.shards) if n not in source.quarantined]
-            check_tokens(first_header(shards, f"source {source.name}"), tokens, f"source {source.name}")
-            check_known_grids(shards, tokens.grids, f"source {source.name}")
+            check_token_shards(shards, tokens, f"source {source.name}")
     if config.val is None:
         return None
     if config.content == "tokens":

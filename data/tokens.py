@@ -194,11 +194,13 @@ def check_grids(grids_n2: np.ndarray, grids: Sequence[tuple[int, int]], name: st
     counts = sorted(zip(count_k.tolist(), map(Size._make, found.tolist()), strict=True), reverse=True)
     named = [f"{size} ({count:,} sample{'s' * (count != 1)})" for count, size in counts[:NAMED_GRIDS]]
     named += [f"{len(counts) - NAMED_GRIDS:,} other grids"] if len(counts) > NAMED_GRIDS else []
-    there = ",".join(map(str, sorted(size for _, size in counts)))
-    fix = f"set 'model.grids=[{there}]' (model.grid is one of them), or " if len(counts) <= NAMED_GRIDS else ""
+    there = sorted(size for _, size in counts)
+    fix = f"set 'model.grids=[{','.join(map(str, there))}]' (model.grid is one of them), or "
+    if len(there) == 1:
+        fix = f"set 'model.grid=[{there[0].height},{there[0].width}]', or "
     raise DataError(
-        f"{name} holds the grids {', '.join(named)}, and this run expects {', '.join(f'{r}x{c}' for r, c in grids)}: "
-        f"{fix}write other token shards with `ibq tokenize`"
+        f"{name} holds the grid{'s' * (len(there) > 1)} {', '.join(named)}, and this run expects "
+        f"{', '.join(f'{rows}x{columns}' for rows, columns in grids)}: {fix if len(there) <= NAMED_GRIDS else ''}write other token shards with `ibq tokenize`"
     )
 
 

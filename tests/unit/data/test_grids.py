@@ -225,6 +225,13 @@ def test_grids_that_the_run_does_not_expect_are_named_at_the_start(folder, witho
     assert refusal(DataError, Steps, settings, tokens=kind) == f"source train {named}"
 
 
+def test_one_other_grid_is_named_for_model_grid(tmp_path):
+    write_tar(tmp_path / "a.tar", [{"__key__": "a", "codes": pack_codes(codes_of("4x8", 0), FINGERPRINT, VOCABULARY)}])
+    index_of(tmp_path, tmp_path / "index.safetensors")
+    said = refusal(DataError, check, DataConfig(train=str(tmp_path), content="tokens"), tokens=ONE_GRID)
+    assert "holds the grid 4x8 (1 sample), and this run expects 2x4: set 'model.grid=[4,8]', or write other" in said
+
+
 def test_many_grids_are_not_all_named(tmp_path):
     samples = [
         {"__key__": f"{n}", "codes": pack_codes(np.zeros((1, 1, 1 + n), int), FINGERPRINT, VOCABULARY)}
