@@ -194,13 +194,15 @@ def check_grids(grids_n2: np.ndarray, grids: Sequence[tuple[int, int]], name: st
     counts = sorted(zip(count_k.tolist(), map(Size._make, found.tolist()), strict=True), reverse=True)
     named = [f"{size} ({count:,} sample{'s' * (count != 1)})" for count, size in counts[:NAMED_GRIDS]]
     named += [f"{len(counts) - NAMED_GRIDS:,} other grids"] if len(counts) > NAMED_GRIDS else []
-    there = sorted(size for _, size in counts)
-    fix = f"set 'model.grids=[{','.join(map(str, there))}]' (model.grid is one of them), or "
-    if len(there) == 1:
-        fix = f"set 'model.grid=[{there[0].height},{there[0].width}]', or "
+    # Of several grids that are expected, other sources may need those that this one lacks.
+    needed = sorted({size for _, size in counts} | (set(grids) if len(grids) > 1 else set()))
+    fix = f"set 'model.grids=[{','.join(f'{rows}x{columns}' for rows, columns in needed)}]' (model.grid is one of them)"
+    if len(needed) == 1:
+        fix = f"set 'model.grid=[{needed[0].height},{needed[0].width}]'"
     raise DataError(
-        f"{name} holds the grid{'s' * (len(there) > 1)} {', '.join(named)}, and this run expects "
-        f"{', '.join(f'{rows}x{columns}' for rows, columns in grids)}: {fix if len(there) <= NAMED_GRIDS else ''}write other token shards with `ibq tokenize`"
+        f"{name} holds the grid{'s' * (len(counts) > 1)} {', '.join(named)}, and this run expects "
+        f"{', '.join(f'{rows}x{columns}' for rows, columns in grids)}: {f'{fix}, or ' * (len(counts) <= NAMED_GRIDS)}"
+        "write other token shards with `ibq tokenize`"
     )
 
 
