@@ -165,7 +165,9 @@ class TrainStream:
             words = OF_TOKENS if config.content == "tokens" else OF_IMAGES
             check_batches(sizes, global_batch_size, world_size, self.micro_batches, words)
             self.division = _division(config, sizes, self.sources, global_batch_size, division_before, progress)
-            buckets = {f"{words.one}s": list(map(str, sizes)), "division": self.division.identity()}
+            # In their order: a model has a row of a table for each grid.
+            named = [Size(*grid) for grid in tokens.grids] if config.content == "tokens" else sizes
+            buckets = {f"{words.one}s": list(map(str, named)), "division": self.division.identity()}
         self.identity = stream_identity(self.sources, seed, lanes, limit, buckets)
         self.steps, self.totals, lane_states = 0, {}, {}
         if state is not None:
