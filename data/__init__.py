@@ -35,6 +35,7 @@ _DEFINED_IN = {
             "train_batches",
         ),
         "validation_options",
+        "validation_sizes",
     ),
     "data.prep.pack": ("PackReport", "pack"),
     "data.samples": ("Skipped",),
