@@ -117,24 +117,32 @@ class GeneratorTask(Task):
                 "the right one with tokenizer.source=RUN"
             )
         if config.data.content == "images":
-            for size in data.image_sizes(config.data):
-                self._check_size(size)
+            self._check_sizes(data.image_sizes(config.data))
 
-    def _check_size(self, size: data.Size) -> None:
-        """Raises TrainerError unless images of this size have a grid that the model knows."""
+    def _check_sizes(self, sizes: list[data.Size]) -> None:
+        """Raises TrainerError unless images of these sizes have grids that the model knows."""
         config, factor = self.config, self.tokenizer.downsampling_factor
         buckets = config.data.buckets or config.data.pixels
-        what = f"bucket {size}" if buckets else f"data.image_size={size.height}"
-        if any(side % factor for side in size):
+        for size in sizes:
+            if any(side % factor for side in size):
+                what = f"bucket {size}" if buckets else f"data.image_size={size.height}"
+                raise TrainerError(
+                    f"{what} must be a multiple of {factor}: {config.tokenizer.source} makes a code of "
+                    f"{factor} x {factor} pixels"
+                )
+        made = list(dict.fromkeys(map(self._grid_of, sizes)))
+        unknown = [grid_name(grid) for grid in made if grid not in self.grids]
+        if unknown and buckets:
+            grids = ",".join(map(grid_name, dict.fromkeys([*self.grids, *made])))
             raise TrainerError(
-                f"{what} must be a multiple of the {factor} pixels that a code of {config.tokenizer.source} has a side"
+                f"the buckets give grids of {', '.join(unknown)} codes with {config.tokenizer.source}, which the "
+                f"generator does not know: set model.grids=[{grids}]"
             )
-        if (grid := self._grid_of(size)) not in self.grids:
-            known = f"model.grids=[{','.join(map(grid_name, self.grids))}]"
-            known = known if config.model.grids else f"model.grid={config.model.grid}"
-            fix = f"add {grid_name(grid)} to model.grids" if buckets else f"set model.grid=[{grid[0]},{grid[1]}]"
+        if unknown:
+            (rows, columns), side = made[0], config.data.image_size
             raise TrainerError(
-                f"{what} gives a grid of {grid_name(grid)} codes with {config.tokenizer.source}, but {known}: {fix}"
+                f"data.image_size={side} gives a grid of {unknown[0]} codes with {config.tokenizer.source}, but "
+                f"model.grid={config.model.grid}: set model.grid=[{rows},{columns}]"
             )
 
     def _grid_of(self, size: Sequence[int]) -> tuple[int, int]:

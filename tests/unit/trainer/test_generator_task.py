@@ -404,8 +404,8 @@ def test_images_of_buckets_are_tokenized_to_their_grids(build):
     values = np.zeros((2, 3, 8, 32), np.uint8)
     assert task.inputs(batch(values, [2, 0])).grid == (2, 8)
     said = refusal(TrainerError, build, *WIDE, *images, "data.buckets=[16x16,32x16]")
-    assert "bucket 32x16 gives a grid of 8x4 codes" in said and "add 8x4 to model.grids" in said
-    assert "bucket 18x16 must be a multiple of the 4" in refusal(
+    assert "the buckets give grids of 8x4 codes" in said and "set model.grids=[4x4,2x8,4x6,8x4]" in said
+    assert "bucket 18x16 must be a multiple of 4" in refusal(
         TrainerError, build, *WIDE, *images, "data.buckets=[18x16]"
     )
 
