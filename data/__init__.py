@@ -10,7 +10,7 @@ from data.errors import DataError
 _DEFINED_IN = {
     "data.config": ("DataConfig", "FilterConfig", "SourceConfig"),
     "data.addresses": ("redacted",),
-    "data.buckets": ("check_batches", "image_sizes"),
+    "data.buckets": ("check_batches", "grid_sizes", "image_sizes"),
     "data.cache": ("cache_folder",),
     "data.classes": ("CLASSES_NAME",),
     "data.errors": ("ImageError",),
@@ -21,6 +21,7 @@ _DEFINED_IN = {
         "EvaluationTokens",
         "evaluation_images",
         "evaluation_tokens",
+        "in_batches",
     ),
     "data.loader": (
         *(
@@ -34,6 +35,7 @@ _DEFINED_IN = {
             "train_batches",
         ),
         "validation_options",
+        "validation_sizes",
     ),
     "data.prep.pack": ("PackReport", "pack"),
     "data.samples": ("Skipped",),

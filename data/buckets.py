@@ -4,23 +4,28 @@ Every picture belongs to one bucket, by its size alone. The sizes of all picture
 index, or from the headers of the files), so each bucket of a source is read like a source by itself: in its own order,
 each of its samples once per epoch. A step trains on one bucket. Which one is arithmetic, too, so it depends on neither
 the number of processes nor on what has been read.
+
+Token shards with several grids are read in the same way. A sample belongs to the bucket of exactly its grid; sizes are
+rows and columns then.
 """
 
 import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
+from PIL import Image
 
 from data.config import DataConfig
 from data.errors import DataError, ImageError
 from data.folder_reader import FileShard
 from data.parallel import cores, in_threads
-from data.samples import Shard
-from data.sources import MOST_SCANNED, Source, digest, key_hashes
+from data.samples import CODES, Shard
+from data.sources import MOST_SCANNED, TOKENS, Source, digest, key_hashes
 from data.tar_reader import PIPE, TarShard
+from data.tokens import TokenSpec, check_grids, check_tokens, first_header, grid_number, grid_of_codes
 from data.transforms import Size, as_size, image_header
 
 MOST_BUCKETS = 64
@@ -31,9 +36,21 @@ KEEPS_NEARLY = 0.9  # a bucket competes if it keeps this part of what the best o
 ONE_RESOLUTION = 1.5  # factor between areas that count as equal
 
 
+class Words(NamedTuple):
+    """What messages call a bucket, its samples, and their area."""
+
+    one: str
+    samples: str
+    area: str
+
+
+OF_IMAGES = Words("bucket", "pictures", "pixels")
+OF_TOKENS = Words("grid", "samples", "codes")
+
+
 @dataclass(frozen=True)
 class Bucket:
-    """size: of its images. batch: images in a global step."""
+    """size: of its images in pixels, or rows and columns of their codes. batch: images in a global step."""
 
     size: Size
     batch: int
@@ -52,11 +69,14 @@ def bucket_sizes(config: DataConfig) -> list[Size]:
         sizes = [size for side in config.pixels for size in sizes_of(side, config.max_aspect)]
     else:
         sizes = [_parsed(text) for text in config.buckets]
-    sizes = sorted(set(sizes), key=lambda size: (size.pixels, size))
+    sizes = by_area(sizes)
     if len(sizes) > MOST_BUCKETS:
         raise DataError(f"{len(sizes)} buckets are more than {MOST_BUCKETS}: lower data.max_aspect, or give a list")
     if sizes and config.content == "tokens":
-        raise DataError("data.buckets is for images: token shards have the grid that `ibq tokenize` gave them")
+        raise DataError(
+            "data.buckets is for images: token shards have the grids that `ibq tokenize` gave them; name these in "
+            "model.grids"
+        )
     if any(size.height != size.width for size in sizes) and config.resize == "adm_center_crop":
         raise DataError("data.resize=adm_center_crop is defined for squares only: use pil_antialias with data.buckets")
     return sizes
@@ -66,6 +86,19 @@ def image_sizes(config: DataConfig) -> list[Size]:
     """The sizes of training images, by ascending area: those of the buckets, or a square of `image_size`. Raises
     DataError."""
     return bucket_sizes(config) or [as_size(config.image_size)]
+
+
+def by_area(sizes: Iterable[Size]) -> list[Size]:
+    """Each size once, by ascending area."""
+    return sorted(set(sizes), key=lambda size: (size.pixels, size))
+
+
+def grid_sizes(grids: Iterable[tuple[int, int]]) -> list[Size]:
+    """Grids of codes, by ascending number of codes, each once. Raises DataError."""
+    sizes = by_area(Size(*grid) for grid in grids)
+    if len(sizes) > MOST_BUCKETS:
+        raise DataError(f"{len(sizes)} model.grids are more than {MOST_BUCKETS}: leave some out")
+    return sizes
 
 
 def parse_size(text: str) -> Size | None:
@@ -81,11 +114,11 @@ def _parsed(text: str) -> Size:
     return size
 
 
-def sizes_of(side: int, max_aspect: float) -> list[Size]:
+def sizes_of(side: int, max_aspect: float, name: str = "data.pixels") -> list[Size]:
     """The sizes with about side x side pixels and sides that are multiples of side / 8, from 1:max_aspect to
-    max_aspect:1. All resolutions so have the same shapes. Raises DataError."""
+    max_aspect:1. All resolutions so have the same shapes. name: what messages call the side. Raises DataError."""
     if side % PARTS or not PARTS <= side <= MOST_SIDE:
-        raise DataError(f"data.pixels: {side} must be a multiple of {PARTS} of at most {MOST_SIDE}")
+        raise DataError(f"{name}: {side} must be a multiple of {PARTS} of at most {MOST_SIDE}")
     nearest: dict[int, tuple[int, int]] = {}  # height -> of the widths with that height, the one nearest in area
     for width in range(1, PARTS**2 + 1):
         height = round(PARTS**2 / width)
@@ -109,22 +142,24 @@ def with_batches(sizes: list[Size], global_batch_size: int) -> list[Bucket]:
     return buckets
 
 
-def check_batches(sizes: list[Size], global_batch_size: int, world_size: int, micro_batches: int) -> None:
+def check_batches(
+    sizes: list[Size], global_batch_size: int, world_size: int, micro_batches: int, words: Words = OF_IMAGES
+) -> None:
     """Raises DataError where the images of a bucket cannot be divided among the processes and micro-batches, or where a
     step of it has more than MOST_UNEQUAL times, or less than 1 / MOST_UNEQUAL of, the pixels of the smallest one's."""
     pixels = sizes[0].pixels * global_batch_size
     for bucket in with_batches(sizes, global_batch_size):
         if not 1 / MOST_UNEQUAL <= bucket.batch * bucket.size.pixels / pixels <= MOST_UNEQUAL:
             raise DataError(
-                f"bucket {bucket.name}: no divisor of trainer.global_batch_size={global_batch_size} gives its steps "
-                f"about the pixels of {global_batch_size} x {sizes[0]}: set the batch size to a larger power of 2, or "
-                "leave the bucket out"
+                f"{words.one} {bucket.name}: no divisor of trainer.global_batch_size={global_batch_size} gives its "
+                f"steps about the {words.area} of {global_batch_size} x {sizes[0]}: set the batch size to a larger "
+                f"power of 2, or leave the {words.one} out"
             )
         if bucket.batch % (world_size * micro_batches):
             raise DataError(
-                f"bucket {bucket.name} has {bucket.batch} images a step, which {world_size} processes x "
+                f"{words.one} {bucket.name} has {bucket.batch} images a step, which {world_size} processes x "
                 f"{micro_batches} micro-batches do not divide: raise trainer.global_batch_size={global_batch_size}, or "
-                "leave out large buckets"
+                f"leave out large {words.one}s"
             )
 
 
@@ -156,6 +191,14 @@ def bucket_of(sizes: Sequence[Size], sizes_n2: np.ndarray, enlargement: float) -
     return np.where(allowed_nk, kept_nk, 0).argmax(axis=1), fits_n
 
 
+def bucket_for(sizes: Sequence[Size], image: Image.Image, enlargement: float) -> Size:
+    """The bucket of an image, by `bucket_of`. Raises ImageError for an image that is too small for it."""
+    (number,), (fits,) = bucket_of(sizes, np.array([[image.height, image.width]]), enlargement)
+    if not fits:
+        raise ImageError(f"{image.height} x {image.width} pixels are smaller than its bucket {sizes[number]}")
+    return sizes[number]
+
+
 # -------------------------------------------------------------------------------------------------- sizes of a source
 
 
@@ -163,17 +206,17 @@ def sizes_of_source(
     source: Source, progress: Callable[[int, int], None] = lambda done, total: None
 ) -> list[np.ndarray | None]:
     """Height and width of each sample of each shard, int32 (samples, 2), 0 where its header is damaged; None for a
-    shard in quarantine of which nothing is known. They come from the index, else from the headers of the images.
+    shard in quarantine of which nothing is known. They come from the index, else from the headers of the images. Those
+    of token samples are rows and columns of their codes.
 
     progress: called with (headers read, headers to read). Raises DataError for tars that would have to be downloaded.
     """
-    known = [_known_sizes(source, number) for number in range(len(source.shards))]
+    known = [known_sizes(shard) for shard in source.shards]
     unknown = [n for n, sizes_n2 in enumerate(known) if sizes_n2 is None and n not in source.quarantined]
     if streamed := [source.shards[number] for number in unknown if source.shards[number].is_streamed]:
         raise DataError(
-            f"source {source.name}: buckets need the size of every image, and {len(streamed)} of {len(source.shards)} "
-            f"remote shards have none in an index, first {streamed[0].name}: write one with `ibq shards check "
-            "--write-index`"
+            f"{_need(source)}, and {len(streamed)} of {len(source.shards)} remote shards have none in an index, first "
+            f"{streamed[0].name}: write one with `ibq shards check --write-index`"
         )
     todo = [(number, sample) for number in unknown for sample in range(len(source.shards[number]))]
     for number in unknown:
@@ -186,14 +229,26 @@ def sizes_of_source(
     return known
 
 
-def _known_sizes(source: Source, number: int) -> np.ndarray | None:
-    shard = source.shards[number]
+def known_sizes(shard: Shard) -> np.ndarray | None:
+    """Height and width of each sample, or rows and columns of its codes, by the index; None if it has none."""
     return shard.table.sizes_n2 if isinstance(shard, TarShard) and shard.table is not None else None
+
+
+def check_token_shards(shards: Sequence[Shard], spec: TokenSpec, name: str) -> None:
+    """Raises DataError unless the first sample, and the grids of all samples that an index knows, are what the reader
+    expects. name: what messages call the source."""
+    header = first_header(shards, name)
+    if header.vocabulary == spec.vocabulary and spec.tokenizer in (None, header.tokenizer):
+        known = [sizes_n2 for sizes_n2 in map(known_sizes, shards) if sizes_n2 is not None]
+        check_grids(np.concatenate([np.zeros((0, 2), np.int32), *known]), spec.grids, name)
+    check_tokens(header, spec, name)
 
 
 def _size_of(source: Source, number: int, sample: int) -> tuple[int, int]:
     shard: Shard = source.shards[number]
     try:
+        if source.layout is TOKENS:
+            return grid_of_codes(shard.read(sample).image([CODES]))
         if isinstance(shard, FileShard):
             header = shard.header(sample)
         else:
@@ -216,10 +271,13 @@ class Contents:
 
 class Division(NamedTuple):
     """How samples are divided. contents: of each bucket. too_small: name of a source -> its pictures that are left out,
-    because they would have to be enlarged by more than `data.max_enlargement`."""
+    because they would have to be enlarged by more than `data.max_enlargement`. words: of messages. empty: names of
+    buckets without samples, which are left out of the contents."""
 
     contents: list[Contents]
     too_small: dict[str, int]
+    words: Words
+    empty: Sequence[str] = ()
 
     def identity(self) -> dict[str, dict[str, dict]]:
         """Bucket -> source -> which samples it has, by shard: must be unchanged for positions to mean the same."""
@@ -232,10 +290,12 @@ class Division(NamedTuple):
     def describe(self) -> list[str]:
         """One line for each bucket, and one for each source with pictures that are left out."""
         lines = [
-            f"bucket {one.bucket.name}: {one.pictures:,} pictures, {one.share:.1%} of all, {one.bucket.batch} in a step"
-            + (", fewer than one step takes" if one.pictures < one.bucket.batch else "")
+            f"{self.words.one} {one.bucket.name}: {one.pictures:,} {self.words.samples}, {one.share:.1%} of all, "
+            f"{one.bucket.batch} in a step" + (", fewer than one step takes" if one.pictures < one.bucket.batch else "")
             for one in self.contents
         ]
+        if self.words is OF_TOKENS:  # sizes made from data.pixels are often empty
+            lines += [f"grid {name}: no samples, so it is not trained" for name in self.empty]
         return lines + [
             f"{name}: {count:,} pictures are smaller than their bucket and left out (data.max_enlargement)"
             for name, count in self.too_small.items()
@@ -246,8 +306,8 @@ class Division(NamedTuple):
 def _identity(source: Source) -> dict:
     counts: list | str = list(source.counts)
     contents = [
-        None if number in source.quarantined and _known_sizes(source, number) is None else digest(numbers_n.tolist())
-        for number, numbers_n in enumerate(source.numbers)
+        None if number in source.quarantined and known_sizes(shard) is None else digest(numbers_n.tolist())
+        for number, (shard, numbers_n) in enumerate(zip(source.shards, source.numbers, strict=True))
     ]
     if len(counts) > MOST_SCANNED:
         return {"counts": digest(counts), "contents": None if None in contents else digest(contents)}
@@ -265,6 +325,7 @@ def divide(
 
     Over all buckets, each source has the share of its weight, and each of its samples that pass the filters by size and
     by key comes equally often. Filters by score are not known before a sample is read, and count as passed.
+    enlargement: as of `bucket_of`; token samples belong to the bucket of exactly their grid.
     before: `Division.identity` of the run that is resumed: shards in quarantine keep their numbers of samples.
     progress: as of `sizes_of_source`. Raises DataError.
     """
@@ -277,11 +338,7 @@ def divide(
         placed = _placed(source, sizes, enlargement, progress)
         passing_k = np.bincount(placed.bucket_n[placed.passes_n], minlength=len(buckets))
         if not passing_k.any():
-            raise DataError(
-                f"source {source.name}: none of its {len(placed.bucket_n):,} pictures covers any bucket "
-                f"({_named(sizes)}) and passes the filters: give smaller buckets, or raise "
-                f"data.max_enlargement={enlargement:g}"
-            )
+            raise DataError(_none_passes(source, len(placed.bucket_n), sizes, enlargement))
         too_small[source.name] = int((~placed.fits_n & ~placed.unknown_n).sum())
         # Training reads this bucket, so it meets these samples and reports them as skipped.
         placed.bucket_n[placed.unknown_n] = passing_k.argmax()
@@ -292,11 +349,26 @@ def divide(
                 parts[k].append(_part(source, placed, k, weight, known))
                 share_k[k], pictures_k[k] = share_k[k] + weight, pictures_k[k] + passing
     contents = map(Contents, buckets, parts, pictures_k.tolist(), share_k.tolist())
-    return Division(list(contents), too_small)
+    return Division(list(contents), too_small, OF_TOKENS if sources[0].layout is TOKENS else OF_IMAGES)
+
+
+def _none_passes(source: Source, samples: int, sizes: list[Size], enlargement: float) -> str:
+    if source.layout is TOKENS:
+        return f"source {source.name}: none of its {samples:,} samples passes the filters: loosen them"
+    return (
+        f"source {source.name}: none of its {samples:,} pictures covers any bucket ({_named(sizes)}) and passes the "
+        f"filters: give smaller buckets, or raise data.max_enlargement={enlargement:g}"
+    )
+
+
+def _need(source: Source) -> str:
+    if source.layout is TOKENS:
+        return f"source {source.name}: several model.grids need the grid of every sample"
+    return f"source {source.name}: buckets need the size of every image"
 
 
 def _no_sizes(source: Source) -> str:
-    need = f"source {source.name}: buckets need the size of every image"
+    need = _need(source)
     if any(shard.url.startswith(PIPE) for shard in source.shards):
         return f"{need}, and the output of a command has no index: write it to a file"
     return f"{need}: write an index with `ibq shards check PATH --write-index --index FILE`"
@@ -314,14 +386,22 @@ class _Placed(NamedTuple):
 
 
 def _placed(source: Source, sizes: list[Size], enlargement: float, progress) -> _Placed:
+    if source.layout is TOKENS:  # says at once where they are none
+        kept = [shard for number, shard in enumerate(source.shards) if number not in source.quarantined]
+        first_header(kept, f"source {source.name}")
     of_shards = [
         np.zeros((0, 2), np.int32) if sizes_n2 is None else sizes_n2 for sizes_n2 in sizes_of_source(source, progress)
     ]
     counts = list(map(len, of_shards))
     sizes_n2 = np.concatenate(of_shards)
-    bucket_n, fits_n = bucket_of(sizes, sizes_n2, enlargement)
-    unknown_n = sizes_n2.min(axis=1) == 0
     in_quarantine_n = np.repeat([number in source.quarantined for number in range(len(counts))], counts)
+    if source.layout is TOKENS:
+        check_grids(sizes_n2[~in_quarantine_n], sizes, f"source {source.name}")
+        number_n = grid_number(sizes, sizes_n2)
+        bucket_n, fits_n = np.maximum(number_n, 0), number_n >= 0
+    else:
+        bucket_n, fits_n = bucket_of(sizes, sizes_n2, enlargement)
+    unknown_n = sizes_n2.min(axis=1) == 0
     passes_n = fits_n & ~unknown_n & ~in_quarantine_n & source.filters.pass_sizes(sizes_n2)
     passes_n &= np.concatenate([_pass_keys(source, number, count) for number, count in enumerate(counts)])
     return _Placed(bucket_n, fits_n & ~unknown_n, passes_n, unknown_n, counts)

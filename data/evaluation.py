@@ -2,15 +2,13 @@
 
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
-import numpy as np
 import torch
-from PIL import Image
 
-from data.buckets import bucket_of
+from data.buckets import bucket_for, check_token_shards
 from data.cache import Access, Cache, cache_folder
 from data.config import SourceConfig
 from data.errors import DataError, ImageError
@@ -19,9 +17,10 @@ from data.parallel import in_threads
 from data.samples import Sample, Shard, Skipped, is_image
 from data.sources import TOKENS, content_of, digest, label_of, open_source
 from data.tar_reader import TarShard
-from data.tokens import TokenSpec, check_tokens, first_header, unpack_codes
+from data.tokens import TokenSpec, check_tokens, unpack_codes
 from data.transforms import Size, decode, pixels_chw, resize_and_center_crop, resize_named
 
+T = TypeVar("T")
 CACHE_BYTES = 50 * 10**9
 PREFETCHED_PER_THREAD = 4  # samples that each thread decodes ahead
 
@@ -38,12 +37,13 @@ class EvaluationImage(NamedTuple):
 
 class EvaluationToken(NamedTuple):
     """key: the sample's key; index_t: int64 (rows * columns,), codes of the first view; label: the class, or None;
-    index: number in the set."""
+    index: number in the set; grid: rows and columns."""
 
     key: str
     index_t: torch.Tensor
     label: int | None
     index: int
+    grid: Size
 
 
 class _OrderedSamples:
@@ -147,38 +147,43 @@ class EvaluationImages(_OrderedSamples):
     def _value(self, sample: Sample, index: int) -> EvaluationImage:
         image = decode(sample.image(self.image or ()))
         if self.buckets:
-            image = resize_and_center_crop(image, self._bucket(image), self.resize)
+            size = bucket_for(self.buckets, image, self.enlargement)
+            image = resize_and_center_crop(image, size, self.resize)
         elif self.image_size is not None:
             image = resize_and_center_crop(image, self.image_size, self.resize)
         return EvaluationImage(sample.key, torch.from_numpy(pixels_chw(image)), index, label_of(sample.members, TOKENS))
-
-    def _bucket(self, image: Image.Image) -> Size:
-        (number,), (fits,) = bucket_of(self.buckets, np.array([[image.height, image.width]]), self.enlargement)
-        if not fits:
-            raise ImageError(
-                f"{image.height} x {image.width} pixels are smaller than its bucket {self.buckets[number]}"
-            )
-        return self.buckets[number]
 
 
 class EvaluationTokens(_OrderedSamples):
     """The first view of each token sample of some tars, in fixed order; shard and access as of `EvaluationImages`.
 
-    Raises DataError for images, and for tokens that do not match the spec: the first sample at once, others while
-    iterating."""
+    Raises DataError for images, and for tokens that do not match the spec: the first sample and the grids in an index
+    at once, others while iterating."""
 
     def __init__(
         self, path: str | list[str], spec: TokenSpec, *, shard: tuple[int, int] = (0, 1), access: Access | None = None
     ):
         super().__init__(path, shard, access)
         self.spec = spec
-        check_tokens(first_header(self.shards, str(path)), spec, str(path))
+        check_token_shards(self.shards, spec, str(path))
 
     def _value(self, sample: Sample, index: int) -> EvaluationToken:
         header, index_vhw = unpack_codes(sample.image(TOKENS.image))
         check_tokens(header, self.spec, sample.key)
         index_t = torch.from_numpy(index_vhw[0]).flatten().long()
-        return EvaluationToken(sample.key, index_t, label_of(sample.members, TOKENS), index)
+        return EvaluationToken(sample.key, index_t, label_of(sample.members, TOKENS), index, Size(*header.grid))
+
+
+def in_batches(samples: Iterable[T], most: int, kind: Callable[[T], Hashable]) -> Iterator[list[T]]:
+    """Batches of samples of one kind, such as one size or grid: each as soon as there are `most` of the kind, and what
+    is left at the end. Of one kind, they are in order."""
+    waiting: dict[Hashable, list[T]] = {}
+    for sample in samples:
+        batch = waiting.setdefault(kind(sample), [])
+        batch.append(sample)
+        if len(batch) == most:
+            yield waiting.pop(kind(sample))
+    yield from waiting.values()
 
 
 def _unread(shard: Shard) -> list[Skipped]:

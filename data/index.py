@@ -10,8 +10,9 @@ An index is one safetensors file, which is memory-mapped. Its tensors, for S sha
     starts  int64  (N,)     first byte of each sample in its tar, headers included
     stops   int64  (N,)     first byte after each sample
     keys    uint64 (N,)     hash of each sample's key (`key_hash`)
-    sizes   int32  (N, 2)   height and width of each sample's image as it is displayed; 0: unknown. Indexes of before
-                            2026-12 do not have it.
+    sizes   int32  (N, 2)   height and width of each sample's image as it is displayed, in pixels, or rows and columns
+                            of a token sample's codes; 0: unknown. Missing in indexes of before 2026-12, and of tars
+                            whose samples hold both.
 """
 
 import glob
@@ -47,8 +48,8 @@ def key_hash(key: str) -> int:
 class SampleTable:
     """Where a tar's samples lie: sample n is in bytes starts_n[n] to stops_n[n].
 
-    keys_n: hashes of the keys; bytes: size of the tar; sizes_n2: height and width of each image, 0 where its header
-    cannot be read; None if nobody has looked.
+    keys_n: hashes of the keys; bytes: size of the tar; sizes_n2: height and width of each image, or rows and columns of
+    its codes, 0 where the header cannot be read; None if nobody has looked.
     """
 
     bytes: int

@@ -13,7 +13,18 @@ import numpy as np
 import torch
 
 from data.addresses import redacted
-from data.buckets import Division, bucket_sizes, check_batches, divide, image_sizes, with_batches
+from data.buckets import (
+    OF_IMAGES,
+    OF_TOKENS,
+    Division,
+    Words,
+    bucket_sizes,
+    check_batches,
+    check_token_shards,
+    divide,
+    grid_sizes,
+    with_batches,
+)
 from data.cache import Access, Cache
 from data.classes import merged_classes, read_classes
 from data.config import DataConfig, SourceConfig, check_numbers
@@ -39,8 +50,8 @@ from data.sources import (
 from data.storage import Timeouts
 from data.stream_state import Totals, add_totals, restore, stream_identity
 from data.text import printable
-from data.tokens import TokenHeader, TokenSpec, TokenTransform, check_tokens, first_header
-from data.transforms import TrainingTransform
+from data.tokens import TokenHeader, TokenSpec, TokenTransform, first_header
+from data.transforms import Size, TrainingTransform
 from data.workers import LaneDataset, Part, WorkerLoader
 
 logger = logging.getLogger(__name__)
@@ -55,7 +66,8 @@ BUDGET_LEAST = 20  # this many bad samples are always accepted
 class Batch(NamedTuple):
     """One micro-batch of one rank.
 
-    values: uint8 (b, 3, image_size, image_size) images, or int32 (b, t) codes; infos: one for each of them.
+    values: uint8 (b, 3, height, width) images, or int32 (b, rows * columns) codes; infos: one for each of them. grid:
+    rows and columns of the codes; None for images.
 
     state: what to resume from (see `merge_states`). After a step's last micro-batch it is the state after that step;
     after an earlier one, the state before the step, so that an interrupted step is repeated as a whole.
@@ -66,6 +78,7 @@ class Batch(NamedTuple):
     infos: list[SampleInfo]
     state: dict
     skipped: list[Skipped]
+    grid: Size | None = None
 
     @property
     def keys(self) -> list[str]:
@@ -79,8 +92,8 @@ class Batch(NamedTuple):
 
 @dataclass
 class _Part:
-    """A rank's share of the images of one size. name: of the bucket, or empty if there are no buckets. lanes: lane ->
-    its state after the images that were delivered."""
+    """A rank's share of the images of one size, or of the codes of one grid. name: of the bucket or grid, or empty if
+    there is one only. lanes: lane -> its state after the images that were delivered."""
 
     name: str
     micro_batch_size: int
@@ -101,11 +114,11 @@ class TrainStream:
     for bit, for any number of ranks that divides the lanes and any number of workers.
 
     With buckets, all images of a step have the size of one bucket. A larger bucket has fewer images in a step, in as
-    many micro-batches (see `data.buckets.with_batches`).
+    many micro-batches (see `data.buckets.with_batches`). So it is with tokens of several grids.
 
     state: a merged state to resume from: exactly for any such number; for other numbers or another batch size, without
     loss or repeats. tokens: what token shards must contain, with data.content=tokens. progress: called with (headers of
-    images read, headers to read), where buckets need sizes that no index tells.
+    samples read, headers to read), where buckets or grids need sizes that no index tells.
     Raises DataError, before any sample is read if the mistake is visible by then.
     """
 
@@ -146,13 +159,15 @@ class TrainStream:
         self.sources = open_sources(config, quarantine, sources_before)
         _check_enough_shards(self.sources, lanes)
         limit = WindowLimit(config.shuffle_block, int(config.shuffle_megabytes * 1e6))
-        check_batches(image_sizes(config), global_batch_size, world_size, self.micro_batches)
         division_before = stream.get("division", {})
-        self.division = _division(config, self.sources, global_batch_size, division_before, progress)
-        buckets = None
-        if self.division is not None:
-            names = [str(size) for size in bucket_sizes(config)]
-            buckets = {"buckets": names, "division": self.division.identity()}
+        self.division, buckets = None, None
+        if sizes := _divided_sizes(config, tokens):
+            words = OF_TOKENS if config.content == "tokens" else OF_IMAGES
+            check_batches(sizes, global_batch_size, world_size, self.micro_batches, words)
+            self.division = _division(config, sizes, self.sources, global_batch_size, division_before, progress)
+            # In their order: a model has a row of a table for each grid.
+            named = [Size(*grid) for grid in tokens.grids] if config.content == "tokens" else sizes
+            buckets = {f"{words.one}s": list(map(str, named)), "division": self.division.identity()}
         self.identity = stream_identity(self.sources, seed, lanes, limit, buckets)
         self.steps, self.totals, lane_states = 0, {}, {}
         if state is not None:
@@ -178,7 +193,7 @@ class TrainStream:
                 part_of(
                     one.bucket.name,
                     one.sources,
-                    TrainingTransform(config, one.bucket.size, config.max_enlargement),
+                    transform_of(config, tokens, one.bucket.size),
                     replace(assignment, global_batch_size=one.bucket.batch),
                 )
                 for one in self.division.contents
@@ -186,7 +201,7 @@ class TrainStream:
         kept = {_lane_key(part.name, lane) for part in self.parts for lane in range(lanes)}
         # Of buckets that are empty now and may have pictures later.
         self.other_lanes = {key: one for key, one in lane_states.items() if key not in kept} if rank == 0 else {}
-        _check_lanes(self.parts, before)
+        _check_lanes(self.parts, before, OF_TOKENS if config.content == "tokens" else OF_IMAGES)
         # Steps of the buckets are as evenly mixed as images of the sources.
         weights = [1.0] if self.division is None else [one.share / one.bucket.batch for one in self.division.contents]
         self.mixture = Mixture(weights, seed_of(seed, "buckets"))
@@ -233,7 +248,8 @@ class TrainStream:
                 self._next_read()  # of readers that have no image in this step
             self.micro_batches_of_step, self.reads_of_step, self.steps = 0, 0, self.steps + 1
             self.step_state = self._state()
-        return Batch(torch.from_numpy(values), infos, self.step_state, skipped)
+        grid = transform.size if isinstance(transform, TokenTransform) else None
+        return Batch(torch.from_numpy(values), infos, self.step_state, skipped, grid)
 
     def close(self) -> None:
         """End the workers."""
@@ -343,7 +359,7 @@ def check(
     """Raises DataError for settings or shards that training could not start with; returns what `data.val` holds, as
     `EvaluationImages.identity` says it, or None without it. train: whether the shards to train on are looked at, too.
     progress: called with (tars scanned, tars in all). tokens: what is expected of token shards, with
-    data.content=tokens; the first sample of each source is compared with it."""
+    data.content=tokens; the first sample of each source is compared with it, and the grids in its index."""
     check_numbers(config)
     transform_of(config, tokens)
     bucket_sizes(config)
@@ -351,7 +367,7 @@ def check(
         sources = open_sources(config, frozenset(config.quarantine), progress=progress)
         for source in sources if config.content == "tokens" else []:
             shards = [shard for n, shard in enumerate(source.shards) if n not in source.quarantined]
-            check_tokens(first_header(shards, f"source {source.name}"), tokens, f"source {source.name}")
+            check_token_shards(shards, tokens, f"source {source.name}")
     if config.val is None:
         return None
     if config.content == "tokens":
@@ -496,42 +512,52 @@ def open_sources(
     return sources
 
 
-def transform_of(config: DataConfig, tokens: TokenSpec | None = None) -> TrainingTransform | TokenTransform:
-    """The training transform of a `data` section. Raises DataError."""
+def transform_of(
+    config: DataConfig, tokens: TokenSpec | None = None, size: Size | None = None
+) -> TrainingTransform | TokenTransform:
+    """The training transform of a `data` section. size: of a bucket, or the grid where `tokens` has several. Raises
+    DataError."""
     if config.content not in CONTENTS:
         raise DataError(f"unknown data.content {config.content!r}: choose one of {', '.join(CONTENTS)}")
     if config.content == "tokens":
         if tokens is None:
             raise DataError("data.content=tokens is for a run that trains on tokens: set data.content=images")
-        return TokenTransform(tokens)
-    return TrainingTransform(config)
+        return TokenTransform(tokens._replace(grids=(size or tokens.grids[0],)))
+    return TrainingTransform(config) if size is None else TrainingTransform(config, size, config.max_enlargement)
+
+
+def _divided_sizes(config: DataConfig, tokens: TokenSpec | None) -> list[Size]:
+    """The sizes or grids that samples are divided among; empty if all have one. Raises DataError."""
+    sizes = bucket_sizes(config)
+    if config.content != "tokens" or tokens is None:
+        return sizes
+    grids = grid_sizes(tokens.grids)
+    return grids if len(grids) > 1 else []
 
 
 def _division(
-    config: DataConfig, sources: list[Source], global_batch_size: int, before: dict, progress
-) -> Division | None:
-    """How samples are divided among buckets; None if there are no buckets. Named buckets must have pictures; of those
-    made from `data.pixels`, empty ones are left out. before: of the run that is resumed. Raises DataError."""
-    sizes = bucket_sizes(config)
-    if not sizes:
-        return None
+    config: DataConfig, sizes: list[Size], sources: list[Source], global_batch_size: int, before: dict, progress
+) -> Division:
+    """How samples are divided among buckets or grids. Named buckets must have pictures. Of those made from
+    `data.pixels`, and of the grids of a model, empty ones are left out. before: of the run that is resumed. Raises
+    DataError."""
     division = divide(sources, with_batches(sizes, global_batch_size), config.max_enlargement, before, progress)
     empty = [one.bucket.name for one in division.contents if not one.pictures]
     if empty and config.buckets and not before:
         raise DataError(
             f"data.buckets: no picture belongs to {', '.join(empty)}: leave {'them' if len(empty) > 1 else 'it'} out"
         )
-    return division._replace(contents=[one for one in division.contents if one.pictures])
+    return division._replace(contents=[one for one in division.contents if one.pictures], empty=empty)
 
 
-def _check_lanes(parts: list[_Part], before: dict) -> None:
+def _check_lanes(parts: list[_Part], before: dict, words: Words) -> None:
     """Raises DataError where the lanes of a new run do not fit the batch of a bucket: its global batches would depend
     on the number of processes."""
     for part in parts:
         lanes, batch = part.assignment.lanes, part.assignment.global_batch_size
         if not before and lanes % batch and batch % lanes:
             raise DataError(
-                f"data.lanes={lanes} must be a multiple of the {batch} images in a step of bucket {part.name}, or "
+                f"data.lanes={lanes} must be a multiple of the {batch} images in a step of {words.one} {part.name}, or "
                 "divide them: leave data.lanes out"
             )
 

@@ -18,7 +18,7 @@ def stream_identity(
     sources: list[Source], seed: int, lanes: int, limit: WindowLimit, buckets: dict | None = None
 ) -> dict:
     """What must be unchanged for a state to mean the same images. Weights may change: lanes keep their positions.
-    buckets: if there are any, their names as ``buckets``, and as ``division`` their samples."""
+    buckets: if there are any, their names as ``buckets`` (or ``grids``), and as ``division`` their samples."""
     return {
         **(buckets or {}),
         "seed": seed,
@@ -64,7 +64,7 @@ def add_totals(many: Iterable[Totals]) -> Totals:
 
 
 class Restored(NamedTuple):
-    """What a merged state holds. lanes: the state of each lane, by the lane's number, or BUCKET/NUMBER."""
+    """What a merged state holds. lanes: the state of each lane, by the lane's number, or BUCKET/NUMBER, GRID/NUMBER."""
 
     steps: int
     lanes: dict[str, list]
@@ -83,15 +83,15 @@ def restore(state: dict, identity: dict) -> Restored:
     for name in sorted((identity.keys() | before.keys()) - {"sources", "division"}):
         then, now = before.get(name), identity.get(name)
         if then != now:
-            keys = "data.buckets, data.pixels or data.max_aspect" if name == "buckets" else "it"
+            keys = {"buckets": "data.buckets, data.pixels or data.max_aspect", "grids": "model.grids"}.get(name, "it")
             raise DataError(f"cannot resume: {name} was {then} and is now {now}; set {keys} back")
     for bucket, sources in identity.get("division", {}).items():
         then = before["division"].get(bucket, {})
         if changed := [name for name in sources if name in then and differ(then[name], sources[name])]:
-            raise DataError(
-                f"cannot resume: bucket {bucket} had other samples of source {changed[0]}: set "
-                "data.max_enlargement and the filters back, and give the same images"
-            )
+            one, back = "bucket", "data.max_enlargement and the filters back, and give the same images"
+            if "grids" in identity:
+                one, back = "grid", "the filters back, and give the same token shards"
+            raise DataError(f"cannot resume: {one} {bucket} had other samples of source {changed[0]}: set {back}")
     for name, value in identity["sources"].items():
         if differ(then := before["sources"].get(name, value), value):
             was, now = ("{shards} shards with {samples} samples".format(**one) for one in (then, value))

@@ -9,7 +9,7 @@ import functools
 import json
 import math
 import random
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -18,16 +18,19 @@ import numpy as np
 from data.config import MOST_CODES
 from data.errors import DataError, ImageError
 from data.samples import CODES, Sample, Shard, WindowLimit, is_image
+from data.transforms import Size
 
 MOST_HEADER_BYTES = 4096
+NAMED_GRIDS = 8  # in an error message
 
 
 class TokenSpec(NamedTuple):
-    """What a reader expects. tokenizer: its fingerprint or None for any; vocabulary: codes; grid: rows, columns."""
+    """What a reader expects. tokenizer: its fingerprint or None for any; vocabulary: codes; grids: (rows, columns) that
+    a sample may have."""
 
     tokenizer: str | None
     vocabulary: int
-    grid: tuple[int, int]
+    grids: tuple[tuple[int, int], ...]
 
 
 class TokenHeader(NamedTuple):
@@ -65,6 +68,11 @@ def unpack_codes(content: bytes) -> tuple[TokenHeader, np.ndarray]:
     header, start = _opened(content)
     index_n = _codes(content, start, header, header.views * math.prod(header.grid))
     return header, index_n.reshape(header.views, *header.grid)
+
+
+def grid_of_codes(content: bytes) -> tuple[int, int]:
+    """Rows and columns by the header of a member `codes`; the codes are not looked at. Raises ImageError."""
+    return _opened(content)[0].grid
 
 
 def _opened(content: bytes) -> tuple[TokenHeader, int]:
@@ -108,14 +116,22 @@ def _codes(content: bytes, start: int, header: TokenHeader, count: int) -> np.nd
 
 @dataclass(frozen=True)
 class TokenTransform:
-    """A member `codes` -> int32 (rows * columns,) of one of its views; the view is drawn from the given generator."""
+    """A member `codes` -> int32 (rows * columns,) of one of its views; the view is drawn from the given generator.
+
+    spec: with one grid."""
 
     spec: TokenSpec
 
     @functools.cached_property
+    def size(self) -> Size:
+        """Rows and columns."""
+        (grid,) = self.spec.grids
+        return Size(*grid)
+
+    @functools.cached_property
     def shape(self) -> tuple[int]:
         """Shape of the result."""
-        return (math.prod(self.spec.grid),)
+        return (math.prod(self.size),)
 
     dtype = np.dtype(np.int32)
 
@@ -147,16 +163,47 @@ def check_tokens(header: TokenHeader, spec: TokenSpec, name: str) -> None:
             f"{name} holds tokens of tokenizer {header.tokenizer}, and this run expects those of {spec.tokenizer}: "
             "write token shards with `ibq tokenize` and the run's own tokenizer"
         )
-    if (header.vocabulary, header.grid) != spec[1:]:
+    if header.vocabulary != spec.vocabulary or header.grid not in spec.grids:
+        key = "model.grid" if len(spec.grids) == 1 else "model.grids"
         raise DataError(
-            f"{name} holds {_described(header)} an image, and this run expects {_described(spec)}: set "
-            "model.vocabulary and model.grid to what is there, or write other token shards with `ibq tokenize`"
+            f"{name} holds {_described(header.vocabulary, [header.grid])} an image, and this run expects "
+            f"{_described(spec.vocabulary, spec.grids)}: set model.vocabulary and {key} to what is there, or write "
+            "other token shards with `ibq tokenize`"
         )
 
 
-def _described(tokens: TokenHeader | TokenSpec) -> str:
-    rows, columns = tokens.grid
-    return f"{rows} x {columns} of {tokens.vocabulary:,} codes"
+def _described(vocabulary: int, grids: Iterable[tuple[int, int]]) -> str:
+    return f"{' or '.join(f'{rows} x {columns}' for rows, columns in grids)} of {vocabulary:,} codes"
+
+
+def grid_number(grids: Sequence[tuple[int, int]], grids_n2: np.ndarray) -> np.ndarray:
+    """The number in `grids` of each of many grids; -1 for one that is not among them."""
+    number_n = np.full(len(grids_n2), -1)
+    for number, grid in enumerate(grids):
+        number_n[(grids_n2 == grid).all(axis=1)] = number
+    return number_n
+
+
+def check_grids(grids_n2: np.ndarray, grids: Sequence[tuple[int, int]], name: str) -> None:
+    """Raises DataError where a sample has a grid that the reader does not expect. grids_n2: rows and columns of each
+    sample, 0 where they are unknown. name: what messages call the source."""
+    known_n = grids_n2.min(axis=1) > 0
+    if (grid_number(grids, grids_n2)[known_n] >= 0).all():
+        return
+    found, count_k = np.unique(grids_n2[known_n], axis=0, return_counts=True)
+    counts = sorted(zip(count_k.tolist(), map(Size._make, found.tolist()), strict=True), reverse=True)
+    named = [f"{size} ({count:,} sample{'s' * (count != 1)})" for count, size in counts[:NAMED_GRIDS]]
+    named += [f"{len(counts) - NAMED_GRIDS:,} other grids"] if len(counts) > NAMED_GRIDS else []
+    # Of several grids that are expected, other sources may need those that this one lacks.
+    needed = sorted({size for _, size in counts} | (set(grids) if len(grids) > 1 else set()))
+    fix = f"set 'model.grids=[{','.join(f'{rows}x{columns}' for rows, columns in needed)}]' (model.grid is one of them)"
+    if len(needed) == 1:
+        fix = f"set 'model.grid=[{needed[0].height},{needed[0].width}]'"
+    raise DataError(
+        f"{name} holds the grid{'s' * (len(counts) > 1)} {', '.join(named)}, and this run expects "
+        f"{', '.join(f'{rows}x{columns}' for rows, columns in grids)}: {f'{fix}, or ' * (len(counts) <= NAMED_GRIDS)}"
+        "write other token shards with `ibq tokenize`"
+    )
 
 
 def first_header(shards: Iterable[Shard], name: str) -> TokenHeader:

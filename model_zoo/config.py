@@ -5,7 +5,8 @@ The metadata of a field hold the rules for its value; `broken_rule` applies them
 
 import math
 import operator
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -33,6 +34,7 @@ DISCRIMINATOR_ENCODERS = {
     ),
     "test_vit.r160_in1k": None,
 }
+MOST_GRID_SIDE = 1024  # codes
 COMPARISONS = {"at_least": operator.ge, "above": operator.gt, "at_most": operator.le, "below": operator.lt}
 
 
@@ -114,6 +116,12 @@ class TokenizerConfig:
     table_dim: int = field(default=768, metadata={"at_least": 1})
 
 
+def grid_name(grid: Sequence[int]) -> str:
+    """``24x40`` of (rows, columns), as in `TransformerConfig.grids`."""
+    rows, columns = grid
+    return f"{rows}x{columns}"
+
+
 @dataclass
 class TransformerConfig:
     """Architecture of a generator. The defaults are the published B model for 16,384 codes."""
@@ -122,6 +130,9 @@ class TransformerConfig:
     classes: int = field(default=1000, metadata={"at_least": 1})
     # Rows and columns of an image's codes.
     grid: list[int] = field(default_factory=lambda: [16, 16], metadata={"at_least": 1})
+    # For pictures of several shapes: all grids, as ROWSxCOLUMNS, of which `grid` is the default of sampling. Each has a
+    # row in one more table of embeddings. Empty: `grid` alone, and no such table.
+    grids: list[str] = field(default_factory=list)
     depth: int = field(default=16, metadata={"at_least": 1})
     heads: int = field(default=16, metadata={"at_least": 1})
     head_dim: int = field(default=64, metadata={"at_least": 4})
@@ -144,9 +155,36 @@ class TransformerConfig:
         return -(-int(8 * self.width / 3) // 256) * 256
 
     @property
+    def all_grids(self) -> tuple[tuple[int, int], ...]:
+        """The grids (rows, columns) that the model knows: `grids`, in their order, or `grid`. Raises ModelError for
+        grids that contradict each other or are none."""
+        if len(self.grid) != 2:
+            raise ModelError(f"model.grid={self.grid} must be rows and columns")
+        default = (self.grid[0], self.grid[1])
+        if not self.grids:
+            return (default,)
+        parsed = tuple(map(_parsed_grid, self.grids))
+        if twice := [grid for grid in dict.fromkeys(parsed) if parsed.count(grid) > 1]:
+            raise ModelError(f"model.grids has {grid_name(twice[0])} twice: leave one out")
+        if default not in parsed:
+            raise ModelError(
+                f"model.grid=[{default[0]},{default[1]}] is not among model.grids=[{','.join(self.grids)}]: add "
+                f"{grid_name(default)} there, or set model.grid to one of them"
+            )
+        return parsed
+
+    @property
     def tokens(self) -> int:
-        """Codes of an image."""
-        return self.grid[0] * self.grid[1]
+        """Codes of an image, or of one with the largest grid."""
+        return max(rows * columns for rows, columns in self.all_grids)
+
+
+def _parsed_grid(text: str) -> tuple[int, int]:
+    match = re.fullmatch(r"(\d{1,4})x(\d{1,4})", str(text), re.ASCII)
+    rows, columns = map(int, match.groups()) if match else (0, 0)
+    if not 1 <= min(rows, columns) <= max(rows, columns) <= MOST_GRID_SIDE:
+        raise ModelError(f"model.grids: {text!r} must be ROWSxCOLUMNS, each 1 to {MOST_GRID_SIDE}, such as 24x40")
+    return rows, columns
 
 
 @dataclass(frozen=True)

@@ -95,6 +95,7 @@ def step(
     state: SamplerState,
     settings: Sampling,
     dtype: torch.dtype | None,
+    grid: tuple[int, int],
     *,
     first: bool,
     limit: int,
@@ -114,7 +115,7 @@ def step(
     # Without autocast's cache of converted weights, whose memory would not outlive a captured graph.
     with torch.autocast(position.device.type, dtype, enabled=dtype is not None, cache_enabled=False):
         at = DecodePosition(position, first, limit, mask_1t)
-        logits_nv = transformer.next_logits(index_n, state.class_n, state.caches, at)
+        logits_nv = transformer.next_logits(index_n, state.class_n, state.caches, at, grid)
     logits_bv = logits_nv.float()
     if guided:
         conditional_bv, unconditional_bv = logits_bv.chunk(2)
@@ -130,14 +131,14 @@ class Sampler:
     transformer: in eval mode, on its device; its weights may be changed in place between calls.
     dtype: of matrix products (by autocast) and of the cache; None means the dtype of the weights.
     compile: compile the step with torch.compile.
-    graphs: on CUDA, capture the steps as CUDA graphs, one per BUCKET positions, and reuse them until the settings
-        change. Capturing does not pay off for few images.
+    graphs: on CUDA, capture the steps as CUDA graphs, one per BUCKET positions, and reuse them until the settings or
+        the grid change. Capturing does not pay off for few images.
 
-    An image depends only on its class, its seed and the settings, not on the batch, the order or the number of
-    processes: each image has its own random numbers. This holds in exact arithmetic. In floating point the rounding of
-    matrix products depends on the batch size (smaller batches are therefore padded), the device, the kernel and, with
-    some libraries, the row. A random number within this rounding of the boundary between two codes may select the other
-    code, which then changes all later codes.
+    An image depends only on its class, its seed, the settings and the grid, not on the batch, the order or the number
+    of processes: each image has its own random numbers. This holds in exact arithmetic. In floating point the rounding
+    of matrix products depends on the batch size (smaller batches are therefore padded), the device, the kernel and,
+    with some libraries, the row. A random number within this rounding of the boundary between two codes may select the
+    other code, which then changes all later codes.
     """
 
     def __init__(
@@ -155,17 +156,22 @@ class Sampler:
         self.device = transformer.rope_tp2.device
         self.captures = graphs and self.device.type == "cuda"
         self.static = self.captures or compile  # few distinct shapes
-        self.settings: Sampling | None = None
+        self.prepared: tuple[Sampling, tuple[int, int]] | None = None  # settings and grid of the state
 
     @torch.no_grad()
     def sample(
-        self, class_b: Tensor, seeds: Sequence[int], settings: Sampling, beat: Callable[[], None] = lambda: None
+        self,
+        class_b: Tensor,
+        seeds: Sequence[int],
+        settings: Sampling,
+        beat: Callable[[], None] = lambda: None,
+        grid: Sequence[int] | None = None,
     ) -> Tensor:
         """Samples codes, int64 ``(b, rows, columns)``, b up to ``batch_size``.
 
         class_b: classes; ``config.classes`` means no class. seeds: one per image, from 0 to below 2^64. beat: called
-        after every position. Raises ModelError for bad arguments, for classes and guidance that were never trained, and
-        for logits that are not finite.
+        after every position. grid: rows and columns, of ``config.all_grids``; None: ``config.grid``. Raises ModelError
+        for bad arguments, for classes and guidance that were never trained, and for logits that are not finite.
         """
         config, images = self.transformer.config, len(class_b)
         if not images == len(seeds) <= self.batch_size:
@@ -175,39 +181,42 @@ class Sampler:
         if self.transformer.training:
             raise ModelError("the generator is in training mode and would apply dropout: call eval() first")
         check_conditions(self.transformer, class_b, settings)
-        if settings != self.settings:
-            self._begin(settings)
+        grid = tuple(config.grid if grid is None else grid)
+        tokens = self.transformer.place(grid).tokens
+        if (settings, grid) != self.prepared:
+            self._begin(settings, grid)
         state = self.state
         class_n = state.class_n.view(-1, self.batch_size)
         class_n[0, :images] = class_b.to(self.device)
         for uniform_t, seed in zip(state.uniform_bt, seeds, strict=False):
-            uniform_t.copy_(uniform(seed, config.tokens))
+            uniform_t.copy_(uniform(seed, tokens))
         state.finite_b.fill_(True)
-        for position in range(config.tokens):
+        for position in range(tokens):
             self._step(position)
             beat()
         if not state.finite_b[:images].all():
             raise ModelError("the generator's logits are not finite: take an earlier checkpoint, or --precision fp32")
-        return state.codes_bt[:images].view(images, *config.grid).clone()
+        return state.codes_bt[:images].view(images, *grid).clone()
 
-    def _begin(self, settings: Sampling) -> None:
-        """Allocates the state for these settings, after freeing that of the previous ones."""
-        self.state, self.graphs, self.settings = None, {}, None
+    def _begin(self, settings: Sampling, grid: tuple[int, int]) -> None:
+        """Allocates the state for these settings and this grid, after freeing the previous one."""
+        self.state, self.graphs, self.prepared = None, {}, None
         config, b, device = self.transformer.config, self.batch_size, self.device
+        tokens = self.transformer.place(grid).tokens
         n = b if settings.guidance == 1 else 2 * b
         self.state = SamplerState(
             class_n=torch.full((n,), config.classes, device=device),
-            uniform_bt=torch.zeros(b, config.tokens, dtype=torch.float64, device=device),
-            guidance_t=guidance_scale_t(settings, config.tokens).to(device),
+            uniform_bt=torch.zeros(b, tokens, dtype=torch.float64, device=device),
+            guidance_t=guidance_scale_t(settings, tokens).to(device),
             position=torch.zeros(1, dtype=torch.int64, device=device),
-            codes_bt=torch.zeros(b, config.tokens, dtype=torch.int64, device=device),
+            codes_bt=torch.zeros(b, tokens, dtype=torch.int64, device=device),
             finite_b=torch.ones(b, dtype=torch.bool, device=device),
-            caches=self.transformer.new_caches(n, self.dtype),
+            caches=self.transformer.new_caches(n, self.dtype, grid),
         )
-        self.settings = settings
+        self.prepared = settings, grid
 
     def _step(self, position: int) -> None:
-        tokens = self.transformer.config.tokens
+        tokens = self.state.codes_bt.shape[1]
         limit = min(-(-(position + 1) // BUCKET) * BUCKET, tokens) if self.static else position + 1
         self.state.position.fill_(position)
         if not self.captures or position == 0:
@@ -219,8 +228,9 @@ class Sampler:
     def _run(self, first: bool, limit: int) -> None:
         # The first position runs different code, for which compiling does not pay off.
         run = step if first else self.step
+        settings, grid = self.prepared
         where = {"first": first, "limit": limit, "masked": self.static}
-        run(self.transformer, self.state, self.settings, self.dtype, **where)
+        run(self.transformer, self.state, settings, self.dtype, grid, **where)
 
     def _capture(self, limit: int) -> torch.cuda.CUDAGraph:
         """Captures a step as a CUDA graph, after warming up at the current position; results are unaffected."""

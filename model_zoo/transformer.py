@@ -2,12 +2,19 @@
 section 3.3).
 
 Position 0 holds the class, which serves as start token and as condition; position t holds code t - 1 and predicts code
-t. So ``logits[:, t]`` depends only on the class and on codes 0 to t - 1.
+t. So ``logits[:, t]`` depends only on the class, on the grid and on codes 0 to t - 1.
+
+A model with ``config.grids`` knows pictures of several shapes. The rotary embeddings tell where a code is, but not how
+wide the picture is: until the first row ends, the codes of all shapes have the same positions. Therefore such a model
+has a table with one row for each grid, which is added to the class embedding. The table starts at zero, so that
+fine-tuning from a model without it starts from exactly that model (`trainer.init_from`).
 
 Shapes: b images, t positions, w width, h heads, d dimensions of a head, p = d / 2 pairs, v vocabulary.
 State-dict names are those of the published checkpoints.
 """
 
+import math
+from collections.abc import Sequence
 from functools import partial
 from typing import NamedTuple
 
@@ -16,22 +23,22 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
-from model_zoo.config import TransformerConfig, check_fields
+from model_zoo.config import TransformerConfig, check_fields, grid_name
 from model_zoo.errors import ModelError
 from model_zoo.ops.attention import causal_attention
 from model_zoo.ops.codebook_parallel import CodebookShard
 from model_zoo.ops.linear_cross_entropy import LinearCrossEntropy, linear_cross_entropy
 
 
-def flops_per_token(config: TransformerConfig) -> float:
+def flops_per_token(config: TransformerConfig, grid: Sequence[int] | None = None) -> float:
     """Floating-point operations of a forward pass per token, counting a multiply-add as two. Training needs three times
-    as many, since a backward pass costs as much as two forward passes.
+    as many, since a backward pass costs as much as two forward passes. grid: of the images; None: ``config.grid``.
 
     ``2 depth (4 w^2 + 3 w hidden) + 4 depth tokens w + 2 w vocabulary + 2 (6 depth + 2) w^2 / tokens``. The terms are
     the matrices of the blocks; the two products of attention, without discount for the causal mask; the head; and the
     modulations, which are computed once per image.
     """
-    w, tokens = config.width, config.tokens
+    w, tokens = config.width, math.prod(grid or config.grid)
     matrices = 2 * config.depth * (4 * w**2 + 3 * w * config.hidden) + 2 * w * config.vocabulary
     if config.embedding == "codebook":
         matrices += 2 * config.code_dim * w * (tokens - 1) / tokens
@@ -57,6 +64,15 @@ class DecodePosition(NamedTuple):
     mask_1t: Tensor | None
 
 
+class GridPlace(NamedTuple):
+    """Where a grid is in the model's tables: its row of ``grid_emb``, and its first position in ``rope_tp2``. tokens:
+    the number of its codes."""
+
+    number: int
+    start: int
+    tokens: int
+
+
 class Transformer(nn.Module):
     """Predicts the next code from the class and the previous codes.
 
@@ -69,9 +85,7 @@ class Transformer(nn.Module):
         check_fields(config)
         if config.head_dim % 4:
             raise ModelError(f"model.head_dim={config.head_dim} must be a multiple of 4: pairs by row and by column")
-        if len(config.grid) != 2:
-            raise ModelError(f"model.grid={config.grid} must be rows and columns")
-        self.config = config
+        self.config, self.places = config, _places(config.all_grids)
         self.trained_c: Tensor | None = None  # see `model_zoo.conditions`; None: not known
         width = config.width
         if config.embedding == "codebook":
@@ -83,55 +97,94 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.depth))
         self.head_nm = HeadNorm(width)
         self.head = Head(width, config.vocabulary, shard)
-        self.register_buffer("rope_tp2", rope_table(*config.grid, config.head_dim), persistent=False)
+        self.grid_emb = GridEmbedding(len(config.grids), width) if config.grids else None
+        self.register_buffer("rope_tp2", rope_tables(config), persistent=False)
         self._initialize()
 
-    def forward(self, index_bt: Tensor, class_b: Tensor) -> Tensor:
+    def place(self, grid: Sequence[int] | None = None) -> GridPlace:
+        """grid: rows and columns; None: ``config.grid``. Raises ModelError for a grid that the model does not know."""
+        grid = tuple(self.config.grid if grid is None else grid)
+        if grid not in self.places:
+            known = ", ".join(map(grid_name, self.places))
+            raise ModelError(f"{grid_name(grid)} is a grid unknown to the generator: it knows {known}")
+        return self.places[grid]
+
+    def forward(self, index_bt: Tensor, class_b: Tensor, grid: Sequence[int] | None = None) -> Tensor:
         """Logits ``(b, t + 1, v)``; ``logits[:, t]`` predicts code t.
 
-        index_bt: the first t codes of each image, t from 0 to ``config.tokens - 1``. class_b: classes;
-        ``config.classes`` means no class (for guidance). Raises ModelError for too many codes.
+        index_bt: the first t codes of each image, t from 0 to one less than the grid has. class_b: classes;
+        ``config.classes`` means no class (for guidance). grid: rows and columns of the images; None: ``config.grid``.
+        Raises ModelError for too many codes and for an unknown grid.
         """
-        if index_bt.shape[1] >= self.config.tokens:
-            raise ModelError(
-                f"{index_bt.shape[1]} codes leave nothing to predict of {self.config.tokens}: leave some out"
-            )
-        return self.head(self._hidden(index_bt, class_b))
+        place = self.place(grid)
+        if index_bt.shape[1] >= place.tokens:
+            raise ModelError(f"{index_bt.shape[1]} codes leave nothing to predict of {place.tokens}: leave some out")
+        return self.head(self._hidden(index_bt, class_b, place))
 
-    def loss(self, index_bt: Tensor, class_b: Tensor, z_weight: float = 0.0, impl: str = "auto") -> LinearCrossEntropy:
+    def loss(
+        self,
+        index_bt: Tensor,
+        class_b: Tensor,
+        z_weight: float = 0.0,
+        impl: str = "auto",
+        grid: Sequence[int] | None = None,
+    ) -> LinearCrossEntropy:
         """Cross-entropy of all codes of images ``(b, tokens)``, in nats per token, without building the logits.
-        z_weight, impl: see `linear_cross_entropy`."""
-        hidden_btw = self._hidden(index_bt[:, :-1], class_b)
+
+        z_weight, impl: see `linear_cross_entropy`. grid: of the images; None: ``config.grid``. Raises ModelError for an
+        unknown grid, and where it has another number of codes.
+        """
+        place = self.place(grid)
+        if index_bt.shape[1] != place.tokens:
+            raise ModelError(
+                f"{index_bt.shape[1]} codes per image are not a grid of {grid_name(grid or self.config.grid)}, which "
+                f"has {place.tokens}: give the grid of these codes"
+            )
+        hidden_btw = self._hidden(index_bt[:, :-1], class_b, place)
         return self.head(hidden_btw, index_bt, z_weight=z_weight, impl=impl)
 
-    def _hidden(self, index_bt: Tensor, class_b: Tensor) -> Tensor:
-        condition_bw = self.class_emb(class_b)
+    def _hidden(self, index_bt: Tensor, class_b: Tensor, place: GridPlace) -> Tensor:
+        condition_bw = self._condition(class_b, place)
         x_btw = self.dropout(torch.cat([condition_bw[:, None], self.tok_emb(index_bt)], dim=1))
-        rope_tp2 = self.rope_tp2[: x_btw.shape[1]]
+        rope_tp2 = self.rope_tp2[place.start :][: x_btw.shape[1]]
         for block in self.blocks:
             x_btw = block(x_btw, condition_bw, rope_tp2)
         return self.head_nm(x_btw, condition_bw)
 
-    def new_caches(self, images: int, dtype: torch.dtype | None = None) -> list[BlockCache]:
-        """Allocates the caches to sample this many images at once. dtype: None means the dtype of the weights."""
-        config, like = self.config, self.rope_tp2
+    def _condition(self, class_b: Tensor, place: GridPlace) -> Tensor:
+        """``(b, w)``: the start token, which also modulates all blocks."""
+        condition_bw = self.class_emb(class_b)
+        return condition_bw if self.grid_emb is None else self.grid_emb(condition_bw, place.number)
+
+    def new_caches(
+        self, images: int, dtype: torch.dtype | None = None, grid: Sequence[int] | None = None
+    ) -> list[BlockCache]:
+        """Allocates the caches to sample this many images of a grid (None: ``config.grid``) at once. dtype: None means
+        the dtype of the weights."""
+        config, like, tokens = self.config, self.rope_tp2, self.place(grid).tokens
         dtype = dtype or self.class_emb.embedding_table.weight.dtype
         caches = []
         for _ in range(config.depth):
-            keys, values = like.new_zeros(2, images, config.heads, config.tokens, config.head_dim, dtype=dtype)
+            keys, values = like.new_zeros(2, images, config.heads, tokens, config.head_dim, dtype=dtype)
             caches.append(BlockCache(keys, values, like.new_zeros(images, 6, config.width, dtype=dtype)))
         return caches
 
     def next_logits(
-        self, index_b: Tensor | None, class_b: Tensor, caches: list[BlockCache], at: DecodePosition
+        self,
+        index_b: Tensor | None,
+        class_b: Tensor,
+        caches: list[BlockCache],
+        at: DecodePosition,
+        grid: Sequence[int] | None = None,
     ) -> Tensor:
         """Logits ``(b, v)`` of one position, equal to those of `forward`. Updates ``caches`` in place.
 
-        index_b: the previous code; None at the first position.
+        index_b: the previous code; None at the first position. grid: None: ``config.grid``.
         """
-        condition_bw = self.class_emb(class_b)
+        place = self.place(grid)
+        condition_bw = self._condition(class_b, place)
         x_bw = condition_bw if at.first else self.tok_emb(index_b)
-        x_b1w, rope_1p2 = self.dropout(x_bw[:, None]), self.rope_tp2[at.position]
+        x_b1w, rope_1p2 = self.dropout(x_bw[:, None]), self.rope_tp2[place.start :][at.position]
         for block, cache in zip(self.blocks, caches, strict=True):
             x_b1w = block(x_b1w, condition_bw, rope_1p2, cache, at)
         return self.head(self.head_nm(x_b1w, condition_bw))[:, 0]
@@ -160,6 +213,17 @@ class ClassEmbedding(nn.Module):
 
     def forward(self, class_b: Tensor) -> Tensor:
         return self.embedding_table(class_b)
+
+
+class GridEmbedding(nn.Module):
+    """Adds the embedding of a grid to conditions ``(b, w)``. number: the grid's row. The table starts at zero."""
+
+    def __init__(self, grids: int, width: int):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(grids, width))
+
+    def forward(self, condition_bw: Tensor, number: int) -> Tensor:
+        return condition_bw + self.weight[number]
 
 
 class CodebookEmbedding(nn.Module):
@@ -289,6 +353,19 @@ def rope_table(rows: int, columns: int, head_dim: int) -> Tensor:
     column_rcp = (torch.arange(columns)[:, None] * frequencies)[None].expand(rows, -1, -1)
     angles_tp = torch.cat([row_rcp, column_rcp], dim=-1).flatten(0, 1)
     return F.pad(torch.stack([angles_tp.cos(), angles_tp.sin()], dim=-1), (0, 0, 0, 0, 1, 0))
+
+
+def rope_tables(config: TransformerConfig) -> Tensor:
+    """The tables of all grids of a model, one after another: see `rope_table` and `GridPlace`."""
+    return torch.cat([rope_table(*grid, config.head_dim) for grid in config.all_grids])
+
+
+def _places(grids: Sequence[tuple[int, int]]) -> dict[tuple[int, int], GridPlace]:
+    places, start = {}, 0
+    for number, grid in enumerate(grids):
+        places[grid] = GridPlace(number, start, math.prod(grid))
+        start += 1 + math.prod(grid)
+    return places
 
 
 def rotate(x_bthd: Tensor, rope_tp2: Tensor) -> Tensor:

@@ -12,6 +12,12 @@ Classes = Annotated[
     typer.Option(metavar="1,2,7-9", help="Classes, or 'none' for no class.  [default: all that were trained]"),
 ]
 Out = Annotated[Path | None, typer.Option(help="Folder of PNGs, FILE.npz or FILE.png.  [default: RUN/sampled]")]
+Size = Annotated[
+    str | None,
+    typer.Option(
+        metavar="HEIGHTxWIDTH", help="Pixels of the images, such as 384x640.  [default: those of the run's model.grid]"
+    ),
+]
 Schedule = Annotated[str | None, typer.Option(help="constant, linear or cosine.  [default: the run's]")]
 TopK = Annotated[int | None, typer.Option(help="Sample from the k most likely codes; 0 is all.  [default: the run's]")]
 TopP = Annotated[
@@ -31,6 +37,7 @@ def sample(
     classes: Classes = None,
     count: Annotated[int, typer.Option(help="Number of images; classes alternate.")] = 16,
     out: Out = None,
+    size: Size = None,
     seed: Annotated[int, typer.Option(help="Seed of the images.")] = 0,
     temperature: Annotated[float | None, typer.Option(help="Above 0.  [default: the run's]")] = None,
     guidance: Annotated[float | None, typer.Option(help="At least 0; 1 is none.  [default: the run's]")] = None,
@@ -60,6 +67,7 @@ def sample(
             classes=classes,
             count=count,
             out=out,
+            size=size,
             seed=seed,
             sampling={name: value for name, value in settings.items() if value is not None},
             batch_size=batch_size,

@@ -17,7 +17,28 @@ def tokenize(
     views: Annotated[
         str, typer.Option(metavar="KIND", help="Views of each image: original, flip (both orientations) or ten-crop.")
     ] = "original",
-    size: Annotated[int | None, typer.Option(help="Pixels of a view.  [default: the run's data.image_size]")] = None,
+    size: Annotated[
+        str | None,
+        typer.Option(
+            help="Pixels of a square view, or sizes such as 384x640,512x512,640x384: each image has the one that keeps "
+            "most of it.",
+            show_default="the run's data.image_size",
+        ),
+    ] = None,
+    pixels: Annotated[
+        str | None,
+        typer.Option(help="Sides of squares, such as 512: in place of --size, sizes of about as many pixels."),
+    ] = None,
+    max_aspect: Annotated[
+        float | None, typer.Option(help="With --pixels: largest ratio of a size's sides.", show_default="2")
+    ] = None,
+    max_enlargement: Annotated[
+        float | None,
+        typer.Option(
+            help="With several sizes: how far an image may be enlarged; smaller ones are left out.",
+            show_default="the run's data.max_enlargement",
+        ),
+    ] = None,
     weights: Weights = "ema",
     source: Annotated[
         str, typer.Option(metavar="NAME", help="Entry of data/sources.yaml which says where captions and classes are.")
@@ -49,6 +70,9 @@ def tokenize(
             out=out,
             views=views,
             image_size=size,
+            pixels=pixels,
+            max_aspect=max_aspect,
+            max_enlargement=max_enlargement,
             weights=weights,
             source=source,
             classes=classes,
@@ -66,3 +90,6 @@ def tokenize(
     before = "" if done.made == done.samples else f", {done.samples - done.made:,} of them existed already"
     tars = counted(done.shards, "tar")
     echo(f"{counted(done.samples, 'sample')} of tokenizer {done.tokenizer} in {tars} in {out}{before}")
+    if len(done.grids) > 1:
+        counts = ", ".join(f"{grid} ({count:,})" for grid, count in done.grids.items())
+        echo(f"grids: {counts}: train with 'model.grids=[{','.join(done.grids)}]'")

@@ -145,12 +145,20 @@ class InitFromConfig:
     """Initial weights of a new run (docs/finetuning.md). Nothing else is read from the source.
 
     source: anything that `model_zoo.io.load.read_weights` reads; None: random weights. weights: its EMA or raw weights.
-    discriminator: whether to load the source's discriminator too, if it has the recipe's shape. freeze: the part that
-    is not trained: ``encoder`` (encoder and codebook, so the codes stay valid) or ``decoder``.
     """
 
     source: str | None = None
     weights: str = field(default="ema", metadata={"choices": ("ema", "raw")})
+
+
+@dataclass
+class TokenizerInitFromConfig(InitFromConfig):
+    """The `init_from` section of a tokenizer's recipe.
+
+    discriminator: whether to load the source's discriminator too, if it has the recipe's shape. freeze: the part that
+    is not trained: ``encoder`` (encoder and codebook, so the codes stay valid) or ``decoder``.
+    """
+
     discriminator: bool = True
     freeze: str | None = field(default=None, metadata={"choices": (None, "encoder", "decoder")})
 
@@ -201,7 +209,7 @@ class TokenizerRun(RunConfig):
 
     # Shards the codebook over this many consecutive processes; must divide their total number. 1: not sharded.
     codebook_parallel: int = field(default=1, metadata={"at_least": 1})
-    init_from: InitFromConfig = field(default_factory=InitFromConfig)
+    init_from: TokenizerInitFromConfig = field(default_factory=TokenizerInitFromConfig)
     trainer: TokenizerTrainerConfig = field(default_factory=TokenizerTrainerConfig)
     model: TokenizerConfig = field(default_factory=TokenizerConfig)
     discriminator: DiscriminatorConfig = field(default_factory=DiscriminatorConfig)
@@ -216,6 +224,7 @@ class GeneratorRun(RunConfig):
     task: str = "generator"
     # Shards the rows of the head over this many consecutive processes, like codebook_parallel for a codebook.
     vocabulary_parallel: int = field(default=1, metadata={"at_least": 1})
+    init_from: InitFromConfig = field(default_factory=InitFromConfig)
     data: DataConfig = field(default_factory=lambda: DataConfig(content="tokens"))
     model: TransformerConfig = field(default_factory=TransformerConfig)
     tokenizer: TokenizerSource = field(default_factory=TokenizerSource)

@@ -22,7 +22,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode, unset_fake_temporarily
 
 from data import redacted
-from data.buckets import bucket_sizes, with_batches
+from data.buckets import with_batches
 from data.errors import DataError
 from data.text import printable
 from model_zoo import ModelError
@@ -36,7 +36,7 @@ from trainer.config import GeneratorRun, RunConfig, TokenizerRun
 from trainer.engines.base import Engine
 from trainer.parallel import World
 from trainer.recipes import load_recipe
-from trainer.start_plan import plan_batch
+from trainer.start_plan import plan_batch, stream_sizes
 from trainer.tasks import adversarial as adversarial_task
 from trainer.tasks import make_task
 from trainer.tasks import perceptual as perceptual_task
@@ -264,9 +264,11 @@ def _mesh(config: RunConfig, processes: int, plan: RankMemory) -> list[list[str]
             f"micro-batch{'es, accumulated,' if micro_batches > 1 else ''} x {micro_batch_size} images",
         ],
     ]
-    if config.data.buckets or config.data.pixels:
-        buckets = with_batches(bucket_sizes(config.data), config.trainer.global_batch_size)
-        lines.append(["buckets", ", ".join(f"{bucket.batch} x {bucket.name}" for bucket in buckets) + " in a step"])
+    sizes, words = stream_sizes(config)
+    if len(sizes) > 1 or config.data.buckets or config.data.pixels:
+        buckets = with_batches(sizes, config.trainer.global_batch_size)
+        batches = ", ".join(f"{bucket.batch} x {bucket.name}" for bucket in buckets)
+        lines.append([f"{words.one}s", f"{batches} in a step"])
     engine = config.engine
     main = next(iter(plan.networks))
     if engine.kind == "deepspeed":

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 import data
+from data.buckets import OF_IMAGES, OF_TOKENS, Words
 from model_zoo import ModelError
 from model_zoo.eval_nets.patch_encoder import checked_encoder
 from model_zoo.io.sharded_tensors import ShardedTensors, TensorShard, whole_tensor
@@ -70,8 +71,8 @@ class BatchPlan(NamedTuple):
 
 
 def plan_batch(config: RunConfig, world: World) -> BatchPlan:
-    """How the global batch is split. Raises TrainerError where it cannot be split evenly; DataError for a bucket whose
-    batch cannot be."""
+    """How the global batch is split. Raises TrainerError where it cannot be split evenly; DataError for a bucket or a
+    grid whose batch cannot be."""
     total, micro = config.trainer.global_batch_size, config.trainer.micro_batch_size
     if total % world.size:
         raise TrainerError(f"trainer.global_batch_size={total} must be a multiple of the {world.size} processes")
@@ -82,7 +83,8 @@ def plan_batch(config: RunConfig, world: World) -> BatchPlan:
             f"trainer.micro_batch_size={micro} must divide the {share} images that each of {world.size} processes "
             f"takes of trainer.global_batch_size={total}"
         )
-    data.check_batches(data.image_sizes(config.data), total, world.size, share // micro)
+    sizes, words = stream_sizes(config)
+    data.check_batches(sizes, total, world.size, share // micro, words)
     return BatchPlan(micro, share // micro)
 
 
@@ -101,7 +103,7 @@ def check_inputs(config: RunConfig, source: Source) -> Inputs:
     tokens = None
     if isinstance(config, GeneratorRun) and config.data.content == "tokens":
         config.tokenizer.fingerprint = config.tokenizer.fingerprint or data.token_header(config.data).tokenizer
-        tokens = data.TokenSpec(config.tokenizer.fingerprint, config.model.vocabulary, tuple(config.model.grid))
+        tokens = token_spec(config)
     with scanning() as progress:
         # A resumed run checks its training data later: its checkpoint says what the data must be (see TrainStream).
         validation = data.check(config.data, train=source.checkpoint is None, progress=progress, tokens=tokens)
@@ -117,6 +119,25 @@ def _check_encoders(config: TokenizerRun) -> None:
     if discriminator.kind == "dino" and config.loss.generator.weight > 0:
         file = discriminator.encoder, discriminator.weights, discriminator.sha256
         discriminator.sha256 = checked_encoder(*file, section="discriminator")[1]
+
+
+class StreamSizes(NamedTuple):
+    """Sizes of images in pixels, or grids of codes, by ascending area; and what messages call them."""
+
+    sizes: list[data.Size]
+    words: Words
+
+
+def stream_sizes(config: RunConfig) -> StreamSizes:
+    """What a step may hold. Raises DataError or ModelError."""
+    if isinstance(config, GeneratorRun) and config.data.content == "tokens":
+        return StreamSizes(data.grid_sizes(token_spec(config).grids), OF_TOKENS)
+    return StreamSizes(data.image_sizes(config.data), OF_IMAGES)
+
+
+def token_spec(config: GeneratorRun) -> data.TokenSpec:
+    """What the token shards of a run must hold. Raises ModelError for grids that contradict each other."""
+    return data.TokenSpec(config.tokenizer.fingerprint, config.model.vocabulary, config.model.all_grids)
 
 
 def plan_start(config: RunConfig, source: Source, world: World, validation: str | None = None) -> StartPlan:

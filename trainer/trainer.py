@@ -59,7 +59,7 @@ class Trainer:
         self.task = task = make_task(config, world, micro_batch_size, micro_batches)
         task.check()
         self.init_from = None if plan.checkpoint else task.load_initial_weights()
-        with scanning("reading the sizes of images") as progress:
+        with scanning("reading the sizes of samples") as progress:
             stream = data.train_batches(
                 config.data,
                 global_batch_size=config.trainer.global_batch_size,

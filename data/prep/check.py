@@ -22,11 +22,11 @@ from data.file_kinds import kind_of
 from data.folder_reader import file_shard, is_files
 from data.index import Index, SampleTable, common_root, key_hash
 from data.parallel import cores, in_processes, in_threads
-from data.samples import CODES, Sample, is_content
+from data.samples import CODES, Sample, image_suffixes, is_content
 from data.sources import IMAGES, TOKENS, Layout, pick
 from data.storage import DEFAULT_TIMEOUTS, Timeouts
 from data.tar_reader import MOST_MEMBER_BYTES, RANGE_BYTES, ForwardFile, parse_sample, sample_spans
-from data.tokens import unpack_codes
+from data.tokens import grid_of_codes, unpack_codes
 from data.transforms import decode, image_header
 
 BLOCK_BYTES = 512  # of a tar: each header is one, and members fill whole ones
@@ -176,12 +176,13 @@ class _Hashed(ForwardFile):
 
 def _check_samples(file: _Hashed, checked: Checked, decode_images: bool, layout: Layout) -> None:
     starts, stops, hashes, sizes = array("q"), array("q"), array("Q"), []
-    packer, keys, usable, damage = zlib.compressobj(1), bytearray(), 0, None
+    packer, keys, usable, damage, has_both = zlib.compressobj(1), bytearray(), 0, None, False
     try:
         for number, span in enumerate(sample_spans(file, checked.name, layout.suffixes)):
             content = file.take(span.start, span.stop)
             usable += any(map(is_content, span.suffixes))
             size = 0, 0
+            has_both |= CODES in span.suffixes and bool(image_suffixes(span.suffixes))
             try:
                 sample = parse_sample(content, number, checked.name, layout.suffixes)
                 size = _size_of(sample, layout)
@@ -210,7 +211,8 @@ def _check_samples(file: _Hashed, checked: Checked, decode_images: bool, layout:
         checked.add(*damage)
     else:
         arrays = [np.array(starts, np.int64), np.array(stops, np.int64), np.array(hashes, np.uint64)]
-        checked.table = SampleTable(file.bytes, *arrays, np.array(sizes, np.int32))
+        # Where a sample holds an image and codes, one size would be that of the wrong one for some readers.
+        checked.table = SampleTable(file.bytes, *arrays, None if has_both else np.array(sizes, np.int32))
 
 
 def _check_files(path: str, decode_images: bool, layout: Layout) -> Checked:
@@ -248,10 +250,11 @@ def _check_sample(sample: Sample, decode_images: bool, layout: Layout) -> None:
 
 
 def _size_of(sample: Sample, layout: Layout) -> tuple[int, int]:
-    """Height and width of a sample's image or grid of codes; 0 where they cannot be read. Captions do not matter."""
+    """Height and width of a sample's image, or rows and columns of its codes; 0 where they cannot be read. Captions do
+    not matter, nor what follows the headers: the same numbers as of a reader without an index."""
     try:
         if CODES in sample.members:
-            return unpack_codes(pick(sample, TOKENS).content)[0].grid
+            return grid_of_codes(sample.members[CODES])
         header = image_header(sample.image(layout.image))
     except ImageError:
         return 0, 0

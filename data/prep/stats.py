@@ -11,14 +11,14 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from data.buckets import bucket_of, sizes_of
+from data.buckets import bucket_of, by_area, sizes_of
 from data.config import DataConfig
 from data.errors import DataError, ImageError
 from data.parallel import in_processes
 from data.samples import CODES, Sample, Shard, WindowLimit
 from data.sources import TOKENS, Source, metadata_of
 from data.tokens import TokenHeader, unpack_codes
-from data.transforms import decode, image_header
+from data.transforms import Size, decode, image_header
 
 MOST = 1e300  # of a score; JSON allows integers that are too large for a float
 # Lower borders of the histograms' bins.
@@ -123,6 +123,7 @@ class Counted:
             Histogram("shorter_side", f"shorter side, pixels{_in_words(self.sides)}", _bins(self.sides, SIDES)),
             Histogram("shape", "shape, width : height, the nearest", _trimmed(shapes)),
             *self._proposed_buckets(),
+            *self._grids(),
             Histogram("captions", f"captions, characters{_in_words(self.lengths)}", _bins(self.lengths, LENGTHS)),
             Histogram("classes", f"classes by number of images{_in_words(sizes)}", _bins(sizes, CLASS_SIZES)),
         ]
@@ -143,6 +144,15 @@ class Counted:
                 title = f"buckets of data.pixels=[{side}], which {share:.0%} of the images cover, height x width"
                 return [Histogram("buckets", title, bins)] if len(bins) > 1 else []
         return []
+
+    def _grids(self) -> list[Histogram]:
+        """The grids of token samples, if there are several."""
+        bins = Counter()
+        for header, samples in self.tokens.items():
+            bins[Size(*header.grid)] += samples
+        named = {str(size): bins[size] for size in by_area(bins)}
+        title = f"grids of codes, rows x columns: model.grids=[{','.join(named)}]"
+        return [Histogram("grids", title, named)] if len(named) > 1 else []
 
     def record(self) -> dict:
         """For JSON. A distribution is given as min, median and max, or None if it is empty."""

@@ -23,7 +23,7 @@ from model_zoo.io.run_layout import checkpoint_step, run_folder
 from model_zoo.io.sharded_tensors import ShardedTensors
 from model_zoo.io.weights import KINDS, SETS, TRAINED, Average, Weights, check_weights
 from model_zoo.tokenizer import Tokenizer
-from model_zoo.transformer import Transformer, rope_table
+from model_zoo.transformer import Transformer, rope_tables
 
 Model = TypeVar("Model", bound=nn.Module)
 Result = TypeVar("Result")
@@ -55,7 +55,7 @@ def build_generator(found: Weights) -> Transformer:
     def build(config: TransformerConfig) -> Transformer:
         with torch.device("meta"):  # large models take long to initialise, and every weight is replaced
             transformer = Transformer(config)
-        transformer.rope_tp2 = rope_table(*config.grid, config.head_dim)  # not stored in checkpoints
+        transformer.rope_tp2 = rope_tables(config)  # not stored in checkpoints
         return transformer
 
     return build_model(found, "generator", TransformerConfig, build, assign=True).float()
@@ -223,6 +223,7 @@ def _read_run(checkpoint: Path, kind: str, weights: str) -> Weights:
         recipe = OmegaConf.to_container(OmegaConf.load(path))
         config, decay = dict(recipe["model"]), _decay(checkpoint, recipe)
         trained_c = _trained_classes(files, recipe) if kind == "generator" else None
+        tokenizer = (recipe.get("tokenizer") or {}).get("fingerprint")
     except (OmegaConfBaseException, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
         raise _no_config(str(path), kind, error) from error
     return Weights(
@@ -235,6 +236,7 @@ def _read_run(checkpoint: Path, kind: str, weights: str) -> Weights:
         average=Average(decay) if decay else None,
         step=checkpoint_step(checkpoint),
         trained_c=trained_c,
+        tokenizer=tokenizer,
     )
 
 

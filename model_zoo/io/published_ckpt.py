@@ -461,5 +461,7 @@ def _unsupported(kind: str, config: dict) -> str | None:
         (rows, columns), embedding = config.get("grid", GRID), config.get("embedding", "learned")
         if rows != columns:
             return f"model.grid=[{rows},{columns}], which is not square"
+        if grids := config.get("grids"):
+            return f"model.grids=[{','.join(grids)}], whose embeddings have no key there"
         return None if embedding == "learned" else f"model.embedding={embedding}"
     return unsupported(config, {"quantizer": ("ibq", "vq"), "normalize": (False,), **PLAIN_AUTOENCODER})

@@ -37,6 +37,7 @@ class Weights(NamedTuple):
     discriminator_ema: EMA of the discriminator's parameters, which published checkpoints contain and nothing uses.
     average: parameters of the EMA, if known. step: number of training steps, if known.
     trained_c: of a generator, the trained classes (see `model_zoo.conditions`), if known.
+    tokenizer: of a generator, the fingerprint of the tokenizer whose codes it has learned, if known.
     """
 
     config: dict
@@ -49,6 +50,7 @@ class Weights(NamedTuple):
     average: Average | None = None
     step: int | None = None
     trained_c: Tensor | None = None
+    tokenizer: str | None = None
 
 
 def read_trained_classes(about: dict, model: dict, where: str | Path) -> Tensor | None:

@@ -151,7 +151,7 @@ def test_the_dry_run_refuses_batches_that_do_not_divide(ibq_here):
     assert_refused(ibq_here("train", "debug", *changes, "--dry-run", "--processes", "4"), said)
 
 
-def test_a_generator_has_one_grid(ibq_here, trained_run, pictures, tmp_path):
+def test_buckets_whose_grid_a_generator_does_not_know_are_refused(ibq_here, trained_run, pictures, tmp_path):
     changes = {"data.content": "images", "tokenizer.source": trained_run, "data.pixels": "[32]", "data.train": pictures}
     ended = ibq_here("train", "ar_debug", f"run={tmp_path / 'run'}", *settings(changes))
-    assert ended.status == 2 and "data.buckets" in ended.err, ended.err
+    assert_refused(ended, "the buckets give grids of 7x9, 9x7, 6x11, 11x6 codes", "set model.grids=[8x8,7x9,")

@@ -46,9 +46,9 @@ def describe_model(model: Tokenizer | Transformer) -> str:
             f"{model.downsampling_factor} x {model.downsampling_factor} pixels per token"
         )
     else:
-        rows, columns = config.grid
+        grids = " or ".join(f"{rows} x {columns}" for rows, columns in config.all_grids)
         sizes = (
-            f"{config.vocabulary:,} codes, {config.classes:,} classes, {rows} x {columns} tokens, "
+            f"{config.vocabulary:,} codes, {config.classes:,} classes, {grids} tokens, "
             f"depth {config.depth}, width {config.width}"
         )
     return f"{sizes}; {count_parameters(model):,} parameters"

@@ -2,7 +2,7 @@
 
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import NamedTuple
@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from data.file_names import fitted
+from data.transforms import Size
 from model_zoo.conditions import parse_classes
 from model_zoo.config import Sampling
 from model_zoo.errors import ModelError
@@ -63,6 +64,7 @@ def sample(
     classes: str | None = None,
     count: int = 16,
     out: str | Path | None = None,
+    size: str | None = None,
     seed: int = 0,
     sampling: dict | None = None,
     batch_size: int = 32,
@@ -79,9 +81,10 @@ def sample(
 
     source: a run folder, a checkpoint folder in it, or a published .ckpt. classes: such as ``1,2,7-9``, or ``none``;
     default all that were trained, or none if only that was. out: a folder of PNGs, FILE.npz or FILE.png; default
-    RUN/sampled. sampling: fields of `Sampling` that differ from the run's. tokenizer: default the run's, or the one in
-    the published checkpoint. weights: ``ema`` or ``raw``, default ema if the run has an EMA. on_progress: called with
-    finished images, the total, and images per second. Raises TrainerError or ModelError, one line.
+    RUN/sampled. size: HEIGHTxWIDTH in pixels, of one of the generator's grids; default that of ``model.grid``.
+    sampling: fields of `Sampling` that differ from the run's. tokenizer: default the run's, or the one in the published
+    checkpoint. weights: ``ema`` or ``raw``, default ema if the run has an EMA. on_progress: called with finished
+    images, the total, and images per second. Raises TrainerError or ModelError, one line.
     """
     _check_options(count, batch_size, seed, precision)
     with job_world(device) as world:
@@ -97,7 +100,9 @@ def sample(
         settings = Sampling(**{**(asdict(recipe.sampling) if recipe else {}), **(sampling or {})})
         labels = _labels(classes, generator)
         check_conditions(generator, torch.tensor(labels), settings)
+        grid = _chosen_grid(size, generator, models.tokenizer)
         chosen = dict(count=count, seed=seed, **asdict(settings), batch_size=batch_size, precision=precision)
+        chosen["size"] = _pixels(grid, models.tokenizer)
         record = {
             "settings": {**_fingerprints(models), "classes": labels, **chosen},
             "source": str(source),
@@ -110,7 +115,9 @@ def sample(
                 return Sampled(output.out, output.record, count, 0, 0.0) if world.is_main else None
             sampler = _make_sampler(generator.to(world.device), batch_size, precision, compile)
             start = time.monotonic()
-            made = _sample_missing(output, world, sampler, models.tokenizer.to(world.device), settings, on_progress)
+            made = _sample_missing(
+                output, world, sampler, models.tokenizer.to(world.device), settings, grid, on_progress
+            )
             seconds = time.monotonic() - start
             finished = _finished(world, made, seconds, compile)
             run_on_main(world, lambda: output.finish({**record, "finished": finished}))
@@ -214,6 +221,23 @@ def _labels(text: str | None, generator: Transformer) -> list[int]:
         raise TrainerError(f"--classes {text}: {error}") from error
 
 
+def _chosen_grid(size: str | None, generator: Transformer, tokenizer: Tokenizer) -> tuple[int, int]:
+    """The grid of images of ``--size``. Raises TrainerError for a size that no grid of the generator has."""
+    sizes = {_pixels(grid, tokenizer): grid for grid in generator.config.all_grids}
+    if size is None:
+        size = _pixels(generator.config.grid, tokenizer)
+    if size not in sizes:
+        raise TrainerError(
+            f"--size {size}: the generator makes no such images (HEIGHTxWIDTH in pixels): choose {' or '.join(sizes)}"
+        )
+    return sizes[size]
+
+
+def _pixels(grid: Sequence[int], tokenizer: Tokenizer) -> str:
+    """HEIGHTxWIDTH of images of a grid."""
+    return str(Size(*(tokenizer.downsampling_factor * codes for codes in grid)))
+
+
 def _out(source: Path, out: str | Path | None) -> Path:
     if out is not None:
         return Path(out)
@@ -243,6 +267,7 @@ def _sample_missing(
     sampler: Sampler,
     tokenizer: Tokenizer,
     settings: Sampling,
+    grid: tuple[int, int],
     on_progress: Progress,
 ) -> int:
     """Samples this rank's share of the missing chunks; returns the number of images that all ranks made."""
@@ -256,7 +281,7 @@ def _sample_missing(
                 continue
             images = output.images(chunk)
             class_b = torch.tensor([image.label for image in images])
-            index_bhw = sampler.sample(class_b, [image.seed for image in images], settings)
+            index_bhw = sampler.sample(class_b, [image.seed for image in images], settings, grid=grid)
             with torch.autocast(world.device.type, sampler.dtype, enabled=sampler.dtype is not None):
                 images_bchw = tokenizer.detokenize(index_bhw)
             if not images_bchw.isfinite().all():  # before it is clamped

@@ -116,7 +116,9 @@ class SampleOutput:
             if former is None and self.out.exists() and not (self.is_folder and not any(self.out.iterdir())):
                 raise _not_ours(self.out)
             if former is not None:
-                check_same_settings(self.out, "samples", former["settings"], record["settings"], _how_to_repeat)
+                # Earlier versions recorded no size: their generators had one grid.
+                before = {"size": record["settings"]["size"]} | former["settings"]
+                check_same_settings(self.out, "samples", before, record["settings"], _how_to_repeat)
                 if former["finished"] and self.out.exists() and not (self.is_folder and self.missing()):
                     if "bytes" in former["finished"] and not is_as_recorded(self.out, former["finished"]):
                         raise self._was_changed()

@@ -1,14 +1,17 @@
 """The output folder of `ibq tokenize`: token shards, the settings that made them, skipped images, and an index."""
 
 import json
+from collections import Counter
 from pathlib import Path
 from typing import NamedTuple
 
+from data.buckets import by_area
 from data.classes import CLASSES_NAME, classes_beside, merged_classes
 from data.folder_reader import find_images
 from data.index import INDEX_NAME, Index, write_index
 from data.parallel import cores
 from data.prep.check import check_shards
+from data.transforms import Size
 from data.unfinished import remove_unfinished
 from trainer import TrainerError
 from trainer.files import write_json, write_text, writing
@@ -110,17 +113,21 @@ def check_unchanged(out: Path, before: str, now: str) -> None:
 def _how_to_repeat(name: str, former: dict) -> str:
     if name in ("views", "source", "samples_per_shard"):
         return f"--{name.replace('_', '-')} {former.get(name)}"
-    if name in ("grid", "image_size"):
-        return f"--size {former.get('image_size')}"
+    if name in ("grid", "image_size", "sizes", "grids"):
+        return f"--size {','.join(former['sizes']) if 'sizes' in former else former.get('image_size')}"
+    if name == "max_enlargement":
+        return f"--max-enlargement {former.get(name)}"
     return "the same --images" if name == "input" else "the same tokenizer and --weights"
 
 
 class FinishedFolder(NamedTuple):
-    """skipped: images left out, each with the reason, those of former jobs included."""
+    """skipped: images left out, each with the reason, those of former jobs included. grids: ROWSxCOLUMNS -> samples, by
+    ascending number of codes."""
 
     shards: int
     samples: int
     skipped: list[str]
+    grids: dict[str, int]
 
 
 def finish_folder(out: Path, images: str, expected: set[int]) -> FinishedFolder:
@@ -143,7 +150,9 @@ def finish_folder(out: Path, images: str, expected: set[int]) -> FinishedFolder:
         raise TrainerError(f"{bad.name} is damaged ({bad.problems[0].message}): remove it and run the command again")
     if index is None:
         write_index(path, urls, [checked.table for checked in found], [checked.sha256 for checked in found])
-    return FinishedFolder(len(urls), sum(checked.samples for checked in found), skipped)
+    grids = Counter(Size(*grid) for checked in found for grid in checked.table.sizes_n2.tolist())
+    named = {str(grid): grids[grid] for grid in by_area(grids)}
+    return FinishedFolder(len(urls), sum(checked.samples for checked in found), skipped, named)
 
 
 def _merge_skipped(out: Path) -> list[str]:

@@ -7,28 +7,24 @@ import os
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from webdataset.writer import TarWriter
 
-from data.config import MOST_CODES, DataConfig, SourceConfig
 from data.errors import ImageError
-from data.loader import image_suffixes
 from data.locks import folder_lock
-from data.prep.pack import mixed, unique_keys
-from data.samples import CODES, Shard, Skipped, Window, WindowLimit, is_image
-from data.sources import Source, catalogue, classes_of, describe, digest, open_source
+from data.samples import Skipped, Window, WindowLimit
+from data.sources import Source
 from data.tar_reader import TarShard
 from data.tokens import pack_codes
 from data.unfinished import unfinished
-from model_zoo.io.load import load_tokenizer
 from model_zoo.tokenizer import Tokenizer
 from trainer import TrainerError
 from trainer.files import writing
-from trainer.jobs.setup import data_config, job_world, one_writer, threads_per_process
+from trainer.jobs.setup import job_world, one_writer, threads_per_process
 from trainer.jobs.token_folder import (
     begin_folder,
     check_is_folder,
@@ -37,17 +33,20 @@ from trainer.jobs.token_folder import (
     shard_path,
     write_skipped,
 )
-from trainer.jobs.views import VIEWS, image_views
+from trainer.jobs.token_inputs import TokenizeInputs, open_inputs, seen
+from trainer.jobs.views import VIEWS, SizeOptions, listed_sizes
 from trainer.loading import load_newest
 from trainer.parallel import World, check_same_on_all_ranks, gather_objects, run_on_all_ranks, run_on_main
 from trainer.precision import full_precision
 
 WINDOW = WindowLimit(256, 16 << 20)  # samples and bytes that are fetched at once of a remote tar
+BATCHES_AT_ONCE = 4  # of the smallest size: what is read before it is sorted by size
 
 
 class Tokenized(NamedTuple):
     """shards, samples: in the folder. made: samples of this job, without those of former jobs. tokenizer: fingerprint.
-    skipped: images left out, each with the reason, those of former jobs included."""
+    skipped: images left out, each with the reason, those of former jobs included. grids: ROWSxCOLUMNS -> samples in the
+    folder, by ascending number of codes."""
 
     out: Path
     shards: int
@@ -55,6 +54,7 @@ class Tokenized(NamedTuple):
     made: int
     tokenizer: str
     skipped: list[str]
+    grids: dict[str, int]
 
 
 def tokenize(
@@ -63,7 +63,10 @@ def tokenize(
     images: str | list[str],
     out: str | Path,
     views: str = "original",
-    image_size: int | None = None,
+    image_size: int | str | None = None,
+    pixels: str | None = None,
+    max_aspect: float | None = None,
+    max_enlargement: float | None = None,
     weights: str = "ema",
     source: str = "images",
     classes: str | Path | None = None,
@@ -78,29 +81,31 @@ def tokenize(
     None on all ranks but 0. Shards that a job with the same settings wrote before are kept.
 
     run: a run folder, a checkpoint folder in it, or a published .ckpt. images: as ``data.train``. views: of VIEWS.
-    image_size: pixels; default the run's ``data.image_size``. source: the entry of the catalogue that says where
-    captions and classes are. classes: a classes.json that numbers class folders; its numbers, or those that the input
-    has, are written to OUT/classes.json. image: suffixes of the images in tars, default those of the source, or of the
-    run's source with the same root. samples_per_shard: at most; a remote tar without an index becomes one shard.
-    batch_size: views at a time. workers: decoding threads. on_progress: called with the number of processed samples and
-    the total (None: unknown). Raises TrainerError or DataError, one line.
+    image_size, pixels, max_aspect, max_enlargement: as of `SizeOptions`; with several sizes, an image has the one that
+    `data.buckets.bucket_of` gives, and one that is too small for it is left out. source: the entry of the catalogue
+    that says where captions and classes are. classes: a classes.json that numbers class folders; its numbers, or those
+    that the input has, are written to OUT/classes.json. image: suffixes of the images in tars, default those of the
+    source, or of the run's source with the same root. samples_per_shard: at most; a remote tar without an index becomes
+    one shard. batch_size: views of the smallest size at a time. workers: decoding threads. on_progress: called with the
+    number of processed samples and the total (None: unknown). Raises TrainerError or DataError, one line.
     """
     for option, number in (
         ("--samples-per-shard", samples_per_shard),
         ("--batch-size", batch_size),
-        ("--size", image_size),
         ("--workers", workers),
     ):
         if number is not None and number < 1:
             raise TrainerError(f"{option} {number} must be at least 1")
     if views not in VIEWS:
         raise TrainerError(f"--views {views} is unknown: choose one of {', '.join(VIEWS)}")
+    sizes = SizeOptions(image_size, pixels, max_aspect, max_enlargement)
+    listed_sizes(sizes)  # raises before the tokenizer is loaded
     with job_world(device) as world:
         inputs = load_newest(
-            world, run, lambda found: _open(found, images, views, image_size, weights, source, classes, image)
+            world, run, lambda found: open_inputs(found, images, views, sizes, weights, source, classes, image)
         )
         check_same_on_all_ranks("the tokenizer", f"fingerprint {inputs.settings['tokenizer']}")
-        check_same_on_all_ranks(f"--images {images}", run_on_all_ranks(lambda: _seen(inputs)))
+        check_same_on_all_ranks(f"--images {images}", run_on_all_ranks(lambda: seen(inputs)))
         settings = {**inputs.settings, "samples_per_shard": samples_per_shard}
         job = _Job(world, inputs, Path(out), settings, _units(inputs.source, samples_per_shard), batch_size)
         run_on_main(world, lambda: check_is_folder(job.out))
@@ -114,24 +119,11 @@ def tokenize(
             finished = run_on_main(world, lambda: finish_folder(job.out, str(images), expected))
         if not world.is_main:
             return None
-        return Tokenized(
-            job.out, finished.shards, finished.samples, made.samples, settings["tokenizer"], finished.skipped
-        )
+        shards, samples, skipped, grids = finished
+        return Tokenized(job.out, shards, samples, made.samples, settings["tokenizer"], skipped, grids)
 
 
-# --------------------------------------------------------------------------------------------------------------- inputs
-
-
-class _Inputs(NamedTuple):
-    """settings: what a later job must have in common to continue. keys: a file's path -> its sample's key; empty for
-    tars. classes: the number of each class, if it is known."""
-
-    tokenizer: Tokenizer
-    source: Source
-    settings: dict
-    views_of: Callable[[bytes], np.ndarray]
-    keys: dict[str, str]
-    classes: dict[str, int] | None
+# ---------------------------------------------------------------------------------------------------------------- units
 
 
 class _Unit(NamedTuple):
@@ -143,89 +135,19 @@ class _Unit(NamedTuple):
 
 
 class _Job(NamedTuple):
-    """settings: those of the inputs and of the shards. batch_size: views at a time."""
+    """settings: those of the inputs and of the shards. batch_size: views of the smallest size at a time."""
 
     world: World
-    inputs: _Inputs
+    inputs: TokenizeInputs
     out: Path
     settings: dict
     units: list[_Unit]
     batch_size: int
 
-
-def _open(
-    checkpoint: Path,
-    images,
-    views: str,
-    image_size: int | None,
-    weights: str,
-    source: str,
-    classes: str | Path | None,
-    image: list[str] | None,
-) -> _Inputs:
-    tokenizer = load_tokenizer(checkpoint, weights)
-    if (codes := tokenizer.config.codebook_size) > MOST_CODES:
-        raise TrainerError(
-            f"{checkpoint} has {codes:,} codes, and token shards hold at most {MOST_CODES:,} (2^24): use a tokenizer "
-            "of fewer codes"
-        )
-    config = data_config(checkpoint) or DataConfig()
-    side, factor = config.image_size if image_size is None else image_size, tokenizer.downsampling_factor
-    if side < 1 or side % factor:
-        better = max(1, round(side / factor)) * factor
-        raise TrainerError(f"--size {side} is not a multiple of the tokenizer's factor {factor}: take {better}")
-    if source != "images" and source not in catalogue():
-        raise TrainerError(f"--source {source} is unknown: choose one of {', '.join(catalogue())}")
-    if not catalogue().get(source, {}).get("layout", {}).get("image"):
-        image = image_suffixes(config, images, image, "--images", "--image SUFFIX")
-    described = SourceConfig(name=source, root=images, image=image)
-    numbers = classes_of([described], None if classes is None else str(classes))
-    opened = open_source(described, scan_all=True, classes=numbers)
-    if _holds_tokens(opened.shards[0]):
-        raise TrainerError(f"--images {images} holds tokens already: name images")
-    keys = _order_files(opened.shards[0])
-    settings = {
-        "tokenizer": tokenizer.fingerprint(),
-        "codes": tokenizer.config.codebook_size,
-        "views": views,
-        "grid": [side // factor, side // factor],
-        "image_size": side,
-        "resize": config.resize,
-        "source": source,
-        "input": {**opened.identity(), "files": digest(sorted(keys))},
-    }
-    if classes is not None:
-        settings["classes"] = digest(sorted(numbers.items()))
-    views_of = functools.partial(image_views, kind=views, side=side, resize=config.resize)
-    return _Inputs(tokenizer, opened, settings, views_of, keys, numbers)
-
-
-def _holds_tokens(shard: Shard) -> bool:
-    """Looks at the first sample, unless the shard is a remote tar without an index."""
-    if not isinstance(shard, TarShard) or not shard.table:
-        return False
-    try:
-        members = shard.read(0).members
-    except ImageError:
-        return False
-    return CODES in members and not any(map(is_image, members))
-
-
-def _order_files(shard: Shard) -> dict[str, str]:
-    """Orders the images of a folder or a zip file so that classes mix within shards. Returns path -> key."""
-    if isinstance(shard, TarShard):
-        return {}
-    paths = {PurePosixPath(shard.key(path)): path for path in shard.images}
-    shard.images = [paths[name] for name in mixed(list(paths))]
-    return {shard.key(paths[name]): key for name, key in unique_keys(list(paths)).items()}
-
-
-def _seen(inputs: _Inputs) -> str:
-    """What this rank finds, in a line, with a hash. A rank whose copy of a folder lacks captions or classes would write
-    samples without them."""
-    shard = inputs.source.shards[0]
-    files = [] if isinstance(shard, TarShard) else [path.as_posix() for path in shard.own_files()]
-    return f"{describe(inputs.source)} ({digest([inputs.settings, inputs.classes, files])})"
+    @property
+    def batch_pixels(self) -> int:
+        """Pixels of the views at a time."""
+        return self.batch_size * self.inputs.views.sizes[0].pixels
 
 
 def _units(source: Source, samples_per_shard: int) -> list[_Unit]:
@@ -299,16 +221,20 @@ def _tokenize_unit(job: _Job, pool: ThreadPoolExecutor, report: Callable[[int], 
     """Writes one token shard, or none if no image is readable. report: called with the processed samples so far."""
     inputs, unit, path = job.inputs, job.units[number], shard_path(job.out, number)
     # A batch never spans units, so codes do not depend on the number of processes.
-    samples_per_batch = max(1, job.batch_size // VIEWS[job.settings["views"]])
+    samples_per_batch = max(1, job.batch_size // VIEWS[inputs.views.kind])
+    # With several sizes, larger batches have enough images of each. Their pixels are limited, so their memory is, too.
+    sizes = inputs.views.sizes
+    most_pixels = samples_per_batch * sizes[0].pixels * min(len(sizes), BATCHES_AT_ONCE)
     skipped, written, key = [], 0, None
     with writing(job.out), contextlib.ExitStack() as stack:
         file = stack.enter_context(open(unfinished(path), "wb"))
         stack.callback(unfinished(path).unlink, missing_ok=True)  # if it was not renamed
         with TarWriter(file, encoder=False, mtime=0) as tar:
-            for batch in _batches(_prepared(inputs, unit, pool, 2 * samples_per_batch), samples_per_batch):
+            for batch in _batches(_prepared(inputs, unit, pool, 2 * samples_per_batch), most_pixels):
                 usable = [one for one in batch if isinstance(one, _Prepared)]
                 skipped += [one._asdict() for one in batch if isinstance(one, Skipped)]
-                codes = _encode(inputs.tokenizer, [one.views_vchw for one in usable], job.batch_size, job.world.device)
+                views = [one.views_vchw for one in usable]
+                codes = _encode(inputs.tokenizer, views, job.batch_pixels, job.world.device)
                 for one, index_vhw in zip(usable, codes, strict=True):
                     content = pack_codes(index_vhw, job.settings["tokenizer"], job.settings["codes"])
                     # Readers take members of one key in a row as one sample; what was between these two is skipped.
@@ -325,7 +251,9 @@ def _tokenize_unit(job: _Job, pool: ThreadPoolExecutor, report: Callable[[int], 
     return _UnitCounts(written + len(skipped), written)
 
 
-def _prepared(inputs: _Inputs, unit: _Unit, pool: ThreadPoolExecutor, ahead: int) -> Iterator[_Prepared | Skipped]:
+def _prepared(
+    inputs: TokenizeInputs, unit: _Unit, pool: ThreadPoolExecutor, ahead: int
+) -> Iterator[_Prepared | Skipped]:
     """The unit's samples in order; the pool reads and decodes up to ``ahead`` of them in advance."""
     waiting, shard = deque(), inputs.source.shards[unit.shard]
     for window in _fetched(shard.windows(unit.first, unit.stop, WINDOW), pool):
@@ -351,13 +279,13 @@ def _fetched(windows: Iterator[Window], pool: ThreadPoolExecutor) -> Iterator[Wi
         yield window
 
 
-def _prepare(inputs: _Inputs, name: str, window: Window, n: int) -> _Prepared | Skipped:
+def _prepare(inputs: TokenizeInputs, name: str, window: Window, n: int) -> _Prepared | Skipped:
     key = f"sample {window.numbers[n]}"
     try:
         sample = window.read(n)
         key = sample.key
         picked = inputs.source.pick(sample).whole()
-        views_vchw = inputs.views_of(picked.content)
+        views_vchw = inputs.views(picked.content)
     except ImageError as error:
         return Skipped(name, error.key or key, str(error), inputs.source.name)
     members = {} if picked.label is None else {"cls": str(picked.label).encode()}
@@ -366,27 +294,30 @@ def _prepare(inputs: _Inputs, name: str, window: Window, n: int) -> _Prepared | 
     return _Prepared(inputs.keys.get(key, key), views_vchw, members)
 
 
-def _batches(samples: Iterator, size: int) -> Iterator[list]:
-    """``size`` usable samples each, and the unusable ones between them; the last batch may be smaller."""
+def _batches(samples: Iterator, pixels: int) -> Iterator[list]:
+    """Usable samples of ``pixels`` pixels in one view of each, and the unusable ones between them; the last batch may
+    be smaller."""
     batch, usable = [], 0
     for one in samples:
         batch.append(one)
-        usable += isinstance(one, _Prepared)
-        if usable == size:
+        usable += one.views_vchw[0, 0].size if isinstance(one, _Prepared) else 0
+        if usable >= pixels:
             yield batch
             batch, usable = [], 0
     if batch:
         yield batch
 
 
-def _encode(tokenizer: Tokenizer, views: list[np.ndarray], batch_size: int, device: torch.device) -> list[np.ndarray]:
-    """uint8 (views, 3, side, side) of each sample -> its codes (views, rows, columns); in fp32 whatever the precision
-    of training."""
-    if not views:
-        return []
-    levels_bchw = torch.from_numpy(np.concatenate(views))
-    codes = []
-    with full_precision(device.type):
-        for part_bchw in levels_bchw.split(batch_size):
-            codes.append(tokenizer.tokenize((part_bchw.to(device).double() / 127.5 - 1).float()).cpu())
-    return np.split(torch.cat(codes).numpy(), len(views))
+def _encode(tokenizer: Tokenizer, views: list[np.ndarray], pixels: int, device: torch.device) -> list[np.ndarray]:
+    """uint8 (views, 3, height, width) of each sample -> its codes (views, rows, columns); in fp32 whatever the
+    precision of training. Samples of one size are encoded together. pixels: of the views at a time."""
+    codes: dict[int, np.ndarray] = {}  # by the sample's number
+    for height, width in dict.fromkeys(one.shape[2:] for one in views):
+        numbers = [number for number, one in enumerate(views) if one.shape[2:] == (height, width)]
+        levels_bchw = torch.from_numpy(np.concatenate([views[number] for number in numbers]))
+        parts = []
+        with full_precision(device.type):
+            for part_bchw in levels_bchw.split(max(1, pixels // (height * width))):
+                parts.append(tokenizer.tokenize((part_bchw.to(device).double() / 127.5 - 1).float()).cpu())
+        codes |= zip(numbers, np.split(torch.cat(parts).numpy(), len(numbers)), strict=True)
+    return [codes[number] for number in range(len(views))]

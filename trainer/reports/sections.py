@@ -241,12 +241,15 @@ def _count(count: int, what: str) -> str:
 
 def generator_summary(run: Path, config: DictConfig) -> str:
     rows, columns = OmegaConf.select(config, "model.grid")
+    grids = OmegaConf.select(config, "model.grids")
+    shape = f"{rows}&times;{columns} = {rows * columns:,} codes"
+    if grids:
+        shape = f"codes ({' or '.join(grid.replace('x', '&times;') for grid in grids)})"
     codes, classes = OmegaConf.select(config, "model.vocabulary"), OmegaConf.select(config, "model.classes")
     return header(
         run,
-        f"An autoregressive generator: for one of {classes:,} classes it predicts the {rows}&times;{columns} = "
-        f"{rows * columns:,} codes of an image one after another, each one of {codes:,}. A tokenizer decodes them to "
-        "pixels.",
+        f"An autoregressive generator: for one of {classes:,} classes it predicts the {shape} of an image one "
+        f"after another, each one of {codes:,}. A tokenizer decodes them to pixels.",
     )
 
 

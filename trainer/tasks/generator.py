@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -13,26 +13,32 @@ from torch import Tensor
 import data
 from model_zoo import ModelError, load_tokenizer
 from model_zoo.conditions import assumed_trained
+from model_zoo.config import grid_name
 from model_zoo.io.weights import TRAINED
 from model_zoo.sampler import Sampler
 from model_zoo.transformer import Transformer, checkpoint_blocks, flops_per_token
 from trainer import TrainerError
 from trainer.config import GeneratorRun
 from trainer.engines.row_sharded import RowSharded
+from trainer.init_from import InitRecord
 from trainer.loading import check_together
 from trainer.metrics.codebook import CodebookUsage
 from trainer.model_state import ModelState, Network
 from trainer.parallel import World, check_same_on_all_ranks, row_groups, run_on_all_ranks, sum_over_ranks
 from trainer.precision import LossScale, autocast_dtype
+from trainer.start_plan import token_spec
 from trainer.tasks.base import PICTURES, Step, StepMetrics, Task, Validation, row_of_pictures
+from trainer.tasks.initialization import load_initial_generator
 from trainer.throughput import matmul_rate
 
 
 class Codes(NamedTuple):
-    """A micro-batch: row-major codes ``(b, tokens)`` and classes ``(b,)``; ``model.classes`` means no class."""
+    """A micro-batch: row-major codes ``(b, rows * columns)`` of one grid and classes ``(b,)``; ``model.classes`` means
+    no class. grid: rows and columns."""
 
     index_bt: Tensor
     class_b: Tensor
+    grid: tuple[int, int]
 
 
 class GeneratorTask(Task):
@@ -72,7 +78,9 @@ class GeneratorTask(Task):
         if config.trainer.compile:
             for block in self.transformer.blocks:
                 block.compile()
+        self.grids = config.model.all_grids
         self.rate: float | None = None  # of a plain matrix product, for MFU
+        self.trained_images, self.trained_tokens, self.trained_flops = 0, 0, 0.0  # since `speed` was read
 
     def _build_engines(self) -> dict[str, Network]:
         """Returns the networks; the head has a separate engine if its rows are sharded. Sets ``parameters``."""
@@ -88,10 +96,6 @@ class GeneratorTask(Task):
     def check_settings(self) -> None:
         """Raises TrainerError if recipe, tokenizer and images do not fit each other."""
         config, model = self.config, self.config.model
-        if config.data.buckets or config.data.pixels:
-            raise TrainerError(
-                "data.buckets and data.pixels are for tokenizers: a generator has one grid; leave them out"
-            )
         if config.tokenizer.source is None:
             for setting, needs in (
                 ("data.content=images", config.data.content == "images"),
@@ -112,10 +116,39 @@ class GeneratorTask(Task):
                 f"the tokenizer {source} ({found}) did not make these codes ({config.tokenizer.fingerprint} did): give "
                 "the right one with tokenizer.source=RUN"
             )
-        side = config.data.image_size
-        grid = [side // self.tokenizer.downsampling_factor] * 2
-        if config.data.content == "images" and (side % self.tokenizer.downsampling_factor or list(model.grid) != grid):
-            raise TrainerError(f"data.image_size={side} gives {grid} codes with {source}, but model.grid={model.grid}")
+        if config.data.content == "images":
+            self._check_sizes(data.image_sizes(config.data))
+
+    def _check_sizes(self, sizes: list[data.Size]) -> None:
+        """Raises TrainerError unless images of these sizes have grids that the model knows."""
+        config, factor = self.config, self.tokenizer.downsampling_factor
+        buckets = config.data.buckets or config.data.pixels
+        for size in sizes:
+            if any(side % factor for side in size):
+                what = f"bucket {size}" if buckets else f"data.image_size={size.height}"
+                raise TrainerError(
+                    f"{what} must be a multiple of {factor}: {config.tokenizer.source} makes a code of "
+                    f"{factor} x {factor} pixels"
+                )
+        made = list(dict.fromkeys(map(self._grid_of, sizes)))
+        unknown = [grid_name(grid) for grid in made if grid not in self.grids]
+        if unknown and buckets:
+            grids = ",".join(map(grid_name, dict.fromkeys([*self.grids, *made])))
+            raise TrainerError(
+                f"the buckets give grids of {', '.join(unknown)} codes with {config.tokenizer.source}, which the "
+                f"generator does not know: set model.grids=[{grids}]"
+            )
+        if unknown:
+            (rows, columns), side = made[0], config.data.image_size
+            raise TrainerError(
+                f"data.image_size={side} gives a grid of {unknown[0]} codes with {config.tokenizer.source}, but "
+                f"model.grid={config.model.grid}: set model.grid=[{rows},{columns}]"
+            )
+
+    def _grid_of(self, size: Sequence[int]) -> tuple[int, int]:
+        """Rows and columns of the codes of images of ``(height, width)``."""
+        height, width = size
+        return height // self.tokenizer.downsampling_factor, width // self.tokenizer.downsampling_factor
 
     def _fits(self) -> bool:
         """Whether the tokenizer's codebook has the shape that model.embedding=codebook needs."""
@@ -139,9 +172,9 @@ class GeneratorTask(Task):
 
     def describe(self) -> list[str]:
         model = self.config.model
-        rows, columns = model.grid
+        grids = " or ".join(f"{rows}x{columns}" for rows, columns in self.grids)
         spread = f", head over {self.config.vocabulary_parallel}" if self.groups.shard else ""
-        return [f"{rows}x{columns} of {model.vocabulary} codes, {model.classes} classes{spread}"]
+        return [f"{grids} of {model.vocabulary} codes, {model.classes} classes{spread}"]
 
     def check_batch(self, batch: data.Batch) -> None:
         for info in batch.infos:
@@ -161,8 +194,9 @@ class GeneratorTask(Task):
 
     def inputs(self, batch: data.Batch) -> Codes:
         if self.config.data.content == "images":
-            return self._codes(self._tokenized(batch.values), batch.labels)
-        return self._codes(batch.values.to(self.world.device, non_blocking=True).long(), batch.labels)
+            return self._codes(*self._tokenized(batch.values), batch.labels)
+        index_bt = batch.values.to(self.world.device, non_blocking=True).long()
+        return self._codes(index_bt, tuple(batch.grid), batch.labels)
 
     def step(self, micro_batches: list[Codes], step: int) -> Step:
         """One optimizer step. Each image's class is dropped with probability ``loss.label_dropout``."""
@@ -170,17 +204,20 @@ class GeneratorTask(Task):
         metrics = StepMetrics(len(micro_batches))
         loss_scale = self.state.loss_scales["generator"]
         used_c = torch.zeros_like(self.transformer.trained_c)
-        for i, (index_bt, class_b) in enumerate(micro_batches):
+        for i, (index_bt, class_b, grid) in enumerate(micro_batches):
             dropped_b = torch.rand(len(class_b), device=class_b.device) < loss.label_dropout
             class_b = class_b.masked_fill(dropped_b, config.model.classes)
             used_c[class_b] = True
             with self.autocast():
-                out = self.main_engine.run(self.transformer.loss, index_bt, class_b, loss.z_weight, loss.impl)
+                out = self.main_engine.run(self.transformer.loss, index_bt, class_b, loss.z_weight, loss.impl, grid)
             self.main_engine.backward(loss_scale.value * out.loss, last=i == len(micro_batches) - 1)
             metrics.add("loss/total", out.loss)
             metrics.add("loss/cross_entropy", out.cross_entropy)
+            if len(self.grids) > 1:  # all micro-batches of a step have one grid
+                metrics.add(f"loss/cross_entropy/{grid_name(grid)}", out.cross_entropy)
             if loss.z_weight:
                 metrics.add("loss/z", out.z)
+            self._count(index_bt, grid)
         lr = self.learning_rate_factor(step) * config.optimizer.lr
         engines = [network.engine for network in self.state.trained.values()]
         if self.update("generator", engines, "loss/total", lr, step, metrics):
@@ -201,60 +238,84 @@ class GeneratorTask(Task):
 
     @torch.no_grad()
     def validate(self, beat: Callable[[], None]) -> Validation:
-        """Cross-entropy in nats per code, and the entropy of the code frequencies on the same images: the loss of a
-        model that knows only the frequencies. Samples pictures if the recipe names a tokenizer."""
+        """Cross-entropy in nats per code, with several grids also by grid, and the entropy of the code frequencies on
+        the same images: the loss of a model that knows only the frequencies. Samples pictures if the recipe names a
+        tokenizer."""
         config, world = self.config, self.world
         self._share_trained_classes()
-        sums = torch.zeros(2, dtype=torch.float64, device=world.device)
+        # Of each grid: the sum over codes, and the number of codes.
+        sums_g2 = torch.zeros(len(self.grids), 2, dtype=torch.float64, device=world.device)
         usage = CodebookUsage(config.model.vocabulary, world.device)
-        filler = Codes(
-            torch.zeros(1, config.model.tokens, dtype=torch.long, device=world.device),
-            torch.zeros(1, dtype=torch.long, device=world.device),
-        )
         with self.evaluation():
-            for codes, counts in self.in_lockstep(self._validation_batches(), filler):
+            for codes, counts in self._validation_steps():
                 beat()
                 with self.autocast():
-                    out = self.main_engine.run(self.transformer.loss, *codes, 0.0, config.loss.impl)
+                    loss = self.transformer.loss
+                    out = self.main_engine.run(loss, codes.index_bt, codes.class_b, 0.0, config.loss.impl, codes.grid)
                 if counts:
-                    sums += torch.stack(
-                        [len(codes.class_b) * out.cross_entropy.double(), sums.new_tensor(len(codes.class_b))]
-                    )
+                    tokens = codes.index_bt.numel()
+                    of_batch = torch.stack([tokens * out.cross_entropy.double(), sums_g2.new_tensor(tokens)])
+                    sums_g2[self.grids.index(codes.grid)] += of_batch
                     usage.update(codes.index_bt)
             try:
                 pictures, notes = self._pictures(beat), []
             except ModelError as error:  # raised on all ranks that sample
                 pictures, notes = {}, [f"no pictures were sampled: {error}"]
-        sum_over_ranks(sums)
-        if not sums[1] > 0:
+        sum_over_ranks(sums_g2)
+        total, tokens = sums_g2.sum(dim=0).tolist()
+        if not tokens:
             return Validation({}, pictures, notes)
-        scalars = {"val/loss": float(sums[0] / sums[1]), "val/unigram_entropy": math.log(usage.merged().perplexity())}
+        scalars = {"val/loss": total / tokens, "val/unigram_entropy": math.log(usage.merged().perplexity())}
+        if len(self.grids) > 1:
+            of_grids = zip(self.grids, sums_g2.tolist(), strict=True)
+            scalars |= {f"val/loss/{grid_name(grid)}": one / count for grid, (one, count) in of_grids if count}
         return Validation(scalars, pictures, notes)
 
+    def _validation_steps(self) -> Iterator[tuple[Codes, bool]]:
+        """Validation batches, and whether they count (see `in_lockstep`). Ranks that share the rows of a head compute
+        on batches of one grid at the same time, since they exchange features."""
+        if self.groups.shard is None or len(self.grids) == 1:
+            yield from self.in_lockstep(self._validation_batches(), self._filler(self.grids[0]))
+            return
+        of_grids: dict[tuple[int, int], list[Codes]] = {grid: [] for grid in self.grids}
+        for codes in self._validation_batches():
+            of_grids[codes.grid].append(codes)
+        for grid, batches in of_grids.items():
+            yield from self.in_lockstep(batches, self._filler(grid))
+
+    def _filler(self, grid: tuple[int, int]) -> Codes:
+        """One image that counts for nothing."""
+        zeros_bt = torch.zeros(1, math.prod(grid), dtype=torch.long, device=self.world.device)
+        return Codes(zeros_bt, zeros_bt[:, 0], grid)
+
     def _validation_images(self) -> Iterator[data.EvaluationToken | data.EvaluationImage]:
-        config, tokens = self.config, None
-        if config.data.content == "tokens":
-            tokens = data.TokenSpec(config.tokenizer.fingerprint, config.model.vocabulary, tuple(config.model.grid))
-        return self.validation_images(tokens, image_size=config.data.image_size)
+        config = self.config
+        tokens = token_spec(config) if config.data.content == "tokens" else None
+        return self.validation_images(tokens, **data.validation_sizes(replace(config.data, val_image_size=None)))
 
     def _validation_batches(self) -> Iterator[Codes]:
-        """Micro-batches of validation images. A sharded head needs equally many tokens on its ranks: one image each."""
-        images, size = self._validation_images(), 1 if self.groups.shard else self.batch["micro_batch_size"]
-        while batch := list(itertools.islice(images, size)):
+        """Micro-batches of validation images, each of one size. A sharded head needs equally many tokens on its ranks:
+        one image each."""
+        of_tokens = self.config.data.content == "tokens"
+        most = 1 if self.groups.shard else self.batch["micro_batch_size"]
+        images = self._validation_images()
+        for batch in data.in_batches(images, most, lambda one: one.grid if of_tokens else one.image_chw.shape):
             labels = [image.label for image in batch]
-            if self.config.data.content == "tokens":
-                yield self._codes(torch.stack([image.index_t for image in batch]).to(self.world.device), labels)
+            if of_tokens:
+                index_bt = torch.stack([image.index_t for image in batch]).to(self.world.device)
+                yield self._codes(index_bt, tuple(batch[0].grid), labels)
             else:
-                yield self._codes(self._tokenized(torch.stack([image.image_chw for image in batch])), labels)
+                yield self._codes(*self._tokenized(torch.stack([image.image_chw for image in batch])), labels)
 
-    def _tokenized(self, images_bchw: Tensor) -> Tensor:
-        """Tokenizes uint8 images to codes ``(b, tokens)``."""
-        return self.tokenizer.tokenize(images_bchw.to(self.world.device).float() / 127.5 - 1).flatten(1)
+    def _tokenized(self, images_bchw: Tensor) -> tuple[Tensor, tuple[int, int]]:
+        """Tokenizes uint8 images to codes ``(b, tokens)`` of a grid."""
+        index_bhw = self.tokenizer.tokenize(images_bchw.to(self.world.device).float() / 127.5 - 1)
+        return index_bhw.flatten(1), self._grid_of(images_bchw.shape[2:])
 
-    def _codes(self, index_bt: Tensor, labels: list[int | None]) -> Codes:
+    def _codes(self, index_bt: Tensor, grid: tuple[int, int], labels: list[int | None]) -> Codes:
         none, without = self.config.model.classes, self.config.loss.label_dropout == 1
         labels = [none if without else label for label in labels]
-        return Codes(index_bt, torch.tensor(labels, device=self.world.device))
+        return Codes(index_bt, torch.tensor(labels, device=self.world.device), grid)
 
     def _pictures(self, beat: Callable[[], None]) -> dict[str, Tensor]:
         """Samples the same classes at each validation, once all were trained. If a forward is a collective, all ranks
@@ -273,13 +334,20 @@ class GeneratorTask(Task):
 
     def speed(self, images_per_second: float) -> dict[str, float]:
         """Also tokens per second and MFU: three times the operations of a forward pass (`flops_per_token`), relative to
-        the rate of a plain matrix product, which is measured at the first call."""
-        model = self.config.model
+        the rate of a plain matrix product, which is measured at the first call. Both are of the steps since the latest
+        call."""
         if self.rate is None:
             self.rate = matmul_rate(self.world.device, autocast_dtype(self.config.trainer.precision) or torch.float32)
-        tokens_per_second = images_per_second * model.tokens
-        mfu = 3 * flops_per_token(model) * tokens_per_second / (self.rate * self.world.size)
+        tokens_per_image = self.trained_tokens / self.trained_images
+        tokens_per_second = images_per_second * tokens_per_image
+        mfu = 3 * self.trained_flops / self.trained_tokens * tokens_per_second / (self.rate * self.world.size)
+        self.trained_images, self.trained_tokens, self.trained_flops = 0, 0, 0.0
         return {"images_per_second": images_per_second, "tokens_per_second": tokens_per_second, "mfu": mfu}
+
+    def _count(self, index_bt: Tensor, grid: tuple[int, int]) -> None:
+        self.trained_images += len(index_bt)
+        self.trained_tokens += index_bt.numel()
+        self.trained_flops += index_bt.numel() * flops_per_token(self.config.model, grid)
 
     def frozen_bytes(self) -> dict[str, int]:
         if self.tokenizer is None:
@@ -296,3 +364,8 @@ class GeneratorTask(Task):
         buffers = trained | {"generator/tok_emb.codebook_vd": codebook_vd}
         # safetensors refuses two tensors that share memory.
         return buffers | ({"generator_ema/tok_emb.codebook_vd": codebook_vd.clone()} if self.state.ema else {})
+
+    def load_initial_weights(self) -> InitRecord | None:
+        if self.config.init_from.source is None:
+            return None
+        return load_initial_generator(self.config, self.world, self.state, self.transformer)

@@ -1,4 +1,4 @@
-"""Weights of a new tokenizer run: loaded from another model, and codes placed among the features of the data."""
+"""Weights of a new run: loaded from another model, and a tokenizer's codes placed among the features of the data."""
 
 from collections.abc import Callable, Iterable
 
@@ -12,9 +12,10 @@ from model_zoo.io.hashing import fingerprint_of
 from model_zoo.io.weights import Weights, check_weights
 from model_zoo.quantizers.base import CodebookQuantizer, Quantizer
 from model_zoo.quantizers.vqgan_lc import LargeCodebookQuantizer
+from model_zoo.transformer import CodebookEmbedding, Transformer
 from trainer import TrainerError
-from trainer.config import TokenizerRun
-from trainer.init_from import InitRecord, read_initial_weights
+from trainer.config import GeneratorRun, TokenizerRun
+from trainer.init_from import InitRecord, read_initial_generator, read_initial_weights
 from trainer.loading import check_together
 from trainer.model_state import ModelState
 from trainer.parallel import World, check_same_on_all_ranks, run_on_all_ranks, run_on_main, sum_over_ranks
@@ -37,6 +38,29 @@ def load_initial_weights(
         config.init_from.freeze,
         _load_discriminator(discriminator, weights, wanted=config.init_from.discriminator),
     )
+
+
+def load_initial_generator(
+    config: GeneratorRun, world: World, state: ModelState, transformer: Transformer
+) -> InitRecord:
+    """Loads the weights that ``init_from.source`` names, and which classes they were trained on; all ranks call
+    together. Raises TrainerError."""
+    check_together(world, config.init_from.source)
+    weights, fingerprint, grids = run_on_all_ranks(lambda: read_initial_generator(config))
+    check_same_on_all_ranks(f"init_from.source={config.init_from.source}", f"fingerprint {fingerprint}")
+    embedding = transformer.tok_emb
+    if isinstance(embedding, CodebookEmbedding):  # the tokenizer has filled it
+        codebook_vd = weights.tensors["tok_emb.codebook_vd"].to(embedding.codebook_vd)
+        if not torch.equal(codebook_vd, embedding.codebook_vd):
+            raise TrainerError(
+                f"init_from.source={config.init_from.source}: its code vectors are not those of tokenizer.source="
+                f"{config.tokenizer.source}: name a generator of this tokenizer"
+            )
+    state.write("generator", weights.tensors)
+    # A published file does not say which classes were trained, and was trained on all.
+    trained_c = torch.ones_like(transformer.trained_c) if weights.trained_c is None else weights.trained_c
+    transformer.trained_c.copy_(trained_c)
+    return InitRecord(weights.origin, fingerprint, grids=grids)
 
 
 def _load_discriminator(network: nn.Module | None, weights: Weights, wanted: bool) -> str:

@@ -2,11 +2,12 @@
 
 import json
 import logging
-from collections import Counter, defaultdict
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
+from bucket_audit import audited_epochs, mixed_kinds
 from comparing import refusal
 from PIL import Image
 from samples import Steps, encoded, index_of, picture, write_tar
@@ -34,11 +35,9 @@ def folder(tmp_path_factory):
     for number, (name, (shards, _)) in enumerate(SOURCES.items()):
         (folder / name).mkdir()
         for shard, shapes in enumerate(shards):
-            kinds = [kind for kind, count in shapes.items() for _ in range(count)]
-            order = np.random.default_rng([number, shard]).permutation(len(kinds))
             samples = [
-                {"__key__": f"{name}-{shard}-{n}-{kinds[n]}", "jpg": encoded(picture(7 * n + shard, SHAPES[kinds[n]]))}
-                for n in order
+                {"__key__": f"{name}-{shard}-{n}-{kind}", "jpg": encoded(picture(7 * n + shard, SHAPES[kind]))}
+                for n, kind in mixed_kinds(shapes, number, shard)
             ]
             write_tar(folder / name / f"{shard:05d}.tar", samples)
         index_of(folder / name, folder / name / "index.safetensors")
@@ -174,32 +173,7 @@ def test_each_step_holds_one_bucket_and_each_picture_its_own(batches):
 def test_audit_of_buckets(stream):
     """Every sample once in each epoch of its source and bucket, sources by their weights, each sample equally often."""
     batches, state = stream
-    delivered = [info for step in batches for info, _ in step]
-    epochs = defaultdict(Counter)
-    for info in delivered:
-        epochs[info.source, info.key.rsplit("-", 1)[1], info.position.epoch][info.key] += 1
-    assert all(set(counts.values()) == {1} for counts in epochs.values())
-    sizes = Counter()
-    for name, (shards, _) in SOURCES.items():
-        for shapes in shards:
-            sizes.update({(name, kind): count for kind, count in shapes.items()})
-    done_epochs = 0
-    for (name, kind), count in sizes.items():
-        lanes = [places for key, (_, places) in state["lanes"].items() if key.startswith(f"{BUCKET_OF[kind]}/")]
-        done = min(places.get(name, (0, 0))[0] for places in lanes)  # epochs that every lane has finished
-        assert all(len(epochs[name, kind, epoch]) == count for epoch in range(done)), (name, kind)
-        done_epochs += done
-    assert done_epochs > 50
-    of_source = Counter(info.source for info in delivered)
-    for name, (_, weight) in SOURCES.items():
-        assert of_source[name] / len(delivered) == pytest.approx(weight / 6, abs=0.03)
-    # Of a source, each sample comes equally often, whatever its bucket, up to two steps of the bucket.
-    of_kind = Counter((info.source, info.key.rsplit("-", 1)[1]) for info in delivered)
-    for name, (shards, _) in SOURCES.items():
-        passes = of_source[name] / sum(sum(shapes.values()) for shapes in shards)
-        for (source, kind), count in sizes.items():
-            if source == name:
-                assert abs(of_kind[name, kind] - passes * count) <= 24, (name, kind)
+    assert audited_epochs(batches, state, SOURCES, BUCKET_OF, most_off=24) > 50  # up to two steps of a bucket
 
 
 @pytest.mark.parametrize(("world_size", "workers"), [(1, 3), (3, 1), (3, 2), (1, 7)])

@@ -30,7 +30,7 @@ from data.prep.stats import count
 from data.sources import open_source
 from data.tokens import TokenTransform
 
-SPEC = TokenSpec(FINGERPRINT, 300, (2, 3))
+SPEC = TokenSpec(FINGERPRINT, 300, ((2, 3),))
 
 
 def codes(number: int, views: int = 2) -> np.ndarray:
@@ -80,7 +80,7 @@ def test_codes_come_back_from_the_fewest_whole_bytes(vocabulary, each):
     header, found_vhw = unpack_codes(content)
     assert header == TokenHeader(FINGERPRINT, vocabulary, 10, (3, 5))
     assert found_vhw.dtype == np.int32 and np.array_equal(found_vhw, index_vhw)
-    transform = TokenTransform(TokenSpec(None, vocabulary, (3, 5)))
+    transform = TokenTransform(TokenSpec(None, vocabulary, ((3, 5),)))
     out_t = np.zeros(15, np.int32)
     assert transform(content, random.Random(0), out=out_t) is out_t
     assert any(np.array_equal(out_t, view_hw.ravel()) for view_hw in index_vhw)
@@ -181,11 +181,17 @@ def test_damaged_samples_are_skipped_with_their_reasons(tmp_path):
 
 OTHERS = [
     (
-        TokenSpec("f" * 16, 300, (2, 3)),
+        TokenSpec("f" * 16, 300, ((2, 3),)),
         "holds tokens of tokenizer 0123456789abcdef, and this run expects those of ffff",
     ),
-    (TokenSpec(FINGERPRINT, 301, (2, 3)), "holds 2 x 3 of 300 codes an image, and this run expects 2 x 3 of 301 codes"),
-    (TokenSpec(FINGERPRINT, 300, (3, 2)), "holds 2 x 3 of 300 codes an image, and this run expects 3 x 2 of 300 codes"),
+    (
+        TokenSpec(FINGERPRINT, 301, ((2, 3),)),
+        "holds 2 x 3 of 300 codes an image, and this run expects 2 x 3 of 301 codes",
+    ),
+    (
+        TokenSpec(FINGERPRINT, 300, ((3, 2),)),
+        "holds 2 x 3 of 300 codes an image, and this run expects 3 x 2 of 300 codes",
+    ),
 ]
 
 

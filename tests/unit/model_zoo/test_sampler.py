@@ -1,6 +1,7 @@
 """Sampling. What is marked `gpu` has never run on a GPU yet: none was at hand when it was written."""
 
 import math
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -15,13 +16,14 @@ from model_zoo.sampler import draw, guidance_scale_t, keep_products_in
 # More positions than a bucket of static steps, so that there are two.
 TINY = TransformerConfig(vocabulary=40, classes=5, grid=[9, 8], depth=2, heads=2, head_dim=8, dropout=0.0)
 tiny = partial(random_transformer, TINY)
+SEVERAL = replace(TINY, grids=["9x8", "5x7", "7x10"])  # for each of its grids, another number of codes
 ALL = Sampling(temperature=0.9, guidance=3.0, guidance_schedule="cosine", top_k=30, top_p=0.9)
 
 
-def sampled(sampler, images, settings=ALL):
+def sampled(sampler, images, settings=ALL, grid=None):
     """Codes of images, each a class and a seed."""
     classes, seeds = zip(*images, strict=True)
-    return sampler.sample(torch.tensor(classes), list(seeds), settings)
+    return sampler.sample(torch.tensor(classes), list(seeds), settings, grid=grid)
 
 
 IMAGES = [(n % 5, 100 + n) for n in range(8)]
@@ -86,21 +88,34 @@ def test_settings_may_change_between_batches():
         assert torch.equal(sampled(sampler, IMAGES, settings), sampled(Sampler(transformer, 8), IMAGES, settings))
 
 
-def test_codes_are_drawn_with_the_probabilities_of_the_forward():
+def test_an_image_of_a_grid_does_not_depend_on_the_others():
+    """Nor on the images of other grids that were sampled before."""
+    transformer = random_transformer(SEVERAL)
+    sampler, images = Sampler(transformer, 4), IMAGES[:4]
+    for grid in ((5, 7), None, (5, 7)):
+        four = sampled(sampler, images, grid=grid)
+        assert four.shape == (4, *(grid or (9, 8)))
+        assert torch.equal(four, sampled(Sampler(transformer, 4), images, grid=grid))
+    assert torch.equal(sampled(Sampler(transformer, 1), images[2:3], grid=(5, 7))[0], four[2])
+
+
+@pytest.mark.parametrize("grid", [None, (5, 7)])
+def test_codes_are_drawn_with_the_probabilities_of_the_forward(grid):
     """By hand: for each position the whole forward, guidance, softmax, and the inverse of its distribution function."""
-    transformer, settings = tiny(), Sampling(temperature=0.7, guidance=2.5, guidance_schedule="linear")
-    codes_bt = sampled(Sampler(transformer, 8), IMAGES, settings).flatten(1)
+    settings = Sampling(temperature=0.7, guidance=2.5, guidance_schedule="linear")
+    transformer, tokens = (tiny(), 72) if grid is None else (random_transformer(SEVERAL), math.prod(grid))
+    codes_bt = sampled(Sampler(transformer, 8), IMAGES, settings, grid).flatten(1)
     class_b = torch.tensor([label for label, _ in IMAGES])
     with torch.no_grad():
-        conditional_btv = transformer(codes_bt[:, :-1], class_b)
-        unconditional_btv = transformer(codes_bt[:, :-1], torch.full_like(class_b, TINY.classes))
-    for position in range(72):
-        strength = 1 + 1.5 * position / 71
+        conditional_btv = transformer(codes_bt[:, :-1], class_b, grid)
+        unconditional_btv = transformer(codes_bt[:, :-1], torch.full_like(class_b, TINY.classes), grid)
+    for position in range(tokens):
+        strength = 1 + 1.5 * position / (tokens - 1)
         conditional_bv, unconditional_bv = conditional_btv[:, position], unconditional_btv[:, position]
         logits_bv = unconditional_bv + strength * (conditional_bv - unconditional_bv)
         summed_bv = (logits_bv.double() / 0.7).softmax(dim=1).cumsum(dim=1)
         for image, (_, seed) in enumerate(IMAGES):
-            uniform = np.random.Generator(np.random.Philox(seed)).random(72)[position]
+            uniform = np.random.Generator(np.random.Philox(seed)).random(tokens)[position]
             code = codes_bt[image, position]
             assert (summed_bv[image, code - 1] if code else 0) - 1e-5 <= uniform <= summed_bv[image, code] + 1e-5
 
@@ -195,12 +210,21 @@ def test_static_steps_draw_the_same_codes(settings):
         assert torch.equal(sampled(static, IMAGES, settings), expected)
 
 
+def test_static_steps_draw_the_same_codes_of_each_grid():
+    transformer = random_transformer(SEVERAL)
+    static = Sampler(transformer, 8)
+    static.static = True
+    for grid in ((5, 7), (7, 10)):
+        assert torch.equal(sampled(static, IMAGES, grid=grid), sampled(Sampler(transformer, 8), IMAGES, grid=grid))
+
+
 @pytest.mark.parametrize("backend", ["eager", pytest.param("inductor", marks=[pytest.mark.full, pytest.mark.process])])
 def test_compiled_steps_draw_the_same_codes(monkeypatch, backend):
     """``eager`` traces the step without generating code: it shows that the step is one graph."""
     monkeypatch.setattr(torch, "compile", partial(torch.compile, backend=backend))
-    transformer = tiny()
-    assert torch.equal(sampled(Sampler(transformer, 8, compile=True), IMAGES), sampled(Sampler(transformer, 8), IMAGES))
+    transformer = random_transformer(SEVERAL)
+    compiled, plain = Sampler(transformer, 8, compile=True), Sampler(transformer, 8)
+    assert torch.equal(sampled(compiled, IMAGES, grid=(7, 10)), sampled(plain, IMAGES, grid=(7, 10)))
 
 
 def test_bf16_products_draw_what_autocast_would():
@@ -254,6 +278,7 @@ def test_batches_that_cannot_be_are_refused():
     assert "3 classes and 3 seeds: give equally many, at most 2" in refused(sampled, sampler, IMAGES[:3])
     assert "classes must lie in [0, 5]" in refused(sampled, sampler, [(6, 1)])
     assert "batch size 0" in refused(Sampler, tiny(), 0)
+    assert "8x9 is a grid unknown to the generator: it knows 9x8" in refused(sampled, sampler, [(1, 1)], grid=(8, 9))
     assert "call eval()" in refused(sampled, Sampler(tiny().train(), 2), IMAGES[:2])
 
 

@@ -46,13 +46,14 @@ def test_the_class_changes_all_logits():
     assert difference_bt[0].max() == 0 and difference_bt[1:].min() > 1e-3
 
 
-def cached_logits(transformer, index_bt, class_b, masked):
-    caches, tokens = transformer.new_caches(len(class_b)), transformer.config.tokens
+def cached_logits(transformer, index_bt, class_b, masked, grid=None):
+    caches, tokens = transformer.new_caches(len(class_b), grid=grid), index_bt.shape[1] + 1
     logits = []
     for position in range(tokens):
         mask_1t = (torch.arange(tokens) <= position)[None] if masked else None
         at = DecodePosition(torch.tensor([position]), position == 0, tokens if masked else position + 1, mask_1t)
-        logits.append(transformer.next_logits(index_bt[:, position - 1] if position else None, class_b, caches, at))
+        code_b = index_bt[:, position - 1] if position else None
+        logits.append(transformer.next_logits(code_b, class_b, caches, at, grid))
     return torch.stack(logits, dim=1)
 
 
@@ -162,6 +163,13 @@ def test_codebook_embedding_is_a_projection_of_frozen_code_vectors():
 @pytest.mark.parametrize(
     ("change", "message"),
     [
+        ({"grids": ["3x4", "2x5", "3x4"]}, "model.grids has 3x4 twice: leave one out"),
+        ({"grids": ["4x3", "2x5"]}, "model.grid=[3,4] is not among model.grids=[4x3,2x5]: add 3x4 there, or set"),
+        ({"grids": ["3x4", "2*5"]}, "model.grids: '2*5' must be ROWSxCOLUMNS, each 1 to 1024, such as 24x40"),
+        ({"grids": ["3x4", "0x5"]}, "model.grids: '0x5' must be"),
+        ({"grids": ["3x4", "2x1025"]}, "model.grids: '2x1025' must be"),
+        ({"grids": ["3x4", "2x5x1"]}, "model.grids: '2x5x1' must be"),
+        ({"grids": ["3x4"], "grid": [3]}, "model.grid=[3] must be rows and columns"),
         ({"embedding": "random"}, "model.embedding=random is unknown: choose one of learned, codebook"),
         ({"head_dim": 6}, "model.head_dim=6 must be a multiple of 4"),
         ({"grid": [16]}, "model.grid=[16] must be rows and columns"),
@@ -174,6 +182,83 @@ def test_codebook_embedding_is_a_projection_of_frozen_code_vectors():
 )
 def test_configurations_that_make_no_model_are_refused(change, message):
     assert message in refused(Transformer, replace(TINY, **change))
+
+
+# --------------------------------------------------------------------------------------------------------------- grids
+
+GRIDS = ["2x5", "3x4", "5x2"]
+
+
+def test_grids_are_those_of_the_list_or_the_only_one():
+    assert replace(TINY, grids=GRIDS).all_grids == ((2, 5), (3, 4), (5, 2))
+    assert TINY.all_grids == ((3, 4),)
+    assert replace(TINY, grids=GRIDS).tokens == TINY.tokens == 12
+
+
+def test_a_model_of_several_grids_begins_as_the_models_of_one():
+    """To the bit: in its initial weights, and for each grid in what it computes with trained ones."""
+    initial = []
+    for grids in ([], GRIDS):
+        torch.manual_seed(0)
+        initial.append(Transformer(replace(TINY, grids=grids)).state_dict())
+    assert initial[1].pop("grid_emb.weight").abs().max() == 0
+    assert initial[0].keys() == initial[1].keys()
+    assert all(torch.equal(value, initial[1][name]) for name, value in initial[0].items())
+    several = tiny(grids=GRIDS)
+    several.grid_emb.weight.data.zero_()
+    state = {name: value for name, value in several.state_dict().items() if name != "grid_emb.weight"}
+    for grid in several.config.all_grids:
+        one = tiny(grid=list(grid))
+        one.load_state_dict(state)
+        index_bt = codes(count=math.prod(grid))
+        with torch.no_grad():
+            assert torch.equal(several(index_bt[:, :-1], CLASSES, grid), one(index_bt[:, :-1], CLASSES))
+            assert several.loss(index_bt, CLASSES, grid=grid).loss == one.loss(index_bt, CLASSES).loss
+
+
+@torch.no_grad()
+def test_the_grid_changes_all_logits_and_the_default_is_that_of_the_configuration():
+    transformer, index_bt = tiny(grids=GRIDS), codes(count=9)
+    wide_btv, default_btv, tall_btv = (transformer(index_bt, CLASSES, grid) for grid in ((2, 5), None, (5, 2)))
+    assert (wide_btv - tall_btv).abs().amax(dim=2).min() > 1e-3
+    assert torch.equal(default_btv, transformer(index_bt, CLASSES, [3, 4]))
+
+
+def test_a_loss_trains_the_embedding_of_its_grid_alone():
+    transformer = tiny(grids=GRIDS)
+    transformer.loss(codes(count=10), CLASSES, grid=(5, 2)).loss.backward()
+    grad_gw = transformer.grid_emb.weight.grad
+    assert grad_gw[2].abs().min() > 0 and grad_gw[:2].abs().max() == 0
+
+
+@pytest.mark.parametrize("masked", [False, True])
+@torch.no_grad()
+def test_cached_logits_of_each_grid_are_those_of_a_forward(masked):
+    transformer = tiny(grids=GRIDS)
+    for grid in transformer.config.all_grids:
+        index_bt = codes(count=math.prod(grid) - 1)
+        actual_btv = cached_logits(transformer, index_bt, CLASSES, masked, grid)
+        torch.testing.assert_close(actual_btv, transformer(index_bt, CLASSES, grid), rtol=1e-4, atol=1e-4)
+
+
+def test_the_operations_of_a_grid_are_those_that_pytorch_counts():
+    transformer = tiny(grids=GRIDS)
+    with FlopCounterMode(display=False) as counter, torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+        transformer(codes(count=9), CLASSES, (2, 5))
+    assert counter.get_total_flops() == pytest.approx(flops_per_token(transformer.config, (2, 5)) * 3 * 10, rel=1e-12)
+
+
+def test_what_is_of_no_known_grid_is_refused():
+    transformer = tiny(grids=GRIDS)
+    unknown = "4x3 is a grid unknown to the generator: it knows 2x5, 3x4, 5x2"
+    assert unknown in refused(transformer, codes(), CLASSES, (4, 3))
+    assert unknown in refused(transformer.loss, codes(count=12), CLASSES, grid=[4, 3])
+    assert unknown in refused(transformer.new_caches, 1, grid=(4, 3))
+    assert "4x3 is a grid unknown to the generator: it knows 3x4" in refused(tiny(), codes(), CLASSES, (4, 3))
+    assert "10 codes leave nothing to predict of 10" in refused(transformer, codes(count=10), CLASSES, (2, 5))
+    said = "12 codes per image are not a grid of 2x5, which has 10: give the grid of these codes"
+    assert said in refused(transformer.loss, codes(count=12), CLASSES, grid=(2, 5))
+    assert "10 codes per image are not a grid of 3x4" in refused(transformer.loss, codes(count=10), CLASSES)
 
 
 # ------------------------------------------------------------------------------------------------------- load_generator
@@ -191,6 +276,16 @@ def test_load_generator_takes_the_asked_weights(run, weights, seed):
     assert_same(loaded, expected)
     with torch.no_grad():  # with what is in no checkpoint, too
         assert torch.equal(loaded(codes(), CLASSES), expected(codes(), CLASSES))
+
+
+@torch.no_grad()
+def test_load_generator_of_several_grids(tmp_path):
+    expected = tiny(3, grids=GRIDS)
+    run = write_run(tmp_path / "run", {"task": "generator", "model": expected.config}, generator=expected)
+    loaded = load_generator(run, "raw")
+    assert_same(loaded, expected)
+    for grid in expected.config.all_grids:
+        assert torch.equal(loaded(codes(count=9), CLASSES, grid), expected(codes(count=9), CLASSES, grid))
 
 
 def test_load_generator_refuses_other_weights(run):

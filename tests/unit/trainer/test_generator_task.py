@@ -12,6 +12,7 @@ from model_checks import tokenizer_of
 from support import averages, equal, weights
 from torch.nn import functional as F
 
+import data
 from data import Batch
 from data.reader import SampleInfo
 from data.sampler import SamplePosition
@@ -25,7 +26,7 @@ from trainer.start_plan import plan_batch
 from trainer.tasks import generator as task_module
 from trainer.tasks.generator import Codes, GeneratorTask
 
-VOCABULARY, TOKENS = 24, 16
+VOCABULARY, TOKENS, GRID = 24, 16, (4, 4)
 TINY = ["model.vocabulary=24", "model.grid=[4,4]", "model.depth=1", "model.classes=3", "trainer.device=cpu"]
 CODEBOOK = ["model.embedding=codebook", "model.code_dim=6", "tokenizer.source=any"]
 
@@ -53,7 +54,7 @@ def tokenizer(monkeypatch) -> Tokenizer:
 
 def codes(seed: int = 0, count: int = 8) -> Codes:
     random = torch.Generator().manual_seed(seed)
-    return Codes(torch.randint(VOCABULARY, (count, TOKENS), generator=random), torch.arange(count) % 3)
+    return Codes(torch.randint(VOCABULARY, (count, TOKENS), generator=random), torch.arange(count) % 3, GRID)
 
 
 def randomize(task: GeneratorTask) -> None:
@@ -67,7 +68,7 @@ def randomize(task: GeneratorTask) -> None:
 def test_the_loss_is_the_cross_entropy_of_each_code_and_the_z_loss(build):
     task = build("loss.label_dropout=0", "loss.z_weight=0.1")
     randomize(task)
-    index_bt, class_b = codes()
+    index_bt, class_b, _ = codes()
     with torch.no_grad():
         logits_btv = task.transformer(index_bt[:, :-1], class_b)
     scalars = task.step([codes()], 0).scalars
@@ -93,10 +94,10 @@ def test_classes_are_left_out_as_often_as_the_recipe_says(build, monkeypatch):
 
 def test_accumulating_changes_nothing(build):
     whole, cut = build("loss.label_dropout=0"), build("loss.label_dropout=0", "trainer.micro_batch_size=2")
-    index_bt, class_b = codes()
+    index_bt, class_b, _ = codes()
     for step in range(3):
         one = whole.step([codes()], step)
-        many = cut.step([Codes(index_bt[n : n + 2], class_b[n : n + 2]) for n in range(0, 8, 2)], step)
+        many = cut.step([Codes(index_bt[n : n + 2], class_b[n : n + 2], GRID) for n in range(0, 8, 2)], step)
         assert float(one.scalars["loss/total"]) == pytest.approx(float(many.scalars["loss/total"]), rel=1e-6)
     torch.testing.assert_close(weights(whole.transformer), weights(cut.transformer), atol=1e-6, rtol=1e-5)
 
@@ -150,7 +151,7 @@ def test_the_codebook_is_the_embedding_and_is_not_trained(build, tokenizer):
         (["model.vocabulary=25"], "model.vocabulary=25, but the tokenizer any has 24 codes"),
         (["model.embedding=codebook"], "model.code_dim=256, but the codes of"),
         ([f"tokenizer.fingerprint={'e' * 16}"], f"did not make these codes ({'e' * 16} did)"),
-        (["data.content=images", "data.image_size=32"], "data.image_size=32 gives [8, 8] codes"),
+        (["data.content=images", "data.image_size=32"], "data.image_size=32 gives a grid of 8x8 codes"),
         (["data.content=images", "data.image_size=18"], "data.image_size=18"),
     ],
 )
@@ -161,7 +162,7 @@ def test_what_does_not_fit_the_tokenizer_is_refused(build, overrides, said):
 def batch(values: np.ndarray, labels: list[int | None]) -> Batch:
     places = [(f"key{n}", "a.tar", SamplePosition(0, 0, n)) for n in range(len(labels))]
     infos = [SampleInfo("set", *place, None, label) for place, label in zip(places, labels, strict=True)]
-    return Batch(torch.from_numpy(values), infos, {}, [])
+    return Batch(torch.from_numpy(values), infos, {}, [], data.Size(*GRID) if values.ndim == 2 else None)
 
 
 def test_images_are_tokenized_on_the_way(build, tokenizer):
@@ -187,6 +188,7 @@ def test_labels_that_cannot_be_are_refused_unless_there_are_to_be_none(build):
 def test_speed_is_told_in_tokens_and_as_a_share_of_a_plain_product(build):
     task = build()
     task.rate = 1e9
+    task.step([codes()], 0)
     speed = task.speed(10.0)
     assert speed["tokens_per_second"] == 160
     assert speed["mfu"] == pytest.approx(3 * flops_per_token(task.config.model) * 160 / 1e9)
@@ -194,8 +196,8 @@ def test_speed_is_told_in_tokens_and_as_a_share_of_a_plain_product(build):
 
 def test_validation_weighs_every_image_alike(build, monkeypatch):
     """Eleven images in micro-batches of eight."""
-    index_bt, class_b = codes(7, 20)
-    images = [SimpleNamespace(key=str(n), index_t=index_bt[n], label=int(class_b[n])) for n in range(20)]
+    index_bt, class_b, _ = codes(7, 20)
+    images = [SimpleNamespace(key=str(n), index_t=index_bt[n], label=int(class_b[n]), grid=GRID) for n in range(20)]
     monkeypatch.setattr(task_module.data, "evaluation_tokens", lambda *_, **options: iter(images))
     task = build("data.val=anything", "trainer.validation_images=11", "ema.decay=0")
     randomize(task)
@@ -237,7 +239,7 @@ def test_pictures_that_cannot_be_drawn_are_said_and_end_nothing(build, monkeypat
 def test_pictures_use_no_guidance_and_no_classes_that_were_not_trained(build, monkeypatch):
     monkeypatch.setattr(task_module.data, "evaluation_tokens", lambda *_, **options: iter([]))
     task = build("data.val=anything", "tokenizer.source=any", "loss.label_dropout=0", "sampling.guidance=2")
-    task.step([Codes(codes().index_bt[:8], torch.full((8,), 1))], 0)
+    task.step([Codes(codes().index_bt[:8], torch.full((8,), 1), GRID)], 0)
     (note,) = task.validate(lambda: None).notes
     assert "guidance 2 needs a generator that was also trained without a class" in note
     task.config.sampling = Sampling()
@@ -250,8 +252,8 @@ def test_pictures_use_no_guidance_and_no_classes_that_were_not_trained(build, mo
 def test_what_was_trained_is_kept_in_the_checkpoint(build, tmp_path):
     """Of three classes and none: class 1 never came, and step 2 updated nothing."""
     task = build("loss.label_dropout=0")
-    index_bt, _ = codes()
-    task.step([Codes(index_bt[:4], torch.tensor([0, 2, 2, 0]))], 0)
+    index_bt = codes().index_bt
+    task.step([Codes(index_bt[:4], torch.tensor([0, 2, 2, 0]), GRID)], 0)
     before = weights(task.transformer)
     with torch.no_grad():
         task.transformer.head.weight.fill_(math.nan)
@@ -262,7 +264,7 @@ def test_what_was_trained_is_kept_in_the_checkpoint(build, tmp_path):
     other = build("loss.label_dropout=1")
     other.state.load(ShardedTensors(tmp_path), task.state.numbers())
     assert other.transformer.trained_c.tolist() == [True, False, True, False]
-    other.step([Codes(index_bt[:1], torch.tensor([1]))], 2)
+    other.step([Codes(index_bt[:1], torch.tensor([1]), GRID)], 2)
     assert other.transformer.trained_c.tolist() == [True, False, True, True]
 
 
@@ -287,7 +289,7 @@ def test_classes_of_validation_images_are_checked_before_training(build, monkeyp
 
 def test_without_classes_validation_uses_none(build, monkeypatch):
     """Not their rows of the embedding, which were never trained."""
-    images = [SimpleNamespace(key=str(n), index_t=codes().index_bt[n], label=n) for n in range(8)]
+    images = [SimpleNamespace(key=str(n), index_t=codes().index_bt[n], label=n, grid=GRID) for n in range(8)]
     monkeypatch.setattr(task_module.data, "evaluation_tokens", lambda *_, **options: iter(images))
     task = build("data.val=anything", "loss.label_dropout=1")
     loss = Mock(wraps=task.transformer.loss)
@@ -298,9 +300,114 @@ def test_without_classes_validation_uses_none(build, monkeypatch):
 
 def test_measuring_the_device_draws_no_random_number(build):
     task = build()
+    task.step([codes()], 0)
     before = torch.get_rng_state()
     task.speed(1.0)
     assert torch.equal(before, torch.get_rng_state())
+
+
+SHAPES = {(4, 4): 8, (2, 8): 8, (4, 6): 4}  # grid -> images in a step
+WIDE = ["model.grids=[4x4,2x8,4x6]", "trainer.validation_images=18", "ema.decay=0", "loss.label_dropout=0"]
+
+
+def codes_of(grid: tuple[int, int], count: int, seed: int = 0) -> Codes:
+    random = torch.Generator().manual_seed(seed)
+    index_bt = torch.randint(VOCABULARY, (count, math.prod(grid)), generator=random)
+    return Codes(index_bt, torch.arange(count) % 3, grid)
+
+
+def test_a_step_of_any_grid_trains_on_its_loss(build):
+    task = build(*WIDE)
+    randomize(task)
+    for step, (grid, count) in enumerate(SHAPES.items()):
+        given = codes_of(grid, count)
+        with torch.no_grad():
+            logits_btv = task.transformer(given.index_bt[:, :-1], given.class_b, grid)
+        expected = F.cross_entropy(logits_btv.flatten(0, 1), given.index_bt.flatten())
+        scalars = task.step([given], step).scalars
+        assert float(scalars["loss/cross_entropy"]) == pytest.approx(float(expected), rel=1e-5)
+        name = "{}x{}".format(*grid)
+        assert [key for key in scalars if key.startswith("loss/cross_entropy/")] == [f"loss/cross_entropy/{name}"]
+
+
+def test_speed_counts_the_tokens_of_each_grid(build):
+    task = build(*WIDE)
+    task.rate = 1e9
+    for step, (grid, count) in enumerate(SHAPES.items()):
+        task.step([codes_of(grid, count)], step)
+    tokens = {grid: count * math.prod(grid) for grid, count in SHAPES.items()}
+    speed = task.speed(10.0)
+    assert speed["tokens_per_second"] == pytest.approx(10 * sum(tokens.values()) / sum(SHAPES.values()))
+    flops = sum(count * flops_per_token(task.config.model, grid) for grid, count in tokens.items())
+    assert speed["mfu"] == pytest.approx(3 * flops / sum(SHAPES.values()) * 10 / 1e9)
+
+
+def of_all_grids() -> tuple[list[SimpleNamespace], list[Codes]]:
+    """Eighteen images for validation, those of the grids among one another; and the same as a batch of each grid."""
+    batches = [codes_of(grid, 6, seed) for seed, grid in enumerate(SHAPES)]
+    images = [
+        SimpleNamespace(key=f"{grid}", index_t=index_bt[n], label=int(class_b[n]), grid=grid)
+        for n in range(6)
+        for index_bt, class_b, grid in batches
+    ]
+    return images, batches
+
+
+def validated(task: GeneratorTask, monkeypatch, shard: tuple[int, int] = (0, 1)) -> dict[str, float]:
+    images = of_all_grids()[0][shard[0] :: shard[1]]
+    monkeypatch.setattr(task_module.data, "evaluation_tokens", lambda *_, **options: iter(images))
+    return task.validate(lambda: None).scalars
+
+
+def test_validation_weighs_every_code_alike_and_tells_each_grid(build, monkeypatch):
+    monkeypatch.setattr(task_module.data, "evaluation_tokens", lambda *_, **options: iter([]))
+    task = build(*WIDE, "data.val=anything", "trainer.micro_batch_size=4")
+    randomize(task)
+    found = validated(task, monkeypatch)
+    losses, total = {}, 0.0
+    for index_bt, class_b, grid in of_all_grids()[1]:
+        with torch.no_grad():
+            losses[grid] = float(task.transformer.eval().loss(index_bt, class_b, grid=grid).cross_entropy)
+        total += losses[grid] * math.prod(grid)
+        assert found["val/loss/{}x{}".format(*grid)] == pytest.approx(losses[grid], rel=1e-5)
+    assert found["val/loss"] == pytest.approx(total / sum(map(math.prod, losses)), rel=1e-5)
+
+
+def validated_on_ranks(parallel: int) -> tuple[dict[str, float], dict[str, float]]:
+    """What a validation finds, and the losses of a step of each grid."""
+    world = start_world("cpu")
+    overrides = [*TINY, *WIDE, "data.val=anything", f"vocabulary_parallel={parallel}", "trainer.global_batch_size=8"]
+    config = load_recipe("ar_debug", overrides)
+    task = GeneratorTask(config, world, *plan_batch(config, world))
+    losses = {}
+    for step, (grid, count) in enumerate(SHAPES.items()):
+        index_bt, class_b, _ = codes_of(grid, count)
+        share = slice(world.rank, None, world.size)
+        scalars = task.step([Codes(index_bt[share], class_b[share], grid)], step).scalars
+        losses[grid] = float(scalars["loss/total"])
+    with pytest.MonkeyPatch.context() as patch:
+        return validated(task, patch, (world.rank, world.size)), losses
+
+
+@pytest.mark.ranks
+def test_ranks_that_share_a_head_validate_and_train_on_all_grids(ranks):
+    ((one, losses),) = ranks.call(1, validated_on_ranks, 1, join=False)
+    for found, of_rank in ranks.call(2, validated_on_ranks, 2, join=False):
+        assert found == pytest.approx(one, rel=1e-5)
+        assert of_rank == pytest.approx(losses, rel=1e-5)
+
+
+@pytest.mark.usefixtures("tokenizer")
+def test_images_of_buckets_are_tokenized_to_their_grids(build):
+    images = ["data.content=images", "tokenizer.source=any"]
+    task = build(*WIDE, *images, "data.buckets=[16x16,8x32]")
+    values = np.zeros((2, 3, 8, 32), np.uint8)
+    assert task.inputs(batch(values, [2, 0])).grid == (2, 8)
+    said = refusal(TrainerError, build, *WIDE, *images, "data.buckets=[16x16,32x16]")
+    assert "the buckets give grids of 8x4 codes" in said and "set model.grids=[4x4,2x8,4x6,8x4]" in said
+    assert "bucket 18x16 must be a multiple of 4" in refusal(
+        TrainerError, build, *WIDE, *images, "data.buckets=[18x16]"
+    )
 
 
 def classes_trained_on_two_ranks() -> list[bool]:
@@ -308,7 +415,7 @@ def classes_trained_on_two_ranks() -> list[bool]:
     world = start_world("cpu")
     config = load_recipe("ar_debug", [*TINY, "loss.label_dropout=0", "trainer.global_batch_size=2"])
     task = GeneratorTask(config, world, *plan_batch(config, world))
-    task.step([Codes(codes().index_bt[:1], torch.tensor([world.rank]))], 0)
+    task.step([Codes(codes().index_bt[:1], torch.tensor([world.rank]), GRID)], 0)
     task.scalars(0)
     return task.transformer.trained_c.tolist()
 

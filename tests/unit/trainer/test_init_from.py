@@ -14,7 +14,7 @@ from support import as_float, equal, gradients, single_world, tokenizer_run, tok
 from model_zoo import load_tokenizer
 from model_zoo.io.sharded_tensors import ShardedTensors, save_shards
 from trainer import TrainerError
-from trainer.config import GeneratorRun, InitFromConfig
+from trainer.config import GeneratorRun, TokenizerInitFromConfig
 from trainer.init_from import InitRecord, read_init_record, read_initial_weights, save_init_record
 from trainer.jobs.export import export
 from trainer.loop import resume
@@ -114,7 +114,7 @@ def test_weights_come_from_every_source_and_the_average_begins_with_them(build, 
     expected = load_tokenizer(sources["run"], weights)
     other = load_tokenizer(sources["run"], "raw" if weights == "ema" else "ema")
     assert not equal(expected.state_dict(), other.state_dict())
-    task = build(init_from=InitFromConfig(str(sources[kind]), weights))
+    task = build(init_from=TokenizerInitFromConfig(str(sources[kind]), weights))
     record = task.load_initial_weights()
     assert record.fingerprint == expected.fingerprint()
     assert str(sources[kind]) in record.origin and weights in record.origin
@@ -123,7 +123,7 @@ def test_weights_come_from_every_source_and_the_average_begins_with_them(build, 
 
 
 def test_the_first_loss_is_that_of_the_loaded_weights(build, run):
-    task = build(init_from=InitFromConfig(str(run)))
+    task = build(init_from=TokenizerInitFromConfig(str(run)))
     task.load_initial_weights()
     scalars = task.step([images(9)], 0).scalars
     with torch.no_grad():
@@ -133,7 +133,7 @@ def test_the_first_loss_is_that_of_the_loaded_weights(build, run):
 
 
 def test_all_but_the_weights_begins_anew(build, run):
-    task, scratch = build(init_from=InitFromConfig(str(run))), build()
+    task, scratch = build(init_from=TokenizerInitFromConfig(str(run))), build()
     task.load_initial_weights()
     assert task.state.numbers() == scratch.state.numbers()
     engines = [network.engine for network in task.state.trained.values()]
@@ -155,7 +155,7 @@ def test_without_a_source_nothing_is_loaded(build):
 
 @pytest.mark.parametrize("kind", ["run", "published", "export"])
 def test_the_discriminator_is_the_sources_with_its_statistics(build, sources, kind):
-    task = build(init_from=InitFromConfig(str(sources[kind])))
+    task = build(init_from=TokenizerInitFromConfig(str(sources[kind])))
     assert task.load_initial_weights().discriminator == "the source's"
     saved = ShardedTensors(sources["run"] / "checkpoints/step_00000003").tensors("discriminator/")
     assert any("running_mean" in name for name in saved)
@@ -181,7 +181,7 @@ def test_another_discriminator_starts_from_random_weights_and_it_is_said(build, 
 def test_a_source_without_a_discriminator_is_said_to_have_none(build, run, published):
     state = torch.load(published)["state_dict"]
     torch.save({"state_dict": {n: t for n, t in state.items() if "discriminator" not in n}}, published)
-    task = build(init_from=InitFromConfig(str(published)))
+    task = build(init_from=TokenizerInitFromConfig(str(published)))
     assert task.load_initial_weights().discriminator == "random weights (the source has none)"
 
 
@@ -194,7 +194,7 @@ def test_a_source_without_a_discriminator_is_said_to_have_none(build, run, publi
 )
 def test_what_is_frozen_stays_to_the_bit_and_the_rest_learns(build, run, freeze, quantizer, micro_batch_size):
     source = write_run(build(model__quantizer=quantizer), run.parent / "source")
-    init_from = InitFromConfig(str(source), freeze=freeze)
+    init_from = TokenizerInitFromConfig(str(source), freeze=freeze)
     task = build(model__quantizer=quantizer, trainer__micro_batch_size=micro_batch_size, init_from=init_from)
     task.load_initial_weights()
     before = held(task, "tokenizer")
@@ -213,7 +213,7 @@ def test_what_is_frozen_stays_to_the_bit_and_the_rest_learns(build, run, freeze,
 
 
 def test_a_frozen_encoder_costs_no_assignment_no_graph_and_no_term_of_the_quantizer(build, run, monkeypatch):
-    task = build(init_from=InitFromConfig(str(run), freeze="encoder"))
+    task = build(init_from=TokenizerInitFromConfig(str(run), freeze="encoder"))
     task.load_initial_weights()
     monkeypatch.setattr(task.tokenizer.quantize, "assign", lambda *_: pytest.fail("the assignment was computed"))
     output = task._forward(as_float(images()))
@@ -233,7 +233,7 @@ def test_a_frozen_encoder_costs_no_assignment_no_graph_and_no_term_of_the_quanti
 def test_a_frozen_encoder_leaves_the_decoder_the_gradient_that_it_has_in_the_whole_model(build, run):
     seen = []
     for freeze in (None, "encoder"):
-        task = build(init_from=InitFromConfig(str(run), freeze=freeze))
+        task = build(init_from=TokenizerInitFromConfig(str(run), freeze=freeze))
         task.load_initial_weights()
         seen.append(watch(task.main_engine, lambda decoder=task.tokenizer.decoder: gradients(decoder)))
         task.step([images()], 0)
@@ -246,7 +246,7 @@ def test_quantizers_without_a_codebook_can_be_frozen_too(build, tmp_path, quanti
     settings = dict(model__quantizer=quantizer, model__codebook_size=64, model__levels=[2] * 6)
     source = write_run(build(**settings, seed=3), tmp_path / "source")
     # Groups only matter for the entropy.
-    task = build(**settings, model__groups=2, init_from=InitFromConfig(str(source), freeze="encoder"))
+    task = build(**settings, model__groups=2, init_from=TokenizerInitFromConfig(str(source), freeze="encoder"))
     task.load_initial_weights()
     before = load_tokenizer(source)
     task.step([images()], 0)
@@ -255,7 +255,7 @@ def test_quantizers_without_a_codebook_can_be_frozen_too(build, tmp_path, quanti
 
 
 def test_a_checkpoint_with_frozen_parts_is_a_whole_tokenizer_and_resumes(build, run, tmp_path):
-    settings = dict(init_from=InitFromConfig(str(run), freeze="encoder"))
+    settings = dict(init_from=TokenizerInitFromConfig(str(run), freeze="encoder"))
     task = build(**settings)
     task.load_initial_weights()
     task.step([images(1)], 0)
@@ -271,14 +271,14 @@ def test_a_checkpoint_with_frozen_parts_is_a_whole_tokenizer_and_resumes(build, 
 
 
 def test_what_is_frozen_is_counted_as_such(build, run):
-    task = build(init_from=InitFromConfig(str(run), freeze="encoder"))
+    task = build(init_from=TokenizerInitFromConfig(str(run), freeze="encoder"))
     frozen = [p for name, p in task.tokenizer.named_parameters() if name.startswith(FROZEN["encoder"])]
     assert task.frozen_bytes() == {"encoder, frozen": sum(p.nbytes for p in frozen)}
     assert "encoder frozen" in task.describe() and "codebook" not in task.state.trained
 
 
 def test_few_codes_of_a_frozen_encoder_are_no_alarm(build, run):
-    task = build(init_from=InitFromConfig(str(run), freeze="encoder"))
+    task = build(init_from=TokenizerInitFromConfig(str(run), freeze="encoder"))
     task.health.alarm = "it collapses"
     assert task.alarm is None
 
@@ -351,7 +351,7 @@ def test_runs_from_before_init_from_existed_are_read(run):
     lines = config.read_text().splitlines()
     first = lines.index("init_from:")
     config.write_text("\n".join(lines[:first] + lines[first + 5 :]))
-    assert load_run_config(run, []).init_from == InitFromConfig()
+    assert load_run_config(run, []).init_from == TokenizerInitFromConfig()
 
 
 # ------------------------------------------------------------------------------------------------------------- report

@@ -13,7 +13,7 @@ from model_zoo.quantizers.registry import QUANTIZERS
 from model_zoo.sampler import SCHEDULES
 from model_zoo.transformer import Transformer
 from trainer import TrainerError
-from trainer.config import EngineConfig, GeneratorRun, InitFromConfig, RunConfig, TokenizerRun
+from trainer.config import EngineConfig, GeneratorRun, RunConfig, TokenizerInitFromConfig, TokenizerRun
 from trainer.recipes import KEYS_OF_QUANTIZERS, TASKS, leaves, load_recipe, load_run_config, recipe_paths, save_config
 
 SMALLEST = "trainer: {max_steps: 10, global_batch_size: 4}\n"
@@ -300,11 +300,11 @@ start: {source: runs/a, weights: raw, discriminator: false, freeze: decoder}
 
 def test_former_names_in_files_are_read_and_saved_as_the_new_ones(recipe, tmp_path):
     config = load_recipe(recipe(OLD), ["init_from.freeze=null"])
-    assert config.init_from == InitFromConfig("runs/a", "raw", False, None)
+    assert config.init_from == TokenizerInitFromConfig("runs/a", "raw", False, None)
     assert (config.engine.kind, config.trainer.keep_last) == ("ddp", 7)
     (tmp_path / "config.yaml").write_text(OLD)
     resumed = load_run_config(tmp_path, [])
-    assert resumed.init_from == InitFromConfig("runs/a", "raw", False, "decoder")
+    assert resumed.init_from == TokenizerInitFromConfig("runs/a", "raw", False, "decoder")
     assert (resumed.engine.kind, resumed.trainer.keep_last) == ("ddp", 7)
     save_config(resumed, tmp_path / "config.yaml")
     text = (tmp_path / "config.yaml").read_text()
@@ -336,8 +336,8 @@ def test_mistakes_in_a_tokenizers_recipe(recipe, changes, said):
         (["model.vocabulary=4294967296"], "model.vocabulary=4294967296 must be at most 16777216"),
         (["sampling.guidance=-1"], "guidance -1"),
         (["codebook_parallel=2"], "unknown key codebook_parallel"),
-        (["start.source=x"], "unknown key start"),
-        (["init_from.source=x"], "unknown key init_from"),
+        (["start.source=x"], "start.source is called init_from.source now"),
+        (["init_from.freeze=encoder"], "unknown key init_from.freeze"),
     ],
 )
 def test_mistakes_in_a_generators_recipe(changes, said):

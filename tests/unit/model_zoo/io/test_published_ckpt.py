@@ -409,6 +409,7 @@ def test_laying_out_what_was_read_gives_the_published_codes_keys_and_bits(golden
         ("tokenizer", {"channels": 16}, "16 channels"),
         ("generator", {"embedding": "codebook"}, "model.embedding=codebook"),
         ("generator", {"grid": [4, 8]}, "not square"),
+        ("generator", {"grids": ["16x16", "8x32"]}, "model.grids=[16x16,8x32], whose embeddings"),
     ],
 )
 def test_models_that_the_published_code_cannot_build_are_not_laid_out(golden, kind, change, named):

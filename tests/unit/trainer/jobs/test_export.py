@@ -217,6 +217,18 @@ def test_a_generators_round_trip_through_the_published_layout(generator_run, tmp
     assert same_files(tmp_path / "published.ckpt", tmp_path / "again.ckpt")
 
 
+def test_a_generator_of_several_grids_goes_into_safetensors_alone(tmp_path):
+    model = generator_of(vocabulary=16, classes=3, grid=[4, 4], grids=["4x4", "2x6"])
+    run = write_run(tmp_path / "run", {"task": "generator", "model": model.config}, generator=model)
+    export(run, tmp_path / "out")
+    for source in (run, tmp_path / "out"):
+        assert_same(load_generator(source, "raw"), model)
+    assert "4 x 4 or 2 x 6 tokens" in (tmp_path / "out" / "README.md").read_text()
+    said = refusal(ModelError, export_published, tmp_path / "out", tmp_path / "out.ckpt")
+    assert "does not support model.grids=[4x4,2x6], whose embeddings have no key there: export to safetensors" in said
+    assert not (tmp_path / "out.ckpt").exists()
+
+
 def test_what_a_generator_was_trained_on_goes_with_it(tmp_path):
     """Through exports and our published files; other published files do not say."""
     model = generator_of(grid=[16, 16], heads=1, head_dim=64)

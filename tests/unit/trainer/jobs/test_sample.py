@@ -41,6 +41,14 @@ def models(own_run):
     return trainer.jobs.sample._load_models(find_checkpoint(own_run), None, None)
 
 
+@pytest.fixture(scope="module")
+def several(tmp_path_factory):
+    """A run whose generator knows images of 8 x 12, 12 x 8 and 4 x 20 pixels."""
+    folder = tmp_path_factory.mktemp("several")
+    tokenizer = write_tokenizer_run(folder / "tokenizer", tokenizer_of())
+    return write_generator_run(folder / "run", generator_of(grids=["2x3", "3x2", "1x5"]), tokenizer)
+
+
 @pytest.fixture
 def run(own_run, models, monkeypatch):
     """The run, whose models are not read again for each job in this process."""
@@ -170,6 +178,45 @@ def test_a_run_of_an_earlier_version_is_judged_by_its_recipe(tmp_path):
     run = write_run(tmp_path / "run", config, generator=generator_of())
     message = refusal(ModelError, sample, run, count=1, device="cpu", sampling={"guidance": 3.0})
     assert "guidance 3 needs a generator that was also trained without a class" in message
+
+
+def settings_of(sampled):
+    return json.loads(sampled.report.read_text())["settings"]
+
+
+def test_images_of_another_size(several, tmp_path):
+    found = sample(several, size="4x20", count=3, classes="2", out=tmp_path / "x.npz")
+    assert settings_of(found)["size"] == "4x20"
+    sampler = Sampler(generator_of(grids=["2x3", "3x2", "1x5"]), 32)
+    seeds = [seed_of(0, 2, nth) for nth in range(3)]
+    index_bhw = sampler.sample(torch.tensor([2, 2, 2]), seeds, Sampling(), grid=(1, 5))
+    images_bhwc = tokenizer_of().eval().detokenize(index_bhw).permute(0, 2, 3, 1)
+    expected = ((images_bhwc.clamp(-1, 1) + 1) / 2 * 255).round().numpy().astype(np.uint8)
+    assert expected.shape == (3, 4, 20, 3) and np.array_equal(load(tmp_path / "x.npz")["arr_0"], expected)
+    sample(several, size="4x20", count=3, classes="2", out=tmp_path / "x.png")
+    grid = np.array(Image.open(tmp_path / "x.png"))
+    assert grid.shape == (8, 40, 3) and np.array_equal(grid[4:, :20], expected[2])
+    sample(several, size="4x20", count=3, classes="2", out=tmp_path / "folder")
+    assert np.array_equal(np.array(Image.open(tmp_path / "folder" / "000002_class_0002.png")), expected[2])
+
+
+def test_the_size_is_a_setting_of_the_job(several, tmp_path, ibq, refused_by_ibq):
+    command = "sample", several, "--count", 2, "--out", tmp_path / "x", "--device", "cpu"
+    ibq(*command).succeeded()
+    said = refused_by_ibq(*command, "--size", "12x8")
+    assert 'other settings (size "8x12", now "12x8"): give --size 8x12 again to continue' in said
+    assert "all images existed already" in ibq(*command, "--size", "8x12").succeeded().out
+    record = json.loads((tmp_path / "x" / "sample.json").read_text())
+    del record["settings"]["size"]  # as earlier versions wrote it
+    (tmp_path / "x" / "sample.json").write_text(json.dumps(record))
+    assert "all images existed already" in ibq(*command).succeeded().out
+
+
+@pytest.mark.parametrize("size", ["12x12", "8x13", "8", "8x12x3", "", "large"])
+def test_a_size_of_no_grid_is_refused(several, refused_by_ibq, size):
+    said = refused_by_ibq("sample", several, "--size", size, "--device", "cpu")
+    assert f"--size {size}: the generator makes no such images" in said and "choose 8x12 or 12x8 or 4x20" in said
+    assert not (several / "sampled").exists()
 
 
 # --------------------------------------------------------------------------------------------------------------- resume

@@ -16,22 +16,33 @@ from comparing import refusal
 from model_checks import tokenizer_of, write_run
 from omegaconf import OmegaConf
 from PIL import Image
-from samples import encoded, members
+from samples import Steps, encoded, members
 from serving import Server
 from webdataset.writer import TarWriter
 
 import model_zoo
-from data import DataConfig, TokenHeader, TokenSpec, check, decode, evaluation_tokens, token_header, unpack_codes
+from data import (
+    DataConfig,
+    DataError,
+    TokenHeader,
+    TokenSpec,
+    check,
+    decode,
+    evaluation_tokens,
+    token_header,
+    unpack_codes,
+)
+from data.buckets import parse_size, sizes_of
 from data.index import Index, write_index
 from data.locks import WriterLock, folder_lock
 from data.prep.check import check_shards
 from data.tar_reader import TarShard, scan
-from data.transforms import pixels_chw, resize_and_center_crop, resize_named
+from data.transforms import Size, pixels_chw, resize_and_center_crop, resize_named
 from tools import cli
 from trainer import TrainerError
 from trainer.jobs import tokenize as module
 from trainer.jobs.tokenize import tokenize
-from trainer.jobs.views import image_views
+from trainer.jobs.views import Views
 
 pytestmark = pytest.mark.usefixtures("alone")
 
@@ -126,7 +137,7 @@ def test_what_it_writes_is_what_training_opens(flipped):
     ]  # fmt: skip
     index = Index(flipped.out / "index.safetensors")
     assert len(index) == 6 and index.first[-1] == 14
-    spec = TokenSpec(flipped.tokenizer, 300, (4, 4))
+    spec = TokenSpec(flipped.tokenizer, 300, ((4, 4),))
     config = DataConfig(train=str(flipped.out), val=str(flipped.out), content="tokens", workers=0)
     assert token_header(config).views == 2
     check(config, tokens=spec)
@@ -138,12 +149,13 @@ def test_what_it_writes_is_what_training_opens(flipped):
 def test_views_of_an_image():
     content, resize = png(1, (80, 60)), resize_named("pil_antialias")
     square = np.asarray(resize_and_center_crop(decode(content), 35, resize)).transpose(2, 0, 1)
-    ten = image_views(content, "ten-crop", SIDE, "pil_antialias")
+    ten, original, flip = (
+        Views(kind, [Size(SIDE, SIDE)], "pil_antialias")(content) for kind in ("ten-crop", "original", "flip")
+    )
     assert ten.shape == (10, 3, SIDE, SIDE)
     for view, (left, top) in zip(ten[:5], [(2, 2), (0, 0), (3, 0), (0, 3), (3, 3)], strict=True):
         assert np.array_equal(view, square[:, top : top + SIDE, left : left + SIDE])
     assert np.array_equal(ten[5:], ten[:5, ..., ::-1])
-    original, flip = (image_views(content, kind, SIDE, "pil_antialias") for kind in ("original", "flip"))
     assert len(original) == 1 and np.array_equal(flip[0], original[0])
     assert np.array_equal(flip[1], original[0][..., ::-1])
 
@@ -220,7 +232,7 @@ def test_doubles_that_only_a_broken_image_parts_stay_two_samples(run, tmp_path):
     done = go(run, tmp_path / "doubles.tar", tmp_path / "out", samples_per_shard=6)
     found = [(sample.key, sample.members["cls"]) for sample in samples(done.out)]
     assert found == [("a", b"0"), ("a-2", b"2"), ("a-2-2", b"3"), ("c", b"4"), ("a", b"5")]
-    spec = TokenSpec(done.tokenizer, 300, (4, 4))
+    spec = TokenSpec(done.tokenizer, 300, ((4, 4),))
     assert len(list(evaluation_tokens(str(done.out), spec))) == done.samples == done.made == 5
 
 
@@ -599,3 +611,161 @@ def test_a_killed_job_continues(run, tars, flipped, tmp_path, ranks):
     assert len(list((tmp_path / "out").glob("tokens-*.tar"))) == 2
     done = go(run, tars, tmp_path / "out", views="flip")
     assert done.made == 14 - 5 and files(tmp_path / "out") == files(flipped.out)
+
+
+# ------------------------------------------------------------------------------------------------------- several sizes
+
+SIZES = "40x40,32x64,64x32"
+# Width and height of pictures, and their size as height x width; None: too small.
+SHAPES = {(50, 50): "40x40", (80, 42): "32x64", (42, 80): "64x32", (70, 36): "32x64", (30, 60): None}
+
+
+@pytest.fixture(scope="module")
+def shapes(tmp_path_factory):
+    """A tar of 17 pictures of five shapes."""
+    path = tmp_path_factory.mktemp("shapes") / "shapes.tar"
+    with TarWriter(str(path), encoder=False, mtime=0) as writer:
+        for number in range(17):
+            size = [*SHAPES][number % len(SHAPES)]
+            writer.write({"__key__": f"{number:02d}", "png": png(number, size), "cls": b"%d" % number})
+    return path
+
+
+@pytest.fixture(scope="module")
+def of_sizes(run, shapes, tmp_path_factory):
+    """Tokens of the pictures of five shapes, at three sizes."""
+    out = tmp_path_factory.mktemp("tokens") / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("DS_ACCELERATOR", "cpu")
+        return go(run, shapes, out, image_size=SIZES, views="flip", samples_per_shard=6, batch_size=4)
+
+
+def test_each_picture_has_the_codes_of_its_crop(run, shapes, of_sizes):
+    tokenizer, expected = model_zoo.load_tokenizer(run), {}
+    for number in range(17):
+        shape = [*SHAPES][number % len(SHAPES)]
+        if SHAPES[shape] is not None:
+            size = parse_size(SHAPES[shape])
+            image = resize_and_center_crop(decode(png(number, shape)), size, resize_named("pil_antialias"))
+            pixels_bchw = torch.from_numpy(pixels_chw(image))[None]
+            views_bchw = torch.cat([pixels_bchw, pixels_bchw.flip(-1)])
+            index_vhw = torch.cat([tokenizer.tokenize((one[None].double() / 127.5 - 1).float()) for one in views_bchw])
+            expected[f"{number:02d}"] = index_vhw.numpy()
+    found = {sample.key: unpack_codes(sample.members["codes"])[1] for sample in samples(of_sizes.out)}
+    assert list(found) == list(expected)  # in the order of the input
+    assert all(np.array_equal(found[key], expected[key]) for key in expected)
+    assert of_sizes.grids == {"5x5": 4, "4x8": 7, "8x4": 3}
+    reason = "60 x 30 pixels are smaller than its bucket 64x32"
+    assert of_sizes.skipped == [f"{shapes}, {number:02d}: {reason}" for number in (4, 9, 14)]
+
+
+def test_the_record_and_the_index_tell_sizes_and_grids(of_sizes):
+    record = json.loads((of_sizes.out / "tokens.json").read_text())
+    assert (record["sizes"], record["grids"]) == (["40x40", "32x64", "64x32"], ["5x5", "4x8", "8x4"])
+    assert record["max_enlargement"] == 1 and not {"grid", "image_size"} & record.keys()
+    sizes_n2 = Index(of_sizes.out / "index.safetensors").tensors["sizes"]
+    grids = [unpack_codes(sample.members["codes"])[0].grid for sample in samples(of_sizes.out)]
+    assert list(map(tuple, sizes_n2.tolist())) == grids
+
+
+def test_training_divides_what_it_writes(of_sizes):
+    spec = TokenSpec(of_sizes.tokenizer, 300, ((4, 8), (8, 4), (5, 5)))
+    config = DataConfig(train=str(of_sizes.out), content="tokens", workers=0, lanes=4)
+    check(config, tokens=spec)
+    steps = Steps(config, batch=4, tokens=spec)
+    lengths = {len(codes) // 4 for step in steps.infos(6) for _, codes in step}
+    assert lengths == {25, 32}
+
+
+def test_pixels_are_a_list_of_sizes(run, shapes, tmp_path):
+    made = [str(size) for size in sizes_of(64, 1.4)]
+    assert made == ["72x56", "64x64", "56x72"]
+    with pytest.raises(TrainerError, match=r"none of the 17 images .* can be read: .*00: 50 x 50 pixels are smaller"):
+        go(run, shapes, tmp_path / "pixels", pixels="64", max_aspect=1.4)
+    enlarged = go(run, shapes, tmp_path / "pixels", pixels="64", max_aspect=1.4, max_enlargement=3)
+    same = go(run, shapes, tmp_path / "same", image_size=",".join(made), max_enlargement=3)
+    assert enlarged.samples == 17 and files(enlarged.out) == files(same.out)
+    assert go(run, shapes, enlarged.out, image_size=",".join(made), max_enlargement=3.0).made == 0
+
+
+def test_views_of_a_rectangle():
+    content, resize, size = png(1, (80, 60)), resize_named("pil_antialias"), Size(24, 40)
+    larger = np.asarray(resize_and_center_crop(decode(content), Size(26, 44), resize)).transpose(2, 0, 1)
+    ten = Views("ten-crop", [Size(16, 16), size], "pil_antialias", 1.0)(content)
+    assert ten.shape == (10, 3, 24, 40)
+    for view, (left, top) in zip(ten[:5], [(2, 1), (0, 0), (4, 0), (0, 2), (4, 2)], strict=True):
+        assert np.array_equal(view, larger[:, top : top + 24, left : left + 40])
+    assert np.array_equal(ten[5:], ten[:5, ..., ::-1])
+
+
+def test_a_lost_shard_of_several_sizes_is_written_again(run, shapes, of_sizes, tmp_path):
+    """A shard does not depend on the others, so it does not depend on the number of processes."""
+    out = shutil.copytree(of_sizes.out, tmp_path / "out")
+    (out / "tokens-000001.tar").unlink()
+    again = go(run, shapes, out, image_size=SIZES, views="flip", samples_per_shard=6, batch_size=4)
+    assert again.made == 5 and files(out) == files(of_sizes.out)
+
+
+def test_batches_of_large_sizes_are_smaller():
+    tokenizer = Mock()
+    tokenizer.tokenize = Mock(side_effect=lambda images_bchw: images_bchw[:, 0, ::8, ::8].long())
+    views = [np.full((2, 3, side, side), number, np.uint8) for number, side in enumerate((16, 32, 16, 32, 16))]
+    codes = module._encode(tokenizer, views, 4 * 16 * 16, torch.device("cpu"))
+    assert [one.shape for one in codes] == [(2, 2, 2), (2, 4, 4), (2, 2, 2), (2, 4, 4), (2, 2, 2)]
+    batches = [call.args[0].shape[::3] for call in tokenizer.tokenize.call_args_list]
+    assert batches == [(4, 16), (2, 16), (1, 32), (1, 32), (1, 32), (1, 32)]
+
+
+@pytest.mark.parametrize(
+    ("first", "then", "message"),
+    [
+        ({"image_size": SIZES}, {}, "(grid null, now [4, 4]): give --size 40x40,32x64,64x32 again to continue"),
+        ({}, {"image_size": SIZES}, "give --size 32 again to continue"),
+        ({"image_size": SIZES}, {"image_size": "40x40"}, "give --size 40x40,32x64,64x32 again to continue"),
+        (
+            {"image_size": SIZES},
+            {"image_size": SIZES, "max_enlargement": 2},
+            "(max_enlargement 1.0, now 2.0): give --max-enlargement 1.0 again to continue",
+        ),
+    ],
+)
+def test_other_sizes_are_not_mixed(run, shapes, tmp_path, first, then, message):
+    go(run, shapes, tmp_path / "out", **first)
+    before = files(tmp_path / "out")
+    assert message in refusal(TrainerError, go, run, shapes, tmp_path / "out", **then)
+    assert files(tmp_path / "out") == before
+
+
+def test_the_command_names_the_grids_for_training(run, shapes, tmp_path, capsys):
+    arguments = run, "--images", shapes, "--out", tmp_path / "out", "--size", SIZES, "--device", "cpu"
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["tokenize", *map(str, arguments)])
+    assert not ended.value.code
+    assert "grids: 5x5 (4), 4x8 (7), 8x4 (3): train with 'model.grids=[5x5,4x8,8x4]'" in capsys.readouterr().out
+
+
+def test_impossible_sizes_get_one_line(run, shapes, tmp_path):
+    for options, message in [
+        ({"image_size": "32x"}, "--size 32x: give pixels of a square, or sizes as HEIGHTxWIDTH of at most 8192"),
+        ({"image_size": "32x40,9000x8"}, "--size 32x40,9000x8: give pixels of a square"),
+        ({"image_size": "32x44"}, "--size 32x44 is not a multiple of the tokenizer's factor 8: take 32x48"),
+        ({"image_size": "0"}, "--size 0 must be at least 1"),
+        ({"image_size": "32", "pixels": "64"}, "--size and --pixels are both given: leave one out"),
+        ({"pixels": "large"}, "--pixels large: give sides of squares in pixels, such as 512 or 256,512"),
+        ({"pixels": "60"}, "--pixels: 60 must be a multiple of 8 of at most 8192"),
+        ({"pixels": "32"}, "--pixels 32: sides such as those of 28x36 are no multiples of the tokenizer's factor 8"),
+        ({"pixels": "64,128,192,256,320,384", "max_aspect": 8}, "sizes are more than 64: lower --max-aspect"),
+        ({"image_size": SIZES, "max_aspect": 2}, "--max-aspect is for --pixels: leave it out"),
+        ({"image_size": SIZES, "max_enlargement": 0.5}, "--max-enlargement 0.5 must be at least 1, and finite"),
+        ({"image_size": 32, "max_enlargement": 2}, "--max-enlargement is for --pixels and for sizes such as"),
+        ({"max_enlargement": 2}, "--max-enlargement is for --pixels and for sizes such as"),
+    ]:
+        assert message in refusal((TrainerError, DataError), go, run, shapes, tmp_path / "out", **options), options
+        assert not (tmp_path / "out").exists()
+    adm = write_run(
+        tmp_path / "adm",
+        {"task": "tokenizer", "model": tokenizer_of(1, **MODEL).config, "data": {"resize": "adm_center_crop"}},
+        tokenizer_ema=tokenizer_of(1, **MODEL),
+    )
+    said = refusal(TrainerError, go, adm, shapes, tmp_path / "out", image_size=SIZES)
+    assert "data.resize=adm_center_crop of the run is defined for squares only: give squares to --size" in said

@@ -1,6 +1,7 @@
 import json
 import math
 import re
+from dataclasses import replace
 from html.parser import HTMLParser
 from xml.etree import ElementTree
 
@@ -8,9 +9,10 @@ import pytest
 from comparing import refusal
 from omegaconf import OmegaConf
 from PIL import Image
-from support import images, tokenizer_task
+from support import GENERATOR, generator_run, images, tokenizer_task
 
 from trainer import TrainerError
+from trainer.recipes import save_config
 from trainer.reports.charts import IMAGE_TERMS, OTHER_TERMS, Chart, Point, draw_chart
 from trainer.reports.report import read_metrics, training_seconds, write_report
 from trainer.reports.sections import verdict
@@ -108,6 +110,15 @@ def test_a_finished_run_has_all_sections_and_needs_nothing_from_elsewhere(run):
     # report.png and six of twenty samples, the first and the last among them, all with words.
     assert len(page.images) == 7 and all(len(image["alt"]) > 20 for image in page.images)
     assert "step 0" in page.text and "step 950" in page.text
+
+
+@pytest.mark.parametrize(
+    ("grids", "words"), [([], "the 2x3 = 6 codes of an image"), (["1x5", "2x3"], "the codes (1x5 or 2x3) of an image")]
+)
+def test_the_report_of_a_generator_names_its_grids(tmp_path, grids, words):
+    save_config(generator_run(replace(GENERATOR, grids=grids)), tmp_path / "config.yaml")
+    text = Page(write_report(tmp_path).read_text()).text
+    assert words in text.replace("\N{MULTIPLICATION SIGN}", "x")
 
 
 def test_only_what_was_logged_is_drawn(run):
