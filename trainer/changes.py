@@ -55,9 +55,12 @@ def changes_since(before: dict, config: RunConfig, step: int) -> list[Change]:
     for change in changes:
         # A fingerprint may not have been known yet.
         if _is_fixed(change.key, fixed) and not (change.key == "tokenizer.fingerprint" and None in change):
+            other = (
+                ", or start a new run with init_from.source=RUN" if change.key in ("model.grid", "model.grids") else ""
+            )
             raise TrainerError(
                 f"cannot resume: the checkpoint was written with other settings: {change.key} was "
-                f"{json.dumps(change.before)} and is now {json.dumps(change.now)}; set it back"
+                f"{json.dumps(change.before)} and is now {json.dumps(change.now)}; set it back{other}"
             )
     return changes
 

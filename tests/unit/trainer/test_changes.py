@@ -47,6 +47,12 @@ def test_what_the_weights_are_is_refused(change):
     assert f"{key} was " in said and "set it back" in said
 
 
+def test_other_grids_are_refused_with_the_way_to_a_run_of_these():
+    config = now("model.grids=[8x8,4x16]", recipe="ar_debug")
+    said = refusal(TrainerError, changes_since, saved("ar_debug"), config, 5)
+    assert 'model.grids was [] and is now ["8x8", "4x16"]; set it back, or start a new run with init_from' in said
+
+
 def test_a_tokenizer_that_was_not_known_yet_is_no_change():
     config = now("tokenizer.fingerprint=0123456789abcdef", recipe="ar_debug")
     assert [change.key for change in changes_since(saved("ar_debug"), config, 5)] == ["tokenizer.fingerprint"]
