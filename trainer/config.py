@@ -144,11 +144,12 @@ class DiscriminatorConfig:
 class InitFromConfig:
     """Initial weights of a new run (docs/finetuning.md). Nothing else is read from the source.
 
-    source: anything that `model_zoo.io.load.read_weights` reads; None: random weights. weights: its EMA or raw weights.
+    source: anything that `model_zoo.io.load.read_weights` reads; None: random weights. weights: ``ema`` or ``raw``;
+    None: those of the EMA if the source has one, else the raw ones.
     """
 
     source: str | None = None
-    weights: str = field(default="ema", metadata={"choices": ("ema", "raw")})
+    weights: str | None = field(default=None, metadata={"choices": (None, "ema", "raw")})
 
 
 @dataclass

@@ -10,9 +10,12 @@ from typing import NamedTuple
 
 import torch
 
+import data
+from data.classes import CLASSES_NAME, merged_classes, read_classes
 from model_zoo import ModelError, Tokenizer, Transformer
 from model_zoo.config import TokenizerConfig, TransformerConfig, grid_name
 from model_zoo.io.hashing import fingerprint_of
+from model_zoo.io.run_layout import run_folder
 from model_zoo.io.weights import Weights, check_weights
 from trainer import TrainerError
 from trainer.config import GeneratorRun, TokenizerRun
@@ -93,7 +96,29 @@ def read_initial_generator(config: GeneratorRun) -> InitialGenerator:
         with torch.device("meta"):
             expected = Transformer(source).state_dict()
         check_weights(weights.tensors, expected, f"{weights.origin}: it")
+        _check_classes(config)
         return _with_grids(config.model, weights, source)
+
+
+def saved_classes(checkpoint: Path) -> dict[str, int] | None:
+    """The classes.json of a generator's run or export, by a path from `find_checkpoint`; None if there is none. Raises
+    DataError."""
+    from model_zoo.io.load import is_standalone  # slow to import
+
+    path = (checkpoint if is_standalone(checkpoint) else run_folder(checkpoint)) / CLASSES_NAME
+    return read_classes(path) if path.is_file() else None
+
+
+def _check_classes(config: GeneratorRun) -> None:
+    """Raises DataError where the data number classes otherwise than the source did."""
+    from model_zoo.io.load import find_checkpoint  # slow to import
+
+    if config.loss.label_dropout == 1:
+        return
+    source = Path(config.init_from.source)
+    theirs = saved_classes(find_checkpoint(source))
+    if theirs and (ours := data.class_numbers(config.data)):
+        merged_classes([("the data", ours), (f"init_from.source={source}", theirs)])
 
 
 def _with_grids(model: TransformerConfig, weights: Weights, source: TransformerConfig) -> InitialGenerator:
@@ -117,9 +142,13 @@ def _with_grids(model: TransformerConfig, weights: Weights, source: TransformerC
 
 def _read(config: TokenizerRun | GeneratorRun, kind: str, schema: type) -> Weights:
     """The weights that ``init_from`` names, of a model of the recipe's shape. Raises ModelError."""
-    from model_zoo.io.load import read_weights  # slow to import, and only fine-tuning needs it
+    from model_zoo.io.load import available_weights, read_newest, read_weights  # slow to import, only needed here
 
-    weights = read_weights(config.init_from.source, kind, config.init_from.weights)
+    def read(checkpoint: Path) -> Weights:
+        first, *_ = available_weights(checkpoint).get(kind, ["raw"])  # the EMA's if it has any
+        return read_weights(checkpoint, kind, config.init_from.weights or first)
+
+    weights = read_newest(Path(config.init_from.source), read)
     _check_shape(vars(config.model), weights, vars(schema()))
     return weights
 
@@ -130,9 +159,8 @@ def _naming_source(config: TokenizerRun | GeneratorRun) -> Iterator[None]:
         yield
     except ModelError as error:
         init_from = config.init_from
-        raise TrainerError(
-            f"init_from.source={init_from.source} (init_from.weights={init_from.weights}): {error}"
-        ) from error
+        weights = f" (init_from.weights={init_from.weights})" if init_from.weights else ""
+        raise TrainerError(f"init_from.source={init_from.source}{weights}: {error}") from error
 
 
 def _check_shape(ours: dict, weights: Weights, defaults: dict) -> None:

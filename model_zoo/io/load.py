@@ -258,7 +258,8 @@ def _missing(files: ShardedTensors, kind: str, weights: str) -> ModelError:
     for other in KINDS:
         if other != kind and files.names(f"{other}/"):
             return ModelError(f"{files.folder} is from a {other} run: give a {kind} run")
-    fix = "; ask for the raw weights (--weights raw)" if files.names(f"{kind}/") else ""
+    ways = "--weights raw, init_from.weights=raw, in Python weights='raw'"
+    fix = f"; ask for the raw weights ({ways})" if files.names(f"{kind}/") else ""
     return ModelError(f"{files.folder} holds no {weights} weights of a {kind}{fix}")
 
 

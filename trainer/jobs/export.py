@@ -13,7 +13,7 @@ import torch
 from omegaconf import OmegaConf
 from safetensors import SafetensorError
 
-from data.classes import CLASSES_NAME, read_classes
+from data.classes import CLASSES_NAME
 from data.locks import file_lock
 from data.unfinished import complete_file, remove_dead
 from model_zoo.conditions import NONE, describe_classes
@@ -52,6 +52,7 @@ from model_zoo.transformer import Transformer
 from trainer import TrainerError
 from trainer.checkpoint import damage
 from trainer.files import json_text, writing
+from trainer.init_from import saved_classes
 from trainer.jobs.model_card import count_parameters, describe_model, model_card
 from trainer.jobs.setup import sole_writer
 from trainer.parallel import start_world, stop_world
@@ -288,7 +289,7 @@ def _info(source: str | Path, checkpoint: Path) -> SourceInfo:
         parameters, discriminator = count_parameters(built), found.discriminator is not None
         fingerprint, config = _fingerprint(built), asdict(built.config)
         trained = None if found.trained_c is None else describe_classes(found.trained_c)
-        classes = None if trained is None else _class_numbers(checkpoint)
+        classes = None if trained is None else saved_classes(checkpoint)
         models.append(
             ModelInfo(kind, sets, found.step, parameters, fingerprint, discriminator, config, trained, classes)
         )
@@ -344,12 +345,6 @@ def _build(found: Weights, kind: str) -> Tokenizer | Transformer:
         return build_model(found, kind, schema, build, assign=True)
 
 
-def _class_numbers(checkpoint: Path) -> dict[str, int] | None:
-    """The classes.json of a generator's run or export, if there is one. Raises DataError."""
-    path = (checkpoint if is_standalone(checkpoint) else run_folder(checkpoint)) / CLASSES_NAME
-    return read_classes(path) if path.is_file() else None
-
-
 def _fingerprint(model: Tokenizer | Transformer) -> str:
     return model.fingerprint() if isinstance(model, Tokenizer) else fingerprint_of(model.state_dict())
 
@@ -382,7 +377,7 @@ def _export_one(model: SourceModel, folder: Path, out: Path, source: str) -> str
         about["downsampling_factor"] = built.downsampling_factor
     if found.trained_c is not None:
         about[TRAINED_CLASSES] = describe_classes(found.trained_c)
-    numbers = _class_numbers(model.checkpoint) if model.kind == "generator" else None
+    numbers = saved_classes(model.checkpoint) if model.kind == "generator" else None
     texts = {CLASSES_NAME: json_text(numbers)} if numbers else {}
     fill_export(folder, about, files, texts, model_card(model.kind, built, about, out.name, model.checkpoint))
     return f"{model.kind}: {describe_model(built)}; weights: {' and '.join(model.weights)}; in {out}"

@@ -299,8 +299,8 @@ def test_a_source_that_is_missing_or_holds_no_such_weights(build, run, tmp_path)
     (tmp_path / "empty").mkdir()
     assert "not a run folder" in refused_source(tmp_path / "empty")
     bare = write_run(build(ema__decay=0.0), tmp_path / "bare")
-    message = refused_source(bare)
-    assert "init_from.weights=ema" in message and "raw" in message
+    message = refused_source(bare, init_from__weights="ema")
+    assert "holds no ema weights" in message and "init_from.weights=raw" in message
     generator = model_checks.write_run(tmp_path / "generator", GeneratorRun(), generator=torch.nn.Linear(2, 2))
     assert "is from a generator run" in refused_source(generator)
 

@@ -7,6 +7,7 @@ import torch
 from comparing import refusal
 from model_checks import tokenizer_of, write_run
 from support import GENERATOR, equal, generator_of, generator_run, write_generator_run
+from tokens import write_tokens
 from torch import Tensor
 
 from model_zoo.conditions import trained_from
@@ -23,7 +24,7 @@ FINGERPRINT, OTHER = "a" * 16, "b" * 16
 CLASSES = torch.tensor([0, 5, 6])
 
 
-def task_of(world: World, source, weights: str = "raw", **changes) -> GeneratorTask:
+def task_of(world: World, source, weights: str | None = "raw", **changes) -> GeneratorTask:
     """changes: of the model GENERATOR, except engine, vocabulary_parallel, fingerprint and tokenizer's source."""
     engine, parallel = changes.pop("engine", EngineConfig()), changes.pop("parallel", 1)
     fingerprint, tokenizer = changes.pop("fingerprint", None), changes.pop("tokenizer", None)
@@ -99,6 +100,30 @@ def test_which_classes_were_trained_is_assumed_where_the_source_does_not_say(wor
     task = task_of(world, run)
     task.load_initial_weights()
     assert task.transformer.trained_c.tolist() == [True] * 6 + [False]
+
+
+def test_without_a_choice_the_averages_are_taken_if_there_are_any(world, one_grid, tmp_path):
+    assert "(raw weights)" in task_of(world, one_grid, None).load_initial_weights().origin
+    models = {"generator": generator_of(4), "generator_ema": generator_of(5)}
+    averaged = write_run(tmp_path / "averaged", generator_run(models["generator"].config), **models)
+    task = task_of(world, averaged, None)
+    assert "(ema weights)" in task.load_initial_weights().origin
+    assert equal(task.transformer.state_dict(), generator_of(5).state_dict())
+
+
+def test_classes_that_the_data_number_otherwise_are_refused(world, one_grid, tmp_path):
+    (one_grid / "classes.json").write_text('{"cat": 0, "dog": 1}')
+    tokens = write_tokens(tmp_path / "tokens", count=4, grid=(2, 3), vocabulary=GENERATOR.vocabulary)
+    task = task_of(world, one_grid)
+    task.config.data.train = str(tokens)
+    for same in ('{"cat": 0, "dog": 1}', '{"cat": 0, "cow": 2}'):
+        (tokens / "classes.json").write_text(same)
+        task.load_initial_weights()
+    (tokens / "classes.json").write_text('{"dog": 0, "cat": 1}')
+    message = refusal(TrainerError, task.load_initial_weights)
+    assert "class 0 is cat in init_from.source" in message and "dog in the data" in message
+    task.config.loss.label_dropout = 1
+    task.load_initial_weights()
 
 
 def test_without_a_source_nothing_is_loaded(world):
