@@ -37,15 +37,17 @@ ONE_RESOLUTION = 1.5  # factor between areas that count as equal
 
 
 class Words(NamedTuple):
-    """What messages call a bucket, its samples, and their area."""
+    """What messages call a bucket, its samples, and their area; and how to train without it."""
 
     one: str
     samples: str
     area: str
+    without: str
 
 
-OF_IMAGES = Words("bucket", "pictures", "pixels")
-OF_TOKENS = Words("grid", "samples", "codes")
+OF_IMAGES = Words("bucket", "pictures", "pixels", "leave the bucket out")
+# A grid that token shards hold cannot be left out of `model.grids`.
+OF_TOKENS = Words("grid", "samples", "codes", "write token shards without it by `ibq tokenize --size`")
 
 
 @dataclass(frozen=True)
@@ -145,21 +147,21 @@ def with_batches(sizes: list[Size], global_batch_size: int) -> list[Bucket]:
 def check_batches(
     sizes: list[Size], global_batch_size: int, world_size: int, micro_batches: int, words: Words = OF_IMAGES
 ) -> None:
-    """Raises DataError where the images of a bucket cannot be divided among the processes and micro-batches, or where a
-    step of it has more than MOST_UNEQUAL times, or less than 1 / MOST_UNEQUAL of, the pixels of the smallest one's."""
+    """Raises DataError where the images of a bucket cannot be divided among the processes and micro-batches, or where
+    its step has more than MOST_UNEQUAL times or less than 1 / MOST_UNEQUAL of the pixels of the smallest bucket's."""
     pixels = sizes[0].pixels * global_batch_size
     for bucket in with_batches(sizes, global_batch_size):
         if not 1 / MOST_UNEQUAL <= bucket.batch * bucket.size.pixels / pixels <= MOST_UNEQUAL:
             raise DataError(
                 f"{words.one} {bucket.name}: no divisor of trainer.global_batch_size={global_batch_size} gives its "
                 f"steps about the {words.area} of {global_batch_size} x {sizes[0]}: set the batch size to a larger "
-                f"power of 2, or leave the {words.one} out"
+                f"power of 2, or {words.without}"
             )
         if bucket.batch % (world_size * micro_batches):
             raise DataError(
                 f"{words.one} {bucket.name} has {bucket.batch} images a step, which {world_size} processes x "
                 f"{micro_batches} micro-batches do not divide: raise trainer.global_batch_size={global_batch_size}, or "
-                f"leave out large {words.one}s"
+                f"{words.without}"
             )
 
 
@@ -195,7 +197,7 @@ def bucket_for(sizes: Sequence[Size], image: Image.Image, enlargement: float) ->
     """The bucket of an image, by `bucket_of`. Raises ImageError for an image that is too small for it."""
     (number,), (fits,) = bucket_of(sizes, np.array([[image.height, image.width]]), enlargement)
     if not fits:
-        raise ImageError(f"{image.height} x {image.width} pixels are smaller than its bucket {sizes[number]}")
+        raise ImageError(f"{image.height} x {image.width} pixels are smaller than its size {sizes[number]}")
     return sizes[number]
 
 

@@ -189,8 +189,8 @@ class LaneReader:
         return ReadSamples(values, infos, {lane: self._lane_state(lane) for lane in set(lanes)}, skipped, filtered)
 
     def _or_leave_out(self) -> str:
-        one = "grid" if isinstance(self.transform, TokenTransform) else "bucket"
-        return f", or leave {one} {self.transform.size} out" if self.sources[0].numbers is not None else ""
+        has_buckets = self.sources[0].numbers is not None and not isinstance(self.transform, TokenTransform)
+        return f", or leave bucket {self.transform.size} out" if has_buckets else ""
 
     def _cursor(self, lane: int, number: int) -> Cursor:
         if (lane, number) not in self.cursors:

@@ -67,8 +67,10 @@ def single_process() -> Iterator[None]:
 def single_world() -> Iterator[World]:
     """A process group of this process alone."""
     with single_process():
-        yield start_world("cpu")
-        stop_world()
+        try:
+            yield start_world("cpu")
+        finally:
+            stop_world()
 
 
 def generator_of(seed: int = 0, **changes) -> Transformer:

@@ -20,8 +20,8 @@ def tokenize(
     size: Annotated[
         str | None,
         typer.Option(
-            help="Pixels of a square view, or sizes such as 384x640,512x512,640x384: each image has the one that keeps "
-            "most of it.",
+            help="Pixels of a square, such as 256, which every image is resized to. Or sizes such as "
+            "384x640,512x512,640x384: each image has the one that keeps most of it, and too small ones are left out.",
             show_default="the run's data.image_size",
         ),
     ] = None,
@@ -93,3 +93,6 @@ def tokenize(
     if len(done.grids) > 1:
         counts = ", ".join(f"{grid} ({count:,})" for grid, count in done.grids.items())
         echo(f"grids: {counts}: train with 'model.grids=[{','.join(done.grids)}]'")
+    else:
+        for grid in done.grids:
+            echo(f"train with 'model.grid=[{grid.replace('x', ',')}]'")

@@ -225,10 +225,13 @@ def _chosen_grid(size: str | None, generator: Transformer, tokenizer: Tokenizer)
     """The grid of images of ``--size``. Raises TrainerError for a size that no grid of the generator has."""
     sizes = {_pixels(grid, tokenizer): grid for grid in generator.config.all_grids}
     if size is None:
-        size = _pixels(generator.config.grid, tokenizer)
+        return tuple(generator.config.grid)
+    if size.isdecimal():  # the side of a square, as in `ibq tokenize`
+        size = f"{size}x{size}"
     if size not in sizes:
         raise TrainerError(
-            f"--size {size}: the generator makes no such images (HEIGHTxWIDTH in pixels): choose {' or '.join(sizes)}"
+            f"--size {size}: the generator makes no such images (HEIGHTxWIDTH in pixels, or the side of a square): "
+            f"choose {' or '.join(sizes)}"
         )
     return sizes[size]
 

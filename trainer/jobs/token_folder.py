@@ -130,9 +130,10 @@ class FinishedFolder(NamedTuple):
     grids: dict[str, int]
 
 
-def finish_folder(out: Path, images: str, expected: set[int]) -> FinishedFolder:
+def finish_folder(out: Path, images: str, expected: set[int], advice: str = "") -> FinishedFolder:
     """Merges the lists of skipped images, checks the shards, against their index if there is one, or writes it.
-    expected: numbers of the shards that were there or were written. Raises TrainerError or DataError."""
+    expected: numbers of the shards that were there or were written. advice: ends the message
+    where no image can be used. Raises TrainerError or DataError."""
     if gone := sorted(number for number in expected if not shard_path(out, number).exists()):
         raise TrainerError(
             f"{len(gone):,} of {len(expected):,} shards that were written are not there, first "
@@ -142,7 +143,9 @@ def finish_folder(out: Path, images: str, expected: set[int]) -> FinishedFolder:
         skipped = _merge_skipped(out)
     urls = sorted(str(path) for path in out.glob("tokens-*.tar"))
     if not urls:
-        raise TrainerError(f"none of the {len(skipped):,} images in {images} can be read: {skipped[0]}")
+        raise TrainerError(
+            f"none of the {len(skipped):,} images in {images} can be used, the first: {skipped[0]}{advice}"
+        )
     path = out / INDEX_NAME
     index = Index(path) if path.exists() else None
     found = list(check_shards(urls, index=index, jobs=min(cores(), len(urls))))

@@ -40,6 +40,7 @@ from trainer.parallel import World, check_same_on_all_ranks, gather_objects, run
 from trainer.precision import full_precision
 
 WINDOW = WindowLimit(256, 16 << 20)  # samples and bytes that are fetched at once of a remote tar
+LEAST_AHEAD = 8  # samples that are decoded in advance, however large they are
 BATCHES_AT_ONCE = 4  # of the smallest size: what is read before it is sorted by size
 
 
@@ -116,7 +117,9 @@ def tokenize(
             if missing:
                 run_on_main(world, lambda: check_unchanged(job.out, state, inputs.source.state()))
             expected = {*range(len(job.units))}.difference(missing) | made.shards
-            finished = run_on_main(world, lambda: finish_folder(job.out, str(images), expected))
+            has_sizes = inputs.views.enlargement is not None
+            advice = ": raise --max-enlargement, or give smaller sizes" if has_sizes else ""
+            finished = run_on_main(world, lambda: finish_folder(job.out, str(images), expected, advice))
         if not world.is_main:
             return None
         shards, samples, skipped, grids = finished
@@ -225,12 +228,13 @@ def _tokenize_unit(job: _Job, pool: ThreadPoolExecutor, report: Callable[[int], 
     # With several sizes, larger batches have enough images of each. Their pixels are limited, so their memory is, too.
     sizes = inputs.views.sizes
     most_pixels = samples_per_batch * sizes[0].pixels * min(len(sizes), BATCHES_AT_ONCE)
+    ahead = max(LEAST_AHEAD, 2 * samples_per_batch * sizes[0].pixels // sizes[-1].pixels)
     skipped, written, key = [], 0, None
     with writing(job.out), contextlib.ExitStack() as stack:
         file = stack.enter_context(open(unfinished(path), "wb"))
         stack.callback(unfinished(path).unlink, missing_ok=True)  # if it was not renamed
         with TarWriter(file, encoder=False, mtime=0) as tar:
-            for batch in _batches(_prepared(inputs, unit, pool, 2 * samples_per_batch), most_pixels):
+            for batch in _batches(_prepared(inputs, unit, pool, ahead), most_pixels):
                 usable = [one for one in batch if isinstance(one, _Prepared)]
                 skipped += [one._asdict() for one in batch if isinstance(one, Skipped)]
                 views = [one.views_vchw for one in usable]

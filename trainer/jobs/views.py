@@ -12,6 +12,7 @@ from PIL import Image
 from data.buckets import MOST_BUCKETS, MOST_SIDE, PARTS, bucket_for, by_area, parse_size, sizes_of
 from data.config import DataConfig
 from data.transforms import Size, as_size, decode, pixels_chw, resize_and_center_crop, resize_named
+from model_zoo.config import grid_name
 from trainer import TrainerError
 
 VIEWS = {"original": 1, "flip": 2, "ten-crop": 10}  # kind -> views per image
@@ -50,7 +51,7 @@ class Views:
         grids = [[size.height // factor, size.width // factor] for size in self.sizes]
         if self.enlargement is None:
             return {"grid": grids[0], "image_size": self.sizes[0].height}
-        named = {"sizes": list(map(str, self.sizes)), "grids": [f"{rows}x{columns}" for rows, columns in grids]}
+        named = {"sizes": list(map(str, self.sizes)), "grids": list(map(grid_name, grids))}
         return {**named, "max_enlargement": self.enlargement}
 
 

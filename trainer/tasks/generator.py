@@ -172,7 +172,7 @@ class GeneratorTask(Task):
 
     def describe(self) -> list[str]:
         model = self.config.model
-        grids = " or ".join(f"{rows}x{columns}" for rows, columns in self.grids)
+        grids = " or ".join(map(grid_name, self.grids))
         spread = f", head over {self.config.vocabulary_parallel}" if self.groups.shard else ""
         return [f"{grids} of {model.vocabulary} codes, {model.classes} classes{spread}"]
 
@@ -247,7 +247,7 @@ class GeneratorTask(Task):
         sums_g2 = torch.zeros(len(self.grids), 2, dtype=torch.float64, device=world.device)
         usage = CodebookUsage(config.model.vocabulary, world.device)
         with self.evaluation():
-            for codes, counts in self._validation_steps():
+            for codes, counts in self._validation_steps(beat):
                 beat()
                 with self.autocast():
                     loss = self.transformer.loss
@@ -271,7 +271,7 @@ class GeneratorTask(Task):
             scalars |= {f"val/loss/{grid_name(grid)}": one / count for grid, (one, count) in of_grids if count}
         return Validation(scalars, pictures, notes)
 
-    def _validation_steps(self) -> Iterator[tuple[Codes, bool]]:
+    def _validation_steps(self, beat: Callable[[], None]) -> Iterator[tuple[Codes, bool]]:
         """Validation batches, and whether they count (see `in_lockstep`). Ranks that share the rows of a head compute
         on batches of one grid at the same time, since they exchange features."""
         if self.groups.shard is None or len(self.grids) == 1:
@@ -279,6 +279,7 @@ class GeneratorTask(Task):
             return
         of_grids: dict[tuple[int, int], list[Codes]] = {grid: [] for grid in self.grids}
         for codes in self._validation_batches():
+            beat()
             of_grids[codes.grid].append(codes)
         for grid, batches in of_grids.items():
             yield from self.in_lockstep(batches, self._filler(grid))

@@ -14,7 +14,7 @@ from model_zoo import ModelError, load_tokenizer
 from model_zoo.io.emu_folder import read_emu_config
 from model_zoo.io.hashing import sha256_of
 from trainer import TrainerError
-from trainer.config import InitFromConfig
+from trainer.config import TokenizerInitFromConfig
 from trainer.init_from import read_initial_weights
 from trainer.jobs.export import export, export_emu, export_published, import_published, info
 from trainer.recipes import load_recipe
@@ -117,7 +117,7 @@ SETTINGS = dict(
 def test_fine_tuning_starts_from_the_folder_and_goes_back_into_it(tmp_path, freeze):
     folder = write_emu(tmp_path / "emu")
     with single_world() as world:
-        task = tokenizer_task(world, **SETTINGS, init_from=InitFromConfig(str(folder), freeze=freeze))
+        task = tokenizer_task(world, **SETTINGS, init_from=TokenizerInitFromConfig(str(folder), freeze=freeze))
         record = task.load_initial_weights()
         assert record.fingerprint == load_tokenizer(folder).fingerprint()
         assert str(folder) in record.origin

@@ -212,10 +212,11 @@ def test_the_size_is_a_setting_of_the_job(several, tmp_path, ibq, refused_by_ibq
     assert "all images existed already" in ibq(*command).succeeded().out
 
 
-@pytest.mark.parametrize("size", ["12x12", "8x13", "8", "8x12x3", "", "large"])
+@pytest.mark.parametrize("size", ["12x12", "8x13", "9", "8x12x3", "", "large"])
 def test_a_size_of_no_grid_is_refused(several, refused_by_ibq, size):
     said = refused_by_ibq("sample", several, "--size", size, "--device", "cpu")
-    assert f"--size {size}: the generator makes no such images" in said and "choose 8x12 or 12x8 or 4x20" in said
+    named = f"{size}x{size}" if size.isdecimal() else size
+    assert f"--size {named}: the generator makes no such images" in said and "choose 8x12 or 12x8 or 4x20" in said
     assert not (several / "sampled").exists()
 
 
@@ -412,7 +413,7 @@ def test_any_number_of_processes_makes_the_same_images_and_continues_after_a_kil
         (["--precision", "fp16"], "--precision fp16 is unknown: choose fp32 or bf16"),
         (["--device", "tpu"], "--device tpu is unknown"),
         (["--weights", "best"], "'ema' or 'raw', not 'best'"),
-        (["--weights", "ema"], "holds no ema weights of a generator; ask for the raw weights (--weights raw)"),
+        (["--weights", "ema"], "holds no ema weights of a generator; ask for the raw weights (--weights raw,"),
         (["--tokenizer", "nowhere"], "nowhere is not a run folder"),
         (["--out", "/proc/nothing/x.npz"], "cannot write /proc/nothing/x.npz"),
         (["--out", "/dev/null/x"], "cannot write /dev/null/x"),

@@ -655,7 +655,7 @@ def test_each_picture_has_the_codes_of_its_crop(run, shapes, of_sizes):
     assert list(found) == list(expected)  # in the order of the input
     assert all(np.array_equal(found[key], expected[key]) for key in expected)
     assert of_sizes.grids == {"5x5": 4, "4x8": 7, "8x4": 3}
-    reason = "60 x 30 pixels are smaller than its bucket 64x32"
+    reason = "60 x 30 pixels are smaller than its size 64x32"
     assert of_sizes.skipped == [f"{shapes}, {number:02d}: {reason}" for number in (4, 9, 14)]
 
 
@@ -680,7 +680,8 @@ def test_training_divides_what_it_writes(of_sizes):
 def test_pixels_are_a_list_of_sizes(run, shapes, tmp_path):
     made = [str(size) for size in sizes_of(64, 1.4)]
     assert made == ["72x56", "64x64", "56x72"]
-    with pytest.raises(TrainerError, match=r"none of the 17 images .* can be read: .*00: 50 x 50 pixels are smaller"):
+    said = r"none of the 17 images .* can be used, the first: .*00: 50 x 50 pixels are smaller than its size .*: raise "
+    with pytest.raises(TrainerError, match=said):
         go(run, shapes, tmp_path / "pixels", pixels="64", max_aspect=1.4)
     enlarged = go(run, shapes, tmp_path / "pixels", pixels="64", max_aspect=1.4, max_enlargement=3)
     same = go(run, shapes, tmp_path / "same", image_size=",".join(made), max_enlargement=3)
