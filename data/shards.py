@@ -128,7 +128,7 @@ def _expand(spec, allow_pipes: bool, timeouts: Timeouts, missing: list[_Missing]
     if isinstance(spec, os.PathLike):
         spec = os.fspath(spec)
     if isinstance(spec, (bytes, dict)) or not isinstance(spec, Iterable):
-        raise DataError(f"{spec!r} names no data: give a path (./{spec}), a pattern in quotes or a list of these")
+        raise DataError(f"{spec!r} names no data: give a path, in quotes if it is a number, or a list of paths")
     if not isinstance(spec, str):
         paths = [path for part in spec for path in _expand(part, allow_pipes, timeouts, missing)]
         if not paths and not missing:
