@@ -139,9 +139,9 @@ def _expand(spec, allow_pipes: bool, timeouts: Timeouts, missing: list[_Missing]
     if spec.startswith(PIPE):
         if not allow_pipes:
             raise DataError("pipe: runs a shell command: allow it with data.allow_pipes=true, if you trust the recipe")
-        return _expand_braces(spec)
+        return expand_braces(spec)
     if is_remote(spec):
-        return [url for expanded in _expand_braces(spec) for url in _remote_tars(expanded, timeouts)]
+        return [url for expanded in expand_braces(spec) for url in _remote_tars(expanded, timeouts)]
     # The shell does not expand the ~ of data.train=~/tars.
     return _local_tars(os.path.expanduser(spec), allow_pipes, timeouts, missing)
 
@@ -157,10 +157,10 @@ def _local_tars(spec: str, allow_pipes: bool, timeouts: Timeouts, missing: list[
     if os.path.isdir(spec):
         return _tars_of_folder(spec)
     if os.path.isfile(spec) and spec.endswith(LIST_SUFFIX):
-        return _expand(_read_list(spec), allow_pipes, timeouts, missing)
+        return _expand(read_list(spec), allow_pipes, timeouts, missing)
     if os.path.exists(spec):
         return [spec]
-    expanded = _expand_braces(spec)
+    expanded = expand_braces(spec)
     found = {one: sorted(glob.glob(one)) if glob.has_magic(one) else [one] * os.path.exists(one) for one in expanded}
     for folder in {os.path.dirname(path) for one in expanded if glob.has_magic(one) for path in found[one]}:
         _check_finished(folder)
@@ -228,7 +228,7 @@ def _holds_tars(folder: Path) -> bool:
         return False
 
 
-def _read_list(path: str) -> list[str]:
+def read_list(path: str) -> list[str]:
     """The lines of a list file, without comments."""
     try:
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
@@ -244,7 +244,8 @@ def _read_list(path: str) -> list[str]:
     return parts
 
 
-def _expand_braces(pattern: str) -> list[str]:
+def expand_braces(pattern: str) -> list[str]:
+    """All that a pattern with braces stands for; a text without braces is itself. Raises DataError."""
     name = PIPE + "…" if pattern.startswith(PIPE) else redacted(pattern)
     try:
         found = list(itertools.islice(braceexpand.braceexpand(pattern), MOST_SHARDS + 1))
