@@ -30,6 +30,7 @@ from data.config import DataConfig, SourceConfig, check_numbers
 from data.errors import DataError, ImageError
 from data.evaluation import evaluation_images, evaluation_tokens
 from data.folder_reader import file_shard, is_files
+from data.key_lists import describe_lists
 from data.reader import LaneReader, ReadSamples, SampleInfo
 from data.sampler import LaneAssignment, Mixture, seed_of
 from data.samples import Skipped, WindowLimit, is_image
@@ -280,6 +281,7 @@ class TrainStream:
             else "; their order depends on the number of processes and workers"
         )
         lines.append(f"{assignment.lanes} lanes, {self.config.workers} workers a process{order}")
+        lines += map(printable, describe_lists(self.sources))
         return "\n".join([*lines, *(self.division.describe() if self.division else [])])
 
     def _state(self) -> dict:
