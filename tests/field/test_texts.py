@@ -56,7 +56,7 @@ def test_a_caption_of_another_encoding_is_named_where_it_would_be_written(run, t
 def test_pictures_with_such_a_caption_are_trained_on(tmp_path):
     images = write_captions(tmp_path / "images", {**READABLE, **UNREADABLE})
     config = DataConfig(train=str(images), image_size=32, workers=0)
-    (batch,) = (next(stream) for stream in Steps(config, batch=6).streams)
+    (batch,) = (next(stream) for stream in Steps(config, batch=len(READABLE) + len(UNREADABLE)).streams)
     captions = {Path(info.key).stem: info.caption for info in batch.infos}
     assert captions == dict.fromkeys(READABLE, CAPTION) | dict.fromkeys(UNREADABLE) and not batch.skipped
 
