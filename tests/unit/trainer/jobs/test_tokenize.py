@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import tarfile
 import zipfile
 from pathlib import Path
 from unittest.mock import DEFAULT, Mock
@@ -37,6 +38,7 @@ from data.buckets import parse_size, sizes_of
 from data.index import Index, write_index
 from data.locks import WriterLock, folder_lock
 from data.prep.check import check_shards
+from data.prep.pack import pack
 from data.tar_reader import TarShard, scan
 from data.transforms import Size, pixels_chw, resize_and_center_crop, resize_named
 from tools import cli
@@ -170,6 +172,21 @@ def test_a_folder_of_classes(run, tmp_path):
     found = {sample.key: sample.members for sample in samples(done.out)}
     assert {key: members["cls"] for key, members in found.items()} == {"cat_a": b"0", "cat_a_b": b"0", "dog_a": b"1"}
     assert json.loads((done.out / "classes.json").read_text()) == {"cat": 0, "dog": 1}
+
+
+def test_tars_without_the_classes_that_a_source_has_by_folders_are_refused(run, tmp_path):
+    for number, name in enumerate(("cat", "dog")):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        (tmp_path / "images" / name / "a.png").write_bytes(png(number))
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(tmp_path / "images", "")
+    said = refusal(TrainerError, go, run, tmp_path / "a.tar", tmp_path / "out", source="imagenet")
+    assert "--source imagenet has its classes by folders, which tars have as cls files, and the first 2 samples" in said
+    assert not (tmp_path / "out").exists()
+    assert go(run, tmp_path / "a.tar", tmp_path / "without").samples == 2
+    pack(tmp_path / "images", tmp_path / "packed", layout="imagenet")
+    packed = go(run, tmp_path / "packed", tmp_path / "out", source="imagenet").out
+    assert {sample.members["cls"] for sample in samples(packed)} == {b"0", b"1"}
 
 
 def test_class_folders_are_numbered_as_in_another_split(run, tmp_path):
