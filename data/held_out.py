@@ -11,7 +11,7 @@ from data.config import DataConfig
 from data.folder_reader import is_folder_of_images, tars_in
 from data.index import without_query
 from data.shards import BUNDLED, LIST_SUFFIX, expand_braces, read_list
-from data.source_configs import named_sources
+from data.source_configs import placed_sources
 from data.tar_reader import PIPE
 
 TREE, TARS = "/**", "/*"  # ends of places: all files below a folder, and the tars directly in one
@@ -23,7 +23,7 @@ def is_trained_on(config: DataConfig) -> bool:
     if not (config.train or config.sources):
         return False
     resolve = functools.cache(os.path.realpath)
-    trained = {place for one in named_sources(config) for place in _places(one.root, resolve)}
+    trained = {place for one in placed_sources(config) for place in _places(one.root, resolve)}
     validated = set(_places(config.val, resolve))
     return any(holder in trained for place in validated for holder in _holders(place)) or any(
         holder in validated for place in trained for holder in _holders(place)

@@ -35,7 +35,7 @@ from data.reader import LaneReader, ReadSamples, SampleInfo
 from data.sampler import LaneAssignment, Mixture, seed_of
 from data.samples import Skipped, WindowLimit, is_image
 from data.shards import expand
-from data.source_configs import named_sources, source_configs
+from data.source_configs import placed_sources, source_configs
 from data.sources import (
     Source,
     check_remote,
@@ -413,7 +413,7 @@ def token_header(config: DataConfig) -> TokenHeader:
 
 def class_from_folder(config: DataConfig) -> bool:
     """Whether a source of a `data` section takes the class of an image from its folder; ``data.val`` then does, too."""
-    return any(layout_of(one).label == "folder" for one in named_sources(config))
+    return any(layout_of(one).label == "folder" for one in placed_sources(config))
 
 
 def validation_options(config: DataConfig) -> dict:
@@ -440,7 +440,7 @@ def image_suffixes(config: DataConfig, root, given: list[str] | None, name: str,
     no pictures of training, would be among them."""
     if given or config.content == "tokens" or not (config.train or config.sources):
         return given
-    layouts = {str(one.root): layout_of(one).image for one in named_sources(config)}
+    layouts = {str(one.root): layout_of(one).image for one in placed_sources(config)}
     if str(root) in layouts:
         return [*layouts[str(root)]] or None
     named = next((image for image in layouts.values() if image), None)

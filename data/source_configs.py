@@ -22,7 +22,7 @@ class Sources(NamedTuple):
     missing: list[str]
 
 
-def named_sources(config: DataConfig) -> list[SourceConfig]:
+def placed_sources(config: DataConfig) -> list[SourceConfig]:
     """The sources of a `data` section, each with its root, whether they are there or not. Raises DataError for
     contradictions."""
     if config.missing not in MISSING:
@@ -50,7 +50,7 @@ def named_sources(config: DataConfig) -> list[SourceConfig]:
 def source_configs(config: DataConfig) -> Sources:
     """The sources of a `data` section that can be read. Raises DataError for contradictions, and for sources that are
     missing."""
-    placed = named_sources(config)
+    placed = placed_sources(config)
     if config.root is None:
         return Sources(placed, [])
     if not is_remote(config.root) and not os.path.isdir(os.path.expanduser(config.root)):
