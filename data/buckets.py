@@ -21,9 +21,10 @@ from PIL import Image
 from data.config import DataConfig
 from data.errors import DataError, ImageError
 from data.folder_reader import FileShard
+from data.index import key_hashes
 from data.parallel import cores, in_threads
 from data.samples import CODES, Shard
-from data.sources import MOST_SCANNED, TOKENS, Source, digest, key_hashes
+from data.sources import MOST_SCANNED, TOKENS, Source, digest
 from data.tar_reader import PIPE, TarShard
 from data.tokens import TokenSpec, check_grids, check_tokens, first_header, grid_number, grid_of_codes
 from data.transforms import Size, as_size, image_header

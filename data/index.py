@@ -22,6 +22,7 @@ import json
 import os
 import posixpath
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,6 +43,11 @@ OPTIONAL = ("sizes",)
 def key_hash(key: str) -> int:
     """64 bits of a sample's key."""
     return int.from_bytes(hashlib.blake2b(key.encode("utf-8", "surrogateescape"), digest_size=8).digest(), "little")
+
+
+def key_hashes(keys: Iterable[str]) -> np.ndarray:
+    """uint64 hashes of keys, as in an index."""
+    return np.array(list(map(key_hash, keys)), np.uint64)
 
 
 @dataclass(frozen=True, eq=False)

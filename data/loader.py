@@ -2,7 +2,6 @@
 
 import itertools
 import logging
-import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -31,11 +30,12 @@ from data.config import DataConfig, SourceConfig, check_numbers
 from data.errors import DataError, ImageError
 from data.evaluation import evaluation_images, evaluation_tokens
 from data.folder_reader import file_shard, is_files
+from data.key_lists import describe_lists
 from data.reader import LaneReader, ReadSamples, SampleInfo
 from data.sampler import LaneAssignment, Mixture, seed_of
 from data.samples import Skipped, WindowLimit, is_image
 from data.shards import expand
-from data.source_configs import source_configs
+from data.source_configs import placed_sources, source_configs
 from data.sources import (
     Source,
     check_remote,
@@ -281,6 +281,7 @@ class TrainStream:
             else "; their order depends on the number of processes and workers"
         )
         lines.append(f"{assignment.lanes} lanes, {self.config.workers} workers a process{order}")
+        lines += map(printable, describe_lists(self.sources))
         return "\n".join([*lines, *(self.division.describe() if self.division else [])])
 
     def _state(self) -> dict:
@@ -412,7 +413,7 @@ def token_header(config: DataConfig) -> TokenHeader:
 
 def class_from_folder(config: DataConfig) -> bool:
     """Whether a source of a `data` section takes the class of an image from its folder; ``data.val`` then does, too."""
-    return any(layout_of(one).label == "folder" for one in source_configs(config).found)
+    return any(layout_of(one).label == "folder" for one in placed_sources(config))
 
 
 def validation_options(config: DataConfig) -> dict:
@@ -439,7 +440,7 @@ def image_suffixes(config: DataConfig, root, given: list[str] | None, name: str,
     no pictures of training, would be among them."""
     if given or config.content == "tokens" or not (config.train or config.sources):
         return given
-    layouts = {str(one.root): layout_of(one).image for one in source_configs(config).found}
+    layouts = {str(one.root): layout_of(one).image for one in placed_sources(config)}
     if str(root) in layouts:
         return [*layouts[str(root)]] or None
     named = next((image for image in layouts.values() if image), None)
@@ -449,18 +450,6 @@ def image_suffixes(config: DataConfig, root, given: list[str] | None, name: str,
             f"{', '.join(named)} of a key: name the suffix of pictures with {option}"
         )
     return None
-
-
-def is_trained_on(config: DataConfig) -> bool:
-    """Whether `data.val` is, or lies in, the root of a source: then its images are not held out."""
-    roots = {_place(one.root) for one in source_configs(config).found} if config.train or config.sources else set()
-    val = _place(config.val)
-    return any(val == root or val.startswith(f"{root}/") for root in roots)
-
-
-def _place(root) -> str:
-    is_path = isinstance(root, (str, Path)) and os.path.exists(root)
-    return os.path.realpath(root) if is_path else str(root)
 
 
 def _key_within_key(root, access: Access) -> tuple[str, str] | None:
@@ -494,6 +483,12 @@ def open_sources(
 ) -> list[Source]:
     """The sources of a `data` section, opened. before: source -> its identity when the run began. Raises DataError."""
     (configs, missing), access, before = source_configs(config), access_of(config), before or {}
+    if lost := [name for name in missing if name in before]:
+        raise DataError(
+            f"data.root={redacted(config.root)} lacks {', '.join(lost)}, which this run has read: bring "
+            f"{'them' if len(lost) > 1 else 'it'} back, or take {'them' if len(lost) > 1 else 'it'} out of "
+            "data.sources in the run's config.yaml to continue without"
+        )
     if missing:
         logger.warning("data.missing=skip: without %s, not in %s", ", ".join(missing), printable(redacted(config.root)))
     options = {"content": config.content, "allow_pipes": config.allow_pipes, "quarantine": quarantine}

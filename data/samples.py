@@ -21,6 +21,8 @@ UNREAD_IMAGES = (
     *("pnm", "ppm", "psd", "svg", "tga", "tif", "tiff"),
 )
 NO_CLASS = ("", "-1")  # contents of a class member that says that there is no class
+# Characters that no caption has. UTF-16 without a mark and UTF-32 become texts with NUL, and ISO-2022 ones with ESC.
+OF_OTHER_ENCODINGS = frozenset("\0\x1b")
 CODES = "codes"  # suffix of an image's tokens, see data.tokens
 
 
@@ -58,12 +60,16 @@ class Sample(NamedTuple):
 
 def text_of(content: bytes, errors: str = "strict") -> str:
     """A caption or a class: UTF-8, or UTF-16 if it begins with that byte order mark, as some editors write it. errors:
-    as of `bytes.decode`. Raises ImageError for another encoding, which cannot be known."""
+    as of `bytes.decode`; if strict, raises ImageError for another encoding, which cannot be known."""
     is_utf16 = content.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+    unknown = ImageError(f"its caption is not in UTF-8 ({content[:40]!r}): save it as UTF-8", "bad caption")
     try:
-        return content.decode("utf-16" if is_utf16 else "utf-8-sig", errors)
+        text = content.decode("utf-16" if is_utf16 else "utf-8-sig", errors)
     except UnicodeDecodeError as error:
-        raise ImageError(f"its caption is not in UTF-8 ({content[:40]!r}): save it as UTF-8", "bad caption") from error
+        raise unknown from error
+    if errors == "strict" and not OF_OTHER_ENCODINGS.isdisjoint(text):
+        raise unknown
+    return text
 
 
 def fields_of(content: bytes) -> dict:

@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import itertools
+import json
 import os
 import re
 import shutil
@@ -18,6 +19,7 @@ from data.addresses import is_remote, redacted, scheme_of
 from data.cache import cache_folder
 from data.errors import DataError
 from data.folder_reader import is_hidden, list_folder, mixed_kinds, tars_in
+from data.index import INDEX_NAME
 from data.locks import WriterLock
 from data.prep.pack import pack
 from data.samples import is_image
@@ -25,6 +27,8 @@ from data.storage import DEFAULT_TIMEOUTS, Timeouts, list_tars
 from data.tar_reader import PIPE
 
 LIST_SUFFIX = ".txt"
+TOKENS_RECORD = "tokens.json"  # what `ibq tokenize` writes of itself beside its tars
+TOKENS_RECORD_KEYS = frozenset({"tokenizer", "views", "input"})
 MOST_SHARDS = 2_000_000  # of one pattern
 BUNDLED = "bundled:"
 # Without the wheel's drawings and its downloads. The held-out photographs are of different kinds (a person, an animal,
@@ -124,7 +128,7 @@ def _expand(spec, allow_pipes: bool, timeouts: Timeouts, missing: list[_Missing]
     if isinstance(spec, os.PathLike):
         spec = os.fspath(spec)
     if isinstance(spec, (bytes, dict)) or not isinstance(spec, Iterable):
-        raise DataError(f"{spec!r} names no data: give a path (./{spec}), a pattern in quotes or a list of these")
+        raise DataError(f"{spec!r} names no data: give a path, in quotes if it is a number, or a list of paths")
     if not isinstance(spec, str):
         paths = [path for part in spec for path in _expand(part, allow_pipes, timeouts, missing)]
         if not paths and not missing:
@@ -135,9 +139,9 @@ def _expand(spec, allow_pipes: bool, timeouts: Timeouts, missing: list[_Missing]
     if spec.startswith(PIPE):
         if not allow_pipes:
             raise DataError("pipe: runs a shell command: allow it with data.allow_pipes=true, if you trust the recipe")
-        return _expand_braces(spec)
+        return expand_braces(spec)
     if is_remote(spec):
-        return [url for expanded in _expand_braces(spec) for url in _remote_tars(expanded, timeouts)]
+        return [url for expanded in expand_braces(spec) for url in _remote_tars(expanded, timeouts)]
     # The shell does not expand the ~ of data.train=~/tars.
     return _local_tars(os.path.expanduser(spec), allow_pipes, timeouts, missing)
 
@@ -153,18 +157,21 @@ def _local_tars(spec: str, allow_pipes: bool, timeouts: Timeouts, missing: list[
     if os.path.isdir(spec):
         return _tars_of_folder(spec)
     if os.path.isfile(spec) and spec.endswith(LIST_SUFFIX):
-        return _expand(_read_list(spec), allow_pipes, timeouts, missing)
+        return _expand(read_list(spec), allow_pipes, timeouts, missing)
     if os.path.exists(spec):
         return [spec]
-    expanded = _expand_braces(spec)
+    expanded = expand_braces(spec)
     found = {one: sorted(glob.glob(one)) if glob.has_magic(one) else [one] * os.path.exists(one) for one in expanded}
+    for folder in {os.path.dirname(path) for one in expanded if glob.has_magic(one) for path in found[one]}:
+        _check_finished(folder)
     if absent := [one for one in expanded if not found[one]]:
         missing.append(_Missing(spec, [one for one in expanded if found[one]], absent))
     return [path for paths in found.values() for one in paths for path in _expand(one, False, timeouts, missing)]
 
 
 def _tars_of_folder(folder: str) -> list[str]:
-    """Raises DataError if there are none, and if more lies there, which would be left out in silence."""
+    """Raises DataError if there are none, and if more lies there or is missing, which would be left out in silence."""
+    _check_finished(folder)
     paths = [str(path) for path in tars_in(folder)]
     if not paths:
         if list_folder(Path(folder)).images:
@@ -185,6 +192,34 @@ def _tars_of_folder(folder: str) -> list[str]:
     return paths
 
 
+def _check_finished(folder: str) -> None:
+    """Raises DataError for a folder that `ibq tokenize` has begun and not finished: it holds a part of the samples.
+    Tars that are named one by one are read nevertheless."""
+    path = os.path.join(folder, TOKENS_RECORD)
+    try:
+        record = json.loads(Path(path).read_bytes())
+    except FileNotFoundError:
+        return
+    except ValueError:
+        record = None  # another program's file of this name, as one without the keys is
+    except OSError as error:
+        raise DataError(f"cannot read {path}: {error.strerror or error}") from error
+    if not isinstance(record, dict) or not record.keys() >= TOKENS_RECORD_KEYS:
+        return
+    if not is_finished(folder, record):
+        there = [str(tar) for tar in tars_in(folder or ".")]
+        part = f"; to use only what is there, name '{joined_names(there)}'" if there else ""
+        raise DataError(
+            f"{folder or '.'} is not finished: run the same `ibq tokenize` again, or wait until it ends{part}"
+        )
+
+
+def is_finished(folder: str | Path, record: dict) -> bool:
+    """Whether `ibq tokenize` finished a folder with this record. Earlier versions recorded the settings alone; their
+    last step was the index."""
+    return record.get("finished", os.path.exists(os.path.join(folder, INDEX_NAME)))
+
+
 def _holds_tars(folder: Path) -> bool:
     """False where that cannot be seen, as in lost+found: nothing there can be read."""
     try:
@@ -193,7 +228,7 @@ def _holds_tars(folder: Path) -> bool:
         return False
 
 
-def _read_list(path: str) -> list[str]:
+def read_list(path: str) -> list[str]:
     """The lines of a list file, without comments."""
     try:
         lines = [line.strip() for line in Path(path).read_text(encoding="utf-8-sig").splitlines()]
@@ -209,7 +244,8 @@ def _read_list(path: str) -> list[str]:
     return parts
 
 
-def _expand_braces(pattern: str) -> list[str]:
+def expand_braces(pattern: str) -> list[str]:
+    """All that a pattern with braces stands for; a text without braces is itself. Raises DataError."""
     name = PIPE + "…" if pattern.startswith(PIPE) else redacted(pattern)
     try:
         found = list(itertools.islice(braceexpand.braceexpand(pattern), MOST_SHARDS + 1))

@@ -22,8 +22,9 @@ class Sources(NamedTuple):
     missing: list[str]
 
 
-def source_configs(config: DataConfig) -> Sources:
-    """The sources of a `data` section. Raises DataError for contradictions, and for sources that are missing."""
+def placed_sources(config: DataConfig) -> list[SourceConfig]:
+    """The sources of a `data` section, each with its root, whether they are there or not. Raises DataError for
+    contradictions."""
     if config.missing not in MISSING:
         raise DataError(f"unknown data.missing {config.missing!r}: choose one of {', '.join(MISSING)}")
     unplaced = [source.name for source in config.sources if source.root is None]
@@ -31,7 +32,7 @@ def source_configs(config: DataConfig) -> Sources:
         if config.root is not None or len(unplaced) < len(config.sources):
             other = "data.sources" if config.root is None else "data.root"
             raise DataError(f"data.train and {other} are both given: leave one out")
-        return Sources([SourceConfig(root=config.train)], [])  # the recipe's sources have no root: it replaces them
+        return [SourceConfig(root=config.train)]  # the recipe's sources have no root: it replaces them
     if config.root is None and unplaced:
         raise DataError(
             f"the sources {', '.join(unplaced)} have no root: give data.root=FOLDER that holds a folder for each of "
@@ -43,9 +44,19 @@ def source_configs(config: DataConfig) -> Sources:
         )
     placed = [_placed(config.root, source) for source in config.sources] or [SourceConfig()]
     check_weights(placed)
-    if config.root is not None and not is_remote(config.root) and not os.path.isdir(os.path.expanduser(config.root)):
+    return placed
+
+
+def source_configs(config: DataConfig) -> Sources:
+    """The sources of a `data` section that can be read. Raises DataError for contradictions, and for sources that are
+    missing."""
+    placed = placed_sources(config)
+    if config.root is None:
+        return Sources(placed, [])
+    if not is_remote(config.root) and not os.path.isdir(os.path.expanduser(config.root)):
         raise DataError(f"data.root={config.root}: no such folder")
     timeouts = Timeouts(config.request_seconds, config.retry_seconds)
+    unplaced = {source.name for source in config.sources if source.root is None}
     missing = [one.name for one in placed if one.name in unplaced and not _is_there(one.root, timeouts)]
     found = [one for one in placed if one.name not in missing]
     if missing and (config.missing == "refuse" or not found):
@@ -63,12 +74,14 @@ def _placed(root: str | None, source: SourceConfig) -> SourceConfig:
 @lru_cache(maxsize=256)
 def _is_there(place: str, timeouts: Timeouts) -> bool:
     """Whether a local folder holds any entry that is not hidden, or a remote one holds tars. Raises DataError if it
-    cannot be listed."""
+    cannot be listed, or is a link to nothing, as to a disk that is not mounted."""
     if is_remote(place):
         try:
             return bool(list_tars(place, timeouts))
         except NoTarsError:
             return False
+    if os.path.islink(place) and not os.path.exists(place):
+        raise DataError(f"{place} is a link to nothing ({os.readlink(place)}): repair or remove it")
     try:
         return os.path.isdir(place) and any(not name.startswith(".") for name in os.listdir(place))
     except OSError as error:

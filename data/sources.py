@@ -4,10 +4,10 @@ import functools
 import hashlib
 import math
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import resources
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -22,7 +22,8 @@ from data.config import FilterConfig, SourceConfig
 from data.errors import DataError, Filtered, ImageError
 from data.folder_reader import FileShard, file_shard, is_files
 from data.grouping import KNOWN_SUFFIXES
-from data.index import INDEX_NAME, Index, common_root, key_hash, without_query
+from data.index import INDEX_NAME, Index, common_root, without_query
+from data.key_lists import check_not_keys, read_keys
 from data.parallel import in_threads
 from data.samples import CODES, NO_CLASS, Sample, Shard, Skipped, fields_of, text_of
 from data.shards import check_different, expand
@@ -32,7 +33,6 @@ from data.tar_reader import PIPE, TarShard
 SMALLEST_SHARE = 1e-12  # of the weights
 # A source with more tars without an index is looked at one tar at a time during the run.
 MOST_SCANNED = 256
-MOST_COMPARED_KEYS = 20_000_000  # with a list of keys, at the start
 
 
 class Layout(NamedTuple):
@@ -133,7 +133,7 @@ class Filters:
 
 def open_filters(config: FilterConfig, layout: Layout, name: str) -> Filters:
     """Raises DataError for invalid bounds, and for a score that the source's samples do not have."""
-    filters = Filters(config, _keys(config.keys), _keys(config.not_keys) or frozenset())
+    filters = Filters(config, read_keys(config.keys), read_keys(config.not_keys) or frozenset())
     for number, _, _ in filters.bounds:
         if number not in layout.fields:
             raise DataError(
@@ -149,17 +149,6 @@ def open_filters(config: FilterConfig, layout: Layout, name: str) -> Filters:
         if not math.isfinite(bound):
             raise DataError(f"source {name}: the bound of {number}, {bound}, must be finite")
     return filters
-
-
-def _keys(path: str | None) -> frozenset[str] | None:
-    if path is None:
-        return None
-    try:
-        return frozenset(Path(path).read_text(encoding="utf-8-sig").splitlines())
-    except OSError as error:
-        raise DataError(f"cannot read the list of keys {path}: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"the list of keys {path} is not in UTF-8: save it as UTF-8") from error
 
 
 @dataclass(frozen=True, eq=False)
@@ -310,42 +299,8 @@ def open_source(
             progress(done, len(to_scan))
     counts = None if by_shard else _counts(shards, quarantined, before)
     filters = open_filters(config.filters, layout, config.name)
-    _check_not_keys(config, filters, shards)
+    check_not_keys(config.name, config.filters.not_keys, filters.not_keys, shards)
     return Source(config.name, config.weight, shards, layout, filters, counts, quarantined)
-
-
-def _check_not_keys(config: SourceConfig, filters: Filters, shards: list[Shard]) -> None:
-    """Raises DataError where none of the keys that are to be left out occurs, but some do with or without a suffix: the
-    samples would be used. A list of other keys may be shared by several sources."""
-    indexed = [shard for shard in shards if not isinstance(shard, TarShard) or shard.table is not None]
-    if not filters.not_keys or len(indexed) < len(shards) or sum(map(len, indexed)) > MOST_COMPARED_KEYS:
-        return
-    stems = {key: PurePosixPath(key).with_suffix("").as_posix() for key in filters.not_keys}
-    found = None
-    for shard in indexed:
-        if isinstance(shard, FileShard):
-            keys = {PurePosixPath(key).with_suffix("").as_posix(): key for key in map(shard.key, shard.images)}
-            if not filters.not_keys.isdisjoint(keys.values()):
-                return
-            found = found or next(((key, keys[key]) for key in stems if key in keys), None)
-        else:
-            hashes = set(
-                shard.table.keys_n[np.isin(shard.table.keys_n, key_hashes([*stems, *stems.values()]))].tolist()
-            )
-            if any(key_hash(key) in hashes for key in stems):
-                return
-            found = found or next(((key, stem) for key, stem in stems.items() if key_hash(stem) in hashes), None)
-    if found:
-        raise DataError(
-            f"source {config.name}: none of the keys in {config.filters.not_keys} is there, but {found[1]} is where "
-            f"the list says {found[0]}: keys of folders and zip files are paths with suffixes, those of tars have "
-            "none; write the list so"
-        )
-
-
-def key_hashes(keys: Iterable[str]) -> np.ndarray:
-    """Hashes of keys, as in an index."""
-    return np.array(list(map(key_hash, keys)), np.uint64)
 
 
 def check_remote(

@@ -55,7 +55,8 @@ def tokenize(
         int | None, typer.Option(help="Decoding threads in each process.  [default: a share of the cores]")
     ] = None,
 ) -> None:
-    """Write the codes of images as tars that a generator trains on. Running it again resumes.
+    """Write the codes of images as tars that a generator trains on. Running it again resumes; training reads no folder
+    that is not finished.
 
     In many processes: torchrun --nproc-per-node 8 -m tools tokenize RUN --images PATH --out DIR
 

@@ -20,6 +20,7 @@ from data.unfinished import complete_file
 from model_zoo.config import WITH_CODEBOOK, PerceptualLoss, TokenizerConfig, broken_rule
 from trainer import TrainerError
 from trainer.config import DiscriminatorConfig, GeneratorRun, RunConfig, TokenizerRun
+from trainer.values import changed_texts, parse_value
 
 TASKS = {"tokenizer": TokenizerRun, "generator": GeneratorRun}
 EVALUATION = "evaluation"  # the folder of recipes for evaluations
@@ -131,6 +132,7 @@ def _resolve(path: Path, overrides: list[str], defaults: dict | None = None) -> 
     if task not in TASKS:
         raise TrainerError(f"{path}: task={task} is unknown: choose one of {', '.join(TASKS)}")
     schema = _schema(task)
+    _check_texts(path, TASKS[task], from_file)
     try:
         merged = OmegaConf.merge(schema, (defaults or {}).get(task, {}), from_file)  # a copy
     except OmegaConfBaseException as error:
@@ -139,12 +141,12 @@ def _resolve(path: Path, overrides: list[str], defaults: dict | None = None) -> 
     if "task" in keys:
         raise TrainerError(f"task= cannot be changed: {path.stem} is a recipe for a {task}")
     if defaults is not None and "engine.kind" in keys:
-        kind = OmegaConf.from_dotlist([overrides[keys.index("engine.kind")]]).engine.kind
-        if kind != merged.engine.kind:
+        kind = overrides[keys.index("engine.kind")].partition("=")[2]
+        if parse_value(TASKS[task], "engine.kind", kind) != merged.engine.kind:
             merged.engine = schema.engine  # a resumed run does not take over the settings of its former engine
     for key, override in zip(keys, overrides, strict=True):
         try:
-            _override(merged, key, override)
+            _override(merged, key, parse_value(TASKS[task], key, override.partition("=")[2]), override)
         except UnicodeEncodeError as error:
             raise TrainerError(
                 f"{key}: its value is not UTF-8, or the locale is not: set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
@@ -160,6 +162,15 @@ def _resolve(path: Path, overrides: list[str], defaults: dict | None = None) -> 
     if "engine.config" in keys and config.engine.kind != "deepspeed":
         raise TrainerError(f"engine.config is for engine.kind=deepspeed, not {config.engine.kind}: give that too")
     return config
+
+
+def _check_texts(path: Path, schema: type, from_file: DictConfig) -> None:
+    """Raises TrainerError for a path or a name that YAML takes for a number and would spell otherwise."""
+    in_file = yaml.load(path.read_text(encoding="utf-8"), yaml.BaseLoader)
+    if not isinstance(in_file, dict):  # an empty file, or a word
+        return
+    for key, text in changed_texts(schema, OmegaConf.to_container(from_file), in_file):
+        raise TrainerError(f"{path}: {key}: YAML reads {text} as a number or true or false: put it in quotes")
 
 
 @cache
@@ -188,13 +199,15 @@ def _keys_of(overrides: list[str], schema: DictConfig) -> list[str]:
     return keys
 
 
-def _override(config: DictConfig, key: str, override: str) -> None:
-    """Applies one override in place. A number in the key is an index of a list: data.sources.0.weight=2."""
+def _override(config: DictConfig, key: str, value, override: str) -> None:
+    """Sets one key in place. A number in the key is an index of a list: data.sources.0.weight=2."""
     if not any(part.isdecimal() for part in key.split(".")):
-        OmegaConf.unsafe_merge(config, OmegaConf.from_dotlist([override]))  # merge() copies the whole configuration
+        changed = OmegaConf.create()
+        OmegaConf.update(changed, key, value)
+        OmegaConf.unsafe_merge(config, changed)  # merge() copies the whole configuration
         return
     try:
-        OmegaConf.update(config, key, OmegaConf.from_dotlist([f"value={override.partition('=')[2]}"]).value)
+        OmegaConf.update(config, key, value)
     except (IndexError, AttributeError, TypeError, AssertionError) as error:
         raise TrainerError(f"{override!r}: there is no {key}; the first item of a list is 0") from error
 

@@ -14,6 +14,16 @@ READABLE = {
     "utf16big": codecs.BOM_UTF16_BE + CAPTION.encode("utf-16-be"),
 }
 UNREADABLE = {"latin": "Café naïve".encode("latin-1"), "japanese": "猫です".encode("shift-jis")}
+# These are valid UTF-8, or UTF-16 with its mark, by accident.
+ACCIDENTAL = {
+    "utf16_without_mark": "a cat".encode("utf-16-le"),
+    "utf16big_without_mark": "a cat".encode("utf-16-be"),
+    "utf32": codecs.BOM_UTF32_LE + "a cat".encode("utf-32-le"),
+    "utf32_without_mark": "a cat".encode("utf-32-be"),
+    "iso2022": "猫の写真".encode("iso-2022-jp"),
+    "padded": b"a cat\0\0",
+}
+UNREADABLE |= ACCIDENTAL
 
 
 def write_captions(folder: Path, captions: dict[str, bytes]) -> Path:

@@ -1,13 +1,14 @@
 """What is in files beside a picture reaches tars and token shards, or is named."""
 
 import json
+import unicodedata
 from pathlib import Path
 
 import pytest
 from comparing import refusal
 from field.encodings import CAPTION, READABLE, UNREADABLE, write_captions, write_fields
 from model_checks import tokenizer_of
-from samples import Steps, members, pictured, write_tar
+from samples import Steps, members, picture, pictured, write_tar
 from support import write_tokenizer_run
 
 from data import DataConfig, DataError, FilterConfig, SourceConfig, pack
@@ -55,7 +56,7 @@ def test_a_caption_of_another_encoding_is_named_where_it_would_be_written(run, t
 def test_pictures_with_such_a_caption_are_trained_on(tmp_path):
     images = write_captions(tmp_path / "images", {**READABLE, **UNREADABLE})
     config = DataConfig(train=str(images), image_size=32, workers=0)
-    (batch,) = (next(stream) for stream in Steps(config, batch=6).streams)
+    (batch,) = (next(stream) for stream in Steps(config, batch=len(READABLE) + len(UNREADABLE)).streams)
     captions = {Path(info.key).stem: info.caption for info in batch.infos}
     assert captions == dict.fromkeys(READABLE, CAPTION) | dict.fromkeys(UNREADABLE) and not batch.skipped
 
@@ -82,6 +83,65 @@ def test_a_list_of_keys_to_leave_out_that_is_written_otherwise_is_refused(tmp_pa
         for content in (f"{right}\nelsewhere\n", f"{right}\n{wrong}\n", "elsewhere\n"):  # the last: of another source
             listed.write_text(content)
             open_source(source)
+
+
+@pytest.mark.parametrize(
+    ("key", "listed"),
+    [
+        ("caf\u00e9.png", "cafe\u0301.png"),
+        ("caf\u00e9.png", "cafe\u0301"),
+        ("a.png", "a.png "),
+        ("a.png", "./a.png"),
+        ("sub/a.png", "sub\\a.png"),
+        ("A.PNG", "a.png"),
+    ],
+)
+def test_a_list_of_keys_in_another_spelling_is_refused(tmp_path, key, listed):
+    (tmp_path / "images/sub").mkdir(parents=True)
+    picture(1).save(tmp_path / "images/other.png")
+    picture(0).save(tmp_path / "images" / key, "PNG")
+    tar = write_tar(tmp_path / "a.tar", pictured([key.removesuffix(".png").removesuffix(".PNG").lower(), "other"]))
+    path = tmp_path / "listed.txt"
+    for lines in (f"{listed}\n", f"{listed}\r\nelsewhere.png\r\n\r\n..\r\n/\r\n.\r\n"):
+        path.write_bytes(lines.encode())
+        for root in (str(tmp_path / "images"), tar):
+            source = SourceConfig(root=root, filters=FilterConfig(not_keys=str(path)))
+            said = refusal(DataError, open_source, source)
+            assert "none of the keys in" in said and "matched exactly" in said
+            if unicodedata.normalize("NFC", listed) == key and root != tar:
+                assert "'caf\\xe9.png' is where the list says 'cafe\\u0301.png'" in said  # they look alike
+
+
+def test_keys_of_a_list_that_no_source_has_are_counted_at_the_start(tmp_path):
+    images, listed, wanted = tmp_path / "images", tmp_path / "listed.txt", tmp_path / "wanted.txt"
+    images.mkdir()
+    for name in ("a", "b", "c\x85d", "e\u2028f"):
+        picture(0).save(images / f"{name}.png")
+    tar = write_tar(tmp_path / "a.tar", pictured(["k", "l", "m"]))
+    held = FilterConfig(not_keys=str(listed))
+    sources = [
+        SourceConfig("one", str(images), filters=held),
+        SourceConfig("two", tar, filters=held),
+        SourceConfig("three", tar, filters=FilterConfig(keys=str(wanted))),
+    ]
+    wanted.write_text("l\nm\n")
+    settings = DataConfig(sources=sources, image_size=16, workers=0)
+
+    def said(lines: str) -> list[str]:
+        listed.write_text(lines)
+        (stream,) = Steps(settings, batch=4).streams
+        return [line for line in stream.describe(1).splitlines() if line.startswith("filters.")]
+
+    count = "keys occur in no source that names the list, first"
+    assert said("a.png\nk\n") == [] and said("") == []
+    assert said("c\x85d.png\ne\u2028f.png\n") == []
+    assert said("a.png\nb\nx.png\n/imgs/a.png\n") == [f"filters.not_keys={listed}: 3 of 4 {count} '/imgs/a.png'"]
+    wanted.write_text("m\nn\n")
+    assert said("a.png\n") == [f"filters.keys={wanted}: 1 of 2 {count} 'n'"]
+    assert said("k\n") == [f"filters.keys={wanted}: 1 of 2 {count} 'n'"]
+    sources[1].root = "https://127.0.0.1:9/{0..300}.tar"  # they are not looked at before they are read
+    compared = "not compared with the samples: too many, or tars without an index"
+    assert said("a.png\n") == [f"filters.not_keys={listed}: {compared}", f"filters.keys={wanted}: 1 of 2 {count} 'n'"]
 
 
 FIELDS = {

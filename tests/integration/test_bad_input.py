@@ -65,8 +65,8 @@ TRAIN_MISTAKES = {
     "empty folder to validate on": (["debug", "data.val=empty"], ["empty", "holds images"]),
     "file that is no tar": (["debug", "data.train=cut.tar"], ["cut.tar is no whole, uncompressed tar"]),
     "tar without images": (["debug", "data.train=texts.tar"], ["texts.tar holds no image"]),
-    "number for a folder": (["debug", "data.train=123"], ["123 names no data", "./123"]),
-    "truth for a folder": (["debug", "data.val=true"], ["True names no data"]),
+    "number for a folder": (["debug", "data.train=123"], ["no such tar or folder: 123"]),
+    "truth for a folder": (["debug", "data.val=true"], ["no such tar or folder: true"]),
     # sizes
     "crops that do not divide": (["debug", "data.image_size=30"], ["data.image_size=30 must be a multiple of 4"]),
     "validation crops that do not": (

@@ -11,7 +11,8 @@ from data.buckets import parse_size
 from data.config import DataConfig
 from data.evaluation import EvaluationImages, evaluation_images
 from data.file_names import fitted
-from data.loader import image_suffixes, is_trained_on, validation_sizes
+from data.held_out import is_trained_on
+from data.loader import image_suffixes, validation_sizes
 from data.locks import LOCK_NAME, file_lock, folder_lock
 from data.transforms import RESIZES
 from model_zoo.config import TokenizerConfig
@@ -199,6 +200,8 @@ def evaluate_run(
         inputs = load_newest(world, source, prepare)
         check_same_on_all_ranks("the tokenizer", f"fingerprint {inputs.fingerprint}")
         check_same_on_all_ranks(f"--images {inputs.source.path}", inputs.source.images.identity())
+        # Other images than data.val may have been in the training set.
+        is_held_out = run_on_main(world, lambda: images is None and not is_trained_on(data_config(inputs.checkpoint)))
         timer = StageTimer(world.device)
         report = evaluate_reconstruction(
             inputs.tokenizer.to(world.device),
@@ -212,8 +215,7 @@ def evaluate_run(
         evaluated = None
         if world.is_main:
             provenance = {"run": str(source), "recipe": recipe, **_provenance(inputs, report, world, json_path)}
-            # Other images than data.val may have been in the training set.
-            provenance["held_out"] = images is None and not is_trained_on(data_config(inputs.checkpoint))
+            provenance["held_out"] = is_held_out
             provenance["seconds"] = timer.seconds()
             evaluated = _compare(report, provenance, conditions, json_path)
         run_on_main(world, lambda: write_evaluated_run(evaluated))

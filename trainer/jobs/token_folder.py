@@ -11,13 +11,13 @@ from data.folder_reader import find_images
 from data.index import INDEX_NAME, Index, write_index
 from data.parallel import cores
 from data.prep.check import check_shards
+from data.shards import TOKENS_RECORD, TOKENS_RECORD_KEYS, is_finished
 from data.transforms import Size
 from data.unfinished import remove_unfinished
 from trainer import TrainerError
 from trainer.files import write_json, write_text, writing
 from trainer.jobs.setup import SHARED_DISK, check_same_settings, read_record
 
-RECORD = "tokens.json"
 SKIPPED = "skipped.jsonl"
 
 
@@ -46,8 +46,9 @@ def begin_folder(
 
     Raises TrainerError, and DataError if the shards there number the classes otherwise."""
     with writing(out):
-        not_ours = f"{out / RECORD} is damaged, or `ibq tokenize` did not write it: name another folder with --out"
-        former = read_record(out / RECORD, {"tokenizer", "views", "input"}, TrainerError(not_ours))
+        path = out / TOKENS_RECORD
+        not_ours = f"{path} is damaged, or `ibq tokenize` did not write it: name another folder with --out"
+        former = read_record(path, TOKENS_RECORD_KEYS, TrainerError(not_ours))
         if former is None and any(out.glob("*.tar")):
             raise TrainerError(f"{out} holds tars that `ibq tokenize` did not write: name another folder with --out")
         if any(out.glob("tokens-*.tar")):
@@ -56,17 +57,17 @@ def begin_folder(
             _check_same_state(out, former.get("state"), state)
             classes = merged_classes([*classes_beside([f"{out}/"]), ("--images", classes or {})])
         elif former is not None:  # without shards there is nothing to continue
-            for path in (out / SKIPPED, *out.glob(".skipped-*.jsonl"), *([] if classes else [out / CLASSES_NAME])):
-                path.unlink(missing_ok=True)
+            for left in (out / SKIPPED, *out.glob(".skipped-*.jsonl"), *([] if classes else [out / CLASSES_NAME])):
+                left.unlink(missing_ok=True)
         else:
             _check_not_in_use(out)
         remove_unfinished(out, "*")
-        write_json(
-            out / RECORD, {**settings, "state": state}
-        )  # first: the next job takes classes without it for those of another origin
+        missing = [number for number in range(shard_count) if not shard_path(out, number).exists()]
+        # First: the next job takes classes without it for those of another origin. Readers refuse what is not finished.
+        finished = not missing and is_finished(out, former)
+        write_json(path, {**settings, "state": state, "finished": finished})
         if classes:
             write_json(out / CLASSES_NAME, classes)
-        missing = [number for number in range(shard_count) if not shard_path(out, number).exists()]
         if missing:  # their new content may differ from the old one, which the index describes
             (out / INDEX_NAME).unlink(missing_ok=True)
     return missing
@@ -131,9 +132,9 @@ class FinishedFolder(NamedTuple):
 
 
 def finish_folder(out: Path, images: str, expected: set[int], advice: str = "") -> FinishedFolder:
-    """Merges the lists of skipped images, checks the shards, against their index if there is one, or writes it.
-    expected: numbers of the shards that were there or were written. advice: ends the message
-    where no image can be used. Raises TrainerError or DataError."""
+    """Merges the lists of skipped images, checks the shards, against their index if there is one, or writes it, and
+    records that the folder is whole. expected: numbers of the shards that were there or were written. advice: ends the
+    message where no image can be used. Raises TrainerError or DataError."""
     if gone := sorted(number for number in expected if not shard_path(out, number).exists()):
         raise TrainerError(
             f"{len(gone):,} of {len(expected):,} shards that were written are not there, first "
@@ -153,6 +154,9 @@ def finish_folder(out: Path, images: str, expected: set[int], advice: str = "") 
         raise TrainerError(f"{bad.name} is damaged ({bad.problems[0].message}): remove it and run the command again")
     if index is None:
         write_index(path, urls, [checked.table for checked in found], [checked.sha256 for checked in found])
+    with writing(out):
+        record = json.loads((out / TOKENS_RECORD).read_bytes())
+        write_json(out / TOKENS_RECORD, {**record, "finished": True})
     grids = Counter(Size(*grid) for checked in found for grid in checked.table.sizes_n2.tolist())
     named = {str(grid): grids[grid] for grid in by_area(grids)}
     return FinishedFolder(len(urls), sum(checked.samples for checked in found), skipped, named)

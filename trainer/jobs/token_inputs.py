@@ -1,14 +1,15 @@
 """What `ibq tokenize` reads: the tokenizer, the images, and the settings that a job must have to continue another."""
 
+import contextlib
 from pathlib import Path, PurePosixPath
 from typing import NamedTuple
 
 from data.config import MOST_CODES, DataConfig, SourceConfig
 from data.errors import ImageError
-from data.loader import image_suffixes
+from data.loader import PROBED, image_suffixes
 from data.prep.pack import mixed, unique_keys
 from data.samples import CODES, Shard, is_image
-from data.sources import Source, catalogue, classes_of, describe, digest, open_source
+from data.sources import Source, catalogue, classes_of, describe, digest, layout_of, open_source
 from data.tar_reader import TarShard
 from model_zoo.io.load import load_tokenizer
 from model_zoo.tokenizer import Tokenizer
@@ -57,6 +58,8 @@ def open_inputs(
     opened = open_source(described, scan_all=True, classes=numbers)
     if _holds_tokens(opened.shards[0]):
         raise TrainerError(f"--images {images} holds tokens already: name images")
+    if layout_of(described).label == "folder":
+        _check_classes(opened)
     keys = _order_files(opened.shards[0])
     settings = {
         "tokenizer": tokenizer.fingerprint(),
@@ -70,6 +73,24 @@ def open_inputs(
     if classes is not None:
         settings["classes"] = digest(sorted(numbers.items()))
     return TokenizeInputs(tokenizer, opened, settings, views, keys, numbers)
+
+
+def _check_classes(source: Source) -> None:
+    """Raises TrainerError where a source has its classes by folders, and its first tar has none: the tokens would have
+    none either, which would be noticed when a generator is trained on them."""
+    shard = source.shards[0]
+    if not isinstance(shard, TarShard):
+        return
+    window = next(iter(shard.windows(0, None, PROBED)), ())
+    for n in range(len(window)):
+        with contextlib.suppress(ImageError):  # a damaged sample is reported when it is tokenized
+            if source.layout.label in window.read(n).members:
+                return
+    raise TrainerError(
+        f"--source {source.name} has its classes by folders, which tars have as {source.layout.label} files, and the "
+        f"first {len(window):,} samples of {shard.name} have none: name the folder of images, or pack it with `ibq "
+        "shards pack --layout imagenet`; leave out --source if the tokens need no classes"
+    )
 
 
 def _holds_tokens(shard: Shard) -> bool:

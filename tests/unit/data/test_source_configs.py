@@ -1,6 +1,7 @@
 """The eight sources of web images as one recipe: where each lies, what is missing, and what a sample holds."""
 
 import json
+import os
 from collections import Counter
 
 import pytest
@@ -10,6 +11,8 @@ from samples import Steps
 
 from data.config import DataConfig, SourceConfig
 from data.errors import DataError
+from data.held_out import is_trained_on
+from data.loader import class_from_folder, image_suffixes
 from data.source_configs import source_configs
 from trainer.recipes import load_recipe
 
@@ -83,9 +86,48 @@ def test_a_skipped_source_that_arrives_later_is_read_from_its_beginning(tmp_path
     before = Steps(config(tmp_path, missing="skip"), batch=8)
     before.delivered(5)
     make_web_sources(tmp_path, NAMES[2:3])
-    source_configs.__globals__["_is_there"].cache_clear()  # as in a new process
+    forget()
     after = Steps(config(tmp_path, missing="skip"), batch=8, state=before.state())
     assert {info.source for info in after.delivered(20)} == set(NAMES[:3])
+
+
+def test_a_source_that_the_run_has_read_is_not_skipped_when_it_resumes(tmp_path):
+    make_web_sources(tmp_path, NAMES[:3])
+    settings = config(tmp_path, missing="skip")
+    before = Steps(settings, batch=8)
+    before.delivered(5)
+    os.rename(tmp_path / NAMES[1], tmp_path / "away")
+    forget()
+    said = refusal(DataError, Steps, settings, batch=8, state=before.state())
+    assert f"lacks {NAMES[1]}, which this run has read: bring it back, or take it out of data.sources in the" in said
+    without = config(tmp_path, missing="skip", sources=[one for one in settings.sources if one.name != NAMES[1]])
+    after = Steps(without, batch=8, state=before.state())
+    assert {info.source for info in after.delivered(5)} == {NAMES[0], NAMES[2]}
+    (tmp_path / "away").rename(tmp_path / NAMES[1])
+    forget()
+    back = Steps(settings, batch=8, state=after.state())
+    assert {info.source for info in back.delivered(10)} == set(NAMES[:3])
+
+
+def forget() -> None:
+    """As a new process does."""
+    source_configs.__globals__["_is_there"].cache_clear()
+
+
+def test_a_link_to_nothing_is_not_a_missing_source(tmp_path):
+    make_web_sources(tmp_path, NAMES[:2])
+    (tmp_path / NAMES[2]).symlink_to(tmp_path / "not mounted")
+    said = refusal(DataError, source_configs, config(tmp_path, missing="skip"))
+    assert said == f"{tmp_path / NAMES[2]} is a link to nothing ({tmp_path / 'not mounted'}): repair or remove it"
+
+
+def test_other_pictures_are_read_where_the_training_data_are_not(tmp_path):
+    """As by a run that was copied to another machine."""
+    settings = config(tmp_path / "gone", val=str(tmp_path / "pictures"))
+    assert image_suffixes(settings, str(tmp_path), ["png"], "--images", "--image SUFFIX") == ["png"]
+    assert image_suffixes(settings, f"{tmp_path}/gone/cc3m", None, "", "")[0] == "jpg"
+    assert not class_from_folder(settings) and not is_trained_on(settings)
+    assert "no such folder" in refusal(DataError, source_configs, settings)
 
 
 def test_nothing_there_is_refused_even_if_missing_ones_are_skipped(tmp_path):

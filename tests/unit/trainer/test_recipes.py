@@ -284,6 +284,74 @@ def test_an_override_with_a_former_name_is_answered_with_the_new_one(recipe, tmp
         load_run_config(tmp_path, [override])
 
 
+TEXTS = [
+    *("a #2", "0777", "010", "0x10", "1_000", "2026_11_30", "1:30", "12e3", "1.50", "no", "~", "2024-01-01", " a "),
+    *("a: b", "a\nb", "- a", "{a,b}.tar", "[a]/{0..1}.tar", "*.tar", "&a b", "!a", "%a", "@a", "`a`", "---", "|a"),
+    *("\u00e9", "'a'b"),
+]
+
+
+@pytest.mark.parametrize("text", TEXTS)
+def test_a_path_or_a_name_is_taken_as_it_is_typed_and_kept(recipe, tmp_path, text):
+    keys = ("run", "data.train", "data.val", "data.cache", "init_from.source", "loss.perceptual.vgg16_weights")
+    config = load_recipe(recipe(), [f"{key}={text}" for key in keys])
+    data = config.data
+    found = (
+        config.run,
+        data.train,
+        data.val,
+        data.cache,
+        config.init_from.source,
+        config.loss.perceptual.vgg16_weights,
+    )
+    assert found == (text,) * len(keys)
+    save_config(config, tmp_path / "config.yaml")
+    assert load_run_config(tmp_path, []) == config
+    two = "data: {train: null, sources: [{name: a, root: b}, {name: c, root: d}]}"
+    of_sources = [f"data.sources.1.{key}={text}" for key in ("root", "index", "filters.not_keys", "fields.nsfw")]
+    second = load_recipe(recipe(f"{SMALLEST}{two}\n"), of_sources).data.sources[1]
+    assert (second.root, second.index, second.filters.not_keys, second.fields["nsfw"]) == (text,) * 4
+    generator = recipe(f"task: generator\n{SMALLEST}")
+    assert load_recipe(generator, [f"tokenizer.source={text}"]).tokenizer.source == text
+
+
+def test_quotes_null_and_lists_are_yaml_in_a_text_too(recipe):
+    def data(*overrides):
+        return load_recipe(recipe(f"{SMALLEST}data: {{train: a, cache: b}}\n"), [*overrides]).data
+
+    assert data("data.train='a #2'").train == "a #2" and data('data.train="a\\tb"').train == "a\tb"
+    assert data("data.train='null'").train == "null" and data("data.train=null", "data.cache=null").cache is None
+    assert data("data.train=[010,'b #2', c]").train == ["010", "b #2", "c"]
+    assert data("data.quarantine=[0777.tar,007]").quarantine == ["0777.tar", "007"]
+    assert data("data.val_image=[png]").val_image == ["png"] and data("data.val_image=null").val_image is None
+    assert data("data.workers=010 # YAML").workers == 8
+    assert "data.train=[a #2]" in refused(recipe(), "data.train=[a #2]")
+    assert "data.quarantine=[A,B]" in refused(recipe(), "data.quarantine=007")
+
+
+@pytest.mark.parametrize(
+    ("text", "key", "typed"),
+    [
+        ("run: 2026_11_30", "run", "2026_11_30"),
+        ("data: {val: 010}", "data.val", "010"),
+        ("data: {train: [a, 1:30]}", "data.train.1", "1:30"),
+        ("data: {sources: [{name: no, root: a}]}", "data.sources.0.name", "no"),
+        ("init_from: {source: 12e3}", "init_from.source", "12e3"),
+    ],
+)
+def test_a_text_in_a_file_that_yaml_takes_for_a_number_is_refused(recipe, text, key, typed):
+    said = refused(recipe(f"{SMALLEST}{text}\n"))
+    assert said.endswith(f"mine.yaml: {key}: YAML reads {typed} as a number or true or false: put it in quotes")
+    load_recipe(recipe(f"{SMALLEST}{text.replace(typed, repr(typed))}\n"), [])
+
+
+def test_other_values_in_a_file_stay_yaml(recipe):
+    merged = "data: {sources: [&a {name: 5, root: a, weight: 1e1}, {<<: *a, name: 6}], image_size: 0x40}\n"
+    config = load_recipe(recipe(f"{SMALLEST}run: 2026\nseed: 010\n{merged}"), [])
+    assert (config.run, config.seed, config.data.image_size) == ("2026", 8, 64)
+    assert [(one.name, one.root, one.weight) for one in config.data.sources] == [("5", "a", 10.0), ("6", "a", 10.0)]
+
+
 def test_another_engine_begins_with_its_own_defaults(recipe, tmp_path):
     """Without this, `ibq resume RUN engine.kind=ddp` would refuse a run of FSDP2 with offloading."""
     save_config(load_recipe(recipe(), ["engine.kind=fsdp2", "engine.offload=true"]), tmp_path / "config.yaml")
@@ -320,7 +388,7 @@ def test_former_names_in_files_are_read_and_saved_as_the_new_ones(recipe, tmp_pa
         (["vocabulary_parallel=2"], "unknown key vocabulary_parallel"),
         (["task=generator"], "task= cannot be changed: mine is a recipe for a tokenizer"),
         (["data.train=a.tar", "seed=1", "data.train=b.tar"], "data.train is given twice"),
-        (["data.train={a,b}.tar"], "data.train={a,b}.tar"),
+        (["data.image_size={a,b}.tar"], "data.image_size={a,b}.tar"),
         (["loss.discriminator.start_step=10", "loss.generator.start_step=5"], "untrained discriminator"),
         (["model.code_dim=1"], "model.code_dim of 2 or more"),
     ],
@@ -379,7 +447,8 @@ def test_yaml_cannot_execute_python(recipe, tmp_path):
         f"!!python/object/apply:os.system ['touch {proof}']",
     ):
         assert "mine.yaml is not valid YAML" in refused(recipe(f"{SMALLEST}run: {value}\n"))
-        assert refused(recipe(), f"run={value}")
+        assert refused(recipe(), f"seed={value}")
+        assert load_recipe(recipe(), [f"run={value}"]).run == value
     assert not proof.exists()
 
 

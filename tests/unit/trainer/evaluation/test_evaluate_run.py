@@ -255,6 +255,9 @@ def test_images_that_were_trained_on_are_not_called_held_out(run, tmp_path):
         trained = shutil.copytree(run, tmp_path / f"run_{len(list(tmp_path.iterdir()))}")
         OmegaConf.save(config, trained / "config.yaml")
         assert evaluate_run(trained, device="cpu").provenance["held_out"] is held_out
+    config.data.train, config.data.root, config.data.sources = None, str(tmp_path / "not here"), [{"name": "cc3m"}]
+    OmegaConf.save(config, trained / "config.yaml")
+    assert evaluate_run(trained, device="cpu").provenance["held_out"] is True
 
 
 def test_names_that_are_no_utf8_are_written(run, tmp_path):

@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import tarfile
 import zipfile
 from pathlib import Path
 from unittest.mock import DEFAULT, Mock
@@ -29,6 +30,7 @@ from data import (
     check,
     decode,
     evaluation_tokens,
+    expand,
     token_header,
     unpack_codes,
 )
@@ -36,6 +38,7 @@ from data.buckets import parse_size, sizes_of
 from data.index import Index, write_index
 from data.locks import WriterLock, folder_lock
 from data.prep.check import check_shards
+from data.prep.pack import pack
 from data.tar_reader import TarShard, scan
 from data.transforms import Size, pixels_chw, resize_and_center_crop, resize_named
 from tools import cli
@@ -171,6 +174,21 @@ def test_a_folder_of_classes(run, tmp_path):
     assert json.loads((done.out / "classes.json").read_text()) == {"cat": 0, "dog": 1}
 
 
+def test_tars_without_the_classes_that_a_source_has_by_folders_are_refused(run, tmp_path):
+    for number, name in enumerate(("cat", "dog")):
+        (tmp_path / "images" / name).mkdir(parents=True)
+        (tmp_path / "images" / name / "a.png").write_bytes(png(number))
+    with tarfile.open(tmp_path / "a.tar", "w") as tar:
+        tar.add(tmp_path / "images", "")
+    said = refusal(TrainerError, go, run, tmp_path / "a.tar", tmp_path / "out", source="imagenet")
+    assert "--source imagenet has its classes by folders, which tars have as cls files, and the first 2 samples" in said
+    assert not (tmp_path / "out").exists()
+    assert go(run, tmp_path / "a.tar", tmp_path / "without").samples == 2
+    pack(tmp_path / "images", tmp_path / "packed", layout="imagenet")
+    packed = go(run, tmp_path / "packed", tmp_path / "out", source="imagenet").out
+    assert {sample.members["cls"] for sample in samples(packed)} == {b"0", b"1"}
+
+
 def test_class_folders_are_numbered_as_in_another_split(run, tmp_path):
     (tmp_path / "images" / "dog").mkdir(parents=True)
     (tmp_path / "images" / "dog" / "a.png").write_bytes(png(0))
@@ -270,6 +288,46 @@ def test_it_goes_on_where_it_was_stopped(run, tars, flipped, tmp_path, monkeypat
     assert files(out) == files(flipped.out) and (out / "index.safetensors").stat().st_mtime_ns == index
 
 
+@pytest.mark.parametrize("earlier", [False, True])
+def test_a_folder_that_is_not_finished_is_not_read(run, tars, flipped, tmp_path, monkeypatch, earlier, capsys):
+    """earlier: a folder of a version that recorded no end."""
+    out, spec = tmp_path / "out", TokenSpec(flipped.tokenizer, 300, ((4, 4),))
+    monkeypatch.setattr(
+        module, "_encode", Mock(wraps=module._encode, side_effect=[DEFAULT, DEFAULT, KeyboardInterrupt])
+    )
+    with pytest.raises(KeyboardInterrupt):
+        go(run, tars, out, views="flip")
+    monkeypatch.undo()
+    forget(out, "finished", of=earlier)
+    whole = str(flipped.out)
+    said = f"{out} is not finished: run the same `ibq tokenize` again, or wait until it ends; to use only what is there"
+    for root in (str(out), f"{out}/*.tar", [whole, str(out)]):
+        for settings in (DataConfig(train=root), DataConfig(train=whole, val=root)):
+            settings.content, settings.workers = "tokens", 0
+            assert refusal(DataError, check, settings, tokens=spec).startswith(said)
+    with pytest.raises(SystemExit) as ended:
+        cli.main(["shards", "check", str(out), "--write-index"])
+    assert ended.value.code == 2 and said in capsys.readouterr().err.replace("\n", " ")
+    there = f"{out}/tokens-{{000000..000001}}.tar"
+    assert f"name '{there}'" in refusal(DataError, expand, str(out))
+    check(DataConfig(train=there, content="tokens", workers=0), tokens=spec)
+    go(run, tars, out, views="flip")
+    forget(out, "finished", of=earlier)
+    check(DataConfig(train=str(out), val=str(out), content="tokens", workers=0), tokens=spec)
+
+
+def test_an_index_does_not_finish_a_folder_and_its_loss_does_not_undo_one(flipped, tmp_path):
+    out = shutil.copytree(flipped.out, tmp_path / "out")
+    (out / "index.safetensors").unlink()
+    assert len(expand(str(out))) == 6
+    record = json.loads((out / "tokens.json").read_text())
+    (out / "tokens.json").write_text(json.dumps({**record, "finished": False}))
+    shutil.copy(flipped.out / "index.safetensors", out)
+    assert "is not finished" in refusal(DataError, expand, str(out))
+    (out / "tokens.json").write_text('["of another program"]')
+    assert len(expand(str(out))) == 6
+
+
 def test_a_lost_shard_is_written_again(run, tars, flipped, tmp_path):
     out = shutil.copytree(flipped.out, tmp_path / "out")
     (out / "tokens-000004.tar").unlink()
@@ -297,11 +355,12 @@ def test_a_complete_folder_is_checked_again(run, tars, flipped, tmp_path):
     assert files(out) == files(flipped.out)
 
 
-def forget_state(out: Path) -> None:
-    """Makes the folder one of an earlier version."""
+def forget(out: Path, *names: str, of: bool = True) -> None:
+    """Makes the folder one of an earlier version, which did not record these. of: whether it is one."""
     record = json.loads((out / "tokens.json").read_text())
-    assert record.pop("state")
-    (out / "tokens.json").write_text(json.dumps(record))
+    assert all(name in record for name in names)
+    kept = {name: value for name, value in record.items() if not of or name not in names}
+    (out / "tokens.json").write_text(json.dumps(kept))
 
 
 def labelled(folder: Path, time: int = 1_700_000_000) -> Path:
@@ -340,7 +399,7 @@ def test_a_folder_that_was_copied_or_has_other_files_is_not_refused(run, tmp_pat
 def test_a_folder_of_an_earlier_version_continues_and_gets_a_record(run, tmp_path):
     images = labelled(tmp_path / "images")
     out = go(run, images, tmp_path / "out").out
-    forget_state(out)
+    forget(out, "state", "finished")
     (images / "0.CLS").write_text("7")
     assert go(run, images, out).made == 0
     (images / "0.CLS").write_text("12")
@@ -432,7 +491,7 @@ def test_skipped_images_of_a_shard_that_is_made_again_are_listed_anew(run, tmp_p
     for line in map(json.loads, listed):  # one after the other
         (images / line["key"]).write_bytes(png(0))
         (done.out / f"tokens-{line['shard']:06d}.tar").unlink(missing_ok=True)
-        forget_state(done.out)
+        forget(done.out, "state", "finished")
         done = go(run, images, done.out)
     assert (done.samples, done.skipped) == (8, [])
     assert not (done.out / "skipped.jsonl").exists() and not list(done.out.glob(".skipped-*"))
@@ -447,7 +506,7 @@ def test_a_shard_that_is_made_again_of_other_pictures_gets_a_new_entry_in_the_in
     (out / "tokens-000000.tar").unlink()
     (images / "1.png").write_bytes(b"no picture")
     (images / "2.png").write_bytes(png(7))
-    forget_state(out)
+    forget(out, "state", "finished")
     assert go(run, images, out).samples == 2
     (checked,) = check_shards([str(out / "tokens-000000.tar")], index=Index(out / "index.safetensors"))
     assert checked.status == "ok" and checked.samples == 2
