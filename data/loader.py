@@ -31,6 +31,7 @@ from data.config import DataConfig, SourceConfig, check_numbers
 from data.errors import DataError, ImageError
 from data.evaluation import evaluation_images, evaluation_tokens
 from data.folder_reader import file_shard, is_files
+from data.index import without_query
 from data.reader import LaneReader, ReadSamples, SampleInfo
 from data.sampler import LaneAssignment, Mixture, seed_of
 from data.samples import Skipped, WindowLimit, is_image
@@ -49,6 +50,7 @@ from data.sources import (
 )
 from data.storage import Timeouts
 from data.stream_state import Totals, add_totals, restore, stream_identity
+from data.tar_reader import TarShard
 from data.text import printable
 from data.tokens import TokenHeader, TokenSpec, TokenTransform, first_header
 from data.transforms import Size, TrainingTransform
@@ -257,8 +259,13 @@ class TrainStream:
             self.reads.close()
 
     def seen(self) -> str:
-        """What the sources hold, in a line, and a hash of all that every rank must have alike."""
-        return f"{'; '.join(map(describe, self.sources))} ({digest([self.identity])})"
+        """What the sources hold, in a line, and a hash of all that every rank must have alike: of tars without an
+        index, whose samples nobody knows yet, also the addresses."""
+        unknown = [
+            [without_query(one.url) for one in source.shards if isinstance(one, TarShard) and one.table is None]
+            for source in self.sources
+        ]
+        return f"{'; '.join(map(describe, self.sources))} ({digest([self.identity, unknown])})"
 
     def describe(self, steps: int) -> str:
         """Lines that say what that many steps will read."""

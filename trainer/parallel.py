@@ -249,11 +249,12 @@ def check_same_on_all_ranks(what: str, found: str) -> None:
     for rank, of_rank in enumerate(gather_objects(found)):
         ranks.setdefault(of_rank, []).append(rank)
     if len(ranks) > 1:
-        ways = "; ".join(f"{one} on rank {_listed(of_one)}" for one, of_one in ranks.items())
+        ways = "; ".join(f"{one} on rank {listed(of_one)}" for one, of_one in ranks.items())
         raise TrainerError(f"{what} is not the same for all processes: {ways}; give all nodes the same files")
 
 
-def _listed(numbers: list[int]) -> str:
+def listed(numbers: list[int]) -> str:
+    """Ranks, for a message."""
     shown = ", ".join(map(str, numbers[:8]))
     return f"{shown} and {len(numbers) - 8} more" if len(numbers) > 8 else shown
 
