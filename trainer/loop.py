@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 from datetime import datetime
@@ -21,6 +20,7 @@ from trainer.parallel import (
     World,
     check_same_on_all_ranks,
     leave_hangs_to_watchdog,
+    restarting_job,
     run_on_all_ranks,
     run_on_main,
     start_world,
@@ -40,7 +40,7 @@ def train(recipe: str, overrides: list[str]) -> Path:
     Under ``torchrun --max-restarts`` the same call resumes the run where the folder holds one already.
     """
     config = load_recipe(recipe, overrides)
-    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+    restarts = restarting_job() is not None
     if restarts and config.run is None:
         raise TrainerError("--max-restarts needs run=FOLDER: restarted processes must find the run to resume")
     is_named = config.run is not None
@@ -83,7 +83,7 @@ def _train_in(world: World, config: RunConfig, source: Source, inputs: Inputs) -
     """Trains in the process group. When it returns, no variable refers to the group, so that it can be destroyed."""
     with RunFolder(Path(config.run), world) as folder:
         if source.checkpoint and folder.path.exists():
-            wait_seconds = RESTART_SECONDS if source.restart else 0.0
+            wait_seconds = RESTART_SECONDS if restarting_job() else 0.0
             run_on_main(world, lambda: folder.take(wait_seconds))
         check_same_on_all_ranks(f"data.val={config.data.val}", inputs.validation or "")
         plan = plan_start(config, source, world, inputs)

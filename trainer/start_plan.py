@@ -13,15 +13,16 @@ import data
 from data.buckets import OF_IMAGES, OF_TOKENS, Words
 from model_zoo import ModelError
 from model_zoo.eval_nets.patch_encoder import checked_encoder
+from model_zoo.io.run_layout import run_folder
 from model_zoo.io.sharded_tensors import ShardedTensors, TensorShard, whole_tensor
 from trainer import TrainerError
 from trainer.changes import Change, changes_since, contents_of, read_changes, settings_of
-from trainer.checkpoint import find_checkpoint, is_saved, load_state
+from trainer.checkpoint import find_checkpoint, has_saved, is_saved, load_state
 from trainer.config import GeneratorRun, RunConfig, TokenizerRun
 from trainer.files import os_errors, write_json
 from trainer.init_from import InitRecord, save_init_record
 from trainer.model_state import ModelState
-from trainer.parallel import World, raise_on_all_ranks, run_on_main
+from trainer.parallel import World, raise_on_all_ranks, restarting_job, run_on_main
 from trainer.recipes import load_run_config, save_config
 from trainer.run_folder import RunFolder
 from trainer.telemetry import scanning
@@ -40,7 +41,8 @@ class Inputs(NamedTuple):
 class StartPlan(NamedTuple):
     """step: the last step that is done. checkpoint: what to resume from, with its small ``state``; None: start fresh.
     reuses_folder: the run's folder already contains this run. done: there is nothing left to train. notes: lines to
-    print. changes: of settings, by this resume. inputs: what the run begins with."""
+    print. changes: of settings, by this resume. inputs: what the run begins with.
+    job: see `_job`."""
 
     step: int
     checkpoint: Path | None
@@ -50,12 +52,13 @@ class StartPlan(NamedTuple):
     notes: list[str]
     changes: Sequence[Change] = ()
     inputs: Inputs = Inputs(None, None, {})
+    job: str | None = None
 
     def record(self, config: RunConfig) -> dict:
         """What the checkpoints of the run tell of its settings, its validation and the files that settings name."""
         changes = [*read_changes(self.state), *self.changes]
         files = {"validation": self.inputs.validation, "contents": self.inputs.contents}
-        return {"settings": settings_of(config), "changes": changes, **files}
+        return {"settings": settings_of(config), "changes": changes, "job": self.job, **files}
 
 
 class Source(NamedTuple):
@@ -145,7 +148,8 @@ def token_spec(config: GeneratorRun) -> data.TokenSpec:
 
 def plan_start(config: RunConfig, source: Source, world: World, inputs: Inputs) -> StartPlan:
     """Decides how the run starts; all ranks call together and get the same plan. Raises TrainerError."""
-    fresh = StartPlan(0, None, {"data": None}, False, False, [], inputs=inputs)
+    job = run_on_main(world, lambda: _job(source))
+    fresh = StartPlan(0, None, {"data": None}, False, False, [], inputs=inputs, job=job)
     if source.checkpoint is None:
         return fresh
     # Rank 0 alone looks at the folder: another node's view of a shared disk may be older.
@@ -155,14 +159,27 @@ def plan_start(config: RunConfig, source: Source, world: World, inputs: Inputs) 
         changes = run_on_main(world, lambda: _changes({"step": 0}, config, inputs))
         notes = [f"{config.run} has no checkpoint yet: it starts from step 1"]
         return fresh._replace(reuses_folder=True, notes=[*notes, *map(str, changes)], changes=changes)
-    checkpoint, notes = find_checkpoint(source.checkpoint, world)
+    run = run_folder(source.checkpoint)
+    # The launcher has started this command again: the branch that began at the named checkpoint continues.
+    again = run_on_main(world, lambda: job is not None and has_saved(run, job))
+    checkpoint, notes = find_checkpoint(run if again else source.checkpoint, world)
+    if again and run != source.checkpoint:
+        notes = [f"this job has resumed from {source.checkpoint.name} before: it continues from there", *notes]
     state = run_on_main(world, lambda: _load_state(checkpoint))
     step = state["step"]
     changes = run_on_main(world, lambda: _changes(state, config, inputs))
     done = step >= config.trainer.max_steps
-    if done and not source.restart:
+    if done and not (source.restart or again):
         raise TrainerError(f"{config.run} is at step {step} already; train longer with trainer.max_steps={2 * step}")
-    return StartPlan(step, checkpoint, state, True, done, [*notes, *map(str, changes)], changes, inputs)
+    return StartPlan(step, checkpoint, state, True, done, [*notes, *map(str, changes)], changes, inputs, job)
+
+
+def _job(source: Source) -> str | None:
+    """Names torchrun's job and what it was to start from, so that a start can tell the checkpoints that an earlier
+    attempt of the job has saved; None unless torchrun restarts failed processes."""
+    job, start = restarting_job(), source.checkpoint
+    is_named = start is not None and run_folder(start) != start
+    return None if job is None else f"{job} from {start.name if is_named else 'the newest'}"
 
 
 def restore(plan: StartPlan, models: ModelState, world: World) -> None:
