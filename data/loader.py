@@ -36,7 +36,7 @@ from data.reader import LaneReader, ReadSamples, SampleInfo
 from data.sampler import LaneAssignment, Mixture, seed_of
 from data.samples import Skipped, WindowLimit, is_image
 from data.shards import expand
-from data.source_configs import source_configs
+from data.source_configs import placed_sources, source_configs
 from data.sources import (
     Source,
     check_remote,
@@ -419,7 +419,7 @@ def token_header(config: DataConfig) -> TokenHeader:
 
 def class_from_folder(config: DataConfig) -> bool:
     """Whether a source of a `data` section takes the class of an image from its folder; ``data.val`` then does, too."""
-    return any(layout_of(one).label == "folder" for one in source_configs(config).found)
+    return any(layout_of(one).label == "folder" for one in placed_sources(config))
 
 
 def validation_options(config: DataConfig) -> dict:
@@ -446,7 +446,7 @@ def image_suffixes(config: DataConfig, root, given: list[str] | None, name: str,
     no pictures of training, would be among them."""
     if given or config.content == "tokens" or not (config.train or config.sources):
         return given
-    layouts = {str(one.root): layout_of(one).image for one in source_configs(config).found}
+    layouts = {str(one.root): layout_of(one).image for one in placed_sources(config)}
     if str(root) in layouts:
         return [*layouts[str(root)]] or None
     named = next((image for image in layouts.values() if image), None)
@@ -460,7 +460,7 @@ def image_suffixes(config: DataConfig, root, given: list[str] | None, name: str,
 
 def is_trained_on(config: DataConfig) -> bool:
     """Whether `data.val` is, or lies in, the root of a source: then its images are not held out."""
-    roots = {_place(one.root) for one in source_configs(config).found} if config.train or config.sources else set()
+    roots = {_place(one.root) for one in placed_sources(config)} if config.train or config.sources else set()
     val = _place(config.val)
     return any(val == root or val.startswith(f"{root}/") for root in roots)
 
