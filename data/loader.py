@@ -31,12 +31,11 @@ from data.config import DataConfig, SourceConfig, check_numbers
 from data.errors import DataError, ImageError
 from data.evaluation import evaluation_images, evaluation_tokens
 from data.folder_reader import file_shard, is_files
-from data.index import without_query
 from data.reader import LaneReader, ReadSamples, SampleInfo
 from data.sampler import LaneAssignment, Mixture, seed_of
 from data.samples import Skipped, WindowLimit, is_image
 from data.shards import expand
-from data.source_configs import placed_sources, source_configs
+from data.source_configs import source_configs
 from data.sources import (
     Source,
     check_remote,
@@ -50,7 +49,6 @@ from data.sources import (
 )
 from data.storage import Timeouts
 from data.stream_state import Totals, add_totals, restore, stream_identity
-from data.tar_reader import TarShard
 from data.text import printable
 from data.tokens import TokenHeader, TokenSpec, TokenTransform, first_header
 from data.transforms import Size, TrainingTransform
@@ -259,12 +257,8 @@ class TrainStream:
             self.reads.close()
 
     def seen(self) -> str:
-        """What the sources hold, in a line, and a hash of all that every rank must have alike: of tars without an
-        index, whose samples nobody knows yet, also the addresses."""
-        unknown = [
-            [without_query(one.url) for one in source.shards if isinstance(one, TarShard) and one.table is None]
-            for source in self.sources
-        ]
+        """What the sources hold, in a line, and a hash of all that every rank must have alike."""
+        unknown = [source.unknown_addresses() for source in self.sources]
         return f"{'; '.join(map(describe, self.sources))} ({digest([self.identity, unknown])})"
 
     def describe(self, steps: int) -> str:
@@ -419,7 +413,7 @@ def token_header(config: DataConfig) -> TokenHeader:
 
 def class_from_folder(config: DataConfig) -> bool:
     """Whether a source of a `data` section takes the class of an image from its folder; ``data.val`` then does, too."""
-    return any(layout_of(one).label == "folder" for one in placed_sources(config))
+    return any(layout_of(one).label == "folder" for one in source_configs(config).found)
 
 
 def validation_options(config: DataConfig) -> dict:
@@ -446,7 +440,7 @@ def image_suffixes(config: DataConfig, root, given: list[str] | None, name: str,
     no pictures of training, would be among them."""
     if given or config.content == "tokens" or not (config.train or config.sources):
         return given
-    layouts = {str(one.root): layout_of(one).image for one in placed_sources(config)}
+    layouts = {str(one.root): layout_of(one).image for one in source_configs(config).found}
     if str(root) in layouts:
         return [*layouts[str(root)]] or None
     named = next((image for image in layouts.values() if image), None)
@@ -460,7 +454,7 @@ def image_suffixes(config: DataConfig, root, given: list[str] | None, name: str,
 
 def is_trained_on(config: DataConfig) -> bool:
     """Whether `data.val` is, or lies in, the root of a source: then its images are not held out."""
-    roots = {_place(one.root) for one in placed_sources(config)} if config.train or config.sources else set()
+    roots = {_place(one.root) for one in source_configs(config).found} if config.train or config.sources else set()
     val = _place(config.val)
     return any(val == root or val.startswith(f"{root}/") for root in roots)
 

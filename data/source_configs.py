@@ -22,17 +22,16 @@ class Sources(NamedTuple):
     missing: list[str]
 
 
-def placed_sources(config: DataConfig) -> list[SourceConfig]:
-    """The sources of a `data` section, each with its root. No file is looked at: whoever reads other images than those
-    of training needs only the layouts. Raises DataError for contradictions."""
+def source_configs(config: DataConfig) -> Sources:
+    """The sources of a `data` section. Raises DataError for contradictions, and for sources that are missing."""
     if config.missing not in MISSING:
         raise DataError(f"unknown data.missing {config.missing!r}: choose one of {', '.join(MISSING)}")
-    unplaced = _unplaced(config)
+    unplaced = [source.name for source in config.sources if source.root is None]
     if config.train is not None:
         if config.root is not None or len(unplaced) < len(config.sources):
             other = "data.sources" if config.root is None else "data.root"
             raise DataError(f"data.train and {other} are both given: leave one out")
-        return [SourceConfig(root=config.train)]  # the recipe's sources have no root: it replaces them
+        return Sources([SourceConfig(root=config.train)], [])  # the recipe's sources have no root: it replaces them
     if config.root is None and unplaced:
         raise DataError(
             f"the sources {', '.join(unplaced)} have no root: give data.root=FOLDER that holds a folder for each of "
@@ -44,24 +43,8 @@ def placed_sources(config: DataConfig) -> list[SourceConfig]:
         )
     placed = [_placed(config.root, source) for source in config.sources] or [SourceConfig()]
     check_weights(placed)
-    return placed
-
-
-def _unplaced(config: DataConfig) -> list[str]:
-    return [source.name for source in config.sources if source.root is None]
-
-
-def source_configs(config: DataConfig) -> Sources:
-    """The sources of a `data` section that are there to be read. Raises DataError for contradictions, and for sources
-    that are missing."""
-    placed = placed_sources(config)
-    if config.train is not None:
-        return Sources(placed, [])
-    unplaced = _unplaced(config)
     if config.root is not None and not is_remote(config.root) and not os.path.isdir(os.path.expanduser(config.root)):
-        raise DataError(
-            f"data.root={config.root}: no such folder: give the folder that holds the sources with data.root=FOLDER"
-        )
+        raise DataError(f"data.root={config.root}: no such folder")
     timeouts = Timeouts(config.request_seconds, config.retry_seconds)
     missing = [one.name for one in placed if one.name in unplaced and not _is_there(one.root, timeouts)]
     found = [one for one in placed if one.name not in missing]

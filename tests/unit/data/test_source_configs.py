@@ -6,11 +6,10 @@ from collections import Counter
 import pytest
 from comparing import refusal
 from field.web_sources import NAMES, make_web_sources
-from samples import Steps, picture
+from samples import Steps
 
 from data.config import DataConfig, SourceConfig
 from data.errors import DataError
-from data.loader import class_from_folder, image_suffixes, is_trained_on
 from data.source_configs import source_configs
 from trainer.recipes import load_recipe
 
@@ -56,21 +55,6 @@ def test_the_two_stages_are_the_mixture(web):
     parts = [config(web, recipe).sources for recipe in ("ibq_262144_general", "ibq_262144_quality")]
     weights = {source.name: source.weight for part in parts for source in part}
     assert weights == {source.name: source.weight for source in config(web).sources}
-
-
-def test_what_reads_other_images_needs_no_training_data(tmp_path):
-    """A run that was copied to another machine is evaluated and tokenizes there."""
-    settings = config(tmp_path / "gone", val=str(tmp_path))
-    assert not class_from_folder(settings) and not is_trained_on(settings)
-    picture(0).save(tmp_path / "a.png")
-    assert image_suffixes(settings, str(tmp_path), None, "--images", "--image SUFFIX") is None
-    assert image_suffixes(settings, f"{tmp_path}/gone/cc3m", None, "--images", "--image SUFFIX") == [
-        "jpg",
-        "jpeg.jpg",
-        "jpg.jpg",
-    ]
-    said = refusal(DataError, source_configs, settings)
-    assert said.endswith("no such folder: give the folder that holds the sources with data.root=FOLDER")
 
 
 def test_missing_sources_are_named_together(tmp_path):
