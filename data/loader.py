@@ -258,7 +258,8 @@ class TrainStream:
 
     def seen(self) -> str:
         """What the sources hold, in a line, and a hash of all that every rank must have alike."""
-        return f"{'; '.join(map(describe, self.sources))} ({digest([self.identity])})"
+        unknown = [source.unknown_addresses() for source in self.sources]
+        return f"{'; '.join(map(describe, self.sources))} ({digest([self.identity, unknown])})"
 
     def describe(self, steps: int) -> str:
         """Lines that say what that many steps will read."""

@@ -187,6 +187,10 @@ class Source:
         identity = {"shards": len(names), "names": digest(names), "samples": self.samples, "counts": counts}
         return {**identity, "contents": contents}
 
+    def unknown_addresses(self) -> list[str]:
+        """Those of tars whose samples are not known before they are read: nothing else tells which tars they are."""
+        return [without_query(one.url) for one in self.shards if isinstance(one, TarShard) and one.table is None]
+
     def state(self) -> str:
         """A hash that changes with the content of its files or tars; the output of commands is not looked at. Raises
         DataError."""

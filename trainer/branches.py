@@ -45,6 +45,14 @@ def with_checkpoint(record: dict, names: list[str], new: str, before: str | None
     return chain | {new: before}
 
 
+def written_last(record: dict, names: list[str]) -> str:
+    """The existing checkpoint that was written last: `with_checkpoint` puts it at the end of the record."""
+    last = next(reversed(record), None)
+    while last is not None and last not in names:  # it was not completed, or is gone
+        last = record.get(last)
+    return names[-1] if last is None else last
+
+
 def branch(record: dict, names: list[str], last: str) -> list[str]:
     """The existing checkpoints that led to ``last``, and that one, in order. A checkpoint that the record does not know
     continues the one before it in order."""

@@ -1,12 +1,16 @@
 """What a resumed run changes of its settings: refused where the weights would mean something else, else reported."""
 
 import functools
+import hashlib
 import json
 import operator
+from pathlib import Path
 from typing import NamedTuple
 
 from omegaconf import OmegaConf
 
+from data.classes import read_classes
+from model_zoo.io.hashing import sha256_of
 from trainer import TrainerError
 from trainer.config import RunConfig
 from trainer.recipes import leaves
@@ -37,6 +41,23 @@ def settings_of(config: RunConfig) -> dict:
     node = OmegaConf.structured(config)
     plain = OmegaConf.to_container(node)
     return {key: functools.reduce(operator.getitem, key.split("."), plain) for key in leaves(node)}
+
+
+def contents_of(config: RunConfig) -> dict[str, str]:
+    """A hash of the content of each file that a setting names and that says what is learned: lists of keys,
+    data.classes, DeepSpeed's configuration. Files that are not there are left out: whatever needs them names them.
+    Raises DataError."""
+    files = {}
+    for source in config.data.sources if config.data.train is None else ():
+        for name in ("keys", "not_keys"):
+            files[f"{name} of source {source.name}"] = getattr(source.filters, name)
+    if config.engine.kind == "deepspeed" and config.engine.config.endswith(".json"):
+        files["engine.config"] = config.engine.config
+    found = {name: sha256_of(Path(file))[:16] for name, file in files.items() if file and Path(file).is_file()}
+    if config.data.classes is not None:
+        numbers = sorted(read_classes(config.data.classes).items())
+        found["data.classes"] = hashlib.sha256(json.dumps(numbers).encode()).hexdigest()[:16]
+    return {f"the content of {name}": digest for name, digest in found.items()}
 
 
 def changes_since(before: dict, config: RunConfig, step: int) -> list[Change]:

@@ -10,6 +10,7 @@ import re
 import shutil
 import threading
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,7 +21,7 @@ from model_zoo.io.manifest import MANIFEST, STATE, entry_of, read_manifest, reme
 from model_zoo.io.run_layout import checkpoint_step, run_folder
 from model_zoo.io.sharded_tensors import TensorShard, save_shards
 from trainer import TrainerError
-from trainer.branches import BRANCHES, branch, read_branches, with_checkpoint
+from trainer.branches import BRANCHES, branch, read_branches, with_checkpoint, written_last
 from trainer.parallel import World, check_same_on_all_ranks, gather_objects, max_over_ranks, run_on_main
 
 
@@ -215,6 +216,15 @@ def find_checkpoint(source: Path, world: World) -> tuple[Path, list[str]]:
     raise TrainerError(f"{source} has no complete checkpoint: {'; '.join(passed_over[:3])}{more}{other}")
 
 
+def has_saved(run: Path, job: str) -> bool:
+    """Whether a checkpoint of the run's present branch is of this job."""
+    for folder in _candidates(run).branch:
+        with suppress(TrainerError):  # a damaged one, which `find_checkpoint` reports
+            if load_state(folder).get("job") == job:
+                return True
+    return False
+
+
 class _Candidates(NamedTuple):
     """Checkpoints, newest first. left: those of branches that were left. wrong: with the record of the branches."""
 
@@ -224,19 +234,22 @@ class _Candidates(NamedTuple):
 
 
 def _candidates(run: Path) -> _Candidates:
-    """What may be resumed from: the checkpoint that ``latest`` names, or the newest if it names none, and those that it
-    continues."""
+    """What may be resumed from: the checkpoint that ``latest`` names, or the one that was written last if it names
+    none, and those that it continues."""
     folder = run / "checkpoints"
     names = [path.name for path in checkpoint_folders(run)]
     pointer = folder / "latest"
     named = pointer.read_text(errors="replace").strip() if pointer.is_file() else ""
-    if not re.fullmatch(r"step_\d+", named):
+    record, wrong = read_branches(folder)
+    is_named = bool(re.fullmatch(r"step_\d+", named))
+    if not is_named:
         if not names:
             return _Candidates([], [], None)
-        named = names[-1]
-    record, wrong = read_branches(folder)
+        named = written_last(record, names)
     found = branch(record, names, named)  # with the named one even if it is missing, to be reported as such
     left = [folder / name for name in names[::-1] if name not in found]
+    if left and not is_named:
+        wrong = f"{pointer} names no checkpoint: this is {named}, which was written last"
     return _Candidates([folder / name for name in found[::-1]], left, wrong)
 
 

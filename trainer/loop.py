@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 import traceback
 from datetime import datetime
@@ -21,6 +20,7 @@ from trainer.parallel import (
     World,
     check_same_on_all_ranks,
     leave_hangs_to_watchdog,
+    restarting_job,
     run_on_all_ranks,
     run_on_main,
     start_world,
@@ -28,6 +28,7 @@ from trainer.parallel import (
 )
 from trainer.recipes import load_recipe, load_run_config
 from trainer.run_folder import RESTART_SECONDS, RunFolder
+from trainer.same_settings import check_same_start, common_settings
 from trainer.start_plan import Inputs, Source, check_inputs, plan_start
 from trainer.trainer import Trainer
 from trainer.watchdog import Stopped
@@ -39,11 +40,12 @@ def train(recipe: str, overrides: list[str]) -> Path:
     Under ``torchrun --max-restarts`` the same call resumes the run where the folder holds one already.
     """
     config = load_recipe(recipe, overrides)
-    restarts = int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) > 0
+    restarts = restarting_job() is not None
     if restarts and config.run is None:
         raise TrainerError("--max-restarts needs run=FOLDER: restarted processes must find the run to resume")
+    is_named = config.run is not None
     config.run = config.run or f"runs/{Path(recipe).stem}-{datetime.now():%Y%m%d-%H%M%S}"
-    return _train(config, Source(Path(config.run), restart=True) if restarts else Source())
+    return _train(config, Source(Path(config.run), restart=True) if restarts else Source(), is_named)
 
 
 def resume(source: str | Path, overrides: list[str]) -> Path:
@@ -61,11 +63,14 @@ def resume(source: str | Path, overrides: list[str]) -> Path:
     return _train(config, Source(source))
 
 
-def _train(config: RunConfig, source: Source) -> Path:
+def _train(config: RunConfig, source: Source, is_named: bool = True) -> Path:
+    """is_named: whether the user gave the run's folder; otherwise each process has its own time in the name."""
     inputs = check_inputs(config, source)
     world = start_world(config.trainer.device, config.trainer.timeout_seconds)
     torch.set_float32_matmul_precision("high" if config.trainer.tf32 else "highest")
     try:
+        check_same_start(world, common_settings(config, inputs.contents, is_named))
+        config.run = run_on_main(world, lambda: config.run)
         return _train_in(world, config, source, inputs)
     except (DataError, ModelError, TrainerError, Stopped, KeyboardInterrupt) as error:
         _clear_frames(error)
@@ -78,10 +83,10 @@ def _train_in(world: World, config: RunConfig, source: Source, inputs: Inputs) -
     """Trains in the process group. When it returns, no variable refers to the group, so that it can be destroyed."""
     with RunFolder(Path(config.run), world) as folder:
         if source.checkpoint and folder.path.exists():
-            wait_seconds = RESTART_SECONDS if source.restart else 0.0
+            wait_seconds = RESTART_SECONDS if restarting_job() else 0.0
             run_on_main(world, lambda: folder.take(wait_seconds))
         check_same_on_all_ranks(f"data.val={config.data.val}", inputs.validation or "")
-        plan = plan_start(config, source, world, inputs.validation)
+        plan = plan_start(config, source, world, inputs)
         if plan.done:
             if world.is_main:
                 sys.stderr.write(f"{printable(config.run)} is at step {plan.step} already: nothing is left to do\n")

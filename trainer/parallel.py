@@ -4,9 +4,11 @@ import functools
 import gc
 import itertools
 import os
+import socket
 from collections.abc import Callable
 from datetime import timedelta
 from importlib import import_module
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -100,6 +102,20 @@ def _check_restarts() -> None:
             "--max-restarts on several nodes needs --rdzv-backend c10d, and TORCH_DISABLE_SHARE_RDZV_TCP_STORE=1 in "
             "torchrun's environment: otherwise restarted processes never find each other"
         )
+
+
+def restarting_job() -> str | None:
+    """A name of torchrun's job, equal in all its attempts and on all its nodes; None unless torchrun restarts failed
+    processes. (Their attempts are not counted alike on all nodes: see `_key_prefix`.)"""
+    if int(os.environ.get("TORCHELASTIC_MAX_RESTARTS", 0)) == 0:
+        return None
+    name = os.environ.get("TORCHELASTIC_RUN_ID", "none")
+    if name != "none":
+        return name
+    # torchrun without --standalone or --rdzv-id: rank 0's agent names the job, by its process and when that began.
+    parent = os.getppid()
+    began = Path(f"/proc/{parent}/stat").read_text().rpartition(")")[2].split()[19]
+    return f"{socket.gethostname()} {parent} {began}"
 
 
 _rendezvous_count = itertools.count()
@@ -249,11 +265,12 @@ def check_same_on_all_ranks(what: str, found: str) -> None:
     for rank, of_rank in enumerate(gather_objects(found)):
         ranks.setdefault(of_rank, []).append(rank)
     if len(ranks) > 1:
-        ways = "; ".join(f"{one} on rank {_listed(of_one)}" for one, of_one in ranks.items())
+        ways = "; ".join(f"{one} on rank {listed(of_one)}" for one, of_one in ranks.items())
         raise TrainerError(f"{what} is not the same for all processes: {ways}; give all nodes the same files")
 
 
-def _listed(numbers: list[int]) -> str:
+def listed(numbers: list[int]) -> str:
+    """Ranks, for a message."""
     shown = ", ".join(map(str, numbers[:8]))
     return f"{shown} and {len(numbers) - 8} more" if len(numbers) > 8 else shown
 

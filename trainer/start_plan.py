@@ -13,24 +13,36 @@ import data
 from data.buckets import OF_IMAGES, OF_TOKENS, Words
 from model_zoo import ModelError
 from model_zoo.eval_nets.patch_encoder import checked_encoder
+from model_zoo.io.run_layout import run_folder
 from model_zoo.io.sharded_tensors import ShardedTensors, TensorShard, whole_tensor
 from trainer import TrainerError
-from trainer.changes import Change, changes_since, read_changes, settings_of
-from trainer.checkpoint import find_checkpoint, is_saved, load_state
+from trainer.changes import Change, changes_since, contents_of, read_changes, settings_of
+from trainer.checkpoint import find_checkpoint, has_saved, is_saved, load_state
 from trainer.config import GeneratorRun, RunConfig, TokenizerRun
 from trainer.files import os_errors, write_json
 from trainer.init_from import InitRecord, save_init_record
 from trainer.model_state import ModelState
-from trainer.parallel import World, raise_on_all_ranks, run_on_main
+from trainer.parallel import World, raise_on_all_ranks, restarting_job, run_on_main
 from trainer.recipes import load_run_config, save_config
 from trainer.run_folder import RunFolder
 from trainer.telemetry import scanning
 
 
+class Inputs(NamedTuple):
+    """tokens: what ``data.train`` must hold, for a generator that learns from token shards. validation: what
+    ``data.val`` holds: the number of its samples and a hash; None without it. contents: hashes of the files that
+    settings name, see `trainer.changes.contents_of`."""
+
+    tokens: data.TokenSpec | None
+    validation: str | None
+    contents: dict[str, str]
+
+
 class StartPlan(NamedTuple):
     """step: the last step that is done. checkpoint: what to resume from, with its small ``state``; None: start fresh.
     reuses_folder: the run's folder already contains this run. done: there is nothing left to train. notes: lines to
-    print. changes: of settings, by this resume. validation: what ``data.val`` holds, see `Inputs`."""
+    print. changes: of settings, by this resume. inputs: what the run begins with.
+    job: see `_job`."""
 
     step: int
     checkpoint: Path | None
@@ -39,12 +51,14 @@ class StartPlan(NamedTuple):
     done: bool
     notes: list[str]
     changes: Sequence[Change] = ()
-    validation: str | None = None
+    inputs: Inputs = Inputs(None, None, {})
+    job: str | None = None
 
     def record(self, config: RunConfig) -> dict:
-        """What the checkpoints of the run tell of its settings and its validation."""
+        """What the checkpoints of the run tell of its settings, its validation and the files that settings name."""
         changes = [*read_changes(self.state), *self.changes]
-        return {"settings": settings_of(config), "changes": changes, "validation": self.validation}
+        files = {"validation": self.inputs.validation, "contents": self.inputs.contents}
+        return {"settings": settings_of(config), "changes": changes, "job": self.job, **files}
 
 
 class Source(NamedTuple):
@@ -53,14 +67,6 @@ class Source(NamedTuple):
 
     checkpoint: Path | None = None
     restart: bool = False
-
-
-class Inputs(NamedTuple):
-    """tokens: what ``data.train`` must hold, for a generator that learns from token shards. validation: what
-    ``data.val`` holds: the number of its samples and a hash; None without it."""
-
-    tokens: data.TokenSpec | None
-    validation: str | None
 
 
 class BatchPlan(NamedTuple):
@@ -108,7 +114,7 @@ def check_inputs(config: RunConfig, source: Source) -> Inputs:
         # A resumed run checks its training data later: its checkpoint says what the data must be (see TrainStream).
         validation = data.check(config.data, train=source.checkpoint is None, progress=progress, tokens=tokens)
     _class_numbers(config, resumes=source.checkpoint is not None)
-    return Inputs(tokens, validation)
+    return Inputs(tokens, validation, contents_of(config))
 
 
 def _check_encoders(config: TokenizerRun) -> None:
@@ -140,27 +146,40 @@ def token_spec(config: GeneratorRun) -> data.TokenSpec:
     return data.TokenSpec(config.tokenizer.fingerprint, config.model.vocabulary, config.model.all_grids)
 
 
-def plan_start(config: RunConfig, source: Source, world: World, validation: str | None = None) -> StartPlan:
-    """Decides how the run starts; all ranks call together and get the same plan. validation: of `Inputs`. Raises
-    TrainerError."""
-    fresh = StartPlan(0, None, {"data": None}, False, False, [], validation=validation)
+def plan_start(config: RunConfig, source: Source, world: World, inputs: Inputs) -> StartPlan:
+    """Decides how the run starts; all ranks call together and get the same plan. Raises TrainerError."""
+    job = run_on_main(world, lambda: _job(source))
+    fresh = StartPlan(0, None, {"data": None}, False, False, [], inputs=inputs, job=job)
     if source.checkpoint is None:
         return fresh
     # Rank 0 alone looks at the folder: another node's view of a shared disk may be older.
     if source.restart and not run_on_main(world, lambda: _holds_run(config)):
         return fresh
     if run_on_main(world, lambda: not is_saved(source.checkpoint)):
-        changes = run_on_main(world, lambda: _changes({"step": 0}, config, validation))
+        changes = run_on_main(world, lambda: _changes({"step": 0}, config, inputs))
         notes = [f"{config.run} has no checkpoint yet: it starts from step 1"]
         return fresh._replace(reuses_folder=True, notes=[*notes, *map(str, changes)], changes=changes)
-    checkpoint, notes = find_checkpoint(source.checkpoint, world)
+    run = run_folder(source.checkpoint)
+    # The launcher has started this command again: the branch that began at the named checkpoint continues.
+    again = run_on_main(world, lambda: job is not None and has_saved(run, job))
+    checkpoint, notes = find_checkpoint(run if again else source.checkpoint, world)
+    if again and run != source.checkpoint:
+        notes = [f"this job has resumed from {source.checkpoint.name} before: it continues from there", *notes]
     state = run_on_main(world, lambda: _load_state(checkpoint))
     step = state["step"]
-    changes = run_on_main(world, lambda: _changes(state, config, validation))
+    changes = run_on_main(world, lambda: _changes(state, config, inputs))
     done = step >= config.trainer.max_steps
-    if done and not source.restart:
+    if done and not (source.restart or again):
         raise TrainerError(f"{config.run} is at step {step} already; train longer with trainer.max_steps={2 * step}")
-    return StartPlan(step, checkpoint, state, True, done, [*notes, *map(str, changes)], changes, validation)
+    return StartPlan(step, checkpoint, state, True, done, [*notes, *map(str, changes)], changes, inputs, job)
+
+
+def _job(source: Source) -> str | None:
+    """Names torchrun's job and what it was to start from, so that a start can tell the checkpoints that an earlier
+    attempt of the job has saved; None unless torchrun restarts failed processes."""
+    job, start = restarting_job(), source.checkpoint
+    is_named = start is not None and run_folder(start) != start
+    return None if job is None else f"{job} from {start.name if is_named else 'the newest'}"
 
 
 def restore(plan: StartPlan, models: ModelState, world: World) -> None:
@@ -230,14 +249,17 @@ def _holds_run(config: RunConfig) -> bool:
     return False
 
 
-def _changes(state: dict, config: RunConfig, validation: str | None) -> list[Change]:
+def _changes(state: dict, config: RunConfig, inputs: Inputs) -> list[Change]:
     """Compares with the settings in the checkpoint or, if an earlier version wrote it, in the run's folder. Also
-    compares what ``data.val`` holds: curves of other images would otherwise look like the same curve."""
+    compares the content of files: curves of other validation images would otherwise look like the same curve, and
+    another list of keys like the same data."""
     before = state.get("settings") or settings_of(load_run_config(config.run, []))
     changes = changes_since(before, config, state["step"])
-    former = state.get("validation")
-    if former is not None and validation is not None and former != validation:
-        changes.append(Change(state["step"], "the content of data.val", former, validation))
+    now = {**inputs.contents, "the content of data.val": inputs.validation}
+    former = {**state.get("contents", {}), "the content of data.val": state.get("validation")}
+    for name, found in now.items():
+        if found is not None and former.get(name) not in (None, found):
+            changes.append(Change(state["step"], name, former[name], found))
     return changes
 
 

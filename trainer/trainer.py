@@ -89,7 +89,13 @@ class Trainer:
         self.telemetry = open_telemetry(run, self.step, settings.max_steps, world)
         start = [str(self.init_from)] if self.init_from else []
         data_line = self.batches.stream.describe(settings.max_steps - self.step)
-        for line in (*self.plan.notes, *start, describe(config, world, self.task, self.step), data_line):
+        for line in (
+            *self.plan.notes,
+            *self.task.notes(),
+            *start,
+            describe(config, world, self.task, self.step),
+            data_line,
+        ):
             self.telemetry.say(line)
         self.batches.open_logs(run, config.data.audit, self.step)
         self.resources.enter_context(self.telemetry)

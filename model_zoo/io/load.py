@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 import yaml
@@ -213,6 +213,32 @@ def _prefix(kind: str, weights: str) -> str:
     return f"{kind}_ema/" if weights == "ema" else f"{kind}/"
 
 
+class RunSettings(NamedTuple):
+    """Settings of a run, by section. path: where they were read, for messages."""
+
+    recipe: dict
+    path: Path
+
+
+def run_settings(checkpoint: Path) -> RunSettings:
+    """The settings that the checkpoint of a run was trained with; those of the run's config.yaml where an earlier
+    version wrote the checkpoint. (A resume that fails has changed config.yaml already, and a user may have edited it.)
+    Raises what reading YAML raises."""
+    path = checkpoint / STATE
+    settings = (json.loads(path.read_bytes()) if path.exists() else {}).get("settings") or {}
+    if not any(key.startswith("model.") for key in settings):
+        path = run_folder(checkpoint) / "config.yaml"
+        return RunSettings(OmegaConf.to_container(OmegaConf.load(path)), path)
+    recipe: dict = {}
+    for key, value in settings.items():
+        *sections, name = key.split(".")
+        section = recipe
+        for one in sections:
+            section = section.setdefault(one, {})
+        section[name] = value
+    return RunSettings(recipe, path)
+
+
 def _read_run(checkpoint: Path, kind: str, weights: str) -> Weights:
     path, files = run_folder(checkpoint) / "config.yaml", ShardedTensors(checkpoint)
     prefix = _prefix(kind, weights)
@@ -220,8 +246,8 @@ def _read_run(checkpoint: Path, kind: str, weights: str) -> Weights:
     if not files.names(prefix):
         raise _missing(files, kind, weights)
     try:
-        recipe = OmegaConf.to_container(OmegaConf.load(path))
-        config, decay = dict(recipe["model"]), _decay(checkpoint, recipe)
+        recipe, path = run_settings(checkpoint)
+        config, decay = dict(recipe["model"]), (recipe.get("ema") or {}).get("decay")
         trained_c = _trained_classes(files, recipe) if kind == "generator" else None
         tokenizer = (recipe.get("tokenizer") or {}).get("fingerprint")
     except (OmegaConfBaseException, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
@@ -238,12 +264,6 @@ def _read_run(checkpoint: Path, kind: str, weights: str) -> Weights:
         trained_c=trained_c,
         tokenizer=tokenizer,
     )
-
-
-def _decay(checkpoint: Path, recipe: dict) -> float | None:
-    """That of the checkpoint's EMA; config.yaml may already have that of a later resume."""
-    state = json.loads((checkpoint / STATE).read_bytes()) if (checkpoint / STATE).exists() else {}
-    return (state.get("settings") or {}).get("ema.decay", (recipe.get("ema") or {}).get("decay"))
 
 
 def _trained_classes(files: ShardedTensors, recipe: dict) -> Tensor:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from model_zoo.errors import ModelError
 from model_zoo.io.hashing import is_known_sha256, remember_sha256, sha256_of
+from model_zoo.io.run_layout import checkpoint_step
 
 STATE, MANIFEST = "state.json", "manifest.json"
 
@@ -24,13 +25,26 @@ def read_manifest(folder: Path) -> dict[str, dict]:
             raise ValueError("a file that the manifest does not name")
         if STATE not in files or not any(re.fullmatch(r"rank_\d+\.safetensors", name) for name in files):
             raise ValueError("no part of any rank")
-        return files
     except FileNotFoundError as error:
         raise ModelError(
             f"{MANIFEST} is missing (it was never finished, or an older version of ibq wrote it)"
         ) from error
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ModelError(f"{MANIFEST} is damaged") from error
+    _check_step(folder, files)
+    return files
+
+
+def _check_step(folder: Path, files: dict[str, dict]) -> None:
+    """Raises ModelError where the folder of a run's checkpoint is called after another step than that of its state. A
+    damaged state is left to the comparison of hashes."""
+    path = folder / STATE
+    try:
+        saved = json.loads(path.read_bytes())["step"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return
+    if checkpoint_step(folder) not in (None, saved) and not wrong_file(path, files[STATE]):
+        raise ModelError(f"its {STATE} is of step {saved}: the folder was renamed")
 
 
 def entry_of(file: Path) -> dict:

@@ -12,7 +12,7 @@ from comparing import loss_lines
 from faults.outcome import assert_whole, fault_settings, latest, newest_step
 from ranks import INJECT, TORCHRUN
 
-from trainer.parallel import start_world
+from trainer.parallel import restarting_job, start_world
 
 STEPS = 8
 KILL_IN_SAVE = {"kind": "kill_in_save", "rank": 1, "step": 6, "phase": "half of the part"}
@@ -50,6 +50,35 @@ def test_a_restart_before_the_first_checkpoint_starts_afresh(two_ranks, unbroken
     again = two_ranks.train(run, steps, environment=restarts)
     assert again.statuses == [0, 0], again.err
     assert_restarted(killed.err + again.err, run, unbroken, after=0)
+
+
+def test_a_restart_continues_the_branch_of_a_named_checkpoint(ranks, copy_of_unbroken):
+    """torchrun starts the same command again. Another job with this command begins at the named checkpoint."""
+    run, named = copy_of_unbroken, copy_of_unbroken / "checkpoints" / "step_00000002"
+
+    def attempt(job: str, max_steps: int) -> str:
+        environment = {"TORCHELASTIC_MAX_RESTARTS": "2", "TORCHELASTIC_RUN_ID": job}
+        return ranks.resume(2, named, f"trainer.max_steps={max_steps}", environment=environment).succeeded().err
+
+    assert "steps 3 to 4" in attempt("first", 4)
+    again = attempt("first", 6)
+    assert "steps 5 to 6" in again and "this job has resumed from step_00000002 before" in again
+    assert "is at step 6 already: nothing is left to do" in attempt("first", 6)
+    assert "steps 3 to 4" in attempt("second", 4)
+    assert newest_step(run) == 4
+
+
+def test_without_a_name_the_process_of_torchrun_names_its_job(monkeypatch):
+    monkeypatch.delenv("TORCHELASTIC_MAX_RESTARTS", raising=False)
+    assert restarting_job() is None
+    monkeypatch.setenv("TORCHELASTIC_MAX_RESTARTS", "1")
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")  # torchrun's default
+    job = restarting_job()
+    assert job == restarting_job() and f" {os.getppid()} " in job
+    monkeypatch.setattr(os, "getppid", os.getpid)
+    assert restarting_job() != job
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "name")
+    assert restarting_job() == "name"
 
 
 def sum_where_only_rank_1_counts_a_restart() -> float:

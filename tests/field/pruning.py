@@ -9,6 +9,8 @@ from unittest.mock import patch
 
 from safetensors import safe_open
 
+from model_zoo.io.manifest import MANIFEST, STATE, entry_of
+
 
 @contextmanager
 def pruned_while_reading(run: Path, opened: int = 1) -> Iterator[None]:
@@ -23,6 +25,9 @@ def pruned_while_reading(run: Path, opened: int = 1) -> Iterator[None]:
             newest = checkpoints / (checkpoints / "latest").read_text()
             later = checkpoints / "step_00000099"
             shutil.copytree(newest, later)
+            (later / STATE).write_text(json.dumps({**json.loads((later / STATE).read_text()), "step": 99}))
+            files = {**json.loads((later / MANIFEST).read_text())["files"], STATE: entry_of(later / STATE)}
+            (later / MANIFEST).write_text(json.dumps({"files": files}))
             (checkpoints / "latest").write_text(later.name)
             shutil.rmtree(newest)
         return safe_open(path, *arguments, **options)

@@ -152,13 +152,14 @@ def test_training_from_stale_copies_of_a_run(ranks, tmp_path):
         run = tmp_path / f"node{node}" / "run"
         arguments = settings({**data, "trainer.max_steps": 1, "trainer.global_batch_size": 4, "seed": node})
         ranks.start(1, "debug", f"run={run}", *arguments).wait().succeeded()
-    said = refused(ranks, tmp_path, "train", "--resume", "run", "trainer.max_steps=2")
+    resume = "train", "--resume", "run", "trainer.max_steps=2", "seed=0"
+    said = refused(ranks, tmp_path, *resume)
     assert "the checkpoint run/checkpoints/step_00000001 is not the same for all processes: manifest " in said
     start = f"run={tmp_path}/new", "init_from.source=run", *settings({**data, "data.image_size": 16})
     said = refused(ranks, tmp_path, "train", "debug", *start)
     assert "the checkpoint run/checkpoints/step_00000001 is not the same for all processes: manifest " in said
     shutil.rmtree(tmp_path / "node1" / "run" / "checkpoints" / "step_00000001")
-    assert "no manifest on rank 1" in refused(ranks, tmp_path, "train", "--resume", "run", "trainer.max_steps=2")
+    assert "no manifest on rank 1" in refused(ranks, tmp_path, *resume)
 
 
 def extracted(folder: str) -> str:

@@ -4,10 +4,11 @@ run's config.yaml before it failed."""
 import json
 from pathlib import Path
 
+import torch
 from model_checks import tokenizer_of
-from support import generator_of, tokenizer_run, write_generator_run, write_tokenizer_run
+from support import as_float, generator_of, images, tokenizer_run, write_generator_run, write_tokenizer_run
 
-from model_zoo.io.load import find_checkpoint, read_weights
+from model_zoo.io.load import find_checkpoint, load_tokenizer, read_weights
 from trainer.changes import settings_of
 from trainer.config import RunConfig
 from trainer.jobs.sample import _load_models
@@ -39,6 +40,19 @@ def test_of_a_tokenizer(tmp_path):
     assert read_weights(run, "tokenizer").average.decay == 0.9
     (checkpoint / "state.json").unlink()  # of an earlier version
     assert data_config(checkpoint).image_size == 48
+
+
+def test_the_model_is_that_of_the_checkpoint(tmp_path):
+    """An edited config.yaml would give other codes without a word: `normalize` has no weights."""
+    run = write_tokenizer_run(tmp_path / "run", tokenizer_of())
+    images_bchw = as_float(images())
+    index_bhw = load_tokenizer(run).tokenize(images_bchw)
+    config = load_run_config(run, [])
+    checkpoint = failed_resume(run, config, model__normalize=not config.model.normalize)
+    loaded = load_tokenizer(run)
+    assert loaded.config == config.model and torch.equal(loaded.tokenize(images_bchw), index_bhw)
+    (checkpoint / "state.json").unlink()  # of an earlier version
+    assert load_tokenizer(run).config.normalize != config.model.normalize
 
 
 def test_of_a_generator(tmp_path):

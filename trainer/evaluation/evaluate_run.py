@@ -187,7 +187,8 @@ def evaluate_run(
         image_size = conditions.size if image_size is None else image_size
         resize = resize or conditions.resize
         measures = measures or conditions.metrics
-    with job_world(device) as world, ExitStack() as held:
+    options = dict(size=image_size, resize=resize, metrics=measures, weights=weights, image=image)
+    with job_world(device, **options, batch_size=batch_size) as world, ExitStack() as held:
         checkpoint = common_checkpoint(world, source)
         json_path = Path(report_path) if report_path is not None else _default_report(Path(source), checkpoint)
         run_on_main(world, lambda: check_report(report_files(json_path, _grid_paths(json_path).values())))

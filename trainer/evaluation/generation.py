@@ -106,7 +106,8 @@ def evaluate_generation(
     called with the finished number, the total, and what is counted. Raises TrainerError, one line.
     """
     _check_options(metrics, seed, batch_size, device)
-    with job_world(device) as world, ExitStack() as held:
+    options = dict(metrics=metrics, seed=seed, batch_size=batch_size)
+    with job_world(device, **options) as world, ExitStack() as held:
         timer = StageTimer(world.device)
         json_path = Path(report_path) if report_path is not None else _default_report(Path(samples))
         run_on_main(world, lambda: check_report(report_files(json_path)))

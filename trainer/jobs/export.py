@@ -33,7 +33,15 @@ from model_zoo.io.export_format import (
     read_about,
 )
 from model_zoo.io.hashing import fingerprint_of, sha256_of
-from model_zoo.io.load import available_weights, build_model, find_checkpoint, is_standalone, read_newest, read_weights
+from model_zoo.io.load import (
+    available_weights,
+    build_model,
+    find_checkpoint,
+    is_standalone,
+    read_newest,
+    read_weights,
+    run_settings,
+)
 from model_zoo.io.published_ckpt import (
     FIRST_STAGE,
     OTHER_ENTRIES,
@@ -247,7 +255,8 @@ def _export_emu(checkpoint: Path, out: Path, weights: str) -> Exported:
     built = _build(found, model.kind)
     found = found._replace(config=asdict(built.config))
     entries = {"state_dict": emu_state(found)} | ({} if found.step is None else {"global_step": found.step})
-    with _writing(out, RuntimeError), new_folder(out) as folder:  # torch.save raises RuntimeError for an OSError
+    # torch.save raises RuntimeError for an OSError
+    with _sole_writer(out), _writing(out, RuntimeError), new_folder(out) as folder:
         torch.save(entries, folder / CHECKPOINT)
         write_emu_config(folder / CONFIG, found.config)
     if len(model.weights) > 1:
@@ -326,8 +335,9 @@ def _models(checkpoint: Path, weights: str) -> tuple[list[SourceModel], list[str
 
 def _tokenizer_of_run(checkpoint: Path) -> list[SourceModel]:
     """The tokenizer that a generator's run names, if any. Raises ModelError."""
-    recipe = OmegaConf.load(run_folder(checkpoint) / "config.yaml")
-    source, expected = (OmegaConf.select(recipe, f"tokenizer.{key}") for key in ("source", "fingerprint"))
+    # config.yaml may name the place to which the tokenizer was moved, but not another tokenizer.
+    source = OmegaConf.select(OmegaConf.load(run_folder(checkpoint) / "config.yaml"), "tokenizer.source")
+    expected = (run_settings(checkpoint).recipe.get("tokenizer") or {}).get("fingerprint")
     if source is None:
         return []
     path = find_checkpoint(Path(source))

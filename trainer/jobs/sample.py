@@ -87,7 +87,9 @@ def sample(
     images, the total, and images per second. Raises TrainerError or ModelError, one line.
     """
     _check_options(count, batch_size, seed, precision)
-    with job_world(device) as world:
+    images = {"classes": classes, "count": count, "size": size, "seed": seed, "out": None if out is None else str(out)}
+    numerics = {"weights": weights, "batch_size": batch_size, "precision": precision, "compile": compile}
+    with job_world(device, **images, **(sampling or {}), **numerics) as world:
         if compile:
             run_on_all_ranks(lambda: check_compiler(world.device, "--compile"))
         models = load_newest(

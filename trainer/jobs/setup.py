@@ -23,6 +23,7 @@ from trainer.config import RunConfig
 from trainer.files import writing
 from trainer.parallel import World, run_on_main, start_world, stop_world
 from trainer.recipes import leaves, load_run_config
+from trainer.same_settings import check_same_start
 
 TIMEOUT_SECONDS = 7 * 86400.0  # until a process stops waiting for the slowest one
 # What to do where a file that a rank has written is not there at the end.
@@ -44,11 +45,14 @@ def choose_device(name: str) -> torch.device:
 
 
 @contextlib.contextmanager
-def job_world(device: str) -> Iterator[World]:
-    """The process group of a command that any number of processes run together."""
+def job_world(device: str, **options) -> Iterator[World]:
+    """The process group of a command that any number of processes run together. options: of the command; JSON-able,
+    and equal in all processes. Raises TrainerError where they are not."""
     choose_device(device)
     try:
-        yield start_world(device, TIMEOUT_SECONDS)
+        world = start_world(device, TIMEOUT_SECONDS)
+        check_same_start(world, {f"--{name.replace('_', '-')}": value for name, value in options.items()})
+        yield world
     finally:
         stop_world()
 

@@ -101,7 +101,9 @@ def tokenize(
         raise TrainerError(f"--views {views} is unknown: choose one of {', '.join(VIEWS)}")
     sizes = SizeOptions(image_size, pixels, max_aspect, max_enlargement)
     listed_sizes(sizes)  # raises before the tokenizer is loaded
-    with job_world(device) as world:
+    shards = {"samples_per_shard": samples_per_shard, "batch_size": batch_size, "out": str(out)}
+    samples = {"views": views, "weights": weights, "source": source, "image": image}
+    with job_world(device, **samples, **sizes._asdict(), **shards) as world:
         inputs = load_newest(
             world, run, lambda found: open_inputs(found, images, views, sizes, weights, source, classes, image)
         )

@@ -80,6 +80,10 @@ class Task(ABC):
     def describe(self) -> list[str]:
         """The model in a few words each: number of codes, what is sharded, what is frozen."""
 
+    def notes(self) -> list[str]:
+        """Lines to print at the start."""
+        return []
+
     def check_batch(self, batch: data.Batch) -> None:  # noqa: B027 (most tasks accept every batch)
         """Raises TrainerError for a batch that cannot be trained on."""
 

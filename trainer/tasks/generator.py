@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -14,6 +15,7 @@ import data
 from model_zoo import ModelError, load_tokenizer
 from model_zoo.conditions import assumed_trained
 from model_zoo.config import grid_name
+from model_zoo.io.run_layout import checkpoint_step
 from model_zoo.io.weights import TRAINED
 from model_zoo.sampler import Sampler
 from model_zoo.transformer import Transformer, checkpoint_blocks, flops_per_token
@@ -114,7 +116,8 @@ class GeneratorTask(Task):
         if (found := self.tokenizer.fingerprint()) != config.tokenizer.fingerprint:
             raise TrainerError(
                 f"the tokenizer {source} ({found}) did not make these codes ({config.tokenizer.fingerprint} did): give "
-                "the right one with tokenizer.source=RUN"
+                "the right one with tokenizer.source=RUN, or tokenizer.source=RUN/checkpoints/step_NNNNNNNN if RUN was "
+                "trained on since"
             )
         if config.data.content == "images":
             self._check_sizes(data.image_sizes(config.data))
@@ -175,6 +178,16 @@ class GeneratorTask(Task):
         grids = " or ".join(map(grid_name, self.grids))
         spread = f", head over {self.config.vocabulary_parallel}" if self.groups.shard else ""
         return [f"{grids} of {model.vocabulary} codes, {model.classes} classes{spread}"]
+
+    def notes(self) -> list[str]:
+        source = self.config.tokenizer.source
+        if source is None or checkpoint_step(Path(source)) is not None or not (Path(source) / "checkpoints").is_dir():
+            return []
+        return [
+            f"tokenizer.source={source} names no step: if that run is trained on, this one cannot be resumed with it. "
+            f"Name {source}/checkpoints/step_NNNNNNNN, which its trainer.keep_last must keep, or an export "
+            f"(`ibq checkpoint export {source} --out FOLDER`)"
+        ]
 
     def check_batch(self, batch: data.Batch) -> None:
         for info in batch.infos:

@@ -7,7 +7,7 @@ import pytest
 import torch
 from comparing import refusal
 from omegaconf import OmegaConf
-from samples import encoded, picture
+from samples import encoded, picture, write_tars
 
 from data import (
     DataConfig,
@@ -19,7 +19,7 @@ from data import (
     pack,
 )
 from data.folder_reader import open_files
-from data.loader import class_from_folder, class_numbers, validation_options
+from data.loader import class_from_folder, class_numbers, train_batches, validation_options
 from data.sources import open_source
 
 
@@ -163,3 +163,18 @@ next(stream)
 sys.modules["kept"] = stream
 """
     assert launch.python("-c", script) == ([0], [""], [""])
+
+
+@pytest.mark.parametrize("scanned", [True, False])
+def test_ranks_may_have_other_paths_of_tars_whose_samples_are_known(tmp_path, monkeypatch, scanned):
+    """Of others, the addresses are all that tells whether they are the same."""
+    if not scanned:
+        monkeypatch.setattr("data.sources.MOST_SCANNED", 0)
+
+    def seen(root: Path) -> str:
+        config = DataConfig(train=str(root), image_size=16, workers=0)
+        sizes = dict(global_batch_size=1, micro_batch_size=1, rank=0, world_size=1, seed=0)
+        return train_batches(config, **sizes).seen()
+
+    one, other = (write_tars(tmp_path / name, [2, 2]) for name in ("one", "other"))
+    assert seen(one) == seen(one) and (seen(one) == seen(other)) == scanned

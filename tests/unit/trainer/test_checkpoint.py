@@ -12,6 +12,8 @@ import torch
 from comparing import refusal
 from safetensors import SafetensorError
 
+from model_zoo import ModelError
+from model_zoo.io.manifest import check
 from model_zoo.io.run_layout import checkpoint_step
 from model_zoo.io.sharded_tensors import ShardedTensors, TensorShard, whole_tensor
 from trainer import TrainerError, checkpoint
@@ -397,6 +399,33 @@ def test_without_latest_the_newest_is_taken(world, tmp_path):
     save(tmp_path, world, 10, 20)
     (tmp_path / "checkpoints" / "latest").unlink()
     assert find_checkpoint(tmp_path, world) == (folder_of(tmp_path, 20), [])
+
+
+def test_without_latest_the_branch_that_was_written_last_is_taken(world, tmp_path):
+    save(tmp_path, world, 10, 20, 40, keep_last=9)
+    branch_off(tmp_path, world, 10, 20, 30, keep_last=9)
+    pointer = tmp_path / "checkpoints" / "latest"
+    pointer.unlink()
+    note = f"{pointer} names no checkpoint: this is step_00000030, which was written last"
+    assert find_checkpoint(tmp_path, world) == (folder_of(tmp_path, 30), [note])
+    shutil.rmtree(folder_of(tmp_path, 30))
+    note = f"{pointer} names no checkpoint: this is step_00000020, which was written last"
+    assert find_checkpoint(tmp_path, world) == (folder_of(tmp_path, 20), [note])
+
+
+def test_a_renamed_checkpoint_is_no_other_step(world, tmp_path):
+    """Its state would continue from step 10, and the record would name it as what step 20 continues."""
+    save(tmp_path, world, 10)
+    shutil.copytree(folder_of(tmp_path, 10), folder_of(tmp_path, 5000))
+    (tmp_path / "checkpoints" / "latest").write_text("step_00005000")
+    said = "its state.json is of step 10: the folder was renamed"
+    assert find_checkpoint(tmp_path, world) == (folder_of(tmp_path, 10), [f"step_00005000 is passed over: {said}"])
+    with pytest.raises(TrainerError, match=said):
+        find_checkpoint(folder_of(tmp_path, 5000), world)
+    with pytest.raises(ModelError, match=f"{folder_of(tmp_path, 5000)} is damaged: {said}"):
+        check(folder_of(tmp_path, 5000))
+    shutil.copytree(folder_of(tmp_path, 10), tmp_path / "best")
+    check(tmp_path / "best")  # a copy elsewhere may have any name
 
 
 def test_going_on_from_an_earlier_checkpoint_keeps_what_is_written_then(world, tmp_path):

@@ -150,13 +150,27 @@ def test_the_codebook_is_the_embedding_and_is_not_trained(build, tokenizer):
     [
         (["model.vocabulary=25"], "model.vocabulary=25, but the tokenizer any has 24 codes"),
         (["model.embedding=codebook"], "model.code_dim=256, but the codes of"),
-        ([f"tokenizer.fingerprint={'e' * 16}"], f"did not make these codes ({'e' * 16} did)"),
+        (
+            [f"tokenizer.fingerprint={'e' * 16}"],
+            f"did not make these codes ({'e' * 16} did): give the right one with "
+            "tokenizer.source=RUN, or tokenizer.source=RUN/checkpoints/step_NNNNNNNN if RUN was trained on since",
+        ),
         (["data.content=images", "data.image_size=32"], "data.image_size=32 gives a grid of 8x8 codes"),
         (["data.content=images", "data.image_size=18"], "data.image_size=18"),
     ],
 )
 def test_what_does_not_fit_the_tokenizer_is_refused(build, overrides, said):
     assert said in refusal(TrainerError, build, "tokenizer.source=any", *overrides)
+
+
+@pytest.mark.usefixtures("tokenizer")
+def test_a_tokenizer_that_may_be_trained_on_is_named_at_the_start(build, tmp_path):
+    (tmp_path / "run" / "checkpoints" / "step_00000004").mkdir(parents=True)
+    (note,) = build(f"tokenizer.source={tmp_path}/run").notes()
+    assert note.startswith(f"tokenizer.source={tmp_path}/run names no step: ") and "/checkpoints/step_NNNNNNNN" in note
+    for source in ("run/checkpoints/step_00000004", "export", "tokenizer.ckpt"):
+        assert build(f"tokenizer.source={tmp_path}/{source}").notes() == []
+    assert build().notes() == []
 
 
 def batch(values: np.ndarray, labels: list[int | None]) -> Batch:

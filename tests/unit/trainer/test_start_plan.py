@@ -9,6 +9,7 @@ from trainer.config import TokenizerRun, TokenizerTrainerConfig
 from trainer.parallel import World
 from trainer.recipes import save_config
 from trainer.start_plan import (
+    Inputs,
     Source,
     check_inputs,
     plan_batch,
@@ -53,9 +54,9 @@ def test_a_folder_with_another_run_is_refused_before_data_and_models_are_looked_
     said = f"{tmp_path} already holds a run: resume it (`ibq resume {tmp_path}`) or choose another run=FOLDER"
     assert refusal(TrainerError, check_inputs, config, Source()) == said
     restart = Source(tmp_path, restart=True)
-    assert refusal(TrainerError, plan_start, config, restart, world) == said
+    assert refusal(TrainerError, plan_start, config, restart, world, Inputs(None, None, {})) == said
     save_config(config, tmp_path / "config.yaml")
-    assert plan_start(config, restart, world).reuses_folder
+    assert plan_start(config, restart, world, Inputs(None, None, {})).reuses_folder
 
 
 def drawn(seed, step, rank):
