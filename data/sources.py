@@ -166,7 +166,8 @@ def _keys(path: str | None) -> frozenset[str] | None:
 class Source:
     """An open source. counts: samples of each shard, or None if they are unknown before everything is read.
     quarantined: numbers of shards that are left out. numbers: of each shard, the numbers of the samples that belong to
-    the source, ascending; None: all."""
+    the source, ascending; None: all. check_part: raises DataError for the width and height of a picture that does not
+    belong to these numbers."""
 
     name: str
     weight: float
@@ -176,6 +177,7 @@ class Source:
     counts: list[int] | None
     quarantined: frozenset[int] = frozenset()
     numbers: list[np.ndarray] | None = None
+    check_part: Callable[[int, int], None] | None = None
 
     @functools.cached_property
     def samples(self) -> int | None:
@@ -211,6 +213,12 @@ class Source:
         """Raises ImageError if the image is missing or a member is damaged, Filtered if a filter rejects the sample."""
         self._filter(sample)
         return pick(sample, self.layout)
+
+    def check_size(self, width: int, height: int) -> None:
+        """Raises Filtered by the size of the displayed image, in pixels; DataError where `check_part` does."""
+        if self.check_part is not None:
+            self.check_part(width, height)
+        self.filters.check_size(width, height)
 
     def _filter(self, sample: Sample) -> None:
         filters = self.filters
@@ -414,7 +422,7 @@ def open_shards(
     index = _index(config, shared)
     if index is not None:
         for shard in shards:
-            shard.table = index.table(shard.url, shared)
+            shard.table = index.table(shard.url, shared, layout.image)
         unknown = [shard for shard in shards if shard.table is None and not is_among(shard.url, quarantine)]
         if unknown:
             raise DataError(

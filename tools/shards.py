@@ -170,7 +170,8 @@ def check(
         typer.echo(text, err=json_file == STDOUT)  # in colours, on a terminal
     whole = [checked for checked in found if checked.table is not None]
     if write and whole and (skip_broken or len(whole) == len(found)):
-        write_index(place, *zip(*((checked.url, checked.table, checked.sha256) for checked in whole), strict=True))
+        entries = zip(*((checked.url, checked.table, checked.sha256) for checked in whole), strict=True)
+        write_index(place, *entries, layout.image)
         samples = counted(sum(checked.samples for checked in whole), "sample")
         say(f"wrote {place}: {counted(len(whole), 'tar')}, {samples}")
     elif write:
