@@ -200,15 +200,15 @@ def _bucket_of_one(sizes: tuple[Size, ...], height: int, width: int, enlargement
 
 
 def check_bucket(sizes: Sequence[Size], bucket: int, enlargement: float, width: int, height: int) -> None:
-    """Raises DataError for a picture of this width and height that does not belong to that bucket, by `bucket_of`. It was
-    put there by a wrong size, so others are missing from this bucket, or are in it wrongly, without being noticed."""
+    """Raises DataError for a picture of this width and height that does not belong to that bucket, by `bucket_of`. A
+    wrong size put it there, so other pictures may be missing from this bucket, or be in it wrongly, without a trace."""
     number, fits = _bucket_of_one(tuple(sizes), height, width, enlargement)
     if not fits or number != bucket:
         place = f"belongs to bucket {sizes[number]}" if fits else "is too small for any bucket"
         raise DataError(
-            f"its picture has {height} x {width} pixels and {place}, not to {sizes[bucket]}, so it differs from its index "
-            "or was replaced after the start: write the index again with `ibq shards check --write-index` (and --image, if "
-            "the source names its `image`), or start again"
+            f"its picture has {height} x {width} pixels and {place}, but is read in {sizes[bucket]}: it differs from "
+            "its index, or was replaced after the start: write the index again with `ibq shards check --write-index` "
+            "(and --image, if the source names its `image`), or start again"
         )
 
 

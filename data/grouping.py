@@ -14,7 +14,7 @@ from data.samples import ANY_IMAGE, CODES, UNREAD_IMAGES
 # The suffixes that end a key where no source says which it uses. UNREAD_IMAGES: a GIF is a sample that cannot be used,
 # and not a member of the picture before it.
 KNOWN_SUFFIXES = frozenset((*ANY_IMAGE, *UNREAD_IMAGES, CODES, "txt", "cls", "json"))
-METADATA = re.compile(r"__[^/]*__($|/)")  # webdataset's own members
+METADATA = re.compile(r"__[^/]*__$")  # webdataset's own members, but no folders: __background__ is a usual class
 
 T = TypeVar("T")
 

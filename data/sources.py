@@ -190,6 +190,11 @@ class Source:
         files = [shard for shard in self.shards if isinstance(shard, FileShard)]
         return [skipped for shard in files for skipped in shard.skipped_unread(self.name)]
 
+    @property
+    def not_read(self) -> str:
+        """What its folder or zip file holds besides, in a line; empty if there is nothing, and for tars."""
+        return self.shards[0].not_read() if isinstance(self.shards[0], FileShard) else ""
+
     def identity(self) -> dict:
         """What must be unchanged for a position in the source to mean the same sample."""
         names = [shard.name.rsplit("/", 1)[-1] for shard in self.shards]

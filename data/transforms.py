@@ -35,8 +35,9 @@ def decode(
 ) -> Image.Image:
     """Decodes a JPEG, PNG or WebP file's bytes to an upright RGB image.
 
-    The orientation of EXIF or XMP is applied, transparency is composited on white, 16-bit greys are divided by 257, CMYK goes through
-    its profile, an animation gives its first frame. The header is checked against MAX_PIXELS before pixels are loaded.
+    The orientation of EXIF or XMP is applied, transparency is composited on white, 16-bit greys are divided by 257,
+    CMYK goes through its profile, an animation gives its first frame. The header is checked against MAX_PIXELS before
+    pixels are loaded.
     Neither JPEG's nor WebP's pixels have a checksum: of damage within them only a missing end is sure to be noticed.
 
     draft_side: lets a JPEG be decoded at 1/2, 1/4 or 1/8 scale, as long as its shorter side keeps this many pixels.
@@ -105,10 +106,10 @@ TURNS = {
 
 
 def _orientation(image: Image.Image) -> int | None:
-    """The orientation of an image whose pixels are not loaded yet, by its EXIF, a raw profile with EXIF, or else its XMP.
+    """The orientation of an image whose pixels are not loaded yet, by EXIF, a raw profile with EXIF, or else XMP.
 
-    Headers and decoded pictures must agree, so both take it from here. `getexif` of a PNG would decode the pixels first,
-    to look for metadata after them; therefore that of the base class is called, and such metadata have no effect.
+    Headers and decoded pictures must agree, so both take it from here. `getexif` of a PNG would decode the pixels
+    first, to look for metadata after them. Therefore that of the base class is called; such metadata have no effect.
     """
     try:
         return Image.Image.getexif(image).get(ExifTags.Base.Orientation)

@@ -223,7 +223,8 @@ def stats(
         found = count(opened, samples, jobs or cores(), on_progress, decode_images=decode)
     say = functools.partial(echo, err=json_file == STDOUT)
     title = shards_text.title(paths, len(opened.shards), opened.samples, found)
-    for line in [title, *shards_text.summary(found, opened.layout.fields)]:
+    besides = [f"  {opened.not_read}"] if opened.not_read else []
+    for line in [title, *besides, *shards_text.summary(found, opened.layout.fields)]:
         say(line)
     drawn = found.histograms()
     for histogram in drawn:
