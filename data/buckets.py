@@ -9,6 +9,7 @@ Token shards with several grids are read in the same way. A sample belongs to th
 rows and columns then.
 """
 
+import functools
 import math
 import re
 from collections.abc import Callable, Iterable, Sequence
@@ -194,9 +195,29 @@ def bucket_of(sizes: Sequence[Size], sizes_n2: np.ndarray, enlargement: float) -
     return np.where(allowed_nk, kept_nk, 0).argmax(axis=1), fits_n
 
 
+@functools.lru_cache(maxsize=1 << 14)  # many pictures have the same size, and a call takes a tenth of a millisecond
+def _bucket_of_one(sizes: tuple[Size, ...], height: int, width: int, enlargement: float) -> tuple[int, bool]:
+    """`bucket_of` for one picture."""
+    (number,), (fits,) = bucket_of(sizes, np.array([[height, width]]), enlargement)
+    return int(number), bool(fits)
+
+
+def check_bucket(sizes: Sequence[Size], bucket: int, enlargement: float, width: int, height: int) -> None:
+    """Raises DataError for a picture of this width and height that does not belong to that bucket, by `bucket_of`. A
+    wrong size put it there, so other pictures may be missing from this bucket, or be in it wrongly, without a trace."""
+    number, fits = _bucket_of_one(tuple(sizes), height, width, enlargement)
+    if not fits or number != bucket:
+        place = f"belongs to bucket {sizes[number]}" if fits else "is too small for any bucket"
+        raise DataError(
+            f"its picture has {height} x {width} pixels and {place}, but is read in {sizes[bucket]}: it differs from "
+            "its index, or was replaced after the start: write the index again with `ibq shards check --write-index` "
+            "(and --image, if the source names its `image`), or start again"
+        )
+
+
 def bucket_for(sizes: Sequence[Size], image: Image.Image, enlargement: float) -> Size:
     """The bucket of an image, by `bucket_of`. Raises ImageError for an image that is too small for it."""
-    (number,), (fits,) = bucket_of(sizes, np.array([[image.height, image.width]]), enlargement)
+    number, fits = _bucket_of_one(tuple(sizes), image.height, image.width, enlargement)
     if not fits:
         raise ImageError(f"{image.height} x {image.width} pixels are smaller than its size {sizes[number]}")
     return sizes[number]
@@ -217,9 +238,10 @@ def sizes_of_source(
     known = [known_sizes(shard) for shard in source.shards]
     unknown = [n for n, sizes_n2 in enumerate(known) if sizes_n2 is None and n not in source.quarantined]
     if streamed := [source.shards[number] for number in unknown if source.shards[number].is_streamed]:
+        named = "" if source.layout is TOKENS else "".join(f" --image {suffix}" for suffix in source.layout.image)
         raise DataError(
             f"{_need(source)}, and {len(streamed)} of {len(source.shards)} remote shards have none in an index, first "
-            f"{streamed[0].name}: write one with `ibq shards check --write-index`"
+            f"{streamed[0].name}: write one with `ibq shards check --write-index{named}`"
         )
     todo = [(number, sample) for number in unknown for sample in range(len(source.shards[number]))]
     for number in unknown:
@@ -349,7 +371,8 @@ def divide(
             if passing:
                 weight = source.weight / total * passing / passing_k.sum()
                 known = (before or {}).get(buckets[k].name, {}).get(source.name, {}).get("counts")
-                parts[k].append(_part(source, placed, k, weight, known))
+                check = functools.partial(check_bucket, sizes, k, enlargement)
+                parts[k].append(_part(source, placed, k, weight, known, check))
                 share_k[k], pictures_k[k] = share_k[k] + weight, pictures_k[k] + passing
     contents = map(Contents, buckets, parts, pictures_k.tolist(), share_k.tolist())
     return Division(list(contents), too_small, OF_TOKENS if sources[0].layout is TOKENS else OF_IMAGES)
@@ -422,7 +445,14 @@ def _pass_keys(source: Source, number: int, count: int) -> np.ndarray:
     return passes if filters.keys is None else passes & np.isin(keys_n, key_hashes(filters.keys))
 
 
-def _part(source: Source, placed: _Placed, bucket: int, weight: float, counts_before: list[int] | str | None) -> Source:
+def _part(
+    source: Source,
+    placed: _Placed,
+    bucket: int,
+    weight: float,
+    counts_before: list[int] | str | None,
+    check_part: Callable[[int, int], None],
+) -> Source:
     """The samples of a source that belong to a bucket. Those of shards in quarantine are never read, but counted."""
     chosen = (placed.bucket_n == bucket) & (placed.fits_n | placed.unknown_n)
     numbers = [np.flatnonzero(some) for some in np.split(chosen, np.cumsum(placed.counts)[:-1])]
@@ -430,7 +460,7 @@ def _part(source: Source, placed: _Placed, bucket: int, weight: float, counts_be
         for number in source.quarantined:
             if not placed.counts[number]:
                 numbers[number] = np.arange(counts_before[number])
-    return replace(source, weight=weight, counts=list(map(len, numbers)), numbers=numbers)
+    return replace(source, weight=weight, counts=list(map(len, numbers)), numbers=numbers, check_part=check_part)
 
 
 def _named(sizes: list[Size]) -> str:

@@ -23,6 +23,7 @@ FILES_BY_START = {
     b"\xff\x0a": f"it is a JPEG XL image: {OTHER_IMAGE}",
 }
 START_BYTES = 32
+PACKED_TARS = (".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tar.xz", ".txz", ".tar.zst", ".tzst")  # ends of names
 
 
 def kind_of(start: bytes) -> str | None:

@@ -5,29 +5,33 @@ import logging
 import os
 import stat
 import zipfile
-from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path, PurePath, PurePosixPath
 from typing import NamedTuple
 
 from data.errors import DataError, ImageError
-from data.samples import IMAGE_SUFFIXES, UNREAD_IMAGES, Sample, Skipped, Window, WindowLimit
+from data.file_kinds import PACKED_TARS
+from data.samples import ANY_IMAGE, IMAGE_SUFFIXES, UNREAD_IMAGES, Sample, Skipped, Window, WindowLimit
+from data.text import printable
 from data.transforms import MAX_BYTES, ImageHeader, image_header
 
 logger = logging.getLogger(__name__)
 
 BESIDE = ("txt", "cls", "json")  # suffixes of the files beside an image that belong to its sample
 PICTURES = (*IMAGE_SUFFIXES, *UNREAD_IMAGES)
+NAMED_SUFFIXES = 4  # of files that are not read
 
 
 class Listing(NamedTuple):
     """Paths of images, sorted. unread: of pictures in formats that are not read. beside: of files that belong to an
-    image and have a suffix in capitals, by the path with the suffix in lower case."""
+    image and have a suffix in capitals, by the path with the suffix in lower case. others: of what is no picture."""
 
     images: list[PurePath]
     unread: list[PurePath]
     beside: dict[PurePath, PurePath]
+    others: list[PurePath]
 
 
 def list_folder(folder: Path) -> Listing:
@@ -44,20 +48,55 @@ def _files_in(folder: Path) -> list[Path]:
     """All files of a folder relative to it, without hidden ones. Raises as `list_folder`."""
     if not folder.is_dir():
         raise DataError(f"no such folder: {folder}")
-    found, above = [], {}  # above: folder -> the identities of it and of the folders that it is in
-    for parent, folders, names in os.walk(folder, followlinks=True, onerror=_refuse):
+    found = []
+    for path in _walk(folder, _refuse):
+        found.append(path.relative_to(folder))
+        if path.suffix[1:].lower() not in (*PICTURES, *BESIDE):
+            _check_link(path)
+    return found
+
+
+def _walk(folder: Path, on_error: Callable[[OSError], None] | None) -> Iterator[Path]:
+    """All files of a folder and of its sub-folders, without hidden ones; those of a folder before those of its
+    sub-folders. on_error: called with the error of a folder that cannot be read, which is passed over otherwise."""
+    above = {}  # folder -> the identities of it and of the folders that it is in
+    for parent, folders, names in os.walk(folder, followlinks=True, onerror=on_error):
         own = above.pop(parent, frozenset()) | {_identity(parent)}
         inside = {name: os.path.join(parent, name) for name in folders if not is_hidden(Path(name))}
         folders[:] = [name for name, path in inside.items() if _identity(path) not in own]
         above.update({inside[name]: own for name in folders})
-        for name in names:
-            if is_hidden(Path(name)):
-                continue
-            path = Path(parent) / name
-            found.append(path.relative_to(folder))
-            if path.suffix[1:].lower() not in (*PICTURES, *BESIDE):
-                _check_link(path)
-    return found
+        yield from (Path(parent) / name for name in names if not is_hidden(Path(name)))
+
+
+def part_beside_tars(folder: Path) -> PurePath | None:
+    """A file in a folder of tars, relative to it, that holds more samples: an image, a packed tar, a zip file of images
+    or tars, a tar in a sub-folder; None if there is none. Sub-folders that cannot be read, such as lost+found, are
+    passed over."""
+    for path in _walk(folder, None):
+        name = path.name.lower()
+        is_other_tar = name.endswith(".tar") and path.parent != folder
+        if is_other_tar or name.endswith(PACKED_TARS) or name.rpartition(".")[2] in IMAGE_SUFFIXES or _is_set(path):
+            return path.relative_to(folder)
+    return None
+
+
+def _is_set(path: Path) -> bool:
+    """Whether it is a zip file of images or tars; a damaged one is none."""
+    if not is_zip(path):
+        return False
+    try:
+        with open_zip(path) as file:
+            return any(name.lower().rpartition(".")[2] in (*IMAGE_SUFFIXES, "tar") for name in file.namelist())
+    except DataError:
+        return False
+
+
+def _stems(image: PurePath) -> list[str]:
+    """The names of an image without the suffix: also d of d.jpg.jpg, which is its key in a tar. Files beside it have
+    one of them."""
+    stem, short = image.stem, PurePath(image.stem).stem
+    is_doubled = image.name[len(short) + 1 :].lower() in ANY_IMAGE and short != stem
+    return [stem, short] if is_doubled else [stem]
 
 
 def _sample_files(folder: Path, image: PurePath) -> list[PurePath]:
@@ -66,7 +105,7 @@ def _sample_files(folder: Path, image: PurePath) -> list[PurePath]:
         names = map(PurePath, os.listdir(folder))
     except OSError as error:
         _refuse(error)
-    return [image, *(name for name in names if name.stem == image.stem and name.suffix[1:].lower() in BESIDE)]
+    return [image, *(name for name in names if name.stem in _stems(image) and name.suffix[1:].lower() in BESIDE)]
 
 
 def is_hidden(path: PurePath) -> bool:
@@ -92,7 +131,8 @@ def _listing(place: Path, paths: Iterable[PurePath]) -> Listing:
         for path, suffix in zip(ordered, suffixes, strict=True)
         if suffix in BESIDE and path.suffix != f".{suffix}"
     }
-    return Listing(images, unread, beside)
+    others = [path for path, suffix in zip(ordered, suffixes, strict=True) if suffix not in PICTURES]
+    return Listing(images, unread, beside, others)
 
 
 def mixed_kinds(place: Path, image: PurePath, tar: PurePath) -> DataError:
@@ -218,11 +258,12 @@ class FolderFiles:
 
     def beside(self, path: PurePath, suffix: str) -> bytes | None:
         """What the file of the same name with another suffix, in any case, holds. Raises as `read`."""
-        path = path.with_suffix(f".{suffix}")
-        if os.path.lexists(self.path / path):
-            return self.read(path)
-        other_case = self._listing.beside.get(path)
-        return None if other_case is None else self.read(other_case)
+        for name in _stems(path):
+            own = path.with_name(f"{name}.{suffix}")
+            own = own if os.path.lexists(self.path / own) else self._listing.beside.get(own)
+            if own is not None:
+                return self.read(own)
+        return None
 
 
 class ZipFiles:
@@ -279,9 +320,12 @@ class ZipFiles:
         return image_header(self.read(path))
 
     def beside(self, path: PurePosixPath, suffix: str) -> bytes | None:
-        path = path.with_suffix(f".{suffix}")
-        path = path if path in self.members else self._listing.beside.get(path)
-        return None if path is None else self.read(path)
+        for name in _stems(path):
+            own = path.with_name(f"{name}.{suffix}")
+            own = own if own in self.members else self._listing.beside.get(own)
+            if own is not None:
+                return self.read(own)
+        return None
 
 
 def open_files(path: str | Path) -> FolderFiles | ZipFiles:
@@ -351,9 +395,9 @@ class FileShard:
 
     def own_files(self) -> list[PurePath]:
         """The images and the files beside them, sorted."""
-        stems = {image.with_suffix("") for image in self.images}
+        stems = _all_stems(self.images)
         suffixes = (*IMAGE_SUFFIXES, *BESIDE)
-        own = [path for path in self.files.paths() if path.with_suffix("") in stems]
+        own = [path for path in self.files.paths() if _stem_of(path) in stems]
         return sorted((path for path in own if path.suffix[1:].lower() in suffixes), key=PurePath.as_posix)
 
     def states(self) -> list[tuple]:
@@ -363,6 +407,22 @@ class FileShard:
     def skipped_unread(self, dataset: str = "") -> list[Skipped]:
         """The account of `unread`, as of samples that cannot be used."""
         return [Skipped(self.name, self.key(path), why_unread(path), dataset) for path in self.unread]
+
+    def not_read(self) -> str:
+        """How many files are neither pictures nor beside one, by suffix, in a line; empty if there are none."""
+        others = self.files.listing().others
+        stems = _all_stems([*self.images, *self.unread]) if others else set()
+        unused = [path for path in others if path.suffix[1:].lower() not in BESIDE or _stem_of(path) not in stems]
+        if not unused:
+            return ""
+        counts = Counter(path.suffix.lower() or path.name for path in unused).most_common()
+        named = ", ".join(f"{count:,} {suffix}" for suffix, count in counts[:NAMED_SUFFIXES])
+        more = ", …" if len(counts) > NAMED_SUFFIXES else ""
+        files = "1 file belongs" if len(unused) == 1 else f"{len(unused):,} files belong"
+        return printable(
+            f"{files} to no picture and {'is' if len(unused) == 1 else 'are'} not read: {named}{more}; "
+            f"first {unused[0]}"
+        )
 
     def header(self, index: int) -> ImageHeader:
         """Format and size of an image. Raises ImageError."""
@@ -388,6 +448,20 @@ class FileShard:
         return Sample(self.key(path), members)
 
 
+def _all_stems(images: Iterable[PurePath]) -> set[str]:
+    return {f"{_folder_of(image)}{stem}" for image in images for stem in _stems(image)}
+
+
+def _stem_of(path: PurePath) -> str:
+    return f"{_folder_of(path)}{path.stem}"
+
+
+def _folder_of(path: PurePath) -> str:
+    """With a / at its end, as text, which is faster than a path of each of a million files."""
+    folder, slash, _ = path.as_posix().rpartition("/")
+    return folder + slash
+
+
 def why_unread(path: PurePath) -> str:
     """Why a picture in another format is not used, in the words for a tar's."""
     return f"no image among its members: {path.suffix[1:].lower()}"
@@ -399,7 +473,7 @@ def file_shard(path: str, class_from_folder: bool = False, classes: dict[str, in
     Raises DataError if there are no images, or a folder has images and tars.
     """
     files = open_files(path)
-    images, unread, _ = files.listing()
+    images, unread = files.listing()[:2]
     if not images:
         suffixes = ", ".join(IMAGE_SUFFIXES)
         others = f"; it has {len(unread):,} pictures in other formats, first {unread[0]}" if unread else ""

@@ -9,12 +9,13 @@ import re
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple, TypeVar
 
-from data.samples import ANY_IMAGE, CODES, UNREAD_IMAGES
+from data.samples import ANY_IMAGE, CODES, UNREAD_IMAGES, is_content
 
 # The suffixes that end a key where no source says which it uses. UNREAD_IMAGES: a GIF is a sample that cannot be used,
 # and not a member of the picture before it.
 KNOWN_SUFFIXES = frozenset((*ANY_IMAGE, *UNREAD_IMAGES, CODES, "txt", "cls", "json"))
-METADATA = re.compile(r"__[^/]*__($|/)")  # webdataset's own members
+METADATA = re.compile(r"__[^/]*__$")  # webdataset's own members
+METADATA_FOLDER = re.compile(r"__[^/]*__/")  # or a class, such as __background__, if there are pictures in it
 
 T = TypeVar("T")
 
@@ -60,6 +61,16 @@ def grouped(members: Iterable[tuple[str, T]], suffixes: frozenset[str] = KNOWN_S
 
     A member KEY.part.npy, whose suffix is not known, belongs to the sample KEY before or after it.
     """
+    for group in _grouped(members, suffixes):
+        if not METADATA_FOLDER.match(group.key) or any(map(_is_picture, (suffix for suffix, _ in group.members))):
+            yield group
+
+
+def _is_picture(suffix: str) -> bool:
+    return is_content(suffix) or suffix in UNREAD_IMAGES
+
+
+def _grouped(members: Iterable[tuple[str, T]], suffixes: frozenset[str]) -> Iterator[Group]:
     key, own, waiting = None, [], []  # waiting: members without a known suffix, before the sample they may belong to
     for path, value in members:
         name = split_name(path, suffixes)

@@ -2,7 +2,6 @@
 exist: a run may be evaluated where its training data are not."""
 
 import functools
-import glob
 import os
 from collections.abc import Callable, Iterator
 
@@ -10,7 +9,7 @@ from data.addresses import is_remote
 from data.config import DataConfig
 from data.folder_reader import is_folder_of_images, tars_in
 from data.index import without_query
-from data.shards import BUNDLED, LIST_SUFFIX, expand_braces, read_list
+from data.shards import BUNDLED, LIST_SUFFIX, existing_folder, expand_braces, matching, read_list
 from data.source_configs import placed_sources
 from data.tar_reader import PIPE
 
@@ -58,8 +57,9 @@ def _local_places(spec: str, resolve: Callable[[str], str]) -> Iterator[str]:
         else:
             yield _resolved(spec, resolve)
     else:
-        for one in expand_braces(spec):
-            found = glob.glob(one) if glob.has_magic(one) else [one] * os.path.exists(one)
+        there = existing_folder(spec)
+        for one in (there + rest for rest in expand_braces(spec[len(there) :])):
+            found = matching(one)
             for path in found:
                 yield from _local_places(path, resolve)
             if not found:

@@ -13,6 +13,7 @@ An index is one safetensors file, which is memory-mapped. Its tensors, for S sha
     sizes   int32  (N, 2)   height and width of each sample's image as it is displayed, in pixels, or rows and columns
                             of a token sample's codes; 0: unknown. Missing in indexes of before 2026-12, and of tars
                             whose samples hold both.
+    image   uint8  (*,)     suffixes of the images that were measured, joined by commas; missing where any was
 """
 
 import glob
@@ -22,7 +23,7 @@ import json
 import os
 import posixpath
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -37,7 +38,7 @@ INDEX_NAME = "index.safetensors"
 DTYPES = {"U8": np.uint8, "I32": np.int32, "I64": np.int64, "U64": np.uint64}
 MOST_HEADER_BYTES = 1 << 16
 TENSORS = ("names", "root", "bytes", "samples", "sha256", "starts", "stops", "keys")
-OPTIONAL = ("sizes",)
+OPTIONAL = ("sizes", "image")
 
 
 def key_hash(key: str) -> int:
@@ -81,8 +82,16 @@ def without_query(url: str) -> str:
     return re.split(r"[?#]", url, maxsplit=1)[0] if is_remote(url) else os.path.abspath(url)
 
 
-def write_index(path: str | Path, urls: list[str], tables: list[SampleTable], digests: list[str]) -> None:
-    """Write the index of these tars. If the process is killed, an old index stays intact. Raises DataError."""
+def write_index(
+    path: str | Path,
+    urls: list[str],
+    tables: list[SampleTable],
+    digests: list[str],
+    image: Sequence[str] = (),
+) -> None:
+    """Write the index of these tars. image: the suffixes of images, if they were named.
+
+    If the process is killed, an old index stays intact. Raises DataError."""
     path = Path(os.path.realpath(path)) if os.path.islink(path) else Path(path)
     root = common_root(urls)
     names = [without_query(url).removeprefix(root) for url in urls]
@@ -107,6 +116,8 @@ def write_index(path: str | Path, urls: list[str], tables: list[SampleTable], di
     }
     if all(table.sizes_n2 is not None for table in tables):
         tensors["sizes"] = joined("sizes_n2", np.int32).reshape(-1, 2)
+    if image:
+        tensors["image"] = text(",".join(image))
     try:
         remove_dead(path.parent, glob.escape(path.name))
         with complete_file(path) as unfinished:
@@ -138,7 +149,7 @@ class Index:
         of_shards = {len(self.names), *(len(self.tensors[name]) for name in ("bytes", "samples", "sha256"))}
         of_samples = {
             int(self.first[-1]),
-            *(len(self.tensors[name]) for name in ("starts", "stops", "keys", *OPTIONAL) if name in self.tensors),
+            *(len(self.tensors[name]) for name in ("starts", "stops", "keys", "sizes") if name in self.tensors),
         }
         if len(of_shards) > 1 or len(of_samples) > 1 or self.tensors["samples"].min() < 0:
             raise DataError(f"the index {path} is damaged: write it again with `ibq shards check --write-index`")
@@ -146,14 +157,18 @@ class Index:
     def __len__(self):
         return len(self.names)
 
-    def table(self, url: str, root: str) -> SampleTable | None:
-        """A tar's table, or None if the tar is not in the index. root: the common root of all tars in use."""
+    def table(self, url: str, root: str, image: Sequence[str] = ()) -> SampleTable | None:
+        """A tar's table, or None if the tar is not in the index. root: the common root of all tars in use. image: the
+        suffixes of the reader's images, if it names any: sizes of images with another suffix are left out."""
         number = self.find(url, root)
         if number is None:
             return None
         samples = slice(self.first[number], self.first[number + 1])
         starts_n, stops_n, keys_n = (self.tensors[name][samples] for name in ("starts", "stops", "keys"))
-        sizes_n2 = self.tensors["sizes"][samples] if "sizes" in self.tensors else None
+        measured = bytes(self.tensors["image"]).decode().split(",") if "image" in self.tensors else image
+        # The first suffix is that of nearly all images; training notices another size of the rest (`check_bucket`).
+        is_same = not image or image[0] == measured[0]
+        sizes_n2 = self.tensors["sizes"][samples] if "sizes" in self.tensors and is_same else None
         return SampleTable(int(self.tensors["bytes"][number]), starts_n, stops_n, keys_n, sizes_n2)
 
     def sha256(self, url: str, root: str) -> str | None:

@@ -275,6 +275,7 @@ class TrainStream:
             passes = f" = {images * share / source.samples:.3g} epochs" if source.samples else ""
             of_all = f", {share:.1%} of all" if len(self.sources) > 1 else ""
             lines.append(f"reads {describe(source)}: {round(images * share):,} images{passes}{of_all}")
+        lines += [f"{source.name}: {besides}" for source in self.sources if (besides := source.not_read)]
         assignment = self.parts[0].assignment
         order = (
             ""

@@ -221,7 +221,7 @@ class LaneReader:
                 key = sample.key
                 picked: Picked = source.pick(sample)
                 rng = random.Random(seed_of(self.seed, "augment", source.name, *position))
-                self.transform(picked.content, rng, source.filters.check_size, value)
+                self.transform(picked.content, rng, source.check_size, value)
                 self.delivered[lane] += 1
                 return SampleInfo(source.name, key, shard, position, picked.caption, picked.label)
             except DataError as error:

@@ -18,7 +18,7 @@ import braceexpand
 from data.addresses import is_remote, redacted, scheme_of
 from data.cache import cache_folder
 from data.errors import DataError
-from data.folder_reader import is_hidden, list_folder, mixed_kinds, tars_in
+from data.folder_reader import list_folder, mixed_kinds, part_beside_tars, tars_in
 from data.index import INDEX_NAME
 from data.locks import WriterLock
 from data.prep.pack import pack
@@ -50,9 +50,10 @@ PHOTOGRAPH_QUALITY = 95  # JPEG decodes about three times as fast as PNG here
 def expand(spec: str | Iterable[str], *, allow_pipes: bool = False, timeouts: Timeouts = DEFAULT_TIMEOUTS) -> list[str]:
     """The tars that `spec` names, as paths or URLs.
 
-    spec: a folder (its *.tar, sorted), one tar, a brace pattern, a glob, an http(s), s3 or gs URL with or without
-        braces, a folder in s3 or gs, a .txt file that lists one of these in each line, `bundled:train` or `bundled:val`
-        (the photographs in scikit-image's wheel), or a list of these.
+    spec: a folder (its *.tar, sorted), one tar, a brace pattern, a glob (** for sub-folders at any depth), an http(s),
+        s3 or gs URL with or without braces, a folder in s3 or gs, a .txt file that lists one of these in each line,
+        `bundled:train` or `bundled:val` (the photographs in scikit-image's wheel), or a list of these. A folder that
+        exists as it is written is that one, whatever characters its name holds.
     allow_pipes: also accept `pipe:COMMAND`, which runs a shell. timeouts: of listing a folder in s3 or gs.
     Raises DataError that names all parts without tars.
     """
@@ -160,13 +161,30 @@ def _local_tars(spec: str, allow_pipes: bool, timeouts: Timeouts, missing: list[
         return _expand(read_list(spec), allow_pipes, timeouts, missing)
     if os.path.exists(spec):
         return [spec]
-    expanded = expand_braces(spec)
-    found = {one: sorted(glob.glob(one)) if glob.has_magic(one) else [one] * os.path.exists(one) for one in expanded}
-    for folder in {os.path.dirname(path) for one in expanded if glob.has_magic(one) for path in found[one]}:
+    # What exists as it is written means itself: s[1]/*.tar is not s1/*.tar where there is a folder s[1].
+    there = existing_folder(spec)
+    found = {one: matching(one) for one in (there + rest for rest in expand_braces(spec[len(there) :]))}
+    expanded = list(found)
+    for folder in {os.path.dirname(path) for one in expanded if found[one] != [one] for path in found[one]}:
         _check_finished(folder)
     if absent := [one for one in expanded if not found[one]]:
         missing.append(_Missing(spec, [one for one in expanded if found[one]], absent))
     return [path for paths in found.values() for one in paths for path in _expand(one, False, timeouts, missing)]
+
+
+def existing_folder(spec: str) -> str:
+    """The part of a pattern that is a folder as it is written, with a / at its end."""
+    ends = [at for at, letter in enumerate(spec, start=1) if letter == "/"]
+    return next((spec[:end] for end in reversed(ends) if os.path.isdir(spec[:end])), "")
+
+
+def matching(path: str) -> list[str]:
+    """The paths that a pattern without braces stands for, sorted. ** stands for any number of folders."""
+    if os.path.exists(path):
+        return [path]
+    folder = existing_folder(path)
+    rest = path[len(folder) :]
+    return sorted(glob.glob(glob.escape(folder) + rest, recursive=True)) if glob.has_magic(rest) else []
 
 
 def _tars_of_folder(folder: str) -> list[str]:
@@ -180,16 +198,18 @@ def _tars_of_folder(folder: str) -> list[str]:
                 f"or pack it with `ibq shards pack {folder} --out TARS`"
             )
         raise DataError(f"no *.tar in the folder {folder}: pack images with `ibq shards pack FOLDER --out {folder}`")
-    with os.scandir(folder) as entries:
-        seen = sorted((entry.name, entry.is_dir()) for entry in entries if not is_hidden(PurePath(entry.name)))
-    if image := next((name for name, is_folder in seen if not is_folder and is_image(name)), None):
-        raise mixed_kinds(Path(folder), PurePath(image), PurePath(os.path.basename(paths[0])))
-    if inner := next((name for name, is_folder in seen if is_folder and _holds_tars(Path(folder) / name)), None):
+    if (other := part_beside_tars(Path(folder))) is None:
+        return paths
+    if other.suffix.lower() == ".tar":
         raise DataError(
-            f"{folder} holds tars, and so does its sub-folder {inner}: name '{folder}/*.tar', or all as "
-            f"'{folder}/{{,*/}}*.tar'"
+            f"{folder} holds tars, and so does its sub-folder {other.parent}: name '{folder}/*.tar', or all as "
+            f"'{folder}/**/*.tar'"
         )
-    return paths
+    if is_image(other.name):
+        raise mixed_kinds(Path(folder), other, PurePath(os.path.basename(paths[0])))
+    raise DataError(
+        f"{folder} holds tars and {other}, which would not be read: unpack it, or name the tars as '{folder}/*.tar'"
+    )
 
 
 def _check_finished(folder: str) -> None:
@@ -218,14 +238,6 @@ def is_finished(folder: str | Path, record: dict) -> bool:
     """Whether `ibq tokenize` finished a folder with this record. Earlier versions recorded the settings alone; their
     last step was the index."""
     return record.get("finished", os.path.exists(os.path.join(folder, INDEX_NAME)))
-
-
-def _holds_tars(folder: Path) -> bool:
-    """False where that cannot be seen, as in lost+found: nothing there can be read."""
-    try:
-        return bool(tars_in(folder))
-    except DataError:
-        return False
 
 
 def read_list(path: str) -> list[str]:

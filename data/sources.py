@@ -155,7 +155,8 @@ def open_filters(config: FilterConfig, layout: Layout, name: str) -> Filters:
 class Source:
     """An open source. counts: samples of each shard, or None if they are unknown before everything is read.
     quarantined: numbers of shards that are left out. numbers: of each shard, the numbers of the samples that belong to
-    the source, ascending; None: all."""
+    the source, ascending; None: all. check_part: raises DataError for the width and height of a picture that does not
+    belong to these numbers."""
 
     name: str
     weight: float
@@ -165,6 +166,7 @@ class Source:
     counts: list[int] | None
     quarantined: frozenset[int] = frozenset()
     numbers: list[np.ndarray] | None = None
+    check_part: Callable[[int, int], None] | None = None
 
     @functools.cached_property
     def samples(self) -> int | None:
@@ -176,6 +178,11 @@ class Source:
         """Pictures of folders and zip files in formats that are not read."""
         files = [shard for shard in self.shards if isinstance(shard, FileShard)]
         return [skipped for shard in files for skipped in shard.skipped_unread(self.name)]
+
+    @property
+    def not_read(self) -> str:
+        """What its folder or zip file holds besides, in a line; empty if there is nothing, and for tars."""
+        return self.shards[0].not_read() if isinstance(self.shards[0], FileShard) else ""
 
     def identity(self) -> dict:
         """What must be unchanged for a position in the source to mean the same sample."""
@@ -204,6 +211,12 @@ class Source:
         """Raises ImageError if the image is missing or a member is damaged, Filtered if a filter rejects the sample."""
         self._filter(sample)
         return pick(sample, self.layout)
+
+    def check_size(self, width: int, height: int) -> None:
+        """Raises Filtered by the size of the displayed image, in pixels; DataError where `check_part` does."""
+        if self.check_part is not None:
+            self.check_part(width, height)
+        self.filters.check_size(width, height)
 
     def _filter(self, sample: Sample) -> None:
         filters = self.filters
@@ -373,7 +386,7 @@ def open_shards(
     index = _index(config, shared)
     if index is not None:
         for shard in shards:
-            shard.table = index.table(shard.url, shared)
+            shard.table = index.table(shard.url, shared, layout.image)
         unknown = [shard for shard in shards if shard.table is None and not is_among(shard.url, quarantine)]
         if unknown:
             raise DataError(

@@ -5,6 +5,7 @@ as `redacted` writes them.
 """
 
 import contextlib
+import functools
 import hashlib
 import itertools
 import logging
@@ -15,6 +16,7 @@ from typing import NamedTuple, TypeVar
 
 from data.addresses import is_http, is_remote, redacted, scheme_of
 from data.errors import DataError, NoTarsError, ReplacedError
+from data.file_kinds import PACKED_TARS
 from data.object_store import Answer, TransientError, Version, client, request_listing, request_range
 from data.text import printable
 
@@ -100,11 +102,20 @@ def list_tars(url: str, timeouts: Timeouts = DEFAULT_TIMEOUTS) -> list[str]:
             "(…/train-{000000..000009}.tar) or a file that lists the tars"
         )
     entries = retry(url, timeouts, lambda seconds_left: request_listing(url, seconds_left()))
-    names = (entry["name"] for entry in entries if entry["type"] == "file")
+    names = [entry["name"] for entry in entries if entry["type"] == "file"]
     tars = sorted(f"{scheme}://{name}" for name in names if name.endswith(".tar"))
     if not tars:
         raise NoTarsError(f"no *.tar in the folder {name}: check its path")
+    if packed := sorted(one for one in names if one.lower().endswith(PACKED_TARS)):
+        _warn_of_packed(name, len(packed), packed[0].rpartition("/")[2])
     return tars
+
+
+@functools.cache
+def _warn_of_packed(folder: str, count: int, first: str) -> None:
+    """Once, however often it is listed. No error, because a bucket knows no pattern that leaves them out."""
+    what = f"{count:,} packed tar{'s' * (count != 1)}, not read, first {first}"
+    logger.warning(printable(f"{folder} also holds {what}: unpack what is to be read"))
 
 
 def bytes_read() -> int:

@@ -234,6 +234,18 @@ class ForwardFile(io.RawIOBase):
         super().close()
 
 
+class PlainTarInfo(tarfile.TarInfo):
+    """A header of GNU's format has times where others have a prefix of the name; tarfile takes those for one, too."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes, encoding: str, errors: str) -> tarfile.TarInfo:
+        member = super().frombuf(buf, encoding, errors)
+        if buf[257:265] == tarfile.GNU_MAGIC and buf[345:346] != b"\0" and member.type not in tarfile.GNU_TYPES:
+            prefix = tarfile.nts(buf[345:500], encoding, errors)
+            member.name = member.name.removeprefix(f"{prefix}/")
+        return member
+
+
 # ------------------------------------------------------------------------------------------------------- one sample
 
 
@@ -321,7 +333,7 @@ def read_plain_members(content: bytes | memoryview) -> list[tuple[str, bytes]] |
 def read_members(content: bytes | memoryview) -> Iterator[tuple[str, bytes | ImageError]]:
     """The members of a sample as (name, bytes). A member that has no content, such as a link, gives an ImageError with
     the reason instead of bytes. Raises TarError for a damaged header, where webdataset silently stops."""
-    with tarfile.open(fileobj=io.BytesIO(content), mode="r:") as tar:
+    with tarfile.open(fileobj=io.BytesIO(content), mode="r:", tarinfo=PlainTarInfo) as tar:
         for member in _entries(tar):
             if member.isreg():
                 yield member.name, tar.extractfile(member).read()
@@ -381,7 +393,7 @@ def sample_spans(file, name: str, suffixes: frozenset[str] = KNOWN_SUFFIXES) -> 
     """
     found = False
     try:
-        with tarfile.open(fileobj=file, mode="r:") as tar:
+        with tarfile.open(fileobj=file, mode="r:", tarinfo=PlainTarInfo) as tar:
             members = ((member.name, (member.offset, tar.offset)) for member in _entries(tar) if _is_member(member))
             for key, parts in grouped(members, suffixes):
                 found = True

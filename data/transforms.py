@@ -35,13 +35,15 @@ def decode(
 ) -> Image.Image:
     """Decodes a JPEG, PNG or WebP file's bytes to an upright RGB image.
 
-    EXIF orientation is applied, transparency is composited on white, 16-bit greys are divided by 257, CMYK goes through
-    its profile, an animation gives its first frame. The header is checked against MAX_PIXELS before pixels are loaded.
+    The orientation of EXIF or XMP is applied, transparency is composited on white, 16-bit greys are divided by 257,
+    CMYK goes through its profile, an animation gives its first frame. The header is checked against MAX_PIXELS before
+    pixels are loaded.
     Neither JPEG's nor WebP's pixels have a checksum: of damage within them only a missing end is sure to be noticed.
 
     draft_side: lets a JPEG be decoded at 1/2, 1/4 or 1/8 scale, as long as its shorter side keeps this many pixels.
-    check_size: called with the stored width and height before pixels are loaded; may raise Filtered.
-    Raises ImageError, Filtered.
+    check_size: called with the width and height of `image_header` before pixels are loaded; may raise Filtered or
+        DataError.
+    Raises ImageError, and what check_size raises.
     """
     if not content:
         raise ImageError("empty (0 bytes)")
@@ -51,15 +53,16 @@ def decode(
         image = Image.open(io.BytesIO(content), formats=FORMATS)
         if image.width * image.height > MAX_PIXELS:
             raise ImageError(f"{image.width} x {image.height} pixels are more than {MAX_PIXELS:,}")
-        check_size(*image.size)
+        orientation = _orientation(image)
+        check_size(*_displayed(image.size, orientation))
         if image.format == "PNG":
             _load_png(image, content)
         _check_scans(image, content)
         if draft_side is not None:
             reduction = min(image.size) / draft_side
             image.draft(None, (math.ceil(image.width / reduction), math.ceil(image.height / reduction)))
-        return _to_rgb(_upright(image))
-    except (ImageError, Filtered, MemoryError):
+        return _to_rgb(image.transpose(TURNS[orientation]) if orientation in TURNS else image)
+    except (DataError, ImageError, Filtered, MemoryError):
         raise
     except UnidentifiedImageError as error:
         raise ImageError("no JPEG, PNG or WebP image") from error
@@ -80,10 +83,7 @@ def image_header(content: bytes | BinaryIO) -> ImageHeader:
     try:
         file = io.BytesIO(content) if isinstance(content, bytes) else content
         image = Image.open(file, formats=FORMATS)
-        width, height = image.size
-        # If a PNG has no EXIF before its pixels, getexif() would decode it to look for EXIF after them.
-        if "exif" in image.info and image.getexif().get(ExifTags.Base.Orientation) in TURNED:
-            width, height = height, width
+        width, height = _displayed(image.size, _orientation(image))
     except UnidentifiedImageError as error:
         raise ImageError("no JPEG, PNG or WebP image") from error
     except Exception as error:  # as in `decode`
@@ -105,13 +105,21 @@ TURNS = {
 }
 
 
-def _upright(image: Image.Image) -> Image.Image:
-    """As EXIF turns it. Unlike ImageOps.exif_transpose it copies nothing and writes no EXIF."""
+def _orientation(image: Image.Image) -> int | None:
+    """The orientation of an image whose pixels are not loaded yet, by EXIF, a raw profile with EXIF, or else XMP.
+
+    Headers and decoded pictures must agree, so both take it from here. `getexif` of a PNG would decode the pixels
+    first, to look for metadata after them. Therefore that of the base class is called; such metadata have no effect.
+    """
     try:
-        orientation = image.getexif().get(ExifTags.Base.Orientation)
-    except (SyntaxError, struct.error):  # no EXIF in there; then it tells no orientation
-        orientation = None
-    return image.transpose(TURNS[orientation]) if orientation in TURNS else image
+        return Image.Image.getexif(image).get(ExifTags.Base.Orientation)
+    except (SyntaxError, ValueError, struct.error):  # no EXIF in there; then it tells no orientation
+        return None
+
+
+def _displayed(size: tuple[int, int], orientation: int | None) -> tuple[int, int]:
+    """Width and height of the upright image."""
+    return size[::-1] if orientation in TURNED else size
 
 
 def _check_scans(image: Image.Image, content: bytes) -> None:
@@ -372,9 +380,9 @@ CROPS = ("random_resized", "random", "center")
 class TrainingTransform:
     """Image bytes -> uint8 pixels (3, height, width); crop and flip are drawn from the given generator only.
 
-    size: of the images; default: a square of `image_size`. enlargement: the most that an image may be enlarged; smaller
-    ones are Filtered. JPEGs are decoded at reduced scale where even the smallest
-    crop keeps twice the target's resolution. Raises DataError for settings that make no image.
+    size: of the images; default: a square of `image_size`. enlargement: random parts that would be enlarged by more are
+    not taken. JPEGs are decoded at reduced scale where even the smallest crop keeps twice the target's resolution.
+    Raises DataError for settings that make no image.
     """
 
     config: DataConfig
@@ -411,13 +419,11 @@ class TrainingTransform:
     ) -> np.ndarray:
         """uint8 (3, height, width), in `out` where it is given. check_size: as of `decode`.
 
-        Raises ImageError, Filtered; `out` may hold anything then."""
+        Raises ImageError, Filtered, and what check_size raises; `out` may hold anything then."""
         config, size, resize = self.config, self.size, resize_named(self.config.resize)
         # The smallest crop's sides, as a part of the image's: its area at the most extreme aspect ratio.
         smallest = math.sqrt(config.crop_scale[0] * 3 / 4) if config.crop == "random_resized" else 1
         image = decode(content, draft_side=math.ceil(2 * max(size) / smallest), check_size=check_size)
-        if max(size.height / image.height, size.width / image.width) > self.enlargement:
-            raise Filtered("max_enlargement")
         if config.crop == "random_resized":
             image = random_resized_crop(image, size, resize, rng, config.crop_scale, self.enlargement)
         elif config.crop == "random":

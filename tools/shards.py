@@ -170,7 +170,8 @@ def check(
         typer.echo(text, err=json_file == STDOUT)  # in colours, on a terminal
     whole = [checked for checked in found if checked.table is not None]
     if write and whole and (skip_broken or len(whole) == len(found)):
-        write_index(place, *zip(*((checked.url, checked.table, checked.sha256) for checked in whole), strict=True))
+        entries = zip(*((checked.url, checked.table, checked.sha256) for checked in whole), strict=True)
+        write_index(place, *entries, layout.image)
         samples = counted(sum(checked.samples for checked in whole), "sample")
         say(f"wrote {place}: {counted(len(whole), 'tar')}, {samples}")
     elif write:
@@ -222,7 +223,8 @@ def stats(
         found = count(opened, samples, jobs or cores(), on_progress, decode_images=decode)
     say = functools.partial(echo, err=json_file == STDOUT)
     title = shards_text.title(paths, len(opened.shards), opened.samples, found)
-    for line in [title, *shards_text.summary(found, opened.layout.fields)]:
+    besides = [f"  {opened.not_read}"] if opened.not_read else []
+    for line in [title, *besides, *shards_text.summary(found, opened.layout.fields)]:
         say(line)
     drawn = found.histograms()
     for histogram in drawn:

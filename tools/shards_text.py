@@ -48,6 +48,7 @@ def problems(found: list["Checked"]) -> Iterator[str]:
     totals.append(counted(sum(checked.samples for checked in found), "sample"))
     totals += [_bytes(sum(sizes)) + ("" if are_tars else " in tars")] if sizes else []
     yield f"{', '.join(totals)}: {counts}"
+    yield from (f"{name}: {checked.not_read}" for checked, name in zip(found, names, strict=True) if checked.not_read)
     if dotted := sum(checked.dotted for checked in found):
         yield (
             f"{dotted:,} {'key has' if dotted == 1 else 'keys have'} a dot: each is a separate sample here; webdataset "

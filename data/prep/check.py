@@ -23,7 +23,7 @@ from data.folder_reader import file_shard, is_files
 from data.index import Index, SampleTable, common_root, key_hash
 from data.parallel import cores, in_processes, in_threads
 from data.samples import CODES, Sample, image_suffixes, is_content
-from data.sources import IMAGES, TOKENS, Layout, pick
+from data.sources import IMAGES, TOKENS, Layout, metadata_of, pick
 from data.storage import DEFAULT_TIMEOUTS, Timeouts
 from data.tar_reader import MOST_MEMBER_BYTES, RANGE_BYTES, ForwardFile, parse_sample, sample_spans
 from data.tokens import grid_of_codes, unpack_codes
@@ -56,7 +56,7 @@ class Checked:
 
     samples: complete samples before the first damage. table: where they lie; None if the shard is broken. keys: the
     keys of all samples, each followed by NUL, compressed. counts: problems by kind. problems: the first of each kind.
-    dotted: samples with a dot in their key.
+    dotted: samples with a dot in their key. not_read: files that belong to no picture, in a line.
     """
 
     url: str
@@ -68,6 +68,7 @@ class Checked:
     counts: Counter[str] = field(default_factory=Counter)
     problems: list[Problem] = field(default_factory=list)
     dotted: int = 0
+    not_read: str = ""
 
     @property
     def name(self) -> str:
@@ -228,7 +229,7 @@ def _check_files(path: str, decode_images: bool, layout: Layout) -> Checked:
 
     try:
         shard = file_shard(path, layout.label == "folder")
-        checked.samples = len(shard)
+        checked.samples, checked.not_read = len(shard), shard.not_read()
         for number, error in enumerate(in_threads(check_one, range(len(shard)), cores())):
             if error is not None:
                 checked.add(error.kind, f"{error.key}: {error}", number, error.key)
@@ -240,13 +241,15 @@ def _check_files(path: str, decode_images: bool, layout: Layout) -> Checked:
 
 
 def _check_sample(sample: Sample, decode_images: bool, layout: Layout) -> None:
-    """Raises ImageError, as `ibq tokenize` does, for a sample that it would skip; pixels are looked at on request."""
+    """Raises ImageError, as `ibq tokenize` does, for a sample that it would skip, and for a json that only some sources
+    read; pixels are looked at on request."""
     if CODES in sample.members:
         unpack_codes(pick(sample, TOKENS).whole().content)
         return
     picked = pick(sample, layout).whole()
     if decode_images:
         decode(picked.content)
+    metadata_of(sample)
 
 
 def _size_of(sample: Sample, layout: Layout) -> tuple[int, int]:

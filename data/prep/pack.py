@@ -84,7 +84,7 @@ def pack(
         raise DataError("classes number the folders of the layout imagenet: add --layout imagenet, or leave them out")
     _check_pack_options(prefix, max_samples_per_shard, max_bytes_per_shard, shorter_side, quality)
     files = open_files(source)
-    paths, unread, _ = files.listing()
+    paths, unread = files.listing()[:2]
     if not paths:
         raise DataError(f"no {', '.join(IMAGE_SUFFIXES)} under {source}: name a folder or zip file that holds images")
     _check_new(out)

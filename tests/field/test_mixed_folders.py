@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from comparing import refusal
 from field.mixed_folders import write_capitals, write_class_zip, write_coco, write_images_and_tars
-from samples import encoded, index_of, members, picture, write_tar, write_tars
+from samples import Steps, encoded, index_of, members, picture, write_tar, write_tars
 
 import data
 from data import DataError
@@ -74,6 +74,77 @@ def test_tars_in_sub_folders_of_a_folder_of_tars_are_refused_and_the_advice_read
     assert "so does its sub-folder more" in said
     advised = said.split("'")[1::2]
     assert [len(expand(pattern)) for pattern in advised] == [1, 2]
+
+
+@pytest.mark.parametrize(
+    ("name", "said"),
+    [
+        ("more/deep/1.tar", "so does its sub-folder more/deep: name '{folder}/*.tar', or all as '{folder}/**/*.tar'"),
+        ("more/deep/1.JPG", "holds images and tars: to use the tars, name them as {folder}/*.tar"),
+        (
+            "1.tar.gz",
+            "holds tars and 1.tar.gz, which would not be read: unpack it, or name the tars as '{folder}/*.tar'",
+        ),
+        ("1.tgz", "holds tars and 1.tgz,"),
+        ("more/1.tar.zst", "holds tars and more/1.tar.zst,"),
+        ("1.zip", "holds tars and 1.zip,"),
+    ],
+)
+def test_no_part_of_a_folder_of_tars_is_left_out(tmp_path, name, said):
+    folder = write_tars(tmp_path / "set", [2, 2])
+    path = folder / name
+    path.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy(write_class_zip(tmp_path / "a.zip") if name.endswith("zip") else folder / "00000.tar", path)
+    assert said.format(folder=folder) in refusal(DataError, expand, str(folder))
+    assert len(expand(f"{folder}/*.tar")) == 2
+
+
+def test_what_usually_lies_beside_tars_is_not_refused(tmp_path):
+    folder = write_tars(tmp_path / "set", [2, 2])
+    (folder / "_tmp/.cache").mkdir(parents=True)
+    names = [
+        "README.md",
+        "00000.parquet",
+        "00000_stats.json",
+        "index.safetensors.old",
+        "_tmp/0.csv",
+        "_tmp/.cache/0.jpg",
+    ]
+    for name in (*names, "broken.zip"):
+        (folder / name).write_text("text")
+    with zipfile.ZipFile(folder / "annotations.zip", "w") as file:
+        file.writestr("captions.json", "[]")
+    (folder / "_tmp/again").symlink_to(folder / "_tmp")
+    assert len(expand(str(folder))) == 2
+
+
+@pytest.mark.parametrize("as_zip", [False, True], ids=["folder", "zip"])
+def test_files_that_belong_to_no_picture_are_counted(tmp_path, as_zip, ibq):
+    root = tmp_path / "photos"
+    root.mkdir()
+    for name in ("a.jpg", "d.jpg.jpg", "g.gif"):
+        (root / name).write_bytes(encoded(picture(0)))
+    for name in ("a.txt", "d.txt", "d.CLS", "g.txt", "a.jpg.txt", "b.txt", "c.cls", "more.zip", "a.jpg~", "README"):
+        (root / name).write_text("7" if name.lower().endswith("cls") else name)
+    if as_zip:
+        root = Path(shutil.make_archive(str(tmp_path / "photos"), "zip", root))
+    said = "6 files belong to no picture and are not read: 2 .txt, 1 README, 1 .jpg~, 1 .cls, …; first README"
+    source = opened(root)
+    assert source.not_read == said
+    texts = [source.pick(source.shards[0].read(n)) for n in range(2)]
+    assert [(one.caption, one.label) for one in texts] == [("a.txt", None), ("d.txt", 7)]
+    assert (
+        said in ibq("shards", "check", root, "--jobs", 1).out and said in ibq("shards", "stats", root, "--jobs", 1).out
+    )
+    config = data.DataConfig(train=str(root), image_size=32, workers=0)
+    assert f"train: {said}" in Steps(config, batch=2).streams[0].describe(1)
+    names = {path.name for path in source.shards[0].own_files()}
+    assert names == {"a.jpg", "a.txt", "d.jpg.jpg", "d.txt", "d.CLS"}
+
+
+def test_a_folder_without_other_files_says_nothing(tmp_path):
+    assert opened(write_capitals(tmp_path / "photos")).not_read == ""
+    assert opened(write_tars(tmp_path / "tars", [2])).not_read == ""
 
 
 def test_a_tar_that_is_a_link_to_nothing_is_refused_and_one_in_capitals_is_read(tmp_path):

@@ -184,3 +184,15 @@ def test_fields_that_cannot_be_packed_are_refused(tmp_path, content, reason):
     said = refusal(DataError, pack, images, tmp_path / "packed")
     assert f"{images}/low.json cannot be kept ({reason}" in said and said.endswith("): repair or remove it")
     assert not (tmp_path / "packed").exists()
+
+
+@pytest.mark.parametrize("content", ["[1]", "{bad"])
+def test_a_json_that_holds_no_fields_is_found_by_check(tmp_path, content):
+    """Sources with filters by score skip the sample; others use it."""
+    images = write_fields(tmp_path / "images", FIELDS)
+    (images / "low.json").write_text(content)
+    samples = [{"__key__": key, **{suffix: (images / f"{key}.{suffix}").read_bytes() for suffix in ("png", "json")}}
+               for key in FIELDS]  # fmt: skip
+    for place in (images, write_tar(tmp_path / "a.tar", samples)):
+        found = check_shard(str(place))
+        assert found.status == "flawed" and found.counts == {"bad json": 1} and found.problems[0].key.startswith("low")

@@ -280,6 +280,53 @@ def test_what_no_bucket_takes_is_told(tmp_path, caplog):
     assert "broken.png" in caplog.text  # met in its turn, and listed as everywhere
 
 
+def test_pictures_that_only_xmp_turns_are_in_the_bucket_of_their_shape(tmp_path):
+    xmp = b'<rdf:Description tiff:Orientation="8"/>'
+    for number in range(4):
+        picture(number, (32, 16)).save(tmp_path / f"turned{number}.jpg", xmp=xmp)
+        picture(number, (32, 16)).save(tmp_path / f"wide{number}.jpg")
+    settings = DataConfig(train=str(tmp_path), buckets=["16x32", "32x16"], workers=0, lanes=2)
+    steps = Steps(settings, batch=2)
+    assert "2 in a step" in steps.streams[0].describe(1) and "left out" not in steps.streams[0].describe(1)
+    batches = [next(steps.streams[0]) for _ in range(8)]
+    assert {(key.rstrip("0123.jpg"), *batch.values.shape[2:]) for batch in batches for key in batch.keys} == {
+        ("turned", 32, 16), ("wide", 16, 32)
+    }  # fmt: skip
+
+
+def write_padded(path, sizes):
+    """A tar of pictures of these sizes, each of which has the same number of bytes."""
+    images = [encoded(picture(number, size)).ljust(4000, b"\0") for number, size in enumerate(sizes)]
+    write_tar(path, [{"__key__": str(number), "jpg": image} for number, image in enumerate(images)])
+
+
+@pytest.mark.parametrize("size", [(32, 64), (60, 60), (20, 20)], ids=["other shape", "larger", "too small"])
+def test_a_picture_of_another_bucket_than_its_index_says_ends_the_run(tmp_path, size):
+    """Without an error it would be cut to a wrong shape or left out, with or without `data.workers`."""
+    (tmp_path / "tars").mkdir()
+    write_padded(tmp_path / "tars/0.tar", [(64, 32)] * 4)
+    index_of(tmp_path / "tars", tmp_path / "tars/index.safetensors")
+    write_padded(tmp_path / "tars/0.tar", [(64, 32)] * 3 + [size])
+    stream = Steps(DataConfig(train=str(tmp_path / "tars"), pixels=[32], workers=0, lanes=1), batch=1).streams[0]
+    said = refusal(DataError, lambda: [next(stream) for _ in range(4)])
+    assert "source train, 3 in" in said and f"its picture has {size[1]} x {size[0]} pixels" in said
+    assert "it differs from its index" in said
+
+
+def test_sizes_of_other_images_than_the_source_names_are_not_used(tmp_path, ibq):
+    """Each key has a wide JPEG and a tall PNG."""
+    wide, tall = encoded(picture(0, (64, 32))), encoded(picture(1, (32, 64)), "PNG")
+    (tmp_path / "tars").mkdir()
+    write_tar(tmp_path / "tars/0.tar", [{"__key__": str(n), "jpg": wide, "png": tall} for n in range(4)])
+    assert ibq("shards", "check", tmp_path / "tars", "--image", "jpg", "--write-index")[0] == [0]
+    for image, shape in ((["jpg"], (32, 64)), (["png"], (64, 32)), (["jpg", "png"], (32, 64))):
+        source = SourceConfig(root=str(tmp_path / "tars"), image=image)
+        steps = Steps(DataConfig(sources=[source], pixels=[32], workers=0, lanes=1, max_aspect=2.5), batch=1)
+        (bucket,) = steps.streams[0].division.contents
+        assert bucket.pictures == 4 and (bucket.bucket.size.width > bucket.bucket.size.height) == (shape[1] > shape[0])
+        assert next(steps.streams[0]).keys
+
+
 def test_filters_by_size_change_how_often_a_bucket_comes(tmp_path):
     for number in range(20):
         picture(number, (64, 32) if number % 2 else (48, 48)).save(tmp_path / f"{number}.png")

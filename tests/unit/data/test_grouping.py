@@ -29,7 +29,11 @@ def keys(names: str, **layout) -> dict[str, list[str]]:
         ("a.0.npy a.1.npy a.1.jpg", {"a.0": ["npy"], "a.1": ["npy", "jpg"]}),
         ("a.npy b.npy", {"a": ["npy"], "b": ["npy"]}),
         ("a.jpg a.1.gif", {"a": ["jpg"], "a.1": ["gif"]}),  # a picture that is not read does not hide behind another
-        ("README .hidden.jpg a/._b.jpg __meta__/x.json a.jpg", {"a": ["jpg"]}),
+        ("README .hidden.jpg a/._b.jpg __meta.json__ __meta__/x.json a.jpg", {"a": ["jpg"]}),
+        (
+            "__bg__/0.txt __bg__/0.jpg __bg__/1.gif c/0.jpg",
+            {"__bg__/0": ["txt", "jpg"], "__bg__/1": ["gif"], "c/0": ["jpg"]},
+        ),
     ],
 )
 def test_a_key_ends_where_a_known_suffix_begins(names, samples):

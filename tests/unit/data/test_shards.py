@@ -3,10 +3,12 @@ import json
 import multiprocessing
 import os
 import signal
+import tarfile
 from pathlib import Path
 
 import pytest
 from comparing import refusal
+from faults.corpus import member, tar, with_header
 from samples import encoded, members, picture, write_tar
 
 import data
@@ -27,6 +29,29 @@ def test_expand_finds_folders_files_braces_globs_and_lists(tars):
     assert expand(f"{tars}/train-{{000000..000001}}.tar") == paths[:2]
     assert expand(f"{tars}/train-*[12].tar") == paths[1:]
     assert expand([paths[2], f"{tars}/*0.tar"]) == [paths[2], paths[0]]
+
+
+def test_two_stars_stand_for_any_number_of_folders(tmp_path):
+    paths = []
+    for name in ("0.tar", "x/1.tar", "x/y/2.tar", "x/y/z/3.tar"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        paths.append(write_tar(tmp_path / name, [{"__key__": "a", "jpg": encoded(picture(0))}]))
+    assert sorted(expand(f"{tmp_path}/**/*.tar")) == paths
+    assert expand(f"{tmp_path}/x/**/{{2,3}}.tar") == paths[2:]
+
+
+def test_a_folder_that_exists_as_it_is_written_is_meant(tmp_path):
+    """And not one that its brackets, stars and braces stand for."""
+    for name in ("s[1]", "s1", "s*", "{a,b}", "a"):
+        (tmp_path / name).mkdir()
+        for number in range(2):
+            write_tar(tmp_path / name / f"{number}.tar", [{"__key__": "a", "jpg": encoded(picture(0))}])
+    for name in ("s[1]", "s*", "{a,b}"):
+        paths = [f"{tmp_path}/{name}/{number}.tar" for number in range(2)]
+        for spec in ("{0..1}.tar", "*.tar", "[01].tar", "", "**/*.tar"):
+            assert expand(f"{tmp_path}/{name}/{spec}") == paths
+        assert f"{name}/2.tar (1 of the 3" in refusal(DataError, expand, f"{tmp_path}/{name}/{{0..2}}.tar")
+    assert len(expand(f"{tmp_path}/s[1-9]/*.tar")) == 2
 
 
 @pytest.mark.parametrize(
@@ -62,6 +87,28 @@ def test_scan_finds_what_webdataset_groups(tmp_path):
     assert shard.read(2).key == f"part/{'x' * 60}1"
     with pytest.raises(data.ImageError, match="no image among its members: txt"):
         shard.read(1).image()
+
+
+@pytest.mark.parametrize("times", [b"15303351673\0" * 2, b"\x80" + bytes(6) + b"\x6b\x00\x00\x00\x01"])
+def test_times_in_the_headers_of_gnu_tars_are_no_part_of_the_names(tmp_path, times):
+    """`tar --incremental` writes them where POSIX has a prefix of the name."""
+    image, name = encoded(picture(0)), "x" * 120  # in a header for long names
+    parts = [member(f"{key}.jpg", image, tarfile.GNU_FORMAT) for key in ("./a", "./b", name)]
+    at = [0, len(parts[0]), len(parts[0]) + len(parts[1]) + 1024]
+    content = tar(*parts)
+    for start in at:
+        content = with_header(content, start, 345, times)
+    (tmp_path / "a.tar").write_bytes(content)
+    shard = TarShard(str(tmp_path / "a.tar"), scan(str(tmp_path / "a.tar")))
+    assert [shard.read(n).key for n in range(3)] == ["./a", "./b", name]
+
+
+def test_a_prefix_of_a_posix_header_is_a_part_of_the_name(tmp_path):
+    name = "y" * 90 + "/" + "z" * 90
+    content = tar(member(f"{name}.jpg", encoded(picture(0)), tarfile.USTAR_FORMAT))
+    (tmp_path / "a.tar").write_bytes(content)
+    shard = TarShard(str(tmp_path / "a.tar"), scan(str(tmp_path / "a.tar")))
+    assert shard.read(0).key == name
 
 
 # ---------------------------------------------------------------------------------------------- bundled photographs

@@ -893,3 +893,14 @@ def test_a_folder_that_cannot_be_written_is_named(server, tmp_path):
     (tmp_path / "file").write_text("")
     message = error_of(Cache(tmp_path / "file", 10**6).path, server.url("/a.tar"))
     assert message == f"cannot write to the cache {tmp_path / 'file'}: Not a directory; set data.cache"
+
+
+def test_packed_tars_in_a_bucket_are_named_once(monkeypatch, caplog):
+    names = ["set/0.tar", "set/1.tar.gz", "set/2.TGZ", "set/README.md"]
+    entries = [{"name": f"b/{name}", "type": "file"} for name in names]
+    monkeypatch.setattr("data.storage.request_listing", lambda url, seconds: entries)
+    for _ in range(2):
+        assert list_tars("s3://b/set") == ["s3://b/set/0.tar"]
+    assert caplog.messages == [
+        "s3://b/set also holds 2 packed tars, not read, first 1.tar.gz: unpack what is to be read"
+    ]

@@ -1,17 +1,20 @@
 import io
 import random
+import struct
+import zlib
 
 import numpy as np
 import pytest
 import torch
 from comparing import refusal
-from PIL import Image
+from PIL import ExifTags, Image
 from samples import encoded, picture
 from torchvision.transforms import v2
 
 from data import DataConfig, DataError, ImageError, decode
 from data.transforms import (
     TrainingTransform,
+    image_header,
     jitter_colors,
     random_resized_crop,
     resize_and_center_crop,
@@ -50,6 +53,59 @@ def test_draft_keeps_the_asked_side_and_nearly_the_pixels():
     assert decode(content, draft_side=1000).size == (400, 320)
     whole, drafted = (decode(content, draft_side=side).resize((40, 32), 2) for side in (None, 80))
     assert np.abs(np.asarray(whole).astype(int) - np.asarray(drafted)).mean() < 1.5
+
+
+EXIF = Image.Exif()
+EXIF[ExifTags.Base.Orientation] = 6
+XMP = b'<x:xmpmeta xmlns:x="adobe:ns:meta/"><rdf:Description tiff:Orientation="6"/></x:xmpmeta>'
+
+
+def png_with(*chunks: tuple[bytes, bytes], after_pixels: bool = False) -> bytes:
+    """A PNG of 16 x 8 pixels with these chunks before or after its pixels."""
+    content = encoded(picture(0, (16, 8)), "PNG")
+    at = content.index(b"IEND" if after_pixels else b"IDAT") - 4
+    parts = [
+        struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data)) for kind, data in chunks
+    ]
+    return content[:at] + b"".join(parts) + content[at:]
+
+
+def raw_profile(exif: bytes) -> bytes:
+    """As ImageMagick writes it."""
+    return b"Raw profile type exif\0\nexif\n%8d\n" % len(exif) + exif.hex().encode()
+
+
+TURNED_PICTURES = {
+    "EXIF in a JPEG": lambda: encoded(picture(0, (16, 8)), exif=EXIF),
+    "XMP in a JPEG": lambda: encoded(picture(0, (16, 8)), xmp=XMP),
+    "EXIF in a WebP": lambda: encoded(picture(0, (16, 8)), "WEBP", exif=EXIF),
+    "XMP in a WebP": lambda: encoded(picture(0, (16, 8)), "WEBP", xmp=XMP),
+    "EXIF in a PNG": lambda: png_with((b"eXIf", EXIF.tobytes()[6:])),
+    "XMP in a PNG": lambda: png_with((b"iTXt", b"XML:com.adobe.xmp\0\0\0\0\0" + XMP)),
+    "raw profile in a PNG": lambda: png_with((b"tEXt", raw_profile(EXIF.tobytes()))),
+}
+UPRIGHT_PICTURES = {
+    "EXIF after the pixels": lambda: png_with((b"eXIf", EXIF.tobytes()[6:]), after_pixels=True),
+    "raw profile that is none": lambda: png_with((b"tEXt", raw_profile(EXIF.tobytes())[:-3] + b"xyz")),
+    "EXIF that is none": lambda: png_with((b"eXIf", b"nothing of the kind")),
+}
+
+
+@pytest.mark.parametrize("kind", [*TURNED_PICTURES, *UPRIGHT_PICTURES])
+def test_the_header_has_the_size_of_the_decoded_picture(kind):
+    content = (TURNED_PICTURES | UPRIGHT_PICTURES)[kind]()
+    size = (8, 16) if kind in TURNED_PICTURES else (16, 8)
+    told = []
+    assert decode(content, check_size=lambda *one: told.append(one)).size == size
+    assert told == [size] and image_header(content)[1:] == size
+
+
+def test_a_header_is_read_without_the_pixels():
+    for content in (encoded(picture(0, (16, 8)), xmp=XMP), TURNED_PICTURES["XMP in a PNG"]()):
+        at = content.index(b"IDAT") + 4 if b"IDAT" in content else content.index(b"\xff\xda") + 14
+        assert image_header(content[:at])[1:] == (8, 16)
+        with pytest.raises(ImageError):
+            decode(content[:at])
 
 
 @pytest.mark.parametrize("size", [(61, 40), (40, 61), (50, 50), (97, 33), (20, 31)])
