@@ -25,7 +25,7 @@ ENGINES = {
     "zero3": {"engine.kind": "deepspeed", "engine.config": "zero3", "trainer.micro_batch_size": 2},  # accumulates
     "fsdp2": {"engine.kind": "fsdp2"},
 }
-IN_FULL = ("zero3",)
+IN_FULL = ("zero1", "zero3")
 
 
 @pytest.fixture(scope="module")
