@@ -43,8 +43,8 @@ def load_initial_weights(
 def load_initial_generator(
     config: GeneratorRun, world: World, state: ModelState, transformer: Transformer
 ) -> InitRecord:
-    """Loads the weights that ``init_from.source`` names, and which classes they were trained on; all ranks call
-    together. Raises TrainerError."""
+    """Loads the weights that ``init_from.source`` names, and which classes and grids they were trained on; all ranks
+    call together. Raises TrainerError."""
     check_together(world, config.init_from.source)
     weights, fingerprint, grids = run_on_all_ranks(lambda: read_initial_generator(config))
     check_same_on_all_ranks(f"init_from.source={config.init_from.source}", f"fingerprint {fingerprint}")
@@ -60,6 +60,8 @@ def load_initial_generator(
     # A published file does not say which classes were trained, and was trained on all.
     trained_c = torch.ones_like(transformer.trained_c) if weights.trained_c is None else weights.trained_c
     transformer.trained_c.copy_(trained_c)
+    if transformer.trained_g is not None:
+        transformer.trained_g.copy_(weights.trained_g)
     return InitRecord(weights.origin, fingerprint, grids=grids)
 
 

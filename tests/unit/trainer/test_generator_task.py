@@ -344,6 +344,39 @@ def test_a_step_of_any_grid_trains_on_its_loss(build):
         assert [key for key in scalars if key.startswith("loss/cross_entropy/")] == [f"loss/cross_entropy/{name}"]
 
 
+def test_trained_grids_are_kept_in_the_checkpoint(build, tmp_path, monkeypatch):
+    """Of three: 4x6 never came, and the step of 4x4 updated nothing."""
+    task = build(*WIDE)
+    task.step([codes_of((2, 8), 8)], 0)
+    before = weights(task.transformer)
+    with torch.no_grad():
+        task.transformer.head.weight.fill_(math.nan)
+    task.step([codes_of((4, 4), 8)], 1)
+    assert task.transformer.trained_g.tolist() == [False, True, False]
+    task.transformer.load_state_dict(before)
+    shards = task.state.tensors()
+    save_shards(tmp_path / "rank.safetensors", shards)
+    other = build(*WIDE)
+    other.state.load(ShardedTensors(tmp_path), task.state.numbers())
+    assert other.transformer.trained_g.tolist() == [False, True, False]
+    older = tmp_path / "older"  # without the record
+    older.mkdir()
+    save_shards(older / "rank.safetensors", [shard for shard in shards if shard.name != "conditions/trained_g"])
+    other.state.load(ShardedTensors(older), task.state.numbers())
+    assert other.transformer.trained_g.tolist() == [True] * 3
+
+
+@pytest.mark.usefixtures("tokenizer")
+def test_pictures_of_a_grid_that_was_never_trained_are_a_note(build, monkeypatch):
+    monkeypatch.setattr(task_module.data, "evaluation_tokens", lambda *_, **options: iter([]))
+    task = build(*WIDE, "tokenizer.source=any")
+    task.step([codes_of((2, 8), 8)], 0)
+    found = task.validate(lambda: None)
+    assert not found.pictures and "never trained on the grid 4x4: choose among 2x8" in found.notes[0]
+    task.step([codes_of((4, 4), 8)], 1)
+    assert task.validate(lambda: None).pictures
+
+
 def test_speed_counts_the_tokens_of_each_grid(build):
     task = build(*WIDE)
     task.rate = 1e9
