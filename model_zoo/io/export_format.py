@@ -24,6 +24,7 @@ from model_zoo.io.weights import KINDS, SETS, Average, Weights, read_trained_cla
 MODEL, RAW, CONFIG, CARD = "model.safetensors", "raw.safetensors", "config.yaml", "README.md"
 DISCRIMINATOR, DISCRIMINATOR_EMA = "discriminator.safetensors", "discriminator_ema.safetensors"
 TOKENIZER = "tokenizer"
+HEADS_ENCODER = "discriminator_encoder"  # the key of `Weights.heads_encoder`
 
 
 def is_export(source: Path) -> bool:
@@ -56,6 +57,7 @@ def read_export(folder: Path, kind: str, weights: str) -> Weights:
         about.get("step"),
         read_trained_classes(about, about["model"], folder / CONFIG),
         trained_g=read_trained_grids(about, about["model"], folder / CONFIG),
+        heads_encoder=about.get(HEADS_ENCODER),
     )
 
 

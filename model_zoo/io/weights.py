@@ -41,6 +41,7 @@ class Weights(NamedTuple):
     trained_c: of a generator, the trained classes (see `model_zoo.conditions`), if known.
     tokenizer: of a generator, the fingerprint of the tokenizer whose codes it has learned, if known.
     trained_g: of a generator with a table of grids, the trained ones, if known.
+    heads_encoder: the encoder whose tokens a discriminator of kind ``dino`` reads, see `heads_encoder`, if known.
     """
 
     config: dict
@@ -55,6 +56,7 @@ class Weights(NamedTuple):
     trained_c: Tensor | None = None
     tokenizer: str | None = None
     trained_g: Tensor | None = None
+    heads_encoder: str | None = None
 
 
 def read_trained_classes(about: dict, model: dict, where: str | Path) -> Tensor | None:
@@ -76,6 +78,12 @@ def read_trained_grids(about: dict, model: dict, where: str | Path) -> Tensor | 
         return trained_grids_from(str(about[TRAINED_GRIDS]), model["grids"])
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{where}: {TRAINED_GRIDS}: {error}") from error
+
+
+def heads_encoder(kind: str, encoder: str, sha256: str | None) -> str | None:
+    """The encoder of ``discriminator.kind=dino`` and the hash of its file, from the settings ``discriminator``. None
+    for PatchGAN, and where the hash is not known."""
+    return f"{encoder}, sha256 {sha256}" if kind == "dino" and sha256 else None
 
 
 def no_weight(tensor: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> str | None:

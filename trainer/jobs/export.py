@@ -24,6 +24,7 @@ from model_zoo.io.export_format import (
     CONFIG,
     DISCRIMINATOR,
     DISCRIMINATOR_EMA,
+    HEADS_ENCODER,
     MODEL,
     RAW,
     damaged_file,
@@ -394,6 +395,8 @@ def _export_one(model: SourceModel, folder: Path, out: Path, source: str) -> str
         about[TRAINED_CLASSES] = describe_classes(found.trained_c)
     if found.trained_g is not None:
         about[TRAINED_GRIDS] = describe_grids(trained_grids(built.config, found.trained_g))
+    if found.discriminator and found.heads_encoder:
+        about[HEADS_ENCODER] = found.heads_encoder
     numbers = saved_classes(model.checkpoint) if model.kind == "generator" else None
     texts = {CLASSES_NAME: json_text(numbers)} if numbers else {}
     fill_export(folder, about, files, texts, model_card(model.kind, built, about, out.name, model.checkpoint))

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from model_zoo import ModelError
 from model_zoo.io.hashing import fingerprint_of
-from model_zoo.io.weights import Weights, check_weights
+from model_zoo.io.weights import Weights, check_weights, heads_encoder
 from model_zoo.quantizers.base import CodebookQuantizer, Quantizer
 from model_zoo.quantizers.vqgan_lc import LargeCodebookQuantizer
 from model_zoo.transformer import CodebookEmbedding, Transformer
@@ -36,7 +36,7 @@ def load_initial_weights(
         weights.origin,
         fingerprint,
         config.init_from.freeze,
-        _load_discriminator(discriminator, weights, wanted=config.init_from.discriminator),
+        _load_discriminator(config, discriminator, weights),
     )
 
 
@@ -65,11 +65,12 @@ def load_initial_generator(
     return InitRecord(weights.origin, fingerprint, grids=grids)
 
 
-def _load_discriminator(network: nn.Module | None, weights: Weights, wanted: bool) -> str:
-    """Loads the source's discriminator if it fits; returns a description of the initial weights."""
+def _load_discriminator(config: TokenizerRun, network: nn.Module | None, weights: Weights) -> str:
+    """Loads the source's discriminator if it fits; returns a description of the initial weights. Heads fit only the
+    encoder whose tokens they have learned."""
     if network is None:
         return "none"
-    if not wanted:
+    if not config.init_from.discriminator:
         return "random weights (init_from.discriminator=false)"
     if weights.discriminator is None:
         return "random weights (the source has none)"
@@ -77,6 +78,13 @@ def _load_discriminator(network: nn.Module | None, weights: Weights, wanted: boo
         check_weights(weights.discriminator, network.state_dict(), "the source's")
     except ModelError as error:
         return f"random weights ({error})"
+    settings = config.discriminator
+    if settings.kind == "dino":
+        ours = heads_encoder(settings.kind, settings.encoder, settings.sha256)
+        if weights.heads_encoder is None:
+            return "random weights (the source does not say which encoder its heads belong to)"
+        if weights.heads_encoder != ours:
+            return f"random weights (the source's heads belong to {weights.heads_encoder}; here it is {ours})"
     network.load_state_dict(weights.discriminator)
     return "the source's"
 
