@@ -134,6 +134,18 @@ def test_a_checkpoint_holds_all_that_a_run_goes_on_from(build, tmp_path):
     assert {"generator/tok_emb.codebook_vd", "generator_ema/tok_emb.codebook_vd"} <= names
 
 
+@pytest.mark.usefixtures("tokenizer")
+def test_an_average_begins_from_a_checkpoint_without_one_beside_a_codebook(build, tmp_path):
+    task = build(*CODEBOOK, "ema.decay=0")
+    task.step([codes(0)], 0)
+    save_shards(tmp_path / "rank.safetensors", task.state.tensors())
+    other = build(*CODEBOOK, "ema.decay=0.9", "seed=9")
+    other.state.load(ShardedTensors(tmp_path), task.state.numbers())
+    saved = {shard.name: shard.values for shard in other.state.tensors()}
+    for name, value in weights(task.transformer).items():
+        assert torch.equal(saved[f"generator_ema/{name}"], value.flatten())
+
+
 def test_the_codebook_is_the_embedding_and_is_not_trained(build, tokenizer):
     task = build(*CODEBOOK)
     codebook = tokenizer.quantize.embedding.weight
