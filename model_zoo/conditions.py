@@ -1,13 +1,17 @@
-"""Which conditions of a generator were trained: its classes, and having none, which guidance needs.
+"""Which conditions of a generator were trained: its classes; having none, which guidance needs; and its grids.
 
 A row of the class table that no image trained gives codes like any other row, so nothing in a sample shows it. A model
-therefore keeps ``trained_c``, a bool ``(classes + 1,)``: whether each class was trained and, at the end, no class.
+therefore keeps ``trained_c``, a bool ``(classes + 1,)``: whether each class was trained and, at the end, no class. A
+model with a table of grids also keeps ``trained_g``, a bool for each of ``config.all_grids``.
 """
 
 import re
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor
+
+from model_zoo.config import TransformerConfig, grid_name
 
 NONE = "none"  # stands for no class
 
@@ -52,3 +56,22 @@ def trained_from(text: str, classes: int) -> Tensor:
     trained_c = torch.zeros(classes + 1, dtype=torch.bool)
     trained_c[parse_classes(text, classes) if text else []] = True
     return trained_c
+
+
+def trained_grids(config: TransformerConfig, trained_g: Tensor | None) -> tuple[tuple[int, int], ...]:
+    """The grids (rows, columns) that were trained; all where that is not known."""
+    grids = config.all_grids
+    return grids if trained_g is None else tuple(grids[n] for n in trained_g.nonzero()[:, 0].tolist())
+
+
+def describe_grids(grids: Sequence[Sequence[int]]) -> str:
+    """Such as ``16x16,12x20``, the text that `trained_grids_from` reads."""
+    return ",".join(map(grid_name, grids))
+
+
+def trained_grids_from(text: str, grids: Sequence[str]) -> Tensor:
+    """``trained_g`` of the text of `describe_grids`. grids: ``config.grids``. Raises ValueError."""
+    trained = text.split(",") if text else []
+    if unknown := [grid for grid in trained if grid not in grids]:
+        raise ValueError(f"{unknown[0]!r} is not among the grids {','.join(grids)}")
+    return torch.tensor([grid in trained for grid in grids])

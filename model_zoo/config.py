@@ -168,8 +168,8 @@ class TransformerConfig:
             raise ModelError(f"model.grids has {grid_name(twice[0])} twice: leave one out")
         if default not in parsed:
             raise ModelError(
-                f"model.grid=[{default[0]},{default[1]}] is not among model.grids=[{','.join(self.grids)}]: add "
-                f"{grid_name(default)} there, or set model.grid to one of them"
+                f"model.grid=[{default[0]},{default[1]}] is not among model.grids=[{','.join(self.grids)}]: set "
+                f"model.grid=[{parsed[0][0]},{parsed[0][1]}] or another one of them, or add {grid_name(default)} there"
             )
         return parsed
 

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from model_zoo.conditions import describe_classes
-from model_zoo.config import Sampling
+from model_zoo.conditions import describe_classes, describe_grids, trained_grids
+from model_zoo.config import Sampling, grid_name
 from model_zoo.errors import ModelError
 from model_zoo.transformer import BlockCache, DecodePosition, Head, Transformer
 
@@ -75,6 +75,17 @@ def check_conditions(transformer: Transformer, class_b: Tensor, settings: Sampli
         raise ModelError(
             f"guidance {settings.guidance:g} needs a generator that was also trained without a class, by "
             "loss.label_dropout, and this one was not: use guidance 1 (--guidance 1, or sampling.guidance=1)"
+        )
+
+
+def check_grid(transformer: Transformer, grid: tuple[int, int]) -> None:
+    """Raises ModelError for a grid that the transformer does not know, or whose embedding was never trained."""
+    transformer.place(grid)
+    trained = trained_grids(transformer.config, transformer.trained_g)
+    if grid not in trained:
+        raise ModelError(
+            f"the generator was never trained on the grid {grid_name(grid)}: choose among "
+            f"{describe_grids(trained) or 'nothing'}"
         )
 
 
@@ -171,7 +182,7 @@ class Sampler:
 
         class_b: classes; ``config.classes`` means no class. seeds: one per image, from 0 to below 2^64. beat: called
         after every position. grid: rows and columns, of ``config.all_grids``; None: ``config.grid``. Raises ModelError
-        for bad arguments, for classes and guidance that were never trained, and for logits that are not finite.
+        for bad arguments, for classes, guidance and grids that were never trained, and for logits that are not finite.
         """
         config, images = self.transformer.config, len(class_b)
         if not images == len(seeds) <= self.batch_size:
@@ -182,6 +193,7 @@ class Sampler:
             raise ModelError("the generator is in training mode and would apply dropout: call eval() first")
         check_conditions(self.transformer, class_b, settings)
         grid = tuple(config.grid if grid is None else grid)
+        check_grid(self.transformer, grid)
         tokens = self.transformer.place(grid).tokens
         if (settings, grid) != self.prepared:
             self._begin(settings, grid)

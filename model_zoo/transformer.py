@@ -86,7 +86,9 @@ class Transformer(nn.Module):
         if config.head_dim % 4:
             raise ModelError(f"model.head_dim={config.head_dim} must be a multiple of 4: pairs by row and by column")
         self.config, self.places = config, _places(config.all_grids)
-        self.trained_c: Tensor | None = None  # see `model_zoo.conditions`; None: not known
+        # See `model_zoo.conditions`; None: not known.
+        self.trained_c: Tensor | None = None
+        self.trained_g: Tensor | None = None
         width = config.width
         if config.embedding == "codebook":
             self.tok_emb = CodebookEmbedding(config.vocabulary, config.code_dim, width)

@@ -15,7 +15,7 @@ from model_zoo import ModelError, Tokenizer, TokenizerConfig, Transformer, Trans
 from model_zoo.io.manifest import MANIFEST, STATE, entry_of
 from model_zoo.io.run_layout import checkpoint_step
 from model_zoo.io.sharded_tensors import save_shards, whole_tensor
-from model_zoo.io.weights import TRAINED
+from model_zoo.io.weights import TRAINED, TRAINED_G
 from model_zoo.quantizers.base import Quantizer
 from model_zoo.quantizers.registry import QUANTIZERS
 
@@ -84,6 +84,8 @@ def write_checkpoint(folder: Path, *, ranks: int = 1, **models: nn.Module) -> No
     shards = [whole_tensor(f"{kind}/{name}", value) for kind, state in states.items() for name, value in state.items()]
     if (trained_c := getattr(models.get("generator"), "trained_c", None)) is not None:
         shards.append(whole_tensor(TRAINED, trained_c))
+    if (trained_g := getattr(models.get("generator"), "trained_g", None)) is not None:
+        shards.append(whole_tensor(TRAINED_G, trained_g))
     for rank in range(ranks):
         save_shards(folder / f"rank_{rank:05d}.safetensors", [shard.part(rank, ranks) for shard in shards])
 

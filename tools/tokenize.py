@@ -93,7 +93,8 @@ def tokenize(
     echo(f"{counted(done.samples, 'sample')} of tokenizer {done.tokenizer} in {tars} in {out}{before}")
     if len(done.grids) > 1:
         counts = ", ".join(f"{grid} ({count:,})" for grid, count in done.grids.items())
-        echo(f"grids: {counts}: train with 'model.grids=[{','.join(done.grids)}]'")
+        most = max(done.grids, key=done.grids.get).replace("x", ",")
+        echo(f"grids: {counts}: train with 'model.grids=[{','.join(done.grids)}]' 'model.grid=[{most}]'")
     else:
         for grid in done.grids:
             echo(f"train with 'model.grid=[{grid.replace('x', ',')}]'")

@@ -20,6 +20,8 @@ FIXED = ("task", "model", "discriminator", "init_from.freeze", "data.content", "
 NOT_FIXED = ("discriminator.weights",)  # a file may be moved; its hash is fixed
 # Of a run that has the semantic term: the head belongs to this encoder.
 FIXED_HEAD = tuple(f"loss.semantic.{key}" for key in ("encoder", "sha256", "width", "depth"))
+# Weights of terms that have a trained network.
+TERMS = {"loss.semantic.weight": "head", "loss.generator.weight": "discriminator"}
 NOT_COMPARED = ("run",)  # a run may be moved
 
 
@@ -66,13 +68,9 @@ def changes_since(before: dict, config: RunConfig, step: int) -> list[Change]:
     now = settings_of(config)
     keys = [key for key in now if key in before and before[key] != now[key] and key not in NOT_COMPARED]
     changes = [Change(step, key, before[key], now[key]) for key in keys]
-    weights = [of.get("loss.semantic.weight", 0) for of in (before, now)]
-    if weights[1] and not weights[0] and step:
-        raise TrainerError(
-            f"cannot resume: loss.semantic.weight was 0 and is now {weights[1]}, but the checkpoint has no head for "
-            "this term: set it back, or start a new run with init_from.source=RUN"
-        )
-    fixed = FIXED + (FIXED_HEAD if all(weights) else ())
+    if step:
+        _check_terms(before, now)
+    fixed = FIXED + (FIXED_HEAD if before.get("loss.semantic.weight") and now.get("loss.semantic.weight") else ())
     for change in changes:
         # A fingerprint may not have been known yet.
         if _is_fixed(change.key, fixed) and not (change.key == "tokenizer.fingerprint" and None in change):
@@ -84,6 +82,25 @@ def changes_since(before: dict, config: RunConfig, step: int) -> list[Change]:
                 f"{json.dumps(change.before)} and is now {json.dumps(change.now)}; set it back{other}"
             )
     return changes
+
+
+def _check_terms(before: dict, now: dict) -> None:
+    """Raises TrainerError where a term of the loss begins whose network the checkpoint lacks, and where the
+    discriminator would be dropped from all later checkpoints."""
+    for key, network in TERMS.items():
+        was, wanted = before.get(key), now.get(key)
+        if wanted and was == 0:
+            raise TrainerError(
+                f"cannot resume: {key} was 0 and is now {wanted}, but the checkpoint has no {network} for this term: "
+                f"set it back, or start a new run with init_from.source=RUN {key}={wanted}"
+            )
+    key = "loss.generator.weight"
+    if before.get(key) and now.get(key) == 0:
+        raise TrainerError(
+            f"cannot resume: {key} was {before[key]} and is now 0, and later checkpoints would have no discriminator: "
+            "set it back. loss.discriminator.start_step above trainer.max_steps switches the term off and keeps the "
+            f"discriminator; to continue without one, start a new run with init_from.source=RUN {key}=0"
+        )
 
 
 def _is_fixed(key: str, fixed: tuple[str, ...]) -> bool:

@@ -13,6 +13,7 @@ import torch
 import data
 from data.classes import CLASSES_NAME, merged_classes, read_classes
 from model_zoo import ModelError, Tokenizer, Transformer
+from model_zoo.conditions import trained_grids
 from model_zoo.config import TokenizerConfig, TransformerConfig, grid_name
 from model_zoo.io.hashing import fingerprint_of
 from model_zoo.io.run_layout import run_folder
@@ -80,8 +81,8 @@ def read_initial_weights(config: TokenizerRun) -> tuple[Weights, str]:
 
 def read_initial_generator(config: GeneratorRun) -> InitialGenerator:
     """Reads the weights that ``init_from.source`` names, with a row of ``grid_emb`` for each grid of the recipe: the
-    source's row of this grid, or zeros, which change nothing. Raises a one-line TrainerError if they are missing, do
-    not fit the recipe's model, or were trained on the codes of another tokenizer."""
+    source's row of this grid, if it was trained, or zeros, which change nothing. Raises a one-line TrainerError if they
+    are missing, do not fit the recipe's model, or were trained on the codes of another tokenizer."""
     with _naming_source(config):
         weights = _read(config, "generator", TransformerConfig)
         ours = config.tokenizer.fingerprint
@@ -125,18 +126,20 @@ def _with_grids(model: TransformerConfig, weights: Weights, source: TransformerC
     """Fits the source's ``grid_emb`` to the recipe's grids. Raises ModelError where the recipe has no such table."""
     fingerprint = fingerprint_of(weights.tensors)
     there, here = (", ".join(map(grid_name, config.all_grids)) for config in (source, model))
+    learned = trained_grids(source, weights.trained_g)
     if source.grids and not model.grids:
         raise ModelError(f"it has embeddings of the grids {there}: give model.grids, a list of these or of others")
     if not model.grids:
         return InitialGenerator(weights, fingerprint, None if here == there else f"grid {here}, of the source {there}")
     table_gw = torch.zeros(len(model.grids), model.width)
-    kept = [grid for grid in model.all_grids if source.grids and grid in source.all_grids]
+    kept = [grid for grid in model.all_grids if source.grids and grid in learned]
     for grid in kept:
         table_gw[model.all_grids.index(grid)] = weights.tensors[GRID_TABLE][source.all_grids.index(grid)]
     new = [grid for grid in model.all_grids if grid not in kept]
     parts = [f"{', '.join(map(grid_name, kept))} of the source"] if kept else []
     parts += [f"{', '.join(map(grid_name, new))} start at zero"] if new else []
-    found = weights._replace(tensors=weights.tensors | {GRID_TABLE: table_gw})
+    trained_g = torch.tensor([grid in learned for grid in model.all_grids])
+    found = weights._replace(tensors=weights.tensors | {GRID_TABLE: table_gw}, trained_g=trained_g)
     return InitialGenerator(found, fingerprint, f"embeddings of grids: {', '.join(parts)} (the source has {there})")
 
 

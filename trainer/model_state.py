@@ -96,6 +96,8 @@ class ModelState:
             for shard in network.engine.weights():
                 files.fill(network.named(shard))
         for shard in self._buffer_shards():
+            if restarts and shard.name.startswith(f"{main.model}_ema/"):
+                continue  # a constant of the average, which the checkpoint does not have
             if shard.name in files or shard.name not in self.optional:
                 files.fill(shard)
             else:

@@ -19,11 +19,12 @@ from torch import Tensor
 from model_zoo.errors import ModelError
 from model_zoo.io.hashing import is_known_sha256, remember_sha256, sha256_of
 from model_zoo.io.sharded_tensors import save_tensors
-from model_zoo.io.weights import KINDS, SETS, Average, Weights, read_trained_classes
+from model_zoo.io.weights import KINDS, SETS, Average, Weights, read_trained_classes, read_trained_grids
 
 MODEL, RAW, CONFIG, CARD = "model.safetensors", "raw.safetensors", "config.yaml", "README.md"
 DISCRIMINATOR, DISCRIMINATOR_EMA = "discriminator.safetensors", "discriminator_ema.safetensors"
 TOKENIZER = "tokenizer"
+HEADS_ENCODER = "discriminator_encoder"  # the key of `Weights.heads_encoder`
 
 
 def is_export(source: Path) -> bool:
@@ -55,6 +56,8 @@ def read_export(folder: Path, kind: str, weights: str) -> Weights:
         Average(**about["average"]) if about.get("average") else None,
         about.get("step"),
         read_trained_classes(about, about["model"], folder / CONFIG),
+        trained_g=read_trained_grids(about, about["model"], folder / CONFIG),
+        heads_encoder=about.get(HEADS_ENCODER),
     )
 
 

@@ -21,7 +21,7 @@ from model_zoo.io.manifest import STATE, check
 from model_zoo.io.published_ckpt import SUFFIXES, is_published, open_published, read_published
 from model_zoo.io.run_layout import checkpoint_step, run_folder
 from model_zoo.io.sharded_tensors import ShardedTensors
-from model_zoo.io.weights import KINDS, SETS, TRAINED, Average, Weights, check_weights
+from model_zoo.io.weights import KINDS, SETS, TRAINED, TRAINED_G, Average, Weights, check_weights, heads_encoder
 from model_zoo.tokenizer import Tokenizer
 from model_zoo.transformer import Transformer, rope_tables
 
@@ -78,6 +78,8 @@ def build_model(found: Weights, kind: str, schema: type, build: Callable[..., Mo
     model.load_state_dict(found.tensors, strict=True, assign=assign)
     if found.trained_c is not None:
         model.trained_c = found.trained_c
+    if found.trained_g is not None:
+        model.trained_g = found.trained_g
     return model.eval()
 
 
@@ -250,6 +252,8 @@ def _read_run(checkpoint: Path, kind: str, weights: str) -> Weights:
         config, decay = dict(recipe["model"]), (recipe.get("ema") or {}).get("decay")
         trained_c = _trained_classes(files, recipe) if kind == "generator" else None
         tokenizer = (recipe.get("tokenizer") or {}).get("fingerprint")
+        heads = recipe.get("discriminator") or {}
+        encoder = heads_encoder(heads.get("kind", ""), heads.get("encoder", ""), heads.get("sha256"))
     except (OmegaConfBaseException, yaml.YAMLError, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
         raise _no_config(str(path), kind, error) from error
     return Weights(
@@ -263,6 +267,8 @@ def _read_run(checkpoint: Path, kind: str, weights: str) -> Weights:
         step=checkpoint_step(checkpoint),
         trained_c=trained_c,
         tokenizer=tokenizer,
+        trained_g=files.tensor(TRAINED_G) if TRAINED_G in files else None,
+        heads_encoder=encoder,
     )
 
 

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from model_zoo.conditions import trained_from
+from model_zoo.conditions import trained_from, trained_grids_from
 from model_zoo.errors import ModelError
 
 KINDS = ("tokenizer", "generator")  # kinds of models; prefixes of tensor names in checkpoints
@@ -17,6 +17,8 @@ COUNTERS = (torch.int32, torch.int64)  # dtypes of counters beside weights
 SETS = ("ema", "raw")  # sets of weights: the exponential moving average, and the trained weights
 # `Weights.trained_c`: its name in a run's checkpoints, and the key of its text in exports and our published files.
 TRAINED, TRAINED_CLASSES = "conditions/trained_c", "trained_classes"
+# The same of `Weights.trained_g`; the published layout has no grids.
+TRAINED_G, TRAINED_GRIDS = "conditions/trained_g", "trained_grids"
 
 
 class Average(NamedTuple):
@@ -38,6 +40,8 @@ class Weights(NamedTuple):
     average: parameters of the EMA, if known. step: number of training steps, if known.
     trained_c: of a generator, the trained classes (see `model_zoo.conditions`), if known.
     tokenizer: of a generator, the fingerprint of the tokenizer whose codes it has learned, if known.
+    trained_g: of a generator with a table of grids, the trained ones, if known.
+    heads_encoder: the encoder whose tokens a discriminator of kind ``dino`` reads, see `heads_encoder`, if known.
     """
 
     config: dict
@@ -51,6 +55,8 @@ class Weights(NamedTuple):
     step: int | None = None
     trained_c: Tensor | None = None
     tokenizer: str | None = None
+    trained_g: Tensor | None = None
+    heads_encoder: str | None = None
 
 
 def read_trained_classes(about: dict, model: dict, where: str | Path) -> Tensor | None:
@@ -62,6 +68,22 @@ def read_trained_classes(about: dict, model: dict, where: str | Path) -> Tensor 
         return trained_from(str(about[TRAINED_CLASSES]), int(model["classes"]))
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{where}: {TRAINED_CLASSES}: {error}") from error
+
+
+def read_trained_grids(about: dict, model: dict, where: str | Path) -> Tensor | None:
+    """`Weights.trained_g` of an export; None if it does not say. Arguments and errors: see `read_trained_classes`."""
+    if TRAINED_GRIDS not in about:
+        return None
+    try:
+        return trained_grids_from(str(about[TRAINED_GRIDS]), model["grids"])
+    except (ValueError, KeyError, TypeError) as error:
+        raise ModelError(f"{where}: {TRAINED_GRIDS}: {error}") from error
+
+
+def heads_encoder(kind: str, encoder: str, sha256: str | None) -> str | None:
+    """The encoder of ``discriminator.kind=dino`` and the hash of its file, from the settings ``discriminator``. None
+    for PatchGAN, and where the hash is not known."""
+    return f"{encoder}, sha256 {sha256}" if kind == "dino" and sha256 else None
 
 
 def no_weight(tensor: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> str | None:

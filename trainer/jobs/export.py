@@ -16,7 +16,7 @@ from safetensors import SafetensorError
 from data.classes import CLASSES_NAME
 from data.locks import file_lock
 from data.unfinished import complete_file, remove_dead
-from model_zoo.conditions import NONE, describe_classes
+from model_zoo.conditions import NONE, describe_classes, describe_grids, trained_grids
 from model_zoo.config import TokenizerConfig, TransformerConfig
 from model_zoo.errors import ModelError
 from model_zoo.io.emu_folder import CHECKPOINT, write_emu_config
@@ -24,6 +24,7 @@ from model_zoo.io.export_format import (
     CONFIG,
     DISCRIMINATOR,
     DISCRIMINATOR_EMA,
+    HEADS_ENCODER,
     MODEL,
     RAW,
     damaged_file,
@@ -54,7 +55,7 @@ from model_zoo.io.published_ckpt import (
     weights_file,
 )
 from model_zoo.io.run_layout import run_folder
-from model_zoo.io.weights import TRAINED_CLASSES, Weights
+from model_zoo.io.weights import TRAINED_CLASSES, TRAINED_GRIDS, Weights
 from model_zoo.tokenizer import Tokenizer
 from model_zoo.transformer import Transformer
 from trainer import TrainerError
@@ -91,7 +92,8 @@ class Exported(NamedTuple):
 class ModelInfo(NamedTuple):
     """One model of a source. weights: the available ones of ``ema`` and ``raw``. fingerprint: of a tokenizer, that of
     its codes. discriminator: whether there is one. trained_classes: of a generator, as `describe_classes` writes them.
-    class_numbers: of a generator, the number of each class by name. None: unknown."""
+    class_numbers: of a generator, the number of each class by name. trained_grids: of a generator of several, as
+    `describe_grids` writes them. None: unknown."""
 
     kind: str
     weights: list[str]
@@ -102,9 +104,10 @@ class ModelInfo(NamedTuple):
     config: dict
     trained_classes: str | None
     class_numbers: dict[str, int] | None
+    trained_grids: str | None
 
     def trained_on(self) -> list[str]:
-        """Lines that say which classes a generator was trained on; none where that is unknown."""
+        """Lines that say which classes and grids a generator was trained on; none where that is unknown."""
         lines = []
         if self.trained_classes is not None:
             classes = ",".join(part for part in self.trained_classes.split(",") if part not in ("", NONE))
@@ -112,6 +115,8 @@ class ModelInfo(NamedTuple):
             without = " and without a class" if has_none else ", never without a class"
             what = f"on classes {classes} of {self.config['classes']:,}{without}" if classes else "without classes"
             lines.append(f"trained {what}")
+        if self.trained_grids is not None:
+            lines.append(f"trained on grids {self.trained_grids} of {','.join(self.config['grids'])}")
         if numbers := self.class_numbers:
             first = sorted(numbers, key=numbers.get)[:SHOWN_NAMES]
             lines.append(
@@ -299,8 +304,9 @@ def _info(source: str | Path, checkpoint: Path) -> SourceInfo:
         fingerprint, config = _fingerprint(built), asdict(built.config)
         trained = None if found.trained_c is None else describe_classes(found.trained_c)
         classes = None if trained is None else saved_classes(checkpoint)
+        grids = None if found.trained_g is None else describe_grids(trained_grids(built.config, found.trained_g))
         models.append(
-            ModelInfo(kind, sets, found.step, parameters, fingerprint, discriminator, config, trained, classes)
+            ModelInfo(kind, sets, found.step, parameters, fingerprint, discriminator, config, trained, classes, grids)
         )
     if not models:
         raise TrainerError(f"{checkpoint} holds neither a tokenizer nor a generator")
@@ -387,6 +393,10 @@ def _export_one(model: SourceModel, folder: Path, out: Path, source: str) -> str
         about["downsampling_factor"] = built.downsampling_factor
     if found.trained_c is not None:
         about[TRAINED_CLASSES] = describe_classes(found.trained_c)
+    if found.trained_g is not None:
+        about[TRAINED_GRIDS] = describe_grids(trained_grids(built.config, found.trained_g))
+    if found.discriminator and found.heads_encoder:
+        about[HEADS_ENCODER] = found.heads_encoder
     numbers = saved_classes(model.checkpoint) if model.kind == "generator" else None
     texts = {CLASSES_NAME: json_text(numbers)} if numbers else {}
     fill_export(folder, about, files, texts, model_card(model.kind, built, about, out.name, model.checkpoint))

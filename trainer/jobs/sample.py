@@ -11,7 +11,7 @@ import torch
 
 from data.file_names import fitted
 from data.transforms import Size
-from model_zoo.conditions import parse_classes
+from model_zoo.conditions import parse_classes, trained_grids
 from model_zoo.config import Sampling
 from model_zoo.errors import ModelError
 from model_zoo.io.hashing import fingerprint_of
@@ -224,18 +224,34 @@ def _labels(text: str | None, generator: Transformer) -> list[int]:
 
 
 def _chosen_grid(size: str | None, generator: Transformer, tokenizer: Tokenizer) -> tuple[int, int]:
-    """The grid of images of ``--size``. Raises TrainerError for a size that no grid of the generator has."""
+    """The grid of images of ``--size``. Raises TrainerError for a size that no grid of the generator has, and for a
+    grid that was never trained."""
     sizes = {_pixels(grid, tokenizer): grid for grid in generator.config.all_grids}
+    trained = trained_grids(generator.config, generator.trained_g)
     if size is None:
-        return tuple(generator.config.grid)
+        default = tuple(generator.config.grid)
+        if default not in trained:
+            raise TrainerError(
+                f"the generator was never trained on images of its default size {_pixels(default, tokenizer)}: choose "
+                f"with --size: {_choice(trained, tokenizer)}"
+            )
+        return default
     if size.isdecimal():  # the side of a square, as in `ibq tokenize`
         size = f"{size}x{size}"
     if size not in sizes:
         raise TrainerError(
             f"--size {size}: the generator makes no such images (HEIGHTxWIDTH in pixels, or the side of a square): "
-            f"choose {' or '.join(sizes)}"
+            f"choose {_choice(trained, tokenizer)}"
+        )
+    if sizes[size] not in trained:
+        raise TrainerError(
+            f"--size {size}: the generator was never trained on such images: choose {_choice(trained, tokenizer)}"
         )
     return sizes[size]
+
+
+def _choice(grids: Sequence[tuple[int, int]], tokenizer: Tokenizer) -> str:
+    return " or ".join(_pixels(grid, tokenizer) for grid in grids)
 
 
 def _pixels(grid: Sequence[int], tokenizer: Tokenizer) -> str:

@@ -16,7 +16,7 @@ from model_zoo import ModelError, load_tokenizer
 from model_zoo.conditions import assumed_trained
 from model_zoo.config import grid_name
 from model_zoo.io.run_layout import checkpoint_step
-from model_zoo.io.weights import TRAINED
+from model_zoo.io.weights import TRAINED, TRAINED_G
 from model_zoo.sampler import Sampler
 from model_zoo.transformer import Transformer, checkpoint_blocks, flops_per_token
 from trainer import TrainerError
@@ -55,6 +55,9 @@ class GeneratorTask(Task):
         torch.manual_seed(config.seed)  # the same weights on every rank
         self.transformer = Transformer(config.model, self.groups.shard).to(world.device)
         self.transformer.trained_c = torch.zeros(config.model.classes + 1, dtype=torch.bool, device=world.device)
+        self.grids = config.model.all_grids
+        if config.model.grids:
+            self.transformer.trained_g = torch.zeros(len(self.grids), dtype=torch.bool, device=world.device)
         self.tokenizer = None
         if config.tokenizer.source is not None:
             check_together(world, config.tokenizer.source)
@@ -75,12 +78,14 @@ class GeneratorTask(Task):
             loss_scales={"generator": LossScale(config.trainer.precision == "fp16")},
             buffers=self._buffers,
             is_main=world.is_main,
-            optional={TRAINED: assumed_trained(config.model.classes, config.loss.label_dropout)},
+            optional={
+                TRAINED: assumed_trained(config.model.classes, config.loss.label_dropout),
+                TRAINED_G: torch.ones(len(self.grids), dtype=torch.bool),
+            },
         )
         if config.trainer.compile:
             for block in self.transformer.blocks:
                 block.compile()
-        self.grids = config.model.all_grids
         self.rate: float | None = None  # of a plain matrix product, for MFU
         self.trained_images, self.trained_tokens, self.trained_flops = 0, 0, 0.0  # since `speed` was read
 
@@ -226,7 +231,7 @@ class GeneratorTask(Task):
             self.main_engine.backward(loss_scale.value * out.loss, last=i == len(micro_batches) - 1)
             metrics.add("loss/total", out.loss)
             metrics.add("loss/cross_entropy", out.cross_entropy)
-            if len(self.grids) > 1:  # all micro-batches of a step have one grid
+            if len(self.grids) > 1:  # all micro-batches of a step have one grid, on all ranks
                 metrics.add(f"loss/cross_entropy/{grid_name(grid)}", out.cross_entropy)
             if loss.z_weight:
                 metrics.add("loss/z", out.z)
@@ -235,6 +240,8 @@ class GeneratorTask(Task):
         engines = [network.engine for network in self.state.trained.values()]
         if self.update("generator", engines, "loss/total", lr, step, metrics):
             self.transformer.trained_c |= used_c
+            if self.transformer.trained_g is not None:
+                self.transformer.trained_g[self.grids.index(micro_batches[0].grid)] = True
             if self.state.ema:
                 self.state.ema.update(step)
         return metrics.result()
@@ -369,9 +376,11 @@ class GeneratorTask(Task):
         return {"tokenizer, frozen": sum(weight.nbytes for weight in self.tokenizer.parameters())}
 
     def _buffers(self) -> dict[str, Tensor]:
-        """The trained classes, and the codebook of model.embedding=codebook, which a checkpoint has among the trained
-        weights and in the EMA."""
+        """The trained classes and grids, and the codebook of model.embedding=codebook, which a checkpoint has among the
+        trained weights and in the EMA."""
         trained = {TRAINED: self.transformer.trained_c}
+        if self.transformer.trained_g is not None:
+            trained[TRAINED_G] = self.transformer.trained_g
         if self.config.model.embedding != "codebook":
             return trained
         codebook_vd = self.transformer.tok_emb.codebook_vd

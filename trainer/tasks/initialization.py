@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from model_zoo import ModelError
 from model_zoo.io.hashing import fingerprint_of
-from model_zoo.io.weights import Weights, check_weights
+from model_zoo.io.weights import Weights, check_weights, heads_encoder
 from model_zoo.quantizers.base import CodebookQuantizer, Quantizer
 from model_zoo.quantizers.vqgan_lc import LargeCodebookQuantizer
 from model_zoo.transformer import CodebookEmbedding, Transformer
@@ -36,15 +36,15 @@ def load_initial_weights(
         weights.origin,
         fingerprint,
         config.init_from.freeze,
-        _load_discriminator(discriminator, weights, wanted=config.init_from.discriminator),
+        _load_discriminator(config, discriminator, weights),
     )
 
 
 def load_initial_generator(
     config: GeneratorRun, world: World, state: ModelState, transformer: Transformer
 ) -> InitRecord:
-    """Loads the weights that ``init_from.source`` names, and which classes they were trained on; all ranks call
-    together. Raises TrainerError."""
+    """Loads the weights that ``init_from.source`` names, and which classes and grids they were trained on; all ranks
+    call together. Raises TrainerError."""
     check_together(world, config.init_from.source)
     weights, fingerprint, grids = run_on_all_ranks(lambda: read_initial_generator(config))
     check_same_on_all_ranks(f"init_from.source={config.init_from.source}", f"fingerprint {fingerprint}")
@@ -60,14 +60,17 @@ def load_initial_generator(
     # A published file does not say which classes were trained, and was trained on all.
     trained_c = torch.ones_like(transformer.trained_c) if weights.trained_c is None else weights.trained_c
     transformer.trained_c.copy_(trained_c)
+    if transformer.trained_g is not None:
+        transformer.trained_g.copy_(weights.trained_g)
     return InitRecord(weights.origin, fingerprint, grids=grids)
 
 
-def _load_discriminator(network: nn.Module | None, weights: Weights, wanted: bool) -> str:
-    """Loads the source's discriminator if it fits; returns a description of the initial weights."""
+def _load_discriminator(config: TokenizerRun, network: nn.Module | None, weights: Weights) -> str:
+    """Loads the source's discriminator if it fits; returns a description of the initial weights. Heads fit only the
+    encoder whose tokens they have learned."""
     if network is None:
         return "none"
-    if not wanted:
+    if not config.init_from.discriminator:
         return "random weights (init_from.discriminator=false)"
     if weights.discriminator is None:
         return "random weights (the source has none)"
@@ -75,6 +78,13 @@ def _load_discriminator(network: nn.Module | None, weights: Weights, wanted: boo
         check_weights(weights.discriminator, network.state_dict(), "the source's")
     except ModelError as error:
         return f"random weights ({error})"
+    settings = config.discriminator
+    if settings.kind == "dino":
+        ours = heads_encoder(settings.kind, settings.encoder, settings.sha256)
+        if weights.heads_encoder is None:
+            return "random weights (the source does not say which encoder its heads belong to)"
+        if weights.heads_encoder != ours:
+            return f"random weights (the source's heads belong to {weights.heads_encoder}; here it is {ours})"
     network.load_state_dict(weights.discriminator)
     return "the source's"
 

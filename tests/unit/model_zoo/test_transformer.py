@@ -164,7 +164,7 @@ def test_codebook_embedding_is_a_projection_of_frozen_code_vectors():
     ("change", "message"),
     [
         ({"grids": ["3x4", "2x5", "3x4"]}, "model.grids has 3x4 twice: leave one out"),
-        ({"grids": ["4x3", "2x5"]}, "model.grid=[3,4] is not among model.grids=[4x3,2x5]: add 3x4 there, or set"),
+        ({"grids": ["4x3", "2x5"]}, "model.grid=[3,4] is not among model.grids=[4x3,2x5]: set model.grid=[4,3] or"),
         ({"grids": ["3x4", "2*5"]}, "model.grids: '2*5' must be ROWSxCOLUMNS, each 1 to 1024, such as 24x40"),
         ({"grids": ["3x4", "0x5"]}, "model.grids: '0x5' must be"),
         ({"grids": ["3x4", "2x1025"]}, "model.grids: '2x1025' must be"),

@@ -53,6 +53,22 @@ def test_other_grids_are_refused_with_the_way_to_a_run_of_these():
     assert 'model.grids was [] and is now ["8x8", "4x16"]; set it back, or start a new run with init_from' in said
 
 
+def test_the_adversarial_term_neither_begins_nor_drops_its_discriminator():
+    off = "loss.generator.weight=0"
+    for kind in ("patchgan", "dino"):
+        others = [f"discriminator.kind={kind}", *[f"discriminator.sha256={'0' * 64}"] * (kind == "dino")]
+        without = saved("debug", off, f"discriminator.kind={kind}")
+        said = refusal(TrainerError, changes_since, without, now(*others), 5)
+        assert "loss.generator.weight was 0 and is now 0.1, but the checkpoint has no discriminator" in said
+        assert "start a new run with init_from.source=RUN loss.generator.weight=0.1" in said
+    said = refusal(TrainerError, changes_since, saved(), now(off), 5)
+    assert "loss.generator.weight was 0.1 and is now 0, and later checkpoints would have no discriminator" in said
+    paused = "loss.discriminator.start_step=1000000000"  # what the message names
+    assert [change.key for change in changes_since(saved(), now(paused), 5)] == ["loss.discriminator.start_step"]
+    assert [change.key for change in changes_since(saved(), now("loss.generator.weight=0.2"), 5)]
+    assert changes_since(saved("debug", off), now(off), 5) == []
+
+
 def test_a_tokenizer_that_was_not_known_yet_is_no_change():
     config = now("tokenizer.fingerprint=0123456789abcdef", recipe="ar_debug")
     assert [change.key for change in changes_since(saved("ar_debug"), config, 5)] == ["tokenizer.fingerprint"]

@@ -13,10 +13,12 @@ from torch.nn import functional as F
 
 from data.config import DataConfig
 from model_zoo import ModelError
+from model_zoo.io.hashing import sha256_of
 from model_zoo.io.sharded_tensors import ShardedTensors, save_shards
 from trainer import TrainerError
 from trainer.changes import changes_since, settings_of
-from trainer.recipes import load_recipe
+from trainer.jobs.export import export
+from trainer.recipes import load_recipe, save_config
 from trainer.start_plan import Source, check_inputs
 
 DINO = dict(discriminator__kind="dino", discriminator__encoder=ENCODER, discriminator__size=64)
@@ -29,7 +31,7 @@ def file(tmp_path_factory):
 
 @pytest.fixture
 def build(world, file):
-    return partial(tokenizer_task, world, discriminator__weights=str(file), **DINO)
+    return partial(tokenizer_task, world, **{"discriminator__weights": str(file), **DINO})
 
 
 def logits_by_hand(task, images_bchw):
@@ -168,6 +170,40 @@ def test_the_run_keeps_the_hash_and_refuses_another_file(file, tmp_path):
     assert len(digest) == 64
     config.discriminator.weights = str(write_encoder(tmp_path / "other.safetensors", seed=1))
     assert digest in refusal(ModelError, check_inputs, config, Source())
+
+
+def source_of(task, folder):
+    """A run's folder with this task as its checkpoint."""
+    checkpoint = folder / "checkpoints/step_00000003"
+    checkpoint.mkdir(parents=True)
+    save_config(task.config, folder / "config.yaml")
+    save_shards(checkpoint / "rank_00000.safetensors", task.state.tensors())
+    (checkpoint.parent / "latest").write_text(checkpoint.name)
+    return folder
+
+
+@pytest.mark.parametrize("exported", [False, True])
+def test_heads_start_from_those_of_the_same_encoder_only(build, file, tmp_path, exported):
+    digest, other_file = sha256_of(file), write_encoder(tmp_path / "other.safetensors", seed=1)
+    trained = build(discriminator__sha256=digest, ema__decay=0.0)
+    folder = source_of(trained, tmp_path / "run")
+    if exported:
+        export(folder, tmp_path / "export")
+        folder = tmp_path / "export"
+    source = dict(init_from__source=str(folder), seed=9)
+    same = build(**source, discriminator__sha256=digest)
+    assert same.load_initial_weights().discriminator == "the source's"
+    assert equal(*(weights(task.adversary.engine.module) for task in (same, trained)))
+    of_other = dict(discriminator__weights=str(other_file), discriminator__sha256=sha256_of(other_file))
+    other = build(**source, **of_other)
+    before = weights(other.adversary.engine.module)
+    found = other.load_initial_weights().discriminator
+    assert found.startswith(f"random weights (the source's heads belong to {ENCODER}, sha256 {digest}; here it is ")
+    assert equal(before, weights(other.adversary.engine.module))
+    about = folder / "config.yaml"
+    about.write_text(about.read_text().replace(digest, "null").replace(f"{ENCODER}, sha256 null", "null"))
+    found = build(**source, discriminator__sha256=digest).load_initial_weights().discriminator
+    assert found == "random weights (the source does not say which encoder its heads belong to)"
 
 
 def saved(**changes):

@@ -134,6 +134,18 @@ def test_a_checkpoint_holds_all_that_a_run_goes_on_from(build, tmp_path):
     assert {"generator/tok_emb.codebook_vd", "generator_ema/tok_emb.codebook_vd"} <= names
 
 
+@pytest.mark.usefixtures("tokenizer")
+def test_an_average_begins_from_a_checkpoint_without_one_beside_a_codebook(build, tmp_path):
+    task = build(*CODEBOOK, "ema.decay=0")
+    task.step([codes(0)], 0)
+    save_shards(tmp_path / "rank.safetensors", task.state.tensors())
+    other = build(*CODEBOOK, "ema.decay=0.9", "seed=9")
+    other.state.load(ShardedTensors(tmp_path), task.state.numbers())
+    saved = {shard.name: shard.values for shard in other.state.tensors()}
+    for name, value in weights(task.transformer).items():
+        assert torch.equal(saved[f"generator_ema/{name}"], value.flatten())
+
+
 def test_the_codebook_is_the_embedding_and_is_not_trained(build, tokenizer):
     task = build(*CODEBOOK)
     codebook = tokenizer.quantize.embedding.weight
@@ -342,6 +354,39 @@ def test_a_step_of_any_grid_trains_on_its_loss(build):
         assert float(scalars["loss/cross_entropy"]) == pytest.approx(float(expected), rel=1e-5)
         name = "{}x{}".format(*grid)
         assert [key for key in scalars if key.startswith("loss/cross_entropy/")] == [f"loss/cross_entropy/{name}"]
+
+
+def test_trained_grids_are_kept_in_the_checkpoint(build, tmp_path, monkeypatch):
+    """Of three: 4x6 never came, and the step of 4x4 updated nothing."""
+    task = build(*WIDE)
+    task.step([codes_of((2, 8), 8)], 0)
+    before = weights(task.transformer)
+    with torch.no_grad():
+        task.transformer.head.weight.fill_(math.nan)
+    task.step([codes_of((4, 4), 8)], 1)
+    assert task.transformer.trained_g.tolist() == [False, True, False]
+    task.transformer.load_state_dict(before)
+    shards = task.state.tensors()
+    save_shards(tmp_path / "rank.safetensors", shards)
+    other = build(*WIDE)
+    other.state.load(ShardedTensors(tmp_path), task.state.numbers())
+    assert other.transformer.trained_g.tolist() == [False, True, False]
+    older = tmp_path / "older"  # without the record
+    older.mkdir()
+    save_shards(older / "rank.safetensors", [shard for shard in shards if shard.name != "conditions/trained_g"])
+    other.state.load(ShardedTensors(older), task.state.numbers())
+    assert other.transformer.trained_g.tolist() == [True] * 3
+
+
+@pytest.mark.usefixtures("tokenizer")
+def test_pictures_of_a_grid_that_was_never_trained_are_a_note(build, monkeypatch):
+    monkeypatch.setattr(task_module.data, "evaluation_tokens", lambda *_, **options: iter([]))
+    task = build(*WIDE, "tokenizer.source=any")
+    task.step([codes_of((2, 8), 8)], 0)
+    found = task.validate(lambda: None)
+    assert not found.pictures and "never trained on the grid 4x4: choose among 2x8" in found.notes[0]
+    task.step([codes_of((4, 4), 8)], 1)
+    assert task.validate(lambda: None).pictures
 
 
 def test_speed_counts_the_tokens_of_each_grid(build):

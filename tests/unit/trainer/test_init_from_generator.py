@@ -62,6 +62,7 @@ def test_a_generator_of_several_grids_begins_as_that_of_one(world, one_grid, tmp
     assert loss_of(task.transformer, (2, 3)) == loss_of(expected, (2, 3))
     assert loss_of(task.transformer, (3, 2)) == loss_of(generator_of(4, grid=[3, 2]), (3, 2))
     assert task.transformer.trained_c.nonzero().flatten().tolist() == [1, 3]
+    assert task.transformer.trained_g.tolist() == [False, True]  # with a row of zeros it is the source
     averages = {shard.name: shard.values for shard in task.state.tensors() if shard.name.startswith("generator_ema/")}
     for name, value in expected.state_dict().items():
         assert torch.equal(averages[f"generator_ema/{name}"].view(value.shape), value)
@@ -86,6 +87,15 @@ def test_embeddings_are_those_of_the_same_grids(world, tmp_path, exported):
     assert record.grids == (
         "embeddings of grids: 3x2, 2x3, 1x5 of the source, 2x2 start at zero (the source has 1x5, 2x3, 3x2)"
     )
+
+
+def test_a_grid_that_the_source_never_trained_is_new(world, tmp_path):
+    generator = generator_of(4, grids=["1x5", "2x3", "3x2"])
+    generator.trained_g = torch.tensor([True, False, True])
+    task = task_of(world, write_generator_run(tmp_path / "run", generator), grids=["3x2", "2x2", "2x3"])
+    record = task.load_initial_weights()
+    assert task.transformer.trained_g.tolist() == [True, False, False]
+    assert "3x2 of the source, 2x2, 2x3 start at zero" in record.grids
 
 
 @pytest.mark.parametrize(("grid", "said"), [([2, 3], None), ([4, 4], "grid 4x4, of the source 2x3")])

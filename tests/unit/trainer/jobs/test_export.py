@@ -247,6 +247,25 @@ def test_what_a_generator_was_trained_on_goes_with_it(tmp_path):
     assert "trained_classes: '6' is not a class from 0 to 5" in refusal(ModelError, load_generator, tmp_path / "out")
 
 
+def test_which_grids_a_generator_was_trained_on_goes_with_its_export(tmp_path, ibq):
+    model = generator_of(grids=["2x3", "3x2", "1x5"])
+    model.trained_g = torch.tensor([False, True, True])
+    run = write_run(tmp_path / "run", {"task": "generator"}, generator=model)
+    export(run, tmp_path / "out")
+    export(tmp_path / "out", tmp_path / "again")
+    for source in (run, tmp_path / "out", tmp_path / "again"):
+        assert load_generator(source, "raw").trained_g.tolist() == [False, True, True]
+        assert info(source).models[0].trained_grids == "3x2,1x5"
+    assert "  trained on grids 3x2,1x5 of 2x3,3x2,1x5\n" in ibq("checkpoint", "info", tmp_path / "out").succeeded().out
+    config = tmp_path / "out" / "config.yaml"
+    text = config.read_text()
+    config.write_text(text.replace("trained_grids: 3x2,1x5\n", ""))  # as an earlier version wrote it
+    assert load_generator(tmp_path / "out", "raw").trained_g is None
+    config.write_text(text.replace("trained_grids: 3x2", "trained_grids: 9x9"))
+    said = refusal(ModelError, load_generator, tmp_path / "out", "raw")
+    assert "trained_grids: '9x9' is not among the grids 2x3,3x2,1x5" in said
+
+
 def test_information_about_a_generator_tells_its_classes(tmp_path, ibq):
     """Their names go with an export in safetensors. A file in the published layout has the numbers alone."""
     model = generator_of(grid=[16, 16], heads=1, head_dim=64)

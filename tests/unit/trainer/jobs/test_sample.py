@@ -171,6 +171,23 @@ def test_what_was_never_trained_is_refused_before_anything_is_written(tmp_path, 
     assert json.loads((run / "sampled/sample.json").read_text())["settings"]["classes"] == [1, 3, 4]
 
 
+def test_grids_that_were_never_trained_are_refused_before_anything_is_written(tmp_path, ibq, refused_by_ibq):
+    tokenizer = write_tokenizer_run(tmp_path / "tokenizer", tokenizer_of())
+    generator = generator_of(grids=["2x3", "3x2", "1x5"])
+    generator.trained_g = torch.tensor([False, True, True])
+    run = write_generator_run(tmp_path / "run", generator, tokenizer)
+    common = "sample", run, "--device", "cpu", "--count", 3
+    said = refused_by_ibq(*common)
+    assert "never trained on images of its default size 8x12: choose with --size: 12x8 or 4x20" in said
+    said = refused_by_ibq(*common, "--size", "8x12")
+    assert "--size 8x12: the generator was never trained on such images: choose 12x8 or 4x20" in said
+    assert not (run / "sampled").exists()
+    assert ibq(*common, "--size", "12x8").status == 0
+    sampler = Sampler(generator.eval(), 1)
+    said = refusal(ModelError, sampler.sample, torch.tensor([1]), [0], Sampling())
+    assert said == "the generator was never trained on the grid 2x3: choose among 3x2,1x5"
+
+
 def test_a_run_of_an_earlier_version_is_judged_by_its_recipe(tmp_path):
     tokenizer = write_tokenizer_run(tmp_path / "tokenizer", tokenizer_of())
     config = generator_run()

@@ -801,7 +801,10 @@ def test_the_command_names_the_grids_for_training(run, shapes, tmp_path, capsys)
     with pytest.raises(SystemExit) as ended:
         cli.main(["tokenize", *map(str, arguments)])
     assert not ended.value.code
-    assert "grids: 5x5 (4), 4x8 (7), 8x4 (3): train with 'model.grids=[5x5,4x8,8x4]'" in capsys.readouterr().out
+    assert (
+        "grids: 5x5 (4), 4x8 (7), 8x4 (3): train with 'model.grids=[5x5,4x8,8x4]' 'model.grid=[4,8]'"
+        in capsys.readouterr().out
+    )
 
 
 def test_impossible_sizes_get_one_line(run, shapes, tmp_path):
