@@ -17,6 +17,7 @@ COUNTERS = (torch.int32, torch.int64)  # dtypes of counters beside weights
 SETS = ("ema", "raw")  # sets of weights: the exponential moving average, and the trained weights
 # `Weights.trained_c`: its name in a run's checkpoints, and the key of its text in exports and our published files.
 TRAINED, TRAINED_CLASSES = "conditions/trained_c", "trained_classes"
+CODES_OF = "codes_of_tokenizer"  # `Weights.tokenizer`: its key in exports and our published files
 
 
 class Average(NamedTuple):
@@ -62,6 +63,15 @@ def read_trained_classes(about: dict, model: dict, where: str | Path) -> Tensor 
         return trained_from(str(about[TRAINED_CLASSES]), int(model["classes"]))
     except (ValueError, KeyError, TypeError) as error:
         raise ModelError(f"{where}: {TRAINED_CLASSES}: {error}") from error
+
+
+def read_codes_of(about: dict, where: str | Path) -> str | None:
+    """`Weights.tokenizer` of an export or a published file; None if it does not say. about: what holds CODES_OF.
+    Raises ModelError, which names ``where``."""
+    fingerprint = about.get(CODES_OF)
+    if not isinstance(fingerprint, str | None):
+        raise ModelError(f"{where}: {CODES_OF}: {fingerprint} is not a fingerprint in quotes")
+    return fingerprint
 
 
 def no_weight(tensor: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> str | None:

@@ -54,7 +54,7 @@ from model_zoo.io.published_ckpt import (
     weights_file,
 )
 from model_zoo.io.run_layout import run_folder
-from model_zoo.io.weights import TRAINED_CLASSES, Weights
+from model_zoo.io.weights import CODES_OF, TRAINED_CLASSES, Weights
 from model_zoo.tokenizer import Tokenizer
 from model_zoo.transformer import Transformer
 from trainer import TrainerError
@@ -226,6 +226,8 @@ def _export_published(models: list[SourceModel], notes: list[str], out: Path) ->
         configs[model.kind] = raw.config
         if raw.trained_c is not None:
             configs[TRAINED_CLASSES] = describe_classes(raw.trained_c)
+        if raw.tokenizer is not None:
+            configs[CODES_OF] = raw.tokenizer
         step = step if first_stage else raw.step
         summary.append(f"{model.kind}: {describe_model(built)}; weights: {' and '.join(sets)}")
     steps = {} if step is None else {"global_step": step}
@@ -387,6 +389,8 @@ def _export_one(model: SourceModel, folder: Path, out: Path, source: str) -> str
         about["downsampling_factor"] = built.downsampling_factor
     if found.trained_c is not None:
         about[TRAINED_CLASSES] = describe_classes(found.trained_c)
+    if found.tokenizer is not None:
+        about[CODES_OF] = found.tokenizer
     numbers = saved_classes(model.checkpoint) if model.kind == "generator" else None
     texts = {CLASSES_NAME: json_text(numbers)} if numbers else {}
     fill_export(folder, about, files, texts, model_card(model.kind, built, about, out.name, model.checkpoint))
