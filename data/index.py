@@ -55,7 +55,7 @@ class SampleTable:
     """Where a tar's samples lie: sample n is in bytes starts_n[n] to stops_n[n].
 
     keys_n: hashes of the keys; bytes: size of the tar; sizes_n2: height and width of each image, or rows and columns of
-    its codes, 0 where the header cannot be read; None if nobody has looked.
+    its codes, 0 where the header cannot be read; None if nobody has looked. sha256: of the tar, if an index tells it.
     """
 
     bytes: int
@@ -63,6 +63,7 @@ class SampleTable:
     stops_n: np.ndarray
     keys_n: np.ndarray
     sizes_n2: np.ndarray | None = None
+    sha256: str | None = None
 
     def __len__(self):
         return len(self.starts_n)
@@ -154,7 +155,8 @@ class Index:
         samples = slice(self.first[number], self.first[number + 1])
         starts_n, stops_n, keys_n = (self.tensors[name][samples] for name in ("starts", "stops", "keys"))
         sizes_n2 = self.tensors["sizes"][samples] if "sizes" in self.tensors else None
-        return SampleTable(int(self.tensors["bytes"][number]), starts_n, stops_n, keys_n, sizes_n2)
+        sha256 = self.tensors["sha256"][number].tobytes().hex()
+        return SampleTable(int(self.tensors["bytes"][number]), starts_n, stops_n, keys_n, sizes_n2, sha256)
 
     def sha256(self, url: str, root: str) -> str | None:
         """The SHA-256 of a tar's content when the index was written, or None."""

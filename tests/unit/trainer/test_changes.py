@@ -94,6 +94,8 @@ def test_former_names_and_defaults_are_no_change():
     before = saved("debug", "model.codebook_init=normal", "trainer.keep_last=7", "init_from.source=a")
     del before["model.codebook_init"]
     before["trainer.keep_checkpoints"] = before.pop("trainer.keep_last")
-    before |= {f"start.{key}": before.pop(f"init_from.{key}") for key in ("source", "weights", "discriminator", "freeze")}
+    before |= {
+        f"start.{key}": before.pop(f"init_from.{key}") for key in ("source", "weights", "discriminator", "freeze")
+    }
     same = "model.codebook_init=normal", "trainer.keep_last=7", "init_from.source=a"
     assert changes_since({**before, "engine.kind": "replicated"}, now(*same, "engine.kind=ddp"), 5) == []
