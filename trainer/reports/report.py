@@ -188,8 +188,8 @@ def _facts(run: Path, config: DictConfig, curves: dict[str, Curve], evaluation: 
 
 
 def _images_per_step(batch: int | None, mean: float | None, divided: bool) -> str | None:
-    """batch: trainer.global_batch_size, which is the most of a step. mean: of all steps, if it is known. divided: images
-    or codes of a step have one of several sizes, and the larger are fewer."""
+    """batch: trainer.global_batch_size, the most in a step. mean: of all steps, if known. divided: a step has images or
+    codes of one of several sizes, fewer of larger ones."""
     if batch is None or not divided:
         return None if batch is None else f"{batch}"
     known = "" if mean is None else f"{mean:.3g} on average; "
