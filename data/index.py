@@ -56,7 +56,7 @@ class SampleTable:
     """Where a tar's samples lie: sample n is in bytes starts_n[n] to stops_n[n].
 
     keys_n: hashes of the keys; bytes: size of the tar; sizes_n2: height and width of each image, or rows and columns of
-    its codes, 0 where the header cannot be read; None if nobody has looked.
+    its codes, 0 where the header cannot be read; None if nobody has looked. sha256: of the tar, if an index tells it.
     """
 
     bytes: int
@@ -64,6 +64,7 @@ class SampleTable:
     stops_n: np.ndarray
     keys_n: np.ndarray
     sizes_n2: np.ndarray | None = None
+    sha256: str | None = None
 
     def __len__(self):
         return len(self.starts_n)
@@ -169,7 +170,8 @@ class Index:
         # The first suffix is that of nearly all images; training notices another size of the rest (`check_bucket`).
         is_same = not image or image[0] == measured[0]
         sizes_n2 = self.tensors["sizes"][samples] if "sizes" in self.tensors and is_same else None
-        return SampleTable(int(self.tensors["bytes"][number]), starts_n, stops_n, keys_n, sizes_n2)
+        sha256 = self.tensors["sha256"][number].tobytes().hex()
+        return SampleTable(int(self.tensors["bytes"][number]), starts_n, stops_n, keys_n, sizes_n2, sha256)
 
     def sha256(self, url: str, root: str) -> str | None:
         """The SHA-256 of a tar's content when the index was written, or None."""

@@ -90,6 +90,14 @@ class Batch(NamedTuple):
         return [info.label for info in self.infos]
 
 
+class ChangedTars(NamedTuple):
+    """Hashes of the tars of a source, before and now."""
+
+    source: str
+    before: str
+    now: str
+
+
 @dataclass
 class _Part:
     """A rank's share of the images of one size, or of the codes of one grid. name: of the bucket or grid, or empty if
@@ -169,6 +177,10 @@ class TrainStream:
             named = [Size(*grid) for grid in tokens.grids] if config.content == "tokens" else sizes
             buckets = {f"{words.one}s": list(map(str, named)), "division": self.division.identity()}
         self.identity = stream_identity(self.sources, seed, lanes, limit, buckets)
+        # Not in the identity: tars that were made again continue, and a node may have copies without an index.
+        self.tar_hashes_before = before.get("tar_hashes", {})
+        known = {source.name: found for source in self.sources if (found := source.tar_hash()) is not None}
+        self.tar_hashes = {**self.tar_hashes_before, **known}
         self.steps, self.totals, lane_states = 0, {}, {}
         if state is not None:
             self.steps, lane_states, totals = restore(state, self.identity)
@@ -261,6 +273,16 @@ class TrainStream:
         unknown = [source.unknown_addresses() for source in self.sources]
         return f"{'; '.join(map(describe, self.sources))} ({digest([self.identity, unknown])})"
 
+    def changed_tars(self) -> list[ChangedTars]:
+        """The sources whose tars have other content than in the state, although their samples have the same sizes and
+        keys: tars that were made again. Known where an index was there both times."""
+        before = self.tar_hashes_before
+        return [
+            ChangedTars(name, before[name], now)
+            for name, now in self.tar_hashes.items()
+            if before.get(name, now) != now
+        ]
+
     def describe(self, steps: int) -> str:
         """Lines that say what that many steps will read."""
         batches = [part.assignment.global_batch_size for part in self.parts]
@@ -297,6 +319,7 @@ class TrainStream:
             "ranks": [self.rank],
             "world_size": self.world_size,
             "quarantine": self.quarantine,
+            "tar_hashes": self.tar_hashes,
         }
 
     def _next_read(self) -> ReadSamples:

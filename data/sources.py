@@ -194,6 +194,12 @@ class Source:
         identity = {"shards": len(names), "names": digest(names), "samples": self.samples, "counts": counts}
         return {**identity, "contents": contents}
 
+    def tar_hash(self) -> str | None:
+        """A hash of the content of its tars, by the sha256 of each in their index; None without an index."""
+        tables = [shard.table if isinstance(shard, TarShard) else None for shard in self.shards]
+        hashes = [None if table is None else table.sha256 for table in tables]
+        return None if None in hashes else digest(hashes)
+
     def unknown_addresses(self) -> list[str]:
         """Those of tars whose samples are not known before they are read: nothing else tells which tars they are."""
         return [without_query(one.url) for one in self.shards if isinstance(one, TarShard) and one.table is None]

@@ -16,7 +16,7 @@ from torch import Tensor
 from model_zoo.io.sharded_tensors import ShardedTensors
 
 MODELS = ("tokenizer", "tokenizer_ema", "discriminator", "semantic_head", "lecam", "generator", "generator_ema")
-OF_SPEED = ("images_per_second", "tokens_per_second", "mfu")
+OF_SPEED = ("images_per_second", "tokens_per_second", "mfu", "training_seconds")
 
 
 class Difference(NamedTuple):

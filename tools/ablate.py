@@ -80,12 +80,17 @@ def ablate(
 
 def _check(ablation, cells: list, table_cells: list, judge: str, out: Path) -> None:
     """Raises TrainerError for all that can be known to be wrong before anything is trained."""
+    from trainer import TrainerError
     from trainer.jobs import ablation as jobs
     from trainer.jobs.ablation_inputs import check_same_inputs
     from trainer.recipes import load_recipe
 
     for cell in cells:
-        load_recipe(cell.recipe, cell.overrides)
+        if load_recipe(cell.recipe, cell.overrides).task != "tokenizer":
+            raise TrainerError(
+                f"row {cell.row!r}: {cell.recipe} is a recipe for a generator, and `ibq ablate` evaluates "
+                "reconstructions: name a tokenizer's recipe"
+            )
     for cell in table_cells:
         jobs.is_trained(cell)
     jobs.check_table(ablation, out)

@@ -83,6 +83,7 @@ def tokenize(
             workers=workers,
             image=image,
             on_progress=on_progress,
+            on_note=echo,
         )
     if done is None:  # another process prints the result
         return

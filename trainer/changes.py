@@ -7,13 +7,13 @@ import operator
 from pathlib import Path
 from typing import NamedTuple
 
-from omegaconf import OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf
 
 from data.classes import read_classes
 from model_zoo.io.hashing import sha256_of
 from trainer import TrainerError
 from trainer.config import RunConfig
-from trainer.recipes import leaves
+from trainer.recipes import RENAMED_VALUES, former_defaults, leaves, renamed_key
 
 # Sections and keys that say what the weights are. (The training stream refuses another seed and other data.)
 FIXED = ("task", "model", "discriminator", "init_from.freeze", "data.content", "tokenizer.fingerprint")
@@ -40,7 +40,10 @@ class Change(NamedTuple):
 
 def settings_of(config: RunConfig) -> dict:
     """All settings by dotted key, as JSON has them."""
-    node = OmegaConf.structured(config)
+    return _by_key(OmegaConf.structured(config))
+
+
+def _by_key(node: DictConfig) -> dict:
     plain = OmegaConf.to_container(node)
     return {key: functools.reduce(operator.getitem, key.split("."), plain) for key in leaves(node)}
 
@@ -63,9 +66,10 @@ def contents_of(config: RunConfig) -> dict[str, str]:
 
 
 def changes_since(before: dict, config: RunConfig, step: int) -> list[Change]:
-    """The settings that differ from those by which training came to a step; settings that one version of ibq has and
-    the other has not are left out. Raises TrainerError for a change that is not allowed."""
-    now = settings_of(config)
+    """The settings that differ from those by which training came to a step. A setting that the version of ``before``
+    did not have counts with its default; one that this version does not have is left out. Raises TrainerError for a
+    change that is not allowed."""
+    now, before = settings_of(config), _with_defaults(before, config.task)
     keys = [key for key in now if key in before and before[key] != now[key] and key not in NOT_COMPARED]
     changes = [Change(step, key, before[key], now[key]) for key in keys]
     if step:
@@ -101,6 +105,16 @@ def _check_terms(before: dict, now: dict) -> None:
             "set it back. loss.discriminator.start_step above trainer.max_steps switches the term off and keeps the "
             f"discriminator; to continue without one, start a new run with init_from.source=RUN {key}=0"
         )
+
+
+def _with_defaults(settings: dict, task: str) -> dict:
+    """Settings by their present names, with the defaults of those that are absent."""
+    defaults = {key: value for key, value in _by_key(former_defaults(task)).items() if value != MISSING}
+    present = {renamed_key(key): value for key, value in settings.items()}
+    for (key, old), new in RENAMED_VALUES.items():
+        if present.get(key) == old:
+            present[key] = new
+    return defaults | present
 
 
 def _is_fixed(key: str, fixed: tuple[str, ...]) -> bool:

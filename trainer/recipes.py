@@ -69,6 +69,11 @@ def load_run_config(run: str | Path, overrides: list[str]) -> RunConfig:
     return _resolve(path, overrides, FORMER)
 
 
+def former_defaults(task: str) -> DictConfig:
+    """The defaults of a run that was written before keys existed. task: of TASKS."""
+    return OmegaConf.merge(_schema(task), FORMER.get(task, {}))
+
+
 def save_config(config: RunConfig, path: Path) -> None:
     """Writes the resolved configuration. An existing file stays intact if the process is killed meanwhile."""
     with complete_file(path) as temporary:
@@ -98,10 +103,16 @@ def read_as(schema: type, path: Path):
 def renamed(override: str) -> str:
     """Replaces former names of key and value in an override."""
     key, equals, value = override.partition("=")
+    key = renamed_key(key)
+    return f"{key}{equals}{RENAMED_VALUES.get((key, value), value)}"
+
+
+def renamed_key(key: str) -> str:
+    """The present name of a key."""
     for old, new in RENAMED_KEYS.items():
         if key == old or key.startswith(f"{old}."):
             key = new + key.removeprefix(old)
-    return f"{key}{equals}{RENAMED_VALUES.get((key, value), value)}"
+    return key
 
 
 def _rename(from_file: DictConfig, path: Path) -> None:

@@ -11,6 +11,7 @@ import torch
 
 import data
 from data.buckets import OF_IMAGES, OF_TOKENS, Words
+from data.loader import ChangedTars
 from model_zoo import ModelError
 from model_zoo.eval_nets.patch_encoder import checked_encoder
 from model_zoo.io.run_layout import run_folder
@@ -53,6 +54,11 @@ class StartPlan(NamedTuple):
     changes: Sequence[Change] = ()
     inputs: Inputs = Inputs(None, None, {})
     job: str | None = None
+
+    def with_changed_tars(self, changed: Sequence[ChangedTars]) -> StartPlan:
+        """The same, with these changes of the training data."""
+        changes = [Change(self.step, f"the content of the tars of source {name}", *hashes) for name, *hashes in changed]
+        return self._replace(changes=[*self.changes, *changes], notes=[*self.notes, *map(str, changes)])
 
     def record(self, config: RunConfig) -> dict:
         """What the checkpoints of the run tell of its settings, its validation and the files that settings name."""

@@ -24,9 +24,9 @@ class Throughput:
         """Counts the images of a step."""
         self.images += images
 
-    def images_per_second(self) -> float:
-        """Images per second since the last restart."""
-        return self.images / (time.perf_counter() - self.began)
+    def seconds(self) -> float:
+        """Since the last restart."""
+        return time.perf_counter() - self.began
 
     @contextmanager
     def paused(self) -> Iterator[None]:

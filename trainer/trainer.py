@@ -73,6 +73,7 @@ class Trainer:
             )
         self.resources.callback(stream.close)
         check_same_on_all_ranks("the training data", stream.seen())
+        self.plan = plan = plan.with_changed_tars(run_on_main(world, stream.changed_tars))
         seed_everything(config.seed, plan.step, world)
         if plan.checkpoint:
             restore(plan, task.state, world)
@@ -190,7 +191,8 @@ class Trainer:
         means = mean_over_ranks(torch.stack([value.to(self.world.device) for value in values])).tolist()
         scalars = dict(zip(result.scalars, means, strict=True))
         scalars |= self.task.scalars(step - 1) | self.batches.report(step)
-        scalars |= self.task.speed(self.throughput.images_per_second())
+        seconds = self.throughput.seconds()
+        scalars |= self.task.speed(self.throughput.images / seconds) | {"training_seconds": seconds}
         self.telemetry.alarm(step, self.task.alarm)
         self.telemetry.log(step, scalars)
         for line in summary(scalars) if last else ():

@@ -19,7 +19,15 @@ from torch import Tensor
 from model_zoo.errors import ModelError
 from model_zoo.io.hashing import is_known_sha256, remember_sha256, sha256_of
 from model_zoo.io.sharded_tensors import save_tensors
-from model_zoo.io.weights import KINDS, SETS, Average, Weights, read_trained_classes, read_trained_grids
+from model_zoo.io.weights import (
+    KINDS,
+    SETS,
+    Average,
+    Weights,
+    read_codes_of,
+    read_trained_classes,
+    read_trained_grids,
+)
 
 MODEL, RAW, CONFIG, CARD = "model.safetensors", "raw.safetensors", "config.yaml", "README.md"
 DISCRIMINATOR, DISCRIMINATOR_EMA = "discriminator.safetensors", "discriminator_ema.safetensors"
@@ -56,6 +64,7 @@ def read_export(folder: Path, kind: str, weights: str) -> Weights:
         Average(**about["average"]) if about.get("average") else None,
         about.get("step"),
         read_trained_classes(about, about["model"], folder / CONFIG),
+        read_codes_of(about, folder / CONFIG),
         trained_g=read_trained_grids(about, about["model"], folder / CONFIG),
         heads_encoder=about.get(HEADS_ENCODER),
     )

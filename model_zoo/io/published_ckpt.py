@@ -26,7 +26,16 @@ from model_zoo.discriminator import PatchDiscriminator
 from model_zoo.errors import ModelError
 from model_zoo.io.emu_folder import CHECKPOINT, is_emu_folder, read_emu_config, unsupported
 from model_zoo.io.export_format import CONFIG, MODEL, read_tensors
-from model_zoo.io.weights import COUNTERS, DTYPES, Average, Weights, check_weights, no_weight, read_trained_classes
+from model_zoo.io.weights import (
+    COUNTERS,
+    DTYPES,
+    Average,
+    Weights,
+    check_weights,
+    no_weight,
+    read_codes_of,
+    read_trained_classes,
+)
 from model_zoo.tokenizer import Tokenizer
 from model_zoo.transformer import Transformer
 
@@ -138,6 +147,7 @@ def read_published(path: Path, kind: str, weights: str) -> Weights:
         published.average,
         published.step,
         read_trained_classes(published.described, config, path) if kind == "generator" else None,
+        read_codes_of(published.described, path) if kind == "generator" else None,
     )
 
 

@@ -19,6 +19,7 @@ SETS = ("ema", "raw")  # sets of weights: the exponential moving average, and th
 TRAINED, TRAINED_CLASSES = "conditions/trained_c", "trained_classes"
 # The same of `Weights.trained_g`; the published layout has no grids.
 TRAINED_G, TRAINED_GRIDS = "conditions/trained_g", "trained_grids"
+CODES_OF = "codes_of_tokenizer"  # `Weights.tokenizer`: its key in exports and our published files
 
 
 class Average(NamedTuple):
@@ -84,6 +85,15 @@ def heads_encoder(kind: str, encoder: str, sha256: str | None) -> str | None:
     """The encoder of ``discriminator.kind=dino`` and the hash of its file, from the settings ``discriminator``. None
     for PatchGAN, and where the hash is not known."""
     return f"{encoder}, sha256 {sha256}" if kind == "dino" and sha256 else None
+
+
+def read_codes_of(about: dict, where: str | Path) -> str | None:
+    """`Weights.tokenizer` of an export or a published file; None if it does not say. about: what holds CODES_OF.
+    Raises ModelError, which names ``where``."""
+    fingerprint = about.get(CODES_OF)
+    if not isinstance(fingerprint, str | None):
+        raise ModelError(f"{where}: {CODES_OF}: {fingerprint} is not a fingerprint in quotes")
+    return fingerprint
 
 
 def no_weight(tensor: Tensor, dtypes: tuple[torch.dtype, ...] = DTYPES) -> str | None:

@@ -1,15 +1,19 @@
 """A resumed run prints that data.val holds other images than before, since it continues the curves, and that a list of
-keys has another content."""
+keys or the token shards have another content."""
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
 from ranks import settings
 from samples import picture
+from tokens import write_tokens
 
 import model_zoo
+from data.index import write_index
+from data.prep.check import check_shards
 from trainer.checkpoint import load_state
 
 
@@ -61,3 +65,29 @@ def test_another_content_of_a_list_of_keys_is_printed_and_recorded(ranks, tmp_pa
     assert (f"changed after step 1: {name} was " in err) == (now != "im00.png\n")
     changed = {key for _, key, _, _ in load_state(run / "checkpoints/step_00000002")["changes"]}
     assert changed == {"trainer.max_steps", *([name] if now != "im00.png\n" else [])}
+
+
+def tokenized(folder: Path, seed: int, indexed: bool) -> None:
+    shutil.rmtree(folder, ignore_errors=True)
+    write_tokens(folder, count=32, seed=seed)
+    urls = sorted(map(str, folder.glob("*.tar")))
+    if indexed:
+        found = list(check_shards(urls))
+        write_index(folder / "index.safetensors", urls, [one.table for one in found], [one.sha256 for one in found])
+
+
+# Shards without an index, as of earlier versions, are not compared.
+@pytest.mark.parametrize(("seed", "indexed", "told"), [(1, True, True), (0, True, False), (1, False, False)])
+def test_token_shards_that_were_made_again_are_printed_and_recorded(ranks, tmp_path, seed, indexed, told):
+    tokens, run = tmp_path / "tokens", tmp_path / "run"
+    tokenized(tokens, 0, indexed=True)
+    arguments = settings({"data.train": str(tokens), "data.workers": 0, "trainer.max_steps": 1})
+    ranks.start(1, "ar_debug", f"run={run}", *arguments).wait().succeeded()
+    tokenized(tokens, seed, indexed)
+    err = ranks.resume(1, run, "trainer.max_steps=2").succeeded().err
+    name = "the content of the tars of source train"
+    assert (f"changed after step 1: {name} was " in err) == told
+    state = load_state(run / "checkpoints/step_00000002")
+    assert {key for _, key, _, _ in state["changes"]} == {"trainer.max_steps", *([name] if told else [])}
+    tokenized(tokens, 0, indexed=True)
+    assert (f"changed after step 2: {name} was " in ranks.resume(1, run, "trainer.max_steps=3").succeeded().err) == told

@@ -55,7 +55,7 @@ from model_zoo.io.published_ckpt import (
     weights_file,
 )
 from model_zoo.io.run_layout import run_folder
-from model_zoo.io.weights import TRAINED_CLASSES, TRAINED_GRIDS, Weights
+from model_zoo.io.weights import CODES_OF, TRAINED_CLASSES, TRAINED_GRIDS, Weights
 from model_zoo.tokenizer import Tokenizer
 from model_zoo.transformer import Transformer
 from trainer import TrainerError
@@ -231,6 +231,8 @@ def _export_published(models: list[SourceModel], notes: list[str], out: Path) ->
         configs[model.kind] = raw.config
         if raw.trained_c is not None:
             configs[TRAINED_CLASSES] = describe_classes(raw.trained_c)
+        if raw.tokenizer is not None:
+            configs[CODES_OF] = raw.tokenizer
         step = step if first_stage else raw.step
         summary.append(f"{model.kind}: {describe_model(built)}; weights: {' and '.join(sets)}")
     steps = {} if step is None else {"global_step": step}
@@ -397,6 +399,8 @@ def _export_one(model: SourceModel, folder: Path, out: Path, source: str) -> str
         about[TRAINED_GRIDS] = describe_grids(trained_grids(built.config, found.trained_g))
     if found.discriminator and found.heads_encoder:
         about[HEADS_ENCODER] = found.heads_encoder
+    if found.tokenizer is not None:
+        about[CODES_OF] = found.tokenizer
     numbers = saved_classes(model.checkpoint) if model.kind == "generator" else None
     texts = {CLASSES_NAME: json_text(numbers)} if numbers else {}
     fill_export(folder, about, files, texts, model_card(model.kind, built, about, out.name, model.checkpoint))

@@ -183,7 +183,8 @@ def _load_models(checkpoint: Path, weights: str | None, tokenizer: str | Path | 
         weights = "raw" if recipe and not recipe.ema.decay else "ema"
     found = read_weights(checkpoint, "generator", weights)
     generator = build_generator(found)
-    decoder, vocabulary = _load_tokenizer(checkpoint, recipe, tokenizer), generator.config.vocabulary
+    vocabulary = generator.config.vocabulary
+    decoder = _load_tokenizer(_tokenizer_source(checkpoint, recipe, tokenizer), found.tokenizer)
     if decoder.config.codebook_size != vocabulary:
         raise TrainerError(
             f"the tokenizer has {decoder.config.codebook_size} codes, the generator {vocabulary}: name the tokenizer "
@@ -192,13 +193,12 @@ def _load_models(checkpoint: Path, weights: str | None, tokenizer: str | Path | 
     return _Models(checkpoint, recipe, found.weights, generator, decoder)
 
 
-def _load_tokenizer(checkpoint: Path, recipe: GeneratorRun | None, option: str | Path | None) -> Tokenizer:
-    source = _tokenizer_source(checkpoint, recipe, option)
+def _load_tokenizer(source: str | Path, expected: str | None) -> Tokenizer:
+    """expected: the fingerprint of the tokenizer that the generator was trained with, if known."""
     try:
         tokenizer = load_tokenizer(source)
     except ModelError as error:
         raise TrainerError(f"no tokenizer: {error}; name another with --tokenizer") from error
-    expected = recipe.tokenizer.fingerprint if recipe else None
     if expected in (None, tokenizer.fingerprint()):
         return tokenizer
     with contextlib.suppress(ModelError):  # a published file or an export may have one set of weights

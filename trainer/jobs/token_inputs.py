@@ -15,12 +15,12 @@ from model_zoo.io.load import load_tokenizer
 from model_zoo.tokenizer import Tokenizer
 from trainer import TrainerError
 from trainer.jobs.setup import data_config
-from trainer.jobs.views import SizeOptions, Views, make_views
+from trainer.jobs.views import SizeOptions, Views, make_views, unused_buckets
 
 
 class TokenizeInputs(NamedTuple):
     """settings: what a later job must have in common to continue. keys: a file's path -> its sample's key; empty for
-    tars. classes: the number of each class, if it is known."""
+    tars. classes: the number of each class, if it is known. notes: lines to print."""
 
     tokenizer: Tokenizer
     source: Source
@@ -28,6 +28,7 @@ class TokenizeInputs(NamedTuple):
     views: Views
     keys: dict[str, str]
     classes: dict[str, int] | None
+    notes: list[str]
 
 
 def open_inputs(
@@ -49,6 +50,7 @@ def open_inputs(
         )
     config = data_config(checkpoint) or DataConfig()
     views = make_views(kind, sizes, config, tokenizer.downsampling_factor)
+    notes = list(filter(None, [unused_buckets(sizes, config)]))
     if source != "images" and source not in catalogue():
         raise TrainerError(f"--source {source} is unknown: choose one of {', '.join(catalogue())}")
     if not catalogue().get(source, {}).get("layout", {}).get("image"):
@@ -72,7 +74,7 @@ def open_inputs(
     }
     if classes is not None:
         settings["classes"] = digest(sorted(numbers.items()))
-    return TokenizeInputs(tokenizer, opened, settings, views, keys, numbers)
+    return TokenizeInputs(tokenizer, opened, settings, views, keys, numbers, notes)
 
 
 def _check_classes(source: Source) -> None:

@@ -77,6 +77,7 @@ def tokenize(
     device: str = "auto",
     workers: int | None = None,
     on_progress: Callable[[int, int | None], None] = lambda done, total: None,
+    on_note: Callable[[str], None] = lambda line: None,
 ) -> Tokenized | None:
     """Tokenizes images into OUT/tokens-NNNNNN.tar, with an index in OUT. All processes of torchrun call it; returns
     None on all ranks but 0. Shards that a job with the same settings wrote before are kept.
@@ -88,7 +89,8 @@ def tokenize(
     that the input has, are written to OUT/classes.json. image: suffixes of the images in tars, default those of the
     source, or of the run's source with the same root. samples_per_shard: at most; a remote tar without an index becomes
     one shard. batch_size: views of the smallest size at a time. workers: decoding threads. on_progress: called with the
-    number of processed samples and the total (None: unknown). Raises TrainerError or DataError, one line.
+    number of processed samples and the total (None: unknown). on_note: called with lines to print before that. Raises
+    TrainerError or DataError, one line.
     """
     for option, number in (
         ("--samples-per-shard", samples_per_shard),
@@ -107,6 +109,8 @@ def tokenize(
         inputs = load_newest(
             world, run, lambda found: open_inputs(found, images, views, sizes, weights, source, classes, image)
         )
+        for note in inputs.notes if world.is_main else ():
+            on_note(note)
         check_same_on_all_ranks("the tokenizer", f"fingerprint {inputs.settings['tokenizer']}")
         check_same_on_all_ranks(f"--images {images}", run_on_all_ranks(lambda: seen(inputs)))
         settings = {**inputs.settings, "samples_per_shard": samples_per_shard}

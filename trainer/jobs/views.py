@@ -9,7 +9,7 @@ from typing import NamedTuple
 import numpy as np
 from PIL import Image
 
-from data.buckets import MOST_BUCKETS, MOST_SIDE, PARTS, bucket_for, by_area, parse_size, sizes_of
+from data.buckets import MOST_BUCKETS, MOST_SIDE, PARTS, bucket_for, by_area, image_sizes, parse_size, sizes_of
 from data.config import DataConfig
 from data.transforms import Size, as_size, decode, pixels_chw, resize_and_center_crop, resize_named
 from model_zoo.config import grid_name
@@ -135,6 +135,18 @@ def make_views(kind: str, options: SizeOptions, config: DataConfig, factor: int)
         raise TrainerError("data.resize=adm_center_crop of the run is defined for squares only: give squares to --size")
     enlargement = config.max_enlargement if options.max_enlargement is None else options.max_enlargement
     return Views(kind, sizes, config.resize, float(enlargement))
+
+
+def unused_buckets(options: SizeOptions, config: DataConfig) -> str | None:
+    """A line for a run that was trained on buckets and whose images become squares, because no size is given; None
+    otherwise. config: the run's."""
+    if options.size is not None or options.pixels is not None or not (config.buckets or config.pixels):
+        return None
+    sizes = ",".join(map(str, image_sizes(config)))
+    return (
+        f"without --size, all images become squares of data.image_size={config.image_size} pixels, but the tokenizer "
+        f"was trained on {sizes.replace(',', ', ')}: to keep their shapes, give --size {sizes}"
+    )
 
 
 def _multiple(side: int, factor: int) -> int:

@@ -6,6 +6,7 @@ import os
 import platform
 from html import escape
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 from omegaconf import DictConfig, OmegaConf
@@ -83,15 +84,29 @@ def read_metrics(path: Path) -> dict[str, Curve]:
     return {name: [Point(*pair) for pair in sorted(curve.items())] for name, curve in values.items()}
 
 
-def training_seconds(curves: dict[str, Curve], global_batch_size: int) -> float | None:
-    """Seconds spent in training steps, from the logged images per second; None if these were not logged."""
+class Work(NamedTuple):
+    """What training steps took: their seconds, and their images."""
+
+    seconds: float
+    images: float
+
+
+def training_work(curves: dict[str, Curve], images_per_step: int | None) -> Work | None:
+    """What all training steps took, by the logged images per second and seconds; None if these were not logged.
+    images_per_step: for lines of earlier versions, which have no seconds; None where it depends on the step."""
     speed = curves.get("images_per_second")
-    if not speed:
+    seconds = {point.step: point.value for point in curves.get("training_seconds", ())}
+    if not speed or (images_per_step is None and any(point.step not in seconds for point in speed)):
         return None
-    starts = [0.0, *(point.step for point in speed)]
-    return sum(
-        (p.step - start) * global_batch_size / p.value for start, p in zip(starts, speed, strict=False) if p.value
-    )
+    work, start = Work(0.0, 0.0), 0.0
+    for point in speed:
+        if point.step in seconds:
+            work = Work(work.seconds + seconds[point.step], work.images + seconds[point.step] * point.value)
+        else:
+            images = (point.step - start) * images_per_step
+            work = Work(work.seconds + (images / point.value if point.value else 0), work.images + images)
+        start = point.step
+    return work
 
 
 def _training(curves: dict[str, Curve]) -> str:
@@ -132,7 +147,11 @@ def _facts(run: Path, config: DictConfig, curves: dict[str, Curve], evaluation: 
 
     steps = max((curve[-1].step for curve in curves.values()), default=0)
     batch = pick("trainer.global_batch_size")
-    seconds = training_seconds(curves, batch) if batch else None
+    divided = (
+        pick("model.grids") or pick("data.buckets") or pick("data.pixels")
+    )  # steps have different numbers of images
+    work = training_work(curves, None if divided else batch)
+    images = work.images / curves["images_per_second"][-1].step if work else None
     codes = pick("model.codebook_size")
     engine = pick("engine.kind")
     facts = {
@@ -144,8 +163,8 @@ def _facts(run: Path, config: DictConfig, curves: dict[str, Curve], evaluation: 
         "training data": pick("data.train"),
         "validation data": pick("data.val") if pick("data.val") != pick("data.train") else None,
         "steps": f"{steps:,.0f} of {pick('trainer.max_steps'):,}" if steps and pick("trainer.max_steps") else None,
-        "images per step": batch,
-        "time in training steps": _duration(seconds) if seconds else None,
+        "images per step": _images_per_step(batch, images, bool(divided)),
+        "time in training steps": _duration(work.seconds) if work else None,
         "precision": pick("trainer.precision"),
         "engine": f"deepspeed, {pick('engine.config')}" if engine == "deepspeed" else engine,
         "learning rate": pick("optimizer.lr"),
@@ -166,6 +185,15 @@ def _facts(run: Path, config: DictConfig, curves: dict[str, Curve], evaluation: 
         f"<section><h2>The run</h2><dl>{rows}</dl><details><summary>Whole configuration</summary>"
         f"<pre>{escape(OmegaConf.to_yaml(config))}</pre></details></section>"
     )
+
+
+def _images_per_step(batch: int | None, mean: float | None, divided: bool) -> str | None:
+    """batch: trainer.global_batch_size, the most in a step. mean: of all steps, if known. divided: a step has images or
+    codes of one of several sizes, fewer of larger ones."""
+    if batch is None or not divided:
+        return None if batch is None else f"{batch}"
+    known = "" if mean is None else f"{mean:.3g} on average; "
+    return f"{known}at most {batch} (trainer.global_batch_size), fewer of larger sizes"
 
 
 def _parameter_count(run: Path) -> str | None:

@@ -76,8 +76,42 @@ def test_a_tokenizer_that_was_not_known_yet_is_no_change():
     assert "tokenizer.fingerprint was " in refusal(TrainerError, changes_since, before, config, 5)
 
 
-def test_keys_that_one_version_does_not_have_are_left_out():
+def test_keys_that_one_version_does_not_have_are_no_change():
     before = saved()
-    del before["ema.decay"]
+    del before["ema.decay"], before["init_from.weights"], before["data.missing"]
     before["model.former"] = 1
     assert changes_since(before, now(), 5) == []
+    before["init_from.weights"] = "ema"  # the default of a former version, as config.yaml has it, too
+    assert changes_since(before, now("init_from.weights=ema"), 5) == []
+
+
+@pytest.mark.parametrize(
+    ("recipe", "change"),
+    [("ar_debug", "model.grids=[8x8,4x16]"), ("ar_debug", "model.embedding=codebook"),
+     ("debug", "discriminator.kind=dino"), ("debug", "model.quantizer=vq")],
+)  # fmt: skip
+def test_a_setting_that_the_checkpoint_lacks_has_its_default(recipe, change):
+    before, key = saved(recipe), change.split("=")[0]
+    default = json.dumps(before.pop(key))
+    assert f"{key} was {default} and is now " in refusal(
+        TrainerError, changes_since, before, now(change, recipe=recipe), 5
+    )
+
+
+def test_a_changed_setting_that_the_checkpoint_lacks_is_told():
+    before = saved()
+    del before["loss.perceptual.kind"]
+    assert changes_since(before, now("loss.perceptual.kind=convnext"), 5) == [
+        Change(5, "loss.perceptual.kind", "lpips", "convnext")
+    ]
+
+
+def test_former_names_and_defaults_are_no_change():
+    before = saved("debug", "model.codebook_init=normal", "trainer.keep_last=7", "init_from.source=a")
+    del before["model.codebook_init"]
+    before["trainer.keep_checkpoints"] = before.pop("trainer.keep_last")
+    before |= {
+        f"start.{key}": before.pop(f"init_from.{key}") for key in ("source", "weights", "discriminator", "freeze")
+    }
+    same = "model.codebook_init=normal", "trainer.keep_last=7", "init_from.source=a"
+    assert changes_since({**before, "engine.kind": "replicated"}, now(*same, "engine.kind=ddp"), 5) == []

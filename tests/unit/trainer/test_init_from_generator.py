@@ -161,6 +161,21 @@ def test_a_source_that_does_not_fit_is_refused(world, one_grid, changes, said):
     assert message.startswith(f"init_from.source={one_grid} (init_from.weights=") and said in message
 
 
+def test_an_export_keeps_the_tokenizer_of_its_codes(world, one_grid, tmp_path):
+    former = export(one_grid, tmp_path / "former").out  # of a run that did not know it
+    task_of(world, former, fingerprint=OTHER).load_initial_weights()
+    config = one_grid / "config.yaml"
+    config.write_text(config.read_text().replace("fingerprint: null", f"fingerprint: {FINGERPRINT}"))
+    exported = export(one_grid, tmp_path / "exported").out
+    task_of(world, exported, fingerprint=FINGERPRINT).load_initial_weights()
+    message = refusal(TrainerError, task_of(world, exported, fingerprint=OTHER).load_initial_weights)
+    assert f"it was trained on codes of the tokenizer {FINGERPRINT}, and the codes here are of {OTHER}" in message
+    config = exported / "config.yaml"
+    config.write_text(config.read_text().replace(f"codes_of_tokenizer: {FINGERPRINT}", "codes_of_tokenizer: 12"))
+    message = refusal(TrainerError, task_of(world, exported, fingerprint=FINGERPRINT).load_initial_weights)
+    assert "codes_of_tokenizer: 12 is not a fingerprint" in message
+
+
 def test_embeddings_of_grids_need_a_place(world, tmp_path):
     run = write_generator_run(tmp_path / "run", generator_of(4, grids=["2x3", "3x2"]))
     message = refusal(TrainerError, task_of(world, run).load_initial_weights)

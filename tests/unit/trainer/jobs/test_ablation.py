@@ -233,6 +233,13 @@ def test_mistakes_in_options_are_one_line_and_leave_nothing(refused_by_ibq, tmp_
     assert not out.exists()
 
 
+def test_a_row_of_a_generator_is_refused_before_any_row_is_trained(refused_by_ibq, tmp_path):
+    text = TWO_ROWS.replace("{set: [optimizer.lr=1e-6]}", "{recipe: ar_debug}")
+    said = refused_by_ibq("ablate", table(tmp_path, text), *DATA, "--out", tmp_path / "out")
+    assert "row 'Slow, 1': ar_debug is a recipe for a generator, and `ibq ablate` evaluates reconstructions" in said
+    assert not (tmp_path / "out").exists()
+
+
 @pytest.mark.parametrize("name", ["table.json", "table.md", "curves.png"])
 def test_a_table_replaces_no_file_of_others(refused_by_ibq, tmp_path, name):
     """Found before training starts."""

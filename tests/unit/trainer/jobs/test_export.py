@@ -180,6 +180,10 @@ def test_a_generators_export_holds_no_tokenizer_of_other_codes(generator_run, tm
     OmegaConf.save(recipe, generator_run / "config.yaml")
     export(generator_run, tmp_path / "again")
     assert_same(load_tokenizer(tmp_path / "again"), tokenizer(2))
+    file = export_published(generator_run, tmp_path / "again.ckpt").out
+    again = export(file, tmp_path / "from_file").out
+    for source in (tmp_path / "again", file, again):
+        assert read_weights(source, "generator").tokenizer == tokenizer(2).fingerprint()
 
 
 # ----------------------------------------------------------------------------------------------------------- published

@@ -462,8 +462,10 @@ def test_runs_that_do_not_fit_are_refused(run, tmp_path):
     config = generator_run()
     config.tokenizer.fingerprint = tokenizer_of(0).fingerprint()
     strict = write_run(tmp_path / "strict", config, generator=generator_of())
-    said = refusal(TrainerError, sample, strict, tokenizer=other)
-    assert "is not the one that the generator was trained with" in said
+    exported = export(strict, tmp_path / "exported").out
+    for source in (strict, exported, export(exported, tmp_path / "twice").out):
+        said = refusal(TrainerError, sample, source, tokenizer=other)
+        assert "is not the one that the generator was trained with" in said
     own = sample(strict, tokenizer=tokenizer, count=1, out=tmp_path / "own").out
     models = {"tokenizer": tokenizer_of(0), "tokenizer_ema": tokenizer_of(1)}  # of tokens of the raw weights
     averaged = write_run(tmp_path / "averaged", {"task": "tokenizer", "model": tokenizer_of().config}, **models)

@@ -748,6 +748,22 @@ def test_pixels_are_a_list_of_sizes(run, shapes, tmp_path):
     assert go(run, shapes, enlarged.out, image_size=",".join(made), max_enlargement=3.0).made == 0
 
 
+def test_a_tokenizer_of_buckets_makes_squares_and_names_the_way_to_keep_shapes(tars, tmp_path):
+    model = tokenizer_of(0, **MODEL)
+    data = {"image_size": SIDE, "buckets": ["32x64", "64x32"], "max_enlargement": 4}
+    buckets = write_run(
+        tmp_path / "buckets", {"task": "tokenizer", "model": model.config, "data": data}, tokenizer=model
+    )
+    said = []
+    whole = go(buckets, tars, tmp_path / "squares", weights="raw", on_note=said.append)
+    assert whole.grids.keys() == {f"{SIDE // 8}x{SIDE // 8}"}
+    (line,) = said
+    assert f"all images become squares of data.image_size={SIDE} pixels, but the tokenizer was trained on" in line
+    size = line.rpartition("--size ")[2]
+    shaped = go(buckets, tars, tmp_path / "shaped", weights="raw", image_size=size, on_note=said.append)
+    assert shaped.grids.keys() == {"4x8"} and said == [line]
+
+
 def test_views_of_a_rectangle():
     content, resize, size = png(1, (80, 60)), resize_named("pil_antialias"), Size(24, 40)
     larger = np.asarray(resize_and_center_crop(decode(content), Size(26, 44), resize)).transpose(2, 0, 1)

@@ -14,7 +14,7 @@ from support import GENERATOR, generator_run, images, tokenizer_task
 from trainer import TrainerError
 from trainer.recipes import save_config
 from trainer.reports.charts import IMAGE_TERMS, OTHER_TERMS, Chart, Point, draw_chart
-from trainer.reports.report import read_metrics, training_seconds, write_report
+from trainer.reports.report import read_metrics, training_work, write_report
 from trainer.reports.sections import verdict
 from trainer.tasks.gradient_balance import IMAGE_TERMS as TERMS_OF_THE_IMAGE
 from trainer.tasks.gradient_balance import PLACES
@@ -224,8 +224,29 @@ def test_metrics_survive_resume_nulls_and_damaged_lines(tmp_path, caplog):
 
 def test_training_time_follows_the_logged_speed():
     speed = [Point(100, 10.0), Point(150, 20.0)]
-    assert training_seconds({"images_per_second": speed}, 4) == pytest.approx(100 * 4 / 10 + 50 * 4 / 20)
-    assert training_seconds({}, 4) is None
+    assert training_work({"images_per_second": speed}, 4) == pytest.approx((100 * 4 / 10 + 50 * 4 / 20, 150 * 4))
+    assert training_work({"images_per_second": speed}, None) is None
+    assert training_work({}, 4) is None
+    speed, seconds = [*speed, Point(160, 30.0)], [Point(150, 7.0), Point(160, 2.0)]  # an earlier version began the run
+    curves = {"images_per_second": speed, "training_seconds": seconds}
+    assert training_work(curves, 4) == pytest.approx((40 + 7 + 2, 400 + 140 + 60))
+    assert training_work(curves, None) is None
+
+
+@pytest.mark.parametrize("divided", ["model.grids=[2x2,4x2]", "data.buckets=[32x64,64x32]", "data.pixels=[256,512]"])
+def test_steps_of_several_sizes_count_by_what_was_logged(run, divided):
+    config = OmegaConf.load(run / "config.yaml")
+    config.merge_with_dotlist([divided])
+    OmegaConf.save(config, run / "config.yaml")
+    lines = [{"step": step, "images_per_second": 8 / 0.5, "training_seconds": 5.0} for step in range(10, 101, 10)]
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    text = Page(write_report(run).read_text()).text
+    assert "time in training steps50 s" in text
+    assert "8 on average; at most 32 (trainer.global_batch_size)" in text
+    former = [{key: line[key] for key in ("step", "images_per_second")} for line in lines]
+    (run / "metrics.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in former))
+    text = Page(write_report(run).read_text()).text
+    assert "time in training steps" not in text and "at most 32" in text and "on average" not in text
 
 
 @pytest.mark.parametrize(
