@@ -163,6 +163,9 @@ def _resolve(path: Path, overrides: list[str], defaults: dict | None = None) -> 
                 f"{key}: its value is not UTF-8, or the locale is not: set LC_ALL=C.UTF-8 or PYTHONUTF8=1"
             ) from error
         except (OmegaConfBaseException, yaml.YAMLError) as error:
+            if OmegaConf.is_dict(section := OmegaConf.select(schema, key)):
+                first = leaves(section, f"{key}.")[0]
+                raise TrainerError(f"{override!r}: {key} is a section: set its keys, as in {first}=VALUE") from error
             raise TrainerError(f"{override!r}: {_explain(error, schema)}") from error
     try:
         config = OmegaConf.to_object(merged)

@@ -523,3 +523,9 @@ def test_sources_are_read_and_changed_by_their_place():
 def test_mistakes_in_sources_are_named(change, message):
     changes = [change] if change.startswith("data.sources=") else [SOURCES, change]
     assert message in refusal(TrainerError, load_recipe, "debug", changes)
+
+
+@pytest.mark.parametrize("override", ["ema=0.9", "ema=null", "ema=[1]"])
+def test_a_value_for_a_section_names_its_keys(override):
+    said = refusal(TrainerError, load_recipe, "debug", ["data.train=x", override])
+    assert said == f"{override!r}: ema is a section: set its keys, as in ema.decay=VALUE"
