@@ -11,7 +11,7 @@ An index is one safetensors file, which is memory-mapped. Its tensors, for S sha
     stops   int64  (N,)     first byte after each sample
     keys    uint64 (N,)     hash of each sample's key (`key_hash`)
     sizes   int32  (N, 2)   height and width of each sample's image as it is displayed, in pixels, or rows and columns
-                            of a token sample's codes; 0: unknown. Missing in indexes of before 2026-12, and of tars
+                            of a token sample's codes; 0: unknown. Missing in older indexes, and in those of tars
                             whose samples hold both.
     image   uint8  (*,)     suffixes of the images that were measured, joined by commas; missing where any was
 """

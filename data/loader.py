@@ -173,7 +173,7 @@ class TrainStream:
             words = OF_TOKENS if config.content == "tokens" else OF_IMAGES
             check_batches(sizes, global_batch_size, world_size, self.micro_batches, words)
             self.division = _division(config, sizes, self.sources, global_batch_size, division_before, progress)
-            # In their order: a model has a row of a table for each grid.
+            # The order matters: row n of the model's table belongs to grid n.
             named = [Size(*grid) for grid in tokens.grids] if config.content == "tokens" else sizes
             buckets = {f"{words.one}s": list(map(str, named)), "division": self.division.identity()}
         self.identity = stream_identity(self.sources, seed, lanes, limit, buckets)
@@ -211,7 +211,7 @@ class TrainStream:
                 for one in self.division.contents
             ]
         kept = {_lane_key(part.name, lane) for part in self.parts for lane in range(lanes)}
-        # Of buckets that are empty now and may have pictures later.
+        # Lanes of buckets that are empty now, kept for later.
         self.other_lanes = {key: one for key, one in lane_states.items() if key not in kept} if rank == 0 else {}
         _check_lanes(self.parts, before, OF_TOKENS if config.content == "tokens" else OF_IMAGES)
         # Steps of the buckets are as evenly mixed as images of the sources.
