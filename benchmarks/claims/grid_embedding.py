@@ -1,6 +1,6 @@
 """What a generator loses without an embedding of the grid, on synthetic pictures of two shapes.
 
-The last column of a picture has a code of its own, and all other codes are uniform. Without the embedding, nothing
+The last column of a picture has a separate code, and all other codes are uniform. Without the embedding, nothing
 tells the model in the first row which shape a picture has. Prints the excess of the loss over the best possible one.
 Results: docs/LOG.md, 2026-11-30.
 

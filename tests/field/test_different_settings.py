@@ -19,7 +19,7 @@ FIX = "; give all of them the same command, the same files and the same ibq"
 
 
 def on_each_node(commands: list[list[str]], folders: list[str], other_code: bool = False) -> int:
-    """The command of this rank, where its node has a disk and a checkout of its own."""
+    """The command of this rank, on a node with a separate disk and checkout."""
     rank = int(os.environ["RANK"])
     os.chdir(folders[rank])
     if other_code and rank:

@@ -167,7 +167,7 @@ sys.modules["kept"] = stream
 
 @pytest.mark.parametrize("scanned", [True, False])
 def test_ranks_may_have_other_paths_of_tars_whose_samples_are_known(tmp_path, monkeypatch, scanned):
-    """Of others, the addresses are all that tells whether they are the same."""
+    """Where samples are neither scanned nor indexed, only the addresses can be compared."""
     if not scanned:
         monkeypatch.setattr("data.sources.MOST_SCANNED", 0)
 
